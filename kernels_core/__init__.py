@@ -1,0 +1,85 @@
+"""Layers that know faster ways to run: decorate a layer, install a kernel, and its forward is dispatched.
+
+`use_kernel_forward_from_hub` marks a class or function with a layer name. Plugins offer kernels for
+that name; each call is served by the best one that fits device and mode, and by the decorated
+forward itself, the *reference*, where there is none. `docs/` tells the rest.
+"""
+
+from .decorators import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
+from .device import CUDAProperties, Device, ROCMProperties, device_capability
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ContractError,
+    IntegrityError,
+    KernelsError,
+    KernelsWarning,
+    LoadError,
+    NoKernelError,
+    PluginConflictError,
+    PluginError,
+    PluginLoadError,
+    ResolutionError,
+    ScopeError,
+    UntrustedError,
+)
+from .hookspecs import hookimpl
+from .layer import Layer
+from .mode import STAND_INS, Mode, check_registered_mode
+from .plugins import PluginManager, PluginMapping, plugin_manager
+from .request import (
+    Candidate,
+    KernelLayer,
+    LayerRequest,
+    LoadedLayer,
+    Refusal,
+    Resolution,
+    source_label,
+)
+from .resolver import decorated_layer, forget, resolve
+from .scope import Scope
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "STAND_INS",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CUDAProperties",
+    "Candidate",
+    "ContractError",
+    "Device",
+    "IntegrityError",
+    "KernelLayer",
+    "KernelsError",
+    "KernelsWarning",
+    "Layer",
+    "LayerRequest",
+    "LoadError",
+    "LoadedLayer",
+    "Mode",
+    "NoKernelError",
+    "PluginConflictError",
+    "PluginError",
+    "PluginLoadError",
+    "PluginManager",
+    "PluginMapping",
+    "ROCMProperties",
+    "Refusal",
+    "Resolution",
+    "ResolutionError",
+    "Scope",
+    "ScopeError",
+    "UntrustedError",
+    "__version__",
+    "check_registered_mode",
+    "decorated_layer",
+    "device_capability",
+    "forget",
+    "hookimpl",
+    "plugin_manager",
+    "replace_kernel_forward_from_hub",
+    "resolve",
+    "source_label",
+    "use_kernel_forward_from_hub",
+]

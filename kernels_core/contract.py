@@ -1,0 +1,109 @@
+"""May this kernel layer stand in for that layer? Returns the reason why not."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+
+from .layer import Layer, call_signature
+from .mode import Mode
+from .request import KernelLayer, LayerRequest, attribute
+
+_DECLARATIONS = {"can_torch_compile", "has_backward"}
+_BENIGN = {
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations__",
+    "__annotations_cache__",
+    "__classcell__",
+    "__conditional_annotations__",
+    "__dict__",
+    "__doc__",
+    "__firstlineno__",
+    "__module__",
+    "__orig_bases__",
+    "__parameters__",
+    "__qualname__",
+    "__slots__",
+    "__static_attributes__",
+    "__weakref__",
+    "forward",
+}
+_BY_NAME = (inspect.Parameter.KEYWORD_ONLY,)
+
+
+def check_mode(request: LayerRequest, layer: KernelLayer) -> str | None:
+    """Return why a kernel layer does not serve calls of this mode, or None."""
+    if Mode.TRAINING in request.mode and not attribute(layer, "has_backward", True):
+        return "it declares has_backward = False, and autograd records this call"
+    if Mode.TORCH_COMPILE in request.mode and not attribute(layer, "can_torch_compile", False):
+        return "it does not declare can_torch_compile = True, and this call is being traced"
+    return None
+
+
+def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
+    """Return why `kernel` may not stand in for `layer`, or None.
+
+    A kernel layer borrows the module that it serves: its `forward` runs with `self` being an
+    instance of the decorated class. So it can have no state and no methods of its own, and must
+    take the same number and kinds of arguments. `layer` None checks what can be checked alone.
+    """
+    if isinstance(kernel, type):
+        reason = _check_class(kernel)
+    elif callable(kernel):
+        reason = None
+        if layer is not None and not layer.is_function:
+            reason = "it is a function, and this layer is a class: a class needs an nn.Module subclass"
+    else:
+        reason = f"it is neither an nn.Module subclass nor a function, but {type(kernel).__name__}"
+    if reason is not None or layer is None:
+        return reason
+    forward: Any = cast(Any, kernel).forward if isinstance(kernel, type) else kernel
+    try:
+        theirs = call_signature(forward, drop_self=isinstance(kernel, type))
+    except (TypeError, ValueError) as error:
+        return f"its signature cannot be read ({error}), so it cannot be compared with {layer.signature}"
+    return _check_signature(layer.signature, theirs)
+
+
+def _check_class(kernel: type[Any]) -> str | None:
+    if not issubclass(kernel, torch.nn.Module):
+        return f"{kernel.__qualname__} is not a subclass of torch.nn.Module"
+    if kernel.__init__ is not torch.nn.Module.__init__:
+        return f"{kernel.__qualname__} has a constructor of its own, which would never run"
+    if kernel.forward is torch.nn.Module.forward:
+        return f"{kernel.__qualname__} has no forward"
+    own = [base for base in kernel.__mro__ if base not in torch.nn.Module.__mro__]
+    extra = sorted({name for base in own for name in vars(base)} - _DECLARATIONS - _BENIGN)
+    if extra:
+        return (
+            f"{kernel.__qualname__} has members besides forward that the layer it serves does not have: "
+            f"{', '.join(extra)}"
+        )
+    return None
+
+
+def _check_signature(ours: inspect.Signature, theirs: inspect.Signature) -> str | None:
+    if _shape(ours) == _shape(theirs):
+        return None
+    return (
+        "its forward takes other parameters than this layer's\n"
+        f"    layer:  {_bare(ours)}\n    kernel: {_bare(theirs)}\n"
+        "  number and kinds must be equal (names, too, where arguments are passed by keyword only)"
+    )
+
+
+def _shape(signature: inspect.Signature) -> list[tuple[object, str]]:
+    """What must be equal: the kind of each parameter, and the name where calls use it."""
+    return sorted(
+        ((p.kind, p.name if p.kind in _BY_NAME else "") for p in signature.parameters.values()),
+        key=lambda item: (item[0], item[1]),
+    )
+
+
+def _bare(signature: inspect.Signature) -> str:
+    """Print a signature without annotations, so that two of them align."""
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))

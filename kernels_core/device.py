@@ -1,0 +1,151 @@
+"""Devices in mappings and in calls: one table of names, one notion of capability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from .errors import ArgumentError, ArgumentTypeError
+
+TORCH_DEVICE_TYPES = {
+    "cpu": "cpu",
+    "cuda": "cuda",
+    "rocm": "cuda",  # PyTorch calls AMD devices "cuda" too
+    "metal": "mps",
+    "mps": "mps",
+    "neuron": "neuron",
+    "npu": "npu",
+    "tpu": "tpu",
+    "xpu": "xpu",
+}
+"""Device names that a mapping may use, with the type that PyTorch gives to their tensors."""
+
+
+@dataclass(frozen=True)
+class _Capabilities:
+    """A range of compute capabilities, both ends included."""
+
+    min_capability: int
+    max_capability: int
+
+    def __post_init__(self) -> None:
+        for name in ("min_capability", "max_capability"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ArgumentTypeError(f"{name} must be an integer such as 75 for capability 7.5, not {value!r}.")
+        if self.min_capability > self.max_capability:
+            raise ArgumentError(
+                f"min_capability ({self.min_capability}) is larger than max_capability "
+                f"({self.max_capability}): no device is in that range. Swap the two."
+            )
+
+    @property
+    def width(self) -> int:
+        """Size of the range; the narrowest range that holds a device wins."""
+        return self.max_capability - self.min_capability
+
+    def holds(self, capability: int | None) -> bool:
+        """Whether a device of this capability is in the range."""
+        return capability is not None and self.min_capability <= capability <= self.max_capability
+
+
+class CUDAProperties(_Capabilities):
+    """A range of CUDA compute capabilities, both ends included.
+
+    Args:
+        min_capability: Smallest capability, 75 for 7.5.
+        max_capability: Largest capability, 90 for 9.0.
+
+    Raises:
+        ArgumentError: If the range is empty.
+        ArgumentTypeError: If an end is no integer.
+
+    Example:
+        >>> CUDAProperties(min_capability=75, max_capability=89).holds(80)
+        True
+    """
+
+
+class ROCMProperties(_Capabilities):
+    """A range of ROCm capabilities (the digits of the gfx number), both ends included.
+
+    Args and errors as for `CUDAProperties`.
+    """
+
+
+_PROPERTIES_OF = {"cuda": CUDAProperties, "rocm": ROCMProperties}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of device in a mapping, narrowed to a range of capabilities if wanted.
+
+    Args:
+        type: One of `cpu`, `cuda`, `rocm`, `mps` (or `metal`), `npu`, `neuron`, `tpu`, `xpu`.
+        properties: `CUDAProperties` for `cuda`, `ROCMProperties` for `rocm`, else None.
+
+    Raises:
+        ArgumentError: For an unknown type, or properties of another device.
+
+    Example:
+        >>> Device("cuda", CUDAProperties(80, 90)).matches(torch.device("cuda", 0), capability=86)
+        True
+    """
+
+    type: str
+    properties: CUDAProperties | ROCMProperties | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no tensor will ever be on."""
+        if not isinstance(self.type, str):
+            raise ArgumentTypeError(f"A device type is a string such as 'cuda', not {self.type!r}.")
+        if self.type not in TORCH_DEVICE_TYPES:
+            raise ArgumentError(
+                f"Unknown device type {self.type!r}: use one of {', '.join(sorted(TORCH_DEVICE_TYPES))}."
+            )
+        wanted = _PROPERTIES_OF.get(self.type)
+        if self.properties is not None and (wanted is None or not isinstance(self.properties, wanted)):
+            expected = wanted.__name__ if wanted else "no properties"
+            raise ArgumentError(f"Device {self.type!r} takes {expected}, not {type(self.properties).__name__}.")
+
+    def matches(self, device: torch.device, *, capability: int | None = None) -> bool:
+        """Whether a tensor on `device`, of that `capability`, is on such a device."""
+        if TORCH_DEVICE_TYPES[self.type] != device.type:
+            return False
+        if device.type == "cuda" and (self.type == "rocm") != (torch.version.hip is not None):
+            return False
+        return self.properties is None or self.properties.holds(capability)
+
+
+@cache
+def device_capability(device: torch.device) -> int | None:
+    """Return the compute capability of one device, 90 for 9.0, or None where there is no such thing.
+
+    Cached per device index: two GPUs of one machine may differ.
+    """
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def as_torch_device(device: torch.device | Device | str) -> torch.device:
+    """Turn any way to name a device into a `torch.device` with an index where there can be one.
+
+    Raises:
+        ArgumentError: If PyTorch knows no such device.
+    """
+    if isinstance(device, Device):
+        device = TORCH_DEVICE_TYPES[device.type]
+    elif isinstance(device, str) and device.partition(":")[0] in TORCH_DEVICE_TYPES:
+        kind, colon, index = device.partition(":")
+        device = TORCH_DEVICE_TYPES[kind] + colon + index
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"Unknown device {device!r}: {error}") from error
+    if found.index is None and found.type == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return found

@@ -1,0 +1,341 @@
+"""The hot path: the forward that stands where a decorated forward stood.
+
+The wrapper is generated per layer with the layer's own parameters, as `dataclasses` does it: no
+`*args` to pack, defaults and keywords as ever. A warm call reads the active frame, reads the
+attribute of this layer and device from it, and calls what it finds (here on a CPU build):
+
+```
+def forward(self, x, eps=1e-6):
+    try:
+        _kernel = root.active.layer7_cpu if x.is_cpu else None
+    except (AttributeError, IndexError):  # x is no tensor
+        _kernel = None
+    if _kernel is None:
+        _kernel = cold(self, (x, eps))
+    return _kernel(self, x, eps)
+```
+
+The same code is traced by Dynamo; `scope.Table` tells how it stays right there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+
+from .layer import Layer
+from .mode import Mode
+from .request import Resolution
+from .resolver import decide, must_raise, no_kernel, settle
+from .scope import Frame, Table, root
+
+Forward = Callable[..., Any]
+
+_ACCELERATOR = (
+    "cuda"
+    if torch.version.cuda or torch.version.hip
+    else "xpu"
+    if getattr(torch.version, "xpu", None)
+    else "mps"
+    if torch.backends.mps.is_built()
+    else None
+)
+"""Type of the accelerators that this PyTorch is built for: they get the short way, any other the long one."""
+
+_MAX_SHORT_INDEX = 16
+
+# Typed as what they are: decorators that return what they are given.
+_disable = cast(Callable[[Forward], Forward], torch.compiler.disable)
+_assume_constant = cast(Callable[[Callable[..., str]], Callable[..., str]], torch.compiler.assume_constant_result)
+_MODE_NAMES = {
+    Mode.INFERENCE: "inference",
+    Mode.TRAINING: "training",
+    Mode.INFERENCE | Mode.TORCH_COMPILE: "inference_compile",
+    Mode.TRAINING | Mode.TORCH_COMPILE: "training_compile",
+}
+
+
+def make_forward(layer: Layer) -> Forward:
+    """Return the dispatching forward of a layer, with the name, docstring and signature of its reference."""
+    forward = _Dispatcher(layer).forward()
+    functools.update_wrapper(forward, layer.reference)
+    forward.__dict__["kernels_layer"] = layer
+    return forward
+
+
+def dispatched_layer(forward: object) -> Layer | None:
+    """Return the layer that `forward` dispatches for; None for anything else, such as a wrapper of it."""
+    layer = getattr(forward, "kernels_layer", None)
+    code = getattr(forward, "__code__", None)
+    return layer if isinstance(layer, Layer) and code is not None and code.co_filename == _file(layer) else None
+
+
+class _Dispatcher:
+    """Makes the functions of one layer, and owns its tables."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self._tables: dict[str, Table] = {}
+        self._selectors: dict[str, Forward] = {}
+        self._parameters = _parameters(layer.reference)
+        for index in (None, *range(_MAX_SHORT_INDEX if _ACCELERATOR else 0)):
+            # The names that generated code reads exist from the start.
+            self._table(torch.device(_ACCELERATOR or "cpu", index) if index is not None else torch.device("cpu"))
+
+    # --- Tables: what serves on a device, and, where that matters, in a mode --------------------
+
+    def _table(self, device: torch.device) -> Table:
+        name = self._attribute(device)
+        if name not in self._tables:
+            self._tables[name] = Table(name, self.layer.reference, functools.partial(self._settle, device))
+        return self._tables[name]
+
+    def _mode_table(self, device: torch.device, mode: Mode) -> str:
+        name = f"{self._attribute(device)}_{_MODE_NAMES[mode]}"
+        if name not in self._tables:
+            self._tables[name] = Table(name, self.layer.reference, functools.partial(self._decide, device, mode))
+        return self._tables[name].sure
+
+    def _attribute(self, device: torch.device) -> str:
+        index = "" if device.index is None or device.type == "cpu" else f"_{device.index}"
+        return f"layer{self.layer.number}_{device.type}{index}"
+
+    def _settle(self, device: torch.device, frame: Frame) -> Forward:
+        mode = Mode.TRAINING if torch.is_grad_enabled() else Mode.INFERENCE
+        resolution = settle(self.layer, device, frame, mode)
+        return self._selector(device) if resolution is None else self._forward_of(resolution)
+
+    def _decide(self, device: torch.device, mode: Mode, frame: Frame) -> Forward:
+        return self._forward_of(decide(self.layer, device, frame, mode))
+
+    def _forward_of(self, resolution: Resolution) -> Forward:
+        if must_raise(resolution):
+
+            @_disable
+            def refuse(*args: Any, **kwargs: Any) -> Any:
+                raise no_kernel(resolution)
+
+            return refuse
+        forward: Forward = resolution.implementation or self.layer.reference
+        return forward
+
+    # --- Cold: find the device, resolve, publish ------------------------------------------------
+
+    def _cold(self) -> Callable[..., Forward]:
+        """Return the function that generated code calls where it finds nothing."""
+        reference = self.layer.reference
+
+        @_assume_constant
+        def sure(kind: str, index: int | None) -> str:
+            """Run at trace time, outside of the graph: name what Dynamo is to read."""
+            table = self._table(torch.device(kind, index) if index is not None else torch.device(kind))
+            table.keep_sure()
+            return table.sure
+
+        def cold(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
+            device = find_device(module, values)
+            if device is None:
+                return reference
+            if torch.compiler.is_dynamo_compiling():
+                forward: Forward = getattr(root.active, sure(device.type, device.index))
+                return forward
+            return self._table(device).publish(root.active)
+
+        return cold
+
+    # --- Generated functions --------------------------------------------------------------------
+
+    def forward(self) -> Forward:
+        """Generate the forward."""
+        cpu = self._attribute(torch.device("cpu"))
+        first = self._first
+        lookup = "None"
+        if first is not None:
+            lookup = f"_kernels_root.active.{cpu} if {first}.is_cpu else None"
+        body = [f"_kernel = {lookup}"]
+        names = (
+            [self._attribute(torch.device(_ACCELERATOR, i)) for i in range(_MAX_SHORT_INDEX)] if _ACCELERATOR else []
+        )
+        if first is not None and names:
+            body = [
+                f"_index = {first}.get_device()",
+                "if _index == 0:",
+                f"    _kernel = _kernels_root.active.{names[0]}",
+                "elif _index > 0:",
+                "    _kernel = getattr(_kernels_root.active, _kernels_names[_index])",
+                "else:",
+                f"    {body[0]}",
+            ]
+        if first is not None:  # an argument that is no tensor has no such attribute
+            body = [
+                "try:",
+                *(f"    {line}" for line in body),
+                "except (AttributeError, IndexError):",
+                "    _kernel = None",
+            ]
+        lines = [
+            *self._condition(),
+            *body,
+            "if _kernel is None:",
+            f"    _kernel = _kernels_cold({self._module}, {self._values})",
+            f"return _kernel({self._call})",
+        ]
+        return self._generate("forward", lines, _kernels_cold=self._cold(), _kernels_names=tuple(names))
+
+    def _selector(self, device: torch.device) -> Forward:
+        """Generate the function that serves where the mode of the call makes a difference."""
+        name = self._attribute(device)
+        if name not in self._selectors:
+            modes = {mode_name: self._mode_table(device, mode) for mode, mode_name in _MODE_NAMES.items()}
+            records = f"_kernels_records({self._module}, {self._values})"
+            if self._first is not None:
+                records = f"(getattr({self._first}, 'requires_grad', False) or {records})"
+            lines = [
+                f"if _kernels_grad() and {records}:",
+                "    if _kernels_compiling():",
+                f"        return _kernels_root.active.{modes['training_compile']}({self._call})",
+                f"    return _kernels_root.active.{modes['training']}({self._call})",
+                "if _kernels_compiling():",
+                f"    return _kernels_root.active.{modes['inference_compile']}({self._call})",
+                f"return _kernels_root.active.{modes['inference']}({self._call})",
+            ]
+            self._selectors[name] = self._generate("select", lines)
+        return self._selectors[name]
+
+    def _generate(self, function: str, lines: Iterable[str], **names: object) -> Forward:
+        source = f"def {function}{self._signature}:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
+        scope: dict[str, Any] = {  # no __name__: Dynamo would look these names up in that module
+            "_kernels_root": root,
+            "_kernels_reference": self.layer.reference,
+            "_kernels_condition": self.layer.condition,
+            "_kernels_grad": torch.is_grad_enabled,
+            "_kernels_compiling": torch.compiler.is_compiling,
+            "_kernels_records": records_autograd,
+            **names,
+        }
+        file = _file(self.layer, function)
+        exec(compile(source, file, "exec"), scope)
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        generated: Forward = scope[function]
+        if self._parameters is not None:
+            generated.__defaults__ = tuple(
+                p.default for p in self._parameters if p.kind is not p.KEYWORD_ONLY and p.default is not p.empty
+            )
+            generated.__kwdefaults__ = {
+                p.name: p.default for p in self._parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
+            }
+        return generated
+
+    def _condition(self) -> list[str]:
+        if self.layer.condition is None:
+            return []
+        arguments = self._call if self.layer.is_function else self._module
+        return [f"if not _kernels_condition({arguments}):", f"    return _kernels_reference({self._call})"]
+
+    # --- Pieces of source -----------------------------------------------------------------------
+
+    @property
+    def _signature(self) -> str:
+        if self._parameters is None:
+            return "(*args, **kwargs)"
+        bare = [
+            p.replace(annotation=p.empty, default=None if p.default is not p.empty else p.empty)
+            for p in self._parameters
+        ]
+        return str(inspect.Signature(bare))
+
+    @property
+    def _call(self) -> str:
+        if self._parameters is None:
+            return "*args, **kwargs"
+        form: dict[Any, str] = {
+            inspect.Parameter.VAR_POSITIONAL: "*{0}",
+            inspect.Parameter.VAR_KEYWORD: "**{0}",
+            inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
+        }
+        return ", ".join(form.get(p.kind, "{0}").format(p.name) for p in self._parameters)
+
+    @property
+    def _arguments(self) -> list[inspect.Parameter]:
+        """The parameters that a caller fills: all but `self`."""
+        return list(self._parameters or ())[0 if self.layer.is_function else 1 :]
+
+    @property
+    def _module(self) -> str:
+        if self.layer.is_function:
+            return "None"
+        return self._parameters[0].name if self._parameters else "args[0]"
+
+    @property
+    def _values(self) -> str:
+        """A tuple of all arguments in the order of the signature."""
+        if self._parameters is None:
+            return "(*args, *kwargs.values())" if self.layer.is_function else "(*args[1:], *kwargs.values())"
+        form: dict[Any, str] = {
+            inspect.Parameter.VAR_POSITIONAL: "*{0}",
+            inspect.Parameter.VAR_KEYWORD: "*{0}.values()",
+        }
+        inside = "".join(form.get(p.kind, "{0}").format(p.name) + ", " for p in self._arguments)
+        return f"({inside})"
+
+    @property
+    def _first(self) -> str | None:
+        """Source of the first argument, which is mostly the tensor that says where the call is."""
+        if self._parameters is None:
+            return "args[0]" if self.layer.is_function else "args[1]"
+        for parameter in self._arguments:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                return f"{parameter.name}[0]"
+            return None if parameter.kind is parameter.VAR_KEYWORD else parameter.name
+        return None
+
+
+def _parameters(reference: Forward) -> tuple[inspect.Parameter, ...] | None:
+    """Return the parameters that the reference really has, or None where there is nothing to read."""
+    try:
+        signature = inspect.signature(reference, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return None
+    parameters = tuple(signature.parameters.values())
+    taken = any(p.name.startswith("_kernel") or p.name == "_index" for p in parameters)
+    return None if taken else parameters
+
+
+def _file(layer: Layer, function: str = "forward") -> str:
+    return f"<kernels_core {function} {layer.number} of {layer.qualname}>"
+
+
+def find_device(module: torch.nn.Module | None, values: Iterable[Any]) -> torch.device | None:
+    """Return the device of a call.
+
+    That of the first tensor among the arguments, also one level inside a list, tuple or dict; then
+    that of the module's first parameter or buffer; else None.
+    """
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value.device
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        for item in inner:
+            if isinstance(item, torch.Tensor):
+                return item.device
+    if module is not None:
+        for parameter in module.parameters():
+            return parameter.device
+        for buffer in module.buffers():
+            return buffer.device
+    return None
+
+
+def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
+    """Whether autograd has something to record in a call: an argument or parameter that requires grad."""
+    for value in values:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for item in inner:
+            if isinstance(item, torch.Tensor) and item.requires_grad:
+                return True
+    return module is not None and any(p.requires_grad for p in module.parameters())

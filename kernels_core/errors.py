@@ -1,0 +1,110 @@
+"""The errors of kernels-core.
+
+```
+KernelsError
+├── ArgumentError (ValueError)        a value that cannot be used
+├── ArgumentTypeError (TypeError)     an object of the wrong type
+├── ScopeError (RuntimeError)         scopes left in another order than entered
+├── PluginError                       .plugin: the plugin at fault
+│   ├── PluginLoadError               cannot be imported, or is not a plugin
+│   └── PluginConflictError           two distributions, one plugin name
+└── ResolutionError                   .request, .refusals: the whole decision
+    ├── NoKernelError                 no kernel may serve, and the reference must not
+    ├── LoadError                     a source could not be turned into a layer
+    ├── ContractError                 the kernel's signature or members do not fit
+    ├── UntrustedError                policy does not let this publisher's code run
+    └── IntegrityError                the bytes are not those that were promised
+```
+
+`KernelsWarning` is the category of every warning: filter it to silence or to raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .request import LayerRequest, Refusal
+
+
+class KernelsWarning(UserWarning):
+    """Something was not done as asked; the reference, or the rest, goes on."""
+
+
+class KernelsError(Exception):
+    """Base of every error raised by kernels-core and its plugins."""
+
+
+class ArgumentError(KernelsError, ValueError):
+    """An argument or setting has a value that cannot be used."""
+
+
+class ArgumentTypeError(KernelsError, TypeError):
+    """An argument has a type that cannot be used."""
+
+
+class ScopeError(KernelsError, RuntimeError):
+    """A scope was left that is not the innermost one."""
+
+
+class PluginError(KernelsError):
+    """A plugin misbehaved.
+
+    Attributes:
+        plugin: Name of the plugin at fault.
+    """
+
+    def __init__(self, message: str, *, plugin: str) -> None:
+        """Say what is wrong with which plugin."""
+        super().__init__(message)
+        self.plugin = plugin
+
+
+class PluginLoadError(PluginError):
+    """A plugin could not be imported, or what was imported is no plugin."""
+
+
+class PluginConflictError(PluginError):
+    """Two distributions declare a plugin under one name."""
+
+
+class ResolutionError(KernelsError):
+    """A kernel could not be used.
+
+    Attributes:
+        request: The question that was asked, where known.
+        refusals: Every candidate that was refused on the way, with its reason.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        request: LayerRequest | None = None,
+        refusals: Sequence[Refusal] = (),
+    ) -> None:
+        """Say what was asked and why every answer was refused."""
+        super().__init__(message)
+        self.request = request
+        self.refusals = tuple(refusals)
+
+
+class NoKernelError(ResolutionError):
+    """No kernel may serve, and falling back to the reference is not allowed."""
+
+
+class LoadError(ResolutionError):
+    """A source could not be turned into a kernel layer."""
+
+
+class ContractError(ResolutionError):
+    """A kernel layer may not stand in for a layer: members or signature differ."""
+
+
+class UntrustedError(ResolutionError):
+    """Policy does not allow this publisher's code to run here."""
+
+
+class IntegrityError(ResolutionError):
+    """Files on disk are not the ones that were promised."""

@@ -1,0 +1,248 @@
+"""The hooks that plugins implement: one card each, and nothing else.
+
+Mark an implementation with `hookimpl`. It may take any of the listed arguments, by name. What
+kind of hook each one is stands in its card: *first result* (the first that answers decides),
+*collect* (all answers count), *veto* (a reason refuses, None lets pass), *tell* (no answer).
+An exception in a hook is reported once, names the plugin, and does not stop the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from .request import Candidate, KernelLayer, LayerRequest, LoadedLayer, Resolution
+
+if TYPE_CHECKING:
+    import typer
+
+PROJECT = "kernels_core"
+
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function as the implementation of the hook that has its name."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+
+
+@hookspec(firstresult=True)
+def kernels_resolve_forward(request: LayerRequest) -> Resolution | None:
+    """Answer the whole question: layer name, device and mode in, implementation out.
+
+    Kind: first result. Called: once per layer, device, mode and scope, off the hot path. The core's
+    own answer comes last and runs the stages below (find, authorize, load, check); a downstream
+    library overrides it with `hookimpl(tryfirst=True)` or wraps it with `hookimpl(wrapper=True)`.
+
+    Args:
+        request: The question.
+
+    Returns:
+        The decision, or None to leave it to the next plugin. It may depend on nothing but the
+        request, for it is remembered until a mapping or a plugin changes.
+
+    Example:
+        ```python
+        @hookimpl(wrapper=True)
+        def kernels_resolve_forward(request):
+            resolution = yield
+            audit_log.append(str(resolution))
+            return resolution
+        ```
+
+    Used by: the resolver.
+    """
+
+
+@hookspec
+def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate] | None:
+    """Offer implementations for a layer.
+
+    Kind: collect. Called: while resolving, several times. No I/O here: that is what
+    `kernels_load_layer` is for.
+
+    Args:
+        request: The question; `request.scopes` tells what the open scopes carry.
+
+    Returns:
+        Candidates, best first, or None. They are ranked with those of other plugins by tier, then
+        priority, then plugin name.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_find_candidates(request):
+            if request.layer_name == "RMSNorm" and request.device.type == "cuda":
+                return [Candidate(FastRMSNorm, priority=5)]
+        ```
+
+    Used by: the resolver; implemented by the plugin `mapping`.
+    """
+
+
+@hookspec
+def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None:
+    """Refuse a candidate by policy, before anything of it is fetched or imported.
+
+    Kind: veto; an exception refuses too. Called: for each candidate in turn, before it is loaded.
+
+    Args:
+        request: The question.
+        candidate: The offer.
+
+    Returns:
+        None to let pass, or the reason to refuse.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_authorize(request, candidate):
+            if "acme" not in candidate.label:
+                return "our policy allows kernels from acme only"
+        ```
+
+    Used by: the resolver.
+    """
+
+
+@hookspec(firstresult=True)
+def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | LoadedLayer | None:
+    """Turn a source into a layer class or function; this is where I/O happens.
+
+    Kind: first result. Called: once per source, after it was authorized, by one thread at a time.
+    An exception is the reason to refuse the candidate.
+
+    Args:
+        request: The question that made the source needed.
+        source: What a candidate offers.
+
+    Returns:
+        An `nn.Module` class, a function, or either in a `LoadedLayer` that says where it came
+        from; None if the source is not of a kind that this plugin knows.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_load_layer(request, source):
+            if isinstance(source, Path):
+                return runpy.run_path(str(source))[request.layer_name]
+        ```
+
+    Used by: the resolver; implemented by the plugins `mapping` and `hub`.
+    """
+
+
+@hookspec
+def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> str | None:
+    """Refuse a loaded layer, after the core's own contract check.
+
+    Kind: veto; an exception refuses too. Called: for each layer, device and mode that it would serve.
+
+    Args:
+        request: The question.
+        candidate: The offer.
+        layer: The loaded class or function.
+
+    Returns:
+        None to let pass, or the reason to refuse.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_check_layer(request, candidate, layer):
+            if not layer.__doc__:
+                return "kernels without documentation are not used here"
+        ```
+
+    Used by: the resolver.
+    """
+
+
+@hookspec
+def kernels_resolved(resolution: Resolution) -> None:
+    """Learn what was decided.
+
+    Kind: tell. Called: when a decision is put to use, once per layer, device and scope (and mode,
+    where that makes a difference).
+
+    Args:
+        resolution: The decision with every refusal on the way.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_resolved(resolution):
+            logger.info("%s", resolution)
+        ```
+
+    Used by: the resolver.
+    """
+
+
+@hookspec
+def kernels_kernel_failed(request: LayerRequest, candidate: Candidate, error: BaseException) -> None:
+    """Learn that a kernel could not be loaded.
+
+    Kind: tell. Called: once per source that failed.
+
+    Args:
+        request: The question that made it needed.
+        candidate: The offer.
+        error: What was raised.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_kernel_failed(request, candidate, error):
+            metrics["kernel_failures"] += 1
+        ```
+
+    Used by: the resolver.
+    """
+
+
+@hookspec
+def kernels_mapping() -> Mapping[str, Mapping[Any, Any]] | None:
+    """Offer a whole mapping: the way for a plugin package to bring its kernels.
+
+    Kind: collect. Called: once, when the plugin `mapping` first needs it, and again after plugins
+    were registered or unregistered. A plugin with an integer attribute `kernels_priority` goes
+    before those with a smaller one.
+
+    Returns:
+        `{layer name: {device: source | [sources in order] | {Mode: source}}}`, as for
+        `register_kernel_mapping`, or None.
+
+    Example:
+        ```python
+        kernels_priority = 10
+
+        @hookimpl
+        def kernels_mapping():
+            return {"SiluAndMul": {"cuda": FastSiluAndMul}}
+        ```
+
+    Used by: the plugin `mapping`.
+    """
+
+
+@hookspec
+def kernels_register_commands(cli: typer.Typer) -> None:
+    """Add subcommands to the command line `kernels-core`.
+
+    Kind: tell. Called: once, when the command line starts.
+
+    Args:
+        cli: The application.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_register_commands(cli):
+            @cli.command()
+            def greet() -> None:
+                print("hello")
+        ```
+
+    Used by: the command line; implemented by the plugin `demo`.
+    """

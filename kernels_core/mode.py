@@ -1,0 +1,95 @@
+"""How a layer is being called, and which kernels may stand in for that."""
+
+from __future__ import annotations
+
+from enum import Flag, auto
+
+from .errors import ArgumentError
+
+
+class Mode(Flag):
+    """How a layer is called, or what a source in a mapping is meant for.
+
+    A call is `TRAINING` when autograd records it, `INFERENCE` when it does not, combined with
+    `TORCH_COMPILE` while it is traced. `FALLBACK` occurs in mappings only: the source that serves
+    any call for which no better one is registered.
+
+    Example:
+        >>> Mode.TRAINING | Mode.TORCH_COMPILE in Mode.TRAINING | Mode.TORCH_COMPILE
+        True
+        >>> Mode.TRAINING | Mode.INFERENCE
+        Traceback (most recent call last):
+        ...
+        kernels_core.errors.ArgumentError: Mode.INFERENCE and Mode.TRAINING exclude each other: ...
+    """
+
+    FALLBACK = auto()
+    TRAINING = auto()
+    INFERENCE = auto()
+    TORCH_COMPILE = auto()
+
+    def __or__(self, other: Mode) -> Mode:
+        """Combine two modes; raises `ArgumentError` for impossible combinations."""
+        union: Mode = super().__or__(other)
+        if union is NotImplemented:
+            return union
+        if Mode.INFERENCE in union and Mode.TRAINING in union:
+            raise ArgumentError("Mode.INFERENCE and Mode.TRAINING exclude each other: register one source for each.")
+        if Mode.FALLBACK in union and union != Mode.FALLBACK:
+            raise ArgumentError("Mode.FALLBACK cannot be combined with another mode: it already serves every call.")
+        return union
+
+
+CALL_MODES = (
+    Mode.INFERENCE,
+    Mode.TRAINING,
+    Mode.INFERENCE | Mode.TORCH_COMPILE,
+    Mode.TRAINING | Mode.TORCH_COMPILE,
+)
+"""The modes that a call can have."""
+
+STAND_INS: dict[Mode, tuple[Mode, ...]] = {
+    Mode.INFERENCE: (
+        Mode.INFERENCE,
+        Mode.INFERENCE | Mode.TORCH_COMPILE,
+        Mode.TRAINING,
+        Mode.TRAINING | Mode.TORCH_COMPILE,
+        Mode.FALLBACK,
+    ),
+    Mode.TRAINING: (Mode.TRAINING, Mode.TRAINING | Mode.TORCH_COMPILE, Mode.FALLBACK),
+    Mode.INFERENCE | Mode.TORCH_COMPILE: (
+        Mode.INFERENCE | Mode.TORCH_COMPILE,
+        Mode.TRAINING | Mode.TORCH_COMPILE,
+        Mode.FALLBACK,
+    ),
+    Mode.TRAINING | Mode.TORCH_COMPILE: (Mode.TRAINING | Mode.TORCH_COMPILE, Mode.FALLBACK),
+}
+"""For each mode of a call, the registered modes that may serve it, best first."""
+
+
+def check_call_mode(mode: Mode) -> Mode:
+    """Return `mode` if a call can have it.
+
+    Raises:
+        ArgumentError: For `FALLBACK`, or where neither training nor inference is said.
+    """
+    if mode not in STAND_INS:
+        raise ArgumentError(
+            f"{mode} is not the mode of a call: use Mode.INFERENCE or Mode.TRAINING, "
+            "alone or combined with Mode.TORCH_COMPILE."
+        )
+    return mode
+
+
+def check_registered_mode(mode: Mode) -> Mode:
+    """Return `mode` if a mapping may register a source for it.
+
+    Raises:
+        ArgumentError: For `TORCH_COMPILE` alone.
+    """
+    if mode != Mode.FALLBACK and mode not in STAND_INS:
+        raise ArgumentError(
+            f"{mode} cannot be registered on its own: say whether it is for training or inference, "
+            "for instance Mode.INFERENCE | Mode.TORCH_COMPILE."
+        )
+    return mode

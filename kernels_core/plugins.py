@@ -1,0 +1,405 @@
+"""Finds plugins through entry points, refuses bad ones by name, and calls hooks in isolation."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from . import hookspecs
+from .environment import plugin_choice, strict
+from .errors import ArgumentError, KernelsWarning, PluginConflictError, PluginError, PluginLoadError
+from .hookspecs import PROJECT
+from .request import Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
+
+if TYPE_CHECKING:
+    import importlib_metadata
+    import typer
+
+ENTRY_POINT_GROUP = "kernels_core"
+_VETO = ("kernels_authorize", "kernels_check_layer")
+_HOOKS: dict[str, tuple[str, ...]] = {
+    name: tuple(inspect.signature(spec).parameters)
+    for name, spec in vars(hookspecs).items()
+    if name.startswith("kernels_")
+}
+
+
+@dataclass(frozen=True)
+class PluginMapping:
+    """A mapping that a plugin package offers, with its rank."""
+
+    plugin: str
+    priority: int
+    mapping: Mapping[str, Mapping[Any, Any]]
+
+
+class PluginManager:
+    """The plugins of this process, with one typed method per hook.
+
+    Entry points of the group `kernels_core` are scanned once, when a hook is first needed.
+
+    Attributes:
+        faults: What plugins did wrong so far, each told once.
+        generation: Counts registrations, for plugins that remember what others offer.
+        on_change: Called after a plugin was registered or unregistered.
+    """
+
+    def __init__(self, *, discover: bool = True) -> None:
+        """Start without plugins; `discover=False` never looks at entry points."""
+        self._pluggy = pluggy.PluginManager(PROJECT)
+        self._pluggy.add_hookspecs(hookspecs)
+        self._originals: dict[str, object] = {}
+        self._discovered = not discover
+        self._discovering = threading.RLock()
+        self._reported: set[str] = set()
+        self.on_change: list[Callable[[], None]] = []
+        self.faults: list[PluginError] = []
+        self.generation = 0
+
+    # --- Registration ------------------------------------------------------------------------
+
+    def register(self, plugin: object, name: str | None = None) -> str:
+        """Add a plugin: a module, an object, or a class that takes no arguments.
+
+        Args:
+            plugin: Has functions marked with `hookimpl`.
+            name: Defaults to the name of the module, class or object.
+
+        Returns:
+            The name.
+
+        Raises:
+            PluginLoadError: If it has no hooks, or one with a wrong name or wrong arguments.
+            PluginConflictError: If a plugin of that name is registered.
+        """
+        if isinstance(plugin, type):
+            plugin = plugin()
+        name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
+        if name in self._originals:
+            raise PluginConflictError(
+                f"A plugin named {name!r} is registered already: unregister it, or choose another name.",
+                plugin=name,
+            )
+        hooks = _checked_hooks(plugin, name)
+        guarded = types.SimpleNamespace(
+            **{hook: self._guard(hook, name, plugin, function) for hook, function in hooks.items()}
+        )
+        self._pluggy.register(guarded, name)
+        self._originals[name] = plugin
+        self._changed()
+        return name
+
+    def unregister(self, name: str) -> object:
+        """Remove the plugin of that name and return it.
+
+        Raises:
+            ArgumentError: If there is none.
+        """
+        if name not in self._originals:
+            raise ArgumentError(f"No plugin {name!r}: there are {', '.join(self.plugins()) or 'none'}.")
+        self._pluggy.unregister(name=name)
+        plugin = self._originals.pop(name)
+        self._changed()
+        return plugin
+
+    def plugins(self) -> dict[str, object]:
+        """Return the plugins by name, in the order of their names."""
+        self._discover()
+        return dict(sorted(self._originals.items()))
+
+    def _changed(self) -> None:
+        self.generation += 1
+        for listener in self.on_change:
+            listener()
+
+    # --- Discovery ---------------------------------------------------------------------------
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        with self._discovering:
+            if self._discovered:
+                return
+            self._discovered = True  # first, so that a plugin that dispatches while imported does not recurse
+            allowed, blocked = plugin_choice()
+            found = self._unique(_entry_points())
+            for unknown in sorted(((allowed or frozenset()) | blocked) - found.keys()):
+                self.report(
+                    PluginLoadError(
+                        f"KERNELS_PLUGINS names {unknown!r}, which no installed distribution offers: "
+                        f"there are {', '.join(sorted(found)) or 'none'}.",
+                        plugin=unknown,
+                    )
+                )
+            for name, entry_point in sorted(found.items()):
+                if name not in blocked and (allowed is None or name in allowed):
+                    self._load(name, entry_point)
+
+    def _unique(
+        self, entry_points: Iterable[importlib_metadata.EntryPoint]
+    ) -> dict[str, importlib_metadata.EntryPoint]:
+        """Keep one entry point per name: of two distributions, the first by name, and say so."""
+        by_name: dict[str, dict[str, importlib_metadata.EntryPoint]] = {}
+        for entry_point in entry_points:
+            by_name.setdefault(entry_point.name, {})[_distribution(entry_point)] = entry_point
+        for name, offers in by_name.items():
+            if len(offers) > 1:
+                used, *lost = sorted(offers)
+                self.report(
+                    PluginConflictError(
+                        f"Distributions {', '.join(sorted(offers))} all offer a plugin named {name!r}: that of "
+                        f"{used!r} is used, and those of {', '.join(lost)} are not. Uninstall all but one.",
+                        plugin=name,
+                    )
+                )
+        return {name: offers[min(offers)] for name, offers in by_name.items()}
+
+    def _load(self, name: str, entry_point: importlib_metadata.EntryPoint) -> None:
+        try:
+            self.register(entry_point.load(), name)
+        except PluginError as error:
+            self.report(error)
+        except Exception as error:
+            fault = PluginLoadError(
+                f"Plugin {name!r} of distribution {_distribution(entry_point)!r} cannot be imported from "
+                f"{entry_point.value!r}: {type(error).__name__}: {error}. Mend or uninstall it, or block it "
+                f"with KERNELS_PLUGINS=-{name}.",
+                plugin=name,
+            )
+            fault.__cause__ = error
+            self.report(fault)
+
+    # --- Isolation ---------------------------------------------------------------------------
+
+    def report(self, fault: PluginError) -> None:
+        """Say once what a plugin did wrong; in strict mode, raise it."""
+        if strict():
+            raise fault
+        if str(fault) not in self._reported:
+            self._reported.add(str(fault))
+            self.faults.append(fault)
+            warnings.warn(str(fault), KernelsWarning, stacklevel=2)
+
+    def _raised(self, hook: str, name: str, error: Exception) -> PluginError:
+        fault = PluginError(f"Plugin {name!r} raised in {hook}: {type(error).__name__}: {error}.", plugin=name)
+        fault.__cause__ = error
+        return fault
+
+    def _guard(self, hook: str, name: str, plugin: object, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap one hook implementation so that its exceptions are reported in its name."""
+        if getattr(function, f"{PROJECT}_impl").get("wrapper"):
+            return self._guard_wrapper(hook, name, function)
+        priority = getattr(plugin, "kernels_priority", 0)
+
+        @wraps(function)
+        def guarded(*args: Any) -> Any:
+            try:
+                return _attributed(hook, name, priority, function(*args))
+            except PluginError as fault:
+                error, reason = fault, str(fault)
+            except Exception as raised:
+                if hook == "kernels_load_layer":
+                    raise  # a loader says why it cannot load by raising
+                error = self._raised(hook, name, raised)
+                reason = str(error)
+            if hook in _VETO:
+                return reason
+            if hook == "kernels_find_candidates":
+                return [Refusal(reason, plugin=name, error=error)]
+            self.report(error)
+            return None
+
+        return guarded
+
+    def _guard_wrapper(self, hook: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a wrapper: where it raises by itself, the wrapped answer stands."""
+
+        @wraps(function)
+        def guarded(*args: Any) -> Any:
+            generator = function(*args)
+            try:
+                next(generator)
+            except Exception as raised:
+                self.report(self._raised(hook, name, raised))
+                return (yield)
+            inner: BaseException | None = None
+            answer: Any = None
+            try:
+                answer = yield
+            except BaseException as raised:
+                inner = raised
+            try:
+                if inner is None:
+                    generator.send(answer)
+                else:
+                    generator.throw(inner)
+            except StopIteration as stop:
+                return stop.value
+            except BaseException as raised:
+                if raised is inner or not isinstance(raised, Exception):
+                    raise
+                self.report(self._raised(hook, name, raised))
+            if inner is not None:
+                raise inner
+            return answer
+
+        return guarded
+
+    # --- One method per hook -----------------------------------------------------------------
+
+    @property
+    def _hook(self) -> Any:
+        self._discover()
+        return self._pluggy.hook
+
+    def resolve_forward(self, request: LayerRequest) -> Resolution | None:
+        """Ask for the whole decision."""
+        answer = self._hook.kernels_resolve_forward(request=request)
+        if answer is not None and not isinstance(answer, Resolution):
+            raise PluginError(
+                f"A wrapper of kernels_resolve_forward returned {answer!r}, not a Resolution.",
+                plugin="unknown",
+            )
+        return answer
+
+    def find_candidates(self, request: LayerRequest) -> tuple[list[Candidate], list[Refusal]]:
+        """Collect the candidates of all plugins, and the plugins that failed to offer any."""
+        answers = [item for offer in self._hook.kernels_find_candidates(request=request) for item in offer]
+        candidates = [item for item in answers if isinstance(item, Candidate)]
+        return candidates, [item for item in answers if isinstance(item, Refusal)]
+
+    def authorize(self, request: LayerRequest, candidate: Candidate) -> list[str]:
+        """Collect the reasons not to fetch a candidate."""
+        return list(self._hook.kernels_authorize(request=request, candidate=candidate))
+
+    def load_layer(self, request: LayerRequest, source: object) -> KernelLayer | LoadedLayer | None:
+        """Turn a source into a layer."""
+        answer: KernelLayer | LoadedLayer | None = self._hook.kernels_load_layer(request=request, source=source)
+        return answer
+
+    def check_layer(self, request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> list[str]:
+        """Collect the reasons not to use a loaded layer."""
+        return list(self._hook.kernels_check_layer(request=request, candidate=candidate, layer=layer))
+
+    def resolved(self, resolution: Resolution) -> None:
+        """Tell what was decided."""
+        self._hook.kernels_resolved(resolution=resolution)
+
+    def kernel_failed(self, request: LayerRequest, candidate: Candidate, error: BaseException) -> None:
+        """Tell that a kernel failed."""
+        self._hook.kernels_kernel_failed(request=request, candidate=candidate, error=error)
+
+    def mappings(self) -> list[PluginMapping]:
+        """Collect the mappings of plugin packages, best first."""
+        answers: list[PluginMapping] = self._hook.kernels_mapping()
+        return sorted(answers, key=lambda offer: (-offer.priority, offer.plugin))
+
+    def register_commands(self, cli: typer.Typer) -> None:
+        """Let plugins add subcommands."""
+        self._hook.kernels_register_commands(cli=cli)
+
+
+_manager = PluginManager()
+
+
+def plugin_manager() -> PluginManager:
+    """Return the plugin manager of this process.
+
+    Example:
+        >>> "mapping" in plugin_manager().plugins()
+        True
+    """
+    return _manager
+
+
+def _entry_points() -> Iterable[importlib_metadata.EntryPoint]:
+    import importlib_metadata  # reads the environment: only when plugins are first needed
+
+    return importlib_metadata.entry_points(group=ENTRY_POINT_GROUP)
+
+
+def _distribution(entry_point: importlib_metadata.EntryPoint) -> str:
+    return entry_point.dist.name if entry_point.dist is not None else "unknown"
+
+
+def _checked_hooks(plugin: object, name: str) -> dict[str, Callable[..., Any]]:
+    """Return the hook implementations of a plugin; raise where one would silently never be called."""
+    hooks: dict[str, Callable[..., Any]] = {}
+    for attribute in dir(plugin):
+        function = getattr(plugin, attribute, None)
+        marked = isinstance(getattr(function, f"{PROJECT}_impl", None), dict)
+        if marked and attribute not in _HOOKS:
+            close = difflib.get_close_matches(attribute, _HOOKS, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(_HOOKS)}."
+            raise PluginLoadError(f"Plugin {name!r} implements an unknown hook {attribute}: {hint}", plugin=name)
+        if attribute in _HOOKS and not marked:
+            raise PluginLoadError(
+                f"Plugin {name!r} has a function {attribute} that is not marked: put @hookimpl on it.",
+                plugin=name,
+            )
+        if marked and callable(function):
+            _check_arguments(attribute, function, name)
+            hooks[attribute] = function
+    if not hooks:
+        raise PluginLoadError(
+            f"Plugin {name!r} ({plugin!r}) implements no hook: mark at least one function with @hookimpl.",
+            plugin=name,
+        )
+    priority = getattr(plugin, "kernels_priority", 0)
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise PluginLoadError(f"Plugin {name!r}: kernels_priority is {priority!r}, not an integer.", plugin=name)
+    return hooks
+
+
+def _check_arguments(hook: str, function: Callable[..., Any], name: str) -> None:
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name not in _HOOKS[hook]:
+            problem = "which the hook does not have"
+        elif parameter.default is not parameter.empty:
+            problem = "with a default, which pluggy would never fill"
+        else:
+            continue
+        raise PluginLoadError(
+            f"Plugin {name!r}: {hook}{inspect.signature(function)} takes {parameter.name!r}, {problem}. "
+            f"It may take any of ({', '.join(_HOOKS[hook])}).",
+            plugin=name,
+        )
+
+
+def _attributed(hook: str, name: str, priority: int, answer: Any) -> Any:
+    """Check the type of an answer and put the plugin's name on it."""
+    if answer is None:
+        return None
+    if hook == "kernels_mapping":
+        return PluginMapping(name, priority, _checked_answer(hook, name, answer))
+    if hook == "kernels_find_candidates":
+        return [offer if offer.plugin else replace(offer, plugin=name) for offer in _checked_answer(hook, name, answer)]
+    return _checked_answer(hook, name, answer)
+
+
+_ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "kernels_resolve_forward": ("a Resolution or None", lambda a: isinstance(a, Resolution)),
+    "kernels_find_candidates": (
+        "a sequence of Candidate or None",
+        lambda a: isinstance(a, Sequence) and all(isinstance(item, Candidate) for item in a),
+    ),
+    "kernels_authorize": ("None or a reason (a string)", lambda a: isinstance(a, str)),
+    "kernels_check_layer": ("None or a reason (a string)", lambda a: isinstance(a, str)),
+    "kernels_mapping": ("a mapping or None", lambda a: isinstance(a, Mapping)),
+}
+
+
+def _checked_answer(hook: str, name: str, answer: Any) -> Any:
+    expected, fits = _ANSWERS.get(hook, ("", lambda _: True))
+    if answer is not None and not fits(answer):
+        raise PluginError(f"Plugin {name!r}: {hook} returned {answer!r}, not {expected}.", plugin=name)
+    return answer

@@ -1,0 +1,159 @@
+"""The values that travel between dispatcher and plugins: request, candidate, refusal, resolution."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+
+from .layer import Layer
+from .mode import Mode
+
+Tier = Literal["scope", "user", "plugin"]
+TIERS: tuple[Tier, ...] = ("scope", "user", "plugin")
+"""Who offers a candidate, first to be asked first: an open scope, the user, a plugin package."""
+
+KernelLayer = type[torch.nn.Module] | Callable[..., Any]
+"""What a source is turned into: an `nn.Module` class whose `forward` serves, or a function."""
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """The question: which implementation serves this layer, on this device, called like this?
+
+    Attributes:
+        layer_name: The name that the layer was decorated with.
+        device: Device of the call, with its index.
+        mode: One of the four modes that a call can have.
+        layer: The decorated class or function; None if only a name is asked about.
+        capability: Compute capability of the device, 90 for 9.0; None where there is none.
+        scopes: What the open scopes carry, innermost first (see `Scope`).
+    """
+
+    layer_name: str
+    device: torch.device
+    mode: Mode
+    layer: Layer | None = None
+    capability: int | None = None
+    scopes: tuple[object, ...] = ()
+
+    def __str__(self) -> str:
+        """Name layer, device and mode."""
+        mode = " + ".join(str(flag.name).lower() for flag in Mode if flag in self.mode).replace("torch_", "")
+        return f"layer {self.layer_name!r} on {self.device} for {mode}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An offer: this source might serve.
+
+    Attributes:
+        source: Whatever a `kernels_load_layer` hook can turn into a layer.
+        plugin: Who offers it; filled in with the plugin's name where left empty.
+        tier: `"plugin"` for plugin packages; `"scope"` and `"user"` go before, for what was said
+            in an open scope or registered by the user.
+        priority: Among plugins, the larger goes first; then the plugin's name decides.
+    """
+
+    source: object
+    plugin: str = ""
+    tier: Tier = "plugin"
+    priority: int = 0
+
+    @property
+    def label(self) -> str:
+        """One line that names the source."""
+        return source_label(self.source)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why one candidate, or everything a plugin had to offer, does not serve.
+
+    Attributes:
+        reason: A sentence that ends in what to do, where something can be done.
+        candidate: The candidate; None if the plugin failed before it offered one.
+        plugin: Who offered it.
+        error: The exception behind it, if any.
+    """
+
+    reason: str
+    candidate: Candidate | None = None
+    plugin: str = ""
+    error: BaseException | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        """Name the candidate and the reason."""
+        return f"{self.candidate.label if self.candidate else f'plugin {self.plugin!r}'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A kernel layer with its provenance, for loaders that know it.
+
+    Attributes:
+        layer: The `nn.Module` class or function.
+        origin: Where it came from: repository, commit and build variant.
+        checked: What was verified on the way, and what was not: `{"digest": "12 files", ...}`.
+    """
+
+    layer: KernelLayer
+    origin: str
+    checked: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The answer: what serves, where it came from, and why everything before it does not.
+
+    Attributes:
+        request: The question.
+        implementation: What is called in place of the forward; None stands for the reference.
+        candidate: The offer that was taken; None for the reference.
+        origin: Where the implementation came from; `"reference"` for the reference.
+        refusals: Candidates that were refused, in the order in which they were tried.
+        checked: What was verified about the kernel, and what was not.
+        note: Why no candidate was even asked for, where that is so.
+    """
+
+    request: LayerRequest
+    implementation: Callable[..., Any] | None = None
+    candidate: Candidate | None = None
+    origin: str = "reference"
+    refusals: tuple[Refusal, ...] = ()
+    checked: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the layer's own forward runs."""
+        return self.implementation is None
+
+    @property
+    def plugin(self) -> str:
+        """Name of the plugin that offered what serves; empty for the reference."""
+        return self.candidate.plugin if self.candidate else ""
+
+    def explain(self) -> str:
+        """Tell the whole decision, a line for each candidate."""
+        lines = [f"{self.request}: {self.origin}" + (f" ({self.note})" if self.note else "")]
+        lines += [f"  refused {refusal}" for refusal in self.refusals]
+        lines += [f"  {what}: {result}" for what, result in self.checked.items()]
+        return "\n".join(lines)
+
+    __str__ = explain
+
+
+def source_label(source: object) -> str:
+    """Name a source in one line: a class or function by its place, anything else by its repr."""
+    if isinstance(source, type | types.FunctionType | types.BuiltinFunctionType):
+        return f"{source.__module__}.{source.__qualname__}"
+    return repr(source)
+
+
+def attribute(layer: KernelLayer, name: str, default: bool) -> bool:
+    """Read a declaration such as `has_backward` off a kernel layer."""
+    return bool(getattr(cast(Any, layer), name, default))

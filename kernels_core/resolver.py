@@ -1,0 +1,357 @@
+"""The cold path: ask plugins, rank, authorize, load, check; answer with reasons.
+
+Nothing here runs on a warm call. While a thread resolves, decorated layers that plugins call run on
+their reference, so that nothing recurses and no two resolutions wait for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from . import scope
+from .contract import check_contract, check_mode
+from .device import Device, as_torch_device, device_capability
+from .environment import mapping_disabled, strict
+from .errors import ArgumentTypeError, KernelsWarning, LoadError, NoKernelError
+from .hookspecs import hookimpl
+from .layer import Layer
+from .mode import CALL_MODES, Mode, check_call_mode
+from .plugins import plugin_manager
+from .request import (
+    TIERS,
+    Candidate,
+    KernelLayer,
+    LayerRequest,
+    LoadedLayer,
+    Refusal,
+    Resolution,
+    source_label,
+)
+from .scope import Frame
+
+_said: set[str] = set()
+
+
+def resolve(
+    layer_or_name: str | torch.nn.Module | type[torch.nn.Module] | Callable[..., Any],
+    *,
+    device: torch.device | Device | str,
+    mode: Mode,
+) -> Resolution:
+    """Decide what would serve a layer here and now, without running it.
+
+    May download and import kernels, as the first call would.
+
+    Args:
+        layer_or_name: A layer name, or something decorated: module, class or function.
+        device: Device of the call, such as `"cuda:1"`; without an index, the current device.
+        mode: `Mode.INFERENCE` or `Mode.TRAINING`, alone or with `Mode.TORCH_COMPILE`.
+
+    Returns:
+        The decision, with every refusal. It never raises for want of a kernel.
+
+    Raises:
+        ArgumentError: If device or mode cannot be those of a call.
+        ArgumentTypeError: If the first argument is not decorated.
+
+    Example:
+        >>> resolve("no such layer", device="cpu", mode=Mode.INFERENCE).origin
+        'reference'
+    """
+    layer = None if isinstance(layer_or_name, str) else decorated_layer(layer_or_name)
+    where = as_torch_device(device)
+    request = LayerRequest(
+        layer_name=layer.name if layer else str(layer_or_name),
+        device=where,
+        mode=check_call_mode(mode),
+        layer=layer,
+        capability=device_capability(where),
+        scopes=scope.root.active.payloads(),
+    )
+    with _alone():
+        return _ask(request)
+
+
+def decorated_layer(decorated: object) -> Layer:
+    """Return the `Layer` behind a decorated module, class or function.
+
+    Raises:
+        ArgumentTypeError: If it is not decorated.
+    """
+    forward = (
+        decorated.forward
+        if isinstance(decorated, torch.nn.Module)
+        or (isinstance(decorated, type) and issubclass(decorated, torch.nn.Module))
+        else decorated
+    )
+    layer = getattr(forward, "kernels_layer", None)
+    if isinstance(layer, Layer):
+        return layer
+    raise ArgumentTypeError(
+        f"{source_label(decorated)} is not decorated: put @use_kernel_forward_from_hub(layer_name) on it, "
+        "or call replace_kernel_forward_from_hub(cls, layer_name). A subclass with a forward of its own "
+        "runs that forward, and needs its own decorator."
+    )
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Mark this thread or task as resolving, under the modes in which modules expect to be imported."""
+    token = scope.resolving.set(True)
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        scope.resolving.reset(token)
+
+
+# --- For the dispatcher --------------------------------------------------------------------------
+
+
+def settle(layer: Layer, device: torch.device, frame: Frame, mode: Mode) -> Resolution | None:
+    """Return the one decision for all modes of a call, or None if the mode makes a difference.
+
+    Kernels are loaded only if all modes would try the same ones, so that a training run does not
+    fetch what is registered for inference. `mode` is that of the call that asks, to report it.
+    """
+    requests = {each: _request(layer, device, frame, each) for each in CALL_MODES}
+    with _alone():
+        if not mapping_disabled():
+            offers = [
+                [(_identity(c.source), c.tier, c.plugin) for c in _ranked(request)[0]] for request in requests.values()
+            ]
+            if any(offer != offers[0] for offer in offers):
+                return None
+        resolutions = {each: _ask(request) for each, request in requests.items()}
+        first = resolutions[mode]
+        if any(other.implementation is not first.implementation for other in resolutions.values()):
+            return None
+        _announce(first)
+    return first
+
+
+def decide(layer: Layer, device: torch.device, frame: Frame, mode: Mode) -> Resolution:
+    """Return the decision for calls of one mode."""
+    with _alone():
+        resolution = _ask(_request(layer, device, frame, mode))
+        _announce(resolution)
+    return resolution
+
+
+def must_raise(resolution: Resolution) -> bool:
+    """Whether a call must fail rather than run the reference."""
+    layer = resolution.request.layer
+    if not resolution.is_reference or layer is None or resolution.note:
+        return False
+    return not layer.use_fallback or (strict() and bool(resolution.refusals))
+
+
+def no_kernel(resolution: Resolution) -> NoKernelError:
+    """Make the error that says why no kernel serves."""
+    why = "\n".join(f"  refused {refusal}" for refusal in resolution.refusals) or "  no candidate was offered"
+    rule = "KERNELS_STRICT is on" if strict() else "the layer was decorated with use_fallback=False"
+    return NoKernelError(
+        f"No kernel serves {resolution.request}, and {rule}:\n{why}\n"
+        "Register a kernel that fits with register_kernel_mapping, or allow the reference.",
+        request=resolution.request,
+        refusals=resolution.refusals,
+    )
+
+
+def _request(layer: Layer, device: torch.device, frame: Frame, mode: Mode) -> LayerRequest:
+    return LayerRequest(
+        layer_name=layer.name,
+        device=device,
+        mode=mode,
+        layer=layer,
+        capability=device_capability(device),
+        scopes=frame.payloads(),
+    )
+
+
+def _ask(request: LayerRequest) -> Resolution:
+    if mapping_disabled():
+        return Resolution(request, note="DISABLE_KERNEL_MAPPING is on")
+    return plugin_manager().resolve_forward(request) or Resolution(request)
+
+
+def _announce(resolution: Resolution) -> None:
+    """Tell plugins and, once for each reason, the user."""
+    for refusal in resolution.refusals:
+        subject = f"{resolution.request.layer_name}: {refusal}"
+        if subject not in _said and not must_raise(resolution):
+            _said.add(subject)
+            warnings.warn(
+                f"A kernel for {resolution.request} is not used, {resolution.origin} runs instead: {refusal}",
+                KernelsWarning,
+                stacklevel=2,
+            )
+    plugin_manager().resolved(resolution)
+
+
+# --- The core's own answer -----------------------------------------------------------------------
+
+
+class CorePlugin:
+    """Answers `kernels_resolve_forward`, after everybody else had the chance."""
+
+    @hookimpl(trylast=True)
+    def kernels_resolve_forward(self, request: LayerRequest) -> Resolution:
+        """Try the candidates in order; the first that nothing speaks against serves."""
+        candidates, refused = _ranked(request)
+        refusals = list(refused)
+        for candidate in candidates:
+            outcome = _consider(request, candidate)
+            if isinstance(outcome, Resolution):
+                return replace(outcome, refusals=tuple(refusals))
+            refusals.append(outcome)
+        return Resolution(request, refusals=tuple(refusals))
+
+
+def _ranked(request: LayerRequest) -> tuple[list[Candidate], list[Refusal]]:
+    """Return the candidates, first to be tried first, and the plugins that failed to offer any."""
+    candidates, refusals = plugin_manager().find_candidates(request)
+    candidates.sort(key=lambda c: (TIERS.index(c.tier), -c.priority, c.plugin if c.tier == "plugin" else ""))
+    best = candidates[0] if candidates else None
+    offers = {c.plugin for c in candidates if best and c.tier == best.tier == "plugin" and c.priority == best.priority}
+    if len(offers) > 1:
+        first, *others = sorted(offers)
+        _tie(
+            f"Plugins {', '.join(sorted(offers))} offer kernels for layer {request.layer_name!r} with equal "
+            f"priority: {first!r} goes first, by name. Give one of them a larger kernels_priority, block one "
+            f"with KERNELS_PLUGINS=-{others[0]}, or register the one that you want."
+        )
+    return candidates, refusals
+
+
+def _tie(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, KernelsWarning, stacklevel=2)
+
+
+def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refusal:
+    reasons = plugin_manager().authorize(request, candidate)
+    if reasons:
+        return Refusal("; ".join(reasons), candidate, candidate.plugin)
+    loaded = _loads.load(request, candidate)
+    if isinstance(loaded, Exception):
+        return Refusal(_reason(loaded), candidate, candidate.plugin, loaded)
+    reason = check_contract(request.layer, loaded.layer) or check_mode(request, loaded.layer)
+    reasons = [reason] if reason else plugin_manager().check_layer(request, candidate, loaded.layer)
+    if reasons:
+        return Refusal("; ".join(reasons), candidate, candidate.plugin)
+    return Resolution(
+        request,
+        implementation=_loads.implementation(request, loaded.layer),
+        candidate=candidate,
+        origin=loaded.origin,
+        checked=loaded.checked,
+    )
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, LoadError) else f"{type(error).__name__}: {error}"
+
+
+# --- Loading, once ------------------------------------------------------------------------------
+
+
+@dataclass
+class _Load:
+    """One source being loaded, or the outcome."""
+
+    source: object  # kept alive: an identity that is a key must not be reused
+    lock: threading.Lock
+    outcome: LoadedLayer | Exception | None = None
+
+
+class _Loads:
+    """Turns each source into a layer once, whoever asks; a failure is remembered until a change."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loads: dict[object, _Load] = {}
+        self._bound: dict[type[torch.nn.Module], Callable[..., Any]] = {}
+
+    def load(self, request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
+        source = candidate.source
+        with self._lock:
+            load = self._loads.setdefault(_identity(source), _Load(source, threading.Lock()))
+        with load.lock:
+            if load.outcome is None:
+                load.outcome = self._load(request, source)
+                if isinstance(load.outcome, Exception):
+                    plugin_manager().kernel_failed(request, candidate, load.outcome)
+            return load.outcome
+
+    def _load(self, request: LayerRequest, source: object) -> LoadedLayer | Exception:
+        try:
+            with _outside_of_tracing():
+                layer = plugin_manager().load_layer(request, source)
+        except Exception as error:  # any fault of a kernel is a reason, never a crash of the model
+            return error
+        if layer is None:
+            return LoadError(
+                f"no plugin knows how to load a {type(source).__name__}: use a repository, an object with "
+                "load(), an nn.Module class or a function"
+            )
+        return layer if isinstance(layer, LoadedLayer) else LoadedLayer(layer, source_label(layer))
+
+    def implementation(self, request: LayerRequest, layer: KernelLayer) -> Callable[..., Any]:
+        """Return what a call calls: a class serves with its `forward`, run on the module served."""
+        if not isinstance(layer, type):
+            return layer
+        forward: Callable[..., Any] = cast(Any, layer).forward
+        if request.layer is None or not request.layer.is_function:
+            return forward
+        with self._lock:  # a function has no module: lend it an empty one
+            return self._bound.setdefault(layer, types.MethodType(forward, layer()))
+
+    def forget_failures(self) -> None:
+        """Let sources that failed be tried again."""
+        with self._lock:
+            failed = [key for key, load in self._loads.items() if isinstance(load.outcome, Exception)]
+            for key in failed:
+                del self._loads[key]
+
+
+_loads = _Loads()
+
+
+def _identity(source: object) -> object:
+    """Return a key for a source: equal values share one load."""
+    try:
+        hash(source)
+    except TypeError:
+        return (type(source), id(source))
+    return (type(source), source)
+
+
+def _outside_of_tracing() -> contextlib.AbstractContextManager[object]:
+    """Leave dispatch modes such as that of `torch.export`, so that modules can make real tensors."""
+    import torch.utils._python_dispatch as dispatch
+
+    leave = getattr(dispatch, "_disable_current_modes", None)
+    return leave() if leave is not None else contextlib.nullcontext()
+
+
+def forget() -> None:
+    """Decide anew on the next call, everywhere; what was loaded stays loaded.
+
+    For plugins whose offers changed: `register_kernel_mapping` calls it.
+    """
+    _loads.forget_failures()
+    scope.forget()
+
+
+plugin_manager().on_change.append(forget)
+plugin_manager().register(CorePlugin(), "core")

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers in plain torch.
+
+Each class holds a `forward` alone: a kernel loader runs it with `self` being the layer of the model, whose
+parameters and attributes it reads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["GeluAndMul", "RMSNorm", "RotaryEmbedding", "SiluAndMul", "gelu_and_mul", "silu_and_mul"]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32 and scaled in the input's dtype."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalises the last dimension of `hidden_states`."""
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+class SiluAndMul(nn.Module):
+    """SiLU of the first half of the last dimension, times the second half."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `silu(a) * b` for `x = [a, b]`."""
+        return silu_and_mul(x)
+
+
+class GeluAndMul(nn.Module):
+    """Exact GELU of the first half of the last dimension, times the second half."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `gelu(a) * b` for `x = [a, b]`."""
+        return gelu_and_mul(x)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding of queries and keys, pairing each channel with the one half a head away."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates `query` and `key` of shape [batch, heads, seq, dim] by `cos` and `sin` of [batch or 1, seq, dim]."""
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """Returns `silu(a) * b` for `x = [a, b]`."""
+    a, b = x.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """Returns `gelu(a) * b`, with the exact GELU, for `x = [a, b]`."""
+    a, b = x.chunk(2, dim=-1)
+    return F.gelu(a) * b
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)

@@ -1,0 +1,68 @@
+"""The demo's layers in eager torch: the reference that every kernel stands in for."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["GeluAndMul", "RMSNorm", "RotaryEmbedding", "SiluAndMul"]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation of the last dimension, as Llama defines it.
+
+    Args:
+        hidden_size: Width of the last dimension.
+        eps: Added to the mean square before the square root.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalises in float32, rounds to the input's dtype, then scales by the weight."""
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(dtype)
+
+
+class SiluAndMul(nn.Module):
+    """SiLU of the first half of the last dimension, times the second half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `silu(a) * b` for `x = [a, b]`."""
+        half = x.shape[-1] // 2
+        return F.silu(x[..., :half]) * x[..., half:]
+
+
+class GeluAndMul(nn.Module):
+    """Exact GELU of the first half of the last dimension, times the second half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `gelu(a) * b` for `x = [a, b]`."""
+        half = x.shape[-1] // 2
+        return F.gelu(x[..., :half]) * x[..., half:]
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding of queries and keys, pairing each channel with the one half a head away."""
+
+    def forward(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates queries and keys by their positions' angles.
+
+        Args:
+            query: [batch, heads, seq, dim].
+            key: [batch, key heads, seq, dim].
+            cos: [batch or 1, seq, dim].
+            sin: [batch or 1, seq, dim].
+        """
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)

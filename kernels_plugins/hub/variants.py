@@ -1,0 +1,335 @@
+"""Which build variants of a Hub kernel repository fit this machine, best first.
+
+A kernel repository holds one folder per build, and the folder's name says what the build needs:
+
+* `torch29-cxx11-cu126-x86_64-linux`: compiled for torch 2.9, CUDA 12.6, one processor and system;
+* `torch-stable-abi29-cu126-x86_64-linux`: the same for torch's stable ABI, so for torch 2.9 and newer;
+* `tvm-ffi01-cu126-x86_64-linux`: the same for tvm-ffi 0.1 instead of torch;
+* `torch-cuda`, `torch-universal`: nothing compiled, for one kind of backend or for all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Release = tuple[int, int]
+"""A major and a minor version."""
+
+
+class _Backend(NamedTuple):
+    """How one kind of backend is written: in a folder's name, and for people."""
+
+    tag: str
+    title: str
+    versioned: bool
+
+
+_BACKENDS = {
+    "cpu": _Backend("cpu", "the CPU backend", versioned=False),
+    "cuda": _Backend("cu", "CUDA", versioned=True),
+    "rocm": _Backend("rocm", "ROCm", versioned=True),
+    "xpu": _Backend("xpu", "XPU", versioned=True),
+    "npu": _Backend("cann", "CANN", versioned=True),
+    "metal": _Backend("metal", "Metal", versioned=False),
+    "neuron": _Backend("neuron", "Neuron", versioned=False),
+    "tpu": _Backend("tpu", "TPU", versioned=False),
+}
+_KIND_OF_TAG = {backend.tag: kind for kind, backend in _BACKENDS.items()}
+
+_UNIVERSAL = "universal"
+_STABLE = "torch-stable-abi"
+# What a compiled build can be made for, the preferred first.
+_FRAMEWORKS = (_STABLE, "torch", "tvm-ffi")
+
+_ABI_TAGS = {None: "", True: "-cxx11", False: "-cxx98"}
+_ABI_TITLES = {None: "no choice of C++ ABI", True: "the C++11 ABI", False: "the C++98 ABI"}
+
+# No number has a leading zero, so that two names never mean the same variant; and all are short, because
+# Python refuses to read an endless one. The major version of a framework is one digit.
+_COMPILED = re.compile(
+    rf"(?P<framework>{'|'.join(_FRAMEWORKS)})(?P<major>[0-9])(?P<minor>0|[1-9][0-9]{{0,2}})"
+    r"(?P<abi>-cxx11|-cxx98)?-(?P<tag>[a-z]+)(?P<digits>[1-9][0-9]{1,5})?-(?P<cpu>\w+)-(?P<os>\w+)",
+    re.ASCII,
+)
+
+# The builds for Metal use Metal 4, which came with macOS 26. Their names do not say so.
+_METAL_NEEDS_MACOS = (26, 0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides which build variants can be loaded.
+
+    Attributes:
+        torch: The version of torch.
+        backend: The kind of backend: cpu, cuda, rocm, xpu, npu, metal, neuron or tpu.
+        backend_version: The version of CUDA, ROCm, XPU or CANN; None for the other kinds.
+        cpu: The processor, such as x86_64 or aarch64.
+        os: The system: linux, darwin or windows.
+        cxx11_abi: Whether torch uses the C++11 ABI; None off Linux, where there is no choice.
+        tvm_ffi: The version of tvm-ffi, None if it is not installed.
+        macos: The version of macOS, None on another system.
+        abi3: Whether this Python loads extension modules for the stable ABI of CPython.
+
+    Example:
+        >>> Machine(torch=(2, 9), backend="cuda", backend_version=(12, 8)).cpu
+        'x86_64'
+    """
+
+    torch: Release
+    backend: str = "cpu"
+    backend_version: Release | None = None
+    cpu: str = "x86_64"
+    os: str = "linux"
+    cxx11_abi: bool | None = True
+    tvm_ffi: Release | None = None
+    macos: Release | None = None
+    abi3: bool = True
+
+    @classmethod
+    def here(cls, backend: str | None = None) -> Machine:
+        """Describe the machine of this process, importing torch.
+
+        Args:
+            backend: The kind of backend to use: cpu, or the one that torch was built for (the default).
+
+        Raises:
+            ValueError: If torch was not built for that backend.
+
+        Example:
+            >>> Machine.here("cpu").backend
+            'cpu'
+        """
+        import torch
+
+        wanted = "npu" if backend == "cann" else backend
+        kind, version = ("cpu", None) if wanted == "cpu" else _torch_backend()
+        if wanted not in (None, kind):
+            raise ValueError(f"backend {backend!r} is not available: this torch is built for {kind!r}")
+        cpu, system = platform.machine(), platform.system().lower()
+        return cls(
+            torch=_release(torch.__version__) or (0, 0),
+            backend=kind,
+            backend_version=version,
+            cpu={"AMD64": "x86_64", "ARM64": "aarch64", "arm64": "aarch64"}.get(cpu, cpu),
+            os=system,
+            cxx11_abi=torch.compiled_with_cxx11_abi() if system == "linux" else None,
+            tvm_ffi=_tvm_ffi_release(),
+            macos=_macos_release() if system == "darwin" else None,
+            # Free-threaded Python has a stable ABI from 3.15 on.
+            abi3=sys.version_info >= (3, 15) or not sysconfig.get_config_var("Py_GIL_DISABLED"),
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One build variant; `str` gives the name of its folder.
+
+    Attributes:
+        framework: What it was compiled for: torch, torch-stable-abi or tvm-ffi; torch if not compiled.
+        backend: The kind of backend, as in `Machine`; or universal, if not compiled.
+        release: The version of the framework; None if not compiled.
+        cxx11_abi: Whether it uses the C++11 ABI; None if the name does not say.
+        backend_version: The version of the backend; None if the name does not say.
+        cpu: The processor; empty if not compiled.
+        os: The system; empty if not compiled.
+
+    Example:
+        >>> str(Variant("torch", "cuda", (2, 9), True, (12, 6), "x86_64", "linux"))
+        'torch29-cxx11-cu126-x86_64-linux'
+        >>> str(Variant("torch", "universal"))
+        'torch-universal'
+    """
+
+    framework: str
+    backend: str
+    release: Release | None = None
+    cxx11_abi: bool | None = None
+    backend_version: Release | None = None
+    cpu: str = ""
+    os: str = ""
+
+    def __str__(self) -> str:
+        """The name of the folder that holds this variant."""
+        if self.release is None:
+            return f"{self.framework}-{self.backend}"
+        backend = _BACKENDS[self.backend].tag + _digits(self.backend_version)
+        framework = f"{self.framework}{_digits(self.release)}{_ABI_TAGS[self.cxx11_abi]}"
+        return f"{framework}-{backend}-{self.cpu}-{self.os}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose_variants` found.
+
+    Attributes:
+        accepted: The variants that fit, best first.
+        rejected: The name of each other folder and the reason, sorted by name.
+
+    Example:
+        >>> Choice(accepted=(), rejected=(("docs", "not the name of a build variant"),)).accepted
+        ()
+    """
+
+    accepted: tuple[Variant, ...]
+    rejected: tuple[tuple[str, str], ...]
+
+
+def parse_variant(name: str) -> Variant | None:
+    """Read the name of a folder; None if it is not the name of a build variant.
+
+    Example:
+        >>> parse_variant("torch-stable-abi29-cu126-x86_64-linux").backend_version
+        (12, 6)
+        >>> parse_variant("docs") is None
+        True
+    """
+    if match := _COMPILED.fullmatch(name):
+        framework, major, minor, abi, tag, digits, cpu, system = match.groups()
+        kind = _KIND_OF_TAG.get(tag)
+        if kind is None or _BACKENDS[kind].versioned != bool(digits) or (abi and framework != "torch"):
+            return None
+        # Names run major and minor together; the last digit is the minor version.
+        version = (int(digits[:-1]), int(digits[-1])) if digits else None
+        cxx11_abi = abi == "-cxx11" if abi else None
+        return Variant(framework, kind, (int(major), int(minor)), cxx11_abi, version, cpu, system)
+    framework, _, kind = name.partition("-")
+    if framework == "torch" and kind in (*_BACKENDS, _UNIVERSAL):
+        return Variant(framework, kind)
+    return None
+
+
+def choose_variants(names: Iterable[str], machine: Machine) -> Choice:
+    """Split the folders of a kernel repository into those that fit a machine and those that do not.
+
+    Builds for torch's stable ABI come first (the newest ABI leading), then those for exactly this torch,
+    then those for tvm-ffi, then what is not compiled, universal last. Of two alike the one for the newer
+    backend version leads.
+
+    Example:
+        >>> names = ["torch-cuda", "torch29-cxx11-cu126-x86_64-linux", "torch29-cxx11-cu130-x86_64-linux"]
+        >>> choice = choose_variants(names, Machine(torch=(2, 9), backend="cuda", backend_version=(12, 8)))
+        >>> [str(variant) for variant in choice.accepted]
+        ['torch29-cxx11-cu126-x86_64-linux', 'torch-cuda']
+        >>> choice.rejected[0][1]
+        'built for CUDA 13.0, this machine has CUDA 12.8'
+    """
+    accepted, rejected = [], []
+    for name in sorted(set(names)):
+        variant = parse_variant(name)
+        if variant is None:
+            rejected.append((name, "not the name of a build variant"))
+        elif mismatches := list(_mismatches(variant, machine)):
+            needs, has = (" and ".join(side) for side in zip(*mismatches, strict=True))
+            rejected.append((name, f"built for {needs}, this machine has {has}"))
+        else:
+            accepted.append(variant)
+    return Choice(tuple(sorted(accepted, key=_preference)), tuple(rejected))
+
+
+def _preference(variant: Variant) -> tuple[int, int, int, bool, int, int]:
+    """The sort key of a variant that fits, the best being least."""
+    if variant.release is None:
+        rank = len(_FRAMEWORKS) + (variant.backend == _UNIVERSAL)
+    else:
+        rank = _FRAMEWORKS.index(variant.framework)
+    major, minor = variant.release or (0, 0)
+    backend_major, backend_minor = variant.backend_version or (0, 0)
+    return rank, -major, -minor, variant.cxx11_abi is not None, -backend_major, -backend_minor
+
+
+def _mismatches(variant: Variant, machine: Machine) -> Iterator[tuple[str, str]]:
+    """Everything that the variant needs and the machine lacks, each with what the machine has instead."""
+    if not _backend_fits(variant, machine):
+        yield _backend_title(variant), _backend_title(machine)
+    if variant.release is None:
+        return
+    if (variant.cpu, variant.os) != (machine.cpu, machine.os):
+        yield f"{variant.cpu} {variant.os}", f"{machine.cpu} {machine.os}"
+    if not machine.abi3:
+        yield "a Python with the stable ABI", "a free-threaded Python without it"
+    if variant.framework == _STABLE:
+        if machine.torch < variant.release:
+            yield _title("torch", variant.release) + " or newer", _title("torch", machine.torch)
+    else:
+        have = machine.torch if variant.framework == "torch" else machine.tvm_ffi
+        if have != variant.release:
+            title = variant.framework
+            yield _title(title, variant.release), _title(title if have else f"no {title}", have)
+    if variant.cxx11_abi not in (None, machine.cxx11_abi):
+        yield _ABI_TITLES[variant.cxx11_abi], _ABI_TITLES[machine.cxx11_abi]
+    if variant.backend == machine.backend == "metal" and (machine.macos or (0, 0)) < _METAL_NEEDS_MACOS:
+        yield _title("macOS", _METAL_NEEDS_MACOS) + " or newer", _title("macOS", machine.macos)
+
+
+def _backend_fits(variant: Variant, machine: Machine) -> bool:
+    if variant.backend != machine.backend:
+        return variant.backend == _UNIVERSAL
+    if variant.release is None:
+        return True
+    built, have = variant.backend_version, machine.backend_version
+    if variant.backend == "cuda" and built and have:
+        # CUDA promises that a build runs with every later minor version; the others promise nothing.
+        return built[0] == have[0] and built[1] <= have[1]
+    # As they are spelled, since the name of ROCm 7.10 reads as if it were 71.0.
+    return _digits(built) == _digits(have)
+
+
+def _backend_title(of: Variant | Machine) -> str:
+    return _title(_BACKENDS[of.backend].title, of.backend_version)
+
+
+def _title(what: str, version: Release | None) -> str:
+    return f"{what} {version[0]}.{version[1]}" if version else what
+
+
+def _digits(version: Release | None) -> str:
+    return f"{version[0]}{version[1]}" if version else ""
+
+
+def _release(text: str) -> Release | None:
+    """The major and minor version that a text starts with."""
+    match = re.match(r"(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _torch_backend() -> tuple[str, Release | None]:
+    """The kind of backend that torch was built for, whether or not this machine has such a device."""
+    import torch
+
+    # These two plug into a torch that was built for something else, so they go first.
+    if hasattr(torch.backends, "tpu"):
+        return "tpu", None
+    if hasattr(torch, "neuron"):
+        return "neuron", None
+    for kind, version in (("cuda", torch.version.cuda), ("rocm", torch.version.hip)):
+        if version is not None:
+            return kind, _release(version)
+    if torch.backends.mps.is_available():
+        return "metal", None
+    if xpu := getattr(torch.version, "xpu", None):
+        # The compiler's version as a date-like number: 20250201 is 2025.2.
+        return "xpu", (int(xpu[:4]), int(xpu[5]))
+    if torch._C._get_privateuse1_backend_name() == "npu":
+        return "npu", _release(importlib.import_module("torch_npu.utils.collect_env").get_cann_version())
+    return "cpu", None
+
+
+def _tvm_ffi_release() -> Release | None:
+    try:
+        return _release(importlib.import_module("tvm_ffi").__version__)
+    except (ImportError, OSError):
+        return None  # not installed, or its library does not load
+
+
+def _macos_release() -> Release | None:
+    release = _release(platform.mac_ver()[0])
+    # macOS 26 calls itself 16 to a program that was linked against an older SDK; there is no real 16.
+    return (26, release[1]) if release and release[0] == 16 else release

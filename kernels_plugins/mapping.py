@@ -1,0 +1,247 @@
+"""Plugin `mapping`: which source serves a layer name, on which device, in which mode.
+
+A mapping is `{layer name: {device: source | [sources in order] | {Mode: source}}}`. There are three
+places to say one: an open `use_kernel_mapping` scope, `register_kernel_mapping`, and the hook
+`kernels_mapping` of a plugin package; they are asked in that order.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels_core import (
+    STAND_INS,
+    ArgumentTypeError,
+    Candidate,
+    Device,
+    KernelLayer,
+    KernelsError,
+    LayerRequest,
+    LoadedLayer,
+    Mode,
+    PluginError,
+    Scope,
+    check_registered_mode,
+    forget,
+    hookimpl,
+    plugin_manager,
+    source_label,
+)
+
+KernelMapping = Mapping[str, Mapping[Any, Any]]
+"""`{layer name: {device: source | [sources in order] | {Mode: source}}}`."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A parsed mapping: sources in order, per layer name, device and mode.
+
+    Attributes:
+        sources: What serves.
+        inherit: Whether mappings said further out count, too.
+    """
+
+    sources: Mapping[str, Mapping[tuple[Device, Mode], tuple[object, ...]]]
+    inherit: bool = True
+
+    def find(self, request: LayerRequest) -> Iterator[object]:
+        """Yield the sources that fit a request: narrowest device first, then the best mode."""
+        stand_ins = STAND_INS[request.mode]
+        fitting = [
+            (_width(device), stand_ins.index(mode), sources)
+            for (device, mode), sources in self.sources.get(request.layer_name, {}).items()
+            if mode in stand_ins and device.matches(request.device, capability=request.capability)
+        ]
+        for _, _, sources in sorted(fitting, key=lambda entry: entry[:2]):
+            yield from sources
+
+    def updated(self, other: Level) -> Level:
+        """Return this level with the entries of `other` added, equal keys replaced."""
+        merged = {name: dict(entries) for name, entries in self.sources.items()}
+        for name, entries in other.sources.items():
+            merged.setdefault(name, {}).update(entries)
+        return Level(merged, self.inherit)
+
+
+def _width(device: Device) -> float:
+    return float("inf") if device.properties is None else device.properties.width
+
+
+_registering = threading.Lock()
+_registered = Level({})
+
+
+def register_kernel_mapping(mapping: KernelMapping, inherit_mapping: bool = True) -> None:
+    """Say which kernels serve which layers, for the whole process, from the next call on.
+
+    Args:
+        mapping: `{layer name: {device: source | [sources in order] | {Mode: source}}}`. A device is
+            a name such as `"cuda"` or a `Device`; a source is a repository, an object with
+            `load()`, an `nn.Module` class, or a function.
+        inherit_mapping: Whether to add to what was registered before (an equal layer, device and
+            mode is replaced) and to the mappings of plugin packages, or to stand instead of them.
+
+    Raises:
+        ArgumentError: For an unknown device or an impossible mode (a `ValueError`).
+        ArgumentTypeError: For anything of the wrong type. Nothing is registered then.
+
+    Example:
+        >>> class FastIdentity(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> register_kernel_mapping({"Identity": {"cpu": FastIdentity}})
+    """
+    global _registered
+    level = parse_mapping(mapping, inherit=bool(inherit_mapping))
+    with _registering:
+        _registered = _registered.updated(level) if inherit_mapping else level
+    forget()
+
+
+class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads like a statement
+    """Say which kernels serve which layers inside a `with` block.
+
+    Counts for the thread or asyncio task that enters it. The object can be entered again and again,
+    and remembers what was resolved inside.
+
+    Args:
+        mapping: As for `register_kernel_mapping`.
+        inherit_mapping: Whether mappings said outside of the block count, too, after this one.
+
+    Raises:
+        ArgumentError: As `register_kernel_mapping`, as does `ArgumentTypeError`.
+
+    Example:
+        >>> class FastIdentity(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> with use_kernel_mapping({"Identity": {"cpu": FastIdentity}}):
+        ...     resolve("Identity", device="cpu", mode=Mode.INFERENCE).is_reference
+        False
+    """
+
+    def __init__(self, mapping: KernelMapping, *, inherit_mapping: bool = True) -> None:
+        """Check the mapping; nothing changes before the block is entered."""
+        super().__init__(parse_mapping(mapping, inherit=bool(inherit_mapping)))
+
+
+# --- Parsing -------------------------------------------------------------------------------------
+
+
+def parse_mapping(mapping: KernelMapping, *, inherit: bool = True) -> Level:
+    """Check a mapping and bring it into one form.
+
+    Raises:
+        ArgumentError: For an unknown device or an impossible mode.
+        ArgumentTypeError: For anything of the wrong type.
+    """
+    _expect_mapping(mapping, "A kernel mapping", "{layer name: {device: source}}")
+    sources: dict[str, dict[tuple[Device, Mode], tuple[object, ...]]] = {}
+    for name, devices in mapping.items():
+        if not isinstance(name, str):
+            raise ArgumentTypeError(f"A layer name in a mapping is a string, not {name!r}.")
+        _expect_mapping(devices, f"The mapping of layer {name!r}", "{device: source}")
+        sources[name] = {
+            (device, mode): chosen
+            for key, value in devices.items()
+            for device in [key if isinstance(key, Device) else Device(key)]
+            for mode, chosen in _modes(value, f"layer {name!r}, device {device.type!r}")
+        }
+    return Level(sources, inherit)
+
+
+def _modes(value: object, where: str) -> Iterator[tuple[Mode, tuple[object, ...]]]:
+    if not isinstance(value, Mapping):
+        yield Mode.FALLBACK, _sources(value, where)
+        return
+    for mode, chosen in value.items():
+        if not isinstance(mode, Mode):
+            raise ArgumentTypeError(f"In the mapping of {where}: {mode!r} is not a Mode such as Mode.TRAINING.")
+        yield check_registered_mode(mode), _sources(chosen, where)
+
+
+def _sources(value: object, where: str) -> tuple[object, ...]:
+    sources = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for source in sources:
+        problem = _source_problem(source)
+        if problem:
+            raise ArgumentTypeError(
+                f"In the mapping of {where}: {source!r} {problem}. A source is a repository such as "
+                "LayerRepository('owner/name', layer_name='Name', version=1), an object with load(), "
+                "an nn.Module class, or a function."
+            )
+    return sources
+
+
+def _source_problem(source: object) -> str | None:
+    if isinstance(source, type):
+        return None if issubclass(source, torch.nn.Module) else "is a class, but not of nn.Module"
+    if isinstance(source, torch.nn.Module):
+        return "is a module, where its class is wanted"
+    if isinstance(source, str | bytes):
+        return "is a string"
+    loads = callable(getattr(source, "load", None))
+    return None if loads or callable(source) else "cannot serve a layer"
+
+
+def _expect_mapping(value: object, what: str, form: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ArgumentTypeError(f"{what} has the form {form}, not {value!r}.")
+
+
+# --- Hooks ---------------------------------------------------------------------------------------
+
+
+_offered: tuple[object, list[tuple[str, int, Level]]] = (None, [])
+
+
+def _offered_levels() -> list[tuple[str, int, Level]]:
+    """Return the parsed mappings of plugin packages, best first; parsed once per set of plugins."""
+    global _offered
+    manager = plugin_manager()
+    manager.plugins()  # discovery may still change the generation
+    key = (manager, manager.generation)
+    if _offered[0] != key:
+        levels = []
+        for offer in manager.mappings():
+            try:
+                levels.append((offer.plugin, offer.priority, parse_mapping(offer.mapping)))
+            except KernelsError as error:
+                fault = PluginError(f"Plugin {offer.plugin!r} offers a bad mapping: {error}", plugin=offer.plugin)
+                fault.__cause__ = error
+                manager.report(fault)
+        _offered = (key, levels)
+    return _offered[1]
+
+
+@hookimpl
+def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate]:
+    """Offer what open scopes say, then what the user registered, then what plugin packages bring."""
+    found: list[Candidate] = []
+    for level in request.scopes:
+        if isinstance(level, Level):
+            found += [Candidate(source, tier="scope") for source in level.find(request)]
+            if not level.inherit:
+                return found
+    found += [Candidate(source, tier="user") for source in _registered.find(request)]
+    if _registered.inherit:
+        for plugin, priority, level in _offered_levels():
+            found += [Candidate(source, plugin, "plugin", priority) for source in level.find(request)]
+    return found
+
+
+@hookimpl
+def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | LoadedLayer | None:
+    """Take classes and functions as they are, and ask any other object to load itself."""
+    if isinstance(source, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType):
+        return source
+    load = getattr(source, "load", None)
+    if callable(load):
+        return LoadedLayer(load(), source_label(source))
+    return source if callable(source) else None

@@ -1,0 +1,112 @@
+"""The plain-torch variant of the bundled kernel repository, against the demo's eager layers."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+DEMO = Path(__file__).resolve().parents[2] / "kernels_plugins" / "demo"
+BUILD = DEMO / "hub" / "kernels-demo" / "llama-layers" / "build"
+LAYERS = ["RMSNorm", "SiluAndMul", "GeluAndMul", "RotaryEmbedding"]
+
+
+def load(name: str, path: Path) -> Any:
+    """Imports the package folder or file `path` as `name`, leaving no bytecode in a folder that is sealed."""
+    init = path / "__init__.py" if path.is_dir() else path
+    spec = importlib.util.spec_from_file_location(
+        name, init, submodule_search_locations=[str(path)] if path.is_dir() else None
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = written
+    return module
+
+
+reference = load("demo_reference_layers_cpu", DEMO / "layers.py")
+kernels = load("demo_kernels_cpu_under_test", BUILD / "torch-cpu").layers
+
+
+def make(name: str, dtype: torch.dtype) -> tuple[Any, list[torch.Tensor]]:
+    """A reference layer and inputs that require gradients."""
+    torch.manual_seed(0)
+    if name == "RotaryEmbedding":
+        q, k = torch.randn(2, 4, 7, 16, dtype=dtype), torch.randn(2, 2, 7, 16, dtype=dtype)
+        angles = [torch.randn(1, 7, 16, dtype=dtype) for _ in range(2)]
+        return reference.RotaryEmbedding(), [q.requires_grad_(), k.requires_grad_(), *angles]
+    layer = getattr(reference, name)(*([100] if name == "RMSNorm" else [])).to(dtype)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer, [torch.randn(3, 5, 100, dtype=dtype, requires_grad=True)]
+
+
+def run(forward: Any, layer: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs, then the gradients of inputs and parameters."""
+    outputs = forward(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [x for x in (*inputs, *layer.parameters()) if x.requires_grad]
+    return [*outputs, *torch.autograd.grad([y.float().square().sum() for y in outputs], wanted)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
+    """Outputs and gradients of the kernel run on the reference layer's own state equal the reference's."""
+    layer, inputs = make(name, dtype)
+    kernel = types.MethodType(getattr(kernels, name).forward, layer)
+    for actual, expected in zip(run(kernel, layer, inputs), run(layer, layer, inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_function_matches_the_layer() -> None:
+    """The plain function serves function layers with the same result."""
+    _, (x,) = make("SiluAndMul", torch.float32)
+    torch.testing.assert_close(kernels.silu_and_mul(x), reference.SiluAndMul()(x))
+
+
+def test_traces_to_a_full_graph() -> None:
+    """The kernel layer compiles without graph breaks, as its `can_torch_compile` promises."""
+    layer, inputs = make("RMSNorm", torch.float32)
+    expected = layer(*inputs)
+    layer.forward = types.MethodType(kernels.RMSNorm.forward, layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_stateless(name: str) -> None:
+    """Kernel layers add a `forward` and the two capability flags, and no constructor of their own."""
+    layer = getattr(kernels, name)
+    assert issubclass(layer, torch.nn.Module)
+    assert "__init__" not in vars(layer)
+    assert layer.has_backward
+    assert layer.can_torch_compile
+
+
+@pytest.mark.parametrize("variant", ["torch-cpu", "torch-cuda"])
+def test_seal_covers_every_file(variant: str) -> None:
+    """The checked-in metadata names every file of the variant with its current digest."""
+    metadata = json.loads((BUILD / variant / "metadata.json").read_text())
+    found = {
+        path.relative_to(BUILD / variant).as_posix(): base64.b64encode(
+            hashlib.sha256(path.read_bytes()).digest()
+        ).decode()
+        for path in (BUILD / variant).rglob("*")
+        if path.is_file() and path.name != "metadata.json"
+    }
+    assert metadata["digest"] == {"algorithm": "sha256", "files": found}
+    assert metadata["backend"]["type"] == variant.removeprefix("torch-")
