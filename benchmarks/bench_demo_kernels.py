@@ -13,22 +13,25 @@ import argparse
 import datetime
 import importlib.util
 import json
-import math
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.testing
+from torch.nn import functional
 
 DEMO = Path(__file__).resolve().parents[1] / "kernels_plugins" / "demo"
 VARIANT = DEMO / "hub" / "kernels-demo" / "llama-layers" / "build" / "torch-cuda"
 DTYPE = torch.bfloat16
+
+sys.dont_write_bytecode = True  # The variant's folder is sealed by a digest.
 
 
 def load(name: str, path: Path) -> Any:
@@ -76,18 +79,18 @@ def host(call: Callable[[], Any], count: int = 500) -> float:
     return (time.perf_counter() - start) / count * 1e6
 
 
-def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call` compiled apart from every other one, for the shapes at hand."""
+def fresh(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` compiled apart from everything compiled before, for the shapes at hand."""
     torch._dynamo.reset()
     return torch.compile(call, dynamic=False)
 
 
-def forward_backward(call: Callable[..., Any], inputs: list[torch.Tensor]) -> Callable[[], Any]:
-    """A call that computes outputs and the gradients of all inputs that require them."""
+def forward_backward(call: Callable[..., Any], inputs: list[torch.Tensor], layer: torch.nn.Module) -> Callable[[], Any]:
+    """A call that computes the outputs and the gradients of all inputs and parameters that require them."""
     with torch.no_grad():
         outputs = call(*inputs)
     grads = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
-    wanted = [x for x in inputs if x.requires_grad]
+    wanted = [x for x in (*inputs, *layer.parameters()) if x.requires_grad]
 
     def run() -> Any:
         return torch.autograd.grad(call(*inputs), wanted, grads)
@@ -95,96 +98,80 @@ def forward_backward(call: Callable[..., Any], inputs: list[torch.Tensor]) -> Ca
     return run
 
 
-def cases(reference: Any, kernels: Any) -> list[tuple[str, dict[str, Callable[..., Any]], list[torch.Tensor], int, int]]:
-    """Name, providers, inputs, and the bytes that forward and backward must move at least, of every case."""
+@dataclass
+class Case:
+    """A layer on inputs, with the bytes that its forward and backward have to move at least."""
 
-    def tensor(*shape: int, grad: bool = True) -> torch.Tensor:
-        return torch.randn(shape, dtype=DTYPE, device="cuda", requires_grad=grad)
+    name: str
+    layer: torch.nn.Module
+    inputs: list[torch.Tensor]
+    forward_bytes: int
+    backward_bytes: int
 
-    def layer_call(name: str, source: Any, layer: Any) -> Callable[..., Any]:
-        return types.MethodType(getattr(source, name).forward, layer)
+    def providers(self, kernels: Any) -> dict[str, Callable[[], Callable[..., Any]]]:
+        """Makers of everything that computes the layer."""
+        layer = self.layer
+        ours = types.MethodType(getattr(kernels, type(layer).__name__).forward, layer)
+        providers = {"ours": lambda: ours, "ours compiled": lambda: fresh(ours)}
+        if hasattr(layer, "weight"):
+            weight = layer.weight
+            providers["torch rms_norm"] = lambda: lambda x: functional.rms_norm(x, weight.shape, weight, 1e-6)
+        return providers | {"compiled reference": lambda: fresh(layer), "eager reference": lambda: layer}
 
-    def providers(name: str, layer: Any) -> dict[str, Callable[..., Any]]:
-        ours, eager = layer_call(name, kernels, layer), layer_call(name, reference, layer)
-        return {"ours": ours, "compiled reference": eager, "eager reference": eager}
 
-    norm = types.SimpleNamespace(variance_epsilon=1e-6)
+def tensor(*shape: int, grad: bool = True) -> torch.Tensor:
+    """Random values on the GPU."""
+    return torch.randn(shape, dtype=DTYPE, device="cuda", requires_grad=grad)
 
-    def with_weight(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            norm.weight = weight
-            return call(x)
 
-        return run
-
-    def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, 1e-6)
-
+def cases(reference: Any) -> Iterator[Case]:
+    """What is timed; inputs are made when it is their turn."""
     rows, hidden, inner = 8192, 4096, 14336
-    x, gate = rows * hidden * 2, rows * inner * 2
-    norms = {name: with_weight(call) for name, call in providers("RMSNorm", norm).items()}
-    norms = {"ours": norms.pop("ours"), "torch rms_norm": rms_norm, **norms}
-    q = 4 * 32 * 2048 * 128 * 2
-    return [
-        (f"RMSNorm {rows}x{hidden}", norms, [tensor(rows, hidden), tensor(hidden)], 2 * x, 3 * x),
-        (f"silu-and-mul {rows}x{inner}", providers("SiluAndMul", None), [tensor(rows, 2 * inner)], 3 * gate, 5 * gate),
-        (f"gelu-and-mul {rows}x{inner}", providers("GeluAndMul", None), [tensor(rows, 2 * inner)], 3 * gate, 5 * gate),
-        (
-            "rotary q, k [4, 32, 2048, 128]",
-            providers("RotaryEmbedding", None),
-            [tensor(4, 32, 2048, 128), tensor(4, 32, 2048, 128), *(tensor(1, 2048, 128, grad=False) for _ in "cs")],
-            4 * q,
-            4 * q,
-        ),
-    ]
+    size = 2 * rows * hidden
+    norm = reference.RMSNorm(hidden).to("cuda", DTYPE)
+    yield Case(f"RMSNorm {rows}x{hidden}", norm, [tensor(rows, hidden)], 2 * size, 3 * size)
+    size = 2 * rows * inner
+    for name, layer in (("silu-and-mul", reference.SiluAndMul()), ("gelu-and-mul", reference.GeluAndMul())):
+        yield Case(f"{name} {rows}x{inner}", layer, [tensor(rows, 2 * inner)], 3 * size, 5 * size)
+    heads = [tensor(4, 32, 2048, 128) for _ in range(2)]
+    angles = [tensor(1, 2048, 128, grad=False) for _ in range(2)]
+    size = 4 * heads[0].nbytes
+    yield Case("rotary q, k [4, 32, 2048, 128]", reference.RotaryEmbedding(), heads + angles, size, size)
 
 
-def measure() -> list[dict[str, Any]]:
+def measure(reference: Any, kernels: Any) -> Iterator[dict[str, Any]]:
     """All rows of the table."""
-    reference = load("bench_reference_layers", DEMO / "layers.py")
-    kernels = load("bench_demo_kernels_cuda", VARIANT).layers
-    rows = []
-    for case, providers, inputs, forward, backward in cases(reference, kernels):
-        for direction, size in (("forward", forward), ("forward+backward", forward + backward)):
+    for case in cases(reference):
+        for backward in (False, True):
+            size = case.forward_bytes + backward * case.backward_bytes
             source = torch.randint(256, (size // 2,), dtype=torch.uint8, device="cuda")
             target = torch.empty_like(source)
-            calls = {"copy": lambda s=source, t=target: t.copy_(s)}
-            for name, provider in providers.items():
-                call = compiled(provider) if name == "compiled reference" else provider
-                if direction == "forward":
-                    detached = [x.detach() for x in inputs]
-                    calls[name] = lambda c=call, i=detached: c(*i)
-                else:
-                    calls[name] = forward_backward(call, inputs)
-            floor = math.nan
-            for name, call in calls.items():
-                launched, graph = median(call), median(graphed(call))
-                floor = graph if name == "copy" else floor
-                row = {"case": case, "direction": direction, "provider": name, "launched_us": launched}
-                rows.append(row | {"graph_us": graph, "graph_over_copy": graph / floor})
+            floor = median(partial(target.copy_, source))
+            row = {"case": case.name, "direction": "forward+backward" if backward else "forward"}
+            yield row | {"provider": "copy", "launched_us": floor, "graph_us": floor, "graph_over_copy": 1.0}
+            del source, target
+            for name, make in case.providers(kernels).items():
+                with torch.set_grad_enabled(backward):
+                    call = make()
+                    run = partial(call, *case.inputs)
+                    if backward:
+                        run = forward_backward(call, case.inputs, case.layer)
+                    launched, graph = median(run), median(graphed(run))
+                times = {"launched_us": launched, "graph_us": graph, "graph_over_copy": graph / floor}
+                yield row | {"provider": name} | times
                 torch.cuda.empty_cache()
-    return rows
 
 
-def measure_host() -> list[dict[str, Any]]:
-    """Host time per call for an input so small that the GPU never is the bottleneck."""
-    reference = load("bench_reference_layers_small", DEMO / "layers.py")
-    kernels = load("bench_demo_kernels_cuda_small", VARIANT).layers
-    rows = []
-    for case, providers, inputs, *_ in cases(reference, kernels)[:1]:
-        small = [inputs[0].detach()[:16].clone().requires_grad_(), inputs[1]]
-        detached = [x.detach() for x in small]
-        for name, provider in providers.items():
-            call = compiled(provider) if name == "compiled reference" else provider
-            rows.append(
-                {
-                    "case": case.replace("8192", "16"),
-                    "provider": name,
-                    "forward_us": host(lambda c=call, i=detached: c(*i)),
-                    "forward_backward_us": host(forward_backward(call, small)),
-                }
-            )
-    return rows
+def measure_host(reference: Any, kernels: Any) -> Iterator[dict[str, Any]]:
+    """Host time per call for an input so small that the GPU is never the bottleneck."""
+    layer = reference.RMSNorm(4096).to("cuda", DTYPE)
+    case = Case("RMSNorm 16x4096", layer, [tensor(16, 4096)], 0, 0)
+    for name, make in case.providers(kernels).items():
+        with torch.no_grad():
+            call = make()
+            forward = host(partial(call, *case.inputs))
+        both = host(forward_backward(make(), case.inputs, layer))
+        yield {"case": case.name, "provider": name, "forward_us": forward, "forward_backward_us": both}
 
 
 def main() -> None:
@@ -201,7 +188,9 @@ def main() -> None:
         "dtype": str(DTYPE),
     }
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
-    rows, hosts = measure(), measure_host()
+    reference = load("bench_reference_layers", DEMO / "layers.py")
+    kernels = load("bench_demo_kernels_cuda", VARIANT).layers
+    rows, hosts = list(measure(reference, kernels)), list(measure_host(reference, kernels))
     print(f"\n{'case':31} {'direction':17} {'provider':19} {'launched':>9} {'graph':>9} {'graph/copy':>11}")
     for row in rows:
         times = f"{row['launched_us']:9.1f} {row['graph_us']:9.1f} {row['graph_over_copy']:11.2f}"

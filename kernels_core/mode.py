@@ -30,9 +30,9 @@ class Mode(Flag):
 
     def __or__(self, other: Mode) -> Mode:
         """Combine two modes; raises `ArgumentError` for impossible combinations."""
-        union: Mode = super().__or__(other)
-        if union is NotImplemented:
-            return union
+        if not isinstance(other, Mode):
+            return NotImplemented
+        union = super().__or__(other)
         if Mode.INFERENCE in union and Mode.TRAINING in union:
             raise ArgumentError("Mode.INFERENCE and Mode.TRAINING exclude each other: register one source for each.")
         if Mode.FALLBACK in union and union != Mode.FALLBACK:

@@ -20,7 +20,7 @@ from . import scope
 from .contract import check_contract, check_mode
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
-from .errors import ArgumentTypeError, KernelsWarning, LoadError, NoKernelError
+from .errors import ArgumentTypeError, KernelsWarning, LoadError, NoKernelError, ResolutionError
 from .hookspecs import hookimpl
 from .layer import Layer
 from .mode import CALL_MODES, Mode, check_call_mode
@@ -259,7 +259,7 @@ def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refus
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, LoadError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, ResolutionError) else f"{type(error).__name__}: {error}"
 
 
 # --- Loading, once ------------------------------------------------------------------------------

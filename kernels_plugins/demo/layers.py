@@ -1,12 +1,13 @@
 """The demo's layers in eager torch: the reference that every kernel stands in for."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = ["GeluAndMul", "RMSNorm", "RotaryEmbedding", "SiluAndMul"]
 
 
+@use_kernel_forward_from_hub("RMSNorm")
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation of the last dimension, as Llama defines it.
 
@@ -29,24 +30,27 @@ class RMSNorm(nn.Module):
         return self.weight * hidden_states.to(dtype)
 
 
+@use_kernel_forward_from_hub("SiluAndMul")
 class SiluAndMul(nn.Module):
     """SiLU of the first half of the last dimension, times the second half."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `silu(a) * b` for `x = [a, b]`."""
         half = x.shape[-1] // 2
-        return F.silu(x[..., :half]) * x[..., half:]
+        return functional.silu(x[..., :half]) * x[..., half:]
 
 
+@use_kernel_forward_from_hub("GeluAndMul")
 class GeluAndMul(nn.Module):
     """Exact GELU of the first half of the last dimension, times the second half."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `gelu(a) * b` for `x = [a, b]`."""
         half = x.shape[-1] // 2
-        return F.gelu(x[..., :half]) * x[..., half:]
+        return functional.gelu(x[..., :half]) * x[..., half:]
 
 
+@use_kernel_forward_from_hub("RotaryEmbedding")
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding of queries and keys, pairing each channel with the one half a head away."""
 

@@ -26,7 +26,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request the Hub turns down, with the code and the message the client looks for."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
@@ -68,7 +68,7 @@ class Desk:
         """Answer one request; `target` is the request path as sent, `headers` have lower-case names."""
         try:
             return self._route(method, target, headers, body)
-        except Refusal as refusal:
+        except RefusedError as refusal:
             return refusal.answer
 
     def _route(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
@@ -90,7 +90,7 @@ class Desk:
         if len(parts) >= 5 and parts[2] == "resolve":
             repository = self._repository(kind, "/".join(parts[:2]), target, user)
             return self._file(repository, parts[3], "/".join(parts[4:]), headers, user)
-        raise Refusal(404, "Sorry, we can't find the page you are looking for.")
+        raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
 
     def _user(self, headers: Mapping[str, str]) -> str | None:
         authorization = headers.get("authorization")
@@ -98,12 +98,12 @@ class Desk:
             return None
         names = {f"Bearer {self.token}": "member", f"Bearer {self.stranger_token}": "stranger"}
         if authorization not in names:
-            raise Refusal(401, "Invalid credentials in Authorization header")
+            raise RefusedError(401, "Invalid credentials in Authorization header")
         return names[authorization]
 
     def _organization(self, name: str) -> Answer:
         if name not in self.organizations:
-            raise Refusal(404, "This organization does not exist")
+            raise RefusedError(404, "This organization does not exist")
         trusted = self.organizations[name]
         overview = {"name": name, "fullname": name, "avatarUrl": "", "isVerified": trusted, "numUsers": 1}
         return as_json({**overview, "trustedKernelPublisher": trusted})
@@ -113,19 +113,19 @@ class Desk:
         new_id = None if repository else self.shelf.moved(kind, repo_id)
         if new_id is not None:
             location = target.replace(quote(repo_id), quote(new_id), 1)
-            raise Refusal(307, f"Temporary Redirect. Redirecting to {location}", Location=location)
+            raise RefusedError(307, f"Temporary Redirect. Redirecting to {location}", Location=location)
         if repository is None or (repository.private and user != "member"):
             if user is None:  # The real Hub does not tell a visitor what exists and what does not.
-                raise Refusal(401, "Invalid username or password.", "RepoNotFound")
-            raise Refusal(404, "Repository not found", "RepoNotFound")
+                raise RefusedError(401, "Invalid username or password.", "RepoNotFound")
+            raise RefusedError(404, "Repository not found", "RepoNotFound")
         if repository.disabled:
-            raise Refusal(403, "Access to this resource is disabled.")
+            raise RefusedError(403, "Access to this resource is disabled.")
         return repository
 
     def _api(self, repository: Repository, rest: list[str], query: Query, page: str) -> Answer:
         if rest == ["refs"]:
             return as_json(_refs(repository))
-        verb, revision = (rest + ["main"])[:2] if rest else ("revision", "main")
+        verb, revision = [*rest, "main"][:2] if rest else ("revision", "main")
         commit_id, commit = _revision(repository, revision)
         if verb == "revision":
             return as_json(self._info(repository, commit_id, commit, query))
@@ -134,7 +134,7 @@ class Desk:
         if verb == "paths-info":
             wanted = set(query.get("paths", []))
             return as_json([entry for entry in self._entries(commit) if entry["path"] in wanted])
-        raise Refusal(404, "Sorry, we can't find the page you are looking for.")
+        raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
 
     def _info(self, repository: Repository, commit_id: str, commit: Commit, query: Query) -> dict[str, Any]:
         info: dict[str, Any] = {
@@ -168,7 +168,7 @@ class Desk:
 
     def _tree(self, commit: Commit, folder: str, revision: str, query: Query, page: str) -> Answer:
         if folder and folder not in commit.folders():
-            raise Refusal(404, f'{folder} does not exist on "{revision}"', "EntryNotFound")
+            raise RefusedError(404, f'{folder} does not exist on "{revision}"', "EntryNotFound")
         inside = f"{folder}/" if folder else ""
         recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
         entries = [entry for entry in self._entries(commit) if entry["path"].startswith(inside)]
@@ -207,10 +207,10 @@ class Desk:
         if repository.gated and user != "member":
             # As on the real Hub, what a gated repository is called and lists is public; its files are not.
             status = 401 if user is None else 403
-            raise Refusal(status, f"Access to {repository.id} is restricted.", "GatedRepo")
+            raise RefusedError(status, f"Access to {repository.id} is restricted.", "GatedRepo")
         commit_id, commit = _revision(repository, revision)
         if path not in commit.files:
-            raise Refusal(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit_id)
+            raise RefusedError(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit_id)
         data = commit.files[path]
         named = {"X-Repo-Commit": commit_id, "Accept-Ranges": "bytes", "ETag": f'"{git_blob_id(data)}"'}
         if self._is_large(data):
@@ -221,7 +221,7 @@ class Desk:
 
 def _whoami(user: str | None) -> Answer:
     if user is None:
-        raise Refusal(401, "Invalid username or password.")
+        raise RefusedError(401, "Invalid username or password.")
     access = {"displayName": "local", "role": "read"}
     auth = {"type": "access_token", "accessToken": access}
     return as_json({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": auth})
@@ -241,7 +241,7 @@ def _refs(repository: Repository) -> dict[str, list[dict[str, str]]]:
 def _revision(repository: Repository, revision: str) -> tuple[str, Commit]:
     found = repository.find(revision)
     if found is None:
-        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
     return found
 
 
@@ -253,6 +253,6 @@ def _ranged(data: bytes, wanted: str, headers: Mapping[str, str]) -> Answer:
     start = int(first) if first else max(len(data) - int(last), 0)
     end = min(int(last), len(data) - 1) if first and last else len(data) - 1
     if start > end:
-        raise Refusal(416, "Range Not Satisfiable", Content_Range=f"bytes */{len(data)}")
+        raise RefusedError(416, "Range Not Satisfiable", Content_Range=f"bytes */{len(data)}")
     part = {**headers, "Content-Range": f"bytes {start}-{end}/{len(data)}"}
     return Answer(206, data[start : end + 1], part)

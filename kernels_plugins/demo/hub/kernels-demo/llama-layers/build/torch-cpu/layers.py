@@ -6,8 +6,8 @@ parameters and attributes it reads.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = ["GeluAndMul", "RMSNorm", "RotaryEmbedding", "SiluAndMul", "gelu_and_mul", "silu_and_mul"]
 
@@ -65,13 +65,13 @@ class RotaryEmbedding(nn.Module):
 def silu_and_mul(x: Tensor) -> Tensor:
     """Returns `silu(a) * b` for `x = [a, b]`."""
     a, b = x.chunk(2, dim=-1)
-    return F.silu(a) * b
+    return functional.silu(a) * b
 
 
 def gelu_and_mul(x: Tensor) -> Tensor:
     """Returns `gelu(a) * b`, with the exact GELU, for `x = [a, b]`."""
     a, b = x.chunk(2, dim=-1)
-    return F.gelu(a) * b
+    return functional.gelu(a) * b
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 # The loader gives every revision of this package its own name, so two of them share a process without clashing.
 NAMESPACE = re.sub(r"\W", "_", __package__ or __name__)
@@ -23,7 +23,7 @@ def eager(*args: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(arg) in _PLAIN for arg in args)
+        and _PLAIN.issuperset(map(type, args))
     )
 
 
@@ -74,11 +74,6 @@ def operator(
     return call
 
 
-def launcher(kernel: Any, tensor: Tensor) -> Any:
-    """The Triton kernel itself for an eager call, else wrapped so that tracers record its launch."""
-    return kernel if eager(tensor) else wrap_triton(kernel)
-
-
 def as_rows(x: Tensor) -> Tensor:
     """`x` as a matrix of its rows with unit column stride: a view where the strides allow one."""
     if x.dim() != 2:
@@ -105,9 +100,10 @@ def ceil_div(size: int, block: int) -> int:
 _HERE = contextlib.nullcontext()
 
 
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Launches go to the GPU that holds `x`; entering costs next to nothing when that is the current one."""
-    return _HERE if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+def on_device_of(x: Tensor, direct: bool) -> contextlib.AbstractContextManager[None]:
+    """Sends direct launches to the GPU that holds `x`; costs next to nothing when that is the current one."""
+    # A tracer launches nothing, may run without a GPU, and guards the device in the code that it makes.
+    return _HERE if not direct or x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
 @functools.cache

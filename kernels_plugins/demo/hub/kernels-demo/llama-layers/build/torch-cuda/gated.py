@@ -7,10 +7,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
-from ._launch import as_rows, ceil_div, launcher, on_device_of, operator, power_of_two
+from ._launch import as_rows, ceil_div, eager, on_device_of, operator, power_of_two
 
-TILE = 2048
+# Elements per program. The forward GELU computes enough to gain from a second independent row.
+TILE = 1024
+GELU_TILE = 2048
 
 
 @triton.jit
@@ -46,7 +49,14 @@ def _derivative(x, GELU: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, y_ptr, x_stride, rows, columns, GELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+    x_ptr,
+    y_ptr,
+    x_stride,
+    rows,
+    columns,
+    GELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(columns, BLOCK_COLUMNS)
@@ -89,12 +99,12 @@ def _forward(x: Tensor, gelu: bool) -> Tensor:
         return y
     x = as_rows(x)
     rows, width = x.shape[0], power_of_two(columns, TILE)
-    height = TILE // width
+    height = (GELU_TILE if gelu else TILE) // width
     grid = (ceil_div(rows, height) * ceil_div(columns, width),)
-    with on_device_of(x):
-        launcher(_forward_kernel, x)[grid](
-            x, y, x.stride(0), rows, columns, GELU=gelu, BLOCK_ROWS=height, BLOCK_COLUMNS=width, num_warps=4
-        )
+    direct = eager(x)
+    kernel = _forward_kernel if direct else wrap_triton(_forward_kernel)
+    with on_device_of(x, direct):
+        kernel[grid](x, y, x.stride(0), rows, columns, GELU=gelu, BLOCK_ROWS=height, BLOCK_COLUMNS=width, num_warps=4)
     return y
 
 
@@ -107,8 +117,10 @@ def _backward(dy: Tensor, x: Tensor, gelu: bool) -> Tensor:
     width = power_of_two(columns, TILE)
     height = TILE // width
     grid = (ceil_div(rows, height) * ceil_div(columns, width),)
-    with on_device_of(x):
-        launcher(_backward_kernel, x)[grid](
+    direct = eager(x)
+    kernel = _backward_kernel if direct else wrap_triton(_backward_kernel)
+    with on_device_of(x, direct):
+        kernel[grid](
             x, dy, dx, x.stride(0), dy.stride(0), rows, columns,
             GELU=gelu, BLOCK_ROWS=height, BLOCK_COLUMNS=width, num_warps=4,
         )  # fmt: skip

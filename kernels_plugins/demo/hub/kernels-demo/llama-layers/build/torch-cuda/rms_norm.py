@@ -7,17 +7,28 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
-from ._launch import as_rows, ceil_div, launcher, on_device_of, operator, power_of_two, resources
+from ._launch import as_rows, ceil_div, eager, on_device_of, operator, power_of_two, resources
 
 # Rows up to these widths stay in registers between the reduction and the result; wider ones are read twice.
 FORWARD_WIDTH = 32768
 BACKWARD_WIDTH = 16384
 
+# Compiled code hands `eps` over in float64, hence the kernels' `eps.to`: without it they compute in float64 as well.
+
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, y_ptr, x_stride, rows, columns, eps, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    x_stride,
+    rows,
+    columns,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
     dtype: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -25,7 +36,7 @@ def _forward_kernel(
     mask = (row < rows) & (column < columns)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(dtype)
     weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(dtype)
-    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / columns + eps)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / columns + eps.to(dtype))
     normalised = (x * scale).to(x_ptr.dtype.element_ty).to(dtype)
     tl.store(y_ptr + row * columns + column, (normalised * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -41,7 +52,7 @@ def _forward_wide_kernel(x_ptr, weight_ptr, y_ptr, x_stride, columns, eps, BLOCK
         column = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(dtype)
         squares += x * x
-    scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
+    scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps.to(dtype))
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < columns
@@ -71,7 +82,7 @@ def _backward_kernel(
         # Both sums come from the raw values, so neither reduction waits for the other.
         squares = tl.sum(x * x, axis=1, keep_dims=True) / columns
         inner = tl.sum(grad * x, axis=1, keep_dims=True) / columns
-        scale = tl.rsqrt(squares + eps)
+        scale = tl.rsqrt(squares + eps.to(dtype))
         normalised = x * scale
         dx = (grad - normalised * (inner * scale)) * scale
         tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -82,7 +93,17 @@ def _backward_kernel(
 
 @triton.jit
 def _backward_wide_kernel(
-    x_ptr, weight_ptr, dy_ptr, dx_ptr, partial_ptr, x_stride, dy_stride, rows, columns, eps, BLOCK: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    dy_ptr,
+    dx_ptr,
+    partial_ptr,
+    x_stride,
+    dy_stride,
+    rows,
+    columns,
+    eps,
+    BLOCK: tl.constexpr,
 ):
     dtype: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     first = tl.program_id(0).to(tl.int64)
@@ -98,7 +119,7 @@ def _backward_wide_kernel(
             weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(dtype)
             squares += x * x
             inner += dy * weight * x
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps.to(dtype))
         projection = tl.sum(inner, axis=0) / columns * scale
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -135,14 +156,15 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return y
     x, weight = as_rows(x), weight.contiguous()
     rows, columns = x.shape
-    with on_device_of(x):
+    direct = eager(x)
+    with on_device_of(x, direct):
         if columns > FORWARD_WIDTH:
-            kernel = launcher(_forward_wide_kernel, x)
-            kernel[(rows,)](x, weight, y, x.stride(0), columns, eps, BLOCK=8192, num_warps=16)
+            kernel = _forward_wide_kernel if direct else wrap_triton(_forward_wide_kernel)
+            kernel[(rows,)](x, weight, y, x.stride(0), columns, eps, BLOCK=8192, num_warps=32)
         else:
             width = power_of_two(columns, FORWARD_WIDTH)
             height = max(1, 2048 // width)
-            kernel = launcher(_forward_kernel, x)
+            kernel = _forward_kernel if direct else wrap_triton(_forward_kernel)
             kernel[(ceil_div(rows, height),)](
                 x, weight, y, x.stride(0), rows, columns, eps,
                 BLOCK_ROWS=height, BLOCK_COLUMNS=width, num_warps=min(32, max(4, width // 512)),
@@ -159,26 +181,27 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     rows, columns = x.shape
     width = power_of_two(columns, BACKWARD_WIDTH)
     height = max(1, 4096 // width)
-    # Copies of the next tiles run ahead through shared memory, as far as it reaches; two programs share it.
+    # Copies of the next tiles run ahead through shared memory, of which an SM holds about 96 KiB of them in all.
     multiprocessors, shared = resources(x.device)
-    stages = max(1, min(3, shared // (height * width * (x.element_size() + dy.element_size()))))
-    programs = min(ceil_div(rows, height), multiprocessors * 2)
-    partial = torch.empty(
-        (programs, columns), dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32, device=x.device
-    )
-    with on_device_of(x):
+    tile = height * width * (x.element_size() + dy.element_size())
+    stages = 3 if 3 * tile <= min(shared - 2048, 96 * 1024) else 1
+    programs = min(ceil_div(rows, height), multiprocessors * max(1, min(2, 32 * 1024 // tile)))
+    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    partial = torch.empty((programs, columns), dtype=dtype, device=x.device)
+    direct = eager(x)
+    with on_device_of(x, direct):
         if columns > BACKWARD_WIDTH:
-            kernel = launcher(_backward_wide_kernel, x)
+            kernel = _backward_wide_kernel if direct else wrap_triton(_backward_wide_kernel)
             kernel[(programs,)](
-                x, weight, dy, dx, partial, x.stride(0), dy.stride(0), rows, columns, eps, BLOCK=8192, num_warps=16
-            )
+                x, weight, dy, dx, partial, x.stride(0), dy.stride(0), rows, columns, eps, BLOCK=8192, num_warps=32
+            )  # fmt: skip
         else:
-            kernel = launcher(_backward_kernel, x)
+            kernel = _backward_kernel if direct else wrap_triton(_backward_kernel)
             kernel[(programs,)](
                 x, weight, dy, dx, partial, x.stride(0), dy.stride(0), rows, columns, eps,
-                BLOCK_ROWS=height, BLOCK_COLUMNS=width, STAGES=stages, num_warps=min(16, max(8, width // 512)),
+                BLOCK_ROWS=height, BLOCK_COLUMNS=width, STAGES=stages, num_warps=min(16, max(8, width // 1024)),
             )  # fmt: skip
-        kernel = launcher(_sum_kernel, x)
+        kernel = _sum_kernel if direct else wrap_triton(_sum_kernel)
         kernel[(ceil_div(columns, 16),)](
             partial, dweight, programs, columns, BLOCK_ROWS=256, BLOCK_COLUMNS=16, num_warps=8
         )

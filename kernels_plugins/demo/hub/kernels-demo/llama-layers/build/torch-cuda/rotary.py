@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
-from ._launch import ceil_div, launcher, on_device_of, operator, power_of_two
+from ._launch import ceil_div, eager, on_device_of, operator, power_of_two
 
 
 @triton.jit
@@ -108,8 +109,10 @@ def _rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bo
     heads, block_half = 2, power_of_two(dim // 2, 1 << 20)
     block_seq = power_of_two(seq, max(1, 512 // block_half))
     groups = ceil_div(q_heads, heads) + ceil_div(key.shape[1], heads)
-    with on_device_of(query):
-        launcher(_kernel, query)[(ceil_div(seq, block_seq) * groups * batch,)](
+    direct = eager(query)
+    kernel = _kernel if direct else wrap_triton(_kernel)
+    with on_device_of(query, direct):
+        kernel[(ceil_div(seq, block_seq) * groups * batch,)](
             query, key, cos, sin, q_out, k_out, *query.stride()[:3], *key.stride()[:3],
             cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), q_heads, key.shape[1], seq, dim,
             TRANSPOSED=transposed, HEADS=heads, BLOCK_SEQ=block_seq, BLOCK_HALF=block_half, num_warps=4,

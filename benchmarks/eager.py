@@ -1,0 +1,186 @@
+"""What a warm dispatched call costs, against the undecorated layer and against one hop by hand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from measure import Row, compare
+from torch import nn
+
+from kernels_core import Mode, use_kernel_forward_from_hub
+from kernels_plugins import use_kernel_mapping
+
+PLAIN, HOP = "undecorated module", "one hop by hand"
+LIMIT, GOAL = 1.30, 1.20
+HOP_LIMIT, HOP_GOAL = 1.10, 1.00
+
+
+class Identity(nn.Module):
+    """The cheapest layer there is, undecorated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x`."""
+        return x
+
+
+class Scaled(nn.Module):
+    """A layer with keywords and defaults, undecorated."""
+
+    def forward(self, x: torch.Tensor, *, scale: float = 1.0, eps: float = 1e-6) -> torch.Tensor:
+        """Return `x`."""
+        return x
+
+
+class IdentityKernel(Identity):
+    """A kernel that serves in every mode."""
+
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x`."""
+        return x
+
+
+class InferenceKernel(IdentityKernel):
+    """A second kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x`."""
+        return x
+
+
+class UncompiledKernel(Identity):
+    """A kernel that does not declare `can_torch_compile`, as is the default."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x`."""
+        return x
+
+
+class ScaledKernel(Scaled):
+    """A kernel with keywords that serves in every mode."""
+
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor, *, scale: float = 1.0, eps: float = 1e-6) -> torch.Tensor:
+        """Return `x`."""
+        return x
+
+
+class Hop(nn.Module):
+    """What one would write by hand: forward to a stored bound method."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Store the forward of `layer`."""
+        super().__init__()
+        self.impl = layer.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        return self.impl(*args, **kwargs)
+
+
+def decorated(base: type[nn.Module], name: str) -> nn.Module:
+    """Return an instance of a fresh class, decorated with `name`, whose reference is that of `base`."""
+    fresh = type(name, (nn.Module,), {"forward": base.forward})
+    return use_kernel_forward_from_hub(name)(fresh)()
+
+
+@use_kernel_forward_from_hub("bench_function")
+def dispatched_function(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`."""
+    return x
+
+
+def plain_function(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`."""
+    return x
+
+
+def function_kernel(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`."""
+    return x
+
+
+function_kernel.can_torch_compile = True  # type: ignore[attr-defined]
+
+
+def run() -> Iterator[Row]:
+    """Measure on the CPU and, where there is one, on a CUDA device."""
+    yield from on_device("cpu")
+    if torch.cuda.is_available():
+        yield from on_device("cuda")
+
+
+def on_device(device: str) -> Iterator[Row]:
+    """Measure with a tensor on `device`."""
+    x = torch.ones(2, device=device)
+    names: dict[str, dict[Any, Any]] = {
+        "bench_identity": {device: IdentityKernel},
+        "bench_scaled": {device: ScaledKernel},
+        "bench_function": {device: function_kernel},
+        "bench_cold": {device: IdentityKernel},
+        "bench_uncompiled": {device: UncompiledKernel},
+        "bench_modes": {device: {Mode.INFERENCE: InferenceKernel, Mode.TRAINING: IdentityKernel}},
+    }
+    plain, scaled = Identity(), Scaled()
+    identity, modes = decorated(Identity, "bench_identity"), decorated(Identity, "bench_modes")
+    uncompiled, unmapped = decorated(Identity, "bench_uncompiled"), decorated(Identity, "bench_unmapped")
+    dispatched_scaled, cold = decorated(Scaled, "bench_scaled"), decorated(Identity, "bench_cold")
+    keywords = "call(x, scale=2.0, eps=1e-5)"
+
+    with use_kernel_mapping(names), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bench_uncompiled: refused where calls are traced
+        torch.compile(cold, backend="eager", fullgraph=True)(x)  # traced before any eager call
+        times = _times(
+            x,
+            {
+                "plain": plain,
+                "hop": Hop(IdentityKernel()),
+                "identity": identity,
+                "unmapped": unmapped,
+                "cold": cold,
+            },
+        )
+        scaled_calls = {"plain": scaled, "hop": Hop(ScaledKernel()), "scaled": dispatched_scaled}
+        times_defaults = _times(x, scaled_calls)
+        times_keywords = _times(x, scaled_calls, keywords)
+        times_function = _times(x, {"plain": plain_function, "function": dispatched_function})
+        mode_calls = {"plain": plain, "modes": modes, "uncompiled": uncompiled}
+        with torch.no_grad():
+            times_no_grad = _times(x, mode_calls)
+        times_grad = _times(x, mode_calls)
+        times_requires = _times(x.clone().requires_grad_(), mode_calls)
+
+    def row(
+        subject: str, taken: dict[str, float], key: str, peer: str, peer_key: str, limit: float | None = None
+    ) -> Row:
+        goal = {LIMIT: GOAL, HOP_LIMIT: HOP_GOAL}[limit] if limit else None
+        return Row(
+            "eager", f"{subject} ({device})", taken[key], "ns", peer, taken[peer_key], limit, goal, judge="ratio"
+        )
+
+    yield row("identity layer", times, "identity", PLAIN, "plain", LIMIT)
+    yield row("identity layer", times, "identity", HOP, "hop", HOP_LIMIT)
+    yield row("identity layer, nothing mapped", times, "unmapped", PLAIN, "plain", LIMIT)
+    yield row("identity layer, nothing mapped", times, "unmapped", HOP, "hop", HOP_LIMIT)
+    yield row("keyword layer, called with keywords", times_keywords, "scaled", PLAIN, "plain", LIMIT)
+    yield row("keyword layer, called with keywords", times_keywords, "scaled", HOP, "hop", HOP_LIMIT)
+    yield row("keyword layer, defaults", times_defaults, "scaled", PLAIN, "plain", LIMIT)
+    yield row("keyword layer, defaults", times_defaults, "scaled", HOP, "hop", HOP_LIMIT)
+    yield row("one hop by hand", times, "hop", PLAIN, "plain")
+    yield row("decorated function", times_function, "function", "plain function", "plain")
+    yield row("kernels differ by mode, no_grad", times_no_grad, "modes", PLAIN, "plain")
+    yield row("kernels differ by mode, nothing requires grad", times_grad, "modes", PLAIN, "plain")
+    yield row("kernels differ by mode, x requires grad", times_requires, "modes", PLAIN, "plain")
+    yield row("kernel not for compile, no_grad", times_no_grad, "uncompiled", PLAIN, "plain")
+    yield row("kernel not for compile, nothing requires grad", times_grad, "uncompiled", PLAIN, "plain")
+    yield row("kernel not for compile, x requires grad", times_requires, "uncompiled", PLAIN, "plain")
+    yield row("identity layer that was compiled cold", times, "cold", PLAIN, "plain")
+
+
+def _times(x: torch.Tensor, calls: dict[str, Callable[..., Any]], source: str = "call(x)") -> dict[str, float]:
+    return compare({name: (source, {"call": call, "x": x}) for name, call in calls.items()}, rounds=40)

@@ -1,0 +1,238 @@
+"""The command line `kernels-core`: which plugins are here, and what would serve a layer.
+
+Tables where a person reads, plain aligned columns in a pipe, `--json` for programs. Exit codes:
+
+| code | meaning |
+|---|---|
+| 0 | it is as hoped for |
+| 1 | an answer, but not the one hoped for: the reference would run, or a plugin is at fault |
+| 2 | the question could not be answered: a wrong argument, or a `KernelsError` |
+
+Plugins add commands with the hook `kernels_register_commands`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from enum import Enum
+from typing import Annotated, Any
+
+import importlib_metadata
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, hookspecs
+from .errors import ArgumentError, KernelsError, KernelsWarning
+from .mode import Mode
+from .plugins import ENTRY_POINT_GROUP, plugin_manager
+from .request import Refusal, Resolution
+from .resolver import resolve
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Row = dict[str, Any]
+
+
+class CallMode(str, Enum):
+    """How a call is made, as said on the command line."""
+
+    inference = "inference"
+    training = "training"
+
+
+def main() -> None:
+    """Run the command line; an error of ours is a line on standard error, and exit code 2."""
+    try:
+        command_line()()
+    except KernelsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def command_line() -> typer.Typer:
+    """Return the application, with the commands of the plugins."""
+    cli = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich" if sys.stdout.isatty() else None,
+    )
+    cli.callback()(_start)
+    for command in (plugins, hooks):
+        cli.command()(command)
+    cli.command("resolve")(resolve_layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)  # told below, where and as the command wants
+        plugin_manager().register_commands(cli)
+    return cli
+
+
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda wanted: _print_version(wanted), help="And exit.")
+    ] = False,
+) -> None:
+    """See which kernels serve which layers here, and why."""
+    warnings.showwarning = _show_warning
+    if context.invoked_subcommand != "plugins":
+        for fault in plugin_manager().faults:
+            warnings.warn(str(fault), KernelsWarning, stacklevel=1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kernels-core {__version__}")
+        raise typer.Exit
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    """Tell a warning in a line, without the source line that raised it."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# --- Commands ------------------------------------------------------------------------------------
+
+
+def plugins(as_json: Json = False) -> None:
+    """List the plugins, their hooks and what they did wrong.
+
+    Exits with 1 where a plugin is at fault.
+    """
+    manager = plugin_manager()
+    found, origins = manager.plugins(), _distributions()
+    names = sorted({*found, *(fault.plugin for fault in manager.faults)})
+    rows: list[Row] = [
+        {
+            "name": name,
+            "distribution": origins.get(name, ""),
+            "module": _module(found[name]) if name in found else "",
+            "hooks": [hook for hook in _hooks() if hasattr(found.get(name), hook)],
+            "priority": getattr(found.get(name), "kernels_priority", 0),
+            "faults": [str(fault) for fault in manager.faults if fault.plugin == name],
+        }
+        for name in names
+    ]
+    _print_rows(rows if as_json else [{**row, "faults": len(row["faults"])} for row in rows], as_json)
+    if manager.faults:
+        if not as_json:
+            print("", *manager.faults, sep="\n")
+        raise typer.Exit(1)
+
+
+def hooks(as_json: Json = False) -> None:
+    """List the hooks that plugins may implement."""
+    rows = [
+        {"hook": name, "arguments": list(inspect.signature(spec).parameters), "does": _first_line(spec)}
+        for name, spec in _hooks().items()
+    ]
+    _print_rows(rows, as_json)
+
+
+def resolve_layer(
+    layer: Annotated[str, typer.Argument(help="A layer name, or something decorated as package.module:Class.")],
+    device: Annotated[str, typer.Option(help="Device of the call, such as cuda:1.")] = "cpu",
+    mode: Annotated[CallMode, typer.Option(help="Whether autograd records the call.")] = CallMode.inference,
+    traced: Annotated[bool, typer.Option("--compile", help="The call is traced by torch.compile.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Decide what would serve a layer, and tell why everything else does not.
+
+    Fetches and imports kernels, as the first call of the layer would. Exits with 1 where the
+    layer's own forward, the reference, would run.
+    """
+    wanted = Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
+    resolution = resolve(_imported(layer) if ":" in layer else layer, device=device, mode=wanted)
+    if as_json:
+        print(json.dumps(_resolution(resolution), indent=2))
+    else:
+        Console(markup=False, highlight=False, soft_wrap=True).print(
+            resolution.explain(), style="yellow" if resolution.is_reference else "green"
+        )
+    if resolution.is_reference:
+        raise typer.Exit(1)
+
+
+# --- What they tell ------------------------------------------------------------------------------
+
+
+def _imported(place: str) -> Any:
+    """Import `package.module:Class`, also from the current directory."""
+    module_name, _, qualname = place.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+        for name in qualname.split("."):
+            found = getattr(found, name)
+    except Exception as error:
+        raise ArgumentError(f"Cannot import {place!r}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    return found
+
+
+def _resolution(resolution: Resolution) -> Row:
+    request = resolution.request
+    return {
+        "layer": request.layer_name,
+        "device": str(request.device),
+        "mode": [str(flag.name).lower() for flag in Mode if flag in request.mode],
+        "origin": resolution.origin,
+        "is_reference": resolution.is_reference,
+        "plugin": resolution.plugin,
+        "checked": dict(resolution.checked),
+        "note": resolution.note,
+        "refusals": [_refusal(refusal) for refusal in resolution.refusals],
+    }
+
+
+def _refusal(refusal: Refusal) -> Row:
+    candidate = refusal.candidate.label if refusal.candidate else None
+    return {"candidate": candidate, "plugin": refusal.plugin, "reason": refusal.reason}
+
+
+def _hooks() -> dict[str, Any]:
+    return {name: spec for name, spec in vars(hookspecs).items() if name.startswith("kernels_")}
+
+
+def _first_line(spec: object) -> str:
+    return (inspect.getdoc(spec) or "").partition("\n")[0]
+
+
+def _distributions() -> dict[str, str]:
+    """Return the distribution of each entry point: of several with one name, the one that is used."""
+    found = [
+        (entry_point.dist.name, entry_point.dist.version, entry_point.name)
+        for entry_point in importlib_metadata.entry_points(group=ENTRY_POINT_GROUP)
+        if entry_point.dist is not None
+    ]
+    return {name: f"{distribution} {version}" for distribution, version, name in sorted(found, reverse=True)}
+
+
+def _module(plugin: object) -> str:
+    return plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
+
+
+# --- Printing ------------------------------------------------------------------------------------
+
+
+def _print_rows(rows: Sequence[Row], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    console = Console(markup=False, highlight=False)
+    table = Table(header_style="bold")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    between = "\n" if console.is_terminal else " "
+    for row in rows:
+        table.add_row(*(between.join(cell) if isinstance(cell, list) else str(cell) for cell in row.values()))
+    if not console.is_terminal:  # for grep and cut: no box, no wrapping
+        table.box, console.width = None, 10_000
+    console.print(table)

@@ -1,0 +1,94 @@
+"""A small Llama-style model made of the demo's layers: all that a user of kernels writes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import GeluAndMul, RMSNorm, RotaryEmbedding, SiluAndMul
+
+
+class Model(nn.Sequential):
+    """One block with SiLU, one with GELU: between them they use every layer of the demo.
+
+    Args:
+        hidden: Width of the residual stream.
+        heads: Number of query heads; there are half as many keys.
+        inner: Width inside the MLP.
+        length: Longest sequence.
+    """
+
+    def __init__(self, hidden: int, heads: int, inner: int, length: int) -> None:
+        """Make the two blocks."""
+        super().__init__(
+            Block(hidden, heads, inner, length, SiluAndMul()), Block(hidden, heads, inner, length, GeluAndMul())
+        )
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, hidden: int, heads: int, inner: int, length: int, activation: nn.Module) -> None:
+        """Make the layers; for the arguments see `Model`."""
+        super().__init__()
+        self.input_layernorm = RMSNorm(hidden)
+        self.self_attn = Attention(hidden, heads, length)
+        self.post_attention_layernorm = RMSNorm(hidden)
+        self.mlp = MLP(hidden, inner, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, seq, hidden] to the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x))
+        output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return output
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped keys."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, hidden: int, heads: int, length: int) -> None:
+        """Make projections and angles."""
+        super().__init__()
+        self.dim = hidden // heads
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, hidden // 2, bias=False)
+        self.v_proj = nn.Linear(hidden, hidden // 2, bias=False)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.rotary = RotaryEmbedding()
+        angles = torch.outer(torch.arange(length), 10_000 ** -torch.linspace(0, 1, self.dim // 2 + 1)[:-1])
+        angles = torch.cat((angles, angles), dim=-1)[None]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, seq, hidden] to the same shape."""
+        batch, seq, _ = x.shape
+        q, k, v = (
+            project(x).view(batch, seq, -1, self.dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.rotary(q, k, self.cos[:, :seq], self.sin[:, :seq])
+        k, v = (heads.repeat_interleave(2, dim=1) for heads in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+
+class MLP(nn.Module):
+    """Two projections up, gated, one down."""
+
+    def __init__(self, hidden: int, inner: int, activation: nn.Module) -> None:
+        """Make the projections."""
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
+        self.act_fn = activation
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., hidden] to the same shape."""
+        output: Tensor = self.down_proj(self.act_fn(self.gate_up_proj(x)))
+        return output

@@ -1,0 +1,240 @@
+"""Everything that is asked of the Hub; the only file that calls `huggingface_hub`.
+
+The client keeps its own settings: `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, tokens, retries and
+progress bars. `KERNELS_CACHE` names another cache for kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, errors
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import RepoFile
+
+from kernels_core import LoadError, __version__
+
+from .cache import Notes, Pin
+from .integrity import RemoteFile, is_byte_code
+
+REPO_TYPES = ("kernel", "model")
+"""Types of repository that hold kernels, the older form last."""
+
+
+class UnreachableError(LoadError):
+    """The Hub could not be asked, or had no time to answer: what is in the cache may serve."""
+
+
+def is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids requests."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def cache_folder(repo_id: str, repo_type: str) -> Path:
+    """Return the folder of a repository in the cache."""
+    cache = os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE
+    return Path(cache).expanduser() / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+
+
+def notes(repo_id: str) -> Notes:
+    """Return the notes on a repository."""
+    return Notes(cache_folder(repo_id, REPO_TYPES[0]))
+
+
+def variant_folder(pin: Pin, variant: str) -> Path:
+    """Return where the files of a variant lie once they are downloaded."""
+    return cache_folder(pin.repo_id, pin.repo_type) / "snapshots" / pin.commit / "build" / variant
+
+
+def _api() -> HfApi:
+    return HfApi(library_name="kernels-core", library_version=__version__)
+
+
+def find_pin(repo_id: str, revision: str) -> Pin:
+    """Ask the Hub which commit a revision is, and which repository serves it after redirects.
+
+    Raises:
+        LoadError: If there is no such repository or revision; names the revisions that exist.
+        UnreachableError: If the Hub does not answer.
+    """
+    missing: errors.RepositoryNotFoundError | None = None
+    for repo_type in REPO_TYPES:
+        with _explained(repo_id, revision, repo_type):
+            try:
+                info: Any = _api().repo_info(repo_id, repo_type=repo_type, revision=revision)
+            except errors.GatedRepoError:
+                raise
+            except errors.RepositoryNotFoundError as error:
+                missing = missing or error
+                continue
+            return Pin(info.id, repo_type, info.sha)
+    with _explained(repo_id, revision, REPO_TYPES[0]):
+        assert missing is not None
+        raise missing
+    raise AssertionError("unreachable")  # pragma: no cover - the context above always raises
+
+
+def is_trusted_publisher(owner: str) -> bool:
+    """Ask the Hub whether it lists an organisation as a trusted publisher of kernels.
+
+    A user, or an organisation that does not exist, is none.
+
+    Raises:
+        UnreachableError: If the Hub does not answer.
+    """
+    with _explained(owner, None, REPO_TYPES[0]):
+        try:
+            overview = _api().get_organization_overview(owner)
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code == 404:
+                return False
+            raise
+    return getattr(overview, "trustedKernelPublisher", False) is True
+
+
+def list_variants(pin: Pin) -> dict[str, tuple[RemoteFile, ...]]:
+    """List the files of each build variant of a commit, without byte code.
+
+    Raises:
+        LoadError: If there is no folder `build`.
+        UnreachableError: If the Hub does not answer.
+    """
+    variants: dict[str, list[RemoteFile]] = {}
+    with _explained(pin.repo_id, pin.commit, pin.repo_type):
+        try:
+            entries = list(
+                _api().list_repo_tree(
+                    pin.repo_id, "build", recursive=True, revision=pin.commit, repo_type=pin.repo_type
+                )
+            )
+        except errors.EntryNotFoundError as error:
+            raise LoadError("it has no folder `build`, so it is no kernel repository (or was never built)") from error
+    for entry in entries:
+        if isinstance(entry, RepoFile) and entry.path.count("/") >= 2 and not is_byte_code(entry.path):
+            _, variant, path = entry.path.split("/", 2)
+            sha256 = entry.lfs.sha256 if entry.lfs else None
+            variants.setdefault(variant, []).append(RemoteFile(path, entry.size, entry.blob_id, sha256))
+    return {name: tuple(sorted(files, key=lambda file: file.path)) for name, files in sorted(variants.items())}
+
+
+def fetch_variant(pin: Pin, variant: str) -> Path:
+    """Download the files of one variant, and no byte code; return their folder.
+
+    Raises:
+        LoadError: If they cannot be downloaded whole.
+        UnreachableError: If the Hub does not answer.
+    """
+    with _explained(pin.repo_id, pin.commit, pin.repo_type):
+        _api().snapshot_download(
+            pin.repo_id,
+            repo_type=pin.repo_type,
+            revision=pin.commit,
+            cache_dir=os.environ.get("KERNELS_CACHE") or None,
+            allow_patterns=[f"build/{variant}/*"],
+            ignore_patterns=["*.pyc", "*.pyo", "*/__pycache__/*"],
+        )
+    return variant_folder(pin, variant)
+
+
+def discard(folder: Path) -> None:
+    """Remove downloaded files that turned out wrong, so that the next attempt downloads them anew."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() or path.is_symlink():
+            blob = path.resolve()
+            path.unlink()
+            blob.unlink(missing_ok=True)
+
+
+# --- Telling what went wrong ---------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None, repo_type: str) -> Iterator[None]:
+    """Turn what the client raises into errors that say what happened and what to do."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except errors.GatedRepoError as error:
+        raise LoadError(
+            f"access to it is gated: ask for it at {constants.ENDPOINT}/{repo_id}, and log in with `hf auth login` "
+            "or set HF_TOKEN"
+        ) from error
+    except errors.DisabledRepoError as error:
+        raise LoadError("the Hub has disabled it: ask its publisher, or use another repository") from error
+    except errors.RevisionNotFoundError as error:
+        raise LoadError(_no_revision(repo_id, str(revision), repo_type)) from error
+    except errors.RepositoryNotFoundError as error:
+        raise LoadError(
+            f"{constants.ENDPOINT} has no such repository, or it is private: check the name, and log in with "
+            "`hf auth login` or set HF_TOKEN if you have access"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise _http_error(error) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise _not_cached() from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UnreachableError(f"the download failed: {_root(error)}. Check the connection, and try again") from error
+    except json.JSONDecodeError as error:
+        raise UnreachableError(
+            f"{constants.ENDPOINT} answered something that is not JSON ({error}), as a login page or proxy does: "
+            "open it in a browser, or set HF_ENDPOINT"
+        ) from error
+    except Exception as error:
+        if not _is_network_error(error):
+            raise LoadError(
+                f"the client failed: {type(error).__name__}: {error}. Try again; if it persists, report it"
+            ) from error
+        raise UnreachableError(
+            f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error}): check the network and "
+            "HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what is in the cache"
+        ) from error
+
+
+def _http_error(error: errors.HfHubHTTPError) -> LoadError:
+    status = error.response.status_code
+    if status == 401:
+        return LoadError("the Hub does not accept the token (401): log in with `hf auth login`, or mend HF_TOKEN")
+    if status == 403:
+        return LoadError("the Hub forbids access (403): ask the publisher, or use a token that may read it")
+    if status == 404:
+        return LoadError("the Hub does not have it (404): check name and revision")
+    if status == 429:
+        return UnreachableError("the Hub got too many requests (429): wait, or log in with `hf auth login`")
+    if status >= 500:
+        return UnreachableError(f"the Hub is in trouble ({status}): try again later")
+    return LoadError(f"the Hub answered {status}: {error}")
+
+
+def _no_revision(repo_id: str, revision: str, repo_type: str) -> str:
+    """Say that a revision does not exist, and which do, where the Hub tells."""
+    try:
+        refs = _api().list_repo_refs(repo_id, repo_type=repo_type)
+    except Exception as error:  # the question was another one: answer that, and say what is not known
+        return f"it has no revision {revision!r} (which exist could not be asked: {type(error).__name__})"
+    names = [ref.name for ref in [*refs.branches, *refs.tags]]
+    versions = sorted(int(n[1:]) for n in names if n[:1] == "v" and n[1:].isdigit())
+    if revision[:1] == "v" and revision[1:].isdigit():
+        existing = ", ".join(map(str, versions)) or "none"
+        return f"it has no version {revision[1:]}: versions that exist are {existing}"
+    return f"it has no revision {revision!r}: branches and tags are {', '.join(names) or 'none'}"
+
+
+def _not_cached() -> UnreachableError:
+    return UnreachableError("it is not in the cache, and HF_HUB_OFFLINE is set: load it once online, or unset that")
+
+
+def _is_network_error(error: BaseException) -> bool:
+    """Whether an exception comes from the transport: its classes differ between versions of the client."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")
+
+
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"

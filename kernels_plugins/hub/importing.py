@@ -1,0 +1,145 @@
+"""Verified bytes to a uniquely named module, to a layer.
+
+A kernel is imported from the bytes that were checked, not from whatever lies on disk a moment
+later; byte code is neither read nor written. Its module name is unique per content, so that two
+revisions live side by side.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
+from types import CodeType, ModuleType
+from typing import Any
+
+from kernels_core import KernelLayer, LoadError
+
+from .integrity import Variant
+
+_importing = threading.RLock()
+
+
+class _Source(InspectLoader):
+    """Runs one source file of a verified variant."""
+
+    def __init__(self, variant: Variant, path: str) -> None:
+        self._variant = variant
+        self._path = path
+
+    def get_filename(self, fullname: str) -> str:
+        return str(self._variant.folder / self._path)
+
+    def is_package(self, fullname: str) -> bool:
+        return self._path.endswith("__init__.py")
+
+    def get_source(self, fullname: str) -> str:
+        return importlib.util.decode_source(self._variant.files[self._path])
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self._variant.files[self._path], self.get_filename(fullname))
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules of imported kernels among their verified files, and nothing else."""
+
+    def __init__(self) -> None:
+        self.roots: dict[str, tuple[Variant, str]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        root, _, rest = fullname.partition(".")
+        if root not in self.roots:
+            return None
+        variant, prefix = self.roots[root]
+        stem = prefix + rest.replace(".", "/")
+        package = f"{stem}/__init__.py" if rest else f"{stem}__init__.py"
+        for candidate in (package, f"{stem}.py") if rest else (package,):
+            if candidate in variant.files:
+                loader = _Source(variant, candidate)
+                return _spec(fullname, loader, str(variant.folder / candidate), loader.is_package(fullname))
+        for suffix in EXTENSION_SUFFIXES if rest else ():
+            if stem + suffix in variant.files:
+                file = str(variant.folder / (stem + suffix))
+                return _spec(fullname, ExtensionFileLoader(fullname, file), file, False)
+        folder = variant.folder / stem  # a folder of sources without __init__.py is a package, too
+        if rest and any(file.startswith(f"{stem}/") for file in variant.files):
+            spec = ModuleSpec(fullname, None, is_package=True)
+            spec.submodule_search_locations = [str(folder)]
+            return spec
+        return None
+
+
+def _spec(name: str, loader: Loader, file: str, is_package: bool) -> ModuleSpec:
+    spec = ModuleSpec(name, loader, origin=file, is_package=is_package)
+    spec.has_location = True
+    if is_package:
+        spec.submodule_search_locations = [str(file).rsplit("/", 1)[0]]
+    return spec
+
+
+_finder = _Finder()
+
+
+def import_variant(variant: Variant) -> ModuleType:
+    """Import a verified variant under a name that is unique to its content.
+
+    Raises:
+        LoadError: If it has no module, or its import fails; nothing is left in `sys.modules` then.
+    """
+    name = f"kernel_{variant.metadata.python_name}_{variant.fingerprint[:16]}"
+    with _importing:
+        if name in sys.modules:
+            return sys.modules[name]
+        if _finder not in sys.meta_path:
+            sys.meta_path.append(_finder)
+        inner = f"{variant.metadata.python_name}/"
+        prefix = next((p for p in ("", inner) if f"{p}__init__.py" in variant.files), None)
+        if prefix is None:
+            raise LoadError(f"it has neither __init__.py nor {inner}__init__.py, so there is nothing to import")
+        _finder.roots[name] = (variant, prefix)
+        try:
+            return importlib.import_module(name)
+        except BaseException as error:
+            del _finder.roots[name]
+            for loaded in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
+                del sys.modules[loaded]
+            if not isinstance(error, Exception):
+                raise
+            raise LoadError(_import_problem(error)) from error
+
+
+def _import_problem(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"its import fails: {error}. If that is a package to install: pip install {package}"
+    if isinstance(error, SyntaxError):
+        return f"its import fails: {type(error).__name__} in {error.filename}, line {error.lineno}: {error.msg}"
+    return f"its import fails: {type(error).__name__}: {error}"
+
+
+def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
+    """Return the layer class or function that a kernel's `layers` holds.
+
+    Raises:
+        LoadError: If it has no `layers`, or none of that name; names those that exist.
+    """
+    layers: Any = getattr(module, "layers", None)
+    if layers is None:
+        raise LoadError("it defines no `layers`, so it offers nothing to dispatch to")
+    layer = getattr(layers, layer_name, None)
+    if layer is None:
+        offered = sorted(name for name, value in vars(layers).items() if _is_layer(value, layers))
+        raise LoadError(f"its `layers` have no {layer_name!r}: there are {', '.join(offered) or 'none'}")
+    found: KernelLayer = layer
+    return found
+
+
+def _is_layer(value: object, layers: object) -> bool:
+    home = getattr(layers, "__name__", None)
+    return callable(value) and (home is None or getattr(value, "__module__", None) == home)

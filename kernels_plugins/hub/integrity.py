@@ -1,0 +1,137 @@
+"""Are these the bytes that were promised? Reads a variant once; what was read is what is imported."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernels_core import IntegrityError, LoadError
+
+from .metadata import METADATA, SIGNATURE, Metadata, parse_metadata
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as the Hub lists it.
+
+    Attributes:
+        path: Relative to the variant.
+        size: In bytes.
+        blob: SHA-1 of the git blob; for a large file that of its pointer.
+        sha256: SHA-256 of a large file's content; None for others.
+    """
+
+    path: str
+    size: int
+    blob: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A build variant in memory.
+
+    Attributes:
+        folder: Where it lies.
+        files: Content per path relative to the folder, without byte code.
+        metadata: What it says about itself.
+    """
+
+    folder: Path
+    files: Mapping[str, bytes]
+    metadata: Metadata
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all paths and contents."""
+        total = hashlib.sha256()
+        for path, content in sorted(self.files.items()):
+            total.update(path.encode() + b"\0" + hashlib.sha256(content).digest())
+        return total.hexdigest()
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Read all files of a variant; byte code does not count, for it is never used."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if not is_byte_code(name)}
+
+
+def as_variant(folder: Path, files: Mapping[str, bytes]) -> Variant:
+    """Understand the files of a variant.
+
+    Raises:
+        LoadError: If `metadata.json` is missing, unreadable or incomplete.
+    """
+    if METADATA not in files:
+        raise LoadError(f"it has no {METADATA}. Rebuild the kernel with a current kernel builder.")
+    return Variant(folder, files, parse_metadata(files[METADATA]))
+
+
+def is_byte_code(path: str) -> bool:
+    """Whether a path is that of compiled Python, which could differ from the source beside it."""
+    return path.endswith((".pyc", ".pyo")) or "__pycache__" in path.split("/")
+
+
+def check_transfer(files: Mapping[str, bytes], listed: Iterable[RemoteFile]) -> str:
+    """Compare the files of a variant with what the Hub listed for its commit.
+
+    Returns:
+        What was checked, in words.
+
+    Raises:
+        IntegrityError: If a file is missing, extra, or has other bytes.
+    """
+    expected = {file.path: file for file in listed}
+    problems = _names(set(expected), set(files), "not on the Hub")
+    for path in sorted(expected.keys() & files.keys()):
+        file, content = expected[path], files[path]
+        if len(content) != file.size:
+            problems.append(f"{path} has {len(content)} bytes, not {file.size}")
+        elif file.sha256 is not None:
+            if hashlib.sha256(content).hexdigest() != file.sha256:
+                problems.append(f"{path} has other bytes")
+        elif hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != file.blob:
+            problems.append(f"{path} has other bytes")
+    if problems:
+        raise IntegrityError(f"the files on disk are not those on the Hub: {'; '.join(problems)}")
+    return f"{len(expected)} files as listed by the Hub"
+
+
+def check_digest(variant: Variant) -> str:
+    """Compare a variant with the digests in its metadata.
+
+    Returns:
+        What was checked, in words; that nothing was, where there are no digests.
+
+    Raises:
+        IntegrityError: If a file is wrong, missing or not listed.
+    """
+    digests = variant.metadata.digests
+    if digests is None or variant.metadata.digest_algorithm is None:
+        return "not checked: the kernel has no digests"
+    files = {path: content for path, content in variant.files.items() if path not in (METADATA, SIGNATURE)}
+    problems = _names(set(digests), set(files), "not in the digest")
+    for path in sorted(digests.keys() & files.keys()):
+        actual = hashlib.new(variant.metadata.digest_algorithm, files[path]).digest()
+        try:
+            promised = base64.b64decode(digests[path], validate=True)
+        except (binascii.Error, ValueError):
+            promised = b""
+        if actual != promised:
+            problems.append(f"{path} has other bytes")
+    if problems:
+        raise IntegrityError(
+            f"the files are not those that the digest in {METADATA} promises: {'; '.join(problems)}. "
+            "Ask the publisher, and do not use this kernel"
+        )
+    return f"{len(files)} files, {variant.metadata.digest_algorithm}"
+
+
+def _names(expected: set[str], found: set[str], extra: str) -> list[str]:
+    return [f"{path} is missing" for path in sorted(expected - found)] + [
+        f"{path} is {extra}" for path in sorted(found - expected)
+    ]
