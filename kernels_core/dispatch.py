@@ -7,8 +7,8 @@ attribute of this layer and device from it, and calls what it finds (here on a C
 ```
 def forward(self, x, eps=1e-6):
     try:
-        _kernel = root.active.layer7_cpu if x.is_cpu else None
-    except (AttributeError, IndexError):  # x is no tensor
+        _kernel = root.active.layer7_cpu if x.is_cpu is True else None
+    except not_a_tensor:
         _kernel = None
     if _kernel is None:
         _kernel = cold(self, (x, eps))
@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
+from torch.fx.proxy import TraceError
 
 from .layer import Layer
 from .mode import Mode
@@ -48,6 +49,46 @@ _ACCELERATOR = (
 """Type of the accelerators that this PyTorch is built for: they get the short way, any other the long one."""
 
 _MAX_SHORT_INDEX = 16
+
+
+def _count_accelerators() -> None:
+    """Let calls skip the device index where there is one device only; run when CUDA starts."""
+    Frame.one_accelerator = torch.cuda.device_count() == 1
+
+
+if _ACCELERATOR == "cuda":
+    cast(Any, torch.cuda)._lazy_call(_count_accelerators)
+elif _ACCELERATOR == "mps":
+    Frame.one_accelerator = True
+
+
+_NOT_A_TENSOR = (AttributeError, IndexError, TraceError)
+"""What asking a first argument for its device raises if it is missing, no tensor, or a proxy of `torch.fx`."""
+
+# Typed as what it is: a decorator that returns what it is given.
+_assume_constant = cast(Callable[[Callable[..., str]], Callable[..., str]], torch.compiler.assume_constant_result)
+
+
+def _untraced(function: Forward, *, reason: str) -> Forward:
+    """Keep Dynamo out of a function; from PyTorch 2.7 on, it tells the reason where that is an error."""
+    disable: Any = torch.compiler.disable
+    known = "reason" in inspect.signature(disable).parameters
+    return cast(Forward, disable(function, reason=reason) if known else disable(function))
+
+
+def _count_accelerators() -> None:
+    """Let calls skip the device index where there is one device only; run when CUDA starts."""
+    Frame.one_accelerator = torch.cuda.device_count() == 1
+
+
+if _ACCELERATOR == "cuda":
+    cast(Any, torch.cuda)._lazy_call(_count_accelerators)
+elif _ACCELERATOR == "mps":
+    Frame.one_accelerator = True
+
+
+_NOT_A_TENSOR = (AttributeError, IndexError, TraceError)
+"""What asking a first argument for its device raises if it is missing, no tensor, or a proxy of `torch.fx`."""
 
 # Typed as what they are: decorators that return what they are given.
 _disable = cast(Callable[[Forward], Forward], torch.compiler.disable)
@@ -116,11 +157,10 @@ class _Dispatcher:
     def _forward_of(self, resolution: Resolution) -> Forward:
         if must_raise(resolution):
 
-            @_disable
             def refuse(*args: Any, **kwargs: Any) -> Any:
                 raise no_kernel(resolution)
 
-            return refuse
+            return _untraced(refuse, reason=str(no_kernel(resolution)))
         forward: Forward = resolution.implementation or self.layer.reference
         return forward
 
@@ -154,20 +194,16 @@ class _Dispatcher:
         """Generate the forward."""
         cpu = self._attribute(torch.device("cpu"))
         first = self._first
-        lookup = "None"
-        if first is not None:
-            lookup = f"_kernels_root.active.{cpu} if {first}.is_cpu else None"
+        # "is True": of an argument that is no tensor, Dynamo knows an attribute only that far.
+        lookup = f"_kernels_root.active.{cpu} if {first}.is_cpu is True else None" if first is not None else "None"
         body = [f"_kernel = {lookup}"]
-        names = (
-            [self._attribute(torch.device(_ACCELERATOR, i)) for i in range(_MAX_SHORT_INDEX)] if _ACCELERATOR else []
-        )
-        if first is not None and names:
+        names = []
+        if first is not None and _ACCELERATOR is not None:
+            names = [self._attribute(torch.device(_ACCELERATOR, index)) for index in range(_MAX_SHORT_INDEX)]
             body = [
-                f"_index = {first}.get_device()",
-                "if _index == 0:",
-                f"    _kernel = _kernels_root.active.{names[0]}",
-                "elif _index > 0:",
-                "    _kernel = getattr(_kernels_root.active, _kernels_names[_index])",
+                f"if {first}.is_{_ACCELERATOR} is True:",
+                f"    _kernel = (_kernels_root.active.{names[0]} if _kernels_root.one_accelerator",
+                f"               else getattr(_kernels_root.active, _kernels_names[{first}.get_device()]))",
                 "else:",
                 f"    {body[0]}",
             ]
@@ -175,7 +211,7 @@ class _Dispatcher:
             body = [
                 "try:",
                 *(f"    {line}" for line in body),
-                "except (AttributeError, IndexError):",
+                "except _kernels_not_a_tensor:",
                 "    _kernel = None",
             ]
         lines = [
@@ -211,6 +247,7 @@ class _Dispatcher:
         source = f"def {function}{self._signature}:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
         scope: dict[str, Any] = {  # no __name__: Dynamo would look these names up in that module
             "_kernels_root": root,
+            "_kernels_not_a_tensor": _NOT_A_TENSOR,
             "_kernels_reference": self.layer.reference,
             "_kernels_condition": self.layer.condition,
             "_kernels_grad": torch.is_grad_enabled,
@@ -302,7 +339,7 @@ def _parameters(reference: Forward) -> tuple[inspect.Parameter, ...] | None:
     except (TypeError, ValueError):
         return None
     parameters = tuple(signature.parameters.values())
-    taken = any(p.name.startswith("_kernel") or p.name == "_index" for p in parameters)
+    taken = any(p.name.startswith("_kernel") for p in parameters)
     return None if taken else parameters
 
 

@@ -35,6 +35,8 @@ class Frame:
 
     __slots__ = ("__dict__", "__weakref__", "children", "finalizer", "parent", "payload")
 
+    one_accelerator = False  # whether the index of an accelerator is always 0; known once it is in use
+
     # Called with the frame, `ContextVar.get` takes it as the default: `root.active` is `root` where
     # no scope is open.
     active = property(_current.get)

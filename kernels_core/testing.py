@@ -1,0 +1,152 @@
+"""Fixtures for the authors of plugins: an isolated plugin manager, and a record of every hook call.
+
+Name this module in the `conftest.py` at the root of your tests:
+
+    pytest_plugins = ["kernels_core.testing"]
+
+A test then sees the plugins that it registers, and no others:
+
+    def test_our_kernel_is_offered(isolated_plugins, hook_recorder):
+        isolated_plugins.register(our_plugin, "ours")
+        resolution = resolve("RMSNorm", device="cpu", mode=Mode.INFERENCE)
+        assert resolution.plugin == "ours"
+        assert hook_recorder.names()[-1] == "kernels_check_layer"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from . import plugins, resolver, scope
+from .plugins import PluginManager
+
+
+@dataclass
+class HookCall:
+    """One call of one hook, whoever implements it.
+
+    Attributes:
+        hook: Name of the hook.
+        arguments: What it was called with, by name.
+        answer: What the caller got: one answer for hooks of the kind *first result*, else a list.
+        error: What was raised instead, if anything.
+        done: Whether the call is over; the calls that it made in turn come after it in the record.
+    """
+
+    hook: str
+    arguments: Mapping[str, Any]
+    answer: Any = None
+    error: BaseException | None = None
+    done: bool = False
+
+
+@dataclass
+class HookRecorder:
+    """The hook calls of a plugin manager, in the order in which they began.
+
+    Attributes:
+        calls: The record so far.
+
+    Example:
+        >>> from kernels_core import Mode, plugin_manager, resolve
+        >>> recorder = HookRecorder()
+        >>> stop = recorder.watch(plugin_manager())
+        >>> resolution = resolve("no such layer", device="cpu", mode=Mode.INFERENCE)
+        >>> recorder.names()[:2]
+        ['kernels_resolve_forward', 'kernels_find_candidates']
+        >>> recorder.of("kernels_resolve_forward")[0].answer is resolution
+        True
+        >>> stop()
+    """
+
+    calls: list[HookCall] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """Return the names of the hooks, a name for each call."""
+        return [call.hook for call in self.calls]
+
+    def of(self, hook: str) -> list[HookCall]:
+        """Return the calls of one hook."""
+        return [call for call in self.calls if call.hook == hook]
+
+    def clear(self) -> None:
+        """Start the record anew."""
+        self.calls.clear()
+
+    def watch(self, manager: PluginManager) -> Any:
+        """Record the calls of `manager` from now on.
+
+        Args:
+            manager: Whose hook calls to record.
+
+        Returns:
+            A function without arguments that ends it.
+        """
+        under_way: dict[int, HookCall] = {}
+
+        def before(hook_name: str, hook_impls: object, kwargs: Mapping[str, Any]) -> None:
+            under_way[id(kwargs)] = call = HookCall(hook_name, dict(kwargs))
+            self.calls.append(call)
+
+        def after(outcome: Any, hook_name: str, hook_impls: object, kwargs: Mapping[str, Any]) -> None:
+            call = under_way.pop(id(kwargs))
+            call.error = outcome.exception
+            call.answer = None if call.error else outcome.get_result()
+            call.done = True
+
+        return manager._pluggy.add_hookcall_monitoring(before, after)
+
+
+@pytest.fixture
+def isolated_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginManager]:
+    """Put a plugin manager without discovery in place of that of the process, for one test.
+
+    It knows the core's own plugin and no other: not those that are installed, and not `mapping`
+    either (`isolated_plugins.register(kernels_plugins.mapping, "mapping")` adds that one). What was
+    resolved, loaded and warned about before is forgotten, and again afterwards.
+
+    Example:
+        >>> def test_plugin(isolated_plugins):
+        ...     isolated_plugins.register(our_plugin)
+        ...     assert list(isolated_plugins.plugins()) == ["core", "our_plugin"]
+    """
+    _start_anew()
+    manager = PluginManager(discover=False)
+    manager.on_change.append(resolver.forget)
+    manager.register(resolver.CorePlugin(), "core")
+    monkeypatch.setattr(plugins, "_manager", manager)
+    yield manager
+    monkeypatch.undo()
+    _start_anew()
+
+
+@pytest.fixture
+def hook_recorder(isolated_plugins: PluginManager) -> Iterator[HookRecorder]:
+    """Record the hook calls of `isolated_plugins` during one test.
+
+    Example:
+        >>> def test_policy_is_asked_first(isolated_plugins, hook_recorder):
+        ...     resolve("RMSNorm", device="cpu", mode=Mode.INFERENCE)
+        ...     names = hook_recorder.names()
+        ...     assert names.index("kernels_authorize") < names.index("kernels_load_layer")
+    """
+    recorder = HookRecorder()
+    stop = recorder.watch(isolated_plugins)
+    yield recorder
+    stop()
+
+
+def _start_anew() -> None:
+    """Forget what was resolved, loaded and warned about, without resolving anything again."""
+    with scope._lock:
+        scope._generation += 1
+        for table in scope._tables:
+            table.clear()
+        for frame in list(scope._frames):
+            frame.__dict__.clear()
+    resolver._said.clear()
+    resolver._loads = resolver._Loads()
