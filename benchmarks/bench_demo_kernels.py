@@ -1,6 +1,7 @@
 """Times the demo's Triton kernels against copying, torch, the compiled and the eager reference.
 
-Run on an NVIDIA GPU: `python benchmarks/bench_demo_kernels.py [--json FILE]`.
+Run on an NVIDIA GPU, with the project installed or its root on PYTHONPATH:
+`python benchmarks/bench_demo_kernels.py [--json FILE]`.
 
 Every time is a median in microseconds with a cold L2 cache. "launched" times an eager call, whose host work shows
 where the kernels are short; "graph" replays the call from a CUDA graph, so only the GPU's own time is left.
@@ -27,6 +28,8 @@ import triton
 import triton.testing
 from torch.nn import functional
 
+from kernels_core.dispatch import dispatched_layer
+
 DEMO = Path(__file__).resolve().parents[1] / "kernels_plugins" / "demo"
 VARIANT = DEMO / "hub" / "kernels-demo" / "llama-layers" / "build" / "torch-cuda"
 DTYPE = torch.bfloat16
@@ -45,6 +48,15 @@ def load(name: str, path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def load_reference(name: str) -> Any:
+    """The demo's layers as `name`, undecorated: no installed plugin may serve what is compared against."""
+    module = load(name, DEMO / "layers.py")
+    for cls in (getattr(module, layer) for layer in module.__all__):
+        layer = dispatched_layer(cls.forward)
+        cls.forward = layer.reference if layer is not None else cls.forward
     return module
 
 
@@ -188,7 +200,7 @@ def main() -> None:
         "dtype": str(DTYPE),
     }
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
-    reference = load("bench_reference_layers", DEMO / "layers.py")
+    reference = load_reference("bench_reference_layers")
     kernels = load("bench_demo_kernels_cuda", VARIANT).layers
     rows, hosts = list(measure(reference, kernels)), list(measure_host(reference, kernels))
     print(f"\n{'case':31} {'direction':17} {'provider':19} {'launched':>9} {'graph':>9} {'graph/copy':>11}")

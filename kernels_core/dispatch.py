@@ -48,7 +48,8 @@ _ACCELERATOR = (
 )
 """Type of the accelerators that this PyTorch is built for: they get the short way, any other the long one."""
 
-_MAX_SHORT_INDEX = 16
+_MAX_SHORT_INDEX = 8
+"""How many accelerators get the short way."""
 
 
 def _count_accelerators() -> None:
@@ -76,23 +77,6 @@ def _untraced(function: Forward, *, reason: str) -> Forward:
     return cast(Forward, disable(function, reason=reason) if known else disable(function))
 
 
-def _count_accelerators() -> None:
-    """Let calls skip the device index where there is one device only; run when CUDA starts."""
-    Frame.one_accelerator = torch.cuda.device_count() == 1
-
-
-if _ACCELERATOR == "cuda":
-    cast(Any, torch.cuda)._lazy_call(_count_accelerators)
-elif _ACCELERATOR == "mps":
-    Frame.one_accelerator = True
-
-
-_NOT_A_TENSOR = (AttributeError, IndexError, TraceError)
-"""What asking a first argument for its device raises if it is missing, no tensor, or a proxy of `torch.fx`."""
-
-# Typed as what they are: decorators that return what they are given.
-_disable = cast(Callable[[Forward], Forward], torch.compiler.disable)
-_assume_constant = cast(Callable[[Callable[..., str]], Callable[..., str]], torch.compiler.assume_constant_result)
 _MODE_NAMES = {
     Mode.INFERENCE: "inference",
     Mode.TRAINING: "training",

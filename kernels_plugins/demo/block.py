@@ -1,46 +1,41 @@
-"""A small Llama-style model made of the demo's layers: all that a user of kernels writes."""
+"""A small Llama-style block made of the demo's layers: all that a user of kernels writes."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .layers import GeluAndMul, RMSNorm, RotaryEmbedding, SiluAndMul
 
 
-class Model(nn.Sequential):
-    """One block with SiLU, one with GELU: between them they use every layer of the demo.
+class Block(nn.Module):
+    """Attention, an MLP gated by SiLU and one gated by GELU, so that every layer of the demo is used.
+
+    Each is behind a norm and added to the residual stream.
 
     Args:
         hidden: Width of the residual stream.
         heads: Number of query heads; there are half as many keys.
-        inner: Width inside the MLP.
+        inner: Width inside the MLPs.
         length: Longest sequence.
     """
 
     def __init__(self, hidden: int, heads: int, inner: int, length: int) -> None:
-        """Make the two blocks."""
-        super().__init__(
-            Block(hidden, heads, inner, length, SiluAndMul()), Block(hidden, heads, inner, length, GeluAndMul())
-        )
-
-
-class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
-
-    def __init__(self, hidden: int, heads: int, inner: int, length: int, activation: nn.Module) -> None:
-        """Make the layers; for the arguments see `Model`."""
+        """Make the layers."""
         super().__init__()
-        self.input_layernorm = RMSNorm(hidden)
-        self.self_attn = Attention(hidden, heads, length)
-        self.post_attention_layernorm = RMSNorm(hidden)
-        self.mlp = MLP(hidden, inner, activation)
+        self.norm = RMSNorm(hidden)
+        self.attention = Attention(hidden, heads, length)
+        self.silu_norm = RMSNorm(hidden)
+        self.silu_mlp = MLP(hidden, inner, SiluAndMul())
+        self.gelu_norm = RMSNorm(hidden)
+        self.gelu_mlp = MLP(hidden, inner, GeluAndMul())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, seq, hidden] to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x))
-        output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.attention(self.norm(x))
+        x = x + self.silu_mlp(self.silu_norm(x))
+        output: Tensor = x + self.gelu_mlp(self.gelu_norm(x))
         return output
 
 
@@ -73,7 +68,7 @@ class Attention(nn.Module):
         )
         q, k = self.rotary(q, k, self.cos[:, :seq], self.sin[:, :seq])
         k, v = (heads.repeat_interleave(2, dim=1) for heads in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
 
@@ -85,10 +80,10 @@ class MLP(nn.Module):
         """Make the projections."""
         super().__init__()
         self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
-        self.act_fn = activation
+        self.activation = activation
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., hidden] to the same shape."""
-        output: Tensor = self.down_proj(self.act_fn(self.gate_up_proj(x)))
+        output: Tensor = self.down_proj(self.activation(self.gate_up_proj(x)))
         return output

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels_core import use_kernel_forward_from_hub
+
 __all__ = ["GeluAndMul", "RMSNorm", "RotaryEmbedding", "SiluAndMul"]
 
 

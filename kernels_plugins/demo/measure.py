@@ -1,4 +1,4 @@
-"""The process that `kernels-core demo` starts: runs the model with and without kernels, and compares.
+"""The process that `kernels-core demo` starts: runs a block with and without kernels, and compares.
 
 A process of its own, because the Hub's client reads where the Hub is when it is imported.
 """
@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from kernels_core import (
-    ArgumentTypeError,
     KernelsWarning,
     Layer,
     Mode,
     Resolution,
+    Scope,
     decorated_layer,
     hookimpl,
     plugin_manager,
@@ -34,27 +33,31 @@ from kernels_core import (
 )
 from kernels_plugins import LayerRepository, use_kernel_mapping
 
-from .block import Model
+from .block import Block
 
 REPOSITORY = "kernels-demo/llama-layers"
-LAYERS = ("RMSNorm", "RotaryEmbedding", "SiluAndMul", "GeluAndMul")
+LAYERS = ("GeluAndMul", "RMSNorm", "RotaryEmbedding", "SiluAndMul")
 
 SIZES = {
     "cpu": ({"hidden": 256, "heads": 8, "inner": 512, "length": 128}, 2),
-    "cuda": ({"hidden": 4096, "heads": 32, "inner": 11008, "length": 4096}, 1),
+    "cuda": ({"hidden": 4096, "heads": 32, "inner": 11008, "length": 2048}, 2),
 }
-"""Size of the model, and of a batch."""
+"""Size of the block and of a batch, by type of device."""
 
 TOLERANCES = {torch.float32: (1.3e-6, 1e-5), torch.bfloat16: (1.6e-2, 1e-5), torch.float16: (1e-3, 1e-5)}
 """Relative and absolute, as in `torch.testing.assert_close`."""
 
+ROUNDS = 7
 
-@dataclass
+Step = Callable[[], tuple[list[Tensor], list[Tensor]]]
+
+
+@dataclass(frozen=True)
 class Row:
-    """One layer, or the whole model, run in one mode.
+    """One layer, or the whole block, run with and without kernels.
 
-    Differences are the largest in any output or gradient, in units of `atol + rtol * largest magnitude`
-    of that tensor: more than 1 is off. Times are of forward and backward, in milliseconds.
+    Differences are the largest of any output or gradient, in units of `atol + rtol * magnitude of the
+    tensor`: more than 1 is off. Times are medians of forward and backward together.
     """
 
     module: str
@@ -63,101 +66,196 @@ class Row:
     mode: str
     implementation: str
     served: bool
-    forward: float
-    gradients: float
+    forward_difference: float
+    gradient_difference: float
     reference_ms: float
     kernel_ms: float
 
     @property
     def is_right(self) -> bool:
         """Whether all numbers are within tolerance; NaN is not."""
-        return self.forward <= 1 and self.gradients <= 1
+        return self.forward_difference <= 1 and self.gradient_difference <= 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer of the block, or the whole, and what it is called with."""
+
+    path: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+
+    @property
+    def layers(self) -> set[Layer]:
+        """The decorated layers in it."""
+        return {decorated_layer(module) for module in self.module.modules() if _is_decorated(module)}
+
+    def step(self, call: Callable[..., Any]) -> Step:
+        """Return one step of training, the same each time: outputs, and gradients of all that has some."""
+        wanted = [x for x in (*self.inputs, *self.module.parameters()) if x.requires_grad]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            seeds = [torch.randn_like(y) for y in _as_list(self.module(*self.inputs))]
+
+        def step() -> tuple[list[Tensor], list[Tensor]]:
+            outputs = _as_list(call(*self.inputs))
+            return outputs, list(torch.autograd.grad(outputs, wanted, seeds))
+
+        return step
 
 
 class Recorder:
-    """A plugin that notes what really served each layer."""
+    """A plugin that notes which decision each layer was called by."""
 
     def __init__(self) -> None:
         """Start with nothing."""
-        self.resolutions: dict[Layer, Resolution] = {}
+        self.used: dict[Layer, Resolution] = {}
 
     @hookimpl
     def kernels_resolved(self, resolution: Resolution) -> None:
-        """Note a decision when a call puts it to use."""
+        """Note a decision that is put to use."""
         if resolution.request.layer is not None:
-            self.resolutions[resolution.request.layer] = resolution
+            self.used[resolution.request.layer] = resolution
 
 
-class Comparison:
-    """The model and what is needed to run its parts with and without kernels."""
+def main() -> None:
+    """Measure, and write the report to a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", type=torch.device, required=True)
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), required=True)
+    parser.add_argument("--report", type=Path, help="Where to write; without it, only load the kernels.")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", KernelsWarning)  # the report has the same
+    if options.report is None:
+        with use_kernel_mapping(mapping(options.device)):
+            for name in LAYERS:
+                resolve(name, device=options.device, mode=Mode.TRAINING)
+    else:
+        options.report.write_text(json.dumps(measure(options.device, options.dtype)))
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Make a model with random weights, and an input."""
-        torch.manual_seed(0)
-        size, batch = SIZES.get(device.type, SIZES["cpu"])
-        self.device, self.dtype = device, dtype
-        self.model = Model(**size).to(device, dtype)
-        for parameter in self.model.parameters():
-            if parameter.dim() == 1:  # norms start at one, which would hide a kernel that forgets the weight
-                nn.init.normal_(parameter, 1.0, 0.1)
-        self.input = torch.randn(batch, size["length"], size["hidden"], device=device, dtype=dtype)
-        self.nothing = use_kernel_mapping({}, inherit_mapping=False)
-        self.recorder = Recorder()
-        plugin_manager().register(self.recorder, "demo-recorder")
 
-    def eager(self) -> Iterator[Row]:
-        """Compare every layer, and the whole model."""
-        kernels = use_kernel_mapping(mapping(self.device))
-        inputs = self._inputs_of_layers()
-        for path, (module, arguments) in {**inputs, "model": (self.model, (self.input,))}.items():
-            yield self._row(path, "training", kernels, module, module, arguments)
+def mapping(device: torch.device) -> dict[str, dict[str, LayerRepository]]:
+    """Map every layer of the demo to the demo's repository."""
+    return {name: {device.type: LayerRepository(REPOSITORY, layer_name=name, revision="main")} for name in LAYERS}
 
-    def compiled(self, backend: str) -> Row:
-        """Compare the whole model, compiled to one graph."""
-        kernels = use_kernel_mapping(mapping(self.device))
-        compiled = torch.compile(self.model, fullgraph=True, backend=backend)
-        return self._row("model", "training, compiled", kernels, self.model, compiled, (self.input,))
 
-    def refusals(self) -> list[str]:
-        """Tell why layers were not served."""
-        return sorted({str(refusal) for found in self.recorder.resolutions.values() for refusal in found.refusals})
+def measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare layers and block in eager mode and, if all is well, the compiled block."""
+    recorder = Recorder()
+    plugin_manager().register(recorder, "demo-recorder")
+    parts = list(_parts(*_block(device, dtype)))
+    backend = "inductor" if device.type != "cpu" or _has_compiler() else "aot_eager"
+    refusals: set[str] = set()
+    rows: list[Row] = []
 
-    def _inputs_of_layers(self) -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
-        """Run the model once and note what each decorated layer is called with."""
-        found: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {}
-        paths = {module: path for path, module in self.model.named_modules() if is_decorated(module)}
+    def compare(part: Part, mode: str, call: Callable[..., Any]) -> None:
+        recorder.used.clear()
+        rows.append(_compare(part, mode, call, use_kernel_mapping(mapping(device)), recorder))
+        refusals.update(str(refusal) for used in recorder.used.values() for refusal in used.refusals)
 
-        def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found[paths[module]] = (module, tuple(x.detach().clone() for x in arguments))
+    for part in parts:
+        compare(part, "training", part.module)
+    if all(row.served and row.is_right for row in rows):
+        compiled = torch.compile(parts[-1].module, fullgraph=True, backend=backend)
+        compare(parts[-1], "training, compiled", compiled)
+    return {
+        "device": _device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "backend": backend,
+        "rows": [{**asdict(row), "is_right": row.is_right} for row in rows],
+        "refusals": sorted(refusals),
+    }
 
-        handles = [module.register_forward_pre_hook(note) for module in paths]
-        with self.nothing:
-            self.model(self.input)
-        for handle in handles:
-            handle.remove()
-        return found
 
-    def _row(
-        self,
-        path: str,
-        mode: str,
-        kernels: use_kernel_mapping,
-        module: nn.Module,
-        call: Callable[..., Any],
-        arguments: tuple[Tensor, ...],
-    ) -> Row:
-        step = make_step(module, call, arguments)
-        eager = make_step(module, module, arguments)
-        with self.nothing:
-            expected = eager()
-        self.recorder.resolutions.clear()
-        with kernels:
-            actual = step()
-        layers = {decorated_layer(part) for part in module.modules() if is_decorated(part)}
-        resolutions = [self.recorder.resolutions[layer] for layer in layers if layer in self.recorder.resolutions]
-        served = sum(not resolution.is_reference for resolution in resolutions)
-        (forward, gradients) = (
-            max(self._difference(a, e) for a, e in zip(*pair, strict=True)) for pair in zip(actual, expected, strict=True)
-        )
-        reference_ms, kernel_ms = times([(self.nothing, step), (kernels, step)])
-        ...
+def _block(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """Make a block with random weights, and an input."""
+    torch.manual_seed(0)
+    size, batch = SIZES.get(device.type, SIZES["cpu"])
+    block = Block(**size).to(device, dtype)
+    for parameter in block.parameters():
+        if parameter.dim() == 1:  # ones would hide a norm that forgets its weight
+            nn.init.normal_(parameter, 1.0, 0.1)
+    return block, torch.randn(batch, size["length"], size["hidden"], device=device, dtype=dtype, requires_grad=True)
+
+
+def _parts(block: nn.Module, x: Tensor) -> Iterator[Part]:
+    """Yield every decorated layer with what the block calls it with, then the block."""
+    called: dict[nn.Module, tuple[Tensor, ...]] = {}
+    layers = {module: path for path, module in block.named_modules() if _is_decorated(module)}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: called.update({module: inputs})) for module in layers
+    ]
+    block(x)
+    for hook in hooks:
+        hook.remove()
+    for module, path in layers.items():
+        inputs = tuple(x.detach().requires_grad_(x.requires_grad) for x in called[module])
+        yield Part(path, module, inputs)
+    yield Part("(block)", block, (x,))
+
+
+def _compare(part: Part, mode: str, call: Callable[..., Any], kernels: Scope, recorder: Recorder) -> Row:
+    """Compare a part, called with kernels, with its reference."""
+    reference = use_kernel_mapping({}, inherit_mapping=False)
+    step = part.step(call)
+    with reference:
+        expected = part.step(part.module)()  # eager also where `call` is compiled
+    with kernels:
+        actual = step()
+    used = [recorder.used.get(layer) for layer in part.layers]
+    reference_ms, kernel_ms = _times(step, reference, kernels)
+    return Row(
+        module=part.path,
+        layer=next(iter(part.layers)).name if len(used) == 1 else f"all {len(used)}",
+        device=str(part.inputs[0].device),
+        mode=mode,
+        implementation=", ".join(sorted({resolution.origin for resolution in used if resolution})),
+        served=all(resolution is not None and not resolution.is_reference for resolution in used),
+        forward_difference=_difference(actual[0], expected[0]),
+        gradient_difference=_difference(actual[1], expected[1]),
+        reference_ms=reference_ms,
+        kernel_ms=kernel_ms,
+    )
+
+
+def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest difference in units of the tolerance; NaN counts as infinitely far off."""
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        relative, absolute = TOLERANCES[e.dtype]
+        difference = (a.float() - e.float()).abs().max() / (absolute + relative * e.float().abs().max())
+        worst = max(worst, difference.nan_to_num(nan=float("inf")).item())
+    return worst
+
+
+def _times(step: Step, *scopes: Scope) -> list[float]:
+    """Return the median milliseconds of a step in each scope, taken in turns: a busy machine slows all alike."""
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    rounds: list[list[float]] = []
+    for _ in range(ROUNDS):
+        rounds.append([])
+        for scope in scopes:
+            with scope:
+                rounds[-1].append(timer.blocked_autorange(min_run_time=0.02).median * 1e3)
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def _is_decorated(module: nn.Module) -> bool:
+    return isinstance(getattr(module.forward, "kernels_layer", None), Layer)
+
+
+def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from kernels_core.dispatch import dispatched_layer
+
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("triton", reason="Triton is not installed, so its kernels cannot be compiled")
 if not torch.cuda.is_available():
@@ -52,7 +54,16 @@ def load(name: str, path: Path) -> Any:
     return module
 
 
-reference = load("demo_reference_layers_gpu", DEMO / "layers.py")
+def load_reference(name: str) -> Any:
+    """The demo's layers as `name`, undecorated: no installed plugin may serve what is compared against."""
+    module = load(name, DEMO / "layers.py")
+    for cls in (getattr(module, layer) for layer in module.__all__):
+        layer = dispatched_layer(cls.forward)
+        cls.forward = layer.reference if layer is not None else cls.forward
+    return module
+
+
+reference = load_reference("demo_reference_layers_gpu")
 kernels = load("demo_kernels_cuda_under_test", VARIANT).layers
 
 

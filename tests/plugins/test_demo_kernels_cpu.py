@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from kernels_core.dispatch import dispatched_layer
+
 DEMO = Path(__file__).resolve().parents[2] / "kernels_plugins" / "demo"
 BUILD = DEMO / "hub" / "kernels-demo" / "llama-layers" / "build"
 LAYERS = ["RMSNorm", "SiluAndMul", "GeluAndMul", "RotaryEmbedding"]
@@ -37,7 +39,16 @@ def load(name: str, path: Path) -> Any:
     return module
 
 
-reference = load("demo_reference_layers_cpu", DEMO / "layers.py")
+def load_reference(name: str) -> Any:
+    """The demo's layers as `name`, undecorated: no installed plugin may serve what is compared against."""
+    module = load(name, DEMO / "layers.py")
+    for cls in (getattr(module, layer) for layer in module.__all__):
+        layer = dispatched_layer(cls.forward)
+        cls.forward = layer.reference if layer is not None else cls.forward
+    return module
+
+
+reference = load_reference("demo_reference_layers_cpu")
 kernels = load("demo_kernels_cpu_under_test", BUILD / "torch-cpu").layers
 
 
