@@ -326,6 +326,21 @@ def test_operator_registration(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["RMSNorm", "SiluAndMul", "GeluAndMul"])
+def test_compiler_sees_what_the_kernels_write(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler can read every kernel, or it would copy all inputs in fear of their being overwritten."""
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    def fail(message: str, *args: Any, **kwargs: Any) -> None:
+        pytest.fail(message)
+
+    monkeypatch.setattr(triton_kernel_wrap.log, "warning", fail)
+    torch._dynamo.reset()
+    layer, x = make(name, (40, 320), BF16)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        run(torch.compile(kernelized(layer), fullgraph=True), [x], [torch.randn(40, 320, dtype=BF16, device="cuda")])
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "SiluAndMul", "GeluAndMul"])
 def test_cuda_graph(name: str) -> None:
     """Forward and backward record into a CUDA graph whose replay follows new inputs."""
     layer, x = make(name, (64, 320), BF16)

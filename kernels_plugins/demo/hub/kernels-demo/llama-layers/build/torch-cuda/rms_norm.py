@@ -15,7 +15,7 @@ from ._launch import as_rows, ceil_div, eager, on_device_of, operator, power_of_
 FORWARD_WIDTH = 32768
 BACKWARD_WIDTH = 16384
 
-# Compiled code hands `eps` over in float64, hence the kernels' `eps.to`: without it they compute in float64 as well.
+# Compiled code hands `eps` over in float64, hence the kernels' `tl.cast`: else they would compute in it.
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _forward_kernel(
     mask = (row < rows) & (column < columns)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(dtype)
     weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(dtype)
-    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / columns + eps.to(dtype))
+    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / columns + tl.cast(eps, dtype))
     normalised = (x * scale).to(x_ptr.dtype.element_ty).to(dtype)
     tl.store(y_ptr + row * columns + column, (normalised * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -52,7 +52,7 @@ def _forward_wide_kernel(x_ptr, weight_ptr, y_ptr, x_stride, columns, eps, BLOCK
         column = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(dtype)
         squares += x * x
-    scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps.to(dtype))
+    scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + tl.cast(eps, dtype))
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < columns
@@ -82,7 +82,7 @@ def _backward_kernel(
         # Both sums come from the raw values, so neither reduction waits for the other.
         squares = tl.sum(x * x, axis=1, keep_dims=True) / columns
         inner = tl.sum(grad * x, axis=1, keep_dims=True) / columns
-        scale = tl.rsqrt(squares + eps.to(dtype))
+        scale = tl.rsqrt(squares + tl.cast(eps, dtype))
         normalised = x * scale
         dx = (grad - normalised * (inner * scale)) * scale
         tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -119,7 +119,7 @@ def _backward_wide_kernel(
             weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(dtype)
             squares += x * x
             inner += dy * weight * x
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps.to(dtype))
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + tl.cast(eps, dtype))
         projection = tl.sum(inner, axis=0) / columns * scale
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)

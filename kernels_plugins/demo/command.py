@@ -1,0 +1,157 @@
+"""The command `kernels-core demo`: kernels from a Hub, downloaded, checked, run and measured.
+
+Serves the bundled repository on the loopback interface and lets a second process, with the ordinary
+client of the Hub and an empty cache, run a block of a model on it: no network, no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kernels_core import ArgumentError, KernelsError
+from kernels_plugins.hub.server import LocalHub
+
+BUNDLE = Path(__file__).with_name("hub")
+OWNER = "kernels-demo"
+
+
+class DType(str, Enum):
+    """Type of the model's weights and inputs."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def demo(
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda; by default, a GPU if there is one.")] = "",
+    dtype: Annotated[DType, typer.Option(help="Type of weights and inputs.")] = DType.float32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    keep: Annotated[Path | None, typer.Option(help="Keep the cache of the Hub's client here.")] = None,
+    repository: Annotated[Path, typer.Option(hidden=True, help="Folder of <owner>/<name> to serve.")] = BUNDLE,
+) -> None:
+    """Run a small Llama block on kernels from a Hub on this machine, and compare it with its reference.
+
+    Exits with 1 where a layer is not served or a number is off.
+    """
+    start = time.perf_counter()
+    where = _device(device)
+    with _folder(keep) as folder, LocalHub(repository) as hub:
+        hub.organization(OWNER, trusted=True)
+        report = folder / "report.json"
+        child = _Child(hub, folder, ["--device", str(where), "--dtype", dtype.value])
+        cold = child.run("--report", str(report))
+        warm = child.run()
+        result: dict[str, Any] = json.loads(report.read_text())
+    result["requests"] = {"cold": cold, "warm": warm}
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    result["ok"] = all(row["served"] and row["is_right"] for row in result["rows"])
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print(result)
+    raise typer.Exit(0 if result["ok"] else 1)
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A process whose client talks to a Hub."""
+
+    hub: LocalHub
+    home: Path
+    arguments: list[str]
+
+    def run(self, *more: str) -> int:
+        """Run it to its end, and return how many requests it made."""
+        environment = {**os.environ, **self.hub.environment(self.home), "KERNELS_CACHE": ""}
+        before = self.hub.count()
+        command = [sys.executable, "-m", "kernels_plugins.demo.measure", *self.arguments, *more]
+        done = subprocess.run(command, env=environment, stdout=sys.stderr)
+        if done.returncode:
+            raise KernelsError(f"The demo's process ended with {done.returncode}: its message is above.")
+        return self.hub.count() - before
+
+
+def _device(name: str) -> torch.device:
+    """Return the device, if there is one of that name."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        raise ArgumentError(f"The device {name!r} cannot be used here: {error}") from error
+    return device
+
+
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="kernels-core-demo-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+# --- Printing ------------------------------------------------------------------------------------
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console(markup=False, highlight=False)
+    table = Table(header_style="bold")
+    for name in ("module", "layer", "mode", "implementation"):
+        table.add_column(name, overflow="fold")
+    for name in ("forward", "gradients", "reference", "kernel", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        style = None if row["served"] and row["is_right"] else "red"
+        table.add_row(*_cells(row), style=style)
+    if not console.is_terminal:  # for grep and cut: no box, no wrapping
+        table.box, console.width = None, 10_000
+    console.print(table)
+    for refusal in result["refusals"]:
+        console.print(f"refused {refusal}", style="red", soft_wrap=True)
+    console.print(_summary(result), soft_wrap=True)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["module"],
+        row["layer"],
+        f"{row['mode']}, {row['device']}",
+        row["implementation"],
+        f"{row['forward_difference']:.3f}",
+        f"{row['gradient_difference']:.3f}",
+        f"{row['reference_ms']:.3f} ms",
+        f"{row['kernel_ms']:.3f} ms",
+        f"{row['reference_ms'] / row['kernel_ms']:.2f}x",
+    )
+
+
+def _summary(result: dict[str, Any]) -> str:
+    requests = result["requests"]
+    lines = [
+        f"{result['device']}, {result['dtype']}, torch {result['torch']}, compiled with {result['backend']}.",
+        "Differences from the reference are in units of the tolerance of torch.testing: up to 1 is right.",
+        "Times are medians of forward and backward together.",
+        f"HTTP requests: {requests['cold']} with an empty cache, {requests['warm']} with a warm one.",
+        f"{'All layers served, all numbers right' if result['ok'] else 'NOT all served and right'}, "
+        f"in {result['seconds']} s.",
+    ]
+    if result["device"] == "cpu":
+        lines.insert(3, "The bundled kernels for the CPU are plain torch: expect a ratio of about 1.")
+    return "\n".join(lines)

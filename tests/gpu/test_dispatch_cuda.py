@@ -1,0 +1,122 @@
+"""Dispatch on real GPUs: devices and their indices, compilation, CUDA graphs. Skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kernels_core import CUDAProperties, Device, Mode, device_capability, resolve, use_kernel_forward_from_hub
+from kernels_plugins import register_kernel_mapping, use_kernel_mapping
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+class Plus(nn.Module):
+    """A kernel that can be told from the reference."""
+
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+@use_kernel_forward_from_hub("GpuIdentity")
+class Identity(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1
+
+
+def ones(device: str = "cuda") -> torch.Tensor:
+    return torch.ones(8, device=device)
+
+
+def served(layer: nn.Module, x: torch.Tensor) -> bool:
+    return bool((layer(x) == x + 1).all())
+
+
+def test_a_kernel_for_cuda_serves_cuda_only() -> None:
+    """A CUDA mapping serves CUDA tensors, and neither those of the CPU nor meta tensors."""
+    register_kernel_mapping({"GpuIdentity": {"cuda": Plus}})
+    layer = Identity()
+    assert served(layer, ones())
+    assert served(layer, ones("cuda:0"))
+    assert not served(layer, ones("cpu"))
+    assert layer(torch.ones(2, device="meta")).device.type == "meta"
+
+
+def test_capability_ranges_decide() -> None:
+    """The range that holds this GPU serves; one that ends below it does not."""
+    capability = device_capability(torch.device("cuda", 0))
+    assert capability is not None
+    fits = Device("cuda", CUDAProperties(capability, capability))
+    below = Device("cuda", CUDAProperties(0, capability - 1))
+    with use_kernel_mapping({"GpuIdentity": {below: Plus}}):
+        assert not served(Identity(), ones())
+    with use_kernel_mapping({"GpuIdentity": {fits: Plus}}):
+        assert served(Identity(), ones())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_each_index_is_resolved_apart() -> None:
+    """Every GPU has its own decision, and runs on its own device."""
+    register_kernel_mapping({"GpuIdentity": {"cuda": Plus}})
+    layer = Identity()
+    for index in range(torch.cuda.device_count()):
+        x = ones(f"cuda:{index}")
+        assert served(layer, x) and layer(x).device == x.device
+        resolution = resolve(Identity, device=f"cuda:{index}", mode=Mode.INFERENCE)
+        assert resolution.request.device.index == index
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_compiles_to_one_graph(warm: bool) -> None:
+    """Inductor compiles a dispatched layer whole, follows a scope, and comes back without recompiling."""
+    register_kernel_mapping({"GpuIdentity": {"cuda": Plus}})
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._inductor.compile(graph, inputs)
+
+    layer, x = Identity(), ones()
+    if warm:
+        layer(x)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(x), x + 1)
+    nothing = use_kernel_mapping({}, inherit_mapping=False)
+    with nothing:
+        assert torch.equal(compiled(x), x)
+    assert torch.equal(compiled(x), x + 1)
+    with nothing:
+        assert torch.equal(compiled(x), x)
+    assert len(graphs) == 2
+
+
+def test_cuda_graph_capture_once_warm() -> None:
+    """A warm dispatched call can be captured in a CUDA graph and replayed on new data."""
+    register_kernel_mapping({"GpuIdentity": {"cuda": Plus}})
+    layer, x = Identity(), ones()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        layer(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = layer(x)
+    x.fill_(41)
+    graph.replay()
+    assert torch.equal(y, torch.full_like(x, 42))
+
+
+def test_activation_checkpointing_with_a_registered_mapping() -> None:
+    """Forward and recomputation, which runs on autograd's own thread, are served alike."""
+    register_kernel_mapping({"GpuIdentity": {"cuda": Plus}})
+    x = ones().requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(Identity(), x, use_reentrant=False)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
