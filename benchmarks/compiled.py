@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from measure import Row, compare
 from torch import nn
 
 from kernels_core import use_kernel_forward_from_hub
-from kernels_plugins import use_kernel_mapping
+from kernels_plugins import register_kernel_mapping, use_kernel_mapping
 
 LAYERS = 100
 LIMIT = 1.05
@@ -64,82 +65,86 @@ class Model(nn.Module):
 
 
 def run() -> Iterator[Row]:
-    """Measure graphs, guards and calls; on a CUDA device where there is one, else on the CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for classes in (1, 10):
-        for state in ("warm", "cold"):
-            for inside in ("inside a scope", "registered"):
-                if inside == "registered" and (state == "cold" or classes == 1):
-                    continue
-                yield from _models(classes, state, inside, device)
+    """Measure graphs, guards and calls; on a CUDA device where there is one, too."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for classes in (1, 10):
+            yield from _models(classes, "warm", "inside a scope", device)
+            yield from _models(classes, "cold", "inside a scope", device)
+        yield from _models(10, "warm", "registered", device)
 
 
 def _models(classes: int, state: str, inside: str, device: str) -> Iterator[Row]:
-    names = [f"bench_compiled_{classes}_{state}_{inside.split()[0]}_{i}" for i in range(classes)]
+    names = [f"bench_compiled_{device}_{classes}_{state}_{inside.split()[0]}_{i}" for i in range(classes)]
     what = f"{classes} x {LAYERS // classes} layers, traced {state}, {inside} ({device})"
     peer = "kernels called directly"
     mapping = {name: {device: Kernel} for name in names}
     dispatched, direct = Model(names, dispatch=True).to(device), Model(names, dispatch=False).to(device)
     x = torch.ones(8, device=device)
     if inside == "registered":
-        from kernels_plugins import register_kernel_mapping
-
         register_kernel_mapping(mapping)
         mapping = {}
     with use_kernel_mapping(mapping), torch.no_grad():
         if state == "warm":
             dispatched(x)
         torch._dynamo.reset()
-        subject, subject_graphs = _compile(dispatched)
-        other, other_graphs = _compile(direct)
-        if not torch.equal(subject(x), other(x)):
+        subject, other = Compiled(dispatched), Compiled(direct)
+        if not torch.equal(subject.call(x), other.call(x)):
             raise AssertionError("the kernels did not serve")
-        times = compare({"subject": ("f(x)", {"f": subject, "x": x}), "peer": ("f(x)", {"f": other, "x": x})})
-    different = _differences(subject_graphs, other_graphs)
-    nodes = sum(len(graph.nodes) for graph in other_graphs)
-    yield Row("compiled", f"graph nodes that differ: {what}", different, "nodes", f"of {nodes} nodes", limit=0)
+        times = compare({"subject": ("f(x)", {"f": subject.call, "x": x}), "peer": ("f(x)", {"f": other.call, "x": x})})
+    different, dead = _differences(subject.graphs, other.graphs)
+    nodes = f"of {sum(len(graph.nodes) for graph in other.graphs)} nodes"
+    yield Row("compiled", f"graph nodes that differ: {what}", different, "nodes", nodes, limit=0)
+    if different:
+        yield Row("compiled", f"... of which read an attribute that nothing uses: {what}", dead, "nodes", nodes)
     yield Row(
         "compiled", f"call: {what}", times["subject"] / 1e3, "us", peer, times["peer"] / 1e3, LIMIT, 1.0, judge="ratio"
     )
-    guards, peer_guards = _guards(dispatched), _guards(direct)
+    guards, peer_guards = subject.guards(), other.guards()
     if guards is not None and peer_guards is not None:
         yield Row("compiled", f"guards: {what}", guards, "guards", peer, peer_guards)
 
 
-def _compile(model: nn.Module) -> tuple[Callable[..., Any], list[torch.fx.Graph]]:
-    graphs: list[torch.fx.Graph] = []
+class Compiled:
+    """A compiled call of a model, in a function of its own: what compiled it is counted for it alone."""
 
-    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(module.graph)
+    def __init__(self, model: nn.Module) -> None:
+        """Prepare; the first call compiles."""
+        self.graphs: list[torch.fx.Graph] = []
+        names: dict[str, Any] = {"model": model}
+        exec("def run(x):\n    return model(x)\n", names)
+        self.function = names["run"]
+        self.call: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
+            self.function, backend=self._keep, fullgraph=True
+        )
+
+    def _keep(self, module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        self.graphs.append(module.graph)
         return module.forward
 
-    return torch.compile(model, backend=backend, fullgraph=True), graphs
+    def guards(self) -> int | None:
+        """Count the leaf guards; None if this PyTorch does not show them."""
+        try:
+            from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+            (entry,) = _debug_get_cache_entry_list(self.function.__code__)
+            return len(re.findall(r"\+- [A-Z_]+:", str(entry.guard_manager))) or None
+        except (ImportError, AttributeError, TypeError, ValueError):
+            return None
 
 
-def _differences(ours: list[torch.fx.Graph], theirs: list[torch.fx.Graph]) -> int:
-    """Count the nodes that are not the same operator with the same arguments at the same place."""
-    left = [_node(node) for graph in ours for node in graph.nodes]
-    right = [_node(node) for graph in theirs for node in graph.nodes]
-    return abs(len(left) - len(right)) + sum(a != b for a, b in zip(left, right, strict=False))
+def _differences(ours: list[torch.fx.Graph], theirs: list[torch.fx.Graph]) -> tuple[int, int]:
+    """Count the lines of a diff of two lists of nodes, and those among them that nothing uses."""
+    nodes = [node for graph in ours for node in graph.nodes]
+    left, right = [_node(node) for node in nodes], [_node(node) for graph in theirs for node in graph.nodes]
+    different = dead = 0
+    for change, low, high, other_low, other_high in difflib.SequenceMatcher(
+        None, left, right, autojunk=False
+    ).get_opcodes():
+        if change != "equal":
+            different += max(high - low, other_high - other_low)
+            dead += sum(not node.users and node.op != "output" for node in nodes[low:high])
+    return different, dead
 
 
 def _node(node: torch.fx.Node) -> tuple[str, str, str, str]:
     return node.op, str(node.target), str(node.args), str(node.kwargs)
-
-
-def _guards(model: nn.Module) -> int | None:
-    """Count the leaf guards of a compiled model; None if this PyTorch does not show them."""
-    try:
-        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-
-        entries = _debug_get_cache_entry_list(type(model).forward.__code__)
-        chosen = [entry for entry in entries if entry.guard_manager.check({"self": model, "x": _input(model)})]
-        shown = str((chosen or entries)[0].guard_manager)
-    except Exception:
-        return None
-    leaves = re.findall(r"\+- (?!\w*GuardManager|source)[A-Z_]+\b", shown)
-    return len(leaves)
-
-
-def _input(model: nn.Module) -> torch.Tensor:
-    return torch.ones(8, device=next(model.parameters()).device)

@@ -145,7 +145,10 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"Unknown device {device!r}: {error}") from error
+        raise ArgumentError(
+            f"Unknown device {device!r}: use one of {', '.join(sorted(TORCH_DEVICE_TYPES))}, with an index where "
+            "there are several ('cuda:1')."
+        ) from error
     if found.index is None and found.type == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return found

@@ -11,10 +11,13 @@ KernelsError
 └── ResolutionError                   .request, .refusals: the whole decision
     ├── NoKernelError                 no kernel may serve, and the reference must not
     ├── LoadError                     a source could not be turned into a layer
-    ├── ContractError                 the kernel's signature or members do not fit
+    ├── ContractError                 the kernel does not fit the layer or the mode
     ├── UntrustedError                policy does not let this publisher's code run
     └── IntegrityError                the bytes are not those that were promised
 ```
+
+Of the kinds of `ResolutionError`, a call raises `NoKernelError` alone; the others are found in
+`Refusal.error`, and are raised where a source is loaded directly.
 
 `KernelsWarning` is the category of every warning: filter it to silence or to raise.
 """

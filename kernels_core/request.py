@@ -43,7 +43,12 @@ class LayerRequest:
     def __str__(self) -> str:
         """Name layer, device and mode."""
         mode = " + ".join(str(flag.name).lower() for flag in Mode if flag in self.mode).replace("torch_", "")
-        return f"layer {self.layer_name!r} on {self.device} for {mode}"
+        return f"{self.place} for {mode}"
+
+    @property
+    def place(self) -> str:
+        """Layer and device."""
+        return f"layer {self.layer_name!r} on {self.device}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class Resolution:
         refusals: Candidates that were refused, in the order in which they were tried.
         checked: What was verified about the kernel, and what was not.
         note: Why no candidate was even asked for, where that is so.
+        every_mode: Whether the decision is the same in every mode of a call.
     """
 
     request: LayerRequest
@@ -126,6 +132,12 @@ class Resolution:
     refusals: tuple[Refusal, ...] = ()
     checked: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    every_mode: bool = False
+
+    @property
+    def subject(self) -> str:
+        """What was decided about: layer, device, and the mode where that makes a difference."""
+        return self.request.place if self.every_mode else str(self.request)
 
     @property
     def is_reference(self) -> bool:
@@ -139,7 +151,7 @@ class Resolution:
 
     def explain(self) -> str:
         """Tell the whole decision, a line for each candidate."""
-        lines = [f"{self.request}: {self.origin}" + (f" ({self.note})" if self.note else "")]
+        lines = [f"{self.subject}: {self.origin}" + (f" ({self.note})" if self.note else "")]
         lines += [f"  refused {refusal}" for refusal in self.refusals]
         lines += [f"  {what}: {result}" for what, result in self.checked.items()]
         return "\n".join(lines)

@@ -20,7 +20,15 @@ from . import scope
 from .contract import check_contract, check_mode
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
-from .errors import ArgumentTypeError, KernelsWarning, LoadError, NoKernelError, ResolutionError
+from .errors import (
+    ArgumentTypeError,
+    ContractError,
+    KernelsWarning,
+    LoadError,
+    NoKernelError,
+    ResolutionError,
+    UntrustedError,
+)
 from .hookspecs import hookimpl
 from .layer import Layer
 from .mode import CALL_MODES, Mode, check_call_mode
@@ -134,6 +142,7 @@ def settle(layer: Layer, device: torch.device, frame: Frame, mode: Mode) -> Reso
         first = resolutions[mode]
         if any(other.implementation is not first.implementation for other in resolutions.values()):
             return None
+        first = replace(first, every_mode=True)
         _announce(first)
     return first
 
@@ -159,7 +168,7 @@ def no_kernel(resolution: Resolution) -> NoKernelError:
     why = "\n".join(f"  refused {refusal}" for refusal in resolution.refusals) or "  no candidate was offered"
     rule = "KERNELS_STRICT is on" if strict() else "the layer was decorated with use_fallback=False"
     return NoKernelError(
-        f"No kernel serves {resolution.request}, and {rule}:\n{why}\n"
+        f"No kernel serves {resolution.subject}, and {rule}:\n{why}\n"
         "Register a kernel that fits with register_kernel_mapping, or allow the reference.",
         request=resolution.request,
         refusals=resolution.refusals,
@@ -190,7 +199,7 @@ def _announce(resolution: Resolution) -> None:
         if subject not in _said and not must_raise(resolution):
             _said.add(subject)
             warnings.warn(
-                f"A kernel for {resolution.request} is not used, {resolution.origin} runs instead: {refusal}",
+                f"A kernel for {resolution.subject} is not used, {resolution.origin} runs instead: {refusal}",
                 KernelsWarning,
                 stacklevel=2,
             )
@@ -241,14 +250,14 @@ def _tie(message: str) -> None:
 def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refusal:
     reasons = plugin_manager().authorize(request, candidate)
     if reasons:
-        return Refusal("; ".join(reasons), candidate, candidate.plugin)
+        return _refusal(UntrustedError, request, candidate, reasons)
     loaded = _loads.load(request, candidate)
     if isinstance(loaded, Exception):
         return Refusal(_reason(loaded), candidate, candidate.plugin, loaded)
     reason = check_contract(request.layer, loaded.layer) or check_mode(request, loaded.layer)
     reasons = [reason] if reason else plugin_manager().check_layer(request, candidate, loaded.layer)
     if reasons:
-        return Refusal("; ".join(reasons), candidate, candidate.plugin)
+        return _refusal(ContractError, request, candidate, reasons)
     return Resolution(
         request,
         implementation=_loads.implementation(request, loaded.layer),
@@ -256,6 +265,11 @@ def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refus
         origin=loaded.origin,
         checked=loaded.checked,
     )
+
+
+def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Candidate, reasons: list[str]) -> Refusal:
+    reason = "; ".join(reasons)
+    return Refusal(reason, candidate, candidate.plugin, kind(f"{candidate.label}: {reason}", request=request))
 
 
 def _reason(error: Exception) -> str:

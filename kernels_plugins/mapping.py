@@ -66,7 +66,7 @@ class Level:
         merged = {name: dict(entries) for name, entries in self.sources.items()}
         for name, entries in other.sources.items():
             merged.setdefault(name, {}).update(entries)
-        return Level(merged, self.inherit)
+        return Level(merged, other.inherit)
 
 
 def _width(device: Device) -> float:

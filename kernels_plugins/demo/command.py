@@ -79,6 +79,7 @@ class _Child:
     def run(self, *more: str) -> int:
         """Run it to its end, and return how many requests it made."""
         environment = {**os.environ, **self.hub.environment(self.home), "KERNELS_CACHE": ""}
+        environment["PYTHONWARNINGS"] = "ignore::UserWarning"  # the report says what was refused
         before = self.hub.count()
         command = [sys.executable, "-m", "kernels_plugins.demo.measure", *self.arguments, *more]
         done = subprocess.run(command, env=environment, stdout=sys.stderr)
@@ -129,6 +130,10 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    reference, kernel = row["reference_ms"], row["kernel_ms"]
+    times = (
+        ("", "", "") if kernel is None else (f"{reference:.3f} ms", f"{kernel:.3f} ms", f"{reference / kernel:.2f}x")
+    )
     return (
         row["module"],
         row["layer"],
@@ -136,22 +141,22 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["implementation"],
         f"{row['forward_difference']:.3f}",
         f"{row['gradient_difference']:.3f}",
-        f"{row['reference_ms']:.3f} ms",
-        f"{row['kernel_ms']:.3f} ms",
-        f"{row['reference_ms'] / row['kernel_ms']:.2f}x",
+        *times,
     )
 
 
 def _summary(result: dict[str, Any]) -> str:
     requests = result["requests"]
     lines = [
-        f"{result['device']}, {result['dtype']}, torch {result['torch']}, compiled with {result['backend']}.",
-        "Differences from the reference are in units of the tolerance of torch.testing: up to 1 is right.",
+        f"{result['device']}, {result['dtype']}, torch {result['torch']}, "
+        + (f"compiled with {result['backend']}." if result["backend"] else "not compiled."),
+        "Differences from the reference are in units of the tolerance of torch.testing; for the block, of the",
+        "tolerances of its layers together. Up to 1 is right.",
         "Times are medians of forward and backward together.",
         f"HTTP requests: {requests['cold']} with an empty cache, {requests['warm']} with a warm one.",
         f"{'All layers served, all numbers right' if result['ok'] else 'NOT all served and right'}, "
         f"in {result['seconds']} s.",
     ]
     if result["device"] == "cpu":
-        lines.insert(3, "The bundled kernels for the CPU are plain torch: expect a ratio of about 1.")
+        lines.insert(4, "The bundled kernels for the CPU are plain torch: expect a ratio of about 1.")
     return "\n".join(lines)

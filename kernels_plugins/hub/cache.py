@@ -6,8 +6,10 @@ for a commit. With that, what was loaded once loads again without a request.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 from urllib.parse import quote
 
 from .integrity import RemoteFile
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,10 @@ class Notes:
     def pin(self, revision: str) -> Pin | None:
         """Return what a revision was when it was last loaded."""
         data = self._read(self._revision(revision))
-        return Pin(**data) if data else None
+        with contextlib.suppress(KeyError, TypeError):
+            pin = Pin(data["repo_id"], data["repo_type"], data["commit"])
+            return pin if COMMIT.fullmatch(pin.commit) else None
+        return None
 
     def write_pin(self, revision: str, pin: Pin) -> None:
         """Remember what a revision is."""
@@ -68,10 +75,10 @@ class Notes:
     def record(self, commit: str) -> Record | None:
         """Return what is known about a commit."""
         data = self._read(self._commit(commit))
-        if not data:
-            return None
-        variants = {name: tuple(RemoteFile(**file) for file in files) for name, files in data["variants"].items()}
-        return Record(bool(data["publisher_trusted"]), variants)
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            variants = {name: tuple(RemoteFile(**file) for file in files) for name, files in data["variants"].items()}
+            return Record(data["publisher_trusted"] is True, variants)
+        return None
 
     def write_record(self, commit: str, record: Record) -> None:
         """Remember what is known about a commit."""
@@ -87,21 +94,21 @@ class Notes:
     def _commit(self, commit: str) -> Path:
         return self._folder / "commits" / f"{commit}.json"
 
-    def _read(self, path: Path) -> dict[str, Any] | None:
-        """Read a note; one that cannot be read counts as none, and is written anew."""
-        try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return None
-        return data if isinstance(data, dict) else None
+    def _read(self, path: Path) -> Any:
+        """Read a note; one that cannot be read or understood counts as none, and is written anew."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            return json.loads(path.read_text())
+        return None
 
     def _write(self, path: Path, data: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(data, file)
-            os.replace(temporary, path)  # whole or not at all, also with two processes at it
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        """Write a note, where that is possible: a cache may be read-only, and costs a request more then."""
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+            try:
+                with os.fdopen(handle, "w") as file:
+                    json.dump(data, file)
+                os.replace(temporary, path)  # whole or not at all, also with two processes at it
+            except BaseException:
+                os.unlink(temporary)
+                raise

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import socket
+import ssl
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from kernels_core import LoadError, __version__
 
-from .cache import Notes, Pin
+from .cache import COMMIT, Notes, Pin
 from .integrity import RemoteFile, is_byte_code
 
 REPO_TYPES = ("kernel", "model")
@@ -36,9 +38,19 @@ def is_offline() -> bool:
 
 
 def cache_folder(repo_id: str, repo_type: str) -> Path:
-    """Return the folder of a repository in the cache."""
-    cache = os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE
-    return Path(cache).expanduser() / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+    """Return the folder of a repository in the cache.
+
+    Raises:
+        LoadError: If no repository can have that name.
+    """
+    try:
+        return _cache() / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+    except errors.HFValidationError as error:
+        raise LoadError(f"{error} Check the name") from error
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE).expanduser()
 
 
 def notes(repo_id: str) -> Notes:
@@ -72,6 +84,8 @@ def find_pin(repo_id: str, revision: str) -> Pin:
             except errors.RepositoryNotFoundError as error:
                 missing = missing or error
                 continue
+            if not COMMIT.fullmatch(str(info.sha)):  # it becomes part of paths
+                raise LoadError(f"{constants.ENDPOINT} answered {info.sha!r} where a commit belongs: check HF_ENDPOINT")
             return Pin(info.id, repo_type, info.sha)
     with _explained(repo_id, revision, REPO_TYPES[0]):
         assert missing is not None
@@ -122,32 +136,41 @@ def list_variants(pin: Pin) -> dict[str, tuple[RemoteFile, ...]]:
     return {name: tuple(sorted(files, key=lambda file: file.path)) for name, files in sorted(variants.items())}
 
 
-def fetch_variant(pin: Pin, variant: str) -> Path:
-    """Download the files of one variant, and no byte code; return their folder.
+def fetch_variant(pin: Pin, variant: str, listed: Iterable[RemoteFile]) -> None:
+    """Download the files of one variant, and no byte code.
 
     Raises:
-        LoadError: If they cannot be downloaded whole.
-        UnreachableError: If the Hub does not answer.
+        LoadError: If they cannot be downloaded.
+        UnreachableError: If the Hub does not answer, or stops to.
     """
+    if is_offline():
+        raise _not_cached()
     with _explained(pin.repo_id, pin.commit, pin.repo_type):
         _api().snapshot_download(
             pin.repo_id,
             repo_type=pin.repo_type,
             revision=pin.commit,
-            cache_dir=os.environ.get("KERNELS_CACHE") or None,
+            cache_dir=_cache(),
             allow_patterns=[f"build/{variant}/*"],
             ignore_patterns=["*.pyc", "*.pyo", "*/__pycache__/*"],
         )
-    return variant_folder(pin, variant)
+    # Where the Hub does not answer, the client is content with what an earlier attempt left.
+    missing = [file.path for file in listed if not (variant_folder(pin, variant) / file.path).is_file()]
+    if missing:
+        raise UnreachableError(f"the download is not complete ({missing[0]} is missing): check the network, try again")
 
 
 def discard(folder: Path) -> None:
     """Remove downloaded files that turned out wrong, so that the next attempt downloads them anew."""
+    blobs = (folder.parents[3] / "blobs").resolve()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() or path.is_symlink():
+        if path.is_symlink():
             blob = path.resolve()
             path.unlink()
-            blob.unlink(missing_ok=True)
+            if blob.parent == blobs:  # whoever changed the cache may have made it lead anywhere
+                blob.unlink(missing_ok=True)
+        elif path.is_file():
+            path.unlink()
 
 
 # --- Telling what went wrong ---------------------------------------------------------------------
@@ -155,7 +178,7 @@ def discard(folder: Path) -> None:
 
 @contextmanager
 def _explained(repo_id: str, revision: str | None, repo_type: str) -> Iterator[None]:
-    """Turn what the client raises into errors that say what happened and what to do."""
+    """Turn what the client raises into errors that say what happened and what to do; leave those of the disk."""
     try:
         yield
     except LoadError:
@@ -187,6 +210,10 @@ def _explained(repo_id: str, revision: str | None, repo_type: str) -> Iterator[N
         ) from error
     except Exception as error:
         if not _is_network_error(error):
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            if isinstance(error, OSError):  # the client says so where a file is shorter or longer than announced
+                raise UnreachableError(f"the download failed: {error} Try again") from error
             raise LoadError(
                 f"the client failed: {type(error).__name__}: {error}. Try again; if it persists, report it"
             ) from error
@@ -231,7 +258,8 @@ def _not_cached() -> UnreachableError:
 
 def _is_network_error(error: BaseException) -> bool:
     """Whether an exception comes from the transport: its classes differ between versions of the client."""
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")
+    transport = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+    return isinstance(error, transport) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")
 
 
 def _root(error: BaseException) -> str:

@@ -12,10 +12,12 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
+from importlib.readers import FileReader
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 from kernels_core import KernelLayer, LoadError
 
@@ -30,12 +32,16 @@ class _Source(InspectLoader):
     def __init__(self, variant: Variant, path: str) -> None:
         self._variant = variant
         self._path = path
+        self.path = str(variant.folder / path)  # what a FileReader looks for
 
     def get_filename(self, fullname: str) -> str:
-        return str(self._variant.folder / self._path)
+        return self.path
+
+    def get_resource_reader(self, fullname: str) -> FileReader:
+        return FileReader(cast(Any, self))
 
     def is_package(self, fullname: str) -> bool:
-        return self._path.endswith("__init__.py")
+        return self._path.rpartition("/")[2] == "__init__.py"
 
     def get_source(self, fullname: str) -> str:
         return importlib.util.decode_source(self._variant.files[self._path])
@@ -72,7 +78,8 @@ class _Finder(MetaPathFinder):
             spec = ModuleSpec(fullname, None, is_package=True)
             spec.submodule_search_locations = [str(folder)]
             return spec
-        return None
+        # The finders after this one would look on disk, and find what was not verified.
+        raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
 def _spec(name: str, loader: Loader, file: str, is_package: bool) -> ModuleSpec:
@@ -97,26 +104,28 @@ def import_variant(variant: Variant) -> ModuleType:
         if name in sys.modules:
             return sys.modules[name]
         if _finder not in sys.meta_path:
-            sys.meta_path.append(_finder)
+            sys.meta_path.insert(0, _finder)  # the usual finders read from disk, byte code first
         inner = f"{variant.metadata.python_name}/"
         prefix = next((p for p in ("", inner) if f"{p}__init__.py" in variant.files), None)
         if prefix is None:
             raise LoadError(f"it has neither __init__.py nor {inner}__init__.py, so there is nothing to import")
-        _finder.roots[name] = (variant, prefix)
+        # Large libraries are mapped from disk: keep their names, not their bytes.
+        sources = {path: content if path.endswith(".py") else b"" for path, content in variant.files.items()}
+        _finder.roots[name] = (replace(variant, files=sources), prefix)
         try:
             return importlib.import_module(name)
         except BaseException as error:
             del _finder.roots[name]
             for loaded in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
                 del sys.modules[loaded]
-            if not isinstance(error, Exception):
+            if not isinstance(error, Exception | SystemExit):
                 raise
-            raise LoadError(_import_problem(error)) from error
+            raise LoadError(_import_problem(error, name)) from error
 
 
-def _import_problem(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
+def _import_problem(error: BaseException, name: str) -> str:
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package not in ("", name):
         return f"its import fails: {error}. If that is a package to install: pip install {package}"
     if isinstance(error, SyntaxError):
         return f"its import fails: {type(error).__name__} in {error.filename}, line {error.lineno}: {error.msg}"
@@ -129,17 +138,25 @@ def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
     Raises:
         LoadError: If it has no `layers`, or none of that name; names those that exist.
     """
-    layers: Any = getattr(module, "layers", None)
+    try:
+        layers: Any = getattr(module, "layers", None)
+        layer = getattr(layers, layer_name, None)
+    except Exception as error:  # a kernel may import its layers when they are asked for
+        raise LoadError(_import_problem(error, module.__name__)) from error
     if layers is None:
         raise LoadError("it defines no `layers`, so it offers nothing to dispatch to")
-    layer = getattr(layers, layer_name, None)
     if layer is None:
-        offered = sorted(name for name, value in vars(layers).items() if _is_layer(value, layers))
+        members = getattr(layers, "__dict__", {})
+        offered = sorted(name for name, value in members.items() if _is_layer(name, value, layers))
         raise LoadError(f"its `layers` have no {layer_name!r}: there are {', '.join(offered) or 'none'}")
     found: KernelLayer = layer
     return found
 
 
-def _is_layer(value: object, layers: object) -> bool:
-    home = getattr(layers, "__name__", None)
-    return callable(value) and (home is None or getattr(value, "__module__", None) == home)
+def _is_layer(name: str, value: object, layers: object) -> bool:
+    """Whether to name it to the user: the kernel's own, not what its layers import."""
+    if not callable(value) or name.startswith("_"):
+        return False
+    if not isinstance(layers, ModuleType):
+        return True
+    return str(getattr(value, "__module__", "")).partition(".")[0] == layers.__name__.partition(".")[0]

@@ -68,7 +68,7 @@ def parse_metadata(content: bytes) -> Metadata:
     """
     try:
         data = json.loads(content)
-    except (UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise LoadError(f"{METADATA} cannot be read ({error}). Rebuild the kernel.") from error
     if not isinstance(data, dict):
         raise LoadError(f"{METADATA} holds {type(data).__name__}, not an object. Rebuild the kernel.")

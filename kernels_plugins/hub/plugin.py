@@ -6,7 +6,6 @@ machine; its files; their digests; import of the bytes that were checked; the la
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,14 +13,12 @@ from pathlib import Path
 
 from kernels_core import IntegrityError, KernelLayer, LayerRequest, LoadedLayer, LoadError, ResolutionError, hookimpl
 
-from .cache import Pin, Record
+from .cache import COMMIT, Pin, Record
 from .importing import find_layer, import_variant
 from .integrity import Variant, as_variant, check_digest, check_transfer, read_files
 from .metadata import METADATA, check_metadata
 from .source import LayerRepository, LocalLayerRepository
 from .variants import Machine, choose_variants
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @hookimpl(tryfirst=True)
@@ -88,7 +85,7 @@ def _pin(source: LayerRepository) -> tuple[Pin, str]:
     from . import download
 
     known = download.notes(source.repo_id).pin(source.wanted)
-    if known is not None and _COMMIT.fullmatch(source.wanted):
+    if known is not None and COMMIT.fullmatch(source.wanted):
         return known, "a commit that is in the cache"
     if download.is_offline():
         if known is None:
@@ -120,7 +117,7 @@ def _fetch(pin: Pin, name: str, record: Record) -> tuple[Variant, str]:
 
     folder = download.variant_folder(pin, name)
     if not all((folder / file.path).is_file() for file in record.variants[name]):
-        download.fetch_variant(pin, name)
+        download.fetch_variant(pin, name, record.variants[name])
     try:
         files = read_files(folder)
         transfer = check_transfer(files, record.variants[name])

@@ -1,0 +1,134 @@
+"""Write `reference.md`: every public name, in groups, to be filled in by mkdocstrings.
+
+Run without arguments to write it, or with `--check` to exit with 1 where it is not current. A public
+name that no group claims is an error: say where it belongs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import kernels_core
+import kernels_plugins
+
+PAGE = Path(__file__).resolve().parent / "reference.md"
+
+GROUPS: dict[str, tuple[str, list[str]]] = {
+    "Decorate a layer": (
+        "For library authors.",
+        [
+            "kernels_core.use_kernel_forward_from_hub",
+            "kernels_core.replace_kernel_forward_from_hub",
+        ],
+    ),
+    "Say which kernel serves": (
+        "For users. Forms and rules are told in [mappings](mapping.md).",
+        [
+            "kernels_plugins.register_kernel_mapping",
+            "kernels_plugins.use_kernel_mapping",
+            "kernels_plugins.LayerRepository",
+            "kernels_plugins.LocalLayerRepository",
+            "kernels_core.Mode",
+            "kernels_core.STAND_INS",
+            "kernels_core.Device",
+            "kernels_core.CUDAProperties",
+            "kernels_core.ROCMProperties",
+        ],
+    ),
+    "Ask what serves": (
+        "How to read the answer is told [here](mapping.md#reading-a-resolution).",
+        [
+            "kernels_core.resolve",
+            "kernels_core.Resolution",
+            "kernels_core.Refusal",
+            "kernels_core.forget",
+        ],
+    ),
+    "Write a plugin": (
+        "For plugin authors. Start with [write a plugin](write-a-plugin.md); the [hooks](hooks.md) have a page.",
+        [
+            "kernels_core.hookimpl",
+            "kernels_core.LayerRequest",
+            "kernels_core.Candidate",
+            "kernels_core.KernelLayer",
+            "kernels_core.LoadedLayer",
+            "kernels_core.Layer",
+            "kernels_core.decorated_layer",
+            "kernels_core.Scope",
+            "kernels_core.plugin_manager",
+            "kernels_core.PluginManager",
+            "kernels_core.PluginMapping",
+            "kernels_core.check_registered_mode",
+            "kernels_core.device_capability",
+            "kernels_core.source_label",
+        ],
+    ),
+    "Errors": (
+        "What to do about each is told in [errors](errors.md).",
+        [
+            "kernels_core.KernelsError",
+            "kernels_core.KernelsWarning",
+            "kernels_core.ArgumentError",
+            "kernels_core.ArgumentTypeError",
+            "kernels_core.ScopeError",
+            "kernels_core.PluginError",
+            "kernels_core.PluginLoadError",
+            "kernels_core.PluginConflictError",
+            "kernels_core.ResolutionError",
+            "kernels_core.NoKernelError",
+            "kernels_core.LoadError",
+            "kernels_core.ContractError",
+            "kernels_core.UntrustedError",
+            "kernels_core.IntegrityError",
+        ],
+    ),
+    "Version": ("", ["kernels_core.__version__"]),
+}
+
+HEAD = """\
+<!-- Written by docs/generate_reference.py: change the groups there, and the text in the docstrings. -->
+
+# Reference
+
+Every public name of `kernels_core` and `kernels_plugins`. What is not listed may change without notice. In the
+examples, `torch` and the public names are imported.
+"""
+
+
+def public_names() -> set[str]:
+    """Return the names that both packages promise."""
+    return {f"{package.__name__}.{name}" for package in (kernels_core, kernels_plugins) for name in package.__all__}
+
+
+def render() -> str:
+    """Return the page.
+
+    Raises:
+        ValueError: If the groups and the public names are not the same.
+    """
+    grouped = [name for _, names in GROUPS.values() for name in names]
+    wrong = public_names().symmetric_difference(grouped)
+    if wrong or len(grouped) != len(set(grouped)):
+        raise ValueError(f"in GROUPS, missing, unknown or twice: {', '.join(sorted(wrong)) or 'a name twice'}")
+    parts = [HEAD]
+    for title, (text, names) in GROUPS.items():
+        parts += [f"## {title}", "", *([text, ""] if text else []), *(f"::: {name}\n" for name in names)]
+    return "\n".join(parts)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or check it; return the exit code."""
+    text = render()
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    if "--check" in arguments:
+        print("docs/reference.md is not current: run python docs/generate_reference.py")
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    print("wrote docs/reference.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""Every check of this repository, each in an environment of its own.
+
+`nox` runs what continuous integration runs; `nox -l` lists the rest; `nox -s tests -- -k scope` passes
+arguments on.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+TORCH = "torch==2.13.0"
+"""The one PyTorch that everything runs on; unpinned, pip would fetch gigabytes of a newer one's CUDA libraries."""
+
+TEST_TOOLS = ("pytest==9.2.0", "pytest-timeout==2.4.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "numpy")
+RUFF = "ruff==0.17.6"
+MYPY = "mypy==2.4.1"
+
+MINIMUMS = (
+    "huggingface_hub==1.10.*",
+    "importlib-metadata==6.0",
+    "packaging==22.0",
+    "pluggy==1.5.0",
+    "rich==13.0",
+    "typer==0.15.4",
+)
+"""The oldest dependencies that pyproject.toml allows, but for PyTorch."""
+
+nox.options.sessions = ["tests", "lint", "types", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install PyTorch first, then this project in place, then the rest."""
+    session.install(TORCH)
+    session.install("-e", ".", *requirements)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests."""
+    install(session, *TEST_TOOLS)
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and layout."""
+    session.install(RUFF)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, in the packages and from a user's side."""
+    shutil.rmtree("build", ignore_errors=True)  # setuptools would install modules from there that are no more
+    session.install(TORCH)
+    session.install(".", MYPY, *TEST_TOOLS)
+    session.run("mypy")
+    user = Path("tests/typing").absolute()
+    session.chdir(session.create_tmp())  # away from the sources: what is checked is what was installed
+    session.run("mypy", "--strict", "--config-file=", str(user))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, and run its examples."""
+    install(session, *TEST_TOOLS, "-r", "docs/requirements.txt")
+    session.run("mkdocs", "build", "--strict")
+    session.run("pytest", "tests/docs", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run kernels from a Hub on this machine, and compare them with their reference."""
+    install(session, "numpy")  # PyTorch warns where it is not
+    session.run("python", "-m", "kernels_core", "demo", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks."""
+    install(session, "numpy")
+    session.run("python", "benchmarks/run.py", *session.posargs)
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the tests on the oldest dependencies."""
+    install(session, *TEST_TOOLS)
+    session.install(*MINIMUMS)  # on top: the tools ask for newer ones, but run with these
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def dist(session: nox.Session) -> None:
+    """Build the distributions, install the wheel where nothing else is, and run the demo there."""
+    session.install("build")
+    folder = Path(session.create_tmp()).absolute()
+    shutil.rmtree(folder / "dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(folder / "dist"))  # the wheel from the sdist
+    (wheel,) = (folder / "dist").glob("*.whl")
+    session.run("python", "-m", "venv", "--clear", str(folder / "empty"))
+    python = str(folder / "empty" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
+    session.chdir(folder)  # away from the sources
+    session.run(python, "-m", "pip", "install", "--quiet", TORCH, external=True)
+    session.run(python, "-m", "pip", "install", "--quiet", str(wheel), external=True)
+    session.run(python, "-c", "import kernels_core, kernels_plugins; print(kernels_core.__file__)", external=True)
+    session.run(python, "-m", "kernels_core", "demo", external=True)

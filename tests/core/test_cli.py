@@ -1,0 +1,275 @@
+"""The command line: what it prints, for whom, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import nn
+
+import kernels_core
+from kernels_core import (
+    Candidate,
+    LayerRequest,
+    PluginError,
+    PluginManager,
+    cli,
+    hookimpl,
+    hookspecs,
+    use_kernel_forward_from_hub,
+)
+from kernels_plugins import register_kernel_mapping
+
+
+@dataclass
+class Ran:
+    """What a run of the command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["kernels-core", *arguments])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as exit:
+            warnings.simplefilter("default")
+            cli.main()
+        output = capsys.readouterr()
+        return Ran(int(exit.value.code or 0), output.out, output.err)
+
+    return run
+
+
+@use_kernel_forward_from_hub("Double")
+class Double(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+
+class FastDouble(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+class EagerDouble(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+class Greeter:
+    kernels_priority = 7
+
+    @hookimpl
+    def kernels_register_commands(self, cli: typer.Typer) -> None:
+        @cli.command()
+        def greet(name: str) -> None:
+            print(f"hello {name}")
+
+
+def test_module_runs_the_command_line() -> None:
+    """`python -m kernels_core` is the command, in a process with the installed plugins."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels_core", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == f"kernels-core {kernels_core.__version__}\n"
+    assert done.returncode == 0
+
+
+# --- plugins -------------------------------------------------------------------------------------
+
+
+def test_plugins_lists_what_is_registered(run: Run, isolated_plugins: PluginManager) -> None:
+    """Each plugin is listed with its distribution, module, hooks and priority."""
+    isolated_plugins.register(Greeter(), "greeter")
+    ran = run("plugins", "--json")
+    rows = {row["name"]: row for row in ran.json}
+    assert rows["greeter"]["hooks"] == ["kernels_register_commands"]
+    assert rows["greeter"]["priority"] == 7
+    assert rows["mapping"]["distribution"] == f"kernels-core {kernels_core.__version__}"
+    assert rows["mapping"]["module"] == "kernels_plugins.mapping"
+    assert ran.code == 0
+
+
+def test_plugins_tells_faults_once(run: Run, isolated_plugins: PluginManager) -> None:
+    """A plugin that could not be loaded has a row and its message, and the exit code is 1."""
+    with pytest.warns(kernels_core.KernelsWarning):
+        isolated_plugins.report(PluginError("it is broken", plugin="lame"))
+    ran = run("plugins")
+    assert ran.out.count("it is broken") == 1
+    assert "lame" in ran.out
+    assert ran.err == ""
+    assert ran.code == 1
+    assert run("plugins", "--json").json[-2]["faults"] == ["it is broken"]
+
+
+def test_other_commands_warn_of_faults_on_stderr(run: Run, isolated_plugins: PluginManager) -> None:
+    """Faults of plugins do not mix with the answer to another question."""
+    with pytest.warns(kernels_core.KernelsWarning):
+        isolated_plugins.report(PluginError("it is broken", plugin="lame"))
+    ran = run("hooks", "--json")
+    assert ran.err == "warning: it is broken\n"
+    assert ran.code == 0
+    assert ran.json
+
+
+def test_pipe_gets_plain_lines(run: Run) -> None:
+    """In a pipe, a row is one line, without a box, however long it is."""
+    lines = run("plugins").out.splitlines()
+    assert lines[0].split() == ["name", "distribution", "module", "hooks", "priority", "faults"]
+    assert [line.split()[0] for line in lines[1:]] == ["core", "mapping"]
+
+
+# --- hooks ---------------------------------------------------------------------------------------
+
+
+def test_hooks_lists_every_card(run: Run) -> None:
+    """Every hook is listed with its arguments and the first line of its card."""
+    ran = run("hooks", "--json")
+    assert {row["hook"] for row in ran.json} == {name for name in vars(hookspecs) if name.startswith("kernels_")}
+    assert all(row["does"].endswith(".") for row in ran.json)
+    (row,) = [row for row in ran.json if row["hook"] == "kernels_authorize"]
+    assert row["arguments"] == ["request", "candidate"]
+
+
+# --- resolve -------------------------------------------------------------------------------------
+
+
+def test_resolve_tells_what_serves(run: Run) -> None:
+    """A layer that a kernel serves: its origin, and exit code 0."""
+    register_kernel_mapping({"Double": {"cpu": FastDouble}})
+    ran = run("resolve", "Double")
+    assert "FastDouble" in ran.out
+    assert ran.code == 0
+
+
+def test_resolve_exits_with_1_for_the_reference(run: Run) -> None:
+    """A layer that nothing serves runs its reference, and the exit code says so."""
+    ran = run("resolve", "Nothing")
+    assert ran.out == "layer 'Nothing' on cpu for inference: reference\n"
+    assert ran.code == 1
+
+
+def test_resolve_passes_mode_device_and_compile_on(run: Run) -> None:
+    """The options make the request, and the refusal of a kernel that they rule out is told."""
+    register_kernel_mapping({"Double": {"cpu": EagerDouble}})
+    ran = run("resolve", "Double", "--mode", "training", "--compile", "--device", "cpu", "--json")
+    assert ran.json["mode"] == ["training", "torch_compile"]
+    assert "can_torch_compile" in ran.json["refusals"][0]["reason"]
+    assert ran.json["is_reference"]
+    assert ran.code == 1
+
+
+def test_resolve_imports_a_class(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`module:Class` is imported from the current directory, and checked against the contract."""
+    source = "import torch\nfrom kernels_core import use_kernel_forward_from_hub\n"
+    source += "@use_kernel_forward_from_hub('Double')\nclass Mine(torch.nn.Module):\n    def forward(self, a, b): ...\n"
+    (tmp_path / "cli_user_layers.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    register_kernel_mapping({"Double": {"cpu": FastDouble}})
+    path = list(sys.path)
+    ran = run("resolve", "cli_user_layers:Mine")
+    assert "takes other parameters" in ran.out
+    assert ran.code == 1
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resolve", "nowhere:Layer"], "error: Cannot import 'nowhere:Layer': ModuleNotFoundError"),
+        (["resolve", "torch.nn:Nope"], "error: Cannot import 'torch.nn:Nope': AttributeError"),
+        (["resolve", "torch.nn:Linear"], "is not decorated"),
+        (["resolve", "Double", "--device", "toaster"], "error: Unknown device 'toaster'"),
+        (["resolve", "Double", "--mode", "dreaming"], "dreaming"),
+        (["resolve"], "Missing argument"),
+        (["unheard-of"], "No such command"),
+    ],
+)
+def test_wrong_questions(run: Run, arguments: list[str], message: str) -> None:
+    """What cannot be answered is a message on standard error and exit code 2, never a traceback."""
+    ran = run(*arguments)
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+    assert ran.code == 2
+
+
+def test_warnings_are_lines(run: Run, isolated_plugins: PluginManager) -> None:
+    """A warning raised on the way is one line on standard error."""
+
+    def offer(priority: int) -> object:
+        class Plugin:
+            @hookimpl
+            def kernels_find_candidates(self, request: LayerRequest) -> list[Candidate]:
+                return [Candidate(FastDouble, priority=priority)]
+
+        return Plugin()
+
+    isolated_plugins.register(offer(0), "cli-one")
+    isolated_plugins.register(offer(0), "cli-two")
+    ran = run("resolve", "Double")
+    assert ran.err.startswith("warning: Plugins cli-one, cli-two offer kernels")
+    assert ran.code == 0
+
+
+# --- Commands of plugins -------------------------------------------------------------------------
+
+
+def test_plugins_add_commands(run: Run, isolated_plugins: PluginManager) -> None:
+    """A command that a plugin adds runs like any other."""
+    isolated_plugins.register(Greeter(), "greeter")
+    assert run("greet", "world").out == "hello world\n"
+    assert "greet" in run("--help").out
+
+
+def test_a_broken_plugin_does_not_break_the_command_line(run: Run, isolated_plugins: PluginManager) -> None:
+    """A plugin that raises while adding commands is reported by name, and the rest works."""
+
+    class Broken:
+        @hookimpl
+        def kernels_register_commands(self, cli: typer.Typer) -> None:
+            raise RuntimeError("no commands today")
+
+    isolated_plugins.register(Broken(), "broken")
+    ran = run("resolve", "Nothing")
+    assert ran.err.startswith("warning: Plugin 'broken' raised in kernels_register_commands")
+    assert ran.code == 1
+
+
+def test_strict_mode_ends_the_command(
+    run: Run, isolated_plugins: PluginManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With KERNELS_STRICT a fault is an error, still without a traceback."""
+
+    class Broken:
+        @hookimpl
+        def kernels_register_commands(self, cli: typer.Typer) -> None:
+            raise RuntimeError("no commands today")
+
+    isolated_plugins.register(Broken(), "broken")
+    monkeypatch.setenv("KERNELS_STRICT", "1")
+    ran = run("hooks")
+    assert ran.err.startswith("error: Plugin 'broken' raised")
+    assert ran.code == 2

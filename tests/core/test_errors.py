@@ -1,0 +1,99 @@
+"""The tree of errors: what can be caught by what."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+import pytest
+import torch
+
+import kernels_core
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    Candidate,
+    ContractError,
+    IntegrityError,
+    KernelsError,
+    KernelsWarning,
+    LayerRequest,
+    LoadError,
+    Mode,
+    NoKernelError,
+    PluginConflictError,
+    PluginError,
+    PluginLoadError,
+    Refusal,
+    ResolutionError,
+    ScopeError,
+    UntrustedError,
+    errors,
+)
+
+TREE = {
+    ArgumentError: (KernelsError, ValueError),
+    ArgumentTypeError: (KernelsError, TypeError),
+    ScopeError: (KernelsError, RuntimeError),
+    PluginError: (KernelsError,),
+    PluginLoadError: (PluginError,),
+    PluginConflictError: (PluginError,),
+    ResolutionError: (KernelsError,),
+    NoKernelError: (ResolutionError,),
+    LoadError: (ResolutionError,),
+    ContractError: (ResolutionError,),
+    UntrustedError: (ResolutionError,),
+    IntegrityError: (ResolutionError,),
+}
+
+
+@pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
+def test_bases(error: type[Exception]) -> None:
+    """Each error has the bases that the tree says, is public, and has a docstring."""
+    assert error.__bases__ == TREE[error]
+    assert error.__name__ in kernels_core.__all__
+    assert error.__doc__
+
+
+def test_tree_is_whole() -> None:
+    """There is no error besides those of the tree, and the drawing in the module's docstring shows each."""
+    defined = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)}
+    assert defined == {*TREE, KernelsError, KernelsWarning}
+    drawn = set(re.findall(r"\w+Error(?= |$)", errors.__doc__ or "", re.MULTILINE))
+    assert {error.__name__ for error in (*TREE, KernelsError)} <= drawn
+
+
+def test_warning_is_a_user_warning() -> None:
+    """The category of our warnings is shown by default."""
+    assert issubclass(KernelsWarning, UserWarning)
+
+
+def test_plugin_error_names_the_plugin() -> None:
+    """The plugin at fault is an attribute."""
+    assert PluginLoadError("broken", plugin="acme").plugin == "acme"
+
+
+def test_resolution_error_carries_the_decision() -> None:
+    """Request and refusals are attributes; without them there are none."""
+    request = LayerRequest("Add", torch.device("cpu"), Mode.INFERENCE)
+    refusal = Refusal("no", Candidate(3))
+    error = NoKernelError("no kernel", request=request, refusals=[refusal])
+    assert (str(error), error.request, error.refusals) == ("no kernel", request, (refusal,))
+    assert (LoadError("x").request, LoadError("x").refusals) == (None, ())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PluginError("broken", plugin="acme"),
+        NoKernelError("none", refusals=[Refusal("no", plugin="acme")]),
+        ScopeError("x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_pickle(error: KernelsError) -> None:
+    """Errors come back whole from a worker process: DataLoader and multiprocessing pickle them."""
+    twin = pickle.loads(pickle.dumps(error))
+    assert type(twin) is type(error)
+    assert str(twin) == str(error)
+    assert vars(twin) == vars(error)

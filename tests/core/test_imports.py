@@ -1,0 +1,139 @@
+"""Imports go one way, and the public names are what they are meant to be."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kernels_core
+
+ROOT = Path(__file__).parents[2]
+FLOORS = [
+    ["errors"],
+    ["environment", "mode", "device", "layer"],
+    ["request"],
+    ["hookspecs", "receipt"],
+    ["plugins"],
+    ["contract"],
+    ["scope"],
+    ["resolver"],
+    ["dispatch"],
+    ["decorators", "model"],
+    ["__init__"],
+    ["testing", "cli"],
+    ["__main__"],
+]
+FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
+CORE = sorted((ROOT / "kernels_core").glob("*.py"))
+PLUGINS = sorted(p for p in (ROOT / "kernels_plugins").rglob("*.py") if "demo/hub" not in p.as_posix())
+
+
+def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each module that a file imports when it runs, with the names taken from it."""
+    tree = ast.parse(path.read_text())
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in _executed(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module, [alias.name for alias in node.names]
+
+
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk everything but what stands under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _executed(node)
+
+
+def core_modules(path: Path) -> Iterator[str]:
+    """Yield the modules of kernels_core that a file imports."""
+    for module, names in imports(path):
+        if module == "kernels_core":
+            yield from (name if name in FLOOR else "__init__" for name in names or ["__init__"])
+        elif module.startswith("kernels_core."):
+            yield module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_core_imports_go_one_way(path: Path) -> None:
+    """A module of the core imports modules of lower floors alone."""
+    assert path.stem in FLOOR, f"{path.name} has no floor yet: give it one"
+    upward = [module for module in core_modules(path) if FLOOR[module] >= FLOOR[path.stem]]
+    assert upward == []
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_nothing_imports_testing_or_cli(path: Path) -> None:
+    """The kit and the command line are imported by nobody in the core, but for `python -m kernels_core`."""
+    if path.stem != "__main__":
+        assert not {"testing", "cli"} & set(core_modules(path))
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_core_knows_neither_plugins_nor_hub(path: Path) -> None:
+    """The core imports neither its plugins nor huggingface_hub, not inside a function either."""
+    roots = {module.split(".")[0] for module, _ in imports(path)}
+    assert not roots & {"kernels_plugins", "huggingface_hub"}
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_plugins_use_public_names_alone(path: Path) -> None:
+    """Plugins use names of kernels_core.__all__, as a third party would; testing modules the kit as well."""
+    for module, names in imports(path):
+        if module == "kernels_core":
+            assert set(names) <= set(kernels_core.__all__), names
+            assert names, "import names, so that this test can see them"
+        elif module.startswith("kernels_core."):
+            assert module == "kernels_core.testing" and path.stem == "testing", module
+
+
+def test_third_party_plugin_uses_public_names_alone() -> None:
+    """The example of a third party needs nothing but public names."""
+    (path,) = (ROOT / "tests" / "third_party").rglob("acme_kernels.py")
+    tree = ast.parse(path.read_text())
+    taken = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernels")
+        for alias in node.names
+    }
+    assert taken and taken <= set(kernels_core.__all__)
+
+
+def test_public_names() -> None:
+    """__all__ is sorted, has no doubles, and every name is there."""
+    names = kernels_core.__all__
+    ascii_order = sorted(names, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert names == ascii_order
+    assert len(set(names)) == len(names)
+    assert all(hasattr(kernels_core, name) for name in names)
+
+
+def test_names_of_the_issue_are_public() -> None:
+    """What the issue promises can be imported."""
+    promised = (
+        "use_kernel_forward_from_hub replace_kernel_forward_from_hub Device CUDAProperties ROCMProperties Mode "
+        "LayerRequest Candidate Refusal Resolution hookimpl plugin_manager resolve Scope"
+    ).split()
+    assert set(promised) <= set(kernels_core.__all__)
+    import kernels_plugins
+
+    assert {"register_kernel_mapping", "use_kernel_mapping"} <= set(kernels_plugins.__all__)
+    assert kernels_plugins.__all__ == sorted(kernels_plugins.__all__)
+
+
+def test_standard_library_and_dependencies_only() -> None:
+    """The core imports the standard library, torch, and its declared dependencies."""
+    allowed = {"torch", "pluggy", "importlib_metadata", "packaging", "typer", "rich", "pytest", "kernels_core"}
+    for path in CORE:
+        roots = {module.split(".")[0] for module, _ in imports(path)}
+        assert roots <= allowed | set(sys.stdlib_module_names), path.name

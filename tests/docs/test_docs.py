@@ -1,0 +1,323 @@
+"""The documentation is true: its examples run, its links lead somewhere, what is generated is current.
+
+A fence with `title="some/file.py"` is a file of an example package: the package of a page is installed
+and its tests are run. Any other python block of a page runs, in order, in one process. A fence
+`text title="Output"` after a python block is what that block prints, with `...` for what varies.
+A python fence with the word `notest` is left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels_core
+import kernels_plugins
+from kernels_core import PluginManager, errors, hookimpl, hookspecs
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+PACKAGES = (kernels_core, kernels_plugins)
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+# --- Pages ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the rest of its first line, its text and its line in the page."""
+
+    language: str
+    options: str
+    text: str
+    line: int
+
+    @property
+    def title(self) -> str | None:
+        found = re.search(r'title="([^"]*)"', self.options)
+        return found[1] if found else None
+
+
+def read_blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(*(fence["info"].strip() + " ").split(" ", 1), fence["text"], text.count("\n", 0, fence.start()) + 2)
+        for fence in FENCE.finditer(text)
+    ]
+
+
+def find_steps(page: Path) -> list[tuple[Block, Block | None]]:
+    """Return the python blocks to run, each with the output that the page shows for it."""
+    blocks = read_blocks(page)
+    return [
+        (block, following if following is not None and following.title == "Output" else None)
+        for block, following in zip(blocks, [*blocks[1:], None], strict=False)
+        if block.language == "python" and block.title is None and "notest" not in block.options
+    ]
+
+
+def find_files(page: Path) -> dict[str, str]:
+    """Return the files that a page shows, by path."""
+    return {
+        block.title: block.text
+        for block in read_blocks(page)
+        if block.title and re.fullmatch(r"[\w/.-]+\.(py|toml)", block.title)
+    }
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """Return an environment without settings of this machine, with an empty place for the Hub's client."""
+    home.mkdir()
+    kept = {name: value for name, value in os.environ.items() if not re.match("HF_|KERNELS_|DISABLE_KERNEL", name)}
+    return {**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=250)
+
+
+def install_package(files: dict[str, str], folder: Path, environment: dict[str, str]) -> None:
+    """Install the example package of a page from its files, as pip does, and let Python find it."""
+    source, site = folder / "package", folder / "site"
+    for path, text in files.items():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = run([*command, "--target", str(site), str(source)], environment, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    environment["PYTHONPATH"] = str(site)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_of_a_page_run_and_print_what_it_shows(page: Path, tmp_path: Path) -> None:
+    """Every python block runs, after those before it, and prints what the page shows below it."""
+    steps, files = find_steps(page), find_files(page)
+    if not steps:
+        pytest.skip("no examples")
+    environment = clean_environment(tmp_path / "home")
+    if files:
+        install_package(files, tmp_path, environment)
+    mark = "--- end of block ---"
+    lines: list[str] = []
+    for block, _ in steps:
+        # Blank lines, so that lines of the script are lines of the page, and inspect finds the source.
+        lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()
+        lines += [f"print({mark!r})"]  # in place of the line that closes the fence
+    script = tmp_path / f"{page.stem.replace('-', '_')}.py"
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = run([sys.executable, str(script)], environment, tmp_path)
+    assert done.returncode == 0, f"{page.name}, line numbers as in the page:\n{done.stderr[-3000:]}"
+    printed = done.stdout.split(mark + "\n")
+    for (block, shown), text in zip(steps, printed, strict=False):
+        if shown is not None:
+            matches = doctest.OutputChecker().check_output(shown.text, text, FLAGS)
+            assert matches, f"{page.name}, line {block.line} prints:\n{text}\nthe page shows:\n{shown.text}"
+
+
+@pytest.mark.slow
+def test_the_example_package_passes_its_own_tests(tmp_path: Path) -> None:
+    """The plugin package that write-a-plugin.md shows can be installed, and its tests pass."""
+    files = find_files(DOCS / "write-a-plugin.md")
+    environment = clean_environment(tmp_path / "home")
+    install_package(files, tmp_path, environment)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    done = run([*command, str(tmp_path / "package" / "tests")], environment, tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_leaves_out_no_example_and_misspells_no_fence(page: Path) -> None:
+    """No example is excluded from running, and every fence opens and closes."""
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(read_blocks(page))
+    assert not [block.line for block in read_blocks(page) if "notest" in block.options]
+    assert {block.language for block in read_blocks(page)} <= {"python", "text", "toml", "console"}
+
+
+# --- Docstrings ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def public_namespace() -> dict[str, object]:
+    """Return what examples in docstrings may use without importing it."""
+    names = {name: getattr(package, name) for package in PACKAGES for name in package.__all__}
+    return {**names, "torch": torch, "Path": Path}
+
+
+def find_modules() -> Iterator[str]:
+    for package in PACKAGES:
+        yield package.__name__
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                yield module.name
+
+
+@pytest.mark.parametrize("name", list(find_modules()))
+def test_examples_in_docstrings_run(name: str) -> None:
+    """Every example in the docstrings of a module runs and prints what it says."""
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
+    report: list[str] = []
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs=public_namespace()):
+        runner.run(test, out=report.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", [name for name in vars(hookspecs) if name.startswith("kernels_")])
+def test_the_example_of_a_hook_is_a_plugin(name: str) -> None:
+    """The example on the card of each hook is an implementation that the plugin manager accepts."""
+    card = inspect.cleandoc(getattr(hookspecs, name).__doc__)
+    fence = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert fence, f"the card of {name} has no example"
+    example: dict[str, object] = {}
+    exec(textwrap.dedent(fence[1]), {"hookimpl": hookimpl}, example)
+    manager = PluginManager(discover=False)
+    assert manager.register(types.SimpleNamespace(**example), "example") == "example"
+    assert name in example
+
+
+# --- Links ---------------------------------------------------------------------------------------
+
+
+def find_anchors(page: Path) -> set[str]:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every internal link names a file that exists, and a heading that is in it."""
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in find_anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """No page is left out of mkdocs.yml, and none is named that does not exist."""
+    _, _, navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")
+    assert sorted(re.findall(r"[\w-]+\.md", navigation)) == [page.name for page in PAGES]
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    """`mkdocs build --strict` passes; needs docs/requirements.txt."""
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(module)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
+    done = run(command, {**os.environ}, ROOT)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in reference for name in load_generator("reference").public_names())
+
+
+# --- What is written from the code ---------------------------------------------------------------
+
+
+def load_generator(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"generate_{name}", DOCS / f"generate_{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_hooks_and_stand_ins_are_current(capsys: pytest.CaptureFixture[str]) -> None:
+    """hooks.md says what the cards in hookspecs.py say, and mapping.md has the table of the code."""
+    assert load_generator("hooks").main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_reference_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every public name is on the page, in one group."""
+    generator = load_generator("reference")
+    assert generator.main(["--check"]) == 0, capsys.readouterr().out
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    assert {line.removeprefix("::: ") for line in text.splitlines() if line.startswith(":::")} == {
+        f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__
+    }
+
+
+def test_every_hook_is_documented_with_its_arguments() -> None:
+    """Each hook has a heading, its argument list, its kind and the first line of its card."""
+    text = (DOCS / "hooks.md").read_text(encoding="utf-8")
+    for name, spec in vars(hookspecs).items():
+        if name.startswith("kernels_"):
+            arguments = ", ".join(inspect.signature(spec).parameters)
+            assert f"\n## {name}\n" in text
+            assert f"`{name}({arguments})`" in text
+            assert inspect.cleandoc(spec.__doc__).partition("\n")[0] in text
+            assert re.search(r"Kind: (first result|collect|veto|tell)\b", spec.__doc__), name
+
+
+def test_the_tree_of_errors_is_that_of_the_code() -> None:
+    """errors.md draws the tree of the module's docstring, and that tree has every class."""
+    tree = re.search(r"```\n(.*?)```", errors.__doc__ or "", re.DOTALL)
+    assert tree and tree[1] in (DOCS / "errors.md").read_text(encoding="utf-8")
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.KernelsError)]
+    assert all(re.search(rf"\b{c.__name__}\b", tree[1]) for c in classes)
+
+
+def test_every_environment_variable_is_in_the_table() -> None:
+    """A variable that the sources read by name is on the page of the Hub."""
+    files = [file for package in ("kernels_core", "kernels_plugins") for file in (ROOT / package).rglob("*.py")]
+    read = re.compile(r"(?:environ\.get|switch)\(\"(\w*KERNEL\w*)\"")
+    names = {name for file in files for name in read.findall(file.read_text(encoding="utf-8"))}
+    page = (DOCS / "hub.md").read_text(encoding="utf-8")
+    assert names and all(f"`{name}`" in page for name in names)
+
+
+def test_every_file_is_in_the_house() -> None:
+    """house.md names each file of the two packages, and no file that is not there."""
+    page = (DOCS / "house.md").read_text(encoding="utf-8")
+    for package in ("kernels_core", "kernels_plugins"):
+        section = page.partition(f"\n## {package}\n")[2].partition("\n## ")[0]
+        rows = "\n".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))
+        named = set(re.findall(r"`([\w/]+\.py)`", rows))
+        folder = ROOT / package
+        files = {file.relative_to(folder).as_posix() for file in folder.rglob("*.py")}
+        assert named == {file for file in files if not file.startswith("demo/hub/")}
+
+
+def test_imports_go_the_way_that_the_house_says() -> None:
+    """A file of the core imports only from those that house.md puts before it, except to name types."""
+    (order,) = (b.text for b in read_blocks(DOCS / "house.md") if b.title == "Import order of kernels_core")
+    place = {name.strip(): index for index, name in enumerate(order.split("<"))}
+    files = {file.stem: file for file in (ROOT / "kernels_core").glob("*.py")}
+    assert place.keys() == files.keys()
+    for name, file in files.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        typing = {id(part) for node in tree.body if isinstance(node, ast.If) for part in node.body}
+        for node in ast.walk(tree):
+            if id(node) not in typing and isinstance(node, ast.ImportFrom) and node.level == 1:
+                modules = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+                for module in modules:
+                    before = place.get(module, place["__init__"])
+                    assert before < place[name], f"{name}.py imports {module}"

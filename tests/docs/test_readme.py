@@ -1,0 +1,39 @@
+"""README.md: its code runs, and its commands and links are real."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_tour_runs() -> None:
+    """The Python blocks, run in order in one fresh process, raise nothing and end with a decision."""
+    program = "\n".join(blocks("python"))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "refused __main__.FastSiluAndMul: it declares has_backward = False" in run.stdout
+
+
+def test_commands_name_sessions_that_exist() -> None:
+    """Both commands run a nox session of noxfile.py."""
+    sessions = re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
+    asked = [name for block in blocks("sh") for name in re.findall(r"nox -s (\w+)", block)]
+    assert asked == ["demo", "tests"]
+    assert set(asked) <= set(sessions)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)", README))
+def test_links_lead_somewhere(link: str) -> None:
+    """A relative link names a file of this repository."""
+    assert (ROOT / link).exists()

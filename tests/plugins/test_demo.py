@@ -1,0 +1,107 @@
+"""The demo, from the command line as anybody runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels_plugins.demo import command, measure
+from kernels_plugins.demo.block import Block
+
+LAYERS = {"RMSNorm", "RotaryEmbedding", "SiluAndMul", "GeluAndMul"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # a setting of the user's that the demo must not mind
+    return subprocess.run(
+        [sys.executable, "-m", "kernels_core", "demo", "--device", "cpu", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+    )
+
+
+def repository_with(tmp_path: Path, spoil: dict[str, bytes]) -> Path:
+    """Copy the bundled repository and append bytes to some files of its build for the CPU."""
+    copy = tmp_path / "served"
+    shutil.copytree(command.BUNDLE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, more in spoil.items():
+        with (copy / measure.REPOSITORY / "build" / "torch-cpu" / name).open("ab") as file:
+            file.write(more)
+    return copy
+
+
+@pytest.mark.slow
+def test_demo_serves_every_layer(tmp_path: Path) -> None:
+    """From the Hub over HTTP, eager and compiled, all four layers are served and right; a warm cache saves requests."""
+    done = run("--json", "--keep", str(tmp_path / "kept"))
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    rows = result["rows"]
+    assert {row["layer"] for row in rows} - {"all 4"} == LAYERS
+    assert [row["mode"] for row in rows if row["module"] == "(block)"] == ["training", "training, compiled"]
+    assert all(row["served"] and row["is_right"] for row in rows)
+    assert all(row["implementation"].startswith(f"{measure.REPOSITORY}@") for row in rows)
+    assert all(row["reference_ms"] > 0 and row["kernel_ms"] > 0 for row in rows)
+    assert 0 < result["requests"]["warm"] < result["requests"]["cold"]
+    assert list((tmp_path / "kept" / "hub").glob("*kernels-demo*"))
+
+
+def test_demo_refuses_changed_bytes(tmp_path: Path) -> None:
+    """One byte that its publisher did not sign off: nothing is served, the reason is told, and the exit code is 1."""
+    served = repository_with(tmp_path, {"layers.py": b"#"})
+    done = run("--repository", str(served))
+    assert done.returncode == 1, done.stderr
+    assert "layers.py" in done.stdout
+    assert "refused LayerRepository" in done.stdout
+    assert "NOT all served" in done.stdout
+
+
+def test_demo_finds_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is served but wrong is told from one that is right."""
+
+    class Wrong(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.silu(x[..., : x.shape[-1] // 2])
+
+    monkeypatch.setattr(measure, "mapping", lambda device: {"SiluAndMul": {"cpu": Wrong}})
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    try:
+        rows = measure.measure(torch.device("cpu"), torch.float32)["rows"]
+    finally:
+        measure.plugin_manager().unregister("demo-recorder")
+    (row,) = [row for row in rows if row["layer"] == "SiluAndMul"]
+    assert row["served"]
+    assert not row["is_right"]
+    assert not any(row["served"] for row in rows if row["layer"] == "RMSNorm")
+    assert not any("compiled" in row["mode"] for row in rows)
+
+
+def test_demo_refuses_a_device_that_is_not_there() -> None:
+    """A wrong device is a message and exit code 2, before anything is started."""
+    done = run("--device", "toaster")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: The device 'toaster' cannot be used here")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_uses_every_layer_and_is_causal(dtype: torch.dtype) -> None:
+    """The demo's block has all four layers, and no position sees a later one."""
+    torch.manual_seed(0)
+    block = Block(hidden=32, heads=4, inner=48, length=16).to(dtype)
+    names = {type(module).__name__ for module in block.modules()}
+    assert names >= LAYERS
+    x = torch.randn(2, 16, 32, dtype=dtype)
+    changed = x.clone()
+    changed[:, 9:] = 0
+    torch.testing.assert_close(block(x)[:, :9], block(changed)[:, :9])

@@ -1,0 +1,533 @@
+"""What can go wrong with a kernel or on the way to it: a refusal that says so once, and the reference runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from kernels_core import KernelsWarning, Mode, NoKernelError, Resolution, resolve, use_kernel_forward_from_hub
+from kernels_core.testing import _start_anew
+from kernels_plugins import LayerRepository, register_kernel_mapping
+from kernels_plugins.hub import importing
+from kernels_plugins.hub.server import LocalHub, Repository
+from kernels_plugins.hub.testing import kernel_metadata
+
+pytest_plugins = ["kernels_plugins.hub.testing"]
+
+Publish = Callable[..., Repository]
+
+_numbers = itertools.count()
+REFERENCE = 2.0
+
+
+def kernel(factor: float = 3) -> str:
+    """Write a kernel layer that multiplies; the reference multiplies by two."""
+    return f"import torch\n\n\nclass Scale(torch.nn.Module):\n    def forward(self, x):\n        return x * {factor}\n"
+
+
+@pytest.fixture(autouse=True)
+def new_process() -> Iterator[Callable[[], None]]:
+    """Let a test forget what was resolved, loaded and imported, as a new process would not know it."""
+
+    def start() -> None:
+        _start_anew()
+        importing._finder.roots.clear()
+        for name in [name for name in sys.modules if name.startswith("kernel_")]:
+            del sys.modules[name]
+
+    start()
+    yield start
+    start()
+
+
+@dataclass
+class Outcome:
+    """What three calls of a decorated layer gave."""
+
+    value: float
+    resolution: Resolution
+    said: list[str]
+
+    @property
+    def why(self) -> str:
+        """The only reason why the kernel was refused."""
+        (refusal,) = self.resolution.refusals
+        return refusal.reason
+
+
+def call(source: object, times: int = 3) -> Outcome:
+    """Decorate a layer, register a source for it, and call it."""
+    name = f"Scale{next(_numbers)}"
+
+    @use_kernel_forward_from_hub(name)
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * REFERENCE
+
+    register_kernel_mapping({name: {"cpu": source}})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        values = {Layer()(torch.ones(1)).item() for _ in range(times)}
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, KernelsWarning)]
+    (value,) = values
+    return Outcome(value, resolve(Layer(), device="cpu", mode=Mode.INFERENCE), said)
+
+
+def served(source: object) -> float:
+    """Call, and insist that the kernel serves without a word."""
+    outcome = call(source)
+    assert outcome.resolution.refusals == () and outcome.said == []
+    return outcome.value
+
+
+def scale(repo_id: str = "acme/kernels", **options: Any) -> LayerRepository:
+    """Name the layer of a repository, on its main branch unless told otherwise."""
+    if "version" not in options:
+        options.setdefault("revision", "main")
+    return LayerRepository(repo_id, layer_name="Scale", **options)
+
+
+def cached(repository: Repository, variant: str = "torch-universal", commit: str = "") -> Path:
+    """Where the files of a variant lie."""
+    folder = f"{repository.repo_type}s--{repository.id.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / folder / "snapshots" / (commit or repository.head()) / "build" / variant
+
+
+PROGRAM = """
+import json, sys, warnings
+import torch
+from kernels_core import Mode, resolve, use_kernel_forward_from_hub
+from kernels_plugins import LayerRepository, LocalLayerRepository, register_kernel_mapping
+
+answers = []
+for number, source in enumerate(sys.argv[1:]):
+    @use_kernel_forward_from_hub(f"Scale{number}")
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return x * 2.0
+    register_kernel_mapping({f"Scale{number}": {"cpu": eval(source)}})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        value = Layer()(torch.ones(1)).item()
+    resolution = resolve(Layer(), device="cpu", mode=Mode.INFERENCE)
+    why = "; ".join(refusal.reason for refusal in resolution.refusals)
+    answers.append([value, why, dict(resolution.checked), len(said)])
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture
+def process(local_hub: LocalHub, tmp_path: Path) -> Callable[..., Any]:
+    """Run layers of sources in a new Python; its cache is that of this process unless told otherwise."""
+
+    def run(*sources: object, home: Path = tmp_path / "hub-home", **environment: str) -> Any:
+        variables = {**os.environ, **local_hub.environment(home), **environment}
+        command = [sys.executable, "-c", PROGRAM, *map(repr, sources)]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        answers = json.loads(done.stdout.splitlines()[-1])
+        run.stderr = done.stderr  # type: ignore[attr-defined]
+        return answers[0] if len(sources) == 1 else answers
+
+    return run
+
+
+
+def refused(source: object, *patterns: str) -> str:
+    """Call, and insist that the reference runs, that the reason matches, and that it is said once."""
+    outcome = call(source)
+    assert outcome.value == REFERENCE
+    for pattern in patterns:
+        assert re.search(pattern, outcome.why, re.DOTALL), (pattern, outcome.why)
+    assert len(outcome.said) == 1 and outcome.why in outcome.said[0]
+    return outcome.why
+
+
+# Names that do not exist
+
+
+def test_unknown_repository(kernel_repository: Publish) -> None:
+    """An unknown repository is named, with what to check."""
+    refused(scale("acme/nothing"), "^acme/nothing at main: .*no such repository, or it is private: check the name, and log in")
+
+
+def test_unknown_revision(kernel_repository: Publish) -> None:
+    """An unknown branch or commit is named, with the branches and tags that exist."""
+    repository = kernel_repository(layers=kernel())
+    repository.branch("next")
+    repository.tag("1.0")
+    refused(scale(revision="nope"), "^acme/kernels at nope: .*no revision 'nope': branches and tags are main, next, 1.0")
+    refused(scale(revision="f" * 40), f"^acme/kernels at {'f' * 40}: .*branches and tags are main")
+
+
+def test_unknown_version(kernel_repository: Publish) -> None:
+    """An unknown version names those that exist, in the order of numbers."""
+    repository = kernel_repository(layers=kernel())
+    refused(scale(version=3), "^acme/kernels at v3: .*no version 3: versions that exist are none")
+    for name in ("v10", "v2", "v1", "versions", "v"):
+        repository.branch(name)
+    refused(scale(version=4), "^acme/kernels at v4: .*no version 4: versions that exist are 1, 2, 10")
+
+
+def test_unknown_version_and_no_answer(local_hub: LocalHub, kernel_repository: Publish) -> None:
+    """Where the Hub does not say which versions exist, the answer is still that this one does not."""
+    kernel_repository(layers=kernel())
+    local_hub.fail("/refs", status=500, times=None)
+    refused(scale(version=3), "^acme/kernels at v3: .*no revision 'v3'.*could not be asked")
+
+
+def test_unknown_revision_of_model(local_hub: LocalHub, kernel_repository: Publish) -> None:
+    """The older form names its versions, too."""
+    local_hub.add("acme/older", kernel_repository(layers=kernel()).files(), repo_type="model").branch("v1")
+    refused(scale("acme/older", version=3), "^acme/older at v3: .*versions that exist are 1")
+
+
+def test_unknown_layer(kernel_repository: Publish) -> None:
+    """An unknown layer names those there are, and repository, revision and variant."""
+    kernel_repository(layers=kernel() + kernel().replace("Scale", "Other"))
+    source = LayerRepository("acme/kernels", layer_name="Nope", revision="main")
+    refused(source, "^acme/kernels at main .*variant torch-universal: .*no 'Nope': there are Other, Scale")
+
+
+@pytest.mark.parametrize("name", ["__name__", "__doc__", "torch", "CONSTANT"])
+def test_layer_that_is_none(kernel_repository: Publish, name: str) -> None:
+    """A name in `layers` that is no layer is refused."""
+    kernel_repository(layers=kernel() + "CONSTANT = 3\n")
+    refused(LayerRepository("acme/kernels", layer_name=name, revision="main"), "neither an nn.Module subclass nor|no '__doc__'")
+
+
+@pytest.mark.parametrize("repo_id", ["../x", "a b/c", "acme/..", "acme/x\0", "acme/" + "x" * 200, "-/-"])
+def test_impossible_repository(local_hub: LocalHub, repo_id: str, tmp_path: Path) -> None:
+    """A name that no repository can have is refused, and nothing is written outside of the cache."""
+    before = {path for path in tmp_path.rglob("*") if "hub-home" not in path.parts}
+    refused(scale(repo_id), f"^{re.escape(repo_id)} at main: ")
+    assert {path for path in tmp_path.rglob("*") if "hub-home" not in path.parts} == before
+
+
+def test_strict_layer(kernel_repository: Publish) -> None:
+    """A layer without fallback raises instead, with the same words."""
+    kernel_repository(layers="1 / 0")
+
+    @use_kernel_forward_from_hub("ScaleStrict", use_fallback=False)
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    register_kernel_mapping({"ScaleStrict": {"cpu": scale()}})
+    with pytest.raises(NoKernelError, match="acme/kernels at main .*ZeroDivisionError"):
+        Layer()(torch.ones(1))
+
+
+# What publishers do
+
+
+GOOD: dict[str, str] = {"__init__.py": "from . import layers\n", "layers.py": kernel()}
+BAD: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "no layers": ({"__init__.py": ""}, {}, "defines no `layers`"),
+    "no package": ({"other/__init__.py": ""}, {}, r"neither __init__.py nor kernels/__init__.py"),
+    "unreadable metadata": ({"metadata.json": "{"}, {}, r"metadata.json cannot be read .*Rebuild"),
+    "deep metadata": ({"metadata.json": "[" * 100_000}, {}, r"metadata.json cannot be read .*Rebuild"),
+    "metadata of another form": ({"metadata.json": "[]"}, {}, "metadata.json holds list"),
+    "incomplete metadata": ({}, {"backend": None}, "backend is missing. Rebuild"),
+    "newer interface": ({}, {"kernels-minver": "0.18"}, "level 0.18 .*implements 0.17.*pip install --upgrade kernels-core"),
+    "missing package": ({}, {"python-depends": ["no-such-package"]}, "pip install no-such-package"),
+    "missing import": ({"layers.py": "import no_such_package"}, {}, "pip install no_such_package"),
+    "broken import": ({"layers.py": "1 / 0"}, {}, "its import fails: ZeroDivisionError: division by zero"),
+    "exit": ({"layers.py": "raise SystemExit(1)"}, {}, "its import fails: SystemExit: 1"),
+    "syntax error": ({"layers.py": "def broken(:\n"}, {}, "SyntaxError in .*layers.py, line 1"),
+    "other parameters": ({"layers.py": kernel().replace("self, x", "self, x, y")}, {}, "other parameters"),
+    "constructor": ({"layers.py": kernel() + "\n    def __init__(self): ...\n"}, {}, "constructor of its own"),
+    "strange layers": ({"__init__.py": "layers = {}\n"}, {}, "no 'Scale': there are none"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_kernel(kernel_repository: Publish, new_process: Callable[[], None], what: str) -> None:
+    """What is wrong with a kernel is said with repository, revision, variant and next step; a mended one serves."""
+    files, metadata, message = BAD[what]
+    good = GOOD if what != "no package" else {}
+    repository = kernel_repository(layers={})
+    contents = {**good, **files}
+    contents.setdefault("metadata.json", json.dumps(kernel_metadata("kernels", contents, changes={**metadata})))
+    if "backend" in metadata:
+        contents["metadata.json"] = contents["metadata.json"].replace('"backend"', '"frontend"')
+    repository.commit({f"build/torch-universal/{path}": content for path, content in contents.items()})
+    contract = what in ("other parameters", "constructor")
+    where = "" if contract else rf"^acme/kernels at main \(commit {repository.head()[:12]}\), variant torch-universal: "
+    refused(scale(), where + ".*" + message)
+    if not contract:
+        assert [name for name in sys.modules if name.startswith("kernel_kernels_")] == [] or what in ("no layers", "strange layers")
+    kernel_repository(layers=GOOD)
+    new_process()
+    assert served(scale()) == 3
+
+
+@pytest.mark.parametrize("files", [{"README.md": "x"}, {"build": "a file"}, {"build/readme.txt": "x"}, {"builds/torch-cpu/__init__.py": ""}])
+def test_no_build(local_hub: LocalHub, files: dict[str, str]) -> None:
+    """A repository without builds is told as that."""
+    local_hub.organization("acme", trusted=True)
+    local_hub.add("acme/kernels", files)
+    refused(scale(), "^acme/kernels at main: (.*no folder `build`|.*`build` is empty)")
+    assert local_hub.count("/resolve/") == 0
+
+
+def test_variant_without_metadata(local_hub: LocalHub) -> None:
+    """A variant without metadata is told as that."""
+    local_hub.organization("acme", trusted=True)
+    local_hub.add("acme/kernels", {f"build/torch-cpu/{path}": content for path, content in GOOD.items()})
+    refused(scale(), "^acme/kernels at main .*variant torch-cpu: it has no metadata.json. Rebuild")
+
+
+EVIL = ["../evil.py", "../torch-cpu/evil.py", "../../../../../evil.py", "sub/../../evil.py", "/evil.py", "./evil.py", "//evil.py"]
+
+
+@pytest.mark.parametrize("path", EVIL)
+@pytest.mark.parametrize("large", [False, True])
+def test_path_traversal(local_hub: LocalHub, kernel_repository: Publish, path: str, large: bool, tmp_path: Path) -> None:
+    """A listing whose file names lead out of the variant is refused, and writes nothing out of the cache."""
+    if large:
+        local_hub.lfs_threshold = 1
+    tree = dict(kernel_repository(layers=kernel()).files())
+    repository = local_hub.repository("acme/kernels")
+    assert repository is not None
+    tree[f"build/torch-universal/{path}"] = b"raise SystemExit('evil')"
+    repository.commit(tree)
+    outcome = call(scale())
+    assert outcome.value == REFERENCE and outcome.why.startswith("acme/kernels at main")
+    home = tmp_path / "hub-home"
+    assert not [found for found in tmp_path.rglob("evil.py") if home / "hub" / "kernels--acme--kernels" not in found.parents]
+    assert not Path("/evil.py").exists()
+
+
+@pytest.mark.parametrize("variant", ["..", ".", "torch-cpu\n", "torch-cpu/../..", "*", "[t]orch-cpu"])
+def test_odd_variant_names(local_hub: LocalHub, variant: str) -> None:
+    """A folder whose name is no variant is never chosen, whatever its name could mean to a file system or pattern."""
+    local_hub.organization("acme", trusted=True)
+    local_hub.add("acme/kernels", {f"build/{variant}/layers.py": "x"})
+    outcome = call(scale())
+    assert outcome.value == REFERENCE and local_hub.count("/resolve/") == 0
+
+
+@pytest.mark.parametrize("sha", [None, "main", "../../../../evil", "", 5])
+def test_answer_without_commit(local_hub: LocalHub, kernel_repository: Publish, sha: object, tmp_path: Path) -> None:
+    """An answer that names no commit is refused: nothing is loaded by a branch that may move, or by a path."""
+    kernel_repository(layers=kernel())
+    body = json.dumps({"id": "acme/kernels", "sha": sha})
+    local_hub.fail("/revision/", body=body, content_type="application/json", times=None)
+    refused(scale(), "^acme/kernels at main: ")
+    assert local_hub.count("/resolve/") == local_hub.count("/tree/") == 0 and not list(tmp_path.rglob("*evil*"))
+
+
+# Who may read
+
+
+def test_gated(local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]) -> None:
+    """A gated repository says where to ask for access; with a token that has it, it serves."""
+    local_hub.add("acme/gated", kernel_repository(layers=kernel()).files(), gated=True)
+    refused(scale("acme/gated"), rf"^acme/gated at main .*variant torch-universal: .*gated: ask for it at {local_hub.url}/acme/gated")
+    monkeypatch.setenv("HF_TOKEN", local_hub.stranger_token)
+    new_process()
+    refused(scale("acme/gated"), "gated")
+    monkeypatch.setenv("HF_TOKEN", local_hub.token)
+    new_process()
+    assert served(scale("acme/gated")) == 3
+
+
+def test_private(local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]) -> None:
+    """A private repository is told as one that may be private; with a token it serves."""
+    local_hub.add("acme/private", kernel_repository(layers=kernel()).files(), private=True)
+    for token in ("", local_hub.stranger_token):
+        monkeypatch.setenv("HF_TOKEN", token)
+        new_process()
+        refused(scale("acme/private"), "^acme/private at main: .*no such repository, or it is private.*HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", local_hub.token)
+    new_process()
+    assert served(scale("acme/private")) == 3
+
+
+def test_disabled(local_hub: LocalHub, kernel_repository: Publish) -> None:
+    """A disabled repository is told as that."""
+    local_hub.add("acme/gone", kernel_repository(layers=kernel()).files(), disabled=True)
+    refused(scale("acme/gone"), "^acme/gone at main: .*disabled.*publisher")
+
+
+def test_bad_token(local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that the Hub does not know is told as that."""
+    kernel_repository(layers=kernel())
+    monkeypatch.setenv("HF_TOKEN", "hf_invented")
+    refused(scale(), r"^acme/kernels at main: .*token \(401\).*hf auth login")
+
+
+# What networks and Hubs do
+
+
+STAGES = {
+    "commit": "/revision/",
+    "publisher": "/api/organizations",
+    "listing": re.compile("/tree/.*/build"),
+    "client listing": re.compile(r"/tree/[0-9a-f]{40}\?"),
+    "head": "HEAD /kernels",
+    "file": re.compile("GET /kernels.*/layers.py"),
+}
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "401": ({"status": 401}, r"401|log in|download failed"),
+    "403": ({"status": 403}, r"403|download failed"),
+    "404": ({"status": 404}, r"404|no such repository|no folder|not a trusted publisher|download failed|not complete"),
+    "429": ({"status": 429}, r"429|too many"),
+    "500": ({"status": 500}, r"500|in trouble|Internal Server Error"),
+    "503": ({"status": 503}, r"503|in trouble|Service Unavailable"),
+    "drop": ({"drop": True}, r"cannot be reached|download failed.*disconnected|[Dd]isconnected"),
+    "login page": ({"body": "<html>Log in</html>"}, r"not JSON|download failed|client failed|not those on the Hub|bytes"),
+    "half an answer": ({"truncate": 1}, r"cannot be reached|download failed|peer closed|incomplete"),
+    "another JSON": ({"body": "[]", "content_type": "application/json"}, r"client failed|download failed|not those on the Hub|no folder|empty|trusted|not complete"),
+}
+NETWORK = ("429", "500", "503", "drop", "half an answer")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_fault(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], stage: str, fault: str) -> None:
+    """A lasting fault of the Hub or network, at any stage, is told as what it is; healed, the kernel serves."""
+    if stage == "head" and fault == "half an answer":
+        pytest.skip("the answer to a HEAD request has no half")
+    kernel_repository(layers=kernel())
+    options, message = FAULTS[fault]
+    local_hub.fail(STAGES[stage], times=None, **options)
+    outcome = call(scale())
+    happened = any(request.matches(STAGES[stage]) for request in local_hub.requests)
+    if not happened:
+        assert stage == "client listing" and outcome.value == 3
+        return
+    if outcome.value != 3:  # some clients live without their own listing
+        where = r", variant torch-universal: " if stage in ("client listing", "head", "file") else ": "
+        assert re.search(f"^acme/kernels at main.*{where}", outcome.why) and len(outcome.said) == 1
+        assert re.search(message, outcome.why), outcome.why
+        if fault in NETWORK:
+            assert "not those on the Hub" not in outcome.why and "trust_remote_code" not in outcome.why
+        assert outcome.value == REFERENCE
+    local_hub.heal()
+    new_process()
+    assert served(scale()) == 3
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", ["layers.py", "__init__.py", "metadata.json"])
+def test_corrupted_download(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], name: str, large: bool) -> None:
+    """One wrong byte in a file of the right length is caught without digests, and does not stay in the cache."""
+    local_hub.lfs_threshold = 1 if large else None
+    kernel_repository(layers=kernel(), digest=False)
+    local_hub.fail(f"GET /kernels/acme/kernels/resolve/{local_hub.repository('acme/kernels').head()}/build/torch-universal/{name}", flip=3)  # type: ignore[union-attr]
+    refused(scale(), f"^acme/kernels at main .*variant torch-universal: .*{name} has other bytes.*removed from the cache: try again")
+    new_process()
+    assert served(scale()) == 3
+
+
+def test_unreachable(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]) -> None:
+    """A Hub that is not there is told as a network error; what is in the cache serves, and says so."""
+    kernel_repository(layers=kernel())
+    local_hub.stop()
+    refused(scale(), rf"^acme/kernels at main: {local_hub.url} cannot be reached .*check the network and HF_ENDPOINT")
+    local_hub.start()
+    new_process()
+    assert served(scale()) == 3
+    local_hub.stop()
+    new_process()
+    outcome = call(scale())
+    assert outcome.value == 3 and "from the cache: " in outcome.resolution.checked["revision"]
+    local_hub.start()
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 429}, {"drop": True}, {"body": "<html>"}])
+def test_trouble_with_cache(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], fault: dict[str, Any]) -> None:
+    """With the kernel in the cache, a Hub in trouble costs nothing but the newest commit, which is said."""
+    kernel_repository(layers=kernel())
+    assert served(scale()) == 3
+    kernel_repository(layers=kernel(4))
+    local_hub.fail("", times=None, **fault)
+    new_process()
+    outcome = call(scale())
+    assert outcome.value == 3 and "from the cache: " in outcome.resolution.checked["revision"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_no_is_a_no(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], status: int) -> None:
+    """What the Hub refuses by branch is not taken from the cache instead."""
+    kernel_repository(layers=kernel())
+    assert served(scale()) == 3
+    local_hub.fail("/api/", status=status, times=None)
+    new_process()
+    assert call(scale()).value == REFERENCE
+
+
+def test_network_dies_during_second_attempt(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]) -> None:
+    """A half download whose rest cannot be fetched is told as a network error, and what is there stays."""
+    repository = kernel_repository(layers=kernel())
+    local_hub.fail(re.compile("GET /kernels.*/layers.py"), status=500, times=None)
+    assert call(scale()).value == REFERENCE
+    kept = list(cached(repository).rglob("*.json"))
+    local_hub.fail(lambda request: "revision/" + repository.head() in request.path or "HEAD" in request.method, drop=True, times=None)
+    new_process()
+    why = refused(scale(), "variant torch-universal: ", "not complete|cannot be reached|download failed")
+    assert "not those on the Hub" not in why and list(cached(repository).rglob("*.json")) == kept
+    local_hub.heal()
+    new_process()
+    assert served(scale()) == 3
+
+
+def test_disk(kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache that cannot be written to is told as an error of the disk, not of the network."""
+    kernel_repository(layers=kernel())
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "file" / "cache"))
+    why = refused(scale(), "^acme/kernels at main", "Check the disk")
+    assert "reached" not in why and "network" not in why
+
+
+def test_next_process(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any]) -> None:
+    """After faults of every kind, a real new process on the same cache gets every kernel once the Hub is well."""
+    sources = []
+    for number, (stage, (fault, _)) in enumerate(itertools.product(("listing", "head", "file"), [FAULTS[n] for n in ("403", "500", "drop", "login page")])):
+        repo_id = f"acme/kernels-{number}"
+        kernel_repository(repo_id, kernel(number))
+        sources.append(scale(repo_id))
+        local_hub.fail(STAGES[stage] if stage == "listing" else re.compile(f"/kernels/{repo_id}/resolve.*layers.py"), times=None, **fault)
+        assert call(sources[-1]).value == REFERENCE
+        local_hub.heal()
+    kernel_repository("acme/flipped", kernel(99))
+    local_hub.fail("acme/flipped/resolve", flip=0)
+    sources.append(scale("acme/flipped"))
+    assert call(sources[-1]).value == REFERENCE
+    local_hub.heal()
+    answers = process(*sources)
+    assert [answer[:2] for answer in answers] == [[number, ""] for number in (*range(12), 99)]
+
+
+def test_killed_download(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path) -> None:
+    """A process killed in the middle of its download leaves nothing that the next one trips over."""
+    kernel_repository(layers=kernel())
+    local_hub.fail(re.compile("GET /kernels.*/layers.py"), delay=60)
+    environment = {**os.environ, **local_hub.environment(tmp_path / "hub-home")}
+    started = subprocess.Popen([sys.executable, "-c", PROGRAM, repr(scale())], env=environment)
+    deadline = time.monotonic() + 60
+    blobs = Path(constants.HF_HUB_CACHE) / "kernels--acme--kernels" / "blobs"
+    while not list(blobs.glob("*.incomplete")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    local_hub.heal()
+    assert process(scale())[:2] == [3, ""]

@@ -1,0 +1,273 @@
+"""The plugin `mapping`: what a mapping may look like, and which source it finds."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    CUDAProperties,
+    Device,
+    KernelsWarning,
+    Mode,
+    PluginManager,
+    hookimpl,
+    resolve,
+    use_kernel_forward_from_hub,
+)
+from kernels_plugins import mapping as mapping_module
+from kernels_plugins.mapping import parse_mapping, register_kernel_mapping, use_kernel_mapping
+
+pytestmark = pytest.mark.usefixtures("mapping_plugin")
+
+
+def kernel(name: str = "Kernel") -> Any:
+    """Make a kernel class that can be traced."""
+    return type(name, (nn.Module,), {"forward": lambda self, x: name, "can_torch_compile": True})
+
+
+def serving(name: str = "Layer", mode: Mode = Mode.INFERENCE, device: str = "cpu") -> str:
+    """Return the name of the kernel that serves, or "reference"."""
+    resolution = resolve(name, device=device, mode=mode)
+    return "reference" if resolution.is_reference else resolution.origin.rpartition(".")[2]
+
+
+A, B, C = kernel("A"), kernel("B"), kernel("C")
+
+BAD_MAPPINGS: dict[str, tuple[Any, type[Exception]]] = {
+    "no mapping": ([("Layer", {"cpu": A})], ArgumentTypeError),
+    "None": (None, ArgumentTypeError),
+    "layer name": ({3: {"cpu": A}}, ArgumentTypeError),
+    "no devices": ({"Layer": A}, ArgumentTypeError),
+    "unknown device": ({"Layer": {"gpu": A}}, ArgumentError),
+    "device type": ({"Layer": {3: A}}, ArgumentTypeError),
+    "torch device": ({"Layer": {torch.device("cpu"): A}}, ArgumentTypeError),
+    "mode type": ({"Layer": {"cpu": {"training": A}}}, ArgumentTypeError),
+    "compile alone": ({"Layer": {"cpu": {Mode.TORCH_COMPILE: A}}}, ArgumentError),
+    "string": ({"Layer": {"cpu": "owner/repository"}}, ArgumentTypeError),
+    "instance": ({"Layer": {"cpu": A()}}, ArgumentTypeError),
+    "other class": ({"Layer": {"cpu": dict}}, ArgumentTypeError),
+    "number": ({"Layer": {"cpu": 3}}, ArgumentTypeError),
+    "None as source": ({"Layer": {"cpu": None}}, ArgumentTypeError),
+    "bad one in a list": ({"Layer": {"cpu": [A, "text"]}}, ArgumentTypeError),
+    "list in a list": ({"Layer": {"cpu": [[A]]}}, ArgumentTypeError),
+    "mapping in a mode": ({"Layer": {"cpu": {Mode.TRAINING: {Mode.TRAINING: A}}}}, ArgumentTypeError),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MAPPINGS)
+@pytest.mark.parametrize("use", [register_kernel_mapping, use_kernel_mapping])
+def test_bad_mappings_are_refused_at_once(name: str, use: Callable[..., Any]) -> None:
+    """A mistake in a mapping is told when it is said, and nothing of it is registered."""
+    bad, error = BAD_MAPPINGS[name]
+    if isinstance(bad, dict):
+        bad = {"Good": {"cpu": B}, **bad}
+    with pytest.raises(error):
+        use(bad)
+    assert serving("Good") == "reference"
+
+
+def test_errors_say_where() -> None:
+    """An error in a mapping names layer, device and value."""
+    with pytest.raises(ArgumentTypeError, match=r"layer 'Layer', device 'cpu'.*'owner/repository' is a string"):
+        use_kernel_mapping({"Layer": {"cpu": "owner/repository"}})
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"cpu": A},
+        {Device("cpu"): A},
+        {"cpu": [A]},
+        {"cpu": (A, B)},
+        {"cpu": {Mode.FALLBACK: A}},
+        {"cpu": {Mode.INFERENCE: [A, B]}},
+        {"cuda": B, "cpu": A, "mps": C},
+    ],
+    ids=range(7),
+)
+def test_forms_of_a_mapping(form: Any) -> None:
+    """Devices as strings or Device; a source, sources in order, or sources per mode."""
+    with use_kernel_mapping({"Layer": form}):
+        assert serving() == "A"
+
+
+def test_sources_of_every_kind() -> None:
+    """A class, a function, a partial, a bound method, a builtin, and an object with load() can serve."""
+
+    class Loads:
+        def load(self) -> Any:
+            return A
+
+    class Method:
+        def run(self, x: Any) -> Any:
+            return "method"
+
+    @use_kernel_forward_from_hub("fn")
+    def fn(x: torch.Tensor) -> Any:
+        return "reference"
+
+    def three(n: int, x: Any) -> Any:
+        return "partial"
+
+    x = torch.zeros(1)
+    for source, expected in (
+        (A, "A"),
+        (Loads(), "A"),
+        (lambda x: "lambda", "lambda"),
+        (functools.partial(three, 1), "partial"),
+        (Method().run, "method"),
+    ):
+        with use_kernel_mapping({"fn": {"cpu": source}}):
+            assert fn(x) == expected
+
+
+def test_empty_list_of_sources_offers_nothing() -> None:
+    """An empty list leaves a layer to what was said further out."""
+    register_kernel_mapping({"Layer": {"cpu": A}})
+    with use_kernel_mapping({"Layer": {"cpu": []}}):
+        assert serving() == "A"
+
+
+def test_sources_are_tried_in_order() -> None:
+    """The first source that loads and fits serves, and the others are not loaded."""
+    loads = []
+
+    class Source:
+        def __init__(self, name: str, loaded: Any) -> None:
+            self.name, self.loaded = name, loaded
+
+        def load(self) -> Any:
+            loads.append(self.name)
+            if isinstance(self.loaded, Exception):
+                raise self.loaded
+            return self.loaded
+
+    sources = [Source("fails", OSError("gone")), Source("unfit", nn.Linear), Source("good", A), Source("late", B)]
+    with use_kernel_mapping({"Layer": {"cpu": sources}}):
+        resolution = resolve("Layer", device="cpu", mode=Mode.INFERENCE)
+    assert loads == ["fails", "unfit", "good"]
+    assert [refusal.candidate.source for refusal in resolution.refusals] == sources[:2]
+    assert "OSError: gone" in resolution.refusals[0].reason
+    assert resolution.implementation is A.forward
+
+
+def test_registering_adds_and_replaces() -> None:
+    """A second mapping adds layers, devices and modes, and replaces equal ones."""
+    register_kernel_mapping({"Layer": {"cpu": A}, "Other": {"cpu": A}})
+    register_kernel_mapping({"Layer": {"cpu": {Mode.TRAINING: B}}})
+    assert (serving(), serving(mode=Mode.TRAINING), serving("Other")) == ("A", "B", "A")
+    register_kernel_mapping({"Layer": {"cpu": C}})
+    assert (serving(), serving(mode=Mode.TRAINING)) == ("C", "B")
+    register_kernel_mapping({"Other": {Device("cpu"): B}})
+    assert serving("Other") == "B"
+
+
+def test_registering_without_inheriting(isolated_plugins: PluginManager) -> None:
+    """inherit_mapping=False drops what was registered, and what plugin packages bring; True brings both back."""
+
+    class Package:
+        @hookimpl
+        def kernels_mapping(self) -> Any:
+            return {"Packaged": {"cpu": C}}
+
+    isolated_plugins.register(Package(), "package")
+    register_kernel_mapping({"Layer": {"cpu": A}})
+    assert (serving(), serving("Packaged")) == ("A", "C")
+    register_kernel_mapping({"Other": {"cpu": B}}, inherit_mapping=False)
+    assert (serving(), serving("Other"), serving("Packaged")) == ("reference", "B", "reference")
+    register_kernel_mapping({"Layer": {"cpu": A}}, False)
+    assert (serving(), serving("Other")) == ("A", "reference")
+
+
+def test_scope_without_inheriting(isolated_plugins: PluginManager) -> None:
+    """A scope with inherit_mapping=False hides what was registered and what packages bring, and inner scopes count."""
+
+    class Package:
+        @hookimpl
+        def kernels_mapping(self) -> Any:
+            return {"Packaged": {"cpu": C}}
+
+    isolated_plugins.register(Package(), "package")
+    register_kernel_mapping({"Layer": {"cpu": A}})
+    with use_kernel_mapping({"Other": {"cpu": B}}, inherit_mapping=False):
+        assert (serving(), serving("Other"), serving("Packaged")) == ("reference", "B", "reference")
+        with use_kernel_mapping({"Layer": {"cpu": C}}):
+            assert (serving(), serving("Other")) == ("C", "B")
+    assert (serving(), serving("Packaged")) == ("A", "C")
+
+
+def test_mapping_is_read_when_it_is_said() -> None:
+    """Changing the dictionary afterwards changes nothing."""
+    said: dict[str, Any] = {"Layer": {"cpu": [A]}}
+    scope = use_kernel_mapping(said)
+    register_kernel_mapping(said)
+    said["Layer"]["cpu"][0] = B
+    said["Layer"] = {"cpu": C}
+    assert serving() == "A"
+    with scope:
+        assert serving() == "A"
+
+
+def test_use_kernel_mapping_takes_inherit_by_name_only() -> None:
+    """inherit_mapping of a scope is keyword-only."""
+    with pytest.raises(TypeError):
+        use_kernel_mapping({}, False)  # type: ignore[misc]
+
+
+def test_narrowest_device_goes_before_best_mode() -> None:
+    """A narrower device counts more than a better mode; wider entries are tried after."""
+    narrow, wide = Device("cuda", CUDAProperties(80, 89)), Device("cuda", CUDAProperties(70, 99))
+    level = parse_mapping(
+        {"Layer": {wide: {Mode.INFERENCE: A}, narrow: B, "cuda": {Mode.INFERENCE: C, Mode.FALLBACK: A}}}
+    )
+    from kernels_core import LayerRequest
+
+    request = LayerRequest("Layer", torch.device("cuda", 0), Mode.INFERENCE, capability=86)
+    assert list(level.find(request)) == [B, A, C, A]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"Layer": {"gpu": A}}, {"Layer": {"cpu": "text"}}, {3: {}}], ids=["device", "source", "name"]
+)
+def test_bad_mapping_of_a_package_is_isolated(isolated_plugins: PluginManager, bad: Any) -> None:
+    """A package with a bad mapping is named in one warning, and the others' mappings count."""
+    for name, offer in (("broken", bad), ("good", {"Layer": {"cpu": A}})):
+        isolated_plugins.register(_package(offer), name)
+    with pytest.warns(KernelsWarning) as caught:
+        assert serving() == serving() == "A"
+    (message,) = [str(w.message) for w in caught]
+    assert "'broken' offers a bad mapping" in message
+
+
+def _package(offer: Any) -> Any:
+    def kernels_mapping() -> Any:
+        return offer
+
+    return type("Package", (), {"kernels_mapping": staticmethod(hookimpl(kernels_mapping))})()
+
+
+def test_registering_in_threads_loses_nothing() -> None:
+    """Eight threads that register at once all get their entries in."""
+    barrier = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        barrier.wait()
+        for turn in range(5):
+            register_kernel_mapping({f"Layer{number}x{turn}": {"cpu": A}})
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(mapping_module._registered.sources) == 40
+    assert serving("Layer3x4") == "A"

@@ -1,0 +1,117 @@
+"""A program of a user, checked by `mypy --strict` against the installed packages; it never runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import assert_type
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import kernels_core
+import kernels_plugins
+from kernels_core import (
+    Candidate,
+    CUDAProperties,
+    Device,
+    KernelLayer,
+    KernelsError,
+    Layer,
+    LayerRequest,
+    LoadedLayer,
+    Mode,
+    NoKernelError,
+    Refusal,
+    Resolution,
+    Scope,
+    decorated_layer,
+    hookimpl,
+    plugin_manager,
+    replace_kernel_forward_from_hub,
+    resolve,
+    use_kernel_forward_from_hub,
+)
+from kernels_plugins import LayerRepository, LocalLayerRepository, register_kernel_mapping, use_kernel_mapping
+
+# --- Decorated things keep their types ---------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class RMSNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@use_kernel_forward_from_hub("scale", lambda x, factor: x.is_cuda, use_fallback=False)
+def scale(x: Tensor, factor: float = 2.0) -> Tensor:
+    return x * factor
+
+
+class Theirs(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+replace_kernel_forward_from_hub(Theirs, "RMSNorm")
+
+norm = RMSNorm(8)
+assert_type(norm, RMSNorm)
+assert_type(norm.forward(torch.ones(8)), Tensor)
+assert_type(scale(torch.ones(8), factor=3.0), Tensor)
+RMSNorm("wide")  # type: ignore[arg-type]
+scale(torch.ones(8), factor="much")  # type: ignore[arg-type]
+use_kernel_forward_from_hub(RMSNorm)  # type: ignore[arg-type]
+assert_type(decorated_layer(RMSNorm), Layer)
+
+# --- Mappings ------------------------------------------------------------------------------------------
+
+repository = LayerRepository("acme/kernels", layer_name="RMSNorm", version=1, trust_remote_code=("acme/kernels",))
+local = LocalLayerRepository("kernels", layer_name="RMSNorm")  # type: ignore[arg-type]  # a str; see the notes
+hopper = Device("cuda", CUDAProperties(min_capability=90, max_capability=90))
+register_kernel_mapping({"RMSNorm": {"cuda": repository, hopper: {Mode.TRAINING: [repository, local]}}})
+register_kernel_mapping({"RMSNorm": Theirs})  # type: ignore[dict-item]
+with use_kernel_mapping({"RMSNorm": {"cpu": Theirs}}, inherit_mapping=False) as scope:
+    assert_type(scope, Scope)
+LayerRepository("acme/kernels", layer_name="RMSNorm", revision=1)  # type: ignore[arg-type]
+
+# --- Questions and answers -----------------------------------------------------------------------------
+
+resolution = resolve(RMSNorm, device="cuda:1", mode=Mode.TRAINING | Mode.TORCH_COMPILE)
+assert_type(resolution, Resolution)
+assert_type(resolution.refusals, tuple[Refusal, ...])
+assert_type(resolution.is_reference, bool)
+try:
+    norm(torch.ones(8))
+except NoKernelError as error:
+    assert_type(error.refusals, tuple[Refusal, ...])
+    caught: KernelsError = error
+
+# --- A plugin --------------------------------------------------------------------------------------------
+
+
+class Plugin:
+    kernels_priority = 5
+
+    @hookimpl
+    def kernels_find_candidates(self, request: LayerRequest) -> Sequence[Candidate] | None:
+        return [Candidate(Theirs)] if request.device.type == "cpu" else None
+
+    @hookimpl(tryfirst=True)
+    def kernels_load_layer(self, request: LayerRequest, source: object) -> KernelLayer | LoadedLayer | None:
+        return LoadedLayer(Theirs, "acme", {"digest": "none"}) if source is Theirs else None
+
+    @hookimpl
+    def kernels_register_commands(self, cli: typer.Typer) -> None:
+        cli.command()(main)
+
+
+def main() -> None:
+    print(kernels_core.__version__, kernels_plugins.__all__)
+
+
+assert_type(plugin_manager().register(Plugin(), "acme"), str)
