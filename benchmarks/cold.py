@@ -48,8 +48,8 @@ def run() -> Iterator[Row]:
         change = _time(lambda: register_kernel_mapping({"bench_cold_0": {"cpu": Kernel}}))
         yield Row("cold", f"register_kernel_mapping with {LAYERS} warm layers", change, "us")
         yield Row("cold", "the same, for each warm layer", change / LAYERS, "us")
-        by_name = _time(lambda: resolve("bench_cold_1", device="cpu", mode=Mode.INFERENCE))
-        yield Row("cold", "resolve() by name", by_name, "us")
+        by_name = _time(lambda: [resolve(name, device="cpu", mode=Mode.INFERENCE) for name in names])
+        yield Row("cold", "resolve() by name", by_name / LAYERS, "us")
     finally:
         register_kernel_mapping({}, inherit_mapping=False)
 

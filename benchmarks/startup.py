@@ -28,6 +28,19 @@ import kernels_core
 print(json.dumps({"ms": (time.perf_counter() - before) * 1e3}))
 """
 
+DECORATE = """
+import gc, json, time
+import torch
+from kernels_core import use_kernel_forward_from_hub
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        return x
+gc.collect()
+before = time.perf_counter()
+use_kernel_forward_from_hub("bench")(Layer)
+print(json.dumps({"ms": (time.perf_counter() - before) * 1e3}))
+"""
+
 DISCOVERY = """
 import gc, json, os, sys, time, warnings
 warnings.simplefilter("ignore")
@@ -68,6 +81,8 @@ def run() -> Iterator[Row]:
     yield Row(
         "startup", "import kernels_core after import torch", statistics.median(imports), "ms", limit=IMPORT_LIMIT_MS
     )
+    decorating = [_start(DECORATE)["ms"] for _ in range(3)]
+    yield Row("startup", "decorating the first class", statistics.median(decorating), "ms")
     with tempfile.TemporaryDirectory() as folder:
         make_distributions(Path(folder))
         few = [_start(DISCOVERY, "/nowhere", "time") for _ in range(STARTS)]

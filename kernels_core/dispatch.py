@@ -7,10 +7,8 @@ attribute of this layer and device from it, and calls what it finds (here on a C
 ```
 def forward(self, x, eps=1e-6):
     try:
-        _kernel = root.active.layer7_cpu if x.is_cpu is True else None
-    except not_a_tensor:
-        _kernel = None
-    if _kernel is None:
+        _kernel = root.active.layer7_cpu if x.is_cpu is True else cold(self, (x, eps))
+    except absent:
         _kernel = cold(self, (x, eps))
     return _kernel(self, x, eps)
 ```
@@ -23,6 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import linecache
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -63,8 +62,8 @@ elif _ACCELERATOR == "mps":
     Frame.one_accelerator = True
 
 
-_NOT_A_TENSOR = (AttributeError, IndexError, TraceError)
-"""What asking a first argument for its device raises if it is missing, no tensor, or a proxy of `torch.fx`."""
+_ABSENT = (AttributeError, IndexError, TraceError)
+"""What the short way raises where nothing is published, or the first argument is missing or no tensor."""
 
 # Typed as what it is: a decorator that returns what it is given.
 _assume_constant = cast(Callable[[Callable[..., str]], Callable[..., str]], torch.compiler.assume_constant_result)
@@ -105,7 +104,9 @@ class _Dispatcher:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self._tables: dict[str, Table] = {}
+        self._tables: dict[torch.device, Table] = {}
+        self._mode_tables: dict[str, Table] = {}
+        self._making = threading.RLock()
         self._selectors: dict[str, Forward] = {}
         self._parameters = _parameters(layer.reference)
         for index in (None, *range(_MAX_SHORT_INDEX if _ACCELERATOR else 0)):
@@ -115,16 +116,22 @@ class _Dispatcher:
     # --- Tables: what serves on a device, and, where that matters, in a mode --------------------
 
     def _table(self, device: torch.device) -> Table:
-        name = self._attribute(device)
-        if name not in self._tables:
-            self._tables[name] = Table(name, self.layer.reference, functools.partial(self._settle, device))
-        return self._tables[name]
+        table = self._tables.get(device)
+        if table is not None:
+            return table
+        with self._making:  # two tables of one name would each answer a part of the reads
+            if device not in self._tables:
+                resolve = functools.partial(self._settle, device)
+                self._tables[device] = Table(self._attribute(device), self.layer.reference, resolve)
+            return self._tables[device]
 
     def _mode_table(self, device: torch.device, mode: Mode) -> str:
         name = f"{self._attribute(device)}_{_MODE_NAMES[mode]}"
-        if name not in self._tables:
-            self._tables[name] = Table(name, self.layer.reference, functools.partial(self._decide, device, mode))
-        return self._tables[name].sure
+        with self._making:
+            if name not in self._mode_tables:
+                resolve = functools.partial(self._decide, device, mode)
+                self._mode_tables[name] = Table(name, self.layer.reference, resolve)
+            return self._mode_tables[name].sure
 
     def _attribute(self, device: torch.device) -> str:
         index = "" if device.index is None or device.type == "cpu" else f"_{device.index}"
@@ -178,33 +185,23 @@ class _Dispatcher:
         """Generate the forward."""
         cpu = self._attribute(torch.device("cpu"))
         first = self._first
-        # "is True": of an argument that is no tensor, Dynamo knows an attribute only that far.
-        lookup = f"_kernels_root.active.{cpu} if {first}.is_cpu is True else None" if first is not None else "None"
-        body = [f"_kernel = {lookup}"]
+        cold = f"_kernels_cold({self._module}, {self._values})"
         names = []
+        body = [f"_kernel = {cold}"]
+        if first is not None:
+            # "is True": of an argument that is no tensor, Dynamo knows an attribute only that far.
+            lookup = f"_kernel = _kernels_root.active.{cpu} if {first}.is_cpu is True else {cold}"
+            body = ["try:", f"    {lookup}", "except _kernels_absent:", f"    _kernel = {cold}"]
         if first is not None and _ACCELERATOR is not None:
             names = [self._attribute(torch.device(_ACCELERATOR, index)) for index in range(_MAX_SHORT_INDEX)]
-            body = [
-                f"if {first}.is_{_ACCELERATOR} is True:",
-                f"    _kernel = (_kernels_root.active.{names[0]} if _kernels_root.one_accelerator",
-                f"               else getattr(_kernels_root.active, _kernels_names[{first}.get_device()]))",
-                "else:",
-                f"    {body[0]}",
+            body[1:2] = [
+                f"    if {first}.is_{_ACCELERATOR} is True:",
+                f"        _kernel = (_kernels_root.active.{names[0]} if _kernels_root.one_accelerator",
+                f"                   else getattr(_kernels_root.active, _kernels_names[{first}.get_device()]))",
+                "    else:",
+                f"        {lookup}",
             ]
-        if first is not None:  # an argument that is no tensor has no such attribute
-            body = [
-                "try:",
-                *(f"    {line}" for line in body),
-                "except _kernels_not_a_tensor:",
-                "    _kernel = None",
-            ]
-        lines = [
-            *self._condition(),
-            *body,
-            "if _kernel is None:",
-            f"    _kernel = _kernels_cold({self._module}, {self._values})",
-            f"return _kernel({self._call})",
-        ]
+        lines = [*self._condition(), *body, f"return _kernel({self._call})"]
         return self._generate("forward", lines, _kernels_cold=self._cold(), _kernels_names=tuple(names))
 
     def _selector(self, device: torch.device) -> Forward:
@@ -231,7 +228,7 @@ class _Dispatcher:
         source = f"def {function}{self._signature}:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
         scope: dict[str, Any] = {  # no __name__: Dynamo would look these names up in that module
             "_kernels_root": root,
-            "_kernels_not_a_tensor": _NOT_A_TENSOR,
+            "_kernels_absent": _ABSENT,
             "_kernels_reference": self.layer.reference,
             "_kernels_condition": self.layer.condition,
             "_kernels_grad": torch.is_grad_enabled,
@@ -359,4 +356,12 @@ def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> b
         for item in inner:
             if isinstance(item, torch.Tensor) and item.requires_grad:
                 return True
-    return module is not None and any(p.requires_grad for p in module.parameters())
+    return module is not None and _has_trainable(module)
+
+
+def _has_trainable(module: torch.nn.Module) -> bool:
+    """Whether a parameter requires grad; asks the dictionaries, for `parameters()` takes microseconds."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return True
+    return any(_has_trainable(child) for child in module._modules.values() if child is not None)

@@ -28,12 +28,11 @@ Forward = Callable[..., Any]
 class Frame:
     """One scope, entered under another: a node of the tree whose root is the whole process.
 
-    Its instance dictionary holds nothing but what was resolved here for eager calls, an attribute
-    per decorated layer and device. What compiled calls read are properties of the class, one per
-    layer and device, each backed by a `Table`.
+    Its instance dictionary also holds what was resolved here for eager calls, an attribute per
+    decorated layer and device (no `__slots__`, no default on the class: that is the quickest read).
+    What cold traces read are properties of the class, one per layer and device, each backed by a
+    `Table`.
     """
-
-    __slots__ = ("__dict__", "__weakref__", "children", "finalizer", "parent", "payload")
 
     one_accelerator = False  # whether the index of an accelerator is always 0; known once it is in use
 
@@ -135,15 +134,15 @@ class Table(dict[Frame, Forward]):
 
     It is read in two ways, by two names:
 
-    - `fast`, an attribute in the instance dictionary of a frame, None where nothing is published:
+    - `fast`, an attribute in the instance dictionary of a frame, absent where nothing is published:
       the quickest read there is, for warm eager calls, and what Dynamo sees once a layer is warm.
     - `sure`, a property of the class `Frame` whose getter is this table's `__getitem__`. Dynamo
       evaluates such a property at trace time and in guards instead of tracing into it. So a cold
       layer is resolved outside of the graph; and after a change of mappings the guards themselves
       see the new value, so that code whose answer did not change is not compiled again.
 
-    Once Dynamo saw a table cold, its guards say that `fast` is None there: it stays None in every
-    frame where it is, and is set in every frame where it was.
+    Once Dynamo saw a table cold, its guards say that `fast` is absent there: it stays absent in
+    every frame where it is, and is set in every frame where it was.
     """
 
     def __init__(self, name: str, reference: Forward, resolve: Callable[[Frame], Forward]) -> None:
@@ -157,7 +156,6 @@ class Table(dict[Frame, Forward]):
         self._traced_cold = False
         with _lock:
             _tables.append(self)
-            setattr(Frame, self.fast, None)
             setattr(Frame, self.sure, property(self.__getitem__))
 
     def __missing__(self, frame: Frame) -> Forward:
@@ -182,9 +180,10 @@ class Table(dict[Frame, Forward]):
     def publish(self, frame: Frame, *, again: bool = False) -> Forward:
         """Return what serves in `frame`, and let warm calls find it there."""
         forward = self[frame]
-        with _lock:
-            if (again or not self._traced_cold) and self.get(frame) is forward:
-                frame.__dict__[self.fast] = forward
+        if again or not self._traced_cold:
+            with _lock:
+                if (again or not self._traced_cold) and self.get(frame) is forward:
+                    frame.__dict__[self.fast] = forward
         return forward
 
 
@@ -199,10 +198,8 @@ def forget() -> None:
         _generation += 1
         for table in _tables:
             table.clear()
-        published = [(frame, frame.__dict__.copy()) for frame in list(_frames)]
-        for frame, _ in published:
-            frame.__dict__.clear()
-        tables = {table.fast: table for table in _tables}
-    for frame, names in published:
-        for name in names:
-            tables[name].publish(frame, again=True)
+        published = [(frame, table) for frame in list(_frames) for table in _tables if table.fast in vars(frame)]
+        for frame, table in published:
+            delattr(frame, table.fast)
+    for frame, table in published:
+        table.publish(frame, again=True)

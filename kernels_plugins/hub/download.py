@@ -146,17 +146,25 @@ def fetch_variant(pin: Pin, variant: str, listed: Iterable[RemoteFile]) -> None:
     if is_offline():
         raise _not_cached()
     with _explained(pin.repo_id, pin.commit, pin.repo_type):
-        _api().snapshot_download(
-            pin.repo_id,
-            repo_type=pin.repo_type,
-            revision=pin.commit,
-            cache_dir=_cache(),
-            allow_patterns=[f"build/{variant}/*"],
-            ignore_patterns=["*.pyc", "*.pyo", "*/__pycache__/*"],
-        )
-    # Where the Hub does not answer, the client is content with what an earlier attempt left.
+        try:
+            _api().snapshot_download(
+                pin.repo_id,
+                repo_type=pin.repo_type,
+                revision=pin.commit,
+                cache_dir=_cache(),
+                allow_patterns=[f"build/{variant}/*"],
+                ignore_patterns=["*.pyc", "*.pyo", "*/__pycache__/*"],
+            )
+        except OSError as error:
+            if _is_wrong_size(error):  # older clients would go on from what they have, though it is not the file
+                for part in (cache_folder(pin.repo_id, pin.repo_type) / "blobs").glob("*.incomplete"):
+                    part.unlink(missing_ok=True)
+            raise
+    # Where the Hub does not answer, the client is content with what an earlier attempt left; and newer ones
+    # keep a listing of the repository, also a wrong one.
     missing = [file.path for file in listed if not (variant_folder(pin, variant) / file.path).is_file()]
     if missing:
+        (cache_folder(pin.repo_id, pin.repo_type) / "trees" / f"{pin.commit}.json").unlink(missing_ok=True)
         raise UnreachableError(f"the download is not complete ({missing[0]} is missing): check the network, try again")
 
 
@@ -210,10 +218,10 @@ def _explained(repo_id: str, revision: str | None, repo_type: str) -> Iterator[N
         ) from error
     except Exception as error:
         if not _is_network_error(error):
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            if isinstance(error, OSError):  # the client says so where a file is shorter or longer than announced
+            if _is_wrong_size(error):
                 raise UnreachableError(f"the download failed: {error} Try again") from error
+            if isinstance(error, OSError):
+                raise
             raise LoadError(
                 f"the client failed: {type(error).__name__}: {error}. Try again; if it persists, report it"
             ) from error
@@ -260,6 +268,11 @@ def _is_network_error(error: BaseException) -> bool:
     """Whether an exception comes from the transport: its classes differ between versions of the client."""
     transport = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
     return isinstance(error, transport) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")
+
+
+def _is_wrong_size(error: BaseException) -> bool:
+    """Whether the client says that a file is shorter or longer than announced: a bare OSError, with no errno."""
+    return type(error) is OSError and error.errno is None
 
 
 def _root(error: BaseException) -> str:

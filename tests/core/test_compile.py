@@ -31,9 +31,9 @@ def traceable(make_kernel: Make) -> Make:
 
 
 def operations(counter: Any, graph: int = -1) -> list[str]:
-    """Return the names of the operations in one of the graphs."""
-    nodes = counter.graphs[graph].graph.nodes
-    return [getattr(node.target, "__name__", str(node.target)) for node in nodes if node.op.startswith("call_")]
+    """Return the names of the operations in one of the graphs whose results are used."""
+    nodes = [node for node in counter.graphs[graph].graph.nodes if node.op.startswith("call_") and node.users]
+    return [getattr(node.target, "__name__", str(node.target)) for node in nodes]
 
 
 @WARM

@@ -80,7 +80,7 @@ def test_card_lists_the_real_arguments(hook: str) -> None:
 @pytest.mark.parametrize("hook", HOOKS)
 def test_kind_is_what_pluggy_does(hook: str) -> None:
     """A card says "first result" where pluggy stops at the first answer, and only there."""
-    options = getattr(HOOKS[hook], "kernels_core_spec")
+    options = HOOKS[hook].kernels_core_spec
     assert ("Kind: first result" in card(hook)) == bool(options["firstresult"])
 
 

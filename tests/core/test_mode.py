@@ -100,8 +100,7 @@ STATES: dict[str, Callable[[nn.Module], None]] = {
 
 @pytest.mark.parametrize("state", STATES)
 def test_state_that_autograd_records_counts(state: str) -> None:
-    """State of the module that requires grad makes a call training: also buffers, and the plain tensors that
-    FSDP, DataParallel and weight norm put in the place of parameters."""
+    """State that requires grad makes a call training: buffers and plain tensors, too, as FSDP and DataParallel have."""
 
     @use_kernel_forward_from_hub("Anything")
     class Anything(nn.Module):

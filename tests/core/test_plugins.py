@@ -604,5 +604,3 @@ def test_installed_third_party_package(tmp_path: Path, python: Make) -> None:
     assert answer["refusals"] == ["acme does not trust this one"]
     assert answer["decisions"] == ["Triple: acme_kernels.AcmeTriple"]
     assert any("acme does not trust this one" in message for message in answer["warnings"])
-    alone = told(python(RUN + "\n    tell(value=run())", {"KERNELS_PLUGINS": "-acme"}))
-    assert "acme" not in alone["plugins"]

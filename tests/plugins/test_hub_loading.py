@@ -50,6 +50,8 @@ def new_process() -> Iterator[Callable[[], None]]:
     def start() -> None:
         _start_anew()
         importing._finder.roots.clear()
+        if listings := sys.modules.get("huggingface_hub._tree_cache"):  # newer clients keep listings in memory
+            listings.__dict__["_IN_MEMORY_TREE_CACHE"].clear()
         for name in [name for name in sys.modules if name.startswith("kernel_")]:
             del sys.modules[name]
 

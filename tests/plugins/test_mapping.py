@@ -162,10 +162,10 @@ def test_sources_are_tried_in_order() -> None:
 
 def test_registering_adds_and_replaces() -> None:
     """A second mapping adds layers, devices and modes, and replaces equal ones."""
-    register_kernel_mapping({"Layer": {"cpu": A}, "Other": {"cpu": A}})
+    register_kernel_mapping({"Layer": {"cpu": {Mode.INFERENCE: A}}, "Other": {"cpu": A}})
     register_kernel_mapping({"Layer": {"cpu": {Mode.TRAINING: B}}})
     assert (serving(), serving(mode=Mode.TRAINING), serving("Other")) == ("A", "B", "A")
-    register_kernel_mapping({"Layer": {"cpu": C}})
+    register_kernel_mapping({"Layer": {"cpu": {Mode.INFERENCE: C}}})
     assert (serving(), serving(mode=Mode.TRAINING)) == ("C", "B")
     register_kernel_mapping({"Other": {Device("cpu"): B}})
     assert serving("Other") == "B"
