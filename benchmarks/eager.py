@@ -188,4 +188,4 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
 
 
 def _times(x: torch.Tensor, calls: dict[str, Callable[..., Any]], source: str = "call(x)") -> dict[str, float]:
-    return compare({name: (source, {"call": call, "x": x}) for name, call in calls.items()}, rounds=30, repeats=3)
+    return compare({name: (source, {"call": call, "x": x}) for name, call in calls.items()}, rounds=15, repeats=8)

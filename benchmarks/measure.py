@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 ROUND_SECONDS = 0.001
-ROUNDS = 60
-REPEATS = 5
+ROUNDS = 20
+REPEATS = 15
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,20 @@ def compare(
     """Time statements in turns and return nanoseconds for each.
 
     Each statement has compiled code of its own, so that no inline cache is shared. A round runs every statement for
-    about a millisecond; the result is the smallest of several medians over rounds, so that what else runs on the
-    machine disturbs all alike, or not at all.
+    about a millisecond; the results are the medians of the quietest of several repeats, so that what else runs
+    on the machine disturbs all alike, or not at all.
 
     Args:
         statements: For each subject, source and the globals that it runs in.
         rounds: Rounds in each median.
-        repeats: Medians to take the smallest of.
+        repeats: Repeats to take the quietest of.
     """
     timers = {name: timeit.Timer(source, globals=names) for name, (source, names) in statements.items()}
     counts = {}
     for name, timer in timers.items():
         timer.timeit(20)  # warm
         counts[name] = max(1, int(ROUND_SECONDS / (min(timer.repeat(3, 20)) / 20)))
-    medians: dict[str, list[float]] = {name: [] for name in timers}
+    medians: list[dict[str, float]] = []
     order = list(timers)
     for _ in range(repeats):
         times: dict[str, list[float]] = {name: [] for name in timers}
@@ -84,6 +84,6 @@ def compare(
             order = order[1:] + order[:1]  # nobody always runs after the same neighbour
             for name in order:
                 times[name].append(timers[name].timeit(counts[name]) / counts[name])
-        for name, taken in times.items():
-            medians[name].append(statistics.median(taken))
-    return {name: min(values) * 1e9 for name, values in medians.items()}
+        medians.append({name: statistics.median(taken) for name, taken in times.items()})
+    quietest = min(medians, key=lambda taken: sum(taken.values()))
+    return {name: value * 1e9 for name, value in quietest.items()}

@@ -183,7 +183,7 @@ class Table(dict[Frame, Forward]):
         if again or not self._traced_cold:
             with _lock:
                 if (again or not self._traced_cold) and self.get(frame) is forward:
-                    frame.__dict__[self.fast] = forward
+                    setattr(frame, self.fast, forward)
         return forward
 
 
@@ -193,6 +193,12 @@ def forget() -> None:
     What warm calls were using is resolved again at once, and only replaced: to compiled code, going
     back to an earlier mapping then looks exactly as it did before.
     """
+    for frame, table in drop():
+        table.publish(frame, again=True)
+
+
+def drop() -> list[tuple[Frame, Table]]:
+    """Drop every resolution, and return where warm calls were using one."""
     global _generation
     with _lock:
         _generation += 1
@@ -201,5 +207,4 @@ def forget() -> None:
         published = [(frame, table) for frame in list(_frames) for table in _tables if table.fast in vars(frame)]
         for frame, table in published:
             delattr(frame, table.fast)
-    for frame, table in published:
-        table.publish(frame, again=True)
+    return published

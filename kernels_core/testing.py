@@ -142,11 +142,6 @@ def hook_recorder(isolated_plugins: PluginManager) -> Iterator[HookRecorder]:
 
 def _start_anew() -> None:
     """Forget what was resolved, loaded and warned about, without resolving anything again."""
-    with scope._lock:
-        scope._generation += 1
-        for table in scope._tables:
-            table.clear()
-        for frame in list(scope._frames):
-            frame.__dict__.clear()
+    scope.drop()
     resolver._said.clear()
     resolver._loads = resolver._Loads()

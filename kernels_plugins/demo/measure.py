@@ -45,7 +45,7 @@ SIZES = {
 TOLERANCES = {torch.float32: (1.3e-6, 1e-5), torch.bfloat16: (1.6e-2, 1e-5), torch.float16: (1e-3, 1e-5)}
 """Relative and absolute, as in `torch.testing.assert_close`."""
 
-ROUNDS = 7
+ROUNDS = 15
 
 Step = Callable[[], tuple[list[Tensor], list[Tensor]]]
 
@@ -239,7 +239,7 @@ def _times(step: Step, *scopes: Scope) -> list[float]:
         rounds.append([])
         for scope in scopes:
             with scope:
-                rounds[-1].append(timer.blocked_autorange(min_run_time=0.02).median * 1e3)
+                rounds[-1].append(timer.blocked_autorange(min_run_time=0.01).median * 1e3)
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
