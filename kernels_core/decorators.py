@@ -112,6 +112,10 @@ def replace_kernel_forward_from_hub(
         raise ArgumentTypeError(f"{cls!r} is not an nn.Module class, so it has no forward to dispatch.")
     if cls.forward is torch.nn.Module.forward:
         raise ArgumentTypeError(f"{cls.__qualname__} has no forward, so there is no reference to fall back to.")
+    if isinstance(inspect.getattr_static(cls, "forward"), staticmethod | classmethod):
+        raise ArgumentTypeError(
+            f"{cls.__qualname__}.forward is a static or class method: kernels run on the module, so make it take self."
+        )
     changeable = cast(Any, cls)
     changeable.forward = make_forward(
         Layer(

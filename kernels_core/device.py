@@ -125,7 +125,7 @@ def device_capability(device: torch.device) -> int | None:
 
     Cached per device index: two GPUs of one machine may differ.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

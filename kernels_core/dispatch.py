@@ -22,6 +22,7 @@ import functools
 import inspect
 import linecache
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -86,8 +87,10 @@ _MODE_NAMES = {
 
 def make_forward(layer: Layer) -> Forward:
     """Return the dispatching forward of a layer, with the name, docstring and signature of its reference."""
-    forward = _Dispatcher(layer).forward()
+    dispatcher = _Dispatcher(layer)
+    forward = dispatcher.forward()
     functools.update_wrapper(forward, layer.reference)
+    weakref.finalize(forward, dispatcher.discard).atexit = False
     forward.__dict__["kernels_layer"] = layer
     return forward
 
@@ -155,6 +158,11 @@ class _Dispatcher:
         forward: Forward = resolution.implementation or self.layer.reference
         return forward
 
+    def discard(self) -> None:
+        """Give back what the process keeps for the layer: nobody can call it any more."""
+        for table in [*self._tables.values(), *self._mode_tables.values()]:
+            table.discard()
+
     # --- Cold: find the device, resolve, publish ------------------------------------------------
 
     def _cold(self) -> Callable[..., Forward]:
@@ -197,7 +205,8 @@ class _Dispatcher:
             body[1:2] = [
                 f"    if {first}.is_{_ACCELERATOR} is True:",
                 f"        _kernel = (_kernels_root.active.{names[0]} if _kernels_root.one_accelerator",
-                f"                   else getattr(_kernels_root.active, _kernels_names[{first}.get_device()]))",
+                "                   else _kernels_getattr(_kernels_root.active,",
+                f"                                         _kernels_names[{first}.get_device()]))",
                 "    else:",
                 f"        {lookup}",
             ]
@@ -210,8 +219,8 @@ class _Dispatcher:
         if name not in self._selectors:
             modes = {mode_name: self._mode_table(device, mode) for mode, mode_name in _MODE_NAMES.items()}
             records = f"_kernels_records({self._module}, {self._values})"
-            if self._first is not None:
-                records = f"(getattr({self._first}, 'requires_grad', False) or {records})"
+            if self._first is not None and self._first.isidentifier():  # quickly told, mostly
+                records = f"(_kernels_getattr({self._first}, 'requires_grad', False) or {records})"
             lines = [
                 f"if _kernels_grad() and {records}:",
                 "    if _kernels_compiling():",
@@ -228,6 +237,7 @@ class _Dispatcher:
         source = f"def {function}{self._signature}:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
         scope: dict[str, Any] = {  # no __name__: Dynamo would look these names up in that module
             "_kernels_root": root,
+            "_kernels_getattr": getattr,
             "_kernels_absent": _ABSENT,
             "_kernels_reference": self.layer.reference,
             "_kernels_condition": self.layer.condition,
@@ -281,13 +291,22 @@ class _Dispatcher:
     @property
     def _arguments(self) -> list[inspect.Parameter]:
         """The parameters that a caller fills: all but `self`."""
-        return list(self._parameters or ())[0 if self.layer.is_function else 1 :]
+        return list(self._parameters or ())[0 if self._self_is_packed or self.layer.is_function else 1 :]
+
+    @property
+    def _self_is_packed(self) -> bool:
+        """Whether a method takes its `self` as the first of `*args`."""
+        if self.layer.is_function or not self._parameters:
+            return False
+        return self._parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
 
     @property
     def _module(self) -> str:
         if self.layer.is_function:
             return "None"
-        return self._parameters[0].name if self._parameters else "args[0]"
+        if self._parameters is None:
+            return "args[0]"
+        return self._parameters[0].name + ("[0]" if self._self_is_packed else "")
 
     @property
     def _values(self) -> str:
@@ -298,6 +317,8 @@ class _Dispatcher:
             inspect.Parameter.VAR_POSITIONAL: "*{0}",
             inspect.Parameter.VAR_KEYWORD: "*{0}.values()",
         }
+        if self._self_is_packed:
+            form[inspect.Parameter.VAR_POSITIONAL] = "*{0}[1:]"
         inside = "".join(form.get(p.kind, "{0}").format(p.name) + ", " for p in self._arguments)
         return f"({inside})"
 
@@ -308,7 +329,7 @@ class _Dispatcher:
             return "args[0]" if self.layer.is_function else "args[1]"
         for parameter in self._arguments:
             if parameter.kind is parameter.VAR_POSITIONAL:
-                return f"{parameter.name}[0]"
+                return f"{parameter.name}[{int(self._self_is_packed)}]"
             return None if parameter.kind is parameter.VAR_KEYWORD else parameter.name
         return None
 

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -84,6 +85,8 @@ def resolve(
         capability=device_capability(where),
         scopes=scope.root.active.payloads(),
     )
+    if scope.resolving.get():  # a plugin asks while it is asked
+        return Resolution(request, note="asked while a layer is being resolved")
     with _alone():
         return _ask(request)
 
@@ -283,29 +286,41 @@ def _reason(error: Exception) -> str:
 class _Load:
     """One source being loaded, or the outcome."""
 
-    source: object  # kept alive: an identity that is a key must not be reused
     lock: threading.Lock
     outcome: LoadedLayer | Exception | None = None
 
 
 class _Loads:
-    """Turns each source into a layer once, whoever asks; a failure is remembered until a change."""
+    """Turns each source into a layer once, whoever asks; a failure is remembered until a change.
+
+    Equal sources share a load. One that equals no other is referred to weakly: it goes with the scope
+    that named it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._loads: dict[object, _Load] = {}
-        self._bound: dict[type[torch.nn.Module], Callable[..., Any]] = {}
+        self._weak: weakref.WeakKeyDictionary[object, _Load] = weakref.WeakKeyDictionary()
+        self._strong: dict[object, tuple[object, _Load]] = {}
+        self._bound: weakref.WeakKeyDictionary[type, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
     def load(self, request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
         source = candidate.source
-        with self._lock:
-            load = self._loads.setdefault(_identity(source), _Load(source, threading.Lock()))
+        if isinstance(source, type | types.FunctionType):  # nothing to fetch, nothing to remember
+            return self._load(request, source)
+        load = self._find(source)
         with load.lock:
             if load.outcome is None:
                 load.outcome = self._load(request, source)
                 if isinstance(load.outcome, Exception):
                     plugin_manager().kernel_failed(request, candidate, load.outcome)
             return load.outcome
+
+    def _find(self, source: object) -> _Load:
+        with self._lock:
+            if type(source).__eq__ is object.__eq__:  # an object like no other
+                with contextlib.suppress(TypeError):  # it does not allow weak references
+                    return self._weak.setdefault(source, _Load(threading.Lock()))
+            return self._strong.setdefault(_identity(source), (source, _Load(threading.Lock())))[1]
 
     def _load(self, request: LayerRequest, source: object) -> LoadedLayer | Exception:
         try:
@@ -333,9 +348,10 @@ class _Loads:
     def forget_failures(self) -> None:
         """Let sources that failed be tried again."""
         with self._lock:
-            failed = [key for key, load in self._loads.items() if isinstance(load.outcome, Exception)]
-            for key in failed:
-                del self._loads[key]
+            for source in [s for s, load in self._weak.items() if isinstance(load.outcome, Exception)]:
+                del self._weak[source]
+            for key in [k for k, (_, load) in self._strong.items() if isinstance(load.outcome, Exception)]:
+                del self._strong[key]
 
 
 _loads = _Loads()

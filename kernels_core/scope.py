@@ -43,6 +43,7 @@ class Frame:
     def __init__(self, payload: object, parent: Frame | None) -> None:
         self.payload = payload
         self.parent = parent
+        self.orphaned = False
         self.children: weakref.WeakKeyDictionary[Scope, Frame] = weakref.WeakKeyDictionary()
         self.finalizer: weakref.finalize[[weakref.ref[Frame]], Scope] | None = None
 
@@ -121,6 +122,7 @@ def _drop(reference: weakref.ref[Frame]) -> None:
     if frame is None:
         return
     with _lock:
+        frame.orphaned = True  # a task may still be in it
         if frame.finalizer is not None:
             frame.finalizer.detach()
         for child in list(frame.children.values()):
@@ -168,9 +170,17 @@ class Table(dict[Frame, Forward]):
             generation = _generation
             forward = self._resolve(frame)
             with _lock:
-                if generation == _generation:
+                if generation == _generation and not frame.orphaned:
                     self[frame] = forward
             return forward
+
+    def discard(self) -> None:
+        """Take the table away for good."""
+        with _lock:
+            _tables.remove(self)
+            delattr(Frame, self.sure)
+            for frame in list(_frames):
+                vars(frame).pop(self.fast, None)
 
     def keep_sure(self) -> None:
         """Publish no more: Dynamo traces the layer where it is cold."""
@@ -182,7 +192,8 @@ class Table(dict[Frame, Forward]):
         forward = self[frame]
         if again or not self._traced_cold:
             with _lock:
-                if (again or not self._traced_cold) and self.get(frame) is forward:
+                current = self.get(frame, forward if frame.orphaned else None)
+                if (again or not self._traced_cold) and current is forward:
                     setattr(frame, self.fast, forward)
         return forward
 

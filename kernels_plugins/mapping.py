@@ -38,7 +38,7 @@ KernelMapping = Mapping[str, Mapping[Any, Any]]
 """`{layer name: {device: source | [sources in order] | {Mode: source}}}`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Level:
     """A parsed mapping: sources in order, per layer name, device and mode.
 

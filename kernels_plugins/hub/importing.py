@@ -50,6 +50,19 @@ class _Source(InspectLoader):
         return self.source_to_code(self._variant.files[self._path], self.get_filename(fullname))
 
 
+class _Folder(Loader):
+    """Stands for a folder of sources without `__init__.py`: there is nothing to run."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = f"{folder}/__init__.py"  # a FileReader looks in the folder of this
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+    def get_resource_reader(self, fullname: str) -> FileReader:
+        return FileReader(cast(Any, self))
+
+
 class _Finder(MetaPathFinder):
     """Finds the modules of imported kernels among their verified files, and nothing else."""
 
@@ -75,7 +88,7 @@ class _Finder(MetaPathFinder):
                 return _spec(fullname, ExtensionFileLoader(fullname, file), file, False)
         folder = variant.folder / stem  # a folder of sources without __init__.py is a package, too
         if rest and any(file.startswith(f"{stem}/") for file in variant.files):
-            spec = ModuleSpec(fullname, None, is_package=True)
+            spec = ModuleSpec(fullname, _Folder(str(folder)), is_package=True)
             spec.submodule_search_locations = [str(folder)]
             return spec
         # The finders after this one would look on disk, and find what was not verified.

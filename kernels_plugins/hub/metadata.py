@@ -104,7 +104,7 @@ def check_metadata(metadata: Metadata) -> None:
     for depends in metadata.python_depends:
         package, module = _PYTHON_PACKAGES.get(depends, (depends, depends.replace("-", "_")))
         try:
-            found = find_spec(module) is not None
+            found = find_spec(module.partition(".")[0]) is not None  # for a part, the package would be run
         except (ImportError, ValueError):
             found = False
         if not found:

@@ -49,11 +49,14 @@ class LayerRepository:
             )
         if self.revision is not None:
             _expect(self.revision, str, "revision")
+            if not self.revision:
+                raise ArgumentError("revision is '': name a branch, tag or commit.")
         elif isinstance(self.version, bool) or not isinstance(self.version, int) or self.version < 0:
             raise ArgumentError(f"version is {self.version!r}: kernel versions are whole numbers such as 1.")
         trusted = self.trust_remote_code
         if not isinstance(trusted, bool):
-            if isinstance(trusted, str) or not all(isinstance(repo_id, str) for repo_id in trusted):
+            listed = isinstance(trusted, list | tuple | set | frozenset)
+            if not listed or not all(isinstance(repo_id, str) for repo_id in trusted):
                 raise ArgumentTypeError(f"trust_remote_code is True, False or a list of 'owner/name', not {trusted!r}.")
             object.__setattr__(self, "trust_remote_code", tuple(trusted))  # a list would not hash
 

@@ -137,8 +137,11 @@ print(json.dumps(answers))
 def process(local_hub: LocalHub, tmp_path: Path) -> Callable[..., Any]:
     """Run layers of sources in a new Python; its cache is that of this process unless told otherwise."""
 
-    def run(*sources: object, home: Path = tmp_path / "hub-home", **environment: str) -> Any:
+    def run(
+        *sources: object, home: Path = tmp_path / "hub-home", without: tuple[str, ...] = (), **environment: str
+    ) -> Any:
         variables = {**os.environ, **local_hub.environment(home), **environment}
+        variables = {name: value for name, value in variables.items() if name not in without}
         command = [sys.executable, "-c", PROGRAM, *map(repr, sources)]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
@@ -147,7 +150,6 @@ def process(local_hub: LocalHub, tmp_path: Path) -> Callable[..., Any]:
         return answers[0] if len(sources) == 1 else answers
 
     return run
-
 
 
 def refused(source: object, *patterns: str) -> str:
@@ -165,7 +167,10 @@ def refused(source: object, *patterns: str) -> str:
 
 def test_unknown_repository(kernel_repository: Publish) -> None:
     """An unknown repository is named, with what to check."""
-    refused(scale("acme/nothing"), "^acme/nothing at main: .*no such repository, or it is private: check the name, and log in")
+    refused(
+        scale("acme/nothing"),
+        "^acme/nothing at main: .*no such repository, or it is private: check the name, and log in",
+    )
 
 
 def test_unknown_revision(kernel_repository: Publish) -> None:
@@ -173,7 +178,9 @@ def test_unknown_revision(kernel_repository: Publish) -> None:
     repository = kernel_repository(layers=kernel())
     repository.branch("next")
     repository.tag("1.0")
-    refused(scale(revision="nope"), "^acme/kernels at nope: .*no revision 'nope': branches and tags are main, next, 1.0")
+    refused(
+        scale(revision="nope"), "^acme/kernels at nope: .*no revision 'nope': branches and tags are main, next, 1.0"
+    )
     refused(scale(revision="f" * 40), f"^acme/kernels at {'f' * 40}: .*branches and tags are main")
 
 
@@ -210,7 +217,10 @@ def test_unknown_layer(kernel_repository: Publish) -> None:
 def test_layer_that_is_none(kernel_repository: Publish, name: str) -> None:
     """A name in `layers` that is no layer is refused."""
     kernel_repository(layers=kernel() + "CONSTANT = 3\n")
-    refused(LayerRepository("acme/kernels", layer_name=name, revision="main"), "neither an nn.Module subclass nor|no '__doc__'")
+    refused(
+        LayerRepository("acme/kernels", layer_name=name, revision="main"),
+        "neither an nn.Module subclass nor|no '__doc__'",
+    )
 
 
 @pytest.mark.parametrize("repo_id", ["../x", "a b/c", "acme/..", "acme/x\0", "acme/" + "x" * 200, "-/-"])
@@ -246,7 +256,11 @@ BAD: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "deep metadata": ({"metadata.json": "[" * 100_000}, {}, r"metadata.json cannot be read .*Rebuild"),
     "metadata of another form": ({"metadata.json": "[]"}, {}, "metadata.json holds list"),
     "incomplete metadata": ({}, {"backend": None}, "backend is missing. Rebuild"),
-    "newer interface": ({}, {"kernels-minver": "0.18"}, "level 0.18 .*implements 0.17.*pip install --upgrade kernels-core"),
+    "newer interface": (
+        {},
+        {"kernels-minver": "0.18"},
+        "level 0.18 .*implements 0.17.*pip install --upgrade kernels-core",
+    ),
     "missing package": ({}, {"python-depends": ["no-such-package"]}, "pip install no-such-package"),
     "missing import": ({"layers.py": "import no_such_package"}, {}, "pip install no_such_package"),
     "broken import": ({"layers.py": "1 / 0"}, {}, "its import fails: ZeroDivisionError: division by zero"),
@@ -273,13 +287,18 @@ def test_bad_kernel(kernel_repository: Publish, new_process: Callable[[], None],
     where = "" if contract else rf"^acme/kernels at main \(commit {repository.head()[:12]}\), variant torch-universal: "
     refused(scale(), where + ".*" + message)
     if not contract:
-        assert [name for name in sys.modules if name.startswith("kernel_kernels_")] == [] or what in ("no layers", "strange layers")
+        assert [name for name in sys.modules if name.startswith("kernel_kernels_")] == [] or what in (
+            "no layers",
+            "strange layers",
+        )
     kernel_repository(layers=GOOD)
     new_process()
     assert served(scale()) == 3
 
 
-@pytest.mark.parametrize("files", [{"README.md": "x"}, {"build": "a file"}, {"build/readme.txt": "x"}, {"builds/torch-cpu/__init__.py": ""}])
+@pytest.mark.parametrize(
+    "files", [{"README.md": "x"}, {"build": "a file"}, {"build/readme.txt": "x"}, {"builds/torch-cpu/__init__.py": ""}]
+)
 def test_no_build(local_hub: LocalHub, files: dict[str, str]) -> None:
     """A repository without builds is told as that."""
     local_hub.organization("acme", trusted=True)
@@ -295,12 +314,22 @@ def test_variant_without_metadata(local_hub: LocalHub) -> None:
     refused(scale(), "^acme/kernels at main .*variant torch-cpu: it has no metadata.json. Rebuild")
 
 
-EVIL = ["../evil.py", "../torch-cpu/evil.py", "../../../../../evil.py", "sub/../../evil.py", "/evil.py", "./evil.py", "//evil.py"]
+EVIL = [
+    "../evil.py",
+    "../torch-cpu/evil.py",
+    "../../../../../evil.py",
+    "sub/../../evil.py",
+    "/evil.py",
+    "./evil.py",
+    "//evil.py",
+]
 
 
 @pytest.mark.parametrize("path", EVIL)
 @pytest.mark.parametrize("large", [False, True])
-def test_path_traversal(local_hub: LocalHub, kernel_repository: Publish, path: str, large: bool, tmp_path: Path) -> None:
+def test_path_traversal(
+    local_hub: LocalHub, kernel_repository: Publish, path: str, large: bool, tmp_path: Path
+) -> None:
     """A listing whose file names lead out of the variant is refused, and writes nothing out of the cache."""
     if large:
         local_hub.lfs_threshold = 1
@@ -312,7 +341,9 @@ def test_path_traversal(local_hub: LocalHub, kernel_repository: Publish, path: s
     outcome = call(scale())
     assert outcome.value == REFERENCE and outcome.why.startswith("acme/kernels at main")
     home = tmp_path / "hub-home"
-    assert not [found for found in tmp_path.rglob("evil.py") if home / "hub" / "kernels--acme--kernels" not in found.parents]
+    assert not [
+        found for found in tmp_path.rglob("evil.py") if home / "hub" / "kernels--acme--kernels" not in found.parents
+    ]
     assert not Path("/evil.py").exists()
 
 
@@ -338,10 +369,15 @@ def test_answer_without_commit(local_hub: LocalHub, kernel_repository: Publish, 
 # Who may read
 
 
-def test_gated(local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]) -> None:
+def test_gated(
+    local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
+) -> None:
     """A gated repository says where to ask for access; with a token that has it, it serves."""
     local_hub.add("acme/gated", kernel_repository(layers=kernel()).files(), gated=True)
-    refused(scale("acme/gated"), rf"^acme/gated at main .*variant torch-universal: .*gated: ask for it at {local_hub.url}/acme/gated")
+    refused(
+        scale("acme/gated"),
+        rf"^acme/gated at main .*variant torch-universal: .*gated: ask for it at {local_hub.url}/acme/gated",
+    )
     monkeypatch.setenv("HF_TOKEN", local_hub.stranger_token)
     new_process()
     refused(scale("acme/gated"), "gated")
@@ -350,7 +386,9 @@ def test_gated(local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pyt
     assert served(scale("acme/gated")) == 3
 
 
-def test_private(local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]) -> None:
+def test_private(
+    local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
+) -> None:
     """A private repository is told as one that may be private; with a token it serves."""
     local_hub.add("acme/private", kernel_repository(layers=kernel()).files(), private=True)
     for token in ("", local_hub.stranger_token):
@@ -394,16 +432,24 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "500": ({"status": 500}, r"500|in trouble|Internal Server Error"),
     "503": ({"status": 503}, r"503|in trouble|Service Unavailable"),
     "drop": ({"drop": True}, r"cannot be reached|download failed.*disconnected|[Dd]isconnected"),
-    "login page": ({"body": "<html>Log in</html>"}, r"not JSON|download failed|client failed|not those on the Hub|bytes"),
+    "login page": (
+        {"body": "<html>Log in</html>"},
+        r"not JSON|download failed|client failed|not those on the Hub|bytes",
+    ),
     "half an answer": ({"truncate": 1}, r"cannot be reached|download failed|peer closed|incomplete"),
-    "another JSON": ({"body": "[]", "content_type": "application/json"}, r"client failed|download failed|not those on the Hub|no folder|empty|trusted|not complete"),
+    "another JSON": (
+        {"body": "[]", "content_type": "application/json"},
+        r"client failed|download failed|not those on the Hub|no folder|empty|trusted|not complete",
+    ),
 }
 NETWORK = ("429", "500", "503", "drop", "half an answer")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_fault(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], stage: str, fault: str) -> None:
+def test_fault(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], stage: str, fault: str
+) -> None:
     """A lasting fault of the Hub or network, at any stage, is told as what it is; healed, the kernel serves."""
     if stage == "head" and fault == "half an answer":
         pytest.skip("the answer to a HEAD request has no half")
@@ -429,12 +475,20 @@ def test_fault(local_hub: LocalHub, kernel_repository: Publish, new_process: Cal
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("name", ["layers.py", "__init__.py", "metadata.json"])
-def test_corrupted_download(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], name: str, large: bool) -> None:
+def test_corrupted_download(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], name: str, large: bool
+) -> None:
     """One wrong byte in a file of the right length is caught without digests, and does not stay in the cache."""
     local_hub.lfs_threshold = 1 if large else None
     kernel_repository(layers=kernel(), digest=False)
-    local_hub.fail(f"GET /kernels/acme/kernels/resolve/{local_hub.repository('acme/kernels').head()}/build/torch-universal/{name}", flip=3)  # type: ignore[union-attr]
-    refused(scale(), f"^acme/kernels at main .*variant torch-universal: .*{name} has other bytes.*removed from the cache: try again")
+    local_hub.fail(
+        f"GET /kernels/acme/kernels/resolve/{local_hub.repository('acme/kernels').head()}/build/torch-universal/{name}",
+        flip=3,
+    )  # type: ignore[union-attr]
+    refused(
+        scale(),
+        f"^acme/kernels at main .*variant torch-universal: .*{name} has other bytes.*removed from the cache: try again",
+    )
     new_process()
     assert served(scale()) == 3
 
@@ -455,7 +509,9 @@ def test_unreachable(local_hub: LocalHub, kernel_repository: Publish, new_proces
 
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 429}, {"drop": True}, {"body": "<html>"}])
-def test_trouble_with_cache(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], fault: dict[str, Any]) -> None:
+def test_trouble_with_cache(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], fault: dict[str, Any]
+) -> None:
     """With the kernel in the cache, a Hub in trouble costs nothing but the newest commit, which is said."""
     kernel_repository(layers=kernel())
     assert served(scale()) == 3
@@ -467,7 +523,9 @@ def test_trouble_with_cache(local_hub: LocalHub, kernel_repository: Publish, new
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_no_is_a_no(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], status: int) -> None:
+def test_a_no_is_a_no(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], status: int
+) -> None:
     """What the Hub refuses by branch is not taken from the cache instead."""
     kernel_repository(layers=kernel())
     assert served(scale()) == 3
@@ -476,13 +534,19 @@ def test_a_no_is_a_no(local_hub: LocalHub, kernel_repository: Publish, new_proce
     assert call(scale()).value == REFERENCE
 
 
-def test_network_dies_during_second_attempt(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]) -> None:
+def test_network_dies_during_second_attempt(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]
+) -> None:
     """A half download whose rest cannot be fetched is told as a network error, and what is there stays."""
     repository = kernel_repository(layers=kernel())
     local_hub.fail(re.compile("GET /kernels.*/layers.py"), status=500, times=None)
     assert call(scale()).value == REFERENCE
     kept = list(cached(repository).rglob("*.json"))
-    local_hub.fail(lambda request: "revision/" + repository.head() in request.path or "HEAD" in request.method, drop=True, times=None)
+    local_hub.fail(
+        lambda request: "revision/" + repository.head() in request.path or "HEAD" in request.method,
+        drop=True,
+        times=None,
+    )
     new_process()
     why = refused(scale(), "variant torch-universal: ", "not complete|cannot be reached|download failed")
     assert "not those on the Hub" not in why and list(cached(repository).rglob("*.json")) == kept
@@ -503,11 +567,17 @@ def test_disk(kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_next_process(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any]) -> None:
     """After faults of every kind, a real new process on the same cache gets every kernel once the Hub is well."""
     sources = []
-    for number, (stage, (fault, _)) in enumerate(itertools.product(("listing", "head", "file"), [FAULTS[n] for n in ("403", "500", "drop", "login page")])):
+    for number, (stage, (fault, _)) in enumerate(
+        itertools.product(("listing", "head", "file"), [FAULTS[n] for n in ("403", "500", "drop", "login page")])
+    ):
         repo_id = f"acme/kernels-{number}"
         kernel_repository(repo_id, kernel(number))
         sources.append(scale(repo_id))
-        local_hub.fail(STAGES[stage] if stage == "listing" else re.compile(f"/kernels/{repo_id}/resolve.*layers.py"), times=None, **fault)
+        local_hub.fail(
+            STAGES[stage] if stage == "listing" else re.compile(f"/kernels/{repo_id}/resolve.*layers.py"),
+            times=None,
+            **fault,
+        )
         assert call(sources[-1]).value == REFERENCE
         local_hub.heal()
     kernel_repository("acme/flipped", kernel(99))
@@ -519,7 +589,9 @@ def test_next_process(local_hub: LocalHub, kernel_repository: Publish, process: 
     assert [answer[:2] for answer in answers] == [[number, ""] for number in (*range(12), 99)]
 
 
-def test_killed_download(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path) -> None:
+def test_killed_download(
+    local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path
+) -> None:
     """A process killed in the middle of its download leaves nothing that the next one trips over."""
     kernel_repository(layers=kernel())
     local_hub.fail(re.compile("GET /kernels.*/layers.py"), delay=60)

@@ -140,8 +140,11 @@ print(json.dumps(answers))
 def process(local_hub: LocalHub, tmp_path: Path) -> Callable[..., Any]:
     """Run layers of sources in a new Python; its cache is that of this process unless told otherwise."""
 
-    def run(*sources: object, home: Path = tmp_path / "hub-home", **environment: str) -> Any:
+    def run(
+        *sources: object, home: Path = tmp_path / "hub-home", without: tuple[str, ...] = (), **environment: str
+    ) -> Any:
         variables = {**os.environ, **local_hub.environment(home), **environment}
+        variables = {name: value for name, value in variables.items() if name not in without}
         command = [sys.executable, "-c", PROGRAM, *map(repr, sources)]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
@@ -171,7 +174,11 @@ def test_layout(kernel_repository: Publish) -> None:
 
 def test_inner_layout(kernel_repository: Publish) -> None:
     """A kernel in `build/<variant>/<name>/` serves, too."""
-    files = {"fast_kernels/__init__.py": "from . import layers\n", "fast_kernels/layers.py": kernel(4), "__init__.py": ""}
+    files = {
+        "fast_kernels/__init__.py": "from . import layers\n",
+        "fast_kernels/layers.py": kernel(4),
+        "__init__.py": "",
+    }
     del files["__init__.py"]
     metadata = json.dumps(kernel_metadata("fast-kernels", files))
     repository = kernel_repository(layers={})
@@ -183,7 +190,11 @@ def test_inner_layout(kernel_repository: Publish) -> None:
 def test_forms_of_layers(kernel_repository: Publish, form: str) -> None:
     """`layers` may be a module, a package or a class; a function may serve a decorated function."""
     files = {
-        "package": {"__init__.py": "from . import layers\n", "layers/__init__.py": "from .a import Scale\n", "layers/a.py": kernel()},
+        "package": {
+            "__init__.py": "from . import layers\n",
+            "layers/__init__.py": "from .a import Scale\n",
+            "layers/a.py": kernel(),
+        },
         "class": {"__init__.py": "from . import a\n\n\nclass layers:\n    Scale = a.Scale\n", "a.py": kernel()},
         "function": {"layers.py": "def Scale(x):\n    return x * 3\n"},
     }[form]
@@ -228,7 +239,9 @@ def test_revisions(kernel_repository: Publish) -> None:
     kernel_repository(layers=kernel(4))
     repository.branch("v2")
     third = kernel_repository(layers=kernel(5)).head()
-    wanted: list[dict[str, Any]] = [{"revision": revision} for revision in ("1.0", "releases/one", "v1", first, "main", third)]
+    wanted: list[dict[str, Any]] = [
+        {"revision": revision} for revision in ("1.0", "releases/one", "v1", first, "main", third)
+    ]
     sources = [scale(**options) for options in [*wanted, {"version": 1}, {"version": 2}]]
     assert [served(source) for source in sources] == [3, 3, 3, 3, 5, 5, 3, 4]
     kernels = [name for name in sys.modules if re.fullmatch(r"kernel_kernels_[0-9a-f]{16}", name)]
@@ -238,8 +251,18 @@ def test_revisions(kernel_repository: Publish) -> None:
 
 def test_two_revisions_in_one_forward(kernel_repository: Publish) -> None:
     """Two revisions of one kernel serve two layers of one model at the same time."""
-    old = kernel_repository(layers={"layers.py": kernel(1).replace("x * 1", "factor(x)") + "\n\nfrom .f import factor\n", "f.py": "def factor(x): return x * 10\n"}).head()
-    new = kernel_repository(layers={"layers.py": kernel(1).replace("x * 1", "factor(x)") + "\n\nfrom .f import factor\n", "f.py": "def factor(x): return x * 7\n"}).head()
+    old = kernel_repository(
+        layers={
+            "layers.py": kernel(1).replace("x * 1", "factor(x)") + "\n\nfrom .f import factor\n",
+            "f.py": "def factor(x): return x * 10\n",
+        }
+    ).head()
+    new = kernel_repository(
+        layers={
+            "layers.py": kernel(1).replace("x * 1", "factor(x)") + "\n\nfrom .f import factor\n",
+            "f.py": "def factor(x): return x * 7\n",
+        }
+    ).head()
     values = [served(scale(revision=old)), served(scale(revision=new)), served(scale(revision=old))]
     assert values == [10, 7, 10]
 
@@ -257,7 +280,9 @@ def test_branch_moves_between_processes(kernel_repository: Publish, new_process:
 @pytest.mark.parametrize("moment", ["after the pin", "before the listing", "before the download", "between two files"])
 def test_branch_moves_during_load(local_hub: LocalHub, kernel_repository: Publish, moment: str) -> None:
     """A branch that moves while a kernel is loaded makes no mixture: all is from the commit found first."""
-    repository = kernel_repository(layers={"layers.py": kernel(3), "z.py": "", "__init__.py": "from . import layers, z\n"})
+    repository = kernel_repository(
+        layers={"layers.py": kernel(3), "z.py": "", "__init__.py": "from . import layers, z\n"}
+    )
     first = repository.head()
     at = {
         "after the pin": "/api/organizations",
@@ -302,7 +327,9 @@ def test_only_the_chosen_variant(local_hub: LocalHub) -> None:
     """The best variant is fetched; other variants, other folders and byte code are not."""
     repository = variants(local_hub, torch_universal=kernel(3), torch_cpu=kernel(4), torch_cuda=kernel(5))
     assert served(scale()) == 4
-    fetched = {request.path.split(repository.head() + "/")[1] for request in local_hub.requests if "/resolve/" in request.path}
+    fetched = {
+        request.path.split(repository.head() + "/")[1] for request in local_hub.requests if "/resolve/" in request.path
+    }
     assert fetched == {f"build/torch-cpu/{name}" for name in ("__init__.py", "layers.py", "metadata.json")}
     root = cached(repository).parents[1]
     assert {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} == fetched
@@ -314,11 +341,15 @@ def test_no_fitting_variant(local_hub: LocalHub) -> None:
     variants(local_hub, torch_cuda=kernel(), docs="")
     outcome = call(scale())
     assert outcome.value == REFERENCE and len(outcome.said) == 1
-    assert re.search(r"acme/kernels at main: no build variant fits.*docs: .*torch-cuda: built for CUDA", outcome.why, re.DOTALL)
+    assert re.search(
+        r"acme/kernels at main: no build variant fits.*docs: .*torch-cuda: built for CUDA", outcome.why, re.DOTALL
+    )
     assert "Ask the publisher" in outcome.why and local_hub.count("/resolve/") == 0
 
 
-def test_poisoned_byte_code_in_cache(kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_poisoned_byte_code_in_cache(
+    kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Byte code planted in the cache is neither run nor counted as a file, and none is written."""
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     folder = cached(kernel_repository(layers=kernel()))
@@ -326,7 +357,9 @@ def test_poisoned_byte_code_in_cache(kernel_repository: Publish, new_process: Ca
     assert list(folder.rglob("*.pyc")) == []
     (folder / "evil.txt").write_text(kernel(666))
     target = importlib.util.cache_from_source(str(folder / "layers.py"))
-    py_compile.compile(str(folder / "evil.txt"), cfile=target, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    py_compile.compile(
+        str(folder / "evil.txt"), cfile=target, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
     (folder / "evil.txt").unlink()
     new_process()
     assert served(scale()) == 3
@@ -348,7 +381,12 @@ def test_requests(local_hub: LocalHub, kernel_repository: Publish, new_process: 
     repository = kernel_repository(layers=kernel())
     commit = repository.tag("1.0")
     repository.branch("v1")
-    options: dict[str, Any] = {"branch": {}, "tag": {"revision": "1.0"}, "commit": {"revision": commit}, "version": {"version": 1}}[kind]
+    options: dict[str, Any] = {
+        "branch": {},
+        "tag": {"revision": "1.0"},
+        "commit": {"revision": commit},
+        "version": {"version": 1},
+    }[kind]
     source = scale(**options)
     assert served(source) == 3
     cold = seen(local_hub)
@@ -364,7 +402,9 @@ def test_requests(local_hub: LocalHub, kernel_repository: Publish, new_process: 
     assert served(scale(revision=commit)) == 3 and seen(local_hub) == []
 
 
-def test_commit_of_untrusted_needs_no_request(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]) -> None:
+def test_commit_of_untrusted_needs_no_request(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]
+) -> None:
     """A cached commit that the user allows needs no request either, and the publisher is never asked for."""
     commit = kernel_repository("eve/kernels", kernel(), trusted=False).head()
     source = scale("eve/kernels", revision=commit, trust_remote_code=True)
@@ -374,7 +414,9 @@ def test_commit_of_untrusted_needs_no_request(local_hub: LocalHub, kernel_reposi
     assert served(source) == 3 and local_hub.requests == []
 
 
-def test_commit_in_another_process(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any]) -> None:
+def test_commit_in_another_process(
+    local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any]
+) -> None:
     """A commit in the cache needs no request at all in a real new process; a branch one; with the Hub gone, too."""
     commit = kernel_repository(layers=kernel()).head()
     assert served(scale()) == 3
@@ -415,9 +457,17 @@ def test_eight_threads(local_hub: LocalHub, kernel_repository: Publish) -> None:
     assert local_hub.count("GET /kernels/acme/kernels/resolve") == 3
 
 
-def test_two_processes(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path) -> None:
+def test_two_processes(
+    local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path
+) -> None:
     """Two processes that start on one empty cache at the same time both get the kernel."""
-    kernel_repository(layers={"layers.py": kernel(), "__init__.py": "from . import layers\n", **{f"{n}.bin": "x" * 5000 for n in range(10)}})
+    kernel_repository(
+        layers={
+            "layers.py": kernel(),
+            "__init__.py": "from . import layers\n",
+            **{f"{n}.bin": "x" * 5000 for n in range(10)},
+        }
+    )
     local_hub.fail("/resolve/", delay=0.02, times=None)
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda _: process(scale(), home=tmp_path / "shared"), range(2)))
@@ -453,7 +503,10 @@ def test_not_known_as_trusted(local_hub: LocalHub, kernel_repository: Publish, u
     assert outcome.value == REFERENCE and "not a trusted publisher" in outcome.why and local_hub.count(FETCH) == 0
 
 
-@pytest.mark.parametrize(("trust", "allowed"), [(True, True), (["eve/kernels"], True), (["eve/other", "eve"], False), ([], False), (False, False)])
+@pytest.mark.parametrize(
+    ("trust", "allowed"),
+    [(True, True), (["eve/kernels"], True), (["eve/other", "eve"], False), ([], False), (False, False)],
+)
 def test_trust_remote_code(local_hub: LocalHub, kernel_repository: Publish, trust: Any, allowed: bool) -> None:
     """The user allows all of it, or names repositories; the publisher is then not asked for."""
     kernel_repository("eve/kernels", kernel(), trusted=False)
@@ -490,7 +543,9 @@ def test_moved_after_download(local_hub: LocalHub, kernel_repository: Publish, n
     assert served(scale(revision=commit)) == 3
 
 
-def test_moved_between_trusted_hands(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moved_between_trusted_hands(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A repository that moves to another trusted organisation serves, from there, and offline by its old name."""
     kernel_repository(layers=kernel())
     local_hub.organization("better", trusted=True)
@@ -502,7 +557,9 @@ def test_moved_between_trusted_hands(local_hub: LocalHub, kernel_repository: Pub
     assert served(scale()) == 3
 
 
-def test_trust_is_remembered_with_the_download(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trust_is_remembered_with_the_download(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A trusted download stays trusted, offline and after the publisher lost its standing; a new commit does not."""
     kernel_repository(layers=kernel())
     assert served(scale()) == 3
@@ -512,14 +569,18 @@ def test_trust_is_remembered_with_the_download(local_hub: LocalHub, kernel_repos
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     new_process()
     outcome = call(scale())
-    assert outcome.value == 3 and "was a trusted publisher when it was downloaded" in outcome.resolution.checked["trust"]
+    assert (
+        outcome.value == 3 and "was a trusted publisher when it was downloaded" in outcome.resolution.checked["trust"]
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     kernel_repository(layers=kernel(4), trusted=False)
     new_process()
     assert "not a trusted publisher" in call(scale()).why
 
 
-def test_allowed_once_is_not_trusted(kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allowed_once_is_not_trusted(
+    kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What one caller allowed is in the cache, and still refused to another who did not, offline as well."""
     kernel_repository("eve/kernels", kernel(), trusted=False)
     assert served(scale("eve/kernels", trust_remote_code=True)) == 3
@@ -547,7 +608,9 @@ def test_no_digests(kernel_repository: Publish) -> None:
 @pytest.mark.parametrize("fault", ["wrong", "missing", "extra", "signature"])
 def test_digest(local_hub: LocalHub, kernel_repository: Publish, fault: str) -> None:
     """A file that is wrong, missing or extra by the digest is refused before anything runs; a signature is not."""
-    repository = kernel_repository(layers={"layers.py": kernel(), "__init__.py": "from . import layers\nimport os\nos.environ['RAN'] = '1'\n"})
+    repository = kernel_repository(
+        layers={"layers.py": kernel(), "__init__.py": "from . import layers\nimport os\nos.environ['RAN'] = '1'\n"}
+    )
     files = dict(repository.files())
     folder = "build/torch-universal"
     if fault == "wrong":
@@ -564,7 +627,11 @@ def test_digest(local_hub: LocalHub, kernel_repository: Publish, fault: str) -> 
         assert outcome.value == 3 and ran == "1"
         return
     assert outcome.value == REFERENCE and ran is None and len(outcome.said) == 1
-    what = {"wrong": "layers.py has other bytes", "missing": "layers.py is missing", "extra": "more.py is not in the digest"}[fault]
+    what = {
+        "wrong": "layers.py has other bytes",
+        "missing": "layers.py is missing",
+        "extra": "more.py is not in the digest",
+    }[fault]
     assert what in outcome.why and "variant torch-universal" in outcome.why and repository.head()[:12] in outcome.why
     assert not list(cached(repository).rglob("*.py"))
 
@@ -597,7 +664,14 @@ def tamper(folder: Path, how: str) -> None:
 @pytest.mark.parametrize("offline", [False, True])
 @pytest.mark.parametrize("how", ["content", "replaced link", "link to the outside", "extra file", "metadata"])
 @pytest.mark.parametrize("digest", [True, False])
-def test_tampering(kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch, how: str, offline: bool, digest: bool) -> None:
+def test_tampering(
+    kernel_repository: Publish,
+    new_process: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    offline: bool,
+    digest: bool,
+) -> None:
     """Files that change in the cache are caught, offline and without digests, too; then online it is whole again."""
     repository = kernel_repository(layers=kernel(), digest=digest)
     assert served(scale()) == 3
@@ -616,7 +690,9 @@ def test_tampering(kernel_repository: Publish, new_process: Callable[[], None], 
 
 
 @pytest.mark.parametrize("how", ["file", "broken link", "blob", "folder"])
-def test_holes_in_the_cache(kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_holes_in_the_cache(
+    kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     """Files missing in the cache are fetched again; offline that is told as such, and what is left stays."""
     repository = kernel_repository(layers=kernel())
     commit = repository.head()
@@ -641,10 +717,27 @@ def test_holes_in_the_cache(kernel_repository: Publish, new_process: Callable[[]
     assert served(scale(revision=commit)) == 3
 
 
-NOTES = [b"", b"{", b"[]", b"{}", b"null", b"[" * 100_000, b'{"commit": 3}', b'{"variants": 3, "publisher_trusted": true}', b"\xff"]
+NOTES = [
+    b"",
+    b"{",
+    b"[]",
+    b"{}",
+    b"null",
+    b"[" * 100_000,
+    b'{"commit": 3}',
+    b'{"variants": 3, "publisher_trusted": true}',
+    b"\xff",
+]
 
 
-@pytest.mark.parametrize("note", [*NOTES, b'{"repo_id": "a/b", "repo_type": "kernel", "commit": "../../x"}', b'{"variants": {"x": [{"y": 1}]}, "publisher_trusted": true}'])
+@pytest.mark.parametrize(
+    "note",
+    [
+        *NOTES,
+        b'{"repo_id": "a/b", "repo_type": "kernel", "commit": "../../x"}',
+        b'{"variants": {"x": [{"y": 1}]}, "publisher_trusted": true}',
+    ],
+)
 def test_damaged_notes(kernel_repository: Publish, new_process: Callable[[], None], note: bytes) -> None:
     """Notes in the cache that cannot be read or understood count as none, and are written anew."""
     kernel_repository(layers=kernel())
@@ -674,11 +767,22 @@ def test_notes_cannot_be_written(kernel_repository: Publish, new_process: Callab
 
 
 @pytest.mark.parametrize("kind", ["branch", "tag", "commit", "version"])
-def test_offline(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_offline(
+    local_hub: LocalHub,
+    kernel_repository: Publish,
+    new_process: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
     """What was loaded once by branch, tag, commit or version loads again offline, without a request."""
     repository = kernel_repository(layers=kernel())
     repository.branch("v1")
-    options: dict[str, Any] = {"branch": {}, "tag": {"revision": repository.tag("1.0") and "1.0"}, "commit": {"revision": repository.head()}, "version": {"version": 1}}[kind]
+    options: dict[str, Any] = {
+        "branch": {},
+        "tag": {"revision": repository.tag("1.0") and "1.0"},
+        "commit": {"revision": repository.head()},
+        "version": {"version": 1},
+    }[kind]
     assert served(scale(**options)) == 3
     local_hub.forget()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -686,7 +790,10 @@ def test_offline(local_hub: LocalHub, kernel_repository: Publish, new_process: C
     assert served(scale(**options)) == 3
     assert served(scale(revision=repository.head())) == 3
     outcome = call(scale(revision="never"))
-    assert outcome.value == REFERENCE and "acme/kernels at never: it is not in the cache, and HF_HUB_OFFLINE" in outcome.why
+    assert (
+        outcome.value == REFERENCE
+        and "acme/kernels at never: it is not in the cache, and HF_HUB_OFFLINE" in outcome.why
+    )
     assert local_hub.requests == []
 
 
@@ -708,33 +815,35 @@ def test_offline_process(local_hub: LocalHub, kernel_repository: Publish, proces
 # The client's own settings, in real processes
 
 
-def test_home_and_cache(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path) -> None:
-    """HF_HOME moves the cache; KERNELS_CACHE moves that of kernels only, also relative to the user's home."""
+def test_home_and_cache(
+    local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path
+) -> None:
+    """HF_HOME moves the cache, and KERNELS_CACHE that of kernels, also relative to the user's home."""
     kernel_repository(layers=kernel())
-    home = tmp_path / "elsewhere"
-    nowhere = {"HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": ""}
-    environment = {**os.environ, **local_hub.environment(home)}
-    for name in nowhere:
-        environment.pop(name)
-    command = [sys.executable, "-c", PROGRAM, repr(scale())]
-    answer = json.loads(subprocess.check_output(command, env=environment, text=True))
-    assert answer[0][0] == 3 and (home / "hub" / "kernels--acme--kernels" / "snapshots").is_dir()
-    user = tmp_path / "user"
+    home, user = tmp_path / "elsewhere", tmp_path / "user"
     user.mkdir()
-    local_hub.forget()
-    for _ in range(2):
-        assert process(scale(revision=kernel_repository(layers=kernel()).head()), home=tmp_path / "third", KERNELS_CACHE="~/mine", HOME=str(user))[:2] == [3, ""]
-        break
+    assert process(scale(), home=home, without=("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))[:2] == [3, ""]
+    assert (home / "hub" / "kernels--acme--kernels" / "snapshots").is_dir()
+    own = {"KERNELS_CACHE": "~/mine", "HOME": str(user)}
+    assert process(scale(), home=tmp_path / "third", **own)[:2] == [3, ""]
     assert (user / "mine" / "kernels--acme--kernels" / "snapshots").is_dir()
     assert not (tmp_path / "third" / "hub" / "kernels--acme--kernels").exists()
 
 
-def test_kernels_cache(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_cache(
+    local_hub: LocalHub,
+    kernel_repository: Publish,
+    new_process: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     """In KERNELS_CACHE a commit is found again without a request, offline too."""
     commit = kernel_repository(layers=kernel()).head()
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "mine"))
     assert served(scale(revision=commit)) == 3
-    assert (tmp_path / "mine" / "kernels--acme--kernels").is_dir() and not Path(constants.HF_HUB_CACHE, "kernels--acme--kernels").exists()
+    assert (tmp_path / "mine" / "kernels--acme--kernels").is_dir() and not Path(
+        constants.HF_HUB_CACHE, "kernels--acme--kernels"
+    ).exists()
     local_hub.forget()
     new_process()
     assert served(scale(revision=commit)) == 3 and local_hub.requests == []
@@ -743,7 +852,9 @@ def test_kernels_cache(local_hub: LocalHub, kernel_repository: Publish, new_proc
     assert served(scale(revision=commit)) == 3
 
 
-def test_token_retries_and_progress(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path) -> None:
+def test_token_retries_and_progress(
+    local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path
+) -> None:
     """A private repository loads with HF_TOKEN and not without; failures are retried; progress is shown unless off."""
     tree = kernel_repository(layers=kernel()).files()
     local_hub.add("acme/private", tree, private=True)
@@ -757,7 +868,9 @@ def test_token_retries_and_progress(local_hub: LocalHub, kernel_repository: Publ
     assert all(request.headers.get("authorization") == f"Bearer {local_hub.token}" for request in local_hub.requests)
     assert local_hub.count(lambda request: request.status == 503) == 1
     assert "Fetching" in process.stderr or "Downloading" in process.stderr  # type: ignore[attr-defined]
-    assert all("kernels-core/" in r.headers["user-agent"] for r in local_hub.requests if r.path.startswith("/api/kernels"))
+    assert all(
+        "kernels-core/" in r.headers["user-agent"] for r in local_hub.requests if r.path.startswith("/api/kernels")
+    )
 
 
 # Local repositories

@@ -16,11 +16,24 @@ from hypothesis import strategies as st
 
 from kernels_core import IntegrityError, LoadError
 from kernels_plugins.hub.download import discard
-from kernels_plugins.hub.integrity import RemoteFile, Variant, as_variant, check_digest, check_transfer, is_byte_code, read_files
+from kernels_plugins.hub.integrity import (
+    RemoteFile,
+    Variant,
+    as_variant,
+    check_digest,
+    check_transfer,
+    is_byte_code,
+    read_files,
+)
 from kernels_plugins.hub.shelf import git_blob_id
 from kernels_plugins.hub.testing import kernel_metadata
 
-FILES = {"__init__.py": b"from . import layers\n", "layers.py": b"class Silu: ...\n", "sub/data.bin": bytes(range(64)), "empty": b""}
+FILES = {
+    "__init__.py": b"from . import layers\n",
+    "layers.py": b"class Silu: ...\n",
+    "sub/data.bin": bytes(range(64)),
+    "empty": b"",
+}
 
 
 def described(files: dict[str, bytes], algorithm: str | None = "sha256") -> Variant:
@@ -55,7 +68,11 @@ def with_files(variant: Variant, files: dict[str, bytes]) -> Variant:
 def test_right(algorithm: str) -> None:
     """Right files pass, and the answer says how many were checked and how."""
     assert check_digest(described(FILES, algorithm)) == f"4 files, {algorithm}"
-    assert check_transfer(FILES, listed(FILES)) == check_transfer(FILES, listed(FILES, large=10)) == "4 files as listed by the Hub"
+    assert (
+        check_transfer(FILES, listed(FILES))
+        == check_transfer(FILES, listed(FILES, large=10))
+        == "4 files as listed by the Hub"
+    )
 
 
 def test_exceptions() -> None:
@@ -79,7 +96,9 @@ def test_empty_digests() -> None:
         check_digest(with_files(described({}), FILES))
 
 
-@pytest.mark.parametrize("bad", ["", "!", "ZZ", "e3b0c44298fc1c149afbf4c8996fb924", "47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU", "é"])
+@pytest.mark.parametrize(
+    "bad", ["", "!", "ZZ", "e3b0c44298fc1c149afbf4c8996fb924", "47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU", "é"]
+)
 def test_malformed_digest(bad: str) -> None:
     """A digest that is no base64, or of the wrong length, matches nothing."""
     variant = described({"empty": b""})
@@ -100,9 +119,9 @@ def test_paths_that_lead_elsewhere(path: str) -> None:
 
 # Any change is seen
 
-ANY_FILES = st.dictionaries(st.text("ab/.é", min_size=1, max_size=6), st.binary(max_size=40), min_size=1, max_size=5).map(
-    lambda files: {path: content for path, content in files.items() if not is_byte_code(path)} | {"x": b"x"}
-)
+ANY_FILES = st.dictionaries(
+    st.text("ab/.é", min_size=1, max_size=6), st.binary(max_size=40), min_size=1, max_size=5
+).map(lambda files: {path: content for path, content in files.items() if not is_byte_code(path)} | {"x": b"x"})
 
 
 @given(ANY_FILES, st.data())

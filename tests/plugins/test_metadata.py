@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +40,14 @@ def test_good() -> None:
     read = parse_metadata(changed())
     files = GOOD["digest"]["files"]
     expected = Metadata(
-        "_kernels_cpu_abc", "fast-layers", 3, "cuda", ("einops",), Version("0.14"), digest_algorithm="sha256", digests=files
+        "_kernels_cpu_abc",
+        "fast-layers",
+        3,
+        "cuda",
+        ("einops",),
+        Version("0.14"),
+        digest_algorithm="sha256",
+        digests=files,
     )
     assert read == expected and read.python_name == "fast_layers"
 
@@ -90,7 +98,9 @@ def test_wrong(changes: dict[str, Any], message: str) -> None:
         parse_metadata(changed(**changes))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"<html>", b"\xff\xfe\xff", b"[]", b"null", b'"x"', b"NaN", b"[" * 200_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"<html>", b"\xff\xfe\xff", b"[]", b"null", b'"x"', b"NaN", b"[" * 200_000]
+)
 def test_unreadable(content: bytes) -> None:
     """What is no JSON object is told as that, also JSON made to exhaust the stack."""
     with pytest.raises(LoadError, match=r"metadata.json (cannot be read|holds) .*Rebuild the kernel"):
@@ -150,7 +160,9 @@ def test_any_damage(position: int, byte: int) -> None:
 # --- May this process run it? --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("minver", "fits"), [("0.17", True), ("0.17.9", True), ("0.9", True), ("0.18", False), ("1.0", False)])
+@pytest.mark.parametrize(
+    ("minver", "fits"), [("0.17", True), ("0.17.9", True), ("0.9", True), ("0.18", False), ("1.0", False)]
+)
 def test_minver(minver: str, fits: bool) -> None:
     """The level asked for is compared with that of the interface, which is 0.17, in its first two numbers."""
     assert Version("0.17") == INTERFACE_LEVEL
@@ -181,8 +193,16 @@ def test_python_packages() -> None:
         check_metadata(parse_metadata(missing))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a.b", "\0", "\ud800", "x" * 300, "/etc/passwd", "-r x"])
+@pytest.mark.parametrize("name", ["", ".", "..", "no_such.b", "\0", "\ud800", "x" * 300, "/etc/passwd", "-r x"])
 def test_odd_package_names(name: str) -> None:
-    """A name that can be no package is a missing one, and nothing is imported to find that out."""
+    """A name that can be no package is a missing one."""
     with pytest.raises(LoadError, match="not installed"):
         check_metadata(parse_metadata(changed(python_depends=[name])))
+
+
+def test_packages_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To see that a package is there, it is not run, also where the name is that of a part of it."""
+    (tmp_path / "dangerous").mkdir()
+    (tmp_path / "dangerous" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_metadata(parse_metadata(changed(python_depends=["dangerous", "dangerous.part"])))
