@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), required=True)
     parser.add_argument("--report", type=Path, help="Where to write; without it, only load the kernels.")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # on a busy machine, several wait for each other, and times mean nothing
     if options.report is None:
         with use_kernel_mapping(mapping(options.device)):
             for name in LAYERS:

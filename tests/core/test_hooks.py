@@ -271,7 +271,9 @@ def test_kernels_register_commands(isolated_plugins: PluginManager) -> None:
 def test_order_of_the_hooks(make_layer: Make, make_kernel: Make, hook_recorder: HookRecorder) -> None:
     """A decision is asked for, candidates are found, authorized, loaded, checked; then it is told."""
     layer = make_layer()
-    with use_kernel_mapping({"Add": {"cpu": make_kernel(10, can_torch_compile=True)}}):
+    kernel = make_kernel(10, can_torch_compile=True)
+    source = type("Source", (), {"load": lambda self: kernel})()
+    with use_kernel_mapping({"Add": {"cpu": source}}):
         resolve_layer(layer, device="cpu", mode=Mode.INFERENCE)
         assert hook_recorder.names() == [
             "kernels_resolve_forward",

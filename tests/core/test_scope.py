@@ -325,6 +325,17 @@ def test_decorated_functions_do_not_grow_the_tables() -> None:
     assert len(scope._tables) <= before
 
 
+def test_dropping_one_layer_leaves_the_others(make_layer: Make, make_kernel: Make) -> None:
+    """A layer that is collected takes its own tables along, and changes still reach the layers that live on."""
+    survivors = [make_layer(f"Survivor{i}")() for i in range(3)]
+    dropped = make_layer("Dropped")  # not called: its table is as empty as theirs
+    del dropped
+    gc.collect()
+    assert [layer(X)[0].item() for layer in survivors] == [1, 1, 1]
+    register_kernel_mapping({f"Survivor{i}": {"cpu": make_kernel(10 + i)} for i in range(3)})
+    assert [layer(X)[0].item() for layer in survivors] == [10, 11, 12]
+
+
 def test_scope_is_dropped_while_other_threads_use_theirs(make_layer: Make, adding: Make) -> None:
     """Scopes made and dropped in several threads at once neither fail nor leave anything behind."""
     layer, errors = make_layer()(), []

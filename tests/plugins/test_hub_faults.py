@@ -241,7 +241,7 @@ def test_strict_layer(kernel_repository: Publish) -> None:
             return x
 
     register_kernel_mapping({"ScaleStrict": {"cpu": scale()}})
-    with pytest.raises(NoKernelError, match="acme/kernels at main .*ZeroDivisionError"):
+    with pytest.raises(NoKernelError, match=r"acme/kernels at main .*ZeroDivisionError"):
         Layer()(torch.ones(1))
 
 
@@ -416,7 +416,7 @@ def test_bad_token(local_hub: LocalHub, kernel_repository: Publish, monkeypatch:
 # What networks and Hubs do
 
 
-STAGES = {
+STAGES: dict[str, str | re.Pattern[str]] = {
     "commit": "/revision/",
     "publisher": "/api/organizations",
     "listing": re.compile("/tree/.*/build"),
@@ -445,14 +445,15 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 NETWORK = ("429", "500", "503", "drop", "half an answer")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    # The answer to a HEAD request has no half.
+    [pair for pair in itertools.product(STAGES, FAULTS) if pair != ("head", "half an answer")],
+)
 def test_fault(
     local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], stage: str, fault: str
 ) -> None:
     """A lasting fault of the Hub or network, at any stage, is told as what it is; healed, the kernel serves."""
-    if stage == "head" and fault == "half an answer":
-        pytest.skip("the answer to a HEAD request has no half")
     kernel_repository(layers=kernel())
     options, message = FAULTS[fault]
     local_hub.fail(STAGES[stage], times=None, **options)
@@ -481,14 +482,9 @@ def test_corrupted_download(
     """One wrong byte in a file of the right length is caught without digests, and does not stay in the cache."""
     local_hub.lfs_threshold = 1 if large else None
     kernel_repository(layers=kernel(), digest=False)
-    local_hub.fail(
-        f"GET /kernels/acme/kernels/resolve/{local_hub.repository('acme/kernels').head()}/build/torch-universal/{name}",
-        flip=3,
-    )  # type: ignore[union-attr]
-    refused(
-        scale(),
-        f"^acme/kernels at main .*variant torch-universal: .*{name} has other bytes.*removed from the cache: try again",
-    )
+    local_hub.fail(re.compile(f"GET /kernels/acme/kernels/resolve/.*/{name}"), flip=3)
+    where = "^acme/kernels at main .*variant torch-universal: "
+    refused(scale(), f"{where}.*{name} has other bytes.*removed from the cache: try again")
     new_process()
     assert served(scale()) == 3
 

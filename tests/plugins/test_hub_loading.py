@@ -290,7 +290,7 @@ def test_branch_moves_during_load(local_hub: LocalHub, kernel_repository: Publis
         "before the download": "HEAD /kernels",
         "between two files": "z.py",
     }[moment]
-    moved = []
+    moved: list[str] = []
 
     def move(request: Request) -> bool:
         if not moved and request.matches(at):
@@ -381,7 +381,7 @@ def test_requests(local_hub: LocalHub, kernel_repository: Publish, new_process: 
     repository = kernel_repository(layers=kernel())
     commit = repository.tag("1.0")
     repository.branch("v1")
-    options: dict[str, Any] = {
+    options: Any = {
         "branch": {},
         "tag": {"revision": "1.0"},
         "commit": {"revision": commit},
@@ -777,7 +777,7 @@ def test_offline(
     """What was loaded once by branch, tag, commit or version loads again offline, without a request."""
     repository = kernel_repository(layers=kernel())
     repository.branch("v1")
-    options: dict[str, Any] = {
+    options: Any = {
         "branch": {},
         "tag": {"revision": repository.tag("1.0") and "1.0"},
         "commit": {"revision": repository.head()},

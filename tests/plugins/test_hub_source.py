@@ -72,9 +72,9 @@ def test_bad_types(options: dict[str, Any]) -> None:
 def test_arguments_are_named() -> None:
     """Only the repository is positional."""
     with pytest.raises(TypeError):
-        LayerRepository("acme/kernels", "Silu")  # type: ignore[misc]
+        LayerRepository("acme/kernels", "Silu")  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        LocalLayerRepository("kernels", "Silu")  # type: ignore[arg-type, misc]
+        LocalLayerRepository("kernels", "Silu")  # type: ignore[arg-type, call-arg]
 
 
 def test_local_types() -> None:

@@ -323,7 +323,7 @@ def test_interrupt(tmp_path: Path) -> None:
 
 def test_nothing_to_import(tmp_path: Path) -> None:
     """A variant without a package says which files it would need."""
-    with pytest.raises(LoadError, match="neither __init__.py nor fast_layers/__init__.py"):
+    with pytest.raises(LoadError, match=r"neither __init__.py nor fast_layers/__init__.py"):
         load(tmp_path, {"other/__init__.py": ""})
 
 
@@ -379,7 +379,7 @@ def test_bad_layers(source: str, message: str) -> None:
 def test_imported_helpers_are_not_offered(tmp_path: Path) -> None:
     """The names offered are the kernel's own, not what its layers import."""
     files: Files = {"__init__.py": "from . import layers\n", "layers.py": "from pathlib import Path\nclass Silu: ...\n"}
-    with pytest.raises(LoadError, match="there are Silu$"):
+    with pytest.raises(LoadError, match=r"there are Silu$"):
         find_layer(load(tmp_path, files), "Nope")
 
 

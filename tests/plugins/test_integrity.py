@@ -92,7 +92,7 @@ def test_no_digests() -> None:
 
 def test_empty_digests() -> None:
     """A digest that lists nothing promises that there is nothing."""
-    with pytest.raises(IntegrityError, match="layers.py is not in the digest"):
+    with pytest.raises(IntegrityError, match=r"layers.py is not in the digest"):
         check_digest(with_files(described({}), FILES))
 
 

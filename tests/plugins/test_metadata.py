@@ -189,7 +189,7 @@ def test_python_packages() -> None:
     """Missing Python packages are all named as what pip installs; those there are enough."""
     check_metadata(parse_metadata(changed(python_depends=["json", "torch"])))
     missing = changed(python_depends=["no-such-package", "tvm-ffi", "torch", "nvidia-cutlass-dsl"])
-    with pytest.raises(LoadError, match="pip install no-such-package apache-tvm-ffi nvidia-cutlass-dsl$"):
+    with pytest.raises(LoadError, match=r"pip install no-such-package apache-tvm-ffi nvidia-cutlass-dsl$"):
         check_metadata(parse_metadata(missing))
 
 
