@@ -6,14 +6,17 @@ attribute of this layer and device from it, and calls what it finds (here on a C
 
 ```
 def forward(self, x, eps=1e-6):
+    if is_dynamo_compiling() or compiler._is_compiling_flag:
+        return traced(self, (x, eps))(self, x, eps)
     try:
-        _kernel = root.active.layer7_cpu if x.is_cpu is True else cold(self, (x, eps))
+        kernel = active_frame(root).layer7_cpu if x.is_cpu else cold(self, (x, eps))
     except absent:
-        _kernel = cold(self, (x, eps))
-    return _kernel(self, x, eps)
+        kernel = cold(self, (x, eps))
+    return kernel(self, x, eps)
 ```
 
-The same code is traced by Dynamo; `scope.Table` tells how it stays right there.
+Dynamo folds the first condition, so eager and traced calls never meet: `cold` resolves and
+publishes, `traced` reads a property that resolves by itself (`scope.Table`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import functools
 import inspect
 import linecache
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -32,8 +36,8 @@ from torch.fx.proxy import TraceError
 from .layer import Layer
 from .mode import Mode
 from .request import Resolution
-from .resolver import decide, must_raise, no_kernel, settle
-from .scope import Frame, Table, root
+from .resolver import decide, must_raise, no_kernel, ready, settle
+from .scope import Frame, Table, active_frame, publish, resolving, root
 
 Forward = Callable[..., Any]
 
@@ -66,9 +70,6 @@ elif _ACCELERATOR == "mps":
 _ABSENT = (AttributeError, IndexError, TraceError)
 """What the short way raises where nothing is published, or the first argument is missing or no tensor."""
 
-# Typed as what it is: a decorator that returns what it is given.
-_assume_constant = cast(Callable[[Callable[..., str]], Callable[..., str]], torch.compiler.assume_constant_result)
-
 
 def _untraced(function: Forward, *, reason: str) -> Forward:
     """Keep Dynamo out of a function; from PyTorch 2.7 on, it tells the reason where that is an error."""
@@ -77,12 +78,8 @@ def _untraced(function: Forward, *, reason: str) -> Forward:
     return cast(Forward, disable(function, reason=reason) if known else disable(function))
 
 
-_MODE_NAMES = {
-    Mode.INFERENCE: "inference",
-    Mode.TRAINING: "training",
-    Mode.INFERENCE | Mode.TORCH_COMPILE: "inference_compile",
-    Mode.TRAINING | Mode.TORCH_COMPILE: "training_compile",
-}
+EAGER_MODES = (Mode.INFERENCE, Mode.TRAINING)
+TRACED_MODES = (Mode.INFERENCE | Mode.TORCH_COMPILE, Mode.TRAINING | Mode.TORCH_COMPILE)
 
 
 def make_forward(layer: Layer) -> Forward:
@@ -103,49 +100,99 @@ def dispatched_layer(forward: object) -> Layer | None:
 
 
 class _Dispatcher:
-    """Makes the functions of one layer, and owns its tables."""
+    """Makes the functions of one layer, and answers them where they find nothing."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self._tables: dict[torch.device, Table] = {}
-        self._mode_tables: dict[str, Table] = {}
-        self._making = threading.RLock()
-        self._selectors: dict[str, Forward] = {}
         self._parameters = _parameters(layer.reference)
-        for index in (None, *range(_MAX_SHORT_INDEX if _ACCELERATOR else 0)):
-            # The names that generated code reads exist from the start.
-            self._table(torch.device(_ACCELERATOR or "cpu", index) if index is not None else torch.device("cpu"))
+        self._names: dict[torch.device, str] = {}
+        self._tables: dict[str, Table] = {}
+        self._selectors: dict[str, Forward] = {}
+        self._busy = threading.RLock()
 
-    # --- Tables: what serves on a device, and, where that matters, in a mode --------------------
+    def discard(self) -> None:
+        """Give back what the process keeps for the layer: nobody can call it any more."""
+        for table in self._tables.values():
+            table.discard()
 
-    def _table(self, device: torch.device) -> Table:
-        table = self._tables.get(device)
-        if table is not None:
-            return table
-        with self._making:  # two tables of one name would each answer a part of the reads
-            if device not in self._tables:
-                resolve = functools.partial(self._settle, device)
-                self._tables[device] = Table(self._attribute(device), self.layer.reference, resolve)
-            return self._tables[device]
+    def _name(self, device: torch.device) -> str:
+        name = self._names.get(device)
+        if name is None:
+            index = "" if device.index is None or device.type == "cpu" else f"_{device.index}"
+            name = self._names[device] = f"layer{self.layer.number}_{device.type}{index}"
+        return name
 
-    def _mode_table(self, device: torch.device, mode: Mode) -> str:
-        name = f"{self._attribute(device)}_{_MODE_NAMES[mode]}"
-        with self._making:
-            if name not in self._mode_tables:
-                resolve = functools.partial(self._decide, device, mode)
-                self._mode_tables[name] = Table(name, self.layer.reference, resolve)
-            return self._mode_tables[name].sure
+    # --- Eager calls ----------------------------------------------------------------------------
 
-    def _attribute(self, device: torch.device) -> str:
-        index = "" if device.index is None or device.type == "cpu" else f"_{device.index}"
-        return f"layer{self.layer.number}_{device.type}{index}"
+    def _cold(self) -> Callable[..., Forward]:
+        """Return the function that an eager forward calls where it finds nothing."""
+        reference = self.layer.reference
 
-    def _settle(self, device: torch.device, frame: Frame) -> Forward:
-        mode = Mode.TRAINING if torch.is_grad_enabled() else Mode.INFERENCE
-        resolution = settle(self.layer, device, frame, mode)
-        return self._selector(device) if resolution is None else self._forward_of(resolution)
+        def cold(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
+            device = find_device(module, values)
+            if device is None:
+                return reference
+            return self._published(self._name(device), functools.partial(self._settle, EAGER_MODES, device))
 
-    def _decide(self, device: torch.device, mode: Mode, frame: Frame) -> Forward:
+        return cold
+
+    def _published(self, name: str, resolve: Callable[[Frame], Forward]) -> Forward:
+        """Return what is published in the active frame under `name`, resolved if it is not."""
+        frame: Frame = root.active
+        known: Forward | None = getattr(frame, name, None)
+        if known is not None:
+            return known
+        if resolving.get():  # a plugin calls a decorated layer: no recursion, and no lock to wait for
+            return self.layer.reference
+        with self._busy:  # eight threads, one resolution
+            known = getattr(frame, name, None)
+            if known is not None:
+                return known
+            before = ready()
+            forward = resolve(frame)
+            publish(frame, name, forward, before)
+            return forward
+
+    # --- Traced calls ---------------------------------------------------------------------------
+
+    def _traced(self) -> Callable[..., Forward]:
+        """Return the function that a forward calls while it is traced, by Dynamo or by `torch.export`."""
+        reference = self.layer.reference
+
+        def table(kind: str, index: int | None) -> str:
+            """Run at trace time, outside of the graph: name the property that Dynamo is to read."""
+            device = torch.device(kind, index) if index is not None else torch.device(kind)
+            resolve = functools.partial(self._settle, TRACED_MODES, device)
+            return self._table(f"{self._name(device)}_traced", resolve)
+
+        # What torch.compiler.assume_constant_result does; that one would import Dynamo, which takes a second.
+        table._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+        def traced(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
+            device = find_device(module, values)
+            if device is None:
+                return reference
+            forward: Forward = getattr(root.active, table(device.type, device.index))
+            return forward
+
+        return traced
+
+    def _table(self, name: str, resolve: Callable[[Frame], Forward]) -> str:
+        with self._busy:  # two tables of one name would each answer a part of the reads
+            if name not in self._tables:
+                self._tables[name] = Table(name, self.layer.reference, resolve)
+        return name
+
+    # --- Resolution -----------------------------------------------------------------------------
+
+    def _settle(self, modes: tuple[Mode, Mode], device: torch.device, frame: Frame) -> Forward:
+        """Return what serves: one function for both modes, or one that asks for the mode."""
+        resolution = settle(self.layer, device, frame, modes)
+        if resolution is not None:
+            return self._forward_of(resolution)
+        return self._selector(modes, device)
+
+    def _decide(self, mode: Mode, device: torch.device, frame: Frame) -> Forward:
         return self._forward_of(decide(self.layer, device, frame, mode))
 
     def _forward_of(self, resolution: Resolution) -> Forward:
@@ -158,80 +205,65 @@ class _Dispatcher:
         forward: Forward = resolution.implementation or self.layer.reference
         return forward
 
-    def discard(self) -> None:
-        """Give back what the process keeps for the layer: nobody can call it any more."""
-        for table in [*self._tables.values(), *self._mode_tables.values()]:
-            table.discard()
-
-    # --- Cold: find the device, resolve, publish ------------------------------------------------
-
-    def _cold(self) -> Callable[..., Forward]:
-        """Return the function that generated code calls where it finds nothing."""
-        reference = self.layer.reference
-
-        @_assume_constant
-        def sure(kind: str, index: int | None) -> str:
-            """Run at trace time, outside of the graph: name what Dynamo is to read."""
-            table = self._table(torch.device(kind, index) if index is not None else torch.device(kind))
-            table.keep_sure()
-            return table.sure
-
-        def cold(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
-            device = find_device(module, values)
-            if device is None:
-                return reference
-            if torch.compiler.is_dynamo_compiling():
-                forward: Forward = getattr(root.active, sure(device.type, device.index))
-                return forward
-            return self._table(device).publish(root.active)
-
-        return cold
+    def _selector(self, modes: tuple[Mode, Mode], device: torch.device) -> Forward:
+        """Return the function that serves where training and inference differ; the same one each time."""
+        inference, training = (f"{self._name(device)}_{str(mode.name or mode).lower()}" for mode in modes)
+        inference, training = (re.sub(r"\W+", "_", name) for name in (inference, training))
+        if inference in self._selectors:
+            return self._selectors[inference]
+        ways = {
+            name: functools.partial(self._decide, mode, device)
+            for name, mode in zip((inference, training), modes, strict=True)
+        }
+        if modes is TRACED_MODES:
+            for name, resolve in ways.items():
+                self._table(name, resolve)
+            found = "_kernels_getattr(_kernels_root.active, _name)"
+        else:
+            found = "(_kernels_getattr(_kernels_frame(_kernels_root), _name, None) or _kernels_published(_name))"
+        records = f"_kernels_records({self._module}, {self._values})"
+        if self._first is not None and self._first.isidentifier():  # quickly told, mostly
+            records = f"(_kernels_getattr({self._first}, 'requires_grad', False) or {records})"
+        lines = [
+            f"_name = {training!r} if _kernels_grad() and {records} else {inference!r}",
+            f"return {found}({self._call})",
+        ]
+        self._selectors[inference] = self._generate(
+            f"select_{inference}", lines, _kernels_published=lambda name: self._published(name, ways[name])
+        )
+        return self._selectors[inference]
 
     # --- Generated functions --------------------------------------------------------------------
 
     def forward(self) -> Forward:
         """Generate the forward."""
-        cpu = self._attribute(torch.device("cpu"))
         first = self._first
         cold = f"_kernels_cold({self._module}, {self._values})"
-        names = []
+        names: list[str] = []
         body = [f"_kernel = {cold}"]
         if first is not None:
-            # "is True": of an argument that is no tensor, Dynamo knows an attribute only that far.
-            lookup = f"_kernel = _kernels_root.active.{cpu} if {first}.is_cpu is True else {cold}"
-            body = ["try:", f"    {lookup}", "except _kernels_absent:", f"    _kernel = {cold}"]
+            cpu = f"_kernel = _kernels_frame(_kernels_root).{self._name(torch.device('cpu'))} if {first}.is_cpu else {cold}"
+            body = ["try:", f"    {cpu}", "except _kernels_absent:", f"    _kernel = {cold}"]
         if first is not None and _ACCELERATOR is not None:
-            names = [self._attribute(torch.device(_ACCELERATOR, index)) for index in range(_MAX_SHORT_INDEX)]
+            names = [self._name(torch.device(_ACCELERATOR, index)) for index in range(_MAX_SHORT_INDEX)]
             body[1:2] = [
-                f"    if {first}.is_{_ACCELERATOR} is True:",
-                f"        _kernel = (_kernels_root.active.{names[0]} if _kernels_root.one_accelerator",
-                "                   else _kernels_getattr(_kernels_root.active,",
+                f"    if {first}.is_{_ACCELERATOR}:",
+                f"        _kernel = (_kernels_frame(_kernels_root).{names[0]} if _kernels_root.one_accelerator",
+                "                   else _kernels_getattr(_kernels_frame(_kernels_root),",
                 f"                                         _kernels_names[{first}.get_device()]))",
                 "    else:",
-                f"        {lookup}",
+                f"        {cpu}",
             ]
-        lines = [*self._condition(), *body, f"return _kernel({self._call})"]
-        return self._generate("forward", lines, _kernels_cold=self._cold(), _kernels_names=tuple(names))
-
-    def _selector(self, device: torch.device) -> Forward:
-        """Generate the function that serves where the mode of the call makes a difference."""
-        name = self._attribute(device)
-        if name not in self._selectors:
-            modes = {mode_name: self._mode_table(device, mode) for mode, mode_name in _MODE_NAMES.items()}
-            records = f"_kernels_records({self._module}, {self._values})"
-            if self._first is not None and self._first.isidentifier():  # quickly told, mostly
-                records = f"(_kernels_getattr({self._first}, 'requires_grad', False) or {records})"
-            lines = [
-                f"if _kernels_grad() and {records}:",
-                "    if _kernels_compiling():",
-                f"        return _kernels_root.active.{modes['training_compile']}({self._call})",
-                f"    return _kernels_root.active.{modes['training']}({self._call})",
-                "if _kernels_compiling():",
-                f"    return _kernels_root.active.{modes['inference_compile']}({self._call})",
-                f"return _kernels_root.active.{modes['inference']}({self._call})",
-            ]
-            self._selectors[name] = self._generate("select", lines)
-        return self._selectors[name]
+        lines = [
+            *self._condition(),
+            "if _kernels_dynamo() or _kernels_compiler._is_compiling_flag:",
+            f"    return _kernels_traced({self._module}, {self._values})({self._call})",
+            *body,
+            f"return _kernel({self._call})",
+        ]
+        return self._generate(
+            "forward", lines, _kernels_cold=self._cold(), _kernels_traced=self._traced(), _kernels_names=tuple(names)
+        )
 
     def _generate(self, function: str, lines: Iterable[str], **names: object) -> Forward:
         source = f"def {function}{self._signature}:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
@@ -241,8 +273,10 @@ class _Dispatcher:
             "_kernels_absent": _ABSENT,
             "_kernels_reference": self.layer.reference,
             "_kernels_condition": self.layer.condition,
+            "_kernels_frame": active_frame,
+            "_kernels_dynamo": torch.compiler.is_dynamo_compiling,
+            "_kernels_compiler": torch.compiler,
             "_kernels_grad": torch.is_grad_enabled,
-            "_kernels_compiling": torch.compiler.is_compiling,
             "_kernels_records": records_autograd,
             **names,
         }
@@ -341,7 +375,7 @@ def _parameters(reference: Forward) -> tuple[inspect.Parameter, ...] | None:
     except (TypeError, ValueError):
         return None
     parameters = tuple(signature.parameters.values())
-    taken = any(p.name.startswith("_kernel") for p in parameters)
+    taken = any(p.name.startswith("_kernel") or p.name == "_name" for p in parameters)
     return None if taken else parameters
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class Layer:
     use_fallback: bool = True
     number: int = field(default_factory=lambda: next(_numbers))
 
-    @property
+    @functools.cached_property
     def signature(self) -> inspect.Signature:
         """Signature of the reference as a caller sees it, without `self`."""
         return call_signature(self.reference, drop_self=not self.is_function)

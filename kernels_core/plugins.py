@@ -150,7 +150,8 @@ class PluginManager:
         """Keep one entry point per name: of two distributions, the first by name, and say so."""
         by_name: dict[str, dict[str, importlib_metadata.EntryPoint]] = {}
         for entry_point in entry_points:
-            by_name.setdefault(entry_point.name, {})[_distribution(entry_point)] = entry_point
+            offers = by_name.setdefault(entry_point.name, {})
+            offers.setdefault(_distribution(entry_point), entry_point)  # a second copy on the path is shadowed
         for name, offers in by_name.items():
             if len(offers) > 1:
                 used, *lost = sorted(offers)

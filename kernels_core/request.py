@@ -122,7 +122,7 @@ class Resolution:
         refusals: Candidates that were refused, in the order in which they were tried.
         checked: What was verified about the kernel, and what was not.
         note: Why no candidate was even asked for, where that is so.
-        every_mode: Whether the decision is the same in every mode of a call.
+        every_mode: Whether the decision is the same for training and inference.
     """
 
     request: LayerRequest

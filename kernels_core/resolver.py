@@ -32,7 +32,7 @@ from .errors import (
 )
 from .hookspecs import hookimpl
 from .layer import Layer
-from .mode import CALL_MODES, Mode, check_call_mode
+from .mode import Mode, check_call_mode
 from .plugins import plugin_manager
 from .request import (
     TIERS,
@@ -127,23 +127,27 @@ def _alone() -> Iterator[None]:
 # --- For the dispatcher --------------------------------------------------------------------------
 
 
-def settle(layer: Layer, device: torch.device, frame: Frame, mode: Mode) -> Resolution | None:
-    """Return the one decision for all modes of a call, or None if the mode makes a difference.
+def ready() -> int:
+    """Find the plugins, if that was not done yet, and return the generation that a decision now belongs to."""
+    if not mapping_disabled():
+        plugin_manager().plugins()
+    return scope.generation()
+
+
+def settle(layer: Layer, device: torch.device, frame: Frame, modes: tuple[Mode, ...]) -> Resolution | None:
+    """Return the one decision for all of some modes, or None if the mode makes a difference.
 
     Kernels are loaded only if all modes would try the same ones, so that a training run does not
-    fetch what is registered for inference. `mode` is that of the call that asks, to report it.
+    fetch what is registered for inference.
     """
-    requests = {each: _request(layer, device, frame, each) for each in CALL_MODES}
+    requests = [_request(layer, device, frame, mode) for mode in modes]
     with _alone():
         if not mapping_disabled():
-            offers = [
-                [(_identity(c.source), c.tier, c.plugin) for c in _ranked(request)[0]] for request in requests.values()
-            ]
+            offers = [[(_identity(c.source), c.tier, c.plugin) for c in _ranked(request)[0]] for request in requests]
             if any(offer != offers[0] for offer in offers):
                 return None
-        resolutions = {each: _ask(request) for each, request in requests.items()}
-        first = resolutions[mode]
-        if any(other.implementation is not first.implementation for other in resolutions.values()):
+        first, *others = [_ask(request) for request in requests]
+        if any(other.implementation is not first.implementation for other in others):
             return None
         first = replace(first, every_mode=True)
         _announce(first)

@@ -1,9 +1,7 @@
 """What is active here: scopes, and what was resolved in each of them.
 
 A `Scope` is a context manager that plugins make. Entering it under another scope makes a `Frame`,
-which is what the dispatcher reads. The innermost frame of this thread or task is a context
-variable, read through a property whose getter is implemented in C: Dynamo evaluates and guards such
-an attribute instead of tracing into it, so compiled code follows the scope.
+which is what the dispatcher reads. The innermost frame of this thread or task is a context variable.
 """
 
 from __future__ import annotations
@@ -17,35 +15,40 @@ from typing import Any
 
 from .errors import ScopeError
 
-_current: ContextVar[Frame] = ContextVar("kernels_core_frame")
+Forward = Callable[..., Any]
 
 resolving: ContextVar[bool] = ContextVar("kernels_core_resolving", default=False)
 """Whether this thread or task is resolving a layer: decorated layers then run on their reference."""
 
-Forward = Callable[..., Any]
+_current: ContextVar[Frame] = ContextVar("kernels_core_frame")
 
 
 class Frame:
     """One scope, entered under another: a node of the tree whose root is the whole process.
 
-    Its instance dictionary also holds what was resolved here for eager calls, an attribute per
-    decorated layer and device (no `__slots__`, no default on the class: that is the quickest read).
-    What cold traces read are properties of the class, one per layer and device, each backed by a
-    `Table`.
+    What was resolved here stands in two places, because two kinds of calls read it:
+
+    - Eager calls read an attribute of the frame, one per decorated layer and device (`publish`).
+      Without `__slots__`, and without defaults on the class, that is the quickest read there is.
+    - Traced calls read a property of the class that is backed by a `Table`.
     """
 
-    one_accelerator = False  # whether the index of an accelerator is always 0; known once it is in use
+    one_accelerator = False
+    """Whether the index of an accelerator is always 0; known once one is in use."""
 
-    # Called with the frame, `ContextVar.get` takes it as the default: `root.active` is `root` where
-    # no scope is open.
+    # The getter is implemented in C, so Dynamo evaluates and guards this attribute instead of
+    # tracing into it. Called with the frame, `ContextVar.get` takes it as the default: `root.active`
+    # is `root` where no scope is open.
     active = property(_current.get)
 
     def __init__(self, payload: object, parent: Frame | None) -> None:
         self.payload = payload
         self.parent = parent
-        self.orphaned = False
         self.children: weakref.WeakKeyDictionary[Scope, Frame] = weakref.WeakKeyDictionary()
         self.finalizer: weakref.finalize[[weakref.ref[Frame]], Scope] | None = None
+        self.published: set[str] = set()
+        self.tables: set[Table] = set()
+        self.orphaned = False
 
     def payloads(self) -> tuple[object, ...]:
         """Return what the open scopes carry, innermost first."""
@@ -58,8 +61,11 @@ class Frame:
 
 root = Frame(None, None)
 
+active_frame = _current.get
+"""`active_frame(root)` is `root.active`, a little quicker, where Dynamo does not look."""
+
 _lock = threading.RLock()
-_tables: list[Table] = []
+_tables: weakref.WeakSet[Table] = weakref.WeakSet()
 _frames: weakref.WeakSet[Frame] = weakref.WeakSet([root])
 _generation = 0
 
@@ -117,7 +123,7 @@ class Scope:
 
 
 def _drop(reference: weakref.ref[Frame]) -> None:
-    """Forget what was resolved in a frame whose scope is gone: tables hold frames strongly."""
+    """Take a frame whose scope is gone out of the tables: they hold frames strongly."""
     frame = reference()
     if frame is None:
         return
@@ -127,95 +133,79 @@ def _drop(reference: weakref.ref[Frame]) -> None:
             frame.finalizer.detach()
         for child in list(frame.children.values()):
             _drop(weakref.ref(child))
-        for table in _tables:
+        for table in frame.tables:
             table.pop(frame, None)
 
 
 class Table(dict[Frame, Forward]):
-    """What serves one layer on one device, per frame; asks the resolver where it does not know.
+    """What serves traced calls of one layer on one device, per frame; resolves where it does not know.
 
-    It is read in two ways, by two names:
-
-    - `fast`, an attribute in the instance dictionary of a frame, absent where nothing is published:
-      the quickest read there is, for warm eager calls, and what Dynamo sees once a layer is warm.
-    - `sure`, a property of the class `Frame` whose getter is this table's `__getitem__`. Dynamo
-      evaluates such a property at trace time and in guards instead of tracing into it. So a cold
-      layer is resolved outside of the graph; and after a change of mappings the guards themselves
-      see the new value, so that code whose answer did not change is not compiled again.
-
-    Once Dynamo saw a table cold, its guards say that `fast` is absent there: it stays absent in
-    every frame where it is, and is set in every frame where it was.
+    It is read as a property of the class `Frame` whose getter is this table's `__getitem__`. Dynamo
+    evaluates such a property at trace time and in guards instead of tracing into it. So a cold layer
+    is resolved outside of the graph; and after a change of mappings the guards themselves see the
+    new value, so that code whose answer did not change is not compiled again.
     """
 
     def __init__(self, name: str, reference: Forward, resolve: Callable[[Frame], Forward]) -> None:
-        """Make the table whose names are `name` and `name_sure`."""
+        """Publish as `Frame.<name>`."""
         super().__init__()
-        self.fast = name
-        self.sure = f"{name}_sure"
+        self.name = name
         self._reference = reference
         self._resolve = resolve
         self._busy = threading.RLock()
-        self._traced_cold = False
         with _lock:
-            _tables.append(self)
-            setattr(Frame, self.sure, property(self.__getitem__))
+            _tables.add(self)
+            setattr(Frame, name, property(self.__getitem__))
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a table is like no other
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
     def __missing__(self, frame: Frame) -> Forward:
         if resolving.get():  # a plugin calls a decorated layer: no recursion, and no lock to wait for
             return self._reference
-        with self._busy:  # eight threads, one resolution
+        with self._busy:
             known = self.get(frame)
             if known is not None:
                 return known
-            generation = _generation
+            before = generation()
             forward = self._resolve(frame)
             with _lock:
-                if generation == _generation and not frame.orphaned:
+                if before == _generation and not frame.orphaned:
                     self[frame] = forward
+                    frame.tables.add(self)
             return forward
 
     def discard(self) -> None:
-        """Take the table away for good."""
+        """Take the property away: nobody can call the layer any more."""
         with _lock:
-            _tables.remove(self)
-            delattr(Frame, self.sure)
-            for frame in list(_frames):
-                vars(frame).pop(self.fast, None)
+            delattr(Frame, self.name)
+            _tables.discard(self)
 
-    def keep_sure(self) -> None:
-        """Publish no more: Dynamo traces the layer where it is cold."""
-        with _lock:
-            self._traced_cold = True
 
-    def publish(self, frame: Frame, *, again: bool = False) -> Forward:
-        """Return what serves in `frame`, and let warm calls find it there."""
-        forward = self[frame]
-        if again or not self._traced_cold:
-            with _lock:
-                current = self.get(frame, forward if frame.orphaned else None)
-                if (again or not self._traced_cold) and current is forward:
-                    setattr(frame, self.fast, forward)
-        return forward
+def generation() -> int:
+    """Return a number that grows with every change of mappings and plugins."""
+    return _generation
+
+
+def publish(frame: Frame, name: str, forward: Forward, before: int) -> None:
+    """Let warm eager calls find what was resolved, unless something changed since generation `before`."""
+    with _lock:
+        if before == _generation:
+            setattr(frame, name, forward)
+            frame.published.add(name)
 
 
 def forget() -> None:
-    """Drop every resolution: a mapping or a plugin changed.
-
-    What warm calls were using is resolved again at once, and only replaced: to compiled code, going
-    back to an earlier mapping then looks exactly as it did before.
-    """
-    for frame, table in drop():
-        table.publish(frame, again=True)
-
-
-def drop() -> list[tuple[Frame, Table]]:
-    """Drop every resolution, and return where warm calls were using one."""
+    """Drop every resolution: a mapping or a plugin changed."""
     global _generation
     with _lock:
         _generation += 1
         for table in _tables:
             table.clear()
-        published = [(frame, table) for frame in list(_frames) for table in _tables if table.fast in vars(frame)]
-        for frame, table in published:
-            delattr(frame, table.fast)
-    return published
+        for frame in list(_frames):
+            frame.tables.clear()
+            for name in frame.published:
+                delattr(frame, name)
+            frame.published.clear()

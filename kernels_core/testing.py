@@ -142,6 +142,6 @@ def hook_recorder(isolated_plugins: PluginManager) -> Iterator[HookRecorder]:
 
 def _start_anew() -> None:
     """Forget what was resolved, loaded and warned about, without resolving anything again."""
-    scope.drop()
+    scope.forget()
     resolver._said.clear()
     resolver._loads = resolver._Loads()

@@ -7,6 +7,7 @@ places to say one: an open `use_kernel_mapping` scope, `register_kernel_mapping`
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -150,10 +151,15 @@ def parse_mapping(mapping: KernelMapping, *, inherit: bool = True) -> Level:
         sources[name] = {
             (device, mode): chosen
             for key, value in devices.items()
-            for device in [key if isinstance(key, Device) else Device(key)]
+            for device in [key if isinstance(key, Device) else _device(key)]
             for mode, chosen in _modes(value, f"layer {name!r}, device {device.type!r}")
         }
     return Level(sources, inherit)
+
+
+@functools.cache
+def _device(name: str) -> Device:
+    return Device(name)
 
 
 def _modes(value: object, where: str) -> Iterator[tuple[Mode, tuple[object, ...]]]:
