@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from typing import Any, Generic, cast
 
 import torch
 
@@ -31,6 +31,7 @@ _BENIGN = {
     "__weakref__",
     "forward",
 }
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _BY_NAME = (inspect.Parameter.KEYWORD_ONLY,)
 
 
@@ -62,10 +63,11 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
         return reason
     forward: Any = cast(Any, kernel).forward if isinstance(kernel, type) else kernel
     try:
+        ours = layer.signature
         theirs = call_signature(forward, drop_self=isinstance(kernel, type))
     except (TypeError, ValueError) as error:
-        return f"its signature cannot be read ({error}), so it cannot be compared with {layer.signature}"
-    return _check_signature(layer.signature, theirs)
+        return f"signatures cannot be compared: {error}"
+    return _check_signature(ours, theirs, as_called=_passes_on(layer))
 
 
 def _check_class(kernel: type[Any]) -> str | None:
@@ -75,7 +77,7 @@ def _check_class(kernel: type[Any]) -> str | None:
         return f"{kernel.__qualname__} has a constructor of its own, which would never run"
     if kernel.forward is torch.nn.Module.forward:
         return f"{kernel.__qualname__} has no forward"
-    own = [base for base in kernel.__mro__ if base not in torch.nn.Module.__mro__]
+    own = [base for base in kernel.__mro__ if base not in torch.nn.Module.__mro__ and base is not Generic]
     extra = sorted({name for base in own for name in vars(base)} - _DECLARATIONS - _BENIGN)
     if extra:
         return (
@@ -85,8 +87,13 @@ def _check_class(kernel: type[Any]) -> str | None:
     return None
 
 
-def _check_signature(ours: inspect.Signature, theirs: inspect.Signature) -> str | None:
-    if _shape(ours) == _shape(theirs):
+def _passes_on(layer: Layer) -> bool:
+    """Whether the reference shows another signature than it has, as a decorator with *args does."""
+    return inspect.signature(layer.reference) != inspect.signature(layer.reference, follow_wrapped=False)
+
+
+def _check_signature(ours: inspect.Signature, theirs: inspect.Signature, *, as_called: bool = False) -> str | None:
+    if _shape(ours) == _shape(theirs) and not (as_called and _names(ours) != _names(theirs)):
         return None
     return (
         "its forward takes other parameters than this layer's\n"
@@ -101,6 +108,11 @@ def _shape(signature: inspect.Signature) -> list[tuple[object, str]]:
         ((p.kind, p.name if p.kind in _BY_NAME else "") for p in signature.parameters.values()),
         key=lambda item: (item[0], item[1]),
     )
+
+
+def _names(signature: inspect.Signature) -> list[tuple[str, bool]]:
+    """What must be equal, too, where arguments reach the kernel as the caller wrote them."""
+    return [(p.name, p.default is p.empty) for p in signature.parameters.values() if p.kind not in _VARIABLE]
 
 
 def _bare(signature: inspect.Signature) -> str:

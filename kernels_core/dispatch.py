@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx.proxy import TraceError
 
 from .layer import Layer
@@ -145,9 +146,8 @@ class _Dispatcher:
         if resolving.get():  # a plugin calls a decorated layer: no recursion, and no lock to wait for
             return self.layer.reference
         with self._busy:  # eight threads, one resolution
-            known = getattr(frame, name, None)
-            if known is not None:
-                return known
+            if name in frame.published:
+                return cast(Forward, getattr(frame, name))
             before = ready()
             forward = resolve(frame)
             publish(frame, name, forward, before)
@@ -242,7 +242,8 @@ class _Dispatcher:
         names: list[str] = []
         body = [f"_kernel = {cold}"]
         if first is not None:
-            cpu = f"_kernel = _kernels_frame(_kernels_root).{self._name(torch.device('cpu'))} if {first}.is_cpu else {cold}"
+            host = self._name(torch.device("cpu"))
+            cpu = f"_kernel = _kernels_frame(_kernels_root).{host} if {first}.is_cpu else {cold}"
             body = ["try:", f"    {cpu}", "except _kernels_absent:", f"    _kernel = {cold}"]
         if first is not None and _ACCELERATOR is not None:
             names = [self._name(torch.device(_ACCELERATOR, index)) for index in range(_MAX_SHORT_INDEX)]
@@ -405,7 +406,13 @@ def find_device(module: torch.nn.Module | None, values: Iterable[Any]) -> torch.
 
 
 def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
-    """Whether autograd has something to record in a call: an argument or parameter that requires grad."""
+    """Whether autograd has something to record in a call.
+
+    An argument, or a parameter, buffer or other tensor of the module that requires grad; or
+    forward-mode differentiation.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     for value in values:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
         for item in inner:
@@ -415,8 +422,12 @@ def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> b
 
 
 def _has_trainable(module: torch.nn.Module) -> bool:
-    """Whether a parameter requires grad; asks the dictionaries, for `parameters()` takes microseconds."""
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.requires_grad:
-            return True
+    """Whether a tensor of a module requires grad; asks the dictionaries, for `parameters()` takes microseconds.
+
+    Some wrappers keep weights as plain attributes, so these count.
+    """
+    for tensors in (module._parameters, module._buffers, module.__dict__):
+        for tensor in tensors.values():
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                return True
     return any(_has_trainable(child) for child in module._modules.values() if child is not None)

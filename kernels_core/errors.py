@@ -24,8 +24,9 @@ Of the kinds of `ResolutionError`, a call raises `NoKernelError` alone; the othe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .request import LayerRequest, Refusal
@@ -62,6 +63,10 @@ class PluginError(KernelsError):
         """Say what is wrong with which plugin."""
         super().__init__(message)
         self.plugin = plugin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive a trip between processes: the constructor takes a keyword."""
+        return functools.partial(type(self), plugin=self.plugin), self.args
 
 
 class PluginLoadError(PluginError):

@@ -4,8 +4,7 @@ Mark an implementation with `hookimpl`. It may take any of the listed arguments,
 kind of hook each one is stands in its card: *first result* (the first that answers decides),
 *collect* (all answers count), *veto* (a reason refuses, None lets pass), *tell* (no answer).
 An exception in a hook names the plugin and does not stop the others: it refuses the candidate
-(*veto*, `kernels_load_layer`), stands among the refusals (`kernels_find_candidates`), or is warned of
-once (all others; `KERNELS_STRICT=1` raises it).
+(*veto*, `kernels_load_layer`), or is warned of once (all others; `KERNELS_STRICT=1` raises it).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from . import hookspecs
 from .environment import plugin_choice, strict
 from .errors import ArgumentError, KernelsWarning, PluginConflictError, PluginError, PluginLoadError
 from .hookspecs import PROJECT
-from .request import Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
+from .request import TIERS, Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
 
 if TYPE_CHECKING:
     import importlib_metadata
@@ -59,6 +59,7 @@ class PluginManager:
         self._pluggy.add_hookspecs(hookspecs)
         self._originals: dict[str, object] = {}
         self._discovered = not discover
+        self._scanning = False
         self._discovering = threading.RLock()
         self._reported: set[str] = set()
         self.on_change: list[Callable[[], None]] = []
@@ -127,22 +128,30 @@ class PluginManager:
         if self._discovered:
             return
         with self._discovering:
-            if self._discovered:
+            if self._discovered or self._scanning:  # scanning: a plugin dispatches while it is imported
                 return
-            self._discovered = True  # first, so that a plugin that dispatches while imported does not recurse
-            allowed, blocked = plugin_choice()
-            found = self._unique(_entry_points())
-            for unknown in sorted(((allowed or frozenset()) | blocked) - found.keys()):
-                self.report(
-                    PluginLoadError(
-                        f"KERNELS_PLUGINS names {unknown!r}, which no installed distribution offers: "
-                        f"there are {', '.join(sorted(found)) or 'none'}.",
-                        plugin=unknown,
-                    )
+            self._scanning = True
+            try:
+                self._scan()
+                self._discovered = True  # other threads wait until now
+            finally:
+                self._scanning = False
+
+    def _scan(self) -> None:
+        """Load what entry points offer and `KERNELS_PLUGINS` allows."""
+        allowed, blocked = plugin_choice()
+        found = self._unique(_entry_points())
+        for unknown in sorted(((allowed or frozenset()) | blocked) - found.keys()):
+            self.report(
+                PluginLoadError(
+                    f"KERNELS_PLUGINS names {unknown!r}, which no installed distribution offers: "
+                    f"there are {', '.join(sorted(found)) or 'none'}.",
+                    plugin=unknown,
                 )
-            for name, entry_point in sorted(found.items()):
-                if name not in blocked and (allowed is None or name in allowed):
-                    self._load(name, entry_point)
+            )
+        for name, entry_point in sorted(found.items()):
+            if name not in self._originals and name not in blocked and (allowed is None or name in allowed):
+                self._load(name, entry_point)
 
     def _unique(
         self, entry_points: Iterable[importlib_metadata.EntryPoint]
@@ -169,7 +178,7 @@ class PluginManager:
             self.register(entry_point.load(), name)
         except PluginError as error:
             self.report(error)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fault = PluginLoadError(
                 f"Plugin {name!r} of distribution {_distribution(entry_point)!r} cannot be imported from "
                 f"{entry_point.value!r}: {type(error).__name__}: {error}. Mend or uninstall it, or block it "
@@ -214,15 +223,20 @@ class PluginManager:
                 reason = str(error)
             if hook in _VETO:
                 return reason
-            if hook == "kernels_find_candidates":
-                return [Refusal(reason, plugin=name, error=error)]
             self.report(error)
-            return None
+            return [Refusal(reason, plugin=name, error=error)] if hook == "kernels_find_candidates" else None
 
         return guarded
 
     def _guard_wrapper(self, hook: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a wrapper: where it raises by itself, the wrapped answer stands."""
+
+        def failed(raised: Exception, answer: Any) -> Any:
+            fault = raised if isinstance(raised, PluginError) else self._raised(hook, name, raised)
+            if hook in _VETO:  # a policy that fails stops
+                return [*answer, str(fault)]
+            self.report(fault)
+            return answer
 
         @wraps(function)
         def guarded(*args: Any) -> Any:
@@ -230,8 +244,7 @@ class PluginManager:
             try:
                 next(generator)
             except Exception as raised:
-                self.report(self._raised(hook, name, raised))
-                return (yield)
+                return failed(raised, (yield))
             inner: BaseException | None = None
             answer: Any = None
             try:
@@ -241,13 +254,17 @@ class PluginManager:
             try:
                 if inner is None:
                     generator.send(answer)
+                    raise RuntimeError("a wrapper yields once, this one did twice")
                 else:
                     generator.throw(inner)
             except StopIteration as stop:
-                return stop.value
+                fault = _wrapped_fault(hook, name, stop.value)
+                return stop.value if fault is None else failed(fault, answer)
             except BaseException as raised:
                 if raised is inner or not isinstance(raised, Exception):
                     raise
+                if inner is None:
+                    return failed(raised, answer)
                 self.report(self._raised(hook, name, raised))
             if inner is not None:
                 raise inner
@@ -348,6 +365,13 @@ def _checked_hooks(plugin: object, name: str) -> dict[str, Callable[..., Any]]:
                 plugin=name,
             )
         if marked and callable(function):
+            options = getattr(function, f"{PROJECT}_impl")
+            if options.get("hookwrapper"):
+                raise PluginLoadError(
+                    f"Plugin {name!r}: {attribute} is an old hookwrapper: use wrapper=True.", plugin=name
+                )
+            if options.get("wrapper") and not inspect.isgeneratorfunction(function):
+                raise PluginLoadError(f"Plugin {name!r}: {attribute} is a wrapper without a yield.", plugin=name)
             _check_arguments(attribute, function, name)
             hooks[attribute] = function
     if not hooks:
@@ -387,11 +411,28 @@ def _attributed(hook: str, name: str, priority: int, answer: Any) -> Any:
     return _checked_answer(hook, name, answer)
 
 
+def _rankable(item: object) -> bool:
+    """Whether an offer is a candidate that has a place among the others."""
+    return isinstance(item, Candidate) and item.tier in TIERS and type(item.priority) is int
+
+
+def _wrapped_fault(hook: str, name: str, answer: Any) -> PluginError | None:
+    """What is wrong with the answer of a wrapper, which is that of the whole call."""
+    expected = {"kernels_resolve_forward": Resolution}.get(hook, list)
+    if hook == "kernels_load_layer" or isinstance(answer, expected):
+        return None
+    return PluginError(
+        f"Plugin {name!r}: its wrapper of {hook} returned {answer!r}, not a {expected.__name__}: "
+        "return what yield gave, or another of its kind.",
+        plugin=name,
+    )
+
+
 _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "kernels_resolve_forward": ("a Resolution or None", lambda a: isinstance(a, Resolution)),
     "kernels_find_candidates": (
         "a sequence of Candidate or None",
-        lambda a: isinstance(a, Sequence) and all(isinstance(item, Candidate) for item in a),
+        lambda a: isinstance(a, Sequence) and all(map(_rankable, a)),
     ),
     "kernels_authorize": ("None or a reason (a string)", lambda a: isinstance(a, str)),
     "kernels_check_layer": ("None or a reason (a string)", lambda a: isinstance(a, str)),

@@ -202,6 +202,8 @@ def _ask(request: LayerRequest) -> Resolution:
 def _announce(resolution: Resolution) -> None:
     """Tell plugins and, once for each reason, the user."""
     for refusal in resolution.refusals:
+        if refusal.candidate is None:  # the plugin's fault, and reported as that
+            continue
         subject = f"{resolution.request.layer_name}: {refusal}"
         if subject not in _said and not must_raise(resolution):
             _said.add(subject)

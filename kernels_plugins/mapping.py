@@ -249,5 +249,6 @@ def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | L
         return source
     load = getattr(source, "load", None)
     if callable(load):
-        return LoadedLayer(load(), source_label(source))
+        loaded = load()
+        return loaded if isinstance(loaded, LoadedLayer) else LoadedLayer(loaded, source_label(source))
     return source if callable(source) else None

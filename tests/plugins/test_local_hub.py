@@ -56,9 +56,7 @@ def kernels(local_hub: LocalHub) -> Repository:
 def fetch(local_hub: LocalHub, path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
     """Send one plain request, for what the client does not show."""
     connection = http.client.HTTPConnection(urlsplit(local_hub.url).netloc, timeout=5)
-    connection.request(
-        "GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()}
-    )
+    connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
     response = connection.getresponse()
     body = response.read()
     connection.close()
@@ -193,9 +191,7 @@ def test_tree(api: HfApi, kernels: Repository) -> None:
     everything = api.list_repo_tree("acme/kernels", repo_type="kernel", recursive=True)
     assert [entry.path for entry in everything] == ["README.md", "build", "build/torch-universal", LAYERS]
     level = list(api.list_repo_tree("acme/kernels", "build", repo_type="kernel"))
-    assert [(type(entry).__name__, entry.path) for entry in level] == [
-        ("RepoFolder", "build/torch-universal")
-    ]
+    assert [(type(entry).__name__, entry.path) for entry in level] == [("RepoFolder", "build/torch-universal")]
     nested = api.list_repo_tree("acme/kernels", "build/torch-universal", repo_type="kernel")
     assert [entry.path for entry in nested] == [LAYERS]
     with pytest.raises(EntryNotFoundError):
@@ -251,9 +247,7 @@ def test_large_files(api: HfApi, local_hub: LocalHub, kernels: Repository) -> No
     ("wanted", "status", "part"),
     [("bytes=1-2", 206, b"el"), ("bytes=3-", 206, b"lo"), ("bytes=-2", 206, b"lo"), ("bytes=9-", 416, None)],
 )
-def test_ranges(
-    local_hub: LocalHub, kernels: Repository, wanted: str, status: int, part: bytes | None
-) -> None:
+def test_ranges(local_hub: LocalHub, kernels: Repository, wanted: str, status: int, part: bytes | None) -> None:
     """A part of a file is served as such, and one past its end is refused with its size."""
     response, body = fetch(local_hub, "/kernels/acme/kernels/resolve/main/README.md", Range=wanted)
     assert response.status == status

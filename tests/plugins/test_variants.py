@@ -29,9 +29,7 @@ PARSED = {
     "torch213-cu130-aarch64-linux": Variant("torch", "cuda", (2, 13), None, (13, 0), "aarch64", "linux"),
     "torch29-cxx11-cpu-x86_64-linux": Variant("torch", "cpu", (2, 9), True, None, "x86_64", "linux"),
     "torch28-cxx11-rocm63-x86_64-linux": Variant("torch", "rocm", (2, 8), True, (6, 3), "x86_64", "linux"),
-    "torch29-cxx11-xpu20252-x86_64-linux": Variant(
-        "torch", "xpu", (2, 9), True, (2025, 2), "x86_64", "linux"
-    ),
+    "torch29-cxx11-xpu20252-x86_64-linux": Variant("torch", "xpu", (2, 9), True, (2025, 2), "x86_64", "linux"),
     "torch29-cxx11-cann85-aarch64-linux": Variant("torch", "npu", (2, 9), True, (8, 5), "aarch64", "linux"),
     "torch29-metal-aarch64-darwin": Variant("torch", "metal", (2, 9), None, None, "aarch64", "darwin"),
     "torch29-cu128-x86_64-windows": Variant("torch", "cuda", (2, 9), None, (12, 8), "x86_64", "windows"),
@@ -223,9 +221,7 @@ def test_a_name_survives_its_variant(name: str) -> None:
 
 
 @pytest.mark.parametrize(("machine", "name", "needs", "has"), REJECTED)
-def test_a_reason_says_what_is_needed_and_what_is_there(
-    machine: Machine, name: str, needs: str, has: str
-) -> None:
+def test_a_reason_says_what_is_needed_and_what_is_there(machine: Machine, name: str, needs: str, has: str) -> None:
     """A variant that does not fit is rejected for exactly what it lacks."""
     reason = f"built for {needs}, this machine has {has}"
     assert choose_variants([name], machine).rejected == ((name, reason),)
@@ -263,9 +259,7 @@ def test_every_name_is_accepted_or_rejected(names: list[str], machine: Machine) 
 
 
 @given(st.data(), folders, machines)
-def test_the_order_of_the_folders_does_not_matter(
-    data: st.DataObject, names: list[str], machine: Machine
-) -> None:
+def test_the_order_of_the_folders_does_not_matter(data: st.DataObject, names: list[str], machine: Machine) -> None:
     """The same folders listed in another order, or twice, give the same choice."""
     shuffled = data.draw(st.permutations(names + names[:1]))
     assert choose_variants(shuffled, machine) == choose_variants(names, machine)
