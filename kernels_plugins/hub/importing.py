@@ -1,7 +1,8 @@
 """Verified bytes to a uniquely named module, to a layer.
 
-A kernel is imported from the bytes that were checked, not from whatever lies on disk a moment
-later; byte code is neither read nor written. Its module name is unique per content, so that two
+Python source is run from the bytes that were checked, not from whatever lies on disk a moment later,
+and byte code is neither read nor written. Extension modules, and files that a kernel opens itself, are
+read from disk, where they were checked just before. The module's name is unique per content, so that two
 revisions live side by side.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -99,7 +101,7 @@ def _spec(name: str, loader: Loader, file: str, is_package: bool) -> ModuleSpec:
     spec = ModuleSpec(name, loader, origin=file, is_package=is_package)
     spec.has_location = True
     if is_package:
-        spec.submodule_search_locations = [str(file).rsplit("/", 1)[0]]
+        spec.submodule_search_locations = [os.path.dirname(file)]
     return spec
 
 

@@ -64,7 +64,7 @@ def parse_metadata(content: bytes) -> Metadata:
         >>> parse_metadata(b'{"id": "x"}')
         Traceback (most recent call last):
         ...
-        kernels_core.errors.LoadError: metadata.json is incomplete: name is missing. Rebuild the kernel.
+        kernels_core.errors.LoadError: metadata.json is incomplete: backend is missing. Rebuild the kernel.
     """
     try:
         data = json.loads(content)

@@ -6,6 +6,7 @@ machine; its files; their digests; import of the bytes that were checked; the la
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -67,9 +68,9 @@ def load_local(source: LocalLayerRepository) -> LoadedLayer:
         ResolutionError: One of its kinds, naming folder, variant and what to do.
     """
     with _named(str(source.repo_path)):
-        if not source.repo_path.is_dir():
+        if not source.path.is_dir():
             raise LoadError("there is no such folder: check the path")
-        folder = _local_variant(source.repo_path)
+        folder = _local_variant(source.path)
     with _named(f"{source.repo_path}, variant {folder.name}"):
         variant = as_variant(folder, read_files(folder))
         digest = check_digest(variant)
@@ -80,8 +81,26 @@ def load_local(source: LocalLayerRepository) -> LoadedLayer:
 # --- Steps ---------------------------------------------------------------------------------------
 
 
+_pinning = threading.Lock()
+_pins: dict[tuple[str, str], Pin] = {}
+"""What the Hub said in this process: the layers of one model come from one commit, whatever is pushed meanwhile."""
+
+
 def _pin(source: LayerRepository) -> tuple[Pin, str]:
-    """Return the commit of a revision and how it is known; asks the Hub at most once."""
+    """Return the commit of a revision and how it is known; asks the Hub at most once in a process."""
+    from . import download
+
+    key = (str(download.cache_folder(source.repo_id, download.REPO_TYPES[0])), source.wanted)
+    with _pinning:
+        if key not in _pins:
+            pin, how = _find_pin(source)
+            if how != "from the Hub":
+                return pin, how
+            _pins[key] = pin
+        return _pins[key], "from the Hub"
+
+
+def _find_pin(source: LayerRepository) -> tuple[Pin, str]:
     from . import download
 
     known = download.notes(source.repo_id).pin(source.wanted)

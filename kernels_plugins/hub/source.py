@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class LayerRepository:
     layer_name: str = field(kw_only=True)
     revision: str | None = field(default=None, kw_only=True)
     version: int | None = field(default=None, kw_only=True)
-    trust_remote_code: bool | tuple[str, ...] = field(default=False, kw_only=True)
+    trust_remote_code: bool | Sequence[str] = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse what names no repository."""
@@ -98,11 +99,11 @@ class LocalLayerRepository:
         ArgumentTypeError: If an argument has the wrong type.
 
     Example:
-        >>> LocalLayerRepository("kernels/activation", layer_name="SiluAndMul").repo_path.name
-        'activation'
+        >>> LocalLayerRepository("kernels/activation", layer_name="SiluAndMul")
+        LocalLayerRepository('kernels/activation', layer_name='SiluAndMul')
     """
 
-    repo_path: Path
+    repo_path: str | Path
     layer_name: str = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -111,6 +112,11 @@ class LocalLayerRepository:
             raise ArgumentTypeError(f"repo_path is a path, not {self.repo_path!r}.")
         _expect(self.layer_name, str, "layer_name")
         object.__setattr__(self, "repo_path", Path(self.repo_path))
+
+    @property
+    def path(self) -> Path:
+        """The folder as a `Path`."""
+        return Path(self.repo_path)
 
     def load(self) -> KernelLayer:
         """Check and import the layer; raises what the dispatcher would give as the reason."""

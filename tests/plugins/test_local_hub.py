@@ -502,7 +502,7 @@ def test_keep_alive_and_prompt_stop(tmp_path: Path, capfd: pytest.CaptureFixture
 def test_stop_and_start_again(api: HfApi, local_hub: LocalHub, kernels: Repository) -> None:
     """A Hub that comes back listens where it did, with what it had."""
     local_hub.stop()
-    with pytest.raises(Exception, match="[Cc]onnection refused"):
+    with pytest.raises(Exception, match=r"[Cc]onnection refused"):
         api.kernel_info("acme/kernels")
     local_hub.start()
     assert api.kernel_info("acme/kernels").sha == kernels.head()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import platform
 import random
 from dataclasses import replace
@@ -269,7 +270,7 @@ def test_the_order_of_the_folders_does_not_matter(data: st.DataObject, names: li
 def test_the_order_of_two_variants_is_always_the_same(names: list[str], machine: Machine) -> None:
     """Of two accepted variants the better one leads, whatever else the repository holds."""
     accepted = choose_variants(names, machine).accepted
-    for better, worse in zip(accepted, accepted[1:], strict=False):
+    for better, worse in itertools.pairwise(accepted):
         assert choose_variants([str(worse), str(better)], machine).accepted == (better, worse)
 
 

@@ -71,7 +71,7 @@ assert_type(decorated_layer(RMSNorm), Layer)
 # --- Mappings ------------------------------------------------------------------------------------------
 
 repository = LayerRepository("acme/kernels", layer_name="RMSNorm", version=1, trust_remote_code=("acme/kernels",))
-local = LocalLayerRepository("kernels", layer_name="RMSNorm")  # type: ignore[arg-type]  # a str; see the notes
+local = LocalLayerRepository("kernels", layer_name="RMSNorm")
 hopper = Device("cuda", CUDAProperties(min_capability=90, max_capability=90))
 register_kernel_mapping({"RMSNorm": {"cuda": repository, hopper: {Mode.TRAINING: [repository, local]}}})
 register_kernel_mapping({"RMSNorm": Theirs})  # type: ignore[dict-item]
