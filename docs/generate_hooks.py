@@ -34,7 +34,10 @@ A plugin implements any of these hooks, with any of their arguments, by name. Ho
 | veto | A reason refuses; None lets pass. |
 | tell | No answer is wanted. |
 
-An exception in a hook is reported once, names the plugin, and does not stop the others. The examples need these names:
+An exception in a hook names the plugin and does not stop the others. In a veto, also in a wrapper of one, and in
+`kernels_load_layer`, it refuses the candidate. In any other hook it is warned of once, and `KERNELS_STRICT=1` raises it.
+
+The examples need these names:
 
 ```python
 from kernels_core import Candidate, hookimpl

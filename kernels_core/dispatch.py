@@ -9,7 +9,9 @@ def forward(self, x, eps=1e-6):
     if is_dynamo_compiling() or compiler._is_compiling_flag:
         return traced(self, (x, eps))(self, x, eps)
     try:
-        kernel = active_frame(root).layer7_cpu if x.is_cpu else cold(self, (x, eps))
+        kernel = active_frame().layer7_cpu
+        if not x.is_cpu:
+            kernel = cold(self, (x, eps))
     except absent:
         kernel = cold(self, (x, eps))
     return kernel(self, x, eps)
@@ -220,7 +222,7 @@ class _Dispatcher:
                 self._table(name, resolve)
             found = "_kernels_getattr(_kernels_root.active, _name)"
         else:
-            found = "(_kernels_getattr(_kernels_frame(_kernels_root), _name, None) or _kernels_published(_name))"
+            found = "(_kernels_getattr(_kernels_frame(), _name, None) or _kernels_published(_name))"
         records = f"_kernels_records({self._module}, {self._values})"
         if self._first is not None and self._first.isidentifier():  # quickly told, mostly
             records = f"(_kernels_getattr({self._first}, 'requires_grad', False) or {records})"
@@ -242,19 +244,22 @@ class _Dispatcher:
         names: list[str] = []
         body = [f"_kernel = {cold}"]
         if first is not None:
-            host = self._name(torch.device("cpu"))
-            cpu = f"_kernel = _kernels_frame(_kernels_root).{host} if {first}.is_cpu else {cold}"
-            body = ["try:", f"    {cpu}", "except _kernels_absent:", f"    _kernel = {cold}"]
-        if first is not None and _ACCELERATOR is not None:
-            names = [self._name(torch.device(_ACCELERATOR, index)) for index in range(_MAX_SHORT_INDEX)]
-            body[1:2] = [
-                f"    if {first}.is_{_ACCELERATOR}:",
-                f"        _kernel = (_kernels_frame(_kernels_root).{names[0]} if _kernels_root.one_accelerator",
-                "                   else _kernels_getattr(_kernels_frame(_kernels_root),",
-                f"                                         _kernels_names[{first}.get_device()]))",
-                "    else:",
-                f"        {cpu}",
+            host = [
+                f"_kernel = _kernels_frame().{self._name(torch.device('cpu'))}",
+                f"if not {first}.is_cpu:",
+                f"    _kernel = {cold}",
             ]
+            short = host
+            if _ACCELERATOR is not None:
+                names = [self._name(torch.device(_ACCELERATOR, index)) for index in range(_MAX_SHORT_INDEX)]
+                short = [
+                    f"if {first}.is_{_ACCELERATOR}:",
+                    f"    _kernel = (_kernels_frame().{names[0]} if _kernels_root.one_accelerator",
+                    f"               else _kernels_getattr(_kernels_frame(), _kernels_names[{first}.get_device()]))",
+                    "else:",
+                    *(f"    {line}" for line in host),
+                ]
+            body = ["try:", *(f"    {line}" for line in short), "except _kernels_absent:", f"    _kernel = {cold}"]
         lines = [
             *self._condition(),
             "if _kernels_dynamo() or _kernels_compiler._is_compiling_flag:",

@@ -20,8 +20,6 @@ Forward = Callable[..., Any]
 resolving: ContextVar[bool] = ContextVar("kernels_core_resolving", default=False)
 """Whether this thread or task is resolving a layer: decorated layers then run on their reference."""
 
-_current: ContextVar[Frame] = ContextVar("kernels_core_frame")
-
 
 class Frame:
     """One scope, entered under another: a node of the tree whose root is the whole process.
@@ -36,10 +34,8 @@ class Frame:
     one_accelerator = False
     """Whether the index of an accelerator is always 0; known once one is in use."""
 
-    # The getter is implemented in C, so Dynamo evaluates and guards this attribute instead of
-    # tracing into it. Called with the frame, `ContextVar.get` takes it as the default: `root.active`
-    # is `root` where no scope is open.
-    active = property(_current.get)
+    active: Any
+    """The innermost frame of this thread or task: `root.active`. Set below."""
 
     def __init__(self, payload: object, parent: Frame | None) -> None:
         self.payload = payload
@@ -61,8 +57,14 @@ class Frame:
 
 root = Frame(None, None)
 
+_current: ContextVar[Frame] = ContextVar("kernels_core_frame", default=root)
+
 active_frame = _current.get
-"""`active_frame(root)` is `root.active`, a little quicker, where Dynamo does not look."""
+"""Returns `root.active`, a little quicker, where Dynamo does not look."""
+
+# The getter is implemented in C, so Dynamo evaluates and guards this attribute instead of tracing
+# into it. (Called with an argument, `ContextVar.get` takes it as the default: here that is the root.)
+Frame.active = property(_current.get)
 
 _lock = threading.RLock()
 _tables: weakref.WeakSet[Table] = weakref.WeakSet()

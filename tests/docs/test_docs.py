@@ -30,7 +30,7 @@ import torch
 
 import kernels_core
 import kernels_plugins
-from kernels_core import PluginManager, errors, hookimpl, hookspecs
+from kernels_core import PluginManager, dispatch, errors, hookimpl, hookspecs, use_kernel_forward_from_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -133,6 +133,19 @@ def test_examples_of_a_page_run_and_print_what_it_shows(page: Path, tmp_path: Pa
         if shown is not None:
             matches = doctest.OutputChecker().check_output(shown.text, text, FLAGS)
             assert matches, f"{page.name}, line {block.line} prints:\n{text}\nthe page shows:\n{shown.text}"
+
+
+@pytest.mark.skipif(dispatch._ACCELERATOR is not None, reason="the page shows what a build for the CPU only generates")
+def test_the_generated_forward_is_the_one_on_the_page() -> None:
+    """path-of-a-call.md shows the source that the dispatcher generates."""
+
+    @use_kernel_forward_from_hub("Scale")
+    class Scale(torch.nn.Module):
+        def forward(self, x: torch.Tensor, factor: float = 2.0) -> torch.Tensor:
+            return x * factor
+
+    source = inspect.getsource(Scale.forward.__code__)
+    assert re.sub(r"layer\d+", "layer0", source) in [block.text for block in read_blocks(DOCS / "path-of-a-call.md")]
 
 
 @pytest.mark.slow
