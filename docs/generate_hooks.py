@@ -35,7 +35,7 @@ A plugin implements any of these hooks, with any of their arguments, by name. Ho
 | tell | No answer is wanted. |
 
 An exception in a hook names the plugin and does not stop the others. In a veto, also in a wrapper of one, and in
-`kernels_load_layer`, it refuses the candidate. In any other hook it is warned of once, and `KERNELS_STRICT=1` raises it.
+`kernels_load_layer`, it refuses the candidate. In any other hook it is warned of once; `KERNELS_STRICT=1` raises it.
 
 The examples need these names:
 

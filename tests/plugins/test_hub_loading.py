@@ -224,6 +224,7 @@ def test_model_repository(local_hub: LocalHub, kernel_repository: Publish, monke
     assert served(scale("acme/older")) == 5
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     local_hub.add("acme/older", kernel_repository("acme/made", kernel(6)).files())
+    plugin._pins.clear()
     _start_anew()
     assert served(scale("acme/older")) == 6
 
@@ -432,12 +433,22 @@ def test_commit_in_another_process(
 
 
 def test_two_layers_of_one_repository(local_hub: LocalHub, kernel_repository: Publish) -> None:
-    """A second layer of a loaded repository costs the question for its commit, and no download."""
+    """A second layer of a loaded repository asks nothing: it comes from the commit of the first."""
     kernel_repository(layers=kernel(3) + kernel(4).replace("Scale", "Other"))
     assert served(scale()) == 3
     local_hub.forget()
     assert served(LayerRepository("acme/kernels", layer_name="Other", revision="main")) == 4
-    assert [request.path for request in local_hub.requests] == ["/api/kernels/acme/kernels/revision/main"]
+    assert local_hub.requests == []
+
+
+def test_a_push_between_two_layers(local_hub: LocalHub, kernel_repository: Publish) -> None:
+    """Both layers of a repository come from one commit, whatever is pushed between their first calls."""
+    source = kernel(3) + kernel(4).replace("Scale", "Other")
+    repository = kernel_repository(layers=source)
+    assert served(scale()) == 3
+    kernel_repository(layers=source.replace("x * 4", "x * 5"))
+    assert served(LayerRepository("acme/kernels", layer_name="Other", revision="main")) == 4
+    assert len(repository.commits) == 2  # the push was real
 
 
 def test_eight_threads(local_hub: LocalHub, kernel_repository: Publish) -> None:
