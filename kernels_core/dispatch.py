@@ -227,7 +227,8 @@ class _Dispatcher:
         if self._first is not None and self._first.isidentifier():  # quickly told, mostly
             records = f"(_kernels_getattr({self._first}, 'requires_grad', False) or {records})"
         lines = [
-            f"_name = {training!r} if _kernels_grad() and {records} else {inference!r}",
+            f"_records = _kernels_grad() and {records} or _kernels_forward_ad._current_level >= 0",
+            f"_name = {training!r} if _records else {inference!r}",
             f"return {found}({self._call})",
         ]
         self._selectors[inference] = self._generate(
@@ -283,6 +284,7 @@ class _Dispatcher:
             "_kernels_dynamo": torch.compiler.is_dynamo_compiling,
             "_kernels_compiler": torch.compiler,
             "_kernels_grad": torch.is_grad_enabled,
+            "_kernels_forward_ad": forward_ad,  # which no_grad does not switch off
             "_kernels_records": records_autograd,
             **names,
         }
@@ -381,7 +383,7 @@ def _parameters(reference: Forward) -> tuple[inspect.Parameter, ...] | None:
     except (TypeError, ValueError):
         return None
     parameters = tuple(signature.parameters.values())
-    taken = any(p.name.startswith("_kernel") or p.name == "_name" for p in parameters)
+    taken = any(p.name.startswith("_kernel") or p.name in ("_name", "_records") for p in parameters)
     return None if taken else parameters
 
 
@@ -411,13 +413,7 @@ def find_device(module: torch.nn.Module | None, values: Iterable[Any]) -> torch.
 
 
 def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
-    """Whether autograd has something to record in a call.
-
-    An argument, or a parameter, buffer or other tensor of the module that requires grad; or
-    forward-mode differentiation.
-    """
-    if forward_ad._current_level >= 0:
-        return True
+    """Whether an argument, or a parameter, buffer or other tensor of the module, requires grad."""
     for value in values:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
         for item in inner:
