@@ -12,7 +12,11 @@ from .mode import Mode
 from .request import KernelLayer, LayerRequest, attribute
 
 _DECLARATIONS = {"can_torch_compile", "has_backward"}
+BOUND = "_kernels_bound"
+"""Where a kernel class keeps the method that serves a function layer."""
+
 _BENIGN = {
+    BOUND,
     "__annotate__",
     "__annotate_func__",
     "__annotations__",
@@ -94,12 +98,27 @@ def _passes_on(layer: Layer) -> bool:
 
 def _check_signature(ours: inspect.Signature, theirs: inspect.Signature, *, as_called: bool = False) -> str | None:
     if _shape(ours) == _shape(theirs) and not (as_called and _names(ours) != _names(theirs)):
-        return None
+        return _check_order(ours, theirs)
     return (
         "its forward takes other parameters than this layer's\n"
         f"    layer:  {_bare(ours)}\n    kernel: {_bare(theirs)}\n"
         "  number and kinds must be equal (names, too, where arguments are passed by keyword only)"
     )
+
+
+def _check_order(ours: inspect.Signature, theirs: inspect.Signature) -> str | None:
+    """Arguments are passed by position: equal names in another order would be swapped in silence."""
+    mine, other = [name for name, _ in _names(ours)], [name for name, _ in _names(theirs)]
+    if mine != other and sorted(mine) == sorted(other) and _positional(ours) != _positional(theirs):
+        return (
+            "its forward takes the parameters of this layer's in another order\n"
+            f"    layer:  {_bare(ours)}\n    kernel: {_bare(theirs)}"
+        )
+    return None
+
+
+def _positional(signature: inspect.Signature) -> list[str]:
+    return [p.name for p in signature.parameters.values() if p.kind not in (*_VARIABLE, *_BY_NAME)]
 
 
 def _shape(signature: inspect.Signature) -> list[tuple[object, str]]:

@@ -40,7 +40,7 @@ from .layer import Layer
 from .mode import Mode
 from .request import Resolution
 from .resolver import decide, must_raise, no_kernel, ready, settle
-from .scope import Frame, Table, active_frame, publish, resolving, root
+from .scope import PATIENCE, Frame, Table, active_frame, publish, resolving, root, withdraw
 
 Forward = Callable[..., Any]
 
@@ -90,7 +90,7 @@ def make_forward(layer: Layer) -> Forward:
     dispatcher = _Dispatcher(layer)
     forward = dispatcher.forward()
     functools.update_wrapper(forward, layer.reference)
-    weakref.finalize(forward, dispatcher.discard).atexit = False
+    weakref.finalize(forward, _discard, dispatcher.names, dispatcher.files).atexit = False
     forward.__dict__["kernels_layer"] = layer
     return forward
 
@@ -100,6 +100,13 @@ def dispatched_layer(forward: object) -> Layer | None:
     layer = getattr(forward, "kernels_layer", None)
     code = getattr(forward, "__code__", None)
     return layer if isinstance(layer, Layer) and code is not None and code.co_filename == _file(layer) else None
+
+
+def _discard(names: set[str], files: set[str]) -> None:
+    """Give back what the process keeps for a layer that nobody can call any more."""
+    withdraw(names)
+    for file in files:
+        linecache.cache.pop(file, None)
 
 
 class _Dispatcher:
@@ -112,11 +119,8 @@ class _Dispatcher:
         self._tables: dict[str, Table] = {}
         self._selectors: dict[str, Forward] = {}
         self._busy = threading.RLock()
-
-    def discard(self) -> None:
-        """Give back what the process keeps for the layer: nobody can call it any more."""
-        for table in self._tables.values():
-            table.discard()
+        self.names: set[str] = set()  # on frames, published or as tables
+        self.files: set[str] = set()  # of generated source
 
     def _name(self, device: torch.device) -> str:
         name = self._names.get(device)
@@ -147,13 +151,19 @@ class _Dispatcher:
             return known
         if resolving.get():  # a plugin calls a decorated layer: no recursion, and no lock to wait for
             return self.layer.reference
-        with self._busy:  # eight threads, one resolution
-            if name in frame.published:
-                return cast(Forward, getattr(frame, name))
+        if not self._busy.acquire(timeout=PATIENCE):
+            return self.layer.reference
+        try:  # eight threads, one resolution
+            known = getattr(frame, name, None)
+            if known is not None:
+                return cast(Forward, known)
             before = ready()
             forward = resolve(frame)
+            self.names.add(name)
             publish(frame, name, forward, before)
             return forward
+        finally:
+            self._busy.release()
 
     # --- Traced calls ---------------------------------------------------------------------------
 
@@ -183,6 +193,7 @@ class _Dispatcher:
         with self._busy:  # two tables of one name would each answer a part of the reads
             if name not in self._tables:
                 self._tables[name] = Table(name, self.layer.reference, resolve)
+                self.names.add(name)
         return name
 
     # --- Resolution -----------------------------------------------------------------------------
@@ -225,7 +236,7 @@ class _Dispatcher:
             found = "(_kernels_getattr(_kernels_frame(), _name, None) or _kernels_published(_name))"
         records = f"_kernels_records({self._module}, {self._values})"
         if self._first is not None and self._first.isidentifier():  # quickly told, mostly
-            records = f"(_kernels_getattr({self._first}, 'requires_grad', False) or {records})"
+            records = f"(_kernels_getattr({self._first}, 'requires_grad', False) is True or {records})"
         lines = [
             f"_records = _kernels_grad() and {records} or _kernels_forward_ad._current_level >= 0",
             f"_name = {training!r} if _records else {inference!r}",
@@ -290,8 +301,9 @@ class _Dispatcher:
         }
         file = _file(self.layer, function)
         exec(compile(source, file, "exec"), scope)
+        self.files.add(file)
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-        generated: Forward = scope[function]
+        generated: Forward = scope.pop(function)  # Dynamo may keep the namespace: not the function with it
         if self._parameters is not None:
             generated.__defaults__ = tuple(
                 p.default for p in self._parameters if p.kind is not p.KEYWORD_ONLY and p.default is not p.empty

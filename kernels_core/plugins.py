@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import typer
 
 ENTRY_POINT_GROUP = "kernels_core"
+PATIENCE = 60.0
+"""Seconds to wait for another thread that looks for plugins."""
+
 _VETO = ("kernels_authorize", "kernels_check_layer")
 _HOOKS: dict[str, tuple[str, ...]] = {
     name: tuple(inspect.signature(spec).parameters)
@@ -127,7 +130,9 @@ class PluginManager:
     def _discover(self) -> None:
         if self._discovered:
             return
-        with self._discovering:
+        if not self._discovering.acquire(timeout=PATIENCE):
+            return  # the thread that scans may wait for an import that this one is in: go on with what is there
+        try:
             if self._discovered or self._scanning:  # scanning: a plugin dispatches while it is imported
                 return
             self._scanning = True
@@ -136,6 +141,8 @@ class PluginManager:
                 self._discovered = True  # other threads wait until now
             finally:
                 self._scanning = False
+        finally:
+            self._discovering.release()
 
     def _scan(self) -> None:
         """Load what entry points offer and `KERNELS_PLUGINS` allows."""
@@ -195,9 +202,9 @@ class PluginManager:
         if strict():
             raise fault
         if str(fault) not in self._reported:
+            warnings.warn(str(fault), KernelsWarning, stacklevel=2)
             self._reported.add(str(fault))
             self.faults.append(fault)
-            warnings.warn(str(fault), KernelsWarning, stacklevel=2)
 
     def _raised(self, hook: str, name: str, error: Exception) -> PluginError:
         fault = PluginError(f"Plugin {name!r} raised in {hook}: {type(error).__name__}: {error}.", plugin=name)

@@ -163,6 +163,8 @@ def source_label(source: object) -> str:
     """Name a source in one line: a class or function by its place, anything else by its repr."""
     if isinstance(source, type | types.FunctionType | types.BuiltinFunctionType):
         return f"{source.__module__}.{source.__qualname__}"
+    if type(source).__repr__ is object.__repr__:  # an address would make each object a new story
+        return f"<{type(source).__module__}.{type(source).__qualname__} object>"
     return repr(source)
 
 

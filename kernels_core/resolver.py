@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from . import scope
-from .contract import check_contract, check_mode
+from .contract import BOUND, check_contract, check_mode
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
 from .errors import (
@@ -47,6 +47,7 @@ from .request import (
 from .scope import Frame
 
 _said: set[str] = set()
+_saying = threading.RLock()
 
 
 def resolve(
@@ -201,18 +202,23 @@ def _ask(request: LayerRequest) -> Resolution:
 
 def _announce(resolution: Resolution) -> None:
     """Tell plugins and, once for each reason, the user."""
-    for refusal in resolution.refusals:
-        if refusal.candidate is None:  # the plugin's fault, and reported as that
-            continue
-        subject = f"{resolution.request.layer_name}: {refusal}"
-        if subject not in _said and not must_raise(resolution):
-            _said.add(subject)
-            warnings.warn(
-                f"A kernel for {resolution.subject} is not used, {resolution.origin} runs instead: {refusal}",
-                KernelsWarning,
-                stacklevel=2,
-            )
     plugin_manager().resolved(resolution)
+    for refusal in resolution.refusals:
+        if refusal.candidate is None or must_raise(resolution):  # the plugin's fault and reported, or about to raise
+            continue
+        _warn_once(
+            f"{resolution.request.layer_name}: {refusal}",
+            f"A kernel for {resolution.subject} is not used, {resolution.origin} runs instead: {refusal}",
+        )
+
+
+def _warn_once(key: str, message: str) -> None:
+    """Warn, unless that was done; where warnings are errors, each attempt raises."""
+    with _saying:
+        if key in _said:
+            return
+        warnings.warn(message, KernelsWarning, stacklevel=2)
+        _said.add(key)
 
 
 # --- The core's own answer -----------------------------------------------------------------------
@@ -242,18 +248,13 @@ def _ranked(request: LayerRequest) -> tuple[list[Candidate], list[Refusal]]:
     offers = {c.plugin for c in candidates if best and c.tier == best.tier == "plugin" and c.priority == best.priority}
     if len(offers) > 1:
         first, *others = sorted(offers)
-        _tie(
+        message = (
             f"Plugins {', '.join(sorted(offers))} offer kernels for layer {request.layer_name!r} with equal "
             f"priority: {first!r} goes first, by name. Give one of them a larger kernels_priority, block one "
             f"with KERNELS_PLUGINS=-{others[0]}, or register the one that you want."
         )
+        _warn_once(message, message)
     return candidates, refusals
-
-
-def _tie(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, KernelsWarning, stacklevel=2)
 
 
 def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refusal:
@@ -307,19 +308,23 @@ class _Loads:
         self._lock = threading.Lock()
         self._weak: weakref.WeakKeyDictionary[object, _Load] = weakref.WeakKeyDictionary()
         self._strong: dict[object, tuple[object, _Load]] = {}
-        self._bound: weakref.WeakKeyDictionary[type, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
     def load(self, request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
         source = candidate.source
         if isinstance(source, type | types.FunctionType):  # nothing to fetch, nothing to remember
             return self._load(request, source)
         load = self._find(source)
-        with load.lock:
+        waited = load.lock.acquire(timeout=scope.PATIENCE)
+        try:
             if load.outcome is None:
                 load.outcome = self._load(request, source)
                 if isinstance(load.outcome, Exception):
                     plugin_manager().kernel_failed(request, candidate, load.outcome)
+                    _strip(load.outcome)
             return load.outcome
+        finally:
+            if waited:
+                load.lock.release()
 
     def _find(self, source: object) -> _Load:
         with self._lock:
@@ -348,8 +353,11 @@ class _Loads:
         forward: Callable[..., Any] = cast(Any, layer).forward
         if request.layer is None or not request.layer.is_function:
             return forward
-        with self._lock:  # a function has no module: lend it an empty one
-            return self._bound.setdefault(layer, types.MethodType(forward, layer()))
+        # A function has no module: lend it an empty one, kept on the class so that it goes with it.
+        with self._lock:
+            if BOUND not in vars(layer):
+                setattr(layer, BOUND, types.MethodType(forward, layer()))
+        return cast(Callable[..., Any], getattr(layer, BOUND))
 
     def forget_failures(self) -> None:
         """Let sources that failed be tried again."""
@@ -363,6 +371,13 @@ class _Loads:
 _loads = _Loads()
 
 
+def _strip(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error that is remembered: their frames would keep the source alive."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 def _identity(source: object) -> object:
     """Return a key for a source: equal values share one load."""
     try:
@@ -373,11 +388,15 @@ def _identity(source: object) -> object:
 
 
 def _outside_of_tracing() -> contextlib.AbstractContextManager[object]:
-    """Leave dispatch modes such as that of `torch.export`, so that modules can make real tensors."""
+    """Leave modes such as that of `torch.export`, so that kernels can make real tensors when imported."""
     import torch.utils._python_dispatch as dispatch
 
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch._C.DisableTorchFunction())  # such as that of `with torch.device(...)`
     leave = getattr(dispatch, "_disable_current_modes", None)
-    return leave() if leave is not None else contextlib.nullcontext()
+    if leave is not None:
+        stack.enter_context(leave())
+    return stack
 
 
 def forget() -> None:

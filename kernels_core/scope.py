@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,12 @@ from typing import Any
 from .errors import ScopeError
 
 Forward = Callable[..., Any]
+
+PATIENCE = 60.0
+"""Seconds to wait for another thread that resolves or loads the same.
+
+Such a thread may itself wait for an import that this thread is in the middle of, which nobody could
+tell from a long download: after this time, calls go on without it."""
 
 resolving: ContextVar[bool] = ContextVar("kernels_core_resolving", default=False)
 """Whether this thread or task is resolving a layer: decorated layers then run on their reference."""
@@ -135,7 +141,7 @@ def _drop(reference: weakref.ref[Frame]) -> None:
             frame.finalizer.detach()
         for child in list(frame.children.values()):
             _drop(weakref.ref(child))
-        for table in frame.tables:
+        for table in list(frame.tables):
             table.pop(frame, None)
 
 
@@ -167,7 +173,9 @@ class Table(dict[Frame, Forward]):
     def __missing__(self, frame: Frame) -> Forward:
         if resolving.get():  # a plugin calls a decorated layer: no recursion, and no lock to wait for
             return self._reference
-        with self._busy:
+        if not self._busy.acquire(timeout=PATIENCE):
+            return self._reference
+        try:
             known = self.get(frame)
             if known is not None:
                 return known
@@ -178,12 +186,8 @@ class Table(dict[Frame, Forward]):
                     self[frame] = forward
                     frame.tables.add(self)
             return forward
-
-    def discard(self) -> None:
-        """Take the property away: nobody can call the layer any more."""
-        with _lock:
-            delattr(Frame, self.name)
-            _tables.discard(self)
+        finally:
+            self._busy.release()
 
 
 def generation() -> int:
@@ -204,10 +208,27 @@ def forget() -> None:
     global _generation
     with _lock:
         _generation += 1
-        for table in _tables:
+        for table in list(_tables):  # a list: what is dropped here may be the last to refer to a layer
             table.clear()
         for frame in list(_frames):
             frame.tables.clear()
-            for name in frame.published:
-                delattr(frame, name)
-            frame.published.clear()
+            for name in list(frame.published):
+                unpublish(frame, name)
+
+
+def unpublish(frame: Frame, name: str) -> None:
+    """Take back what eager calls find under a name."""
+    with _lock:
+        if name in frame.published:
+            frame.published.discard(name)
+            delattr(frame, name)
+
+
+def withdraw(names: Iterable[str]) -> None:
+    """Take back names from all frames, published ones and tables: nobody can call the layer any more."""
+    with _lock:
+        for name in list(names):
+            for frame in list(_frames):
+                unpublish(frame, name)
+            if isinstance(vars(Frame).get(name), property):
+                delattr(Frame, name)

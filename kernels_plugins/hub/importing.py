@@ -116,7 +116,7 @@ def import_variant(variant: Variant) -> ModuleType:
     """
     name = f"kernel_{variant.metadata.python_name}_{variant.fingerprint[:16]}"
     with _importing:
-        if name in sys.modules:
+        if name in sys.modules and name in _finder.roots:
             return sys.modules[name]
         if _finder not in sys.meta_path:
             sys.meta_path.insert(0, _finder)  # the usual finders read from disk, byte code first
@@ -131,8 +131,9 @@ def import_variant(variant: Variant) -> ModuleType:
             return importlib.import_module(name)
         except BaseException as error:
             del _finder.roots[name]
-            for loaded in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
-                del sys.modules[loaded]
+            for loaded in list(sys.modules):  # another thread may import meanwhile
+                if loaded == name or loaded.startswith(f"{name}."):
+                    sys.modules.pop(loaded, None)
             if not isinstance(error, Exception | SystemExit):
                 raise
             raise LoadError(_import_problem(error, name)) from error

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import builtins
 import contextvars
+import importlib
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from kernels_core import Candidate, Mode, PluginManager, hookimpl, resolve, use_kernel_forward_from_hub
+from kernels_core import Candidate, Mode, PluginManager, dispatch, hookimpl, resolve, use_kernel_forward_from_hub
 from kernels_core.testing import HookRecorder
 from kernels_plugins.mapping import register_kernel_mapping, use_kernel_mapping
 
@@ -292,3 +296,32 @@ def test_decorating_in_threads() -> None:
             return float(made(X)[0])
 
     assert together([lambda n=n: work(n) for n in range(8)]) == list(range(8))  # type: ignore[misc]
+
+
+def test_import_that_calls_a_layer_which_another_thread_resolves(
+    make_layer: Make, make_kernel: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads that wait for each other, one for an import and one for a resolution, go on after a while."""
+    monkeypatch.setattr(dispatch, "PATIENCE", 0.5)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "calls_at_import.py").write_text(
+        "import builtins\nbuiltins._importing.set()\nbuiltins._loading.wait(5)\nbuiltins._call()\n"
+    )
+    layer, kernel, importing, loading = make_layer()(), make_kernel(10), threading.Event(), threading.Event()
+    for name, value in {"_importing": importing, "_loading": loading, "_call": lambda: layer(X)}.items():
+        monkeypatch.setattr(builtins, name, value, raising=False)
+
+    class Source:
+        def load(self) -> Any:
+            loading.set()
+            importlib.import_module("calls_at_import")
+            return kernel
+
+    def call() -> float:
+        importing.wait(5)
+        return float(layer(X)[0])
+
+    register_kernel_mapping({"Add": {"cpu": Source()}})
+    served, imported = together([call, lambda: importlib.import_module("calls_at_import")], seconds=15)
+    assert served == 10 and not isinstance(imported, BaseException)
+    sys.modules.pop("calls_at_import", None)
