@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.fx
 from measure import Row, compare
 from torch import nn
 
@@ -135,7 +136,7 @@ class Compiled:
 def _differences(ours: list[torch.fx.Graph], theirs: list[torch.fx.Graph]) -> tuple[int, int]:
     """Count the lines of a diff of two lists of nodes, and those among them that nothing uses."""
     nodes = [node for graph in ours for node in graph.nodes]
-    left, right = [_node(node) for node in nodes], [_node(node) for graph in theirs for node in graph.nodes]
+    left, right = ([line for graph in graphs for line in _lines(graph)] for graphs in (ours, theirs))
     different = dead = 0
     for change, low, high, other_low, other_high in difflib.SequenceMatcher(
         None, left, right, autojunk=False
@@ -146,5 +147,15 @@ def _differences(ours: list[torch.fx.Graph], theirs: list[torch.fx.Graph]) -> tu
     return different, dead
 
 
-def _node(node: torch.fx.Node) -> tuple[str, str, str, str]:
-    return node.op, str(node.target), str(node.args), str(node.kwargs)
+def _lines(graph: torch.fx.Graph) -> list[tuple[str, str, str, str]]:
+    """Describe each node, with nodes numbered: names of inputs differ between versions of Dynamo."""
+    number = {node: index for index, node in enumerate(graph.nodes)}
+    return [
+        (
+            node.op,
+            "" if node.op == "placeholder" else str(node.target),
+            str(torch.fx.node.map_arg(node.args, number.__getitem__)),
+            str(torch.fx.node.map_arg(node.kwargs, number.__getitem__)),
+        )
+        for node in graph.nodes
+    ]
