@@ -10,147 +10,34 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_scene import (
+    PROGRAM,
+    REFERENCE,
+    Outcome,
+    Publish,
+    _numbers,
+    cached,
+    call,
+    kernel,
+    new_process,
+    process,
+    scale,
+    served,
+)
 from huggingface_hub import constants
 
-from kernels_core import KernelsWarning, Mode, NoKernelError, Resolution, resolve, use_kernel_forward_from_hub
-from kernels_core.testing import _start_anew
+from kernels_core import NoKernelError, use_kernel_forward_from_hub
 from kernels_plugins import LayerRepository, register_kernel_mapping
-from kernels_plugins.hub import importing, plugin
-from kernels_plugins.hub.server import LocalHub, Repository
+from kernels_plugins.hub.server import LocalHub
 from kernels_plugins.hub.testing import kernel_metadata
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
-
-Publish = Callable[..., Repository]
-
-_numbers = itertools.count()
-REFERENCE = 2.0
-
-
-def kernel(factor: float = 3) -> str:
-    """Write a kernel layer that multiplies; the reference multiplies by two."""
-    return f"import torch\n\n\nclass Scale(torch.nn.Module):\n    def forward(self, x):\n        return x * {factor}\n"
-
-
-@pytest.fixture(autouse=True)
-def new_process() -> Iterator[Callable[[], None]]:
-    """Let a test forget what was resolved, loaded and imported, as a new process would not know it."""
-
-    def start() -> None:
-        _start_anew()
-        importing._finder.roots.clear()
-        plugin._pins.clear()
-        if listings := sys.modules.get("huggingface_hub._tree_cache"):  # newer clients keep listings in memory
-            listings.__dict__["_IN_MEMORY_TREE_CACHE"].clear()
-        for name in [name for name in sys.modules if name.startswith("kernel_")]:
-            del sys.modules[name]
-
-    start()
-    yield start
-    start()
-
-
-@dataclass
-class Outcome:
-    """What three calls of a decorated layer gave."""
-
-    value: float
-    resolution: Resolution
-    said: list[str]
-
-    @property
-    def why(self) -> str:
-        """The only reason why the kernel was refused."""
-        (refusal,) = self.resolution.refusals
-        return refusal.reason
-
-
-def call(source: object, times: int = 3) -> Outcome:
-    """Decorate a layer, register a source for it, and call it."""
-    name = f"Scale{next(_numbers)}"
-
-    @use_kernel_forward_from_hub(name)
-    class Layer(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * REFERENCE
-
-    register_kernel_mapping({name: {"cpu": source}})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        values = {Layer()(torch.ones(1)).item() for _ in range(times)}
-    said = [str(warning.message) for warning in caught if issubclass(warning.category, KernelsWarning)]
-    (value,) = values
-    return Outcome(value, resolve(Layer(), device="cpu", mode=Mode.INFERENCE), said)
-
-
-def served(source: object) -> float:
-    """Call, and insist that the kernel serves without a word."""
-    outcome = call(source)
-    assert outcome.resolution.refusals == () and outcome.said == []
-    return outcome.value
-
-
-def scale(repo_id: str = "acme/kernels", **options: Any) -> LayerRepository:
-    """Name the layer of a repository, on its main branch unless told otherwise."""
-    if "version" not in options:
-        options.setdefault("revision", "main")
-    return LayerRepository(repo_id, layer_name="Scale", **options)
-
-
-def cached(repository: Repository, variant: str = "torch-universal", commit: str = "") -> Path:
-    """Where the files of a variant lie."""
-    folder = f"{repository.repo_type}s--{repository.id.replace('/', '--')}"
-    return Path(constants.HF_HUB_CACHE) / folder / "snapshots" / (commit or repository.head()) / "build" / variant
-
-
-PROGRAM = """
-import json, sys, warnings
-import torch
-from kernels_core import Mode, resolve, use_kernel_forward_from_hub
-from kernels_plugins import LayerRepository, LocalLayerRepository, register_kernel_mapping
-
-answers = []
-for number, source in enumerate(sys.argv[1:]):
-    @use_kernel_forward_from_hub(f"Scale{number}")
-    class Layer(torch.nn.Module):
-        def forward(self, x):
-            return x * 2.0
-    register_kernel_mapping({f"Scale{number}": {"cpu": eval(source)}})
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        value = Layer()(torch.ones(1)).item()
-    resolution = resolve(Layer(), device="cpu", mode=Mode.INFERENCE)
-    why = "; ".join(refusal.reason for refusal in resolution.refusals)
-    answers.append([value, why, dict(resolution.checked), len(said)])
-print(json.dumps(answers))
-"""
-
-
-@pytest.fixture
-def process(local_hub: LocalHub, tmp_path: Path) -> Callable[..., Any]:
-    """Run layers of sources in a new Python; its cache is that of this process unless told otherwise."""
-
-    def run(
-        *sources: object, home: Path = tmp_path / "hub-home", without: tuple[str, ...] = (), **environment: str
-    ) -> Any:
-        variables = {**os.environ, **local_hub.environment(home), **environment}
-        variables = {name: value for name, value in variables.items() if name not in without}
-        command = [sys.executable, "-c", PROGRAM, *map(repr, sources)]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        answers = json.loads(done.stdout.splitlines()[-1])
-        run.stderr = done.stderr  # type: ignore[attr-defined]
-        return answers[0] if len(sources) == 1 else answers
-
-    return run
 
 
 def refused(source: object, *patterns: str) -> str:
