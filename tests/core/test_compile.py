@@ -588,4 +588,5 @@ def test_compiled_code_in_threads_follows_their_scopes(make_layer: Make, traceab
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert counter.frame_count == 3
+    # While one thread reorders Dynamo's cache, another may miss an entry and compile once more.
+    assert 3 <= counter.frame_count <= 3 + len(threads)
