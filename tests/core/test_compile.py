@@ -575,6 +575,7 @@ def test_compiled_code_in_threads_follows_their_scopes(make_layer: Make, traceab
         with inside:
             assert run(X)[0] == number
     run(X)
+    assert counter.frame_count == 3  # one after the other, each answer is compiled once
 
     def work(number: int) -> None:
         with scopes[number]:
@@ -588,5 +589,5 @@ def test_compiled_code_in_threads_follows_their_scopes(make_layer: Make, traceab
     for thread in threads:
         thread.join()
     assert wrong == []
-    # While one thread reorders Dynamo's cache, another may miss an entry and compile once more.
-    assert 3 <= counter.frame_count <= 3 + len(threads)
+    # Dynamo compiles an entry again now and then when threads look it up at once, for undecorated code as well.
+    assert counter.frame_count <= 3 + len(threads)
