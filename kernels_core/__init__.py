@@ -12,6 +12,7 @@ from .errors import (
     ArgumentTypeError,
     ContractError,
     IntegrityError,
+    KernelizeError,
     KernelsError,
     KernelsWarning,
     LoadError,
@@ -26,9 +27,11 @@ from .errors import (
 from .hookspecs import hookimpl
 from .layer import Layer
 from .mode import STAND_INS, Mode, check_registered_mode
+from .model import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
 from .plugins import PluginManager, PluginMapping, plugin_manager
 from .request import (
     Candidate,
+    Cause,
     KernelLayer,
     LayerRequest,
     LoadedLayer,
@@ -47,10 +50,13 @@ __all__ = [
     "ArgumentTypeError",
     "CUDAProperties",
     "Candidate",
+    "Cause",
     "ContractError",
     "Device",
     "IntegrityError",
     "KernelLayer",
+    "KernelizeError",
+    "KernelizeFallback",
     "KernelsError",
     "KernelsWarning",
     "Layer",
@@ -77,9 +83,12 @@ __all__ = [
     "device_capability",
     "forget",
     "hookimpl",
+    "kernelize",
     "plugin_manager",
     "replace_kernel_forward_from_hub",
     "resolve",
     "source_label",
+    "unkernelize",
     "use_kernel_forward_from_hub",
+    "use_kernelized_func",
 ]

@@ -61,19 +61,18 @@ def use_kernel_forward_from_hub(
                 f"@use_kernel_forward_from_hub goes on an nn.Module class or a function, not on {target!r}."
             )
         reference = _reference(target)
-        return cast(
-            T,
-            make_forward(
-                Layer(
-                    name=layer_name,
-                    qualname=f"{reference.__module__}.{reference.__qualname__}",
-                    reference=reference,
-                    is_function=True,
-                    condition=condition,
-                    use_fallback=use_fallback,
-                )
-            ),
+        forward: Any = make_forward(
+            Layer(
+                name=layer_name,
+                qualname=f"{reference.__module__}.{reference.__qualname__}",
+                reference=reference,
+                is_function=True,
+                condition=condition,
+                use_fallback=use_fallback,
+            )
         )
+        forward.kernel_layer_name = layer_name
+        return cast(T, forward)
 
     return decorate
 

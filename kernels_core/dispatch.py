@@ -33,14 +33,16 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.fx.proxy import TraceError
 
+from .gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
 from .layer import Layer
 from .mode import Mode
 from .request import Resolution
-from .resolver import decide, must_raise, no_kernel, ready, settle
-from .scope import PATIENCE, Frame, Table, active_frame, publish, resolving, root, withdraw
+from .resolver import decide, forget, must_raise, no_kernel, ready, settle
+from .scope import PATIENCE, Frame, Table, active_frame, publish, republish, resolving, root, withdraw
 
 Forward = Callable[..., Any]
 
@@ -118,6 +120,7 @@ class _Dispatcher:
         self._names: dict[torch.device, str] = {}
         self._tables: dict[str, Table] = {}
         self._selectors: dict[str, Forward] = {}
+        self._unproven: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()
         self._busy = threading.RLock()
         self.names: set[str] = set()  # on frames, published or as tables
         self.files: set[str] = set()  # of generated source
@@ -202,13 +205,13 @@ class _Dispatcher:
         """Return what serves: one function for both modes, or one that asks for the mode."""
         resolution = settle(self.layer, device, frame, modes)
         if resolution is not None:
-            return self._forward_of(resolution)
+            return self._forward_of(resolution, modes)
         return self._selector(modes, device)
 
-    def _decide(self, mode: Mode, device: torch.device, frame: Frame) -> Forward:
-        return self._forward_of(decide(self.layer, device, frame, mode))
+    def _decide(self, mode: Mode, modes: tuple[Mode, Mode], device: torch.device, frame: Frame) -> Forward:
+        return self._forward_of(decide(self.layer, device, frame, mode), modes)
 
-    def _forward_of(self, resolution: Resolution) -> Forward:
+    def _forward_of(self, resolution: Resolution, modes: tuple[Mode, Mode]) -> Forward:
         if must_raise(resolution):
 
             def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -216,7 +219,44 @@ class _Dispatcher:
 
             return _untraced(refuse, reason=str(no_kernel(resolution)))
         forward: Forward = resolution.implementation or self.layer.reference
-        return forward
+        return self._until_proven(forward) if modes is EAGER_MODES and needs_proof(resolution) else forward
+
+    def _until_proven(self, kernel: Forward) -> Forward:
+        """Return what calls a kernel that was not yet seen to keep gradients, and looks at its first recorded call."""
+        known = self._unproven.get(id(kernel))
+        if known is not None:
+            return known
+
+        def prove(module: torch.nn.Module | None, values: tuple[Any, ...], call: Callable[[Forward], Any]) -> Any:
+            if keeps_gradients(self.layer, kernel):
+                republish(unproven, kernel)
+                return call(kernel)
+            if peek_interpreter_stack() is not None or not records_autograd(module, values):
+                return call(kernel)
+            output, kept = try_gradients(self.layer, kernel, module, values, call)
+            if kept:
+                republish(unproven, kernel)
+                return output
+            forget()
+            return output if kept is None else call(self._cold()(module, values))
+
+        proving = self._generate(
+            "prove",
+            [f"return _kernels_prove({self._module}, {self._values}, lambda _kernel: _kernel({self._call}))"],
+            _kernels_prove=prove,
+        )
+        unproven = self._generate(
+            "unproven",
+            [
+                "if _kernels_grad():",
+                f"    return _kernels_proving({self._call})",
+                f"return _kernels_kernel({self._call})",
+            ],
+            _kernels_proving=proving,
+            _kernels_kernel=kernel,
+        )
+        self._unproven[id(kernel)] = unproven  # which holds the kernel, so that the number stays its own
+        return unproven
 
     def _selector(self, modes: tuple[Mode, Mode], device: torch.device) -> Forward:
         """Return the function that serves where training and inference differ; the same one each time."""
@@ -225,7 +265,7 @@ class _Dispatcher:
         if inference in self._selectors:
             return self._selectors[inference]
         ways = {
-            name: functools.partial(self._decide, mode, device)
+            name: functools.partial(self._decide, mode, modes, device)
             for name, mode in zip((inference, training), modes, strict=True)
         }
         if modes is TRACED_MODES:
@@ -422,25 +462,3 @@ def find_device(module: torch.nn.Module | None, values: Iterable[Any]) -> torch.
         for buffer in module.buffers():
             return buffer.device
     return None
-
-
-def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
-    """Whether an argument, or a parameter, buffer or other tensor of the module, requires grad."""
-    for value in values:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        for item in inner:
-            if isinstance(item, torch.Tensor) and item.requires_grad:
-                return True
-    return module is not None and _has_trainable(module)
-
-
-def _has_trainable(module: torch.nn.Module) -> bool:
-    """Whether a tensor of a module requires grad; asks the dictionaries, for `parameters()` takes microseconds.
-
-    Some wrappers keep weights as plain attributes, so these count.
-    """
-    for tensors in (module._parameters, module._buffers, module.__dict__):
-        for tensor in tensors.values():
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                return True
-    return any(_has_trainable(child) for child in module._modules.values() if child is not None)

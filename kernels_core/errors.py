@@ -10,6 +10,7 @@ KernelsError
 │   └── PluginConflictError           two distributions, one plugin name
 └── ResolutionError                   .request, .refusals: the whole decision
     ├── NoKernelError                 no kernel may serve, and the reference must not
+    │   └── KernelizeError (ValueError)   the same for a whole model, which was not changed
     ├── LoadError                     a source could not be turned into a layer
     ├── ContractError                 the kernel does not fit the layer or the mode
     ├── UntrustedError                policy does not let this publisher's code run
@@ -100,6 +101,10 @@ class ResolutionError(KernelsError):
 
 class NoKernelError(ResolutionError):
     """No kernel may serve, and falling back to the reference is not allowed."""
+
+
+class KernelizeError(NoKernelError, ValueError):
+    """A model cannot be kernelized as asked; it was not changed."""
 
 
 class LoadError(ResolutionError):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from .request import Candidate, KernelLayer, LayerRequest, LoadedLayer, Resolution
+from .request import Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
 
 if TYPE_CHECKING:
     import typer
@@ -56,7 +56,7 @@ def kernels_resolve_forward(request: LayerRequest) -> Resolution | None:
 
 
 @hookspec
-def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate] | None:
+def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate | Refusal] | None:
     """Offer implementations for a layer.
 
     Kind: collect. Called: while resolving, several times. No I/O here: that is what
@@ -67,7 +67,8 @@ def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate] | None
 
     Returns:
         Candidates, best first, or None. They are ranked with those of other plugins by tier, then
-        priority, then plugin name.
+        priority, then plugin name. What is offered for this layer, but not for such a call, may be told
+        with a `Refusal` of its candidate, so that the user learns why it does not serve.
 
     Example:
         ```python

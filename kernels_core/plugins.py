@@ -296,11 +296,13 @@ class PluginManager:
             )
         return answer
 
-    def find_candidates(self, request: LayerRequest) -> tuple[list[Candidate], list[Refusal]]:
-        """Collect the candidates of all plugins, and the plugins that failed to offer any."""
+    def find_candidates(self, request: LayerRequest) -> tuple[list[Candidate], list[Refusal], list[Refusal]]:
+        """Collect the candidates of all plugins, the plugins that failed to offer any, and what does not fit."""
         answers = [item for offer in self._hook.kernels_find_candidates(request=request) for item in offer]
         candidates = [item for item in answers if isinstance(item, Candidate)]
-        return candidates, [item for item in answers if isinstance(item, Refusal)]
+        refusals = [item for item in answers if isinstance(item, Refusal)]
+        failures = [refusal for refusal in refusals if refusal.candidate is None]
+        return candidates, failures, [refusal for refusal in refusals if refusal.candidate is not None]
 
     def authorize(self, request: LayerRequest, candidate: Candidate) -> list[str]:
         """Collect the reasons not to fetch a candidate."""
@@ -414,12 +416,22 @@ def _attributed(hook: str, name: str, priority: int, answer: Any) -> Any:
     if hook == "kernels_mapping":
         return PluginMapping(name, priority, _checked_answer(hook, name, answer))
     if hook == "kernels_find_candidates":
-        return [offer if offer.plugin else replace(offer, plugin=name) for offer in _checked_answer(hook, name, answer)]
+        return [_signed(offer, name) for offer in _checked_answer(hook, name, answer)]
     return _checked_answer(hook, name, answer)
 
 
+def _signed(offer: Candidate | Refusal, name: str) -> Candidate | Refusal:
+    """Put the name of a plugin on what it offers."""
+    if isinstance(offer, Refusal) and offer.candidate is not None:
+        candidate = replace(offer.candidate, plugin=offer.candidate.plugin or name)
+        return replace(offer, candidate=candidate, plugin=offer.plugin or candidate.plugin)
+    return offer if offer.plugin else replace(offer, plugin=name)
+
+
 def _rankable(item: object) -> bool:
-    """Whether an offer is a candidate that has a place among the others."""
+    """Whether an offer is a candidate that has a place among the others, or tells why one does not fit."""
+    if isinstance(item, Refusal):
+        return item.candidate is not None
     return isinstance(item, Candidate) and item.tier in TIERS and type(item.priority) is int
 
 
@@ -438,7 +450,7 @@ def _wrapped_fault(hook: str, name: str, answer: Any) -> PluginError | None:
 _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "kernels_resolve_forward": ("a Resolution or None", lambda a: isinstance(a, Resolution)),
     "kernels_find_candidates": (
-        "a sequence of Candidate or None",
+        "a sequence of Candidate (and of Refusal, for what does not fit) or None",
         lambda a: isinstance(a, Sequence) and all(map(_rankable, a)),
     ),
     "kernels_authorize": ("None or a reason (a string)", lambda a: isinstance(a, str)),

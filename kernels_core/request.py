@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, Literal, cast
 
 import torch
@@ -74,6 +75,22 @@ class Candidate:
         return source_label(self.source)
 
 
+class Cause(Enum):
+    """What kind of reason keeps a kernel from serving, in the order in which it is looked at.
+
+    Attributes:
+        DEVICE: It is for another type of device.
+        PROPERTIES: It is for devices of this type with other properties.
+        MODE: It is for calls of another mode, or cannot do what this mode needs.
+        LOAD: It cannot be used: not allowed, not there, broken, or made for another signature.
+    """
+
+    DEVICE = auto()
+    PROPERTIES = auto()
+    MODE = auto()
+    LOAD = auto()
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why one candidate, or everything a plugin had to offer, does not serve.
@@ -83,12 +100,14 @@ class Refusal:
         candidate: The candidate; None if the plugin failed before it offered one.
         plugin: Who offered it.
         error: The exception behind it, if any.
+        cause: What kind of reason it is.
     """
 
     reason: str
     candidate: Candidate | None = None
     plugin: str = ""
     error: BaseException | None = field(default=None, compare=False, repr=False)
+    cause: Cause = Cause.LOAD
 
     def __str__(self) -> str:
         """Name the candidate and the reason."""
@@ -123,6 +142,7 @@ class Resolution:
         checked: What was verified about the kernel, and what was not.
         note: Why no candidate was even asked for, where that is so.
         every_mode: Whether the decision is the same for training and inference.
+        misfits: What is offered for this layer, but not for such a device or mode, so that it was never tried.
     """
 
     request: LayerRequest
@@ -133,6 +153,7 @@ class Resolution:
     checked: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     every_mode: bool = False
+    misfits: tuple[Refusal, ...] = ()
 
     @property
     def subject(self) -> str:
@@ -153,6 +174,7 @@ class Resolution:
         """Tell the whole decision, a line for each candidate."""
         lines = [f"{self.subject}: {self.origin}" + (f" ({self.note})" if self.note else "")]
         lines += [f"  refused {refusal}" for refusal in self.refusals]
+        lines += [f"  not for this call: {misfit}" for misfit in self.misfits if self.is_reference]
         lines += [f"  {what}: {result}" for what, result in self.checked.items()]
         return "\n".join(lines)
 

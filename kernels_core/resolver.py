@@ -11,7 +11,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from .errors import (
     ResolutionError,
     UntrustedError,
 )
+from .gradients import lost_gradients
 from .hookspecs import hookimpl
 from .layer import Layer
 from .mode import Mode, check_call_mode
@@ -37,6 +38,7 @@ from .plugins import plugin_manager
 from .request import (
     TIERS,
     Candidate,
+    Cause,
     KernelLayer,
     LayerRequest,
     LoadedLayer,
@@ -143,7 +145,7 @@ def settle(layer: Layer, device: torch.device, frame: Frame, modes: tuple[Mode, 
     """
     requests = [_request(layer, device, frame, mode) for mode in modes]
     with _alone():
-        if not mapping_disabled():
+        if not mapping_disabled() and _pinned(requests[0]) is None:
             offers = [[(_identity(c.source), c.tier, c.plugin) for c in _ranked(request)[0]] for request in requests]
             if any(offer != offers[0] for offer in offers):
                 return None
@@ -197,7 +199,48 @@ def _request(layer: Layer, device: torch.device, frame: Frame, mode: Mode) -> La
 def _ask(request: LayerRequest) -> Resolution:
     if mapping_disabled():
         return Resolution(request, note="DISABLE_KERNEL_MAPPING is on")
-    return plugin_manager().resolve_forward(request) or Resolution(request)
+    pinned = _pinned(request)
+    if pinned is not None:
+        return pinned
+    resolution = plugin_manager().resolve_forward(request) or Resolution(request)
+    if resolution.implementation is None:
+        return resolution
+    lost = lost_gradients(request, resolution.implementation)
+    if lost is None:
+        return resolution
+    # A plugin that answers by itself insists on a kernel that was seen to lose gradients.
+    candidate = resolution.candidate or Candidate(resolution.implementation)
+    refusal = Refusal(lost, candidate, candidate.plugin, cause=Cause.MODE)
+    return Resolution(request, refusals=(*resolution.refusals, refusal), misfits=resolution.misfits)
+
+
+@dataclass(frozen=True, eq=False)
+class Pins:
+    """The payload of a scope in which some layers were decided beforehand, whatever mappings say.
+
+    Attributes:
+        choices: The decision per layer.
+    """
+
+    choices: Mapping[Layer, Resolution]
+
+
+def _pinned(request: LayerRequest) -> Resolution | None:
+    """Return what was decided beforehand, in the innermost scope that says so."""
+    for payload in request.scopes:
+        choice = payload.choices.get(request.layer) if isinstance(payload, Pins) and request.layer else None
+        if choice is not None:
+            return replace(choice, request=request) if choice.request.device == request.device else None
+    return None
+
+
+def choose(layer: Layer, device: torch.device, mode: Mode) -> Resolution:
+    """Return the decision for a model that is being frozen; tells plugins, and leaves the rest to the caller."""
+    ready()
+    with _alone():
+        resolution = _ask(_request(layer, device, scope.root.active, mode))
+        plugin_manager().resolved(resolution)
+    return resolution
 
 
 def _announce(resolution: Resolution) -> None:
@@ -230,19 +273,19 @@ class CorePlugin:
     @hookimpl(trylast=True)
     def kernels_resolve_forward(self, request: LayerRequest) -> Resolution:
         """Try the candidates in order; the first that nothing speaks against serves."""
-        candidates, refused = _ranked(request)
+        candidates, refused, misfits = _ranked(request)
         refusals = list(refused)
         for candidate in candidates:
             outcome = _consider(request, candidate)
             if isinstance(outcome, Resolution):
-                return replace(outcome, refusals=tuple(refusals))
+                return replace(outcome, refusals=tuple(refusals), misfits=tuple(misfits))
             refusals.append(outcome)
-        return Resolution(request, refusals=tuple(refusals))
+        return Resolution(request, refusals=tuple(refusals), misfits=tuple(misfits))
 
 
-def _ranked(request: LayerRequest) -> tuple[list[Candidate], list[Refusal]]:
-    """Return the candidates, first to be tried first, and the plugins that failed to offer any."""
-    candidates, refusals = plugin_manager().find_candidates(request)
+def _ranked(request: LayerRequest) -> tuple[list[Candidate], list[Refusal], list[Refusal]]:
+    """Return the candidates, first to be tried first, the plugins that failed to offer any, and what does not fit."""
+    candidates, refusals, misfits = plugin_manager().find_candidates(request)
     candidates.sort(key=lambda c: (TIERS.index(c.tier), -c.priority, c.plugin if c.tier == "plugin" else ""))
     best = candidates[0] if candidates else None
     offers = {c.plugin for c in candidates if best and c.tier == best.tier == "plugin" and c.priority == best.priority}
@@ -254,7 +297,7 @@ def _ranked(request: LayerRequest) -> tuple[list[Candidate], list[Refusal]]:
             f"with KERNELS_PLUGINS=-{others[0]}, or register the one that you want."
         )
         _warn_once(message, message)
-    return candidates, refusals
+    return candidates, refusals, misfits
 
 
 def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refusal:
@@ -264,13 +307,19 @@ def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refus
     loaded = _loads.load(request, candidate)
     if isinstance(loaded, Exception):
         return Refusal(_reason(loaded), candidate, candidate.plugin, loaded)
-    reason = check_contract(request.layer, loaded.layer) or check_mode(request, loaded.layer)
-    reasons = [reason] if reason else plugin_manager().check_layer(request, candidate, loaded.layer)
+    reason = check_contract(request.layer, loaded.layer)
+    if reason is not None:
+        return _refusal(ContractError, request, candidate, [reason])
+    implementation = _loads.implementation(request, loaded.layer)
+    reason = check_mode(request, loaded.layer) or lost_gradients(request, implementation)
+    if reason is not None:
+        return replace(_refusal(ContractError, request, candidate, [reason]), cause=Cause.MODE)
+    reasons = plugin_manager().check_layer(request, candidate, loaded.layer)
     if reasons:
         return _refusal(ContractError, request, candidate, reasons)
     return Resolution(
         request,
-        implementation=_loads.implementation(request, loaded.layer),
+        implementation=implementation,
         candidate=candidate,
         origin=loaded.origin,
         checked=loaded.checked,

@@ -203,6 +203,15 @@ def publish(frame: Frame, name: str, forward: Forward, before: int) -> None:
             frame.published.add(name)
 
 
+def republish(old: Forward, new: Forward) -> None:
+    """Let warm eager calls find `new` wherever they find `old`."""
+    with _lock:
+        for frame in list(_frames):
+            for name in frame.published:
+                if getattr(frame, name) is old:
+                    setattr(frame, name, new)
+
+
 def forget() -> None:
     """Drop every resolution: a mapping or a plugin changed."""
     global _generation

@@ -1,7 +1,9 @@
 """Plugin `mapping`: which source serves a layer name, on which device, in which mode.
 
-A mapping is `{layer name: {device: source | [sources in order] | {Mode: source}}}`. There are three
-places to say one: an open `use_kernel_mapping` scope, `register_kernel_mapping`, and the hook
+A mapping is `{layer name: {device: source | [sources in order] | {Mode: source}}}`. The tables of the
+library transformers are mappings, too: a source may be `"owner/name:Layer"` or `("owner/name:Layer",
+{"version": 2})`, and may stand without a dictionary of devices, for all of them. There are three places
+to say a mapping: an open `use_kernel_mapping` scope, `register_kernel_mapping`, and the hook
 `kernels_mapping` of a plugin package; they are asked in that order.
 """
 
@@ -11,15 +13,18 @@ import functools
 import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from kernels_core import (
     STAND_INS,
+    ArgumentError,
     ArgumentTypeError,
     Candidate,
+    Cause,
     Device,
     KernelLayer,
     KernelsError,
@@ -27,6 +32,7 @@ from kernels_core import (
     LoadedLayer,
     Mode,
     PluginError,
+    Refusal,
     Scope,
     check_registered_mode,
     forget,
@@ -61,6 +67,22 @@ class Level:
         ]
         for _, _, sources in sorted(fitting, key=lambda entry: entry[:2]):
             yield from sources
+
+    def misfits(self, request: LayerRequest) -> Iterator[tuple[object, Cause, str]]:
+        """Yield the sources of this layer that do not fit a request, with the reason."""
+        for (device, mode), sources in self.sources.get(request.layer_name, {}).items():
+            if not Device(device.type).matches(request.device):
+                cause, reason = Cause.DEVICE, f"it is mapped for {device.type}, and this call is on {request.device}"
+            elif not device.matches(request.device, capability=request.capability):
+                cause, reason = (
+                    Cause.PROPERTIES,
+                    (f"it is mapped for {device.properties}, and {request.device} has capability {request.capability}"),
+                )
+            elif mode not in STAND_INS[request.mode]:
+                cause, reason = Cause.MODE, f"it is mapped for {mode}, and this call is {request.mode}"
+            else:
+                continue
+            yield from ((source, cause, reason) for source in sources)
 
     def updated(self, other: Level) -> Level:
         """Return this level with the entries of `other` added, equal keys replaced."""
@@ -147,6 +169,8 @@ def parse_mapping(mapping: KernelMapping, *, inherit: bool = True) -> Level:
     for name, devices in mapping.items():
         if not isinstance(name, str):
             raise ArgumentTypeError(f"A layer name in a mapping is a string, not {name!r}.")
+        if _is_named(devices):
+            devices = dict.fromkeys(_EVERYWHERE, devices)
         _expect_mapping(devices, f"The mapping of layer {name!r}", "{device: source}")
         sources[name] = {
             (device, mode): chosen
@@ -173,7 +197,8 @@ def _modes(value: object, where: str) -> Iterator[tuple[Mode, tuple[object, ...]
 
 
 def _sources(value: object, where: str) -> tuple[object, ...]:
-    sources = tuple(value) if isinstance(value, list | tuple) else (value,)
+    several = isinstance(value, list | tuple) and not _is_named(value)
+    sources = tuple(_unnamed(source, where) for source in (cast("Sequence[object]", value) if several else (value,)))
     for source in sources:
         problem = _source_problem(source)
         if problem:
@@ -185,13 +210,55 @@ def _sources(value: object, where: str) -> tuple[object, ...]:
     return sources
 
 
+_EVERYWHERE = ("cpu", "cuda", "mps", "neuron", "npu", "rocm", "tpu", "xpu")
+"""The devices that a layer's only repository is for."""
+
+_OPTIONS = {"version", "revision", "trust_remote_code"}
+_DEFAULT_VERSION = 1
+"""The version of a repository that is named without one, as transformers has it."""
+
+
+def _is_named(value: object) -> bool:
+    """Whether a source is written as in the tables of transformers: `"owner/name:Layer"`, or that and options."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
+        return isinstance(value[0], str)
+    return isinstance(value, str)
+
+
+def _unnamed(source: object, where: str) -> object:
+    """Turn `"owner/name:Layer"` or `"/path/to/kernel:Layer"` into a repository; leave everything else."""
+    if not _is_named(source):
+        return source
+    text, options = cast("tuple[str, Mapping[str, Any]]", source if isinstance(source, tuple) else (source, {}))
+    place, colon, layer_name = text.rpartition(":")
+    if not (colon and layer_name and "/" in place.replace("\\", "/")):
+        raise ArgumentError(
+            f"In the mapping of {where}: {text!r} names no layer of a repository: write 'owner/name:Layer', or "
+            "'/path/to/kernel:Layer' for a folder."
+        )
+    unknown = sorted(set(options) - _OPTIONS)
+    if unknown:
+        raise ArgumentError(
+            f"In the mapping of {where}: {text!r} has unknown options {', '.join(map(repr, unknown))}: there are "
+            f"{', '.join(sorted(_OPTIONS))}."
+        )
+    from .hub.source import LayerRepository, LocalLayerRepository
+
+    if place.startswith(("/", ".", "~")) or place.count("/") != 1 or "\\" in place:
+        return LocalLayerRepository(Path(place).expanduser(), layer_name=layer_name)
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if not chosen.keys() & {"version", "revision"}:
+        chosen["version"] = _DEFAULT_VERSION
+    return LayerRepository(place, layer_name=layer_name, **chosen)
+
+
 def _source_problem(source: object) -> str | None:
     if isinstance(source, type):
         return None if issubclass(source, torch.nn.Module) else "is a class, but not of nn.Module"
     if isinstance(source, torch.nn.Module):
         return "is a module, where its class is wanted"
-    if isinstance(source, str | bytes):
-        return "is a string"
+    if isinstance(source, bytes):
+        return "is bytes"
     loads = callable(getattr(source, "load", None))
     return None if loads or callable(source) else "cannot serve a layer"
 
@@ -227,19 +294,29 @@ def _offered_levels() -> list[tuple[str, int, Level]]:
 
 
 @hookimpl
-def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate]:
+def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate | Refusal]:
     """Offer what open scopes say, then what the user registered, then what plugin packages bring."""
-    found: list[Candidate] = []
+    found: list[Candidate | Refusal] = []
+    for level, like in _levels(request):
+        found += [replace(like, source=source) for source in level.find(request)]
+        found += [
+            Refusal(reason, replace(like, source=source), cause=cause)
+            for source, cause, reason in level.misfits(request)
+        ]
+    return found
+
+
+def _levels(request: LayerRequest) -> Iterator[tuple[Level, Candidate]]:
+    """Yield the mappings that count, innermost first, each with what its candidates look like."""
     for level in request.scopes:
         if isinstance(level, Level):
-            found += [Candidate(source, tier="scope") for source in level.find(request)]
+            yield level, Candidate(None, tier="scope")
             if not level.inherit:
-                return found
-    found += [Candidate(source, tier="user") for source in _registered.find(request)]
+                return
+    yield _registered, Candidate(None, tier="user")
     if _registered.inherit:
         for plugin, priority, level in _offered_levels():
-            found += [Candidate(source, plugin, "plugin", priority) for source in level.find(request)]
-    return found
+            yield level, Candidate(None, plugin, "plugin", priority)
 
 
 @hookimpl

@@ -17,12 +17,14 @@ from kernels_core import (
     CUDAProperties,
     Device,
     KernelsWarning,
+    LayerRequest,
     Mode,
     PluginManager,
     hookimpl,
     resolve,
     use_kernel_forward_from_hub,
 )
+from kernels_plugins import LayerRepository, LocalLayerRepository
 from kernels_plugins import mapping as mapping_module
 from kernels_plugins.mapping import parse_mapping, register_kernel_mapping, use_kernel_mapping
 
@@ -52,12 +54,18 @@ BAD_MAPPINGS: dict[str, tuple[Any, type[Exception]]] = {
     "torch device": ({"Layer": {torch.device("cpu"): A}}, ArgumentTypeError),
     "mode type": ({"Layer": {"cpu": {"training": A}}}, ArgumentTypeError),
     "compile alone": ({"Layer": {"cpu": {Mode.TORCH_COMPILE: A}}}, ArgumentError),
-    "string": ({"Layer": {"cpu": "owner/repository"}}, ArgumentTypeError),
+    "string without a layer": ({"Layer": {"cpu": "owner/repository"}}, ArgumentError),
+    "string without a repository": ({"Layer": "name:Layer"}, ArgumentError),
+    "unknown option": ({"Layer": ("owner/name:Layer", {"versions": 2})}, ArgumentError),
+    "version and revision": ({"Layer": ("owner/name:Layer", {"version": 2, "revision": "main"})}, ArgumentError),
+    "version of the wrong type": ({"Layer": ("owner/name:Layer", {"version": "two"})}, ArgumentError),
+    "options that are none": ({"Layer": {"cpu": ("owner/name:Layer", 2)}}, ArgumentTypeError),
+    "bytes": ({"Layer": {"cpu": b"owner/name:Layer"}}, ArgumentTypeError),
     "instance": ({"Layer": {"cpu": A()}}, ArgumentTypeError),
     "other class": ({"Layer": {"cpu": dict}}, ArgumentTypeError),
     "number": ({"Layer": {"cpu": 3}}, ArgumentTypeError),
     "None as source": ({"Layer": {"cpu": None}}, ArgumentTypeError),
-    "bad one in a list": ({"Layer": {"cpu": [A, "text"]}}, ArgumentTypeError),
+    "bad one in a list": ({"Layer": {"cpu": [A, 3]}}, ArgumentTypeError),
     "list in a list": ({"Layer": {"cpu": [[A]]}}, ArgumentTypeError),
     "mapping in a mode": ({"Layer": {"cpu": {Mode.TRAINING: {Mode.TRAINING: A}}}}, ArgumentTypeError),
 }
@@ -77,8 +85,36 @@ def test_bad_mappings_are_refused_at_once(name: str, use: Callable[..., Any]) ->
 
 def test_errors_say_where() -> None:
     """An error in a mapping names layer, device and value."""
-    with pytest.raises(ArgumentTypeError, match=r"layer 'Layer', device 'cpu'.*'owner/repository' is a string"):
+    with pytest.raises(ArgumentError, match=r"layer 'Layer', device 'cpu': 'owner/repository' names no layer"):
         use_kernel_mapping({"Layer": {"cpu": "owner/repository"}})
+
+
+REPOSITORY = LayerRepository("owner/name", layer_name="Fast", version=1)
+TRANSFORMERS = {
+    "text": ("owner/name:Fast", REPOSITORY),
+    "text per device": ({"cpu": "owner/name:Fast", "cuda": "owner/other:Fast"}, REPOSITORY),
+    "text per mode": ({"cpu": {Mode.INFERENCE: "owner/name:Fast"}}, REPOSITORY),
+    "version": (("owner/name:Fast", {"version": 3}), LayerRepository("owner/name", layer_name="Fast", version=3)),
+    "revision": (
+        {"cpu": ("owner/name:Fast", {"revision": "main", "version": None})},
+        LayerRepository("owner/name", layer_name="Fast", revision="main"),
+    ),
+    "trust": (
+        {"cpu": {Mode.INFERENCE: ("owner/name:Fast", {"version": 1, "trust_remote_code": True})}},
+        LayerRepository("owner/name", layer_name="Fast", version=1, trust_remote_code=True),
+    ),
+    "folder": ({"cpu": "/home/user/fast_norm:Fast"}, LocalLayerRepository("/home/user/fast_norm", layer_name="Fast")),
+    "in a list": ({"cpu": ["owner/name:Fast", ("owner/name:Fast", {"version": 2})]}, REPOSITORY),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_tables_of_transformers(name: str) -> None:
+    """Sources written as in transformers mean the repositories that transformers would make of them."""
+    form, expected = TRANSFORMERS[name]
+    level = parse_mapping({"Layer": form})
+    request = LayerRequest("Layer", torch.device("cpu"), Mode.INFERENCE)
+    assert next(level.find(request)) == expected
 
 
 @pytest.mark.parametrize(
