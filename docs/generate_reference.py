@@ -36,12 +36,22 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.ROCMProperties",
         ],
     ),
+    "Kernelize a model": (
+        "What it does and notices is told in [kernelize a model](kernelize.md).",
+        [
+            "kernels_core.kernelize",
+            "kernels_core.unkernelize",
+            "kernels_core.KernelizeFallback",
+            "kernels_core.use_kernelized_func",
+        ],
+    ),
     "Ask what serves": (
         "How to read the answer is told [here](mapping.md#reading-a-resolution).",
         [
             "kernels_core.resolve",
             "kernels_core.Resolution",
             "kernels_core.Refusal",
+            "kernels_core.Cause",
             "kernels_core.forget",
         ],
     ),
@@ -77,6 +87,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.PluginConflictError",
             "kernels_core.ResolutionError",
             "kernels_core.NoKernelError",
+            "kernels_core.KernelizeError",
             "kernels_core.LoadError",
             "kernels_core.ContractError",
             "kernels_core.UntrustedError",

@@ -101,6 +101,13 @@ def kernelize(
             changed then.
 
     Example:
+        >>> @use_kernel_forward_from_hub("Identity")
+        ... class Identity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> class FastIdentity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
         >>> model = nn.Sequential(Identity(), nn.Linear(2, 2))
         >>> with use_kernel_mapping({"Identity": {"cpu": FastIdentity}}):
         ...     model = kernelize(model, mode=Mode.INFERENCE)
@@ -138,9 +145,17 @@ def unkernelize(model: Model) -> Model:
             is changed then.
 
     Example:
-        >>> model = kernelize(nn.Sequential(Identity()), mode=Mode.INFERENCE, device="cpu")
-        >>> type(unkernelize(model)[0]) is Identity
-        True
+        >>> @use_kernel_forward_from_hub("Identity")
+        ... class Identity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> class FastIdentity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> with use_kernel_mapping({"Identity": {"cpu": FastIdentity}}):
+        ...     model = kernelize(Identity(), mode=Mode.INFERENCE, device="cpu")
+        >>> type(model) is Identity, type(unkernelize(model)) is Identity
+        (False, True)
     """
     modules = [module for module in _walk(model) if hasattr(type(module), "kernels_frozen")]
     swap(modules, [original_class(module) for module in modules])
@@ -171,7 +186,7 @@ def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], 
         ... class Twice(nn.Module):
         ...     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ...         return double(double(x))
-        >>> kernelize(Twice(), mode=Mode.INFERENCE, device="cpu")(torch.ones(1))
+        >>> Twice()(torch.ones(1))
         tensor([4.])
     """
     layers = []
