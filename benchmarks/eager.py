@@ -145,6 +145,7 @@ def on_device(device: str) -> Iterator[Row]:
     yield row("kernel not for compile, nothing requires grad", times_grad, "uncompiled", PLAIN, "plain")
     yield row("kernel not for compile, x requires grad", times_requires, "uncompiled", PLAIN, "plain")
     yield row("identity layer that was compiled cold", best["cold"], "cold", PLAIN, "plain")
+    yield row("kernel that never trained, no_grad", best["unproven"], "unproven", PLAIN, "plain")
 
 
 def _copy(device: str) -> dict[str, dict[str, float]]:
@@ -171,6 +172,12 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
     }
     with use_kernel_mapping(names), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bench_uncompiled: refused where calls are traced
+        unproven = decorated(Identity, "bench_identity")
+        with torch.no_grad():
+            taken_unproven = _times(x, {"plain": plain, "unproven": unproven})
+        recorded = x.clone().requires_grad_()
+        for call in (*calls.values(), *scaled.values(), function, *mode_calls.values()):
+            call(recorded)  # from here on, kernels are known to keep gradients
         taken = {
             "identity": _times(x, calls),
             "keywords": _times(x, scaled, "call(x, scale=2.0, eps=1e-5)"),
@@ -183,7 +190,9 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
             taken["no_grad"] = _times(x, mode_calls)
         torch._dynamo.reset()
         torch.compile(cold, backend="eager", fullgraph=True)(x)  # traced before any eager call
+        cold(recorded)
         taken["cold"] = _times(x, {"plain": plain, "cold": cold})
+        taken["unproven"] = taken_unproven
     return taken
 
 

@@ -1,7 +1,7 @@
 """Measure kernels-core: `python benchmarks/run.py [--only NAME] [--json FILE] [--markdown]`.
 
 Exits with 1 if a limit is broken. Limits are for the machine at hand: ratios are taken between subjects that were
-timed in turns. Set `KERNELS_PEER_PYTHON` to an interpreter that has Hugging Face `kernels` to compare scopes with it.
+timed in turns. With Hugging Face `kernels` installed, scopes and `kernelize` are compared with it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that 
 import cold
 import compiled
 import eager
+import kernelize
 import scope
 import startup
 import torch
@@ -34,6 +35,7 @@ import kernels_plugins.mapping
 BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "eager": eager.run,
     "compiled": compiled.run,
+    "kernelize": kernelize.run,
     "scope": scope.run,
     "startup": startup.run,
     "cold": cold.run,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +18,6 @@ from kernels_plugins import register_kernel_mapping, use_kernel_mapping
 
 LIMIT_US = 20.0
 OUTSIDE = 200
-PEER_PYTHON = os.environ.get("KERNELS_PEER_PYTHON", "/tmp/v/par/bin/python")
 NEW, REUSED, ENTER = "with use_kernel_mapping(m): pass", "with scope: pass", "with use_kernel_mapping(m): layer(x)"
 
 
@@ -100,10 +99,10 @@ def _mapping(size: int) -> dict[str, dict[str, type[nn.Module]]]:
 
 
 def _peer(sizes: list[tuple[int, int]]) -> tuple[str, dict[str, Any]]:
-    """Run the peer's scopes in its own interpreter; nothing if it is not there."""
-    if not os.path.exists(PEER_PYTHON):
+    """Run the peer's scopes in an interpreter of their own; nothing if it is not installed."""
+    if importlib.util.find_spec("kernels") is None:
         return "", {}
-    command = [PEER_PYTHON, "-W", "ignore", "-c", PEER_PROGRAM, json.dumps(sizes), json.dumps([NEW, REUSED])]
+    command = [sys.executable, "-W", "ignore", "-c", PEER_PROGRAM, json.dumps(sizes), json.dumps([NEW, REUSED])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         print(f"no peer: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)

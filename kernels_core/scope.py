@@ -46,7 +46,8 @@ class Frame:
     def __init__(self, payload: object, parent: Frame | None) -> None:
         self.payload = payload
         self.parent = parent
-        self.children: weakref.WeakKeyDictionary[Scope, Frame] = weakref.WeakKeyDictionary()
+        self.key = 0
+        self.children: dict[int, Frame] = {}  # by the id of their scope, whose finalizer removes them
         self.finalizer: weakref.finalize[[weakref.ref[Frame]], Scope] | None = None
         self.published: set[str] = set()
         self.tables: set[Table] = set()
@@ -102,8 +103,8 @@ class Scope:
 
     def __enter__(self) -> Scope:
         """Make this the innermost scope of the current thread or task."""
-        parent: Frame = root.active
-        frame = parent.children.get(self)
+        parent = active_frame()
+        frame = parent.children.get(id(self))
         _current.set(self._frame(parent) if frame is None else frame)
         return self
 
@@ -111,8 +112,8 @@ class Scope:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Go back to the scope around this one."""
-        frame: Frame = root.active
-        if frame.parent is None or frame.parent.children.get(self) is not frame:
+        frame = active_frame()
+        if frame.key != id(self) or frame.orphaned or frame.parent is None:
             raise ScopeError(
                 "This scope is not the innermost one of this thread or task: leave scopes in the "
                 "reverse order of entering them, in the thread or task that entered them."
@@ -121,9 +122,11 @@ class Scope:
 
     def _frame(self, parent: Frame) -> Frame:
         with _lock:
-            frame = parent.children.get(self)
+            frame = parent.children.get(id(self))
             if frame is None:
-                frame = parent.children[self] = Frame(self._payload, parent)
+                frame = Frame(self._payload, parent)
+                frame.key = id(self)
+                parent.children[frame.key] = frame
                 _frames.add(frame)
                 frame.finalizer = weakref.finalize(self, _drop, weakref.ref(frame))
                 frame.finalizer.atexit = False
@@ -137,6 +140,8 @@ def _drop(reference: weakref.ref[Frame]) -> None:
         return
     with _lock:
         frame.orphaned = True  # a task may still be in it
+        if frame.parent is not None:
+            frame.parent.children.pop(frame.key, None)
         if frame.finalizer is not None:
             frame.finalizer.detach()
         for child in list(frame.children.values()):
