@@ -114,9 +114,10 @@ class Repository:
         return self._at(revision)[1].files
 
     def find(self, revision: str) -> tuple[str, Commit] | None:
-        """Resolve a branch, a tag, a commit or the first digits of one; None when there is no such thing."""
+        """Resolve a branch, a tag, also as git spells them out, a commit or the first digits of one; else None."""
         with self._lock:
-            commit_id = self.branches.get(revision) or self.tags.get(revision)
+            branch, tag = revision.removeprefix("refs/heads/"), revision.removeprefix("refs/tags/")
+            commit_id = self.branches.get(branch) or self.tags.get(tag)
             if commit_id is None and _SHORT_COMMIT.fullmatch(revision):
                 matches = [known for known in self.commits if known.startswith(revision)]
                 commit_id = matches[0] if len(matches) == 1 else None

@@ -98,13 +98,15 @@ def test_model_lists_files(api: HfApi, local_hub: LocalHub) -> None:
     assert huggingface_hub.model_info("acme/model").id == "acme/model"
 
 
-@pytest.mark.parametrize("shape", ["branch", "tag", "commit", "short commit"])
+@pytest.mark.parametrize("shape", ["branch", "full branch", "tag", "full tag", "commit", "short commit"])
 def test_revisions(api: HfApi, kernels: Repository, shape: str) -> None:
     """A branch with a slash, a tag, a commit and the first digits of one all name the old tree."""
     old = kernels.branch("releases/v1")
     kernels.tag("1.0")
     new = kernels.commit({LAYERS: "class Gelu: ...\n"})
-    revision = {"branch": "releases/v1", "tag": "1.0", "commit": old, "short commit": old[:7]}[shape]
+    names = {"branch": "releases/v1", "tag": "1.0", "commit": old, "short commit": old[:7]}
+    names |= {"full branch": "refs/heads/releases/v1", "full tag": "refs/tags/1.0"}
+    revision = names[shape]
     assert api.kernel_info("acme/kernels", revision=revision).sha == old != new
     assert download(revision=revision) == "class Silu: ...\n"
     assert download() == "class Gelu: ...\n"
