@@ -55,6 +55,15 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.forget",
         ],
     ),
+    "Take a kernel out": (
+        "What gets kernels there is told in [quarantine](quarantine.md).",
+        [
+            "kernels_core.quarantine",
+            "kernels_core.quarantined",
+            "kernels_core.release",
+            "kernels_core.Quarantined",
+        ],
+    ),
     "Write a plugin": (
         "For plugin authors. Start with [write a plugin](write-a-plugin.md); the [hooks](hooks.md) have a page.",
         [

@@ -29,6 +29,7 @@ from .layer import Layer
 from .mode import STAND_INS, Mode, check_registered_mode
 from .model import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
 from .plugins import PluginManager, PluginMapping, plugin_manager
+from .quarantine import Quarantined, quarantine, quarantined, release
 from .request import (
     Candidate,
     Cause,
@@ -70,6 +71,7 @@ __all__ = [
     "PluginLoadError",
     "PluginManager",
     "PluginMapping",
+    "Quarantined",
     "ROCMProperties",
     "Refusal",
     "Resolution",
@@ -85,6 +87,9 @@ __all__ = [
     "hookimpl",
     "kernelize",
     "plugin_manager",
+    "quarantine",
+    "quarantined",
+    "release",
     "replace_kernel_forward_from_hub",
     "resolve",
     "source_label",

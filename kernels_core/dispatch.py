@@ -37,11 +37,13 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.fx.proxy import TraceError
 
+from .breaker import stand_in
 from .gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
 from .layer import Layer
 from .mode import Mode
+from .plugins import plugin_manager
 from .request import Resolution
-from .resolver import decide, forget, must_raise, no_kernel, ready, settle
+from .resolver import decide, must_raise, no_kernel, peek, ready, settle
 from .scope import PATIENCE, Frame, Table, active_frame, publish, republish, resolving, root, withdraw
 
 Forward = Callable[..., Any]
@@ -219,9 +221,13 @@ class _Dispatcher:
 
             return _untraced(refuse, reason=str(no_kernel(resolution)))
         forward: Forward = resolution.implementation or self.layer.reference
-        return self._until_proven(forward) if modes is EAGER_MODES and needs_proof(resolution) else forward
+        if modes is not EAGER_MODES:
+            return forward
+        if needs_proof(resolution):
+            forward = self._until_proven(forward, resolution.origin)
+        return plugin_manager().wrap_forward(resolution, forward)
 
-    def _until_proven(self, kernel: Forward) -> Forward:
+    def _until_proven(self, kernel: Forward, origin: str) -> Forward:
         """Return what calls a kernel that was not yet seen to keep gradients, and looks at its first recorded call."""
         known = self._unproven.get(id(kernel))
         if known is not None:
@@ -233,11 +239,10 @@ class _Dispatcher:
                 return call(kernel)
             if peek_interpreter_stack() is not None or not records_autograd(module, values):
                 return call(kernel)
-            output, kept = try_gradients(self.layer, kernel, module, values, call)
+            output, kept = try_gradients(self.layer, kernel, module, values, call, kernel=origin)
             if kept:
                 republish(unproven, kernel)
                 return output
-            forget()
             return output if kept is None else call(self._cold()(module, values))
 
         proving = self._generate(
@@ -317,11 +322,40 @@ class _Dispatcher:
             "if _kernels_dynamo() or _kernels_compiler._is_compiling_flag:",
             f"    return _kernels_traced({self._module}, {self._values})({self._call})",
             *body,
+            "try:",  # which costs nothing from Python 3.11 on
+            f"    return _kernel({self._call})",
+            "except _kernels_exception as _error:",
+            f"    _kernel = _kernels_failed(_error, {self._module}, {self._values})",
+            "    if _kernel is None:",
+            "        raise",
             f"return _kernel({self._call})",
         ]
         return self._generate(
-            "forward", lines, _kernels_cold=self._cold(), _kernels_traced=self._traced(), _kernels_names=tuple(names)
+            "forward",
+            lines,
+            _kernels_cold=self._cold(),
+            _kernels_traced=self._traced(),
+            _kernels_names=tuple(names),
+            _kernels_exception=Exception,
+            _kernels_failed=self._failed,
         )
+
+    def _failed(self, error: Exception, module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward | None:
+        """Return what is to be called in place of a kernel that has raised, None if the error must go on."""
+        device = find_device(module, values)
+        if device is None or resolving.get():
+            return None
+        records = torch.is_grad_enabled() and records_autograd(module, values)
+        judge = stand_in(peek(self.layer, device, Mode.TRAINING if records else Mode.INFERENCE), error, values)
+        if judge is None:
+            return None
+
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            output = judge(*args, **kwargs)
+            self._cold()(module, values)  # decides anew at once, which tells why
+            return output
+
+        return replaced
 
     def _generate(self, function: str, lines: Iterable[str], **names: object) -> Forward:
         source = f"def {function}{self._signature}:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
@@ -435,7 +469,7 @@ def _parameters(reference: Forward) -> tuple[inspect.Parameter, ...] | None:
     except (TypeError, ValueError):
         return None
     parameters = tuple(signature.parameters.values())
-    taken = any(p.name.startswith("_kernel") or p.name in ("_name", "_records") for p in parameters)
+    taken = any(p.name.startswith("_kernel") or p.name in ("_name", "_records", "_error") for p in parameters)
     return None if taken else parameters
 
 

@@ -11,6 +11,7 @@ import functools
 import types
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -23,9 +24,11 @@ from .errors import KernelizeError, KernelsWarning
 from .gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
 from .layer import Layer
 from .mode import Mode
+from .plugins import plugin_manager
+from .quarantine import find_quarantined
 from .request import Resolution
-from .resolver import Pins, choose, forget
-from .scope import Scope
+from .resolver import Pins, choose
+from .scope import Scope, listeners
 
 Forward = Callable[..., Any]
 
@@ -71,6 +74,7 @@ class Frozen:
     resolution: Resolution | None
     functions: Mapping[Layer, Resolution]
     run: Run = field(repr=False)
+    chosen: Forward = field(init=False, repr=False)
 
     def notice_train(self, module: nn.Module, training: bool) -> None:
         """Fall asleep when a model that was frozen for inference is to be trained, and wake up after."""
@@ -112,12 +116,13 @@ def freeze_class(
     forward: Forward = original.forward
     if layer is not None:
         forward = (resolution.implementation if resolution is not None else None) or layer.reference
+    frozen.chosen = _pinned(forward, functions) if functions else forward
     members: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "kernels_frozen": frozen,
-        "forward": _pinned(forward, functions) if functions else forward,
+        "forward": frozen.chosen,
         "train": _train,
         "_apply": _apply,
         "__reduce_ex__": _reduce,
@@ -125,9 +130,37 @@ def freeze_class(
         "__deepcopy__": lambda self, memo: _copied(self, functools.partial(copy.deepcopy, memo=memo)),
     }
     cls: Any = cast(Any, type(original))(original.__name__, (original,), members)
-    if resolution is not None and needs_proof(resolution):
-        cls.forward = _until_proven(cls, frozen, members["forward"], cast(Forward, resolution.implementation))
+    _classes.add(cls)
+    _refresh(cls)
     return cast("type[nn.Module]", cls)
+
+
+_classes: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()
+
+
+def _refresh(cls: Any) -> None:
+    """Give a class the forward that it is to have now: proven or not, in quarantine or not, wrapped or not."""
+    frozen: Frozen = cls.kernels_frozen
+    resolution, forward = frozen.resolution, frozen.chosen
+    if resolution is not None:
+        kernel = resolution.implementation
+        if kernel is not None and find_quarantined(resolution.request, kernel) is not None:
+            forward = frozen.original.forward  # decides by itself, and says why
+        else:
+            if kernel is not None and needs_proof(resolution):
+                forward = _until_proven(cls, frozen, forward, kernel)
+            if Mode.TORCH_COMPILE not in frozen.mode:
+                forward = plugin_manager().wrap_forward(resolution, forward)
+    if vars(cls)["forward"] is not forward:
+        cls.forward = forward
+
+
+def _refresh_all() -> None:
+    for cls in list(_classes):
+        _refresh(cls)
+
+
+listeners.append(_refresh_all)
 
 
 def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
@@ -175,15 +208,17 @@ def _until_proven(cls: Any, frozen: Frozen, forward: Forward, kernel: Forward) -
             if not records_autograd(self, values):
                 return forward(self, *args, **kwargs)
             output, kept = try_gradients(
-                layer, kernel, self, values, lambda f: (forward if f is kernel else f)(self, *args, **kwargs)
+                layer,
+                kernel,
+                self,
+                values,
+                lambda f: (forward if f is kernel else f)(self, *args, **kwargs),
+                kernel=cast(Resolution, frozen.resolution).origin,
             )
-            if not kept:
-                forget()
-                cls.forward = frozen.original.forward  # decides by itself, and says why
-                return output if kept is None else frozen.original.forward(self, *args, **kwargs)
-            cls.forward = forward
-            return output
-        cls.forward = forward
+            if kept:
+                _refresh(cls)
+            return output if kept is not False else frozen.original.forward(self, *args, **kwargs)
+        _refresh(cls)
         return forward(self, *args, **kwargs)
 
     return unproven

@@ -19,15 +19,13 @@ from torch.utils import _pytree as pytree
 from .errors import KernelsWarning
 from .layer import Layer
 from .mode import Mode
-from .request import LayerRequest, Resolution
+from .quarantine import quarantine
+from .request import Resolution
 
 Forward = Callable[..., Any]
 
 _kept: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
 """Layers, by number, for which an implementation was seen to keep the gradients."""
-
-_lost: weakref.WeakKeyDictionary[Forward, dict[int, str]] = weakref.WeakKeyDictionary()
-"""Layers for which it was seen to lose some, with the reason."""
 
 _MAX_NODES = 100_000
 """How far a graph is searched: one that is larger belongs to more than a layer."""
@@ -77,13 +75,6 @@ def keeps_gradients(layer: Layer, implementation: Forward) -> bool:
     return layer.number in _kept.get(implementation, ())
 
 
-def lost_gradients(request: LayerRequest, implementation: Forward) -> str | None:
-    """Return why an implementation does not serve this request, if it was seen to lose gradients."""
-    if request.layer is None or Mode.TRAINING not in request.mode:
-        return None
-    return _lost.get(implementation, {}).get(request.layer.number)
-
-
 # --- The first recorded call ---------------------------------------------------------------------
 
 
@@ -93,6 +84,8 @@ def try_gradients(
     module: torch.nn.Module | None,
     values: Iterable[Any],
     call: Callable[[Forward], Any],
+    *,
+    kernel: str,
 ) -> tuple[Any, bool | None]:
     """Run a recorded call with an implementation, and look whether it keeps the gradients.
 
@@ -102,6 +95,7 @@ def try_gradients(
         module: The module that is called, None for a function.
         values: The arguments of the call.
         call: Calls what it is given with the arguments of the call.
+        kernel: Where the implementation came from.
 
     Returns:
         The output; and True where the gradients are kept, False where the kernel is refused from now
@@ -122,7 +116,7 @@ def try_gradients(
         f"it loses gradients: {', '.join(missing)} requires grad and gets none from it, as from the reference. "
         "Declare has_backward = False on the kernel, or give it a backward"
     )
-    _lost.setdefault(implementation, {})[layer.number] = reason
+    quarantine(layer, implementation, kernel=kernel, reason=reason, mode=Mode.TRAINING)
     if versions == [_version(tensor) for tensor in touched]:
         return output, False
     warnings.warn(

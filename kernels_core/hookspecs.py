@@ -9,7 +9,7 @@ An exception in a hook names the plugin and does not stop the others: it refuses
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -179,6 +179,40 @@ def kernels_resolved(resolution: Resolution) -> None:
         ```
 
     Used by: the resolver.
+    """
+
+
+@hookspec
+def kernels_wrap_forward(resolution: Resolution) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """Put something around the calls that a decision is used for: count, time, compare, name.
+
+    Kind: collect; what is returned is applied in turn. Called: when a decision is put to use for eager
+    calls, also one for the reference, and not again before something changes: call `forget()` when you
+    want to wrap, or do not any more. Costs nothing where nobody answers. Compiled calls are not wrapped.
+
+    Args:
+        resolution: The decision.
+
+    Returns:
+        A decorator for the forward, or None. What it makes is called as the forward is: with the module
+        first, if the layer is a class. It must return what the forward returns.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_wrap_forward(resolution):
+            def wrap(forward):
+                @functools.wraps(forward)
+                def counted(*args, **kwargs):
+                    calls[resolution.origin] += 1
+                    return forward(*args, **kwargs)
+
+                return counted
+
+            return wrap
+        ```
+
+    Used by: the dispatcher and `kernelize`.
     """
 
 

@@ -321,6 +321,15 @@ class PluginManager:
         """Tell what was decided."""
         self._hook.kernels_resolved(resolution=resolution)
 
+    def wrap_forward(self, resolution: Resolution, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Let plugins put something around the calls of a forward."""
+        for name, wrap in self._hook.kernels_wrap_forward(resolution=resolution):
+            try:
+                forward = wrap(forward)
+            except Exception as error:
+                self.report(self._raised("what kernels_wrap_forward returned", name, error))
+        return forward
+
     def kernel_failed(self, request: LayerRequest, candidate: Candidate, error: BaseException) -> None:
         """Tell that a kernel failed."""
         self._hook.kernels_kernel_failed(request=request, candidate=candidate, error=error)
@@ -415,6 +424,8 @@ def _attributed(hook: str, name: str, priority: int, answer: Any) -> Any:
         return None
     if hook == "kernels_mapping":
         return PluginMapping(name, priority, _checked_answer(hook, name, answer))
+    if hook == "kernels_wrap_forward":
+        return name, _checked_answer(hook, name, answer)
     if hook == "kernels_find_candidates":
         return [_signed(offer, name) for offer in _checked_answer(hook, name, answer)]
     return _checked_answer(hook, name, answer)
@@ -455,6 +466,7 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "kernels_authorize": ("None or a reason (a string)", lambda a: isinstance(a, str)),
     "kernels_check_layer": ("None or a reason (a string)", lambda a: isinstance(a, str)),
+    "kernels_wrap_forward": ("a decorator or None", callable),
     "kernels_mapping": ("a mapping or None", lambda a: isinstance(a, Mapping)),
 }
 

@@ -30,11 +30,11 @@ from .errors import (
     ResolutionError,
     UntrustedError,
 )
-from .gradients import lost_gradients
 from .hookspecs import hookimpl
 from .layer import Layer
 from .mode import Mode, check_call_mode
 from .plugins import plugin_manager
+from .quarantine import Quarantined, find_quarantined, on_change
 from .request import (
     TIERS,
     Candidate,
@@ -205,13 +205,23 @@ def _ask(request: LayerRequest) -> Resolution:
     resolution = plugin_manager().resolve_forward(request) or Resolution(request)
     if resolution.implementation is None:
         return resolution
-    lost = lost_gradients(request, resolution.implementation)
-    if lost is None:
+    entry = find_quarantined(request, resolution.implementation)
+    if entry is None:
         return resolution
-    # A plugin that answers by itself insists on a kernel that was seen to lose gradients.
-    candidate = resolution.candidate or Candidate(resolution.implementation)
-    refusal = Refusal(lost, candidate, candidate.plugin, cause=Cause.MODE)
+    # A plugin that answers by itself insists on a kernel that is out.
+    refusal = _out(entry, resolution.candidate or Candidate(resolution.implementation))
     return Resolution(request, refusals=(*resolution.refusals, refusal), misfits=resolution.misfits)
+
+
+def _out(entry: Quarantined, candidate: Candidate) -> Refusal:
+    cause = Cause.LOAD if entry.mode is None else Cause.MODE
+    return Refusal(f"it is in quarantine: {entry.reason}", candidate, candidate.plugin, cause=cause)
+
+
+def peek(layer: Layer, device: torch.device, mode: Mode) -> Resolution:
+    """Return the decision for calls of one mode, and tell nobody."""
+    with _alone():
+        return _ask(_request(layer, device, scope.root.active, mode))
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,8 +239,10 @@ def _pinned(request: LayerRequest) -> Resolution | None:
     """Return what was decided beforehand, in the innermost scope that says so."""
     for payload in request.scopes:
         choice = payload.choices.get(request.layer) if isinstance(payload, Pins) and request.layer else None
-        if choice is not None:
-            return replace(choice, request=request) if choice.request.device == request.device else None
+        if choice is None or choice.request.device != request.device:
+            continue
+        if choice.implementation is None or find_quarantined(request, choice.implementation) is None:
+            return replace(choice, request=request)
     return None
 
 
@@ -311,9 +323,12 @@ def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refus
     if reason is not None:
         return _refusal(ContractError, request, candidate, [reason])
     implementation = _loads.implementation(request, loaded.layer)
-    reason = check_mode(request, loaded.layer) or lost_gradients(request, implementation)
+    reason = check_mode(request, loaded.layer)
     if reason is not None:
         return replace(_refusal(ContractError, request, candidate, [reason]), cause=Cause.MODE)
+    entry = find_quarantined(request, implementation)
+    if entry is not None:
+        return _out(entry, candidate)
     reasons = plugin_manager().check_layer(request, candidate, loaded.layer)
     if reasons:
         return _refusal(ContractError, request, candidate, reasons)
@@ -458,4 +473,5 @@ def forget() -> None:
 
 
 plugin_manager().on_change.append(forget)
+on_change.append(scope.forget)
 plugin_manager().register(CorePlugin(), "core")

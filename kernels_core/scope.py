@@ -74,6 +74,9 @@ active_frame = _current.get
 Frame.active = property(_current.get)
 
 _lock = threading.RLock()
+listeners: list[Callable[[], None]] = []
+"""Called when every resolution was dropped."""
+
 _tables: weakref.WeakSet[Table] = weakref.WeakSet()
 _frames: weakref.WeakSet[Frame] = weakref.WeakSet([root])
 _generation = 0
@@ -228,6 +231,8 @@ def forget() -> None:
             frame.tables.clear()
             for name in list(frame.published):
                 unpublish(frame, name)
+    for listener in listeners:
+        listener()
 
 
 def unpublish(frame: Frame, name: str) -> None:

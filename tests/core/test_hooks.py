@@ -13,7 +13,18 @@ import torch
 import typer
 from torch import nn
 
-from kernels_core import Candidate, LayerRequest, LoadedLayer, Mode, PluginManager, Resolution, hookimpl, hookspecs
+from kernels_core import (
+    Candidate,
+    KernelsWarning,
+    LayerRequest,
+    LoadedLayer,
+    Mode,
+    PluginManager,
+    Resolution,
+    hookimpl,
+    hookspecs,
+    kernelize,
+)
 from kernels_core import resolve as resolve_layer
 from kernels_core.testing import HookRecorder
 from kernels_plugins.mapping import register_kernel_mapping, use_kernel_mapping
@@ -41,7 +52,7 @@ def section(text: str, name: str) -> str:
 
 
 def test_the_hooks_of_the_design_are_there() -> None:
-    """The nine hooks of the design exist, and no others."""
+    """The hooks of the design exist, and no others."""
     assert list(HOOKS) == [
         "kernels_resolve_forward",
         "kernels_find_candidates",
@@ -49,6 +60,7 @@ def test_the_hooks_of_the_design_are_there() -> None:
         "kernels_load_layer",
         "kernels_check_layer",
         "kernels_resolved",
+        "kernels_wrap_forward",
         "kernels_kernel_failed",
         "kernels_mapping",
         "kernels_register_commands",
@@ -265,6 +277,43 @@ def test_kernels_register_commands(isolated_plugins: PluginManager) -> None:
     assert [fault.plugin for fault in isolated_plugins.faults] == ["breaks"]
 
 
+def test_kernels_wrap_forward(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:
+    """Decorators are put around what serves, in eager calls of layers, references and kernelized modules alike."""
+    calls: list[str] = []
+
+    def wrap(resolution: Resolution) -> Any:
+        def decorate(forward: Any) -> Any:
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                calls.append(resolution.origin.rpartition(".")[2])
+                return forward(*args, **kwargs)
+
+            return counted
+
+        return decorate
+
+    layer, other = make_layer()(), make_layer("Other")()
+    isolated_plugins.register(plugin(kernels_wrap_forward=wrap), "counts")
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
+        assert [layer(X)[0], other(X)[0], layer(X)[0]] == [10, 1, 10]
+        assert calls == ["Add10", "reference", "Add10"]
+        frozen = kernelize(make_layer()(), mode=Mode.INFERENCE, device="cpu")
+        frozen(X)
+        assert calls[3:] == ["Add10"]
+        isolated_plugins.unregister("counts")
+        assert [layer(X)[0], frozen(X)[0]] == [10, 10] and len(calls) == 4
+
+
+def test_decorator_that_fails_is_left_out(make_layer: Make, isolated_plugins: PluginManager) -> None:
+    """What a decorator of kernels_wrap_forward raises is told in the plugin's name, and the call goes on without it."""
+
+    def wrap(resolution: Resolution) -> Any:
+        return lambda forward: 1 / 0
+
+    with pytest.warns(KernelsWarning, match=r"Plugin 'breaks' raised.*ZeroDivisionError"):
+        isolated_plugins.register(plugin(kernels_wrap_forward=wrap), "breaks")
+        assert make_layer()()(X)[0] == 1
+
+
 # --- Order, arguments, and the kit for plugin authors --------------------------------------------------
 
 
@@ -285,7 +334,7 @@ def test_order_of_the_hooks(make_layer: Make, make_kernel: Make, hook_recorder: 
         ]
         hook_recorder.clear()
         layer()(X)
-    assert hook_recorder.names()[-1] == "kernels_resolved"
+    assert hook_recorder.names()[-2:] == ["kernels_resolved", "kernels_wrap_forward"]
     assert "kernels_load_layer" not in hook_recorder.names()  # loaded already
     assert hook_recorder.names().count("kernels_resolved") == 1
 

@@ -1,0 +1,282 @@
+"""Quarantine: kernels that are out, and the circuit breaker that takes out those that raise."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from kernels_core import (
+    KernelsWarning,
+    Mode,
+    NoKernelError,
+    decorated_layer,
+    kernelize,
+    quarantine,
+    quarantined,
+    release,
+    resolve,
+    use_kernel_forward_from_hub,
+)
+from kernels_plugins.mapping import use_kernel_mapping
+
+Make = Callable[..., Any]
+X = torch.zeros(2)
+
+
+@pytest.fixture(autouse=True)
+def _released() -> Iterator[None]:
+    """Leave nothing in quarantine."""
+    yield
+    release()
+
+
+counter: list[int] = []
+
+
+class Raises(nn.Module):
+    """Adds ten, and raises on the third call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Count."""
+        counter.append(1)
+        if len(counter) == 3:
+            raise RuntimeError("boom")
+        return x + 10
+
+
+@pytest.fixture
+def raising() -> type[nn.Module]:
+    """Return a kernel that adds ten, and raises on its third call."""
+    counter.clear()
+    return Raises
+
+
+def test_kernel_that_raises_is_replaced_in_the_same_call(make_layer: Make, raising: Any) -> None:
+    """The third call gets the reference's answer, with one warning; the kernel is out from then on."""
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": raising}}):
+        assert [layer(X)[0].item() for _ in range(2)] == [10, 10]
+        with pytest.warns(KernelsWarning, match=r"RuntimeError: boom"):
+            assert [layer(X)[0].item() for _ in range(3)] == [1, 1, 1]
+    assert len(counter) == 3  # it was not called again
+    (entry,) = quarantined()
+    assert (entry.layer_name, entry.kernel, entry.device) == ("Add", f"{__name__}.Raises", torch.device("cpu"))
+    assert "RuntimeError: boom" in entry.reason and "Raises" in str(entry)
+
+
+def test_next_candidate_takes_over(make_layer: Make, make_kernel: Make, raising: Any) -> None:
+    """After a kernel is out, the next candidate serves, not the reference."""
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": [raising, make_kernel(20)]}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert [layer(X)[0].item() for _ in range(5)] == [10, 10, 1, 20, 20]
+
+
+def test_released_kernel_serves_again(make_layer: Make, raising: Any) -> None:
+    """release() lets kernels back in, one entry or all; what is not there is not counted."""
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": raising}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            layer(X)
+        (entry,) = quarantined()
+        counter.clear()
+        assert layer(X)[0] == 1
+        assert release(entry) == 1 and quarantined() == []
+        assert layer(X)[0] == 10
+        assert release(entry) == 0 and release() == 0
+
+
+def test_error_of_the_caller_is_no_fault_of_the_kernel(make_layer: Make) -> None:
+    """Where the reference raises, too, the kernel's error goes on unchanged, and nobody is taken out."""
+    raised = ValueError("from the kernel")
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise raised
+
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": Kernel}}):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="from the kernel") as caught:
+                layer([X])  # to which the reference cannot add a number
+            assert caught.value is raised
+    assert quarantined() == []
+
+
+def test_changed_argument_is_not_used_again(make_layer: Make) -> None:
+    """A kernel that may have changed its argument before it raised: the error goes on, and the kernel is out."""
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.add_(100)
+            raise RuntimeError("boom")
+
+    layer, x = make_layer()(), torch.zeros(2)
+    with use_kernel_mapping({"Add": {"cpu": Kernel}}), pytest.warns(KernelsWarning):
+        with pytest.raises(RuntimeError, match="boom"):
+            layer(x)
+        assert len(quarantined()) == 1
+        assert layer(torch.zeros(2))[0] == 1
+
+
+def test_strict_mode_raises(make_layer: Make, raising: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With KERNELS_STRICT the error goes on, and the next call raises with the reason."""
+    monkeypatch.setenv("KERNELS_STRICT", "1")
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": raising}}):
+        layer(X), layer(X)
+        with pytest.warns(KernelsWarning), pytest.raises(RuntimeError, match="boom"):
+            layer(X)
+        with pytest.raises(NoKernelError, match=r"in quarantine: it raised RuntimeError: boom"):
+            layer(X)
+
+
+def test_without_fallback_the_error_goes_on(make_layer: Make, raising: Any) -> None:
+    """A layer that must not fall back gets the error, then NoKernelError."""
+    layer = make_layer(use_fallback=False)()
+    with use_kernel_mapping({"Add": {"cpu": raising}}):
+        layer(X), layer(X)
+        with pytest.warns(KernelsWarning), pytest.raises(RuntimeError, match="boom"):
+            layer(X)
+        with pytest.raises(NoKernelError):
+            layer(X)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), MemoryError(), torch.OutOfMemoryError("no memory"), RuntimeError("CUDA error: lost")]
+)
+def test_what_is_no_fault_of_a_kernel_goes_on(make_layer: Make, error: BaseException) -> None:
+    """Interrupts, lack of memory and a lost device are never papered over, nor held against the kernel."""
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": Kernel}}), pytest.raises(type(error)) as caught:
+        layer(torch.zeros(2))
+    assert caught.value is error
+    assert quarantined() == []
+
+
+def test_functions_too(raising: Any) -> None:
+    """A decorated function is protected as a layer is."""
+
+    @use_kernel_forward_from_hub("add")
+    def add(x: torch.Tensor, *, more: float = 1.0) -> torch.Tensor:
+        return x + more
+
+    def kernel(x: torch.Tensor, *, more: float = 1.0) -> torch.Tensor:
+        raise RuntimeError("boom")
+
+    with use_kernel_mapping({"add": {"cpu": kernel}}), pytest.warns(KernelsWarning, match="boom"):
+        assert add(torch.zeros(1), more=3.0).item() == 3.0
+        assert add(torch.zeros(1)).item() == 1.0
+
+
+def test_quarantine_by_hand(make_layer: Make, make_kernel: Make) -> None:
+    """quarantine() takes a kernel out for one layer, one device or one mode, and for nothing else."""
+    first, second, kernel = make_layer("A"), make_layer("B"), make_kernel(10, can_torch_compile=True)
+    with use_kernel_mapping({name: {"cpu": kernel} for name in "AB"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert first()(X)[0] == 10
+        common = {"kernel": "a kernel", "reason": "it is wrong"}
+        quarantine(decorated_layer(first), kernel.forward, device=torch.device("cuda", 1), **common)
+        assert first()(X)[0] == 10
+        quarantine(decorated_layer(first), kernel.forward, mode=Mode.TRAINING, **common)
+        assert first()(X)[0] == 10 and first()(X.clone().requires_grad_())[0] == 1
+        quarantine(decorated_layer(first), kernel.forward, **common)
+        assert first()(X)[0] == 1 and second()(X)[0] == 10
+        refusal = resolve(first, device="cpu", mode=Mode.INFERENCE).refusals[0]
+        assert refusal.reason == "it is in quarantine: it is wrong"
+    assert [entry.mode for entry in quarantined()] == [None, Mode.TRAINING, None]
+
+
+def test_compiled_code_follows(make_layer: Make, make_kernel: Make, compiled: Make) -> None:
+    """Code that was compiled with a kernel runs the reference after the kernel is out, and the kernel after release."""
+    layer, kernel = make_layer(), make_kernel(10, can_torch_compile=True)
+    run, counter = compiled(layer())
+    with use_kernel_mapping({"Add": {"cpu": kernel}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run(X)[0] == 10
+        entry = quarantine(decorated_layer(layer), kernel.forward, kernel="k", reason="wrong")
+        assert run(X)[0] == 1
+        release(entry)
+        assert run(X)[0] == 10
+    assert counter.frame_count == 2
+
+
+def test_kernelized_models_follow(make_layer: Make, make_kernel: Make) -> None:
+    """A kernelized module stops using a kernel that is out, and uses it again after release."""
+    layer, kernel = make_layer(), make_kernel(10)
+    with use_kernel_mapping({"Add": {"cpu": kernel}}):
+        model = kernelize(layer(), mode=Mode.INFERENCE, device="cpu")
+    assert model(X)[0] == 10
+    entry = quarantine(decorated_layer(layer), kernel.forward, kernel="k", reason="wrong")
+    assert model(X)[0] == 1
+    release(entry)
+    assert model(X)[0] == 10
+
+
+def test_dropped_kernels_are_forgotten(make_layer: Make, make_kernel: Make) -> None:
+    """An entry does not keep a kernel or a layer alive, and goes with them."""
+    layer, kernel = make_layer(), make_kernel(10)
+    quarantine(decorated_layer(layer), kernel.forward, kernel="k", reason="wrong")
+    assert len(quarantined()) == 1
+    del kernel
+    gc.collect()
+    assert quarantined() == []
+
+
+def test_tracers_are_not_held_against_a_kernel(make_layer: Make) -> None:
+    """A kernel that cannot run on fake or symbolic tensors is not taken out for that."""
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if type(x) is not torch.Tensor:
+                raise TypeError("real tensors only")
+            return x + 10
+
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": Kernel}}):
+        assert layer(X)[0] == 10
+        with FakeTensorMode() as mode, pytest.raises(TypeError):
+            layer(mode.from_tensor(X))
+        assert layer(X)[0] == 10
+    assert quarantined() == []
+
+
+def test_checkpoints_stop_early_without_harm(make_layer: Make, make_kernel: Make) -> None:
+    """Activation checkpointing ends a recomputation with an exception of its own: nobody is blamed."""
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.sin() + 10).exp().cos()
+
+    layer = make_layer()()
+    x = torch.zeros(2, requires_grad=True)
+    with use_kernel_mapping({"Add": {"cpu": Kernel}}):
+        checkpoint(lambda t: layer(t.sin()), x, use_reentrant=False).sum().backward()
+    assert quarantined() == []
+
+
+def test_reference_in_the_stand_in_keeps_autograd(make_layer: Make) -> None:
+    """The call that a kernel failed in has gradients, from the reference."""
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("boom")
+
+    x = torch.zeros(2, requires_grad=True)
+    with use_kernel_mapping({"Add": {"cpu": Kernel}}), pytest.warns(KernelsWarning):
+        make_layer()()(x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1, 1]
