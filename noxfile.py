@@ -14,6 +14,9 @@ TORCH = "torch==2.13.0"
 """The one PyTorch that everything runs on; unpinned, pip would fetch gigabytes of a newer one's CUDA libraries."""
 
 TEST_TOOLS = ("pytest==9.2.0", "pytest-timeout==2.4.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "numpy")
+KERNELS = "kernels==0.17.2"
+"""The library whose users are to lose nothing here: the oracle of tests/parity."""
+
 RUFF = "ruff==0.17.6"
 MYPY = "mypy==2.4.1"
 
@@ -42,6 +45,13 @@ def tests(session: nox.Session) -> None:
     """Run the tests."""
     install(session, *TEST_TOOLS)
     session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Run the same scenarios through Hugging Face's `kernels` and through this library."""
+    install(session, *TEST_TOOLS, KERNELS)
+    session.run("pytest", "-n", "2", "tests/parity", *session.posargs)
 
 
 @nox.session

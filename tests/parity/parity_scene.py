@@ -182,13 +182,14 @@ class Both:
             return play(side, scenario)
         with pytest.MonkeyPatch.context() as patch:
             point_client_at(self.hub, self.home / side.name, patch)
+            telemetry(patch)
             return play(side, scenario, self.hub)
 
     def process(self, side: Side, code: str, *, check: bool = True, **environment: str) -> Any:
         """Run code in a new process of one side, where `lib` is the library; return what it prints last, as JSON."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KERNELS_", "HF_"))}
         if self.hub is not None:
-            inherited |= self.hub.environment(self.home / side.name)
+            inherited |= {**self.hub.environment(self.home / side.name), "HF_HUB_DISABLE_TELEMETRY": "0"}
         program = PREAMBLE.format(lib=side.lib.__name__) + textwrap.dedent(code)
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -237,7 +238,9 @@ def both(tmp_path: Path) -> Both:
 @pytest.fixture
 def kernels_hub(local_hub: LocalHub, tmp_path: Path) -> Both:
     """Both sides, with a Hub on this machine and a cache for each."""
-    return Both(tmp_path / "homes", local_hub)
+    homes = tmp_path / "homes"
+    homes.mkdir()
+    return Both(homes, local_hub)
 
 
 @pytest.fixture(autouse=True)
@@ -326,9 +329,24 @@ def write_kernel(
     return folder
 
 
+def lock(both: Both, commit: str) -> Path:
+    """Write a lock file for version 1 of acme/kernels, as `kernels lock` does."""
+    path = both.home / "kernels.lock"
+    path.write_text(json.dumps([{"dependency": {"repo-id": "acme/kernels", "version": 1}, "lock": {"commit": commit}}]))
+    return path
+
+
 def call(model: nn.Module, x: torch.Tensor | None = None) -> float:
     """Call with ones."""
     return float(model(torch.ones(1) if x is None else x).sum())
+
+
+def telemetry(patch: pytest.MonkeyPatch, *, on: bool = True) -> None:
+    """Allow the client to tell who asks; without that, no request of theirs gets through."""
+    from huggingface_hub import constants
+
+    patch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", not on)
+    patch.setenv("HF_HUB_DISABLE_TELEMETRY", "0" if on else "1")
 
 
 def offline(patch: pytest.MonkeyPatch) -> None:

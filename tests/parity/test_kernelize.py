@@ -509,7 +509,7 @@ def test_subclasses_are_served(both: Both) -> None:
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_mapping_switched_off(both: Both, value: str) -> None:
     """Both run the reference where DISABLE_KERNEL_MAPPING is 1, and kernels where it is 0."""
-    code = f"""
+    code = """
     class Fast(torch.nn.Module):
         def forward(self, x):
             return x * 3.0

@@ -100,7 +100,12 @@ _FRAMEWORKS = (
     *(f"torch-stable-abi{version}" for version in ("28", "29", "210", "30")),
     *(f"tvm-ffi{version}" for version in ("01", "02", "10")),
 )
-_TAGS = "cpu cu126 cu128 cu129 cu130 rocm63 rocm64 rocm71 xpu20251 xpu20252 cann82 cann83 metal neuron tpu".split()
+_TAGS = (
+    "cpu",
+    *("cu126", "cu128", "cu129", "cu130"),
+    *("rocm63", "rocm64", "rocm71", "xpu20251", "xpu20252", "cann82", "cann83"),
+    *("metal", "neuron", "tpu"),
+)
 _PLATFORMS = ("x86_64-linux", "aarch64-linux", "aarch64-darwin", "x86_64-windows", "x86_64-darwin")
 COMPILED = [f"{framework}-{tag}-{place}" for framework in _FRAMEWORKS for tag in _TAGS for place in _PLATFORMS]
 PLAIN = [f"torch-{kind}" for kind in (*BACKENDS, "universal")]
@@ -329,9 +334,7 @@ def test_cuda_archs(both: Both, monkeypatch: pytest.MonkeyPatch, what: str) -> N
         ([], "gfx90a", True),
     ],
 )
-def test_rocm_archs(
-    both: Both, monkeypatch: pytest.MonkeyPatch, archs: list[str], here: str, fits: bool
-) -> None:
+def test_rocm_archs(both: Both, monkeypatch: pytest.MonkeyPatch, archs: list[str], here: str, fits: bool) -> None:
     """Both refuse a ROCm build that does not list this GPU, whatever features the name of the GPU tells."""
     backend = {"type": "rocm", "archs": archs}
     folder = write_kernel(both.home / "kernel", "", changes={"backend": backend}, variant="torch-rocm")
