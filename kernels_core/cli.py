@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Annotated, Any
 
@@ -119,7 +119,7 @@ def plugins(as_json: Json = False) -> None:
         }
         for name in names
     ]
-    _print_rows(rows if as_json else [{**row, "faults": len(row["faults"])} for row in rows], as_json)
+    print_rows(rows if as_json else [{**row, "faults": len(row["faults"])} for row in rows], as_json)
     if manager.faults:
         if not as_json:
             print("", *manager.faults, sep="\n")
@@ -132,7 +132,7 @@ def hooks(as_json: Json = False) -> None:
         {"hook": name, "arguments": list(inspect.signature(spec).parameters), "does": _first_line(spec)}
         for name, spec in _hooks().items()
     ]
-    _print_rows(rows, as_json)
+    print_rows(rows, as_json)
 
 
 def resolve_layer(
@@ -222,17 +222,33 @@ def _module(plugin: object) -> str:
 # --- Printing ------------------------------------------------------------------------------------
 
 
-def _print_rows(rows: Sequence[Row], as_json: bool) -> None:
+def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[Row], str | None] | None = None) -> None:
+    """Print rows that have the same columns; also for the commands of plugins.
+
+    A table on a terminal; elsewhere aligned columns, one row a line, however long; or JSON.
+
+    Args:
+        rows: The rows; of no row, not even the columns are printed.
+        as_json: Whether to print them as JSON, lists and numbers as such.
+        style: Gives the style of a row on a terminal, such as `red`.
+
+    Example:
+        >>> print_rows([{"name": "silu", "variants": ["torch-cpu", "torch-cuda"]}])
+        name variants
+        silu torch-cpu torch-cuda
+    """
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     console = Console(markup=False, highlight=False)
     table = Table(header_style="bold")
-    for column in rows[0]:
+    for column in rows[0] if rows else ():
         table.add_column(column, overflow="fold")
     between = "\n" if console.is_terminal else " "
     for row in rows:
-        table.add_row(*(between.join(cell) if isinstance(cell, list) else str(cell) for cell in row.values()))
+        cells = (between.join(cell) if isinstance(cell, list) else str(cell) for cell in row.values())
+        table.add_row(*cells, style=style(row) if style else None)
     if not console.is_terminal:  # for grep and cut: no box, no wrapping
         table.box, console.width = None, 10_000
-    console.print(table)
+    if rows:
+        console.print(table)
