@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -103,6 +104,39 @@ def _head(both: Both, repo_id: str) -> str:
     repository = both.hub.repository(repo_id)
     assert repository is not None
     return repository.head("v1")
+
+
+class EggInfo:
+    """What setuptools hands to those who write into the metadata of a project."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, str | None] = {}
+
+    def write_or_delete_file(self, what: str, filename: str, data: str | None, force: bool = False) -> None:
+        self.written[what] = data
+
+
+@pytest.mark.parametrize("there", ["project with a lock", "project without a lock", "project without kernels"])
+def test_lock_travels_in_the_metadata(both: Both, monkeypatch: pytest.MonkeyPatch, there: str) -> None:
+    """Both have setuptools put the lock file of a project that names kernels into its metadata."""
+    writers = {writer.value.partition(":")[0].partition(".")[0]: writer for writer in _writers()}
+    assert len(writers) == 2
+    both.home.joinpath("pyproject.toml").write_text(
+        "[project]\n" if there == "project without kernels" else '[tool.kernels.dependencies]\n"acme/kernels" = 1\n'
+    )
+    if there != "project without a lock":
+        both.home.joinpath("kernels.lock").write_text("[]")
+    monkeypatch.chdir(both.home)
+    for writer in writers.values():
+        command = EggInfo()
+        writer.load()(command, "kernels.lock", "p.egg-info/kernels.lock")
+        expected = {"project with a lock": {"kernels.lock": "[]"}, "project without a lock": {"kernels.lock": None}}
+        assert command.written == expected.get(there, {}), writer
+
+
+def _writers() -> list[importlib.metadata.EntryPoint]:
+    found = importlib.metadata.entry_points(group="egg_info.writers")
+    return [writer for writer in found if writer.name == "kernels.lock"]
 
 
 @pytest.mark.parametrize("all_variants", [False, True])

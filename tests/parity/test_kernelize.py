@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from itertools import chain, combinations
 from typing import Any
@@ -302,6 +303,21 @@ def test_register_instead(both: Both) -> None:
         return side.freeze(nn.Sequential(a(), b()), {})
 
     both.run(scenario).agree(10.0)
+
+
+@pytest.mark.parametrize("how", ["register_kernel_mapping", "use_kernel_mapping"])
+def test_mapping_for_an_unknown_device(both: Both, how: str) -> None:
+    """Both refuse a mapping for a device that there is not, and register nothing of it."""
+
+    def scenario(side: Side) -> float:
+        layer = side.layer()
+        name = layer.kernel_layer_name
+        with pytest.raises(ValueError, match="abacus"), contextlib.ExitStack() as stack:
+            scope = getattr(side.lib, how)({name + " of others": {"abacus": able(5)}})
+            stack.enter_context(scope)
+        return side.freeze(layer(), {name: {"cpu": able(3)}})
+
+    both.run(scenario).agree(3.0)
 
 
 @pytest.mark.parametrize("first", ["FALLBACK", "INFERENCE", "TRAINING"])
