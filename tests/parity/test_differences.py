@@ -142,6 +142,40 @@ def test_narrowest_range_without_the_mode(both: Both, monkeypatch: pytest.Monkey
     assert (pair.theirs.get(), pair.ours.get()) == (REFERENCE, 5.0)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_kernel_with_other_names_and_defaults(both: Both, frozen: bool) -> None:
+    """Theirs lets the kernel's names and defaults show; to callers of ours, the layer's signature counts."""
+
+    class Renamed(nn.Module):
+        def forward(self, y: torch.Tensor, by: float = 10.0) -> torch.Tensor:
+            return y * 3 * by
+
+    def scenario(side: Side) -> list[float | str]:
+        name = side.layer().kernel_layer_name + "_scaled"
+
+        @side.lib.use_kernel_forward_from_hub(name)
+        class Scaled(nn.Module):
+            def forward(self, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+                return x * REFERENCE * factor
+
+        found: list[float | str] = []
+        with side.lib.use_kernel_mapping({name: {"cpu": Source(Renamed)}}):
+            model = Scaled()
+            if frozen or not side.is_ours:
+                model = side.lib.kernelize(model, mode=side.lib.Mode.INFERENCE, device="cpu")
+            found.append(float(model(X).item()))
+            try:
+                found.append(float(model(x=X, factor=2.0).item()))
+            except TypeError as error:
+                found.append(str(error))
+        return found
+
+    pair = both.run(scenario)
+    default, refused = pair.theirs.get()
+    assert default == 30.0 and "unexpected keyword argument" in refused
+    assert pair.ours.get() == [3.0, 6.0]
+
+
 # --- Models --------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from collections.abc import Callable
 from itertools import chain, combinations
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from parity_scene import (
     OURS,
     REFERENCE,
@@ -121,6 +125,44 @@ def test_nothing_to_say_without_a_mapping() -> None:
     """A model that nobody offers kernels for is kernelized without a warning of ours."""
     outcome = play(OURS, lambda side: kernelized(side, SITUATIONS["no mapping"], True))
     assert (outcome.value, outcome.said) == (REFERENCE, [])
+
+
+_KINDS = st.builds(
+    lambda number, back, compiles: (3.0 + number, back, compiles), st.integers(0, 20), st.booleans(), st.booleans()
+)
+_REGISTERED = ("INFERENCE", "TRAINING", "INFERENCE|TORCH_COMPILE", "TRAINING|TORCH_COMPILE", "FALLBACK")
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+@settings(max_examples=150, deadline=None)
+@given(
+    registered=st.dictionaries(st.sampled_from(_REGISTERED), _KINDS, max_size=5),
+    mode=st.sampled_from(_REGISTERED[:4]),
+    flags=st.sampled_from(SUBSETS),
+)
+def test_any_mapping(registered: dict[str, tuple[float, bool, bool]], mode: str, flags: tuple[str, ...]) -> None:
+    """Of any mapping, whatever the kernels declare: where theirs has a kernel, so has ours, and the same one."""
+
+    def scenario(side: Side) -> float:
+        layer = side.layer()
+        sources = {
+            side.mode(wanted): Source(kernel_class(factor, has_backward=back, can_torch_compile=compiles))
+            for wanted, (factor, back, compiles) in registered.items()
+        }
+        mapping = {layer.kernel_layer_name: {"cpu": sources}} if sources else {}
+        return side.freeze(layer(), mapping, mode, use_fallback=side.fallback(*flags))
+
+    theirs, ours = play(THEIRS, scenario), play(OURS, scenario)
+    for outcome in (theirs, ours):
+        assert outcome.error is None or isinstance(outcome.error, ValueError)
+    if theirs.error is None and theirs.value != REFERENCE:
+        assert ours.get() == theirs.value
+    elif theirs.error is None and ours.error is None:
+        # Where the best one cannot do it, theirs asks no other.
+        able_ones = {factor for factor, back, _ in registered.values() if back or "TRAINING" not in mode}
+        assert ours.value in {REFERENCE, *able_ones}
+    elif theirs.error is None:
+        raise AssertionError(f"only ours raises: {ours.why}")
 
 
 # --- What is raised ------------------------------------------------------------------------------
@@ -272,6 +314,80 @@ def test_one_load_for_equal_sources(both: Both) -> None:
         return [side.freeze(model, {layer.kernel_layer_name: {"cpu": source}}), source.loads]
 
     both.run(scenario).agree([81.0, 1])
+
+
+def test_the_rest_of_a_model_is_as_it_was(both: Both) -> None:
+    """Both leave state, hooks, training flags and the signature of a kernelized module alone."""
+
+    def scenario(side: Side) -> list[object]:
+        layer = side.layer()
+        model = nn.Sequential(layer(), nn.Linear(1, 1))
+        model[0].register_buffer("buffer", torch.zeros(1))
+        calls: list[str] = []
+        model[0].register_forward_pre_hook(lambda *_: calls.append("before"))
+        model[0].register_forward_hook(lambda *_: calls.append("after"))
+        side.freeze(model, {layer.kernel_layer_name: {"cpu": able(3)}})
+        return [
+            calls,
+            sorted(model.state_dict()),
+            [name for name, _ in model.named_modules()],
+            isinstance(model[0], layer),
+            type(model[0]).__name__,
+            model.training,
+            str(inspect.signature(model[0].forward)).startswith("(x: 'torch.Tensor'"),
+        ]
+
+    expected = [["before", "after"], ["0.buffer", "1.bias", "1.weight"], ["", "0", "1"], True, "Layer", True, True]
+    both.run(scenario).agree(expected)
+
+
+def test_copies_are_kernelized(both: Both) -> None:
+    """To both, a deep copy of a kernelized model has its kernels, and its own parameters."""
+
+    class Weighted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight * 3
+
+    def scenario(side: Side) -> list[float]:
+        layer = side.layer()
+        model = layer()
+        model.weight = nn.Parameter(torch.ones(1))
+        side.freeze(model, {layer.kernel_layer_name: {"cpu": Source(Weighted)}})
+        clone = copy.deepcopy(model)
+        with torch.no_grad():
+            model.weight.fill_(5)
+        return [call(clone), call(model)]
+
+    both.run(scenario).agree([3.0, 15.0])
+
+
+def test_compiled(both: Both) -> None:
+    """Both give a kernelized model that compiles without a graph break, to the kernel."""
+
+    def scenario(side: Side) -> float:
+        layer = side.layer()
+        model = nn.Sequential(layer())
+        with side.lib.use_kernel_mapping({layer.kernel_layer_name: {"cpu": able(3)}}):
+            side.lib.kernelize(model, mode=side.mode("INFERENCE|TORCH_COMPILE"), device="cpu")
+        torch._dynamo.reset()
+        with torch.no_grad():
+            return call(torch.compile(model, fullgraph=True, backend="eager"))  # type: ignore[arg-type]
+
+    both.run(scenario).agree(3.0)
+
+
+def test_training(both: Both) -> None:
+    """Both train a kernelized model with the kernel's own gradients."""
+
+    def scenario(side: Side) -> list[float]:
+        layer = side.layer()
+        model = nn.Sequential(nn.Linear(1, 1, bias=False), layer())
+        nn.init.ones_(model[0].weight)
+        value = side.freeze(model, {layer.kernel_layer_name: {"cpu": able(3)}}, "TRAINING")
+        model(torch.ones(1)).backward()
+        return [value, float(model[0].weight.grad.item())]
+
+    both.run(scenario).agree([3.0, 3.0])
 
 
 # --- Mappings ------------------------------------------------------------------------------------
