@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from .integrity import RemoteFile
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)

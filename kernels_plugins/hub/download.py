@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,13 @@ from huggingface_hub.hf_api import RepoFile
 from kernels_core import LoadError, __version__
 
 from .cache import COMMIT, Notes, Pin
+from .errors import AbsentError, UnknownError, UnreachableError
 from .integrity import RemoteFile, is_byte_code
 
 REPO_TYPES = ("kernel", "model")
 """Types of repository that hold kernels, the older form last."""
 
-
-class UnreachableError(LoadError):
-    """The Hub could not be asked, or had no time to answer: what is in the cache may serve."""
-
-
-def is_offline() -> bool:
-    """Whether `HF_HUB_OFFLINE` forbids requests."""
-    return bool(constants.HF_HUB_OFFLINE)
+_VERSION = re.compile(r"v(0|[1-9][0-9]{0,8})")
 
 
 def cache_folder(repo_id: str, repo_type: str) -> Path:
@@ -63,115 +59,175 @@ def variant_folder(pin: Pin, variant: str) -> Path:
     return cache_folder(pin.repo_id, pin.repo_type) / "snapshots" / pin.commit / "build" / variant
 
 
-def _api() -> HfApi:
-    return HfApi(library_name="kernels-core", library_version=__version__)
+@dataclass(frozen=True)
+class Client:
+    """Asks the Hub.
 
+    Attributes:
+        user_agent: What is told about the caller in each request.
+        local_files_only: Whether to ask nothing.
 
-def find_pin(repo_id: str, revision: str) -> Pin:
-    """Ask the Hub which commit a revision is, and which repository serves it after redirects.
-
-    Raises:
-        LoadError: If there is no such repository or revision; names the revisions that exist.
-        UnreachableError: If the Hub does not answer.
+    Example:
+        >>> Client(local_files_only=True).silence
+        'local_files_only=True'
     """
-    missing: errors.RepositoryNotFoundError | None = None
-    for repo_type in REPO_TYPES:
-        with _explained(repo_id, revision, repo_type):
+
+    user_agent: str | None = None
+    local_files_only: bool = False
+
+    @property
+    def silence(self) -> str:
+        """What forbids to ask; empty if nothing does."""
+        if self.local_files_only:
+            return "local_files_only=True"
+        return "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
+
+    def _api(self) -> HfApi:
+        return HfApi(library_name="kernels-core", library_version=__version__, user_agent=self.user_agent)
+
+    def find_pin(self, repo_id: str, revision: str) -> Pin:
+        """Ask the Hub which commit a revision is, and which repository serves it after redirects.
+
+        Raises:
+            LoadError: If there is no such repository or revision; names the revisions that exist.
+            UnreachableError: If the Hub does not answer.
+        """
+        missing: errors.RepositoryNotFoundError | None = None
+        for repo_type in REPO_TYPES:
+            with _explained(self, repo_id, revision, repo_type):
+                try:
+                    info: Any = self._api().repo_info(repo_id, repo_type=repo_type, revision=revision)
+                except errors.GatedRepoError:
+                    raise
+                except errors.RepositoryNotFoundError as error:
+                    missing = missing or error
+                    continue
+                if not COMMIT.fullmatch(str(info.sha)):  # it becomes part of paths
+                    raise LoadError(
+                        f"{constants.ENDPOINT} answered {info.sha!r} where a commit belongs: check HF_ENDPOINT"
+                    )
+                return Pin(info.id, repo_type, info.sha)
+        with _explained(self, repo_id, revision, REPO_TYPES[0]):
+            assert missing is not None
+            raise missing
+        raise AssertionError("unreachable")  # pragma: no cover - the context above always raises
+
+    def is_trusted_publisher(self, owner: str) -> bool:
+        """Ask the Hub whether it lists an organisation as a trusted publisher of kernels.
+
+        A user, or an organisation that does not exist, is none.
+
+        Raises:
+            UnreachableError: If the Hub does not answer.
+        """
+        with _explained(self, owner, None, REPO_TYPES[0]):
             try:
-                info: Any = _api().repo_info(repo_id, repo_type=repo_type, revision=revision)
-            except errors.GatedRepoError:
+                overview = self._api().get_organization_overview(owner)
+            except errors.HfHubHTTPError as error:
+                if error.response.status_code == 404:
+                    return False
                 raise
-            except errors.RepositoryNotFoundError as error:
-                missing = missing or error
-                continue
-            if not COMMIT.fullmatch(str(info.sha)):  # it becomes part of paths
-                raise LoadError(f"{constants.ENDPOINT} answered {info.sha!r} where a commit belongs: check HF_ENDPOINT")
-            return Pin(info.id, repo_type, info.sha)
-    with _explained(repo_id, revision, REPO_TYPES[0]):
-        assert missing is not None
-        raise missing
-    raise AssertionError("unreachable")  # pragma: no cover - the context above always raises
+        return getattr(overview, "trustedKernelPublisher", False) is True
 
+    def list_variants(self, pin: Pin) -> dict[str, tuple[RemoteFile, ...]]:
+        """List the files of each build variant of a commit, without byte code.
 
-def is_trusted_publisher(owner: str) -> bool:
-    """Ask the Hub whether it lists an organisation as a trusted publisher of kernels.
-
-    A user, or an organisation that does not exist, is none.
-
-    Raises:
-        UnreachableError: If the Hub does not answer.
-    """
-    with _explained(owner, None, REPO_TYPES[0]):
-        try:
-            overview = _api().get_organization_overview(owner)
-        except errors.HfHubHTTPError as error:
-            if error.response.status_code == 404:
-                return False
-            raise
-    return getattr(overview, "trustedKernelPublisher", False) is True
-
-
-def list_variants(pin: Pin) -> dict[str, tuple[RemoteFile, ...]]:
-    """List the files of each build variant of a commit, without byte code.
-
-    Raises:
-        LoadError: If there is no folder `build`.
-        UnreachableError: If the Hub does not answer.
-    """
-    variants: dict[str, list[RemoteFile]] = {}
-    with _explained(pin.repo_id, pin.commit, pin.repo_type):
-        try:
-            entries = list(
-                _api().list_repo_tree(
-                    pin.repo_id, "build", recursive=True, revision=pin.commit, repo_type=pin.repo_type
+        Raises:
+            LoadError: If there is no folder `build`.
+            UnreachableError: If the Hub does not answer.
+        """
+        if self.silence:
+            raise not_cached(self.silence)
+        variants: dict[str, list[RemoteFile]] = {}
+        with _explained(self, pin.repo_id, pin.commit, pin.repo_type):
+            try:
+                entries = list(
+                    self._api().list_repo_tree(
+                        pin.repo_id, "build", recursive=True, revision=pin.commit, repo_type=pin.repo_type
+                    )
                 )
+            except errors.EntryNotFoundError as error:
+                raise AbsentError(
+                    "it has no folder `build`, so it is no kernel repository (or was never built)"
+                ) from error
+        for entry in entries:
+            if isinstance(entry, RepoFile) and entry.path.count("/") >= 2 and not is_byte_code(entry.path):
+                _, variant, path = entry.path.split("/", 2)
+                sha256 = entry.lfs.sha256 if entry.lfs else None
+                variants.setdefault(variant, []).append(RemoteFile(path, entry.size, entry.blob_id, sha256))
+        return {name: tuple(sorted(files, key=lambda file: file.path)) for name, files in sorted(variants.items())}
+
+    def fetch_variant(self, pin: Pin, variant: str, listed: Iterable[RemoteFile]) -> None:
+        """Download the files of one variant, and no byte code.
+
+        Raises:
+            LoadError: If they cannot be downloaded.
+            UnreachableError: If the Hub does not answer, or stops to.
+        """
+        if self.silence:
+            raise not_cached(self.silence)
+        with _explained(self, pin.repo_id, pin.commit, pin.repo_type):
+            try:
+                self._api().snapshot_download(
+                    pin.repo_id,
+                    repo_type=pin.repo_type,
+                    revision=pin.commit,
+                    cache_dir=_cache(),
+                    allow_patterns=[f"build/{variant}/*"],
+                    ignore_patterns=["*.pyc", "*.pyo", "*/__pycache__/*"],
+                )
+            except OSError as error:
+                if _is_wrong_size(error):  # older clients would go on from what they have, though it is not the file
+                    for part in (cache_folder(pin.repo_id, pin.repo_type) / "blobs").glob("*.incomplete"):
+                        part.unlink(missing_ok=True)
+                raise
+        # Where the Hub does not answer, the client is content with what an earlier attempt left; and newer ones
+        # keep a listing of the repository, also a wrong one.
+        missing = [file.path for file in listed if not (variant_folder(pin, variant) / file.path).is_file()]
+        if missing:
+            (cache_folder(pin.repo_id, pin.repo_type) / "trees" / f"{pin.commit}.json").unlink(missing_ok=True)
+            raise UnreachableError(
+                f"the download is not complete ({missing[0]} is missing): check the network, try again"
             )
-        except errors.EntryNotFoundError as error:
-            raise LoadError("it has no folder `build`, so it is no kernel repository (or was never built)") from error
-    for entry in entries:
-        if isinstance(entry, RepoFile) and entry.path.count("/") >= 2 and not is_byte_code(entry.path):
-            _, variant, path = entry.path.split("/", 2)
-            sha256 = entry.lfs.sha256 if entry.lfs else None
-            variants.setdefault(variant, []).append(RemoteFile(path, entry.size, entry.blob_id, sha256))
-    return {name: tuple(sorted(files, key=lambda file: file.path)) for name, files in sorted(variants.items())}
+
+    def fetch_file(self, pin: Pin, path: str) -> Path:
+        """Download one file of a commit.
+
+        Raises:
+            LoadError: If it cannot be downloaded.
+            UnreachableError: If the Hub does not answer, or stops to.
+        """
+        if self.silence:
+            raise not_cached(self.silence)
+        with _explained(self, pin.repo_id, pin.commit, pin.repo_type):
+            found = self._api().hf_hub_download(
+                pin.repo_id, path, repo_type=pin.repo_type, revision=pin.commit, cache_dir=_cache()
+            )
+        return Path(found)
+
+    def list_versions(self, repo_id: str) -> dict[int, str]:
+        """Return the versions of a kernel, which are its branches `v<number>`, with the commit of each.
+
+        Raises:
+            LoadError: If there is no such repository.
+            UnreachableError: If the Hub does not answer.
+        """
+        if self.silence:
+            raise not_cached(self.silence)
+        with _explained(self, repo_id, None, REPO_TYPES[0]):
+            refs = self._api().list_repo_refs(repo_id, repo_type=REPO_TYPES[0])
+        return {int(r.name[1:]): r.target_commit for r in refs.branches if _VERSION.fullmatch(r.name)}
 
 
-def fetch_variant(pin: Pin, variant: str, listed: Iterable[RemoteFile]) -> None:
-    """Download the files of one variant, and no byte code.
+def discard(place: Path) -> None:
+    """Remove downloaded files that turned out wrong, so that the next attempt downloads them anew.
 
-    Raises:
-        LoadError: If they cannot be downloaded.
-        UnreachableError: If the Hub does not answer, or stops to.
+    Args:
+        place: The folder of a build, or one file in it.
     """
-    if is_offline():
-        raise _not_cached()
-    with _explained(pin.repo_id, pin.commit, pin.repo_type):
-        try:
-            _api().snapshot_download(
-                pin.repo_id,
-                repo_type=pin.repo_type,
-                revision=pin.commit,
-                cache_dir=_cache(),
-                allow_patterns=[f"build/{variant}/*"],
-                ignore_patterns=["*.pyc", "*.pyo", "*/__pycache__/*"],
-            )
-        except OSError as error:
-            if _is_wrong_size(error):  # older clients would go on from what they have, though it is not the file
-                for part in (cache_folder(pin.repo_id, pin.repo_type) / "blobs").glob("*.incomplete"):
-                    part.unlink(missing_ok=True)
-            raise
-    # Where the Hub does not answer, the client is content with what an earlier attempt left; and newer ones
-    # keep a listing of the repository, also a wrong one.
-    missing = [file.path for file in listed if not (variant_folder(pin, variant) / file.path).is_file()]
-    if missing:
-        (cache_folder(pin.repo_id, pin.repo_type) / "trees" / f"{pin.commit}.json").unlink(missing_ok=True)
-        raise UnreachableError(f"the download is not complete ({missing[0]} is missing): check the network, try again")
-
-
-def discard(folder: Path) -> None:
-    """Remove downloaded files that turned out wrong, so that the next attempt downloads them anew."""
+    folder = place if place.is_dir() else place.parent
     blobs = (folder.parents[3] / "blobs").resolve()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
         if path.is_symlink():
             blob = path.resolve()
             path.unlink()
@@ -185,7 +241,7 @@ def discard(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None, repo_type: str) -> Iterator[None]:
+def _explained(client: Client, repo_id: str, revision: str | None, repo_type: str) -> Iterator[None]:
     """Turn what the client raises into errors that say what happened and what to do; leave those of the disk."""
     try:
         yield
@@ -199,7 +255,7 @@ def _explained(repo_id: str, revision: str | None, repo_type: str) -> Iterator[N
     except errors.DisabledRepoError as error:
         raise LoadError("the Hub has disabled it: ask its publisher, or use another repository") from error
     except errors.RevisionNotFoundError as error:
-        raise LoadError(_no_revision(repo_id, str(revision), repo_type)) from error
+        raise UnknownError(_no_revision(client, repo_id, str(revision), repo_type)) from error
     except errors.RepositoryNotFoundError as error:
         raise LoadError(
             f"{constants.ENDPOINT} has no such repository, or it is private: check the name, and log in with "
@@ -208,7 +264,7 @@ def _explained(repo_id: str, revision: str | None, repo_type: str) -> Iterator[N
     except errors.HfHubHTTPError as error:
         raise _http_error(error) from error
     except errors.OfflineModeIsEnabled as error:
-        raise _not_cached() from error
+        raise not_cached("HF_HUB_OFFLINE") from error
     except errors.LocalEntryNotFoundError as error:
         raise UnreachableError(f"the download failed: {_root(error)}. Check the connection, and try again") from error
     except json.JSONDecodeError as error:
@@ -246,10 +302,10 @@ def _http_error(error: errors.HfHubHTTPError) -> LoadError:
     return LoadError(f"the Hub answered {status}: {error}")
 
 
-def _no_revision(repo_id: str, revision: str, repo_type: str) -> str:
+def _no_revision(client: Client, repo_id: str, revision: str, repo_type: str) -> str:
     """Say that a revision does not exist, and which do, where the Hub tells."""
     try:
-        refs = _api().list_repo_refs(repo_id, repo_type=repo_type)
+        refs = client._api().list_repo_refs(repo_id, repo_type=repo_type)
     except Exception as error:  # the question was another one: answer that, and say what is not known
         return f"it has no revision {revision!r} (which exist could not be asked: {type(error).__name__})"
     names = [ref.name for ref in [*refs.branches, *refs.tags]]
@@ -260,8 +316,9 @@ def _no_revision(repo_id: str, revision: str, repo_type: str) -> str:
     return f"it has no revision {revision!r}: branches and tags are {', '.join(names) or 'none'}"
 
 
-def _not_cached() -> UnreachableError:
-    return UnreachableError("it is not in the cache, and HF_HUB_OFFLINE is set: load it once online, or unset that")
+def not_cached(silence: str) -> AbsentError:
+    """Return the error for what is not there, and may not be asked for."""
+    return AbsentError(f"it is not in the cache, and {silence} is set: load it once online, or unset that")
 
 
 def _is_network_error(error: BaseException) -> bool:

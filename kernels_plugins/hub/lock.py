@@ -20,6 +20,7 @@ from typing import Any
 
 from kernels_core import ArgumentError, ArgumentTypeError
 
+from .dependency import Dependency as Dependency
 from .integrity import RemoteFile
 
 LOCK = "kernels.lock"
@@ -30,40 +31,6 @@ _HASH = re.compile(r"sha256-[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REPO_ID = re.compile(r"[^/\s]+/[^/\s]+")
 _LARGEST = 2**64 - 1
-
-
-@dataclass(frozen=True)
-class Dependency:
-    """A kernel that is asked for.
-
-    Attributes:
-        repo_id: `owner/name` of the repository.
-        version: Number of the version, if that is asked for.
-        revision: Branch, tag or commit, if that is asked for. In a lock of the older form, neither is said.
-
-    Example:
-        >>> print(Dependency("acme/silu", version=1))
-        acme/silu version 1
-    """
-
-    repo_id: str
-    version: int | None = None
-    revision: str | None = None
-
-    @property
-    def wanted(self) -> str | None:
-        """The revision as the Hub knows it."""
-        return self.revision if self.version is None else f"v{self.version}"
-
-    @property
-    def order(self) -> tuple[str, bool, int, str]:
-        """Where it stands in a file: by name, versions before revisions."""
-        return self.repo_id, self.version is None, self.version or 0, self.revision or ""
-
-    def __str__(self) -> str:
-        """Name repository, and version or revision."""
-        said = f" version {self.version}" if self.version is not None else f" at {self.revision}" * bool(self.revision)
-        return f"{self.repo_id}{said}"
 
 
 @dataclass(frozen=True)

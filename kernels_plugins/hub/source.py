@@ -1,16 +1,34 @@
-"""Repositories as plain frozen values: naming one costs nothing, loading it happens on the first call."""
+"""Layers in repositories, as plain frozen values: naming one costs nothing, loading it happens on the first call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernels_core import ArgumentError, ArgumentTypeError, KernelLayer
+from kernels_core import ArgumentTypeError, KernelLayer
+
+from .request import KernelRequest
+
+
+class KernelSource:
+    """A layer of a kernel on the Hub: what the plugin `hub` loads."""
+
+    layer_name: str
+
+    def kernel_request(self) -> KernelRequest:
+        """Return which kernel the layer is in."""
+        raise NotImplementedError
+
+    def load(self) -> KernelLayer:
+        """Fetch, check and import the layer; raises what the dispatcher would give as the reason."""
+        from .plugin import load_source
+
+        return load_source(self).layer
 
 
 @dataclass(frozen=True)
-class LayerRepository:
+class LayerRepository(KernelSource):
     """A layer in a kernel repository on the Hub.
 
     Args:
@@ -20,6 +38,7 @@ class LayerRepository:
         version: Number of the kernel version: the branch `v<version>`.
         trust_remote_code: Whether code of a publisher that the Hub does not list as trusted may
             run: True, or a sequence of the `owner/name` that may.
+        user_agent: What to tell the Hub about the caller in each request, a text or a mapping.
 
     Raises:
         ArgumentError: If not exactly one of revision and version is given, or one is malformed.
@@ -35,48 +54,24 @@ class LayerRepository:
     revision: str | None = field(default=None, kw_only=True)
     version: int | None = field(default=None, kw_only=True)
     trust_remote_code: bool | Sequence[str] = field(default=False, kw_only=True)
+    user_agent: str | Mapping[str, str] | None = field(default=None, kw_only=True, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse what names no repository."""
-        _expect(self.repo_id, str, "repo_id")
+        """Refuse what names no repository, and turn what would not hash into what does."""
         _expect(self.layer_name, str, "layer_name")
-        owner, slash, name = self.repo_id.partition("/")
-        if not (owner and slash and name) or "/" in name:
-            raise ArgumentError(f"repo_id is {self.repo_id!r}: write 'owner/name'.")
-        if (self.revision is None) == (self.version is None):
-            raise ArgumentError(
-                f"Repository {self.repo_id!r} needs exactly one of revision='<branch, tag or commit>' and "
-                f"version=<number>, got revision={self.revision!r} and version={self.version!r}."
-            )
-        if self.revision is not None:
-            _expect(self.revision, str, "revision")
-            if not self.revision:
-                raise ArgumentError("revision is '': name a branch, tag or commit.")
-        elif isinstance(self.version, bool) or not isinstance(self.version, int) or self.version < 0:
-            raise ArgumentError(f"version is {self.version!r}: kernel versions are whole numbers such as 1.")
-        trusted = self.trust_remote_code
-        if not isinstance(trusted, bool):
-            listed = isinstance(trusted, list | tuple | set | frozenset)
-            if not listed or not all(isinstance(repo_id, str) for repo_id in trusted):
-                raise ArgumentTypeError(f"trust_remote_code is True, False or a list of 'owner/name', not {trusted!r}.")
-            object.__setattr__(self, "trust_remote_code", tuple(trusted))  # a list would not hash
+        request = self.kernel_request()
+        object.__setattr__(self, "trust_remote_code", request.trust_remote_code)
+        object.__setattr__(self, "user_agent", request.user_agent)
 
-    @property
-    def wanted(self) -> str:
-        """The revision as the Hub knows it."""
-        return f"v{self.version}" if self.revision is None else self.revision
-
-    def trusts(self, repo_id: str) -> bool:
-        """Whether the user allows code of this repository to run, whoever published it."""
-        return self.trust_remote_code is True or (
-            isinstance(self.trust_remote_code, tuple) and repo_id in self.trust_remote_code
+    def kernel_request(self) -> KernelRequest:
+        """Return which kernel the layer is in."""
+        return KernelRequest(
+            self.repo_id,
+            revision=self.revision,
+            version=self.version,
+            trust_remote_code=self.trust_remote_code,
+            user_agent=self.user_agent,
         )
-
-    def load(self) -> KernelLayer:
-        """Fetch, check and import the layer; raises what the dispatcher would give as the reason."""
-        from .plugin import load_repository
-
-        return load_repository(self).layer
 
     def __repr__(self) -> str:
         """Show what was said; never asks the Hub."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from kernels_core import UntrustedError
-
-from . import download
 from .cache import Pin
-from .source import LayerRepository
+from .download import Client, notes
+from .errors import PublisherError
+from .request import KernelRequest
 
 
-def require_trust(source: LayerRepository, pin: Pin) -> str:
+def require_trust(request: KernelRequest, pin: Pin, client: Client) -> str:
     """Return on what grounds the code of a repository may run.
 
     What counts is the repository that finally serves it: a trusted name that was moved into an
@@ -19,23 +18,23 @@ def require_trust(source: LayerRepository, pin: Pin) -> str:
         UntrustedError: If there are none; says how to allow it.
         UnreachableError: If the Hub cannot be asked.
     """
-    if source.trusts(pin.repo_id):
+    if request.trusts(pin.repo_id):
         return "allowed by trust_remote_code"
-    notes = download.notes(pin.repo_id)
-    record = notes.record(pin.commit)
+    known = notes(pin.repo_id)
+    record = known.record(pin.commit)
     owner = pin.repo_id.partition("/")[0]
     if record is not None and record.publisher_trusted:
         return f"{owner} was a trusted publisher when it was downloaded"
-    if download.is_offline():
-        raise UntrustedError(
-            f"whether {owner!r} is a trusted publisher cannot be asked while HF_HUB_OFFLINE is set. Load it once "
-            f"online, or allow it with LayerRepository(..., trust_remote_code=[{pin.repo_id!r}])"
+    allow = f"allow it with trust_remote_code=[{pin.repo_id!r}]"
+    if client.silence:
+        raise PublisherError(
+            f"whether {owner!r} is a trusted publisher cannot be asked while {client.silence} is set. Load it once "
+            f"online, or {allow}"
         )
-    if download.is_trusted_publisher(owner):
-        notes.trust(pin.commit)
+    if client.is_trusted_publisher(owner):
+        known.trust(pin.commit)
         return f"{owner} is a trusted publisher"
-    moved = "" if pin.repo_id == source.repo_id else f" ({source.repo_id!r} was moved to {pin.repo_id!r})"
-    raise UntrustedError(
-        f"{owner!r} is not a trusted publisher{moved}, and its code would run in this process. If you trust it, "
-        f"allow it with LayerRepository(..., trust_remote_code=[{pin.repo_id!r}])"
+    moved = "" if pin.repo_id == request.repo_id else f" ({request.repo_id!r} was moved to {pin.repo_id!r})"
+    raise PublisherError(
+        f"{owner!r} is not a trusted publisher{moved}, and its code would run in this process. If you trust it, {allow}"
     )

@@ -35,7 +35,7 @@ from huggingface_hub import constants
 from kernels_core import use_kernel_forward_from_hub
 from kernels_core.testing import _start_anew
 from kernels_plugins import LayerRepository, LocalLayerRepository, register_kernel_mapping, use_kernel_mapping
-from kernels_plugins.hub import plugin
+from kernels_plugins.hub import kernel as steps
 from kernels_plugins.hub.server import LocalHub, Repository, Request
 from kernels_plugins.hub.testing import kernel_metadata
 
@@ -109,7 +109,7 @@ def test_model_repository(local_hub: LocalHub, kernel_repository: Publish, monke
     assert served(scale("acme/older")) == 5
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     local_hub.add("acme/older", kernel_repository("acme/made", kernel(6)).files())
-    plugin._pins.clear()
+    steps._pins.clear()
     _start_anew()
     assert served(scale("acme/older")) == 6
 
@@ -277,7 +277,7 @@ def test_requests(local_hub: LocalHub, kernel_repository: Publish, new_process: 
     source = scale(**options)
     assert served(source) == 3
     cold = seen(local_hub)
-    assert cold[0] == f"GET /api/kernels/acme/kernels/revision/{source.wanted}"
+    assert cold[0] == f"GET /api/kernels/acme/kernels/revision/{source.kernel_request().wanted}"
     assert cold[1] == "GET /api/organizations/acme/overview"
     assert cold[2] == f"GET /api/kernels/acme/kernels/tree/{commit}/build"
     assert all(commit in request for request in cold[2:])

@@ -108,15 +108,18 @@ def test_trust_hashes(trust: Any) -> None:
     source = silu(trust_remote_code=trust)
     assert source == silu(trust_remote_code=trust) and hash(source) == hash(silu(trust_remote_code=trust))
     assert eval(repr(source)) == source or trust == []
-    assert source.trusts("acme/kernels") == bool(trust)
-    assert source.trusts("acme/other") == (trust is True)
+    assert source.kernel_request().trusts("acme/kernels") == bool(trust)
+    assert source.kernel_request().trusts("acme/other") == (trust is True)
 
 
 def test_repr() -> None:
     """A source is shown as it was written."""
     assert repr(silu()) == "LayerRepository('acme/kernels', layer_name='Silu', version=1)"
     assert repr(silu(revision="main", trust_remote_code=True)).endswith("revision='main', trust_remote_code=True)")
-    assert (silu(version=0).wanted, silu(revision="main").wanted) == ("v0", "main")
+    assert tuple(silu(**pin).kernel_request().wanted for pin in ({"version": 0}, {"revision": "main"})) == (
+        "v0",
+        "main",
+    )
 
 
 def test_frozen() -> None:
@@ -124,6 +127,6 @@ def test_frozen() -> None:
     trust = ["acme/kernels"]
     source = silu(trust_remote_code=trust)
     trust.append("eve/kernels")
-    assert not source.trusts("eve/kernels")
+    assert not source.kernel_request().trusts("eve/kernels")
     with pytest.raises(AttributeError):
         source.repo_id = "eve/kernels"  # type: ignore[misc]
