@@ -55,6 +55,16 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.forget",
         ],
     ),
+    "Look at a model": (
+        "How to read, require and compare is told in [receipt](receipt.md).",
+        [
+            "kernels_core.receipt",
+            "kernels_core.Receipt",
+            "kernels_core.ReceiptRow",
+            "kernels_core.ReceiptDiff",
+            "kernels_core.count_calls",
+        ],
+    ),
     "Take a kernel out": (
         "What gets kernels there is told in [quarantine](quarantine.md).",
         [
@@ -91,6 +101,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.ArgumentError",
             "kernels_core.ArgumentTypeError",
             "kernels_core.ScopeError",
+            "kernels_core.RequirementError",
             "kernels_core.PluginError",
             "kernels_core.PluginLoadError",
             "kernels_core.PluginConflictError",

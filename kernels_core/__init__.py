@@ -5,6 +5,7 @@ that name; each call is served by the best one that fits device and mode, and by
 forward itself, the *reference*, where there is none. `docs/` tells the rest.
 """
 
+from .counting import count_calls
 from .decorators import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
 from .device import CUDAProperties, Device, ROCMProperties, device_capability
 from .errors import (
@@ -20,6 +21,7 @@ from .errors import (
     PluginConflictError,
     PluginError,
     PluginLoadError,
+    RequirementError,
     ResolutionError,
     ScopeError,
     UntrustedError,
@@ -30,6 +32,7 @@ from .mode import STAND_INS, Mode, check_registered_mode
 from .model import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
 from .plugins import PluginManager, PluginMapping, plugin_manager
 from .quarantine import Quarantined, quarantine, quarantined, release
+from .receipt import Receipt, ReceiptDiff, ReceiptRow
 from .request import (
     Candidate,
     Cause,
@@ -42,6 +45,7 @@ from .request import (
 )
 from .resolver import decorated_layer, forget, resolve
 from .scope import Scope
+from .survey import receipt
 
 __version__ = "0.1.0"
 
@@ -73,7 +77,11 @@ __all__ = [
     "PluginMapping",
     "Quarantined",
     "ROCMProperties",
+    "Receipt",
+    "ReceiptDiff",
+    "ReceiptRow",
     "Refusal",
+    "RequirementError",
     "Resolution",
     "ResolutionError",
     "Scope",
@@ -81,6 +89,7 @@ __all__ = [
     "UntrustedError",
     "__version__",
     "check_registered_mode",
+    "count_calls",
     "decorated_layer",
     "device_capability",
     "forget",
@@ -89,6 +98,7 @@ __all__ = [
     "plugin_manager",
     "quarantine",
     "quarantined",
+    "receipt",
     "release",
     "replace_kernel_forward_from_hub",
     "resolve",

@@ -21,19 +21,23 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import importlib_metadata
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__, hookspecs
-from .errors import ArgumentError, KernelsError, KernelsWarning
+from .errors import ArgumentError, KernelsError, KernelsWarning, RequirementError
 from .mode import Mode
 from .plugins import ENTRY_POINT_GROUP, plugin_manager
 from .request import Refusal, Resolution
 from .resolver import resolve
+from .survey import receipt
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Row = dict[str, Any]
@@ -67,6 +71,7 @@ def command_line() -> typer.Typer:
     for command in (plugins, hooks):
         cli.command()(command)
     cli.command("resolve")(resolve_layer)
+    cli.command()(explain)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KernelsWarning)  # told below, where and as the command wants
         plugin_manager().register_commands(cli)
@@ -157,6 +162,41 @@ def resolve_layer(
         )
     if resolution.is_reference:
         raise typer.Exit(1)
+
+
+def explain(
+    factory: Annotated[str, typer.Argument(help="A module, or what makes one, as package.module:name.")],
+    device: Annotated[str | None, typer.Option(help="Device of the calls, such as cuda.")] = None,
+    mode: Annotated[CallMode | None, typer.Option(help="Whether autograd records the calls.")] = None,
+    traced: Annotated[bool, typer.Option("--compile", help="The calls are traced by torch.compile.")] = False,
+    require: Annotated[list[str] | None, typer.Option(help="A glob of paths that kernels must serve.")] = None,
+    origin: Annotated[str | None, typer.Option(help="With --require: a glob of where they must come from.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a table for a browser, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what serves each layer of a model, where it comes from, and why nothing else does.
+
+    Exits with 1 if a requirement fails.
+    """
+    made = _imported(factory)
+    model = made if isinstance(made, torch.nn.Module) else made()
+    if mode is None:  # as the model is
+        mode = CallMode.training if getattr(model, "training", False) else CallMode.inference
+    wanted = Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
+    found = receipt(model, device=device, mode=wanted)
+    if html is not None:
+        html.write_text(found.to_html())
+    if as_json:
+        print(found.to_json())
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(found if console.is_terminal else Text(str(found)))
+    try:
+        for pattern in require or ():
+            found.require(pattern, origin)
+    except RequirementError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 # --- What they tell ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ KernelsError
 ├── ArgumentError (ValueError)        a value that cannot be used
 ├── ArgumentTypeError (TypeError)     an object of the wrong type
 ├── ScopeError (RuntimeError)         scopes left in another order than entered
+├── RequirementError                  .rows: the layers that a receipt was required to show otherwise
 ├── PluginError                       .plugin: the plugin at fault
 │   ├── PluginLoadError               cannot be imported, or is not a plugin
 │   └── PluginConflictError           two distributions, one plugin name
@@ -30,6 +31,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .receipt import ReceiptRow
     from .request import LayerRequest, Refusal
 
 
@@ -51,6 +53,23 @@ class ArgumentTypeError(KernelsError, TypeError):
 
 class ScopeError(KernelsError, RuntimeError):
     """A scope was left that is not the innermost one."""
+
+
+class RequirementError(KernelsError):
+    """Layers are not served as was required.
+
+    Attributes:
+        rows: The rows of the receipt that fail.
+    """
+
+    def __init__(self, message: str, *, rows: Sequence[ReceiptRow]) -> None:
+        """Say which layers are served otherwise, and why."""
+        super().__init__(message)
+        self.rows = tuple(rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive a trip between processes: the constructor takes a keyword."""
+        return functools.partial(type(self), rows=self.rows), self.args
 
 
 class PluginError(KernelsError):

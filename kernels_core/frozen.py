@@ -24,6 +24,7 @@ from .errors import KernelizeError, KernelsWarning
 from .gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
 from .layer import Layer
 from .mode import Mode
+from .modules import own_device
 from .plugins import plugin_manager
 from .quarantine import find_quarantined
 from .request import Resolution
@@ -260,15 +261,6 @@ def original_class(module: nn.Module) -> type[nn.Module]:
             "undo that first, or kernelize after it (fully_shard, parametrize and the like)."
         )
     return cast("type[nn.Module]", frozen.original)
-
-
-def own_device(module: nn.Module) -> torch.device | None:
-    """Return the device of the module's first own parameter or buffer."""
-    for tensors in (module._parameters, module._buffers):
-        for tensor in tensors.values():
-            if tensor is not None:
-                return tensor.device
-    return None
 
 
 def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,9 +15,10 @@ from .device import Device, as_torch_device
 from .dispatch import dispatched_layer
 from .environment import strict
 from .errors import ArgumentError, ArgumentTypeError, KernelizeError, KernelsWarning
-from .frozen import Run, freeze_class, original_class, own_device, swap
+from .frozen import Run, freeze_class, original_class, swap
 from .layer import Layer
 from .mode import Mode, check_call_mode
+from .modules import device_of, functions_of, locate, own_device, walk
 from .request import Cause, Resolution
 from .resolver import choose
 
@@ -119,7 +119,7 @@ def kernelize(
     check_call_mode(mode)
     freeze = _Freeze(Run(mode), _flags(use_fallback))
     given = as_torch_device(device) if device is not None else None
-    inferred = given or _device_of(model)
+    inferred = given or device_of(model)
     if inferred is None:
         raise ArgumentError(
             "The device of the model cannot be told, for it has no parameters: say it with "
@@ -157,7 +157,7 @@ def unkernelize(model: Model) -> Model:
         >>> type(model) is Identity, type(unkernelize(model)) is Identity
         (False, True)
     """
-    modules = [module for module in _walk(model) if hasattr(type(module), "kernels_frozen")]
+    modules = [module for module in walk(model) if hasattr(type(module), "kernels_frozen")]
     swap(modules, [original_class(module) for module in modules])
     return model
 
@@ -200,7 +200,7 @@ def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], 
     def decorate(cls: Class) -> Class:
         if not isinstance(cls, type) or not issubclass(cls, nn.Module):
             raise ArgumentTypeError(f"@use_kernelized_func goes on an nn.Module class, not on {cls!r}.")
-        cls.kernels_functions = (*_functions(cls), *layers)  # type: ignore[attr-defined]
+        cls.kernels_functions = (*functions_of(cls), *layers)  # type: ignore[attr-defined]
         return cls
 
     return decorate
@@ -238,7 +238,7 @@ class _Freeze:
         classes: list[type[nn.Module]] = []
         kinds: dict[type[nn.Module], _Kind | None] = {}
         where: dict[int, torch.device] = {}
-        for module in _walk(model):
+        for module in walk(model):
             cls = type(module)
             try:
                 kind = kinds[cls]
@@ -249,9 +249,12 @@ class _Freeze:
                 continue
             device = inferred
             if not exact:
-                device = own_device(module) or _inherited(module, model, where, inferred)
-                if given is not None and device.type != given.type:
-                    device = given
+                own = own_device(module)
+                if own is None:
+                    where = where or locate(model, inferred)
+                    own = where[id(module)]
+                if given is None or own.type == given.type:
+                    device = own
             if device.type == "meta":
                 continue  # where it will run is not known yet
             known = kind.frozen if kind.condition is None or kind.condition(module) else kind.unwanted
@@ -359,57 +362,7 @@ class _Kind:
 def _kind(module: nn.Module) -> _Kind | None:
     """Return what there is to freeze about modules of this class, None if nothing."""
     original = original_class(module)
-    layer, functions = dispatched_layer(original.forward), _functions(original)
+    layer, functions = dispatched_layer(original.forward), functions_of(original)
     if layer is None and not functions:
         return None
     return _Kind(original, layer, functions, layer.condition if layer is not None else None)
-
-
-def _walk(model: nn.Module) -> list[nn.Module]:
-    """Return each module once, in order; many times as quick as `modules()`, which makes names."""
-    found: dict[int, nn.Module] = {}
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            children = module._modules
-            if children:
-                stack.extend(reversed(children.values()))
-    return list(found.values())
-
-
-def _device_of(module: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
-
-
-def _inherited(
-    module: nn.Module, model: nn.Module, where: dict[int, torch.device], inferred: torch.device
-) -> torch.device:
-    """Return the device of a module without tensors of its own: that of the nearest module around it that has some."""
-    if not where:
-        _locate(model, inferred, where)
-    return where[id(module)]
-
-
-def _locate(model: nn.Module, inferred: torch.device, where: dict[int, torch.device]) -> None:
-    """Note for each module where its first tensor is, or else where that of the module around it is."""
-    stack = [(model, inferred)]
-    while stack:
-        module, around = stack.pop()
-        if id(module) not in where:
-            here = own_device(module) or _first_below(module) or around
-            where[id(module)] = here
-            stack.extend((child, here) for child in module._modules.values() if child is not None)
-
-
-def _first_below(module: nn.Module) -> torch.device | None:
-    for inner in _walk(module):
-        device = own_device(inner)
-        if device is not None:
-            return device
-    return None
-
-
-def _functions(cls: type[nn.Module]) -> Sequence[Layer]:
-    return cast(Sequence[Layer], getattr(cls, "kernels_functions", ()))

@@ -43,8 +43,12 @@ class LayerRequest:
 
     def __str__(self) -> str:
         """Name layer, device and mode."""
-        mode = " + ".join(str(flag.name).lower() for flag in Mode if flag in self.mode).replace("torch_", "")
-        return f"{self.place} for {mode}"
+        return f"{self.place} for {self.mode_text}"
+
+    @property
+    def mode_text(self) -> str:
+        """The mode in words: `"training + compile"`."""
+        return " + ".join(str(flag.name).lower() for flag in Mode if flag in self.mode).replace("torch_", "")
 
     @property
     def place(self) -> str:

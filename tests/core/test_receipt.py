@@ -1,0 +1,270 @@
+"""Receipts: what serves a model, required, compared, counted."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    KernelsWarning,
+    Mode,
+    Receipt,
+    RequirementError,
+    count_calls,
+    decorated_layer,
+    kernelize,
+    quarantine,
+    receipt,
+    release,
+    use_kernel_forward_from_hub,
+    use_kernelized_func,
+)
+from kernels_plugins.mapping import use_kernel_mapping
+
+Make = Callable[..., Any]
+X = torch.zeros(2)
+
+pytestmark = pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+
+
+def model_of(layer: type[nn.Module]) -> nn.Module:
+    """Make a model with two blocks."""
+    return nn.ModuleDict({"blocks": nn.ModuleList(nn.Sequential(layer(), nn.ReLU()) for _ in range(2))})
+
+
+def test_rows_tell_the_decision(make_layer: Make, make_kernel: Make) -> None:
+    """A row has path, layer, device, mode, implementation, origin, plugin, and every refusal with its reason."""
+    kernel = make_kernel(10)
+
+    class Broken:
+        def load(self) -> Any:
+            raise OSError("gone")
+
+        def __repr__(self) -> str:
+            return "Broken()"
+
+    with use_kernel_mapping({"Add": {"cpu": [Broken(), kernel], "cuda": kernel}}):
+        found = receipt(model_of(make_layer()), device="cpu", mode=Mode.INFERENCE)
+    assert [row.path for row in found.rows] == ["blocks.0.0", "blocks.1.0"]
+    row = found.rows[0]
+    assert (row.layer_name, row.device, row.mode, row.plugin) == ("Add", "cpu", "inference", "mapping")
+    assert row.origin.endswith("Add10") and row.implementation.endswith("make.<locals>.forward")
+    assert row.refusals == (("Broken()", "OSError: gone"),) and not row.is_reference and row.calls is None
+    assert row.misfits[0][1] == "it is mapped for cuda, and this call is on cpu"
+
+
+def test_nothing_is_run_or_changed(make_layer: Make, make_kernel: Make, hook_recorder: Any) -> None:
+    """A receipt runs no forward, warns of nothing, and is not announced as a decision that was put to use."""
+    model = model_of(make_layer())
+    before = [dict(module.__dict__) for module in model.modules()]
+    with use_kernel_mapping({"Add": {"cpu": [make_kernel(10, has_backward=False)]}}):
+        receipt(model, device="cpu")
+    assert "kernels_resolved" not in hook_recorder.names()
+    assert [dict(module.__dict__) for module in model.modules()] == before
+
+
+def test_mode_is_that_of_the_model(make_layer: Make) -> None:
+    """Without a mode, a model in training mode is asked about for training, another for inference."""
+    model = model_of(make_layer())
+    assert receipt(model, device="cpu").rows[0].mode == "training"
+    assert receipt(model.eval(), device="cpu").rows[0].mode == "inference"
+
+
+def test_device_is_that_of_each_module() -> None:
+    """Modules on several devices are asked about where they are; those without tensors, where their neighbours are."""
+
+    @use_kernel_forward_from_hub("Act")
+    class Act(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(1, 1), Act()), nn.Sequential(nn.Linear(1, 1, device="meta"), nn.Sequential(Act()))
+    )
+    assert [row.device for row in receipt(model).rows] == ["cpu", "meta"]
+
+
+def test_device_that_cannot_be_told(make_layer: Make) -> None:
+    """A model without parameters needs a device, and one without decorated layers nothing."""
+    with pytest.raises(ArgumentError, match="say it with receipt"):
+        receipt(model_of(make_layer()))
+    assert receipt(nn.Sequential(nn.ReLU())).rows == ()
+    assert str(receipt(nn.ReLU())) == "no decorated layer"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((3,), ArgumentTypeError),
+        ((nn.ReLU(), "nowhere"), ArgumentError),
+        ((nn.ReLU(), "cpu", Mode.FALLBACK), ArgumentError),
+    ],
+)
+def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception]) -> None:
+    """A thing that is no module, a device that does not exist and a mode that no call has are told."""
+    model, device, mode = (*arguments, None, None)[:3]
+    with pytest.raises(error):
+        receipt(model, device=device, mode=mode)
+
+
+def test_condition_frozen_quarantine_and_functions(make_layer: Make, make_kernel: Make) -> None:
+    """Conditions, kernelized modules, quarantine and functions that a class calls are told as they are."""
+
+    @use_kernel_forward_from_hub("twice")
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @use_kernelized_func(twice)
+    class Uses(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return twice(x)
+
+    layer, kernel = make_layer("A"), make_kernel(10)
+    model = nn.ModuleDict({"a": layer(), "b": make_layer("B", condition=lambda module: False)(), "c": Uses()})
+    with use_kernel_mapping({"A": {"cpu": kernel}, "B": {"cpu": kernel}, "twice": {"cpu": lambda x: x}}):
+        kernelize(model["a"], mode=Mode.INFERENCE, device="cpu")
+        rows = {row.path: row for row in receipt(model, device="cpu", mode=Mode.INFERENCE).rows}
+        assert list(rows) == ["a", "b", "c:twice"]
+        assert rows["a"].frozen and not rows["a"].is_reference
+        assert rows["b"].is_reference and rows["b"].note == "its condition is not met"
+        assert not rows["c:twice"].is_reference and not rows["c:twice"].frozen
+        quarantine(decorated_layer(layer), kernel.forward, kernel="k", reason="it is wrong")
+        row = receipt(model["a"], device="cpu", mode=Mode.INFERENCE).rows[0]
+        assert not row.frozen and row.is_reference and "it is wrong" in row.refusals[0][1]
+    release()
+
+
+def test_require(make_layer: Make, make_kernel: Make) -> None:
+    """A requirement that is met gives the receipt back; one that is not names the rows and the reasons."""
+    model = model_of(make_layer())
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
+        found = receipt(model, device="cpu", mode=Mode.INFERENCE)
+    assert found.require("blocks.*").require("blocks.0.0", origin="*.Add10") is found
+    with pytest.raises(
+        RequirementError, match=r"2 of 2 layers .* not served by origin 'kernels-community/\*'"
+    ) as failed:
+        found.require("*", origin="kernels-community/*")
+    assert failed.value.rows == found.rows
+    assert pickle.loads(pickle.dumps(failed.value)).rows == found.rows
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(20, has_backward=False)}}):
+        training = receipt(model, device="cpu", mode=Mode.TRAINING)
+    with pytest.raises(
+        RequirementError, match=r"blocks\.0\.0: reference\n    refused .*Add20: it declares has_backward"
+    ):
+        training.require("blocks.0.0")
+
+
+def test_require_that_matches_nothing(make_layer: Make) -> None:
+    """A pattern without a match is an error that shows paths which exist."""
+    with pytest.raises(RequirementError, match=r"No decorated layer matches 'block\.\*'.*blocks\.0\.0"):
+        receipt(model_of(make_layer()), device="cpu").require("block.*")
+    with pytest.raises(RequirementError, match="there is none at all"):
+        Receipt(()).require("*")
+
+
+def test_diff(make_layer: Make, make_kernel: Make) -> None:
+    """A comparison tells what is served otherwise, what is new, and what is gone."""
+    model = model_of(make_layer())
+    before = receipt(model, device="cpu", mode=Mode.INFERENCE)
+    assert not before.diff(before) and str(before.diff(before)) == "no difference"
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
+        model["more"] = make_layer("Other")()
+        del model["blocks"][1]
+        after = receipt(model, device="cpu", mode=Mode.INFERENCE)
+    difference = before.diff(after)
+    assert [(a.path, b.origin.rpartition(".")[2]) for a, b in difference.changed] == [("blocks.0.0", "Add10")]
+    assert [row.path for row in difference.added] == ["more"]
+    assert [row.path for row in difference.removed] == ["blocks.1.0"]
+    assert [line[:1] for line in str(difference).splitlines()] == ["~", "+", "-"]
+
+
+def test_json_and_html(make_layer: Make, make_kernel: Make) -> None:
+    """JSON has every field, and HTML shows text that would be markup as text."""
+    with use_kernel_mapping({"<b>": {"cuda": make_kernel(10)}}):
+        found = receipt(make_layer("<b>")(), device="cpu")
+    (row,) = json.loads(found.to_json())
+    assert row["layer_name"] == "<b>" and row["origin"] == "reference" and row["calls"] is None
+    assert row["misfits"][0]["reason"] == "it is mapped for cuda, and this call is on cpu"
+    assert "&lt;b&gt;" in found.to_html() and "<b>" not in found.to_html()
+
+
+def test_rich_table(make_layer: Make) -> None:
+    """In a terminal, a receipt is a table; markup in names is not interpreted."""
+    console = Console(width=120, record=True, force_terminal=True)
+    with console.capture() as captured:
+        console.print(receipt(make_layer("[red]x")(), device="cpu"))
+    assert "[red]x" in captured.get() and "reference" in captured.get()
+
+
+def test_counted_calls(make_layer: Make, make_kernel: Make) -> None:
+    """While calls are counted, each module has its own, per origin; outside nothing is counted; anew from zero."""
+    first, second = make_layer("A")(), make_layer("B")()
+    model = nn.ModuleDict({"a": first, "b": second})
+    first(X)
+    with use_kernel_mapping({"A": {"cpu": make_kernel(10)}}):
+        with count_calls():
+            first(X), first(X), second(X)
+            with use_kernel_mapping({}, inherit_mapping=False):
+                first(X)
+        first(X)
+        calls = [row.calls for row in receipt(model, device="cpu").rows]
+        assert [sorted(c.values()) for c in calls if c is not None] == [[1, 2], [1]]
+        with count_calls():
+            second(X)
+        assert [row.calls for row in receipt(model, device="cpu").rows] == [{}, {"reference": 1}]
+
+
+def test_counts_of_threads_add_up(make_layer: Make) -> None:
+    """Calls of several threads are all counted, those of functions and kernelized modules too."""
+
+    @use_kernel_forward_from_hub("f")
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    layer = make_layer()()
+    with pytest.warns(KernelsWarning):
+        frozen = kernelize(make_layer("Frozen")(), mode=Mode.INFERENCE, device="cpu")
+
+    def work() -> None:
+        for _ in range(200):
+            layer(X), f(X), frozen(X)
+
+    with count_calls():
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [receipt(m, device="cpu").rows[0].calls for m in (layer, frozen)] == [{"reference": 800}] * 2
+
+
+def test_explain(python: Callable[..., Any], distribution: Callable[..., Any]) -> None:
+    """The command tells what a receipt tells, as text and JSON, and exits with 1 if a requirement fails."""
+    site = distribution("nothing", {}, {})
+    (site / "models.py").write_text(
+        "import torch\nfrom kernels_core import use_kernel_forward_from_hub\n"
+        "@use_kernel_forward_from_hub('Add')\nclass Add(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return x\n"
+        "def make():\n    return torch.nn.Sequential(Add())\n"
+    )
+    run = "import sys\nfrom kernels_core.cli import main\nsys.argv = {!r}\nmain()"
+    base = ["kernels-core", "explain", "models:make", "--device", "cpu"]
+    done = python(run.format(base))
+    assert done.stdout.splitlines()[1].split() == ["0", "Add", "cpu", "training", "reference"]
+    done = python(run.format([*base, "--json", "--mode", "inference"]))
+    assert json.loads(done.stdout)[0]["mode"] == "inference"
+    done = python(run.format([*base, "--html", "out.html", "--require", "*"]), check=False)
+    assert done.returncode == 1 and "not served by a kernel" in done.stderr
+    assert (site.parent / "out.html").read_text().startswith("<table")
+    done = python(run.format([*base[:2], "models:missing"]), check=False)
+    assert done.returncode == 2 and "Cannot import" in done.stderr
