@@ -255,6 +255,18 @@ def test_device_of_the_parameters(both: Both) -> None:
     both.run(scenario).agree(3.0)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "neuron", "npu", "rocm", "tpu", "xpu"])
+def test_for_another_machine(both: Both, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Both kernelize for each device that a mapping can name, whether or not this machine has one."""
+
+    def scenario(side: Side) -> float:
+        layer = side.layer()
+        return side.freeze(layer(), {layer.kernel_layer_name: {device: able(3)}}, device=device)
+
+    with capability(monkeypatch, 90, hip=device == "rocm"):
+        both.run(scenario).agree(3.0)
+
+
 def test_torch_device(both: Both) -> None:
     """Both take a `torch.device`."""
     both.run(lambda side: side.served(able(3), device=torch.device("cpu"))).agree(3.0)

@@ -200,6 +200,21 @@ def test_revisions(kernels_hub: Both, pinned: str, how: str) -> None:
     kernels_hub.run(scenario).agree(5.0 if pinned == "main" else 3.0)
 
 
+def test_one_module(kernels_hub: Both) -> None:
+    """Both give the same module to all who ask for the same build, and leave its state alone."""
+    published = publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(3))
+    published.branch("v1")
+
+    def scenario(side: Side) -> list[object]:
+        first = side.lib.get_kernel("acme/kernels", version=1)
+        first.layers.counter = 7
+        second = side.lib.get_kernel("acme/kernels", revision=published.head())
+        layer = side.lib.LayerRepository("acme/kernels", layer_name="Scale", revision="main").load()
+        return [first is second, second.layers.counter, layer is first.layers.Scale]
+
+    kernels_hub.run(scenario).agree([True, 7, True])
+
+
 def test_newer_version(kernels_hub: Both) -> None:
     """Both say that there is a newer version, and use the one that was asked for."""
     published = publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(3))
