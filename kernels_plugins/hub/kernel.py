@@ -6,11 +6,12 @@ Each step gives what the next one needs, and none does the work of the next:
   what it must; downloads nothing of the repository. `Found.variants` has the files of *every* build as the Hub
   lists them, so this is what a lock is made from, with `hash_variant` and `read_metadata(found, name)`.
 * `locate(request)`: that, and the build that fits this machine. Downloads nothing.
-* `install(request)`: that, its files on disk and in memory, checked. Nothing of it was run.
+* `fetch(location)`: its files on disk and in memory, checked. Also those of a build for another machine.
+* `install(request)`: both, and the build can run here. Nothing of it was run.
 * `load(request)`: that, imported.
 
 A locked kernel is asked for with `commit` (it replaces revision and version), `locked` (the hashes of its builds,
-compared in `locate`, before anything is downloaded, and so with the files), and `lock` (where dependencies are looked
+compared in `fetch`, before anything is downloaded, and so with the files), and `lock` (where dependencies are looked
 up): `locked_request(lock, repo_id)` makes such a request. All steps work offline with what was loaded before, and with
 `local_files_only=True` as with `HF_HUB_OFFLINE`.
 """
@@ -45,6 +46,7 @@ __all__ = [
     "Location",
     "LockedVariants",
     "RepoInfo",
+    "fetch",
     "find",
     "install",
     "load",
@@ -201,7 +203,6 @@ def locate(request: KernelRequest) -> Location:
     found = find(request)
     with _named(str(request)):
         name = _choose(found.variants, request.backend)
-        _check_lock(request, name, found)
     return Location(name, download.variant_folder(found.pin, name), found)
 
 
@@ -211,24 +212,35 @@ def install(request: KernelRequest) -> Installed:
     Raises:
         ResolutionError: One of its kinds, naming repository, revision, variant and what to do.
     """
+    installed = fetch(locate(request))
+    with _named(_where(installed.location)):
+        check_metadata(installed.variant.metadata)
+    return installed
+
+
+def fetch(location: Location) -> Installed:
+    """Have a build on disk and in memory, whether or not it fits, and check that it is what was promised.
+
+    Raises:
+        ResolutionError: One of its kinds, naming repository, revision, variant and what to do.
+    """
     from . import download
 
-    location = locate(request)
     assert location.found is not None
-    pin = location.found.pin
-    with _named(f"{request} (commit {pin.commit[:12]}), variant {location.variant}"):
+    request, pin = location.found.request, location.found.pin
+    with _named(_where(location)):
+        lock = _check_lock(request, location.variant, location.found)
         variant, transfer = _fetch(location, _client(request))
         try:
             digest = check_digest(variant)
         except IntegrityError:
             download.discard(variant.folder)
             raise
-        check_metadata(variant.metadata)
         notes = download.notes(request.repo_id)
         if request.commit is None:
             notes.write_pin(request.wanted, pin)
         notes.write_pin(pin.commit, pin)
-    return Installed(location, variant, {"digest": digest, "transfer": transfer, **location.found.checked})
+    return Installed(location, variant, {"digest": digest, "transfer": transfer, **location.found.checked, **lock})
 
 
 def load(request: KernelRequest) -> LoadedKernel:
@@ -338,12 +350,14 @@ def _find_pin(request: KernelRequest, client: Any) -> tuple[Pin, str]:
         return known, f"from the cache: {error}"
 
 
-def _check_lock(request: KernelRequest, name: str, found: Found) -> None:
-    """Refuse a build that a lock does not know, or knows with other files."""
+def _check_lock(request: KernelRequest, name: str, found: Found) -> dict[str, str]:
+    """Refuse a build that a lock does not know, or knows with other files; else say what was checked."""
+    if request.lock is None:
+        return {}
+    where = request.lock.origin
     if not request.locked:
-        return
+        return {"lock": f"the commit is that in {where}; its files are not checked: the lock has no hashes"}
     promised = dict(request.locked)
-    where = request.lock.origin if request.lock else "the lock"
     if name not in promised:
         raise IntegrityError(f"{where} knows no variant {name}. Lock it anew with `kernels-core lock <project>`")
     actual = hash_variant(found.variants[name])
@@ -352,6 +366,12 @@ def _check_lock(request: KernelRequest, name: str, found: Found) -> None:
             f"its variant {name} is not the one that was locked: {where} says {promised[name]}, and it is {actual}. Do "
             "not use this kernel; if the publisher can explain it, lock it anew with `kernels-core lock <project>`"
         )
+    return {"lock": f"commit and files are those in {where}"}
+
+
+def _where(location: Location) -> str:
+    assert location.found is not None
+    return f"{location.found.request} (commit {location.found.pin.commit[:12]}), variant {location.variant}"
 
 
 def _fetch(location: Location, client: Any) -> tuple[Variant, str]:
