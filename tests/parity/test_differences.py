@@ -176,6 +176,42 @@ def test_kernel_with_other_names_and_defaults(both: Both, frozen: bool) -> None:
     assert pair.ours.get() == [3.0, 6.0]
 
 
+def test_layer_that_is_a_function(both: Both) -> None:
+    """Theirs refuses what is no class in a kernel's `layers`; in ours, a function there serves a decorated one."""
+    folder = write_kernel(both.home / "kernel", "def scale(x):\n    return x * 7\n")
+
+    def scenario(side: Side) -> float:
+        @side.lib.use_kernel_forward_from_hub("a function in layers")
+        def scale(x: torch.Tensor) -> torch.Tensor:
+            return x * REFERENCE
+
+        @side.lib.use_kernelized_func(scale)
+        class Calls(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return scale(x)
+
+        source = side.lib.LocalLayerRepository(folder, layer_name="scale")
+        return side.freeze(Calls(), {"a function in layers": {"cpu": source}})
+
+    pair = both.run(scenario)
+    assert isinstance(pair.theirs.error, TypeError)
+    assert pair.ours.get() == 7.0
+
+
+def test_registered_for_compile_alone(both: Both) -> None:
+    """Theirs takes a source for TORCH_COMPILE alone and never uses it; ours says that it never would."""
+
+    def scenario(side: Side) -> set[float]:
+        return {
+            side.served({side.lib.Mode.TORCH_COMPILE: able(3)}, mode)
+            for mode in ("INFERENCE", "TRAINING|TORCH_COMPILE")
+        }
+
+    pair = both.run(scenario)
+    assert pair.theirs.get() == {2.0}
+    assert isinstance(pair.ours.error, ValueError) and "TORCH_COMPILE" in str(pair.ours.error)
+
+
 # --- Models --------------------------------------------------------------------------------------
 
 

@@ -55,14 +55,3 @@ def test_members() -> None:
     for combined in ("DEFAULT", "ALL", "NONE"):
         values = [side.lib.KernelizeFallback[combined].value for side in SIDES]
         assert values[0] == values[1]
-
-
-def test_a_kernel_for_compile_alone_is_refused_at_once(both: Both) -> None:
-    """Theirs takes a source for TORCH_COMPILE alone and never uses it; ours says that it never would."""
-
-    def scenario(side: Side) -> set[float]:
-        return {side.served({side.lib.Mode.TORCH_COMPILE: able(3)}, mode) for mode in CALLS}
-
-    pair = both.run(scenario)
-    assert pair.theirs.get() == {2.0}
-    assert isinstance(pair.ours.error, ValueError) and "TORCH_COMPILE" in str(pair.ours.error)

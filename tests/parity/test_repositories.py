@@ -23,8 +23,6 @@ from parity_scene import (
 )
 from torch import nn
 
-FUNCTION = "\n\ndef scale(x):\n    return x * 7\n"
-
 
 def times(kernel: ModuleType) -> float:
     """Run the layer of a kernel module."""
@@ -553,29 +551,7 @@ def test_locked_and_offline(kernels_hub: Both, new_process: Any, fresh_theirs: A
     kernels_hub.run(again).agree(3.0)
 
 
-# --- Layers that are functions -------------------------------------------------------------------
-
-
-def test_layer_that_is_a_function(both: Both) -> None:
-    """A function in a kernel's `layers` serves a decorated function in ours; theirs refuses what is no class."""
-    folder = write_kernel(both.home / "kernel", "import torch\n" + FUNCTION)
-
-    def scenario(side: Side) -> float:
-        @side.lib.use_kernel_forward_from_hub("a function in layers")
-        def scale(x: torch.Tensor) -> torch.Tensor:
-            return x * REFERENCE
-
-        @side.lib.use_kernelized_func(scale)
-        class Calls(nn.Module):
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return scale(x)
-
-        source = side.lib.LocalLayerRepository(folder, layer_name="scale")
-        return side.freeze(Calls(), {"a function in layers": {"cpu": source}})
-
-    pair = both.run(scenario)
-    assert isinstance(pair.theirs.error, TypeError)
-    assert pair.ours.get() == 7.0
+# --- Layers for functions -------------------------------------------------------------------
 
 
 def test_class_serves_a_function(both: Both) -> None:
