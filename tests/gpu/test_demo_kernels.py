@@ -249,6 +249,39 @@ def test_non_contiguous(name: str) -> None:
         assert_close(run(kernelized(layer), [strided], [dy]), expected, F32)
 
 
+def test_launches_are_told_apart() -> None:
+    """Code compiled for one launch is not used for another alignment, stride, size, number or type."""
+    flat = torch.randn(1 + 64 * 640, device="cuda")
+    inputs = [
+        flat[:-1].view(128, 320),  # on a boundary of 16 bytes
+        flat[1:].view(128, 320),  # and off it
+        flat[:-1].view(64, 640)[:, :320],
+        flat[1:].view(64, 640)[:, :320],
+        flat[:-1].view(64, 640)[:1, 1:321],
+        flat[:320].view(1, 320),
+        flat[:-1].view(128, 320).to(BF16),
+    ]
+    for eps in (1e-6, 1, 1.0):
+        for x in (*inputs, *reversed(inputs)):
+            layer = rms_norm(320, x.dtype)
+            layer.variance_epsilon = eps
+            dy = torch.randn(x.shape, dtype=x.dtype, device="cuda")
+            assert_close(run(kernelized(layer), [x], [dy]), exact(layer, [x], [dy]), x.dtype)
+    for x in (*inputs, *reversed(inputs)):
+        dy = torch.randn(len(x), 160, dtype=x.dtype, device="cuda")
+        layer = reference.SiluAndMul()
+        assert_close(run(kernelized(layer), [x], [dy]), exact(layer, [x], [dy]), x.dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33])
+def test_no_epsilon(rows: int) -> None:
+    """Without an epsilon, what a block computes past the last row spoils no gradient."""
+    layer, x = make("RMSNorm", (rows, 320), F32)
+    layer.variance_epsilon = 0.0
+    dy = torch.randn_like(x)
+    assert_close(run(kernelized(layer), [x], [dy]), exact(layer, [x], [dy]), F32)
+
+
 def test_more_than_two_to_the_31_elements() -> None:
     """Offsets past 32 bits reach the right rows, in forward and backward."""
     columns, rows = 16384, 2**31 // 16384 + 3
@@ -381,12 +414,16 @@ def test_second_derivative_is_refused() -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_on_the_device_of_its_input() -> None:
-    """Inputs on another GPU than the current one are computed on their own."""
+    """Inputs on another GPU than the current one are computed on their own, launched there before or not."""
     layer, x = make("RMSNorm", (64, 320), BF16)
-    layer, x = layer.to("cuda:1"), x.to("cuda:1")
     dy = torch.randn_like(x)
+    expected = exact(layer, [x], [dy])
     with torch.cuda.device(0):
-        assert_close(run(kernelized(layer), [x], [dy]), exact(layer, [x], [dy]), BF16)
+        for device in ("cuda:0", "cuda:1", "cuda:0", "cuda:1"):
+            layer, x, dy = layer.to(device), x.to(device), dy.to(device)
+            actual = run(kernelized(layer), [x], [dy])
+            assert {tensor.device for tensor in actual} == {torch.device(device)}
+            assert_close([tensor.to("cuda:0") for tensor in actual], expected, BF16)
 
 
 def test_sealed_folder_stays_clean() -> None:

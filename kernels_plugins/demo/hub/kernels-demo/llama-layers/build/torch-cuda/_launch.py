@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import triton_op
@@ -95,6 +96,45 @@ def power_of_two(size: int, limit: int) -> int:
 def ceil_div(size: int, block: int) -> int:
     """How many blocks cover `size`; Triton's own is slow to call from the host."""
     return -(-size // block)
+
+
+class Launcher:
+    """A Triton kernel, launched as `kernel[grid](...)` with less work on the host.
+
+    Triton finds the machine code for a call by looking at every argument anew, which takes longer than a small
+    kernel runs. What it finds depends on the device, the types of the arguments, the alignment of the
+    tensors and the numbers: machine code is kept under these.
+
+    Args:
+        kernel: Takes pointers (named so), then numbers, then constants; called with the constants as keywords in
+            their order.
+    """
+
+    # Before 3.3, machine code is called without the constants.
+    _supported = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= (3, 3)
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._pointers = sum(name.endswith("_ptr") for name in kernel.arg_names)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int], *args: Any, num_warps: int, **constants: Any) -> None:
+        tensors, numbers = args[: self._pointers], args[self._pointers :]
+        types = (*map(type, numbers), *[x.dtype for x in tensors])  # 1 equals 1.0, and is another type to Triton
+        key = (tensors[0].device.index, num_warps, types, numbers, *constants.values())
+        aligned = not any([x.data_ptr() % 16 for x in tensors])
+        compiled = self._compiled.get(key) if aligned else None
+        if compiled is not None:
+            compiled[grid[0], 1, 1](*args, *constants.values())
+            return
+        compiled = self._kernel[grid](*args, num_warps=num_warps, **constants)
+        if self._supported and aligned:
+            if len(self._compiled) >= 1024:  # of a model that meets ever new sizes
+                self._compiled.clear()
+            self._compiled[key] = compiled
 
 
 _HERE = contextlib.nullcontext()

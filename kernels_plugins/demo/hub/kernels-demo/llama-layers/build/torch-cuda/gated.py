@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ._launch import as_rows, ceil_div, eager, on_device_of, operator, power_of_two
+from ._launch import Launcher, as_rows, ceil_div, eager, on_device_of, operator, power_of_two
 
 # Elements per program. The forward GELU computes enough to gain from a second independent row.
 TILE = 1024
@@ -92,6 +92,10 @@ def _backward_kernel(
     tl.store(da_ptr + columns, (dy * activated).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+_forward_launcher = Launcher(_forward_kernel)
+_backward_launcher = Launcher(_backward_kernel)
+
+
 def _forward(x: Tensor, gelu: bool) -> Tensor:
     columns = x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
@@ -102,7 +106,7 @@ def _forward(x: Tensor, gelu: bool) -> Tensor:
     height = (GELU_TILE if gelu else TILE) // width
     grid = (ceil_div(rows, height) * ceil_div(columns, width),)
     direct = eager(x)
-    kernel = _forward_kernel if direct else wrap_triton(_forward_kernel)
+    kernel = _forward_launcher if direct else wrap_triton(_forward_kernel)
     with on_device_of(x, direct):
         kernel[grid](x, y, x.stride(0), rows, columns, GELU=gelu, BLOCK_ROWS=height, BLOCK_COLUMNS=width, num_warps=4)
     return y
@@ -118,7 +122,7 @@ def _backward(dy: Tensor, x: Tensor, gelu: bool) -> Tensor:
     height = TILE // width
     grid = (ceil_div(rows, height) * ceil_div(columns, width),)
     direct = eager(x)
-    kernel = _backward_kernel if direct else wrap_triton(_backward_kernel)
+    kernel = _backward_launcher if direct else wrap_triton(_backward_kernel)
     with on_device_of(x, direct):
         kernel[grid](
             x, dy, dx, x.stride(0), dy.stride(0), rows, columns,

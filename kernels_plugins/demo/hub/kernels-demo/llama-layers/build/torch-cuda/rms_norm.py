@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ._launch import as_rows, ceil_div, eager, on_device_of, operator, power_of_two, resources
+from ._launch import Launcher, as_rows, ceil_div, eager, on_device_of, operator, power_of_two, resources
 
 # Rows up to these widths stay in registers between the reduction and the result; wider ones are read twice.
 FORWARD_WIDTH = 32768
@@ -82,7 +82,8 @@ def _backward_kernel(
         # Both sums come from the raw values, so neither reduction waits for the other.
         squares = tl.sum(x * x, axis=1, keep_dims=True) / columns
         inner = tl.sum(grad * x, axis=1, keep_dims=True) / columns
-        scale = tl.rsqrt(squares + tl.cast(eps, dtype))
+        # Rows past the end are zeros: without an epsilon, their scale would be infinite, and zero times that NaN.
+        scale = tl.rsqrt(tl.where(row < rows, squares + tl.cast(eps, dtype), 1.0))
         normalised = x * scale
         dx = (grad - normalised * (inner * scale)) * scale
         tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -149,6 +150,13 @@ def _sum_kernel(partial_ptr, total_ptr, rows, columns, BLOCK_ROWS: tl.constexpr,
     tl.store(total_ptr + column, total.to(total_ptr.dtype.element_ty), mask=column < columns)
 
 
+_forward_launcher = Launcher(_forward_kernel)
+_forward_wide_launcher = Launcher(_forward_wide_kernel)
+_backward_launcher = Launcher(_backward_kernel)
+_backward_wide_launcher = Launcher(_backward_wide_kernel)
+_sum_launcher = Launcher(_sum_kernel)
+
+
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype = x.dtype if x.dtype == weight.dtype else torch.promote_types(x.dtype, weight.dtype)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -159,12 +167,12 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     direct = eager(x)
     with on_device_of(x, direct):
         if columns > FORWARD_WIDTH:
-            kernel = _forward_wide_kernel if direct else wrap_triton(_forward_wide_kernel)
+            kernel = _forward_wide_launcher if direct else wrap_triton(_forward_wide_kernel)
             kernel[(rows,)](x, weight, y, x.stride(0), columns, eps, BLOCK=8192, num_warps=32)
         else:
             width = power_of_two(columns, FORWARD_WIDTH)
             height = max(1, 2048 // width)
-            kernel = _forward_kernel if direct else wrap_triton(_forward_kernel)
+            kernel = _forward_launcher if direct else wrap_triton(_forward_kernel)
             kernel[(ceil_div(rows, height),)](
                 x, weight, y, x.stride(0), rows, columns, eps,
                 BLOCK_ROWS=height, BLOCK_COLUMNS=width, num_warps=min(32, max(4, width // 512)),
@@ -176,7 +184,6 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if dx.numel() == 0:
         return dx, torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dy, x, weight = as_rows(dy), as_rows(x), weight.contiguous()
     rows, columns = x.shape
     width = power_of_two(columns, BACKWARD_WIDTH)
@@ -191,17 +198,19 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     direct = eager(x)
     with on_device_of(x, direct):
         if columns > BACKWARD_WIDTH:
-            kernel = _backward_wide_kernel if direct else wrap_triton(_backward_wide_kernel)
+            kernel = _backward_wide_launcher if direct else wrap_triton(_backward_wide_kernel)
             kernel[(programs,)](
                 x, weight, dy, dx, partial, x.stride(0), dy.stride(0), rows, columns, eps, BLOCK=8192, num_warps=32
             )  # fmt: skip
         else:
-            kernel = _backward_kernel if direct else wrap_triton(_backward_kernel)
+            kernel = _backward_launcher if direct else wrap_triton(_backward_kernel)
             kernel[(programs,)](
                 x, weight, dy, dx, partial, x.stride(0), dy.stride(0), rows, columns, eps,
                 BLOCK_ROWS=height, BLOCK_COLUMNS=width, STAGES=stages, num_warps=min(16, max(8, width // 1024)),
             )  # fmt: skip
-        kernel = _sum_kernel if direct else wrap_triton(_sum_kernel)
+        # Only now, while the GPU has something to do: all before it waits for the first launch.
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        kernel = _sum_launcher if direct else wrap_triton(_sum_kernel)
         kernel[(ceil_div(columns, 16),)](
             partial, dweight, programs, columns, BLOCK_ROWS=256, BLOCK_COLUMNS=16, num_warps=8
         )

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ._launch import ceil_div, eager, on_device_of, operator, power_of_two
+from ._launch import Launcher, ceil_div, eager, on_device_of, operator, power_of_two
 
 
 @triton.jit
@@ -89,6 +89,9 @@ def _kernel(
         )  # fmt: skip
 
 
+_launcher = Launcher(_kernel)
+
+
 def _output(x: Tensor, angle: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, angle.dtype)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -110,7 +113,7 @@ def _rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bo
     block_seq = power_of_two(seq, max(1, 512 // block_half))
     groups = ceil_div(q_heads, heads) + ceil_div(key.shape[1], heads)
     direct = eager(query)
-    kernel = _kernel if direct else wrap_triton(_kernel)
+    kernel = _launcher if direct else wrap_triton(_kernel)
     with on_device_of(query, direct):
         kernel[(ceil_div(seq, block_seq) * groups * batch,)](
             query, key, cos, sin, q_out, k_out, *query.stride()[:3], *key.stride()[:3],
