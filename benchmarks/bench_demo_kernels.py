@@ -1,7 +1,7 @@
 """Times the demo's Triton kernels against copying, torch, the compiled and the eager reference.
 
 Run on an NVIDIA GPU, with the project installed or its root on PYTHONPATH:
-`python benchmarks/bench_demo_kernels.py [--json FILE]`.
+`python benchmarks/bench_demo_kernels.py [--only CASE] [--json FILE]`.
 
 Every time is a median in microseconds with a cold L2 cache. "launched" times an eager call, whose host work shows
 where the kernels are short; "graph" replays the call from a CUDA graph, so only the GPU's own time is left.
@@ -151,9 +151,11 @@ def cases(reference: Any) -> Iterator[Case]:
     yield Case("rotary q, k [4, 32, 2048, 128]", reference.RotaryEmbedding(), heads + angles, size, size)
 
 
-def measure(reference: Any, kernels: Any) -> Iterator[dict[str, Any]]:
-    """All rows of the table."""
+def measure(reference: Any, kernels: Any, only: str) -> Iterator[dict[str, Any]]:
+    """The rows of the table, for cases whose names contain `only`."""
     for case in cases(reference):
+        if only not in case.name:
+            continue
         for backward in (False, True):
             size = case.forward_bytes + backward * case.backward_bytes
             source = torch.randint(256, (size // 2,), dtype=torch.uint8, device="cuda")
@@ -190,6 +192,7 @@ def main() -> None:
     """Prints the tables and optionally writes them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the measurements to this file")
+    parser.add_argument("--only", default="", metavar="CASE", help="leave out cases whose names do not contain this")
     arguments = parser.parse_args()
     setting = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -202,7 +205,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
     reference = load_reference("bench_reference_layers")
     kernels = load("bench_demo_kernels_cuda", VARIANT).layers
-    rows, hosts = list(measure(reference, kernels)), list(measure_host(reference, kernels))
+    rows, hosts = list(measure(reference, kernels, arguments.only)), list(measure_host(reference, kernels))
     print(f"\n{'case':31} {'direction':17} {'provider':19} {'launched':>9} {'graph':>9} {'graph/copy':>11}")
     for row in rows:
         times = f"{row['launched_us']:9.1f} {row['graph_us']:9.1f} {row['graph_over_copy']:11.2f}"
