@@ -310,11 +310,17 @@ class _Dispatcher:
             if _ACCELERATOR is not None:
                 names = [self._name(torch.device(_ACCELERATOR, index)) for index in range(_MAX_SHORT_INDEX)]
                 short = [
-                    f"if {first}.is_{_ACCELERATOR}:",
-                    f"    _kernel = (_kernels_frame().{names[0]} if _kernels_root.one_accelerator",
-                    f"               else _kernels_getattr(_kernels_frame(), _kernels_names[{first}.get_device()]))",
-                    "else:",
-                    *(f"    {line}" for line in host),
+                    "if _kernels_root.one_accelerator:",
+                    f"    if {first}.is_{_ACCELERATOR}:",
+                    f"        _kernel = _kernels_frame().{names[0]}",
+                    "    else:",
+                    *(f"        {line}" for line in host),
+                    "else:",  # one question instead of two
+                    f"    _index = {first}.get_device()",
+                    "    if _index >= 0:",
+                    "        _kernel = _kernels_getattr(_kernels_frame(), _kernels_names[_index])",
+                    "    else:",
+                    *(f"        {line}" for line in host),
                 ]
             body = ["try:", *(f"    {line}" for line in short), "except _kernels_absent:", f"    _kernel = {cold}"]
         lines = [
@@ -469,7 +475,7 @@ def _parameters(reference: Forward) -> tuple[inspect.Parameter, ...] | None:
     except (TypeError, ValueError):
         return None
     parameters = tuple(signature.parameters.values())
-    taken = any(p.name.startswith("_kernel") or p.name in ("_name", "_records", "_error") for p in parameters)
+    taken = any(p.name.startswith("_kernel") or p.name in ("_name", "_records", "_error", "_index") for p in parameters)
     return None if taken else parameters
 
 
