@@ -50,9 +50,8 @@ def receipt(
         ... class Identity(nn.Module):
         ...     def forward(self, x):
         ...         return x
-        >>> print(receipt(nn.Sequential(Identity(), nn.ReLU()), device="cpu"))
-        path  layer     device  mode      origin     plugin
-        0     Identity  cpu     training  reference
+        >>> [(row.path, row.layer_name, row.origin) for row in receipt(nn.Sequential(Identity()), device="cpu").rows]
+        [('0', 'Identity', 'reference')]
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"receipt takes an nn.Module, not {model!r}.")
