@@ -47,10 +47,13 @@ class Record:
     Attributes:
         publisher_trusted: Whether the Hub listed the publisher as trusted when this was downloaded.
         variants: The files of each build variant, as the Hub lists them.
+        redirect: Repository and revision that it says to take instead; empty if it says none, None if that was not
+            asked yet.
     """
 
     publisher_trusted: bool = False
     variants: dict[str, tuple[RemoteFile, ...]] = field(default_factory=dict)
+    redirect: tuple[str, ...] | None = None
 
 
 class Notes:
@@ -77,7 +80,7 @@ class Notes:
         data = self._read(self._commit(commit))
         with contextlib.suppress(AttributeError, KeyError, TypeError):
             variants = {name: tuple(RemoteFile(**file) for file in files) for name, files in data["variants"].items()}
-            return Record(data["publisher_trusted"] is True, variants)
+            return Record(data["publisher_trusted"] is True, variants, _redirect(data.get("redirect")))
         return None
 
     def write_record(self, commit: str, record: Record) -> None:
@@ -87,6 +90,16 @@ class Notes:
     def trust(self, commit: str) -> None:
         """Remember that the publisher was trusted."""
         self.write_record(commit, replace(self.record(commit) or Record(), publisher_trusted=True))
+
+    def newest(self) -> int | None:
+        """Return the newest version, when that was last asked."""
+        data = self._read(self._folder / "versions.json")
+        newest = data.get("newest") if isinstance(data, dict) else None
+        return newest if type(newest) is int else None
+
+    def write_newest(self, version: int) -> None:
+        """Remember the newest version."""
+        self._write(self._folder / "versions.json", {"newest": version})
 
     def _revision(self, revision: str) -> Path:
         return self._folder / "revisions" / f"{quote(revision, safe='')}.json"
@@ -112,3 +125,8 @@ class Notes:
             except BaseException:
                 os.unlink(temporary)
                 raise
+
+
+def _redirect(data: Any) -> tuple[str, ...] | None:
+    known = isinstance(data, list) and len(data) in (0, 2) and all(isinstance(part, str) and part for part in data)
+    return tuple(data) if known else None

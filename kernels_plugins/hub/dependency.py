@@ -1,8 +1,14 @@
-"""A kernel that a project, or another kernel, depends on."""
+"""Kernels that a project, or another kernel, depends on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
+
+from .errors import DependencyError
 
 
 @dataclass(frozen=True)
@@ -37,3 +43,48 @@ class Dependency:
         """Name repository, and version or revision."""
         said = f" version {self.version}" if self.version is not None else f" at {self.revision}" * bool(self.revision)
         return f"{self.repo_id}{said}"
+
+
+_lent: ContextVar[Mapping[str, ModuleType] | None] = ContextVar("kernels_plugins.hub.dependency", default=None)
+
+
+@contextmanager
+def lend_kernels(kernels: Mapping[str, ModuleType]) -> Iterator[None]:
+    """Let `get_kernel_dep` give these, while a kernel that depends on them is imported."""
+    token = _lent.set(kernels)
+    try:
+        yield
+    finally:
+        _lent.reset(token)
+
+
+def get_kernel_dep(repo_id: str) -> ModuleType:
+    """Return a kernel that this kernel depends on; called by a kernel, while it is imported.
+
+    Which version it is, the metadata of the calling kernel says, under `kernel-depends`.
+
+    Args:
+        repo_id: The name of its repository, as in the metadata.
+
+    Raises:
+        LoadError: If no kernel is being imported, or it does not depend on that one. It is a `RuntimeError`, too.
+
+    Example:
+        >>> get_kernel_dep("acme/silu")
+        Traceback (most recent call last):
+        ...
+        kernels_plugins.hub.errors.DependencyError: get_kernel_dep('acme/silu') is called where no kernel is being ...
+    """
+    kernels = _lent.get()
+    if kernels is None:
+        raise DependencyError(
+            f"get_kernel_dep({repo_id!r}) is called where no kernel is being imported: call it at the top of a module "
+            "of the kernel, not in a function that runs later. Elsewhere, use get_kernel"
+        )
+    if repo_id not in kernels:
+        there = ", ".join(sorted(kernels)) or "none"
+        raise DependencyError(
+            f"get_kernel_dep({repo_id!r}): this kernel declares no such dependency. Those under kernel-depends in its "
+            f"metadata are: {there}. Its publisher declares them in build.toml"
+        )
+    return kernels[repo_id]

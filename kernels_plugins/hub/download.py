@@ -25,7 +25,8 @@ from kernels_core import LoadError, __version__
 
 from .cache import COMMIT, Notes, Pin
 from .errors import AbsentError, UnknownError, UnreachableError
-from .integrity import RemoteFile, is_byte_code
+from .integrity import RemoteFile, check_transfer, is_byte_code
+from .redirect import LARGEST, STATUS
 
 REPO_TYPES = ("kernel", "model")
 """Types of repository that hold kernels, the older form last."""
@@ -83,7 +84,8 @@ class Client:
         return "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
 
     def _api(self) -> HfApi:
-        return HfApi(library_name="kernels-core", library_version=__version__, user_agent=self.user_agent)
+        told = None if constants.HF_HUB_DISABLE_TELEMETRY else self.user_agent
+        return HfApi(library_name="kernels-core", library_version=__version__, user_agent=told)
 
     def find_pin(self, repo_id: str, revision: str) -> Pin:
         """Ask the Hub which commit a revision is, and which repository serves it after redirects.
@@ -205,7 +207,26 @@ class Client:
             )
         return Path(found)
 
-    def list_versions(self, repo_id: str) -> dict[int, str]:
+    def read_status(self, pin: Pin) -> bytes | None:
+        """Return the file that says what became of a repository; None if a commit has none.
+
+        Raises:
+            LoadError: If it cannot be downloaded, or is too large to be one.
+            UnreachableError: If the Hub does not answer.
+        """
+        with _explained(self, pin.repo_id, pin.commit, pin.repo_type):
+            listed = self._api().get_paths_info(pin.repo_id, [STATUS], revision=pin.commit, repo_type=pin.repo_type)
+        for entry in listed:
+            if isinstance(entry, RepoFile) and entry.path == STATUS:
+                if entry.size > LARGEST:
+                    raise UnknownError(f"its {STATUS} has {entry.size} bytes, so it is none. Tell its publisher")
+                content = self.fetch_file(pin, STATUS).read_bytes()
+                sha256 = entry.lfs.sha256 if entry.lfs else None
+                check_transfer({STATUS: content}, [RemoteFile(STATUS, entry.size, entry.blob_id, sha256)])
+                return content
+        return None
+
+    def list_versions(self, repo_id: str, repo_type: str = REPO_TYPES[0]) -> dict[int, str]:
         """Return the versions of a kernel, which are its branches `v<number>`, with the commit of each.
 
         Raises:
@@ -214,8 +235,8 @@ class Client:
         """
         if self.silence:
             raise not_cached(self.silence)
-        with _explained(self, repo_id, None, REPO_TYPES[0]):
-            refs = self._api().list_repo_refs(repo_id, repo_type=REPO_TYPES[0])
+        with _explained(self, repo_id, None, repo_type):
+            refs = self._api().list_repo_refs(repo_id, repo_type=repo_type)
         return {int(r.name[1:]): r.target_commit for r in refs.branches if _VERSION.fullmatch(r.name)}
 
 

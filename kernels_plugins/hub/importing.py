@@ -8,12 +8,13 @@ revisions live side by side.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
@@ -23,6 +24,8 @@ from typing import Any, cast
 
 from kernels_core import KernelLayer, LoadError
 
+from .dependency import lend_kernels
+from .errors import PackageError, UnknownError
 from .integrity import Variant
 
 _importing = threading.RLock()
@@ -108,19 +111,24 @@ def _spec(name: str, loader: Loader, file: str, is_package: bool) -> ModuleSpec:
 _finder = _Finder()
 
 
-def import_variant(variant: Variant) -> ModuleType:
-    """Import a verified variant under a name that is unique to its content.
+def import_variant(variant: Variant, kernels: Mapping[str, ModuleType] | None = None) -> ModuleType:
+    """Import a verified variant under a name that is unique to its content, and to that of what it depends on.
+
+    Args:
+        variant: The build.
+        kernels: The kernels that it depends on, by repository: what `get_kernel_dep` gives it.
 
     Raises:
         LoadError: If it has no module, or its import fails; nothing is left in `sys.modules` then.
     """
-    name = f"kernel_{variant.metadata.python_name}_{variant.fingerprint[:16]}"
+    python_name = variant.metadata.name.python_name
+    name = f"kernel_{python_name}_{_fingerprint(variant, kernels or {})}"
     with _importing:
         if name in sys.modules and name in _finder.roots:
             return sys.modules[name]
         if _finder not in sys.meta_path:
             sys.meta_path.insert(0, _finder)  # the usual finders read from disk, byte code first
-        inner = f"{variant.metadata.python_name}/"
+        inner = f"{python_name}/"
         prefix = next((p for p in ("", inner) if f"{p}__init__.py" in variant.files), None)
         if prefix is None:
             raise LoadError(f"it has neither __init__.py nor {inner}__init__.py, so there is nothing to import")
@@ -128,7 +136,8 @@ def import_variant(variant: Variant) -> ModuleType:
         sources = {path: content if path.endswith(".py") else b"" for path, content in variant.files.items()}
         _finder.roots[name] = (replace(variant, files=sources), prefix)
         try:
-            return importlib.import_module(name)
+            with lend_kernels(kernels or {}):
+                return importlib.import_module(name)
         except BaseException as error:
             del _finder.roots[name]
             for loaded in list(sys.modules):  # another thread may import meanwhile
@@ -136,7 +145,15 @@ def import_variant(variant: Variant) -> ModuleType:
                     sys.modules.pop(loaded, None)
             if not isinstance(error, Exception | SystemExit):
                 raise
-            raise LoadError(_import_problem(error, name)) from error
+            kind = PackageError if isinstance(error, ImportError) else LoadError
+            raise kind(_import_problem(error, name)) from error
+
+
+def _fingerprint(variant: Variant, kernels: Mapping[str, ModuleType]) -> str:
+    if not kernels:
+        return variant.fingerprint[:16]
+    parts = [variant.fingerprint, *(f"{repo_id}={module.__name__}" for repo_id, module in sorted(kernels.items()))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _import_problem(error: BaseException, name: str) -> str:
@@ -160,13 +177,27 @@ def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
     except Exception as error:  # a kernel may import its layers when they are asked for
         raise LoadError(_import_problem(error, module.__name__)) from error
     if layers is None:
-        raise LoadError("it defines no `layers`, so it offers nothing to dispatch to")
+        raise UnknownError("it defines no `layers`, so it offers nothing to dispatch to")
     if layer is None:
         members = getattr(layers, "__dict__", {})
         offered = sorted(name for name, value in members.items() if _is_layer(name, value, layers))
-        raise LoadError(f"its `layers` have no {layer_name!r}: there are {', '.join(offered) or 'none'}")
+        raise UnknownError(f"its `layers` have no {layer_name!r}: there are {', '.join(offered) or 'none'}")
     found: KernelLayer = layer
     return found
+
+
+def find_function(module: ModuleType, name: str) -> KernelLayer:
+    """Return the function at the top of a kernel.
+
+    Raises:
+        LoadError: If it has none of that name; names those that exist.
+    """
+    found = getattr(module, name, None)
+    if not callable(found):
+        offered = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        raise UnknownError(f"it has no function {name!r}: there are {', '.join(offered) or 'none'}")
+    function: KernelLayer = found
+    return function
 
 
 def _is_layer(name: str, value: object, layers: object) -> bool:

@@ -110,15 +110,15 @@ def check_digest(variant: Variant) -> str:
     Raises:
         IntegrityError: If a file is wrong, missing or not listed.
     """
-    digests = variant.metadata.digests
-    if digests is None or variant.metadata.digest_algorithm is None:
+    digest = variant.metadata.digest
+    if digest is None:
         return "not checked: the kernel has no digests"
     files = {path: content for path, content in variant.files.items() if path not in (METADATA, SIGNATURE)}
-    problems = _names(set(digests), set(files), "not in the digest")
-    for path in sorted(digests.keys() & files.keys()):
-        actual = hashlib.new(variant.metadata.digest_algorithm, files[path]).digest()
+    problems = _names(set(digest.files), set(files), "not in the digest")
+    for path in sorted(digest.files.keys() & files.keys()):
+        actual = hashlib.new(digest.algorithm, files[path]).digest()
         try:
-            promised = base64.b64decode(digests[path], validate=True)
+            promised = base64.b64decode(digest.files[path], validate=True)
         except (binascii.Error, ValueError):
             promised = b""
         if actual != promised:
@@ -128,7 +128,7 @@ def check_digest(variant: Variant) -> str:
             f"the files are not those that the digest in {METADATA} promises: {'; '.join(problems)}. "
             "Ask the publisher, and do not use this kernel"
         )
-    return f"{len(files)} files, {variant.metadata.digest_algorithm}"
+    return f"{len(files)} files, {digest.algorithm}"
 
 
 def _names(expected: set[str], found: set[str], extra: str) -> list[str]:

@@ -7,8 +7,8 @@ Each step gives what the next one needs, and none does the work of the next:
   lists them, so this is what a lock is made from, with `hash_variant` and `read_metadata(found, name)`.
 * `locate(request)`: that, and the build that fits this machine. Downloads nothing.
 * `fetch(location)`: its files on disk and in memory, checked. Also those of a build for another machine.
-* `install(request)`: both, and the build can run here. Nothing of it was run.
-* `load(request)`: that, imported.
+* `install(request)`: both, and the same for all that it depends on. Nothing of it was run.
+* `load(request)`: that, imported, if it can run here.
 
 A locked kernel is asked for with `commit` (it replaces revision and version), `locked` (the hashes of its builds,
 compared in `fetch`, before anything is downloaded, and so with the files), and `lock` (where dependencies are looked
@@ -21,7 +21,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -29,13 +29,15 @@ from typing import Any
 
 from kernels_core import IntegrityError, LoadError, ResolutionError
 
-from .cache import COMMIT, Pin, Record
-from .errors import AbsentError, UnreachableError
+from .cache import Pin, Record
+from .errors import AbsentError, UnknownError
 from .importing import import_variant
 from .integrity import RemoteFile, Variant, as_variant, check_digest, check_transfer, read_files
 from .lock import Lock, LockedKernel, hash_variant
-from .metadata import METADATA, Metadata, check_metadata, parse_metadata
-from .request import KernelRequest, LockedVariants
+from .metadata import METADATA, Metadata, parse_metadata
+from .overrides import VARIABLE, find_override
+from .request import KernelRequest, LockedVariants, Terms
+from .requirements import check_device, check_requirements, warn_dirty
 from .variants import Machine, choose_variants
 
 __all__ = [
@@ -46,11 +48,16 @@ __all__ = [
     "Location",
     "LockedVariants",
     "RepoInfo",
+    "Terms",
+    "choose",
     "fetch",
     "find",
     "install",
+    "install_folder",
     "load",
     "load_folder",
+    "loaded_kernels",
+    "local_variant",
     "locate",
     "locked_request",
     "read_metadata",
@@ -65,13 +72,15 @@ class Found:
         request: What was asked for.
         pin: The repository that serves it, and the commit.
         variants: The files of each build, as the Hub lists them.
-        checked: What was verified, in words: `trust` and `revision`.
+        checked: What was verified, in words: `trust` and `revision`; `redirect`, if it was redirected.
+        first: The commit before redirects, of the repository that was asked for.
     """
 
     request: KernelRequest
     pin: Pin
     variants: Mapping[str, tuple[RemoteFile, ...]]
     checked: Mapping[str, str]
+    first: Pin | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,13 @@ class Location:
         variant: Its name, which is that of its folder.
         folder: Where its files lie, or will once they are downloaded.
         found: The kernel on the Hub; None for one on disk.
+        asked: What was asked for, for messages about one on disk.
     """
 
     variant: str
     folder: Path
     found: Found | None = None
+    asked: str = ""
 
     @property
     def origin(self) -> str:
@@ -102,11 +113,13 @@ class Installed:
         location: Which build.
         variant: Its files and metadata, in memory.
         checked: What was verified, in words.
+        dependencies: The kernels that it depends on, by repository.
     """
 
     location: Location
     variant: Variant
     checked: Mapping[str, str]
+    dependencies: Mapping[str, Installed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,7 @@ class LoadedKernel:
         origin: One line that names it.
         place: What was asked for and found, for messages.
         checked: What was verified, in words.
+        dependencies: The kernels that it depends on.
     """
 
     metadata: Metadata
@@ -140,7 +154,8 @@ class LoadedKernel:
     repo_info: RepoInfo | None = None
     origin: str = ""
     place: str = ""
-    checked: Mapping[str, str] | None = None
+    checked: Mapping[str, str] = field(default_factory=dict)
+    dependencies: tuple[LoadedKernel, ...] = ()
 
 
 def locked_request(lock: Lock, locked: LockedKernel | str, **options: Any) -> KernelRequest:
@@ -177,19 +192,24 @@ def find(request: KernelRequest) -> Found:
     Raises:
         ResolutionError: One of its kinds, naming repository, revision and what to do.
     """
-    from . import download  # imports huggingface_hub: only when a repository is really asked for
+    from . import download, revision  # import huggingface_hub: only when a repository is really asked for
     from .trust import require_trust
 
     client = _client(request)
     with _named(str(request)):
-        pin, how = _pin(request, client)
-        trust = require_trust(request, pin, client)
+        pinned = revision.find_revision(request, client)
+        pin = pinned.pin
+        checked = {"trust": require_trust(request, pin, client), "revision": pinned.how}
+        if pinned.redirect:
+            checked["redirect"] = pinned.redirect
         notes = download.notes(pin.repo_id)
         record = notes.record(pin.commit) or Record()
         if not record.variants:
-            record = Record(record.publisher_trusted, client.list_variants(pin))
+            record = replace(record, variants=client.list_variants(pin))
             notes.write_record(pin.commit, record)
-    return Found(request, pin, record.variants, {"trust": trust, "revision": how})
+            revision.look_for_newer(request, pin, client)
+        revision.tell_newer(request)
+    return Found(request, pin, record.variants, checked, pinned.first)
 
 
 def locate(request: KernelRequest) -> Location:
@@ -202,20 +222,8 @@ def locate(request: KernelRequest) -> Location:
 
     found = find(request)
     with _named(str(request)):
-        name = _choose(found.variants, request.backend)
+        name = choose(found.variants, request.backend)
     return Location(name, download.variant_folder(found.pin, name), found)
-
-
-def install(request: KernelRequest) -> Installed:
-    """Have the build that fits on disk and in memory, and check that it is what was promised.
-
-    Raises:
-        ResolutionError: One of its kinds, naming repository, revision, variant and what to do.
-    """
-    installed = fetch(locate(request))
-    with _named(_where(installed.location)):
-        check_metadata(installed.variant.metadata)
-    return installed
 
 
 def fetch(location: Location) -> Installed:
@@ -226,10 +234,11 @@ def fetch(location: Location) -> Installed:
     """
     from . import download
 
-    assert location.found is not None
-    request, pin = location.found.request, location.found.pin
-    with _named(_where(location)):
-        lock = _check_lock(request, location.variant, location.found)
+    found = location.found
+    assert found is not None
+    request, pin, first = found.request, found.pin, found.first or found.pin
+    with _named(_where(location)), _alone(location.folder):
+        lock = _check_lock(request, location.variant, found)
         variant, transfer = _fetch(location, _client(request))
         try:
             digest = check_digest(variant)
@@ -239,43 +248,54 @@ def fetch(location: Location) -> Installed:
         notes = download.notes(request.repo_id)
         if request.commit is None:
             notes.write_pin(request.wanted, pin)
-        notes.write_pin(pin.commit, pin)
-    return Installed(location, variant, {"digest": digest, "transfer": transfer, **location.found.checked, **lock})
+        notes.write_pin(first.commit, pin)
+        if pin.repo_id != request.repo_id:
+            download.notes(pin.repo_id).write_pin(pin.commit, pin)
+    return Installed(location, variant, {"digest": digest, "transfer": transfer, **found.checked, **lock})
 
 
-def load(request: KernelRequest) -> LoadedKernel:
-    """Import a kernel.
+def install(request: KernelRequest) -> Installed:
+    """Have the build that fits, and all that it depends on, on disk and in memory, and check that it was promised.
 
     Raises:
         ResolutionError: One of its kinds, naming repository, revision, variant and what to do.
     """
-    return _load(install(request), str(request))
+    return _install(request, (), {})
 
 
-def load_folder(path: Path, backend: str | None = None) -> LoadedKernel:
-    """Import a kernel from a folder on disk.
-
-    Raises:
-        ResolutionError: One of its kinds, naming folder, variant and what to do.
-    """
-    return _load(install_folder(path, backend), str(path))
-
-
-def install_folder(path: Path, backend: str | None = None) -> Installed:
-    """Read the build in a folder that fits, and check its digest.
+def install_folder(path: Path, terms: Terms | None = None) -> Installed:
+    """Read the build in a folder that fits, check its digest, and install all that it depends on.
 
     Raises:
         ResolutionError: One of its kinds, naming folder, variant and what to do.
     """
-    with _named(str(path)):
-        if not path.is_dir():
-            raise AbsentError("there is no such folder: check the path")
-        folder = _local_variant(path, backend)
-    with _named(f"{path}, variant {folder.name}"):
-        variant = as_variant(folder, read_files(folder))
-        digest = check_digest(variant)
-        check_metadata(variant.metadata)
-    return Installed(Location(folder.name, folder), variant, {"digest": digest, "trust": "local files"})
+    terms = terms or Terms()
+    return _with_dependencies(_read_folder(path, terms.backend), terms, (), {})
+
+
+def load(request: KernelRequest) -> LoadedKernel:
+    """Import a kernel, after all that it depends on.
+
+    Raises:
+        ResolutionError: One of its kinds, naming repository, revision, variant and what to do.
+    """
+    return _load(install(request), request.terms)
+
+
+def load_folder(path: Path, terms: Terms | None = None) -> LoadedKernel:
+    """Import a kernel from a folder on disk, after all that it depends on.
+
+    Raises:
+        ResolutionError: One of its kinds, naming folder, variant and what to do.
+    """
+    terms = terms or Terms()
+    return _load(install_folder(path, terms), terms)
+
+
+def loaded_kernels() -> list[LoadedKernel]:
+    """Return what was imported in this process, oldest first."""
+    with _holding:
+        return list(_loaded.values())
 
 
 def read_metadata(found: Found, variant: str) -> Metadata:
@@ -305,49 +325,102 @@ def read_metadata(found: Found, variant: str) -> Metadata:
 # --- Inside --------------------------------------------------------------------------------------
 
 
-_pinning = threading.Lock()
-_pins: dict[tuple[str, str], Pin] = {}
-"""What the Hub said in this process: the layers of one model come from one commit, whatever is pushed meanwhile."""
+_holding = threading.Lock()
+_loaded: dict[tuple[str, str], LoadedKernel] = {}
+_busy: dict[Path, threading.Lock] = {}
 
 
 def _client(request: KernelRequest) -> Any:
+    from .agent import describe
     from .download import Client
 
     agent = request.user_agent
     assert agent is None or isinstance(agent, str)
-    return Client(agent, request.local_files_only)
+    return Client(describe(agent), request.local_files_only)
 
 
-def _pin(request: KernelRequest, client: Any) -> tuple[Pin, str]:
-    """Return the commit of a revision and how it is known; asks the Hub at most once in a process."""
-    from . import download
-
-    key = (str(download.cache_folder(request.repo_id, download.REPO_TYPES[0])), request.wanted)
-    with _pinning:
-        if key not in _pins:
-            pin, how = _find_pin(request, client)
-            if how != "from the Hub":
-                return pin, how
-            _pins[key] = pin
-        return _pins[key], "from the Hub"
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one thread at a time see to the files of a build."""
+    with _holding:
+        lock = _busy.setdefault(folder, threading.Lock())
+    with lock:
+        yield
 
 
-def _find_pin(request: KernelRequest, client: Any) -> tuple[Pin, str]:
-    from . import download
+def _install(request: KernelRequest, path: tuple[str, ...], memo: dict[KernelRequest, Installed]) -> Installed:
+    """Install a kernel that was reached on a path of kernels, each of which depends on the next."""
+    name = str(request)
+    if name in path:
+        circle = " -> ".join((*path[path.index(name) :], name))
+        raise UnknownError(f"kernels depend on each other in a circle: {circle}. Tell their publishers")
+    if request not in memo:
+        folder = None if request.lock or request.commit else find_override(request.repo_id)
+        if folder is None:
+            own = fetch(locate(request))
+        else:
+            own = _read_folder(folder, request.backend, f"{request.repo_id} ({VARIABLE})", f"local files: {VARIABLE}")
+        memo[request] = _with_dependencies(own, request.terms, (*path, name), memo)
+    return memo[request]
 
-    known = download.notes(request.repo_id).pin(request.wanted)
-    if known is not None and COMMIT.fullmatch(request.wanted):
-        return known, "a commit that is in the cache"
-    if client.silence:
-        if known is None:
-            raise download.not_cached(client.silence)
-        return known, f"from the cache: {client.silence} is set"
-    try:
-        return client.find_pin(request.repo_id, request.wanted), "from the Hub"
-    except UnreachableError as error:
-        if known is None:
-            raise
-        return known, f"from the cache: {error}"
+
+def _with_dependencies(
+    own: Installed, terms: Terms, path: tuple[str, ...], memo: dict[KernelRequest, Installed]
+) -> Installed:
+    with _named(_where(own.location)):
+        wanted = own.variant.metadata.kernel_depends
+        dependencies = {one.repo_id: _install(terms.ask(one), path, memo) for one in wanted}
+    return replace(own, dependencies=dependencies)
+
+
+def _read_folder(path: Path, backend: str | None, asked: str = "", trust: str = "local files") -> Installed:
+    with _named(f"{asked}: {path}" if asked else str(path)):
+        if not path.is_dir():
+            raise AbsentError("there is no such folder: check the path")
+        folder = local_variant(path, backend)
+    location = Location(folder.name, folder, asked=f"{asked}: {path}" if asked else str(path))
+    with _named(_where(location)):
+        variant = as_variant(folder, read_files(folder))
+        digest = check_digest(variant)
+    return Installed(location, variant, {"digest": digest, "trust": trust})
+
+
+def _load(installed: Installed, terms: Terms) -> LoadedKernel:
+    for one in _each(installed):
+        with _named(_where(one.location)):
+            metadata = one.variant.metadata
+            check_requirements(metadata, (_machine(terms.backend).backend,))
+            if terms.check_arch:
+                check_device(metadata)
+            warn_dirty(metadata, one.location.origin)
+    return _import(installed)
+
+
+def _each(installed: Installed) -> Iterator[Installed]:
+    """Yield a kernel and all that it depends on, dependencies first."""
+    for dependency in installed.dependencies.values():
+        yield from _each(dependency)
+    yield installed
+
+
+def _import(installed: Installed) -> LoadedKernel:
+    needed = {repo_id: _import(dependency) for repo_id, dependency in installed.dependencies.items()}
+    location = installed.location
+    with _named(_where(location)):
+        module = import_variant(installed.variant, {repo_id: kernel.module for repo_id, kernel in needed.items()})
+    pin = location.found.pin if location.found else None
+    kernel = LoadedKernel(
+        installed.variant.metadata,
+        module,
+        RepoInfo(pin.repo_id, pin.commit) if pin else None,
+        location.origin,
+        _where(location),
+        installed.checked,
+        tuple(needed.values()),
+    )
+    with _holding:
+        _loaded[module.__name__, location.origin] = kernel
+    return kernel
 
 
 def _check_lock(request: KernelRequest, name: str, found: Found) -> dict[str, str]:
@@ -370,7 +443,8 @@ def _check_lock(request: KernelRequest, name: str, found: Found) -> dict[str, st
 
 
 def _where(location: Location) -> str:
-    assert location.found is not None
+    if location.found is None:
+        return f"{location.asked}, variant {location.variant}"
     return f"{location.found.request} (commit {location.found.pin.commit[:12]}), variant {location.variant}"
 
 
@@ -391,18 +465,12 @@ def _fetch(location: Location, client: Any) -> tuple[Variant, str]:
     return as_variant(folder, files), transfer
 
 
-def _load(installed: Installed, where: str) -> LoadedKernel:
-    location = installed.location
-    pin = location.found.pin if location.found else None
-    commit = f" (commit {pin.commit[:12]})" if pin else ""
-    place = f"{where}{commit}, variant {location.variant}"
-    with _named(place):
-        module = import_variant(installed.variant)
-    info = RepoInfo(pin.repo_id, pin.commit) if pin else None
-    return LoadedKernel(installed.variant.metadata, module, info, location.origin, place, installed.checked)
+def choose(names: Iterable[str], backend: str | None = None) -> str:
+    """Return the name of the build that fits this machine best.
 
-
-def _choose(names: Iterable[str], backend: str | None) -> str:
+    Raises:
+        LoadError: If none fits; says why each does not. It is a `FileNotFoundError`, too.
+    """
     choice = choose_variants(names, _machine(backend))
     if choice.accepted:
         return str(choice.accepted[0])
@@ -412,11 +480,16 @@ def _choose(names: Iterable[str], backend: str | None) -> str:
     )
 
 
-def _local_variant(path: Path, backend: str | None) -> Path:
+def local_variant(path: Path, backend: str | None = None) -> Path:
+    """Return the folder of the build that fits best: of a repository, of a folder with builds, or of a build.
+
+    Raises:
+        LoadError: If none fits; says why each does not.
+    """
     if (path / METADATA).is_file():
         return path
     base = path / "build" if (path / "build").is_dir() else path
-    return base / _choose((folder.name for folder in base.iterdir() if folder.is_dir()), backend)
+    return base / choose((folder.name for folder in base.iterdir() if folder.is_dir()), backend)
 
 
 @cache

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-from kernels_core import LayerRequest, LoadedLayer, ResolutionError, hookimpl
+from dataclasses import replace
 
-from .importing import find_layer
+from kernels_core import Candidate, KernelLayer, LayerRequest, LoadedLayer, ResolutionError, hookimpl
+
+from .archs import find_mismatch
+from .importing import find_function, find_layer
 from .kernel import LoadedKernel, load, load_folder
+from .request import Terms
 from .source import KernelSource, LocalLayerRepository
+
+_kernels: dict[object, LoadedKernel] = {}
+"""The kernel of each source that was loaded: it is loaded once, and asked for again for each device."""
 
 
 @hookimpl(tryfirst=True)
 def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | None:
     """Load repositories; leave everything else to others."""
+    # Whether there is code for a device is for `kernels_check_layer`, which is called for each device.
     if isinstance(source, KernelSource):
-        return load_source(source)
+        return _layer(load(replace(source.kernel_request(), check_arch=False)), source)
     if isinstance(source, LocalLayerRepository):
         return load_local(source)
     return None
+
+
+@hookimpl
+def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> str | None:
+    """Refuse a build that has no code for the device of the call."""
+    if not isinstance(candidate.source, KernelSource | LocalLayerRepository):
+        return None
+    kernel = _kernels.get(candidate.source)
+    return None if kernel is None else _find_mismatch(kernel, request)
+
+
+def _find_mismatch(kernel: LoadedKernel, request: LayerRequest) -> str | None:
+    mismatch = find_mismatch(kernel.metadata.backend, request.device)
+    if mismatch is not None:
+        return f"{kernel.place}: {mismatch}"
+    return next(filter(None, (_find_mismatch(dependency, request) for dependency in kernel.dependencies)), None)
 
 
 def load_source(source: KernelSource) -> LoadedLayer:
@@ -25,7 +49,7 @@ def load_source(source: KernelSource) -> LoadedLayer:
     Raises:
         ResolutionError: One of its kinds, naming repository, revision, variant and what to do.
     """
-    return _layer(load(source.kernel_request()), source.layer_name)
+    return _layer(load(source.kernel_request()), source)
 
 
 def load_local(source: LocalLayerRepository) -> LoadedLayer:
@@ -34,12 +58,16 @@ def load_local(source: LocalLayerRepository) -> LoadedLayer:
     Raises:
         ResolutionError: One of its kinds, naming folder, variant and what to do.
     """
-    return _layer(load_folder(source.path), source.layer_name)
+    return _layer(load_folder(source.path, Terms(check_arch=False)), source)
 
 
-def _layer(kernel: LoadedKernel, layer_name: str) -> LoadedLayer:
+def _layer(kernel: LoadedKernel, source: KernelSource | LocalLayerRepository) -> LoadedLayer:
     try:
-        layer = find_layer(kernel.module, layer_name)
+        if source.is_function:
+            layer = find_function(kernel.module, source.layer_name)
+        else:
+            layer = find_layer(kernel.module, source.layer_name)
     except ResolutionError as error:
         raise type(error)(f"{kernel.place}: {error}") from error
-    return LoadedLayer(layer, kernel.origin, kernel.checked or {})
+    _kernels[source] = kernel
+    return LoadedLayer(layer, kernel.origin, kernel.checked)

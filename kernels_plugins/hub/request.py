@@ -3,15 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kernels_core import ArgumentError, ArgumentTypeError
 
+from .dependency import Dependency
+from .errors import DependencyError
 from .lock import Lock
 
 LockedVariants = tuple[tuple[str, str], ...]
 """Build variant and the hash that a lock promises for it, as `LockedKernel.hashes`."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How kernels are asked for: the same for a kernel and all that it depends on.
+
+    Attributes are those of `KernelRequest`.
+    """
+
+    trust_remote_code: bool | Sequence[str] = False
+    backend: str | None = None
+    user_agent: str | Mapping[str, str] | None = None
+    check_arch: bool = True
+    local_files_only: bool = False
+    lock: Lock | None = None
+
+    def ask(self, wanted: Dependency) -> KernelRequest:
+        """Ask for a kernel that another one depends on; where there is a lock, for what that says.
+
+        Raises:
+            LoadError: If there is a lock, and it is not in it.
+        """
+        options: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.lock is None:
+            return KernelRequest(wanted.repo_id, revision=wanted.revision, version=wanted.version, **options)
+        locked = self.lock.find(wanted)
+        if locked is None:
+            raise DependencyError(
+                f"it depends on {wanted}, which is not locked in {self.lock.origin}. Lock anew with "
+                "`kernels-core lock <project>`"
+            )
+        return KernelRequest(
+            wanted.repo_id,
+            revision=wanted.revision,
+            version=wanted.version,
+            commit=locked.commit,
+            locked=locked.hashes,
+            **options,
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +122,11 @@ class KernelRequest:
         if self.commit is not None:
             return self.commit
         return f"v{self.version}" if self.revision is None else self.revision
+
+    @property
+    def terms(self) -> Terms:
+        """How it is asked for."""
+        return Terms(**{field.name: getattr(self, field.name) for field in fields(Terms)})
 
     def trusts(self, repo_id: str) -> bool:
         """Whether the user allows code of this repository to run, whoever published it."""

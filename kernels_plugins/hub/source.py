@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from kernels_core import ArgumentTypeError, KernelLayer
 
@@ -15,6 +16,8 @@ class KernelSource:
     """A layer of a kernel on the Hub: what the plugin `hub` loads."""
 
     layer_name: str
+    is_function: ClassVar[bool] = False
+    """Whether it is a function at the top of the kernel, and no member of its `layers`."""
 
     def kernel_request(self) -> KernelRequest:
         """Return which kernel the layer is in."""
@@ -100,6 +103,7 @@ class LocalLayerRepository:
 
     repo_path: str | Path
     layer_name: str = field(kw_only=True)
+    is_function: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Turn the path into a `Path`."""

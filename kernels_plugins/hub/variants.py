@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kernels_core import ArgumentError
+
 Release = tuple[int, int]
 """A major and a minor version."""
 
@@ -101,7 +103,7 @@ class Machine:
             backend: The kind of backend to use: cpu, or the one that torch was built for (the default).
 
         Raises:
-            ValueError: If torch was not built for that backend.
+            ArgumentError: If torch was not built for that backend; names those that there are.
 
         Example:
             >>> Machine.here("cpu").backend
@@ -112,7 +114,10 @@ class Machine:
         wanted = "npu" if backend == "cann" else backend
         kind, version = ("cpu", None) if wanted == "cpu" else _torch_backend()
         if wanted not in (None, kind):
-            raise ValueError(f"backend {backend!r} is not available: this torch is built for {kind!r}")
+            raise ArgumentError(
+                f"backend is {backend!r}, and this torch has {' and '.join(sorted({'cpu', kind}))}: take one of them, "
+                "or None for the one that it was built for."
+            )
         cpu, system = platform.machine(), platform.system().lower()
         return cls(
             torch=_release(torch.__version__) or (0, 0),
@@ -126,6 +131,21 @@ class Machine:
             # Free-threaded Python has a stable ABI from 3.15 on.
             abi3=sys.version_info >= (3, 15) or not sysconfig.get_config_var("Py_GIL_DISABLED"),
         )
+
+    @property
+    def backend_tag(self) -> str:
+        """The backend and its version, as in the name of a folder.
+
+        Example:
+            >>> Machine(torch=(2, 9), backend="cuda", backend_version=(12, 8)).backend_tag
+            'cu128'
+        """
+        return _BACKENDS[self.backend].tag + _digits(self.backend_version)
+
+    @property
+    def platform(self) -> str:
+        """The processor and the system, as in the name of a folder."""
+        return f"{self.cpu}-{self.os}"
 
 
 @dataclass(frozen=True)
@@ -156,6 +176,11 @@ class Variant:
     cpu: str = ""
     os: str = ""
 
+    @property
+    def variant_str(self) -> str:
+        """The name of the folder that holds this variant."""
+        return str(self)
+
     def __str__(self) -> str:
         """The name of the folder that holds this variant."""
         if self.release is None:
@@ -163,6 +188,38 @@ class Variant:
         backend = _BACKENDS[self.backend].tag + _digits(self.backend_version)
         framework = f"{self.framework}{_digits(self.release)}{_ABI_TAGS[self.cxx11_abi]}"
         return f"{framework}-{backend}-{self.cpu}-{self.os}"
+
+
+@dataclass(frozen=True)
+class VariantAccepted:
+    """A build variant that fits this machine.
+
+    Attributes:
+        variant: The variant; `variant.variant_str` is its name.
+
+    Example:
+        >>> VariantAccepted(Variant("torch", "cpu")).variant.variant_str
+        'torch-cpu'
+    """
+
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class VariantRejected:
+    """A build variant that does not fit this machine.
+
+    Attributes:
+        variant: The variant; `variant.variant_str` is its name.
+        reason: What it needs, and what the machine has.
+
+    Example:
+        >>> VariantRejected(Variant("torch", "xpu"), "built for XPU, this machine has CUDA 12.8").reason
+        'built for XPU, this machine has CUDA 12.8'
+    """
+
+    variant: Variant
+    reason: str
 
 
 @dataclass(frozen=True)

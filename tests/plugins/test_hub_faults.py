@@ -149,7 +149,7 @@ BAD: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"kernels-minver": "0.18"},
         "level 0.18 .*implements 0.17.*pip install --upgrade kernels-core",
     ),
-    "missing package": ({}, {"python-depends": ["no-such-package"]}, "pip install no-such-package"),
+    "missing package": ({}, {"python-depends": ["helion"]}, "pip install helion"),
     "missing import": ({"layers.py": "import no_such_package"}, {}, "pip install no_such_package"),
     "broken import": ({"layers.py": "1 / 0"}, {}, "its import fails: ZeroDivisionError: division by zero"),
     "exit": ({"layers.py": "raise SystemExit(1)"}, {}, "its import fails: SystemExit: 1"),

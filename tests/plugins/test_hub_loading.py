@@ -35,13 +35,13 @@ from huggingface_hub import constants
 from kernels_core import use_kernel_forward_from_hub
 from kernels_core.testing import _start_anew
 from kernels_plugins import LayerRepository, LocalLayerRepository, register_kernel_mapping, use_kernel_mapping
-from kernels_plugins.hub import kernel as steps
+from kernels_plugins.hub import revision
 from kernels_plugins.hub.server import LocalHub, Repository, Request
 from kernels_plugins.hub.testing import kernel_metadata
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 
-FETCH = re.compile(r"/tree/|/resolve/|/paths-info/")
+FETCH = re.compile(r"/tree/|/resolve/")
 
 
 def test_layout(kernel_repository: Publish) -> None:
@@ -109,7 +109,7 @@ def test_model_repository(local_hub: LocalHub, kernel_repository: Publish, monke
     assert served(scale("acme/older")) == 5
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     local_hub.add("acme/older", kernel_repository("acme/made", kernel(6)).files())
-    steps._pins.clear()
+    revision._pins.clear()
     _start_anew()
     assert served(scale("acme/older")) == 6
 
@@ -278,9 +278,12 @@ def test_requests(local_hub: LocalHub, kernel_repository: Publish, new_process: 
     assert served(source) == 3
     cold = seen(local_hub)
     assert cold[0] == f"GET /api/kernels/acme/kernels/revision/{source.kernel_request().wanted}"
-    assert cold[1] == "GET /api/organizations/acme/overview"
-    assert cold[2] == f"GET /api/kernels/acme/kernels/tree/{commit}/build"
-    assert all(commit in request for request in cold[2:])
+    assert cold[1] == f"POST /api/kernels/acme/kernels/paths-info/{commit}"  # is it redirected?
+    assert cold[2] == "GET /api/organizations/acme/overview"
+    assert cold[3] == f"GET /api/kernels/acme/kernels/tree/{commit}/build"
+    newer = ["GET /api/kernels/acme/kernels/refs"] if kind == "version" else []
+    assert cold[4 : 4 + len(newer)] == newer
+    assert all(commit in request for request in cold[4 + len(newer) :])
     assert served(source) == 3 and seen(local_hub) == []
     new_process()
     assert served(source) == 3

@@ -25,6 +25,7 @@ from kernels_plugins.hub.integrity import (
     is_byte_code,
     read_files,
 )
+from kernels_plugins.hub.metadata import Digest
 from kernels_plugins.hub.shelf import git_blob_id
 from kernels_plugins.hub.testing import kernel_metadata
 
@@ -102,7 +103,7 @@ def test_empty_digests() -> None:
 def test_malformed_digest(bad: str) -> None:
     """A digest that is no base64, or of the wrong length, matches nothing."""
     variant = described({"empty": b""})
-    metadata = dataclasses.replace(variant.metadata, digests={"empty": bad})
+    metadata = dataclasses.replace(variant.metadata, digest=Digest("sha256", {"empty": bad}))
     with pytest.raises(IntegrityError, match="empty has other bytes"):
         check_digest(dataclasses.replace(variant, metadata=metadata))
 

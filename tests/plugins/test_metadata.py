@@ -11,10 +11,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
-import kernels_core
 from kernels_core import LoadError
-from kernels_plugins.hub import metadata
-from kernels_plugins.hub.metadata import INTERFACE_LEVEL, Metadata, check_metadata, parse_metadata
+from kernels_plugins.hub.dependency import Dependency
+from kernels_plugins.hub.metadata import (
+    BackendInfo,
+    BuilderInfo,
+    Digest,
+    GitStatus,
+    KernelName,
+    Metadata,
+    Provenance,
+    parse_metadata,
+)
 
 GOOD: dict[str, Any] = {
     "id": "_kernels_cpu_abc",
@@ -23,6 +31,13 @@ GOOD: dict[str, Any] = {
     "license": "MIT",
     "backend": {"type": "cuda", "archs": ["9.0"]},
     "python-depends": ["einops"],
+    "kernel-depends": [{"repo-id": "acme/base", "version": 2}, {"repo-id": "acme/other", "revision": "main"}],
+    "upstream": "https://github.com/acme/fast-layers",
+    "source": "git+https://github.com/acme/fast-layers",
+    "provenance": {
+        "kernel-builder": {"version": "1.2", "commit": "A" * 40, "dirty": False},
+        "kernel": {"commit": "b" * 64, "dirty": True},
+    },
     "kernels-minver": "0.14",
     "digest": {"algorithm": "SHA256", "files": {"__init__.py": "47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="}},
     "something": {"of": ["later", 1, None]},
@@ -36,28 +51,60 @@ def changed(**changes: Any) -> bytes:
 
 
 def test_good() -> None:
-    """Everything that loading depends on is read, and entries of later times are let be."""
-    read = parse_metadata(changed())
-    files = GOOD["digest"]["files"]
+    """Everything is read, and entries of later times are let be."""
     expected = Metadata(
-        "_kernels_cpu_abc",
-        "fast-layers",
-        3,
-        "cuda",
-        ("einops",),
-        Version("0.14"),
-        digest_algorithm="sha256",
-        digests=files,
+        id="_kernels_cpu_abc",
+        name=KernelName("fast-layers"),
+        version=3,
+        backend=BackendInfo("cuda", ("9.0",)),
+        license="MIT",
+        upstream="https://github.com/acme/fast-layers",
+        source="git+https://github.com/acme/fast-layers",
+        python_depends=("einops",),
+        kernel_depends=(Dependency("acme/base", version=2), Dependency("acme/other", revision="main")),
+        kernels_minver=Version("0.14"),
+        digest=Digest("sha256", GOOD["digest"]["files"]),
+        provenance=Provenance(BuilderInfo("1.2", GitStatus("a" * 40, False)), GitStatus("b" * 64, True)),
     )
-    assert read == expected and read.python_name == "fast_layers"
+    assert parse_metadata(changed()) == expected and expected.name.python_name == "fast_layers"
+
+
+def test_two_ways_to_read(tmp_path: Path) -> None:
+    """Metadata is read from bytes and from a file; a file that is not there is an error of ours, and a ValueError."""
+    (tmp_path / "metadata.json").write_bytes(changed())
+    assert Metadata.read_from_file(tmp_path / "metadata.json") == Metadata.from_bytes(changed())
+    for bad in (lambda: Metadata.read_from_file(tmp_path / "no.json"), lambda: Metadata.from_bytes(b"{}")):
+        with pytest.raises(LoadError) as caught:
+            bad()
+        assert isinstance(caught.value, ValueError)
+
+
+LEAST = {"id", "name", "version", "backend", "python-depends"}
 
 
 def test_least() -> None:
-    """Minimum level and digests may be left out, or be null."""
-    for nothing in (changed(kernels_minver=None, digest=None), changed().replace(b'"0.14"', b"null")):
-        assert parse_metadata(nothing).minver is None
-    read = parse_metadata(changed(digest=None))
-    assert read.digests is None and read.digest_algorithm is None
+    """Everything else may be left out, or be null."""
+    rest = {key: None for key in GOOD if key not in LEAST and key != "something"}
+    nulls = json.dumps({**GOOD, **rest, "backend": {"type": "cuda", "archs": None}}).encode()
+    for read in (parse_metadata(changed(**rest)), parse_metadata(nulls)):
+        assert (read.license, read.upstream, read.source, read.kernels_minver) == (None,) * 4
+        assert (read.digest, read.provenance, read.kernel_depends) == (None, None, ())
+
+
+def test_provenance() -> None:
+    """A build is dirty if the kernel or the builder was, and says which; what is not known is not dirty."""
+    git = {"commit": "a" * 40, "dirty": True}
+    table: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"kernel-builder": {"version": "1"}}, ()),
+        ({"kernel-builder": {"version": "1"}, "kernel": None}, ()),
+        ({"kernel-builder": {"version": "1"}, "kernel": git}, ("the kernel",)),
+        ({"kernel-builder": {"version": "1", **git}}, ("the builder",)),
+        ({"kernel-builder": {"version": "1", **git}, "kernel": git}, ("the kernel", "the builder")),
+        ({"kernel-builder": {"version": "1", "git": git}}, ()),
+    ]
+    for provenance, sources in table:
+        read = parse_metadata(changed(provenance=provenance)).provenance
+        assert read is not None and (read.dirty_sources, read.dirty) == (sources, bool(sources))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8-sig"])
@@ -80,6 +127,26 @@ def test_incomplete(key: str, value: object) -> None:
     ("changes", "message"),
     [
         ({"backend": {}}, "backend.type is missing"),
+        ({"backend": {"type": "cuda", "archs": "9.0"}}, "backend.archs is"),
+        ({"backend": {"type": "cuda", "archs": [9.0]}}, "backend.archs is"),
+        ({"license": 3}, "license is 3, not str"),
+        ({"python_depends": [1]}, "python-depends is"),
+        ({"kernel_depends": {}}, "kernel-depends is"),
+        ({"kernel_depends": ["acme/base"]}, "kernel-depends has 'acme/base'"),
+        ({"kernel_depends": [{"repo-id": "acme/base"}]}, "either version .* or revision"),
+        ({"kernel_depends": [{"repo-id": "acme/base", "version": 1, "revision": "main"}]}, "either version"),
+        ({"kernel_depends": [{"repo-id": "../../base", "version": 1}]}, "repo-id"),
+        ({"kernel_depends": [{"repo-id": "acme/base", "version": -1}]}, "whole number"),
+        ({"kernel_depends": [{"repo-id": "acme/base", "version": True}]}, "whole number"),
+        ({"kernel_depends": [{"repo-id": "acme/base", "revision": ""}]}, "revision"),
+        ({"kernel_depends": [{"repo-id": "acme/base", "version": 1, "branch": "x"}]}, "kernel-depends has"),
+        ({"kernel_depends": [{"repo-id": "a/b", "version": 1}, {"repo-id": "a/b", "version": 2}]}, "names a/b twice"),
+        ({"provenance": []}, "provenance is"),
+        ({"provenance": {}}, "provenance.kernel-builder is missing"),
+        ({"provenance": {"kernel-builder": {}}}, "kernel-builder.version is missing"),
+        ({"provenance": {"kernel-builder": {"version": "1", "dirty": True}}}, "kernel-builder.commit is missing"),
+        ({"provenance": {"kernel-builder": {"version": "1"}, "kernel": {"commit": "a" * 40}}}, "dirty is missing"),
+        ({"provenance": {"kernel-builder": {"version": "1", "commit": "x", "dirty": True}}}, "'x', no commit"),
         ({"name": "Fast_Layers"}, "no kernel name"),
         ({"name": "../../evil"}, "no kernel name"),
         ({"name": "x"}, "no kernel name"),
@@ -140,12 +207,12 @@ def test_any_bytes(content: bytes) -> None:
 def test_any_entries(changes: dict[str, Any], inner: dict[str, Any]) -> None:
     """Good metadata with arbitrary entries is read or refused; what is read can be checked or refused."""
     data = {**GOOD, **changes}
-    for key in ("digest", "backend"):
+    for key in ("digest", "backend", "provenance"):
         if isinstance(data[key], dict):
             data[key] = {**data[key], **inner}
     read = parses_or_refuses(json.dumps(data).encode())
     if read is not None:
-        assert isinstance(read.version, int) and read.digest_algorithm in (None, "sha256", "sha512")
+        assert isinstance(read.version, int) and (read.digest is None or read.digest.algorithm in ("sha256", "sha512"))
 
 
 @given(st.integers(0, len(changed()) - 1), st.integers(0, 255))
@@ -155,54 +222,3 @@ def test_any_damage(position: int, byte: int) -> None:
     content = bytearray(changed())
     content[position] = byte
     parses_or_refuses(bytes(content))
-
-
-# --- May this process run it? --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("minver", "fits"), [("0.17", True), ("0.17.9", True), ("0.9", True), ("0.18", False), ("1.0", False)]
-)
-def test_minver(minver: str, fits: bool) -> None:
-    """The level asked for is compared with that of the interface, which is 0.17, in its first two numbers."""
-    assert Version("0.17") == INTERFACE_LEVEL
-    read = parse_metadata(changed(kernels_minver=minver, python_depends=[]))
-    if fits:
-        check_metadata(read)
-        return
-    with pytest.raises(LoadError, match=rf"level {minver} .*implements 0.17.*pip install --upgrade"):
-        check_metadata(read)
-
-
-def test_minver_is_not_our_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The level is one constant, and our own version has no part in it."""
-    assert Version(kernels_core.__version__) != INTERFACE_LEVEL
-    monkeypatch.setattr(kernels_core, "__version__", "99.0")
-    read = parse_metadata(changed(kernels_minver="0.18", python_depends=[]))
-    with pytest.raises(LoadError):
-        check_metadata(read)
-    monkeypatch.setattr(metadata, "INTERFACE_LEVEL", Version("0.18"))
-    check_metadata(read)
-
-
-def test_python_packages() -> None:
-    """Missing Python packages are all named as what pip installs; those there are enough."""
-    check_metadata(parse_metadata(changed(python_depends=["json", "torch"])))
-    missing = changed(python_depends=["no-such-package", "tvm-ffi", "torch", "nvidia-cutlass-dsl"])
-    with pytest.raises(LoadError, match=r"pip install no-such-package apache-tvm-ffi nvidia-cutlass-dsl$"):
-        check_metadata(parse_metadata(missing))
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "no_such.b", "\0", "\ud800", "x" * 300, "/etc/passwd", "-r x"])
-def test_odd_package_names(name: str) -> None:
-    """A name that can be no package is a missing one."""
-    with pytest.raises(LoadError, match="not installed"):
-        check_metadata(parse_metadata(changed(python_depends=[name])))
-
-
-def test_packages_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To see that a package is there, it is not run, also where the name is that of a part of it."""
-    (tmp_path / "dangerous").mkdir()
-    (tmp_path / "dangerous" / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    check_metadata(parse_metadata(changed(python_depends=["dangerous", "dangerous.part"])))

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from kernels_core import KernelsWarning, Mode, Resolution, resolve, use_kernel_forward_from_hub
 from kernels_core.testing import _start_anew
 from kernels_plugins import LayerRepository, register_kernel_mapping
-from kernels_plugins.hub import importing
+from kernels_plugins.hub import importing, plugin, requirements, revision
 from kernels_plugins.hub import kernel as steps
 from kernels_plugins.hub.server import LocalHub, Repository
 
@@ -42,7 +42,8 @@ def new_process() -> Iterator[Callable[[], None]]:
     def start() -> None:
         _start_anew()
         importing._finder.roots.clear()
-        steps._pins.clear()
+        for known in (revision._pins, revision._said, requirements._said, steps._loaded, plugin._kernels):
+            known.clear()  # type: ignore[attr-defined]
         if listings := sys.modules.get("huggingface_hub._tree_cache"):  # newer clients keep listings in memory
             listings.__dict__["_IN_MEMORY_TREE_CACHE"].clear()
         for name in [name for name in sys.modules if name.startswith("kernel_")]:

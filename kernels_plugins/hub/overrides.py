@@ -1,0 +1,55 @@
+"""Folders instead of repositories: `LOCAL_KERNELS=owner/name=path:owner2/name2=path2`."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from kernels_core import ArgumentError
+
+VARIABLE = "LOCAL_KERNELS"
+_NEXT = re.compile(r":(?=[^:=/\\]+/[^:=/\\]+=)")  # the colon of a drive is followed by no name
+_ENTRY = re.compile(r"(?P<repo_id>[^:=/\\\s]+/[^:=/\\\s]+)=(?P<path>.+)")
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+
+
+def find_override(repo_id: str) -> Path | None:
+    """Return the folder that is to be taken instead of a repository; None if there is none.
+
+    Raises:
+        ArgumentError: If the variable is malformed.
+    """
+    return parse_overrides(os.environ.get(VARIABLE, "")).get(repo_id)
+
+
+@lru_cache(maxsize=8)
+def parse_overrides(text: str) -> dict[str, Path]:
+    r"""Read the variable.
+
+    Raises:
+        ArgumentError: If an entry is malformed, or names a repository again; shows the form.
+
+    Example:
+        >>> sorted(parse_overrides(r"a/one=C:\kernels\one:a/two=/kernels/two"))
+        ['a/one', 'a/two']
+    """
+    found: dict[str, Path] = {}
+    for entry in _NEXT.split(text) if text else ():
+        match = _ENTRY.fullmatch(entry)
+        if match is None or _has_loose_end(match["path"]):
+            raise _malformed(entry, "is no owner/name=path")
+        if match["repo_id"] in found:
+            raise _malformed(entry, f"names {match['repo_id']} again")
+        found[match["repo_id"]] = Path(match["path"]).expanduser()
+    return found
+
+
+def _has_loose_end(path: str) -> bool:
+    """Whether a path holds a colon, and so probably an entry that is none."""
+    return ":" in _DRIVE.sub("", path, count=1) and not Path(path).expanduser().exists()
+
+
+def _malformed(entry: str, what: str) -> ArgumentError:
+    return ArgumentError(f"{VARIABLE}: {entry!r} {what}. Write {VARIABLE}=owner/name=path:owner2/name2=path2")
