@@ -458,6 +458,15 @@ def test_dependencies(kernels_hub: Both) -> None:
     kernels_hub.run(scenario).agree(15)
 
 
+@pytest.mark.parametrize("line", ["from kernels import get_kernel_dep", "from kernels.deps import get_kernel_dep"])
+def test_dependencies_of_published_kernels(kernels_hub: Both, line: str) -> None:
+    """Both load kernels as they are published, which ask `kernels` for the kernels that they need."""
+    publish_kernels(kernels_hub.hub, "acme/base", {"__init__.py": "FACTOR = 3\n"}).branch("v1")
+    source = f"{line}\n\nFACTOR = get_kernel_dep('acme/base').FACTOR\n"
+    publish_kernels(kernels_hub.hub, "acme/top", {"__init__.py": source}, metadata=depends("acme/base")).branch("v1")
+    kernels_hub.run(lambda side: side.lib.get_kernel("acme/top", version=1).FACTOR).agree(3)
+
+
 def test_dependency_that_is_not_declared(kernels_hub: Both) -> None:
     """Both raise where a kernel asks for one that it does not declare."""
     hub = kernels_hub.hub
