@@ -454,7 +454,9 @@ def _fetch(location: Location, client: Any) -> tuple[Variant, str]:
 
     assert location.found is not None
     folder, listed = location.folder, location.found.variants[location.variant]
-    if not all((folder / file.path).is_file() for file in listed):
+    here = {file.path for file in listed if (folder / file.path).is_file()}
+    # Of what was never downloaded, the metadata may be here; of what was, nothing may be missing.
+    if len(here) < len(listed) and not (client.silence and here - {METADATA}):
         client.fetch_variant(location.found.pin, location.variant, listed)
     try:
         files = read_files(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from kernels_core import Candidate, KernelLayer, LayerRequest, LoadedLayer, ResolutionError, hookimpl
 
@@ -11,6 +12,9 @@ from .importing import find_function, find_layer
 from .kernel import LoadedKernel, load, load_folder
 from .request import Terms
 from .source import KernelSource, LocalLayerRepository
+
+if TYPE_CHECKING:
+    import typer
 
 _kernels: dict[object, LoadedKernel] = {}
 """The kernel of each source that was loaded: it is loaded once, and asked for again for each device."""
@@ -41,6 +45,15 @@ def _find_mismatch(kernel: LoadedKernel, request: LayerRequest) -> str | None:
     if mismatch is not None:
         return f"{kernel.place}: {mismatch}"
     return next(filter(None, (_find_mismatch(dependency, request) for dependency in kernel.dependencies)), None)
+
+
+@hookimpl
+def kernels_register_commands(cli: typer.Typer) -> None:
+    """Add `lock`, `download`, `info`, `versions` and `variants`."""
+    from . import command  # only the command line needs it
+
+    for function in (command.lock, command.download, command.info, command.versions, command.variants):
+        cli.command()(function)
 
 
 def load_source(source: KernelSource) -> LoadedLayer:

@@ -54,7 +54,8 @@ def find_revision(request: KernelRequest, client: Client) -> Pinned:
     first, how = _pin(client, request.repo_id, request.wanted)
     pin, passed = first, [f"{request.repo_id} at {request.wanted}"]
     try:
-        while (redirect := _redirect(pin, client)) is not None:
+        # What is locked is that very commit, wherever its kernel is now.
+        while request.commit is None and (redirect := _redirect(pin, client)) is not None:
             if str(redirect) in passed or len(passed) > _MOST_REDIRECTS:
                 why = "in a circle" if str(redirect) in passed else "too far"
                 raise UnknownError(

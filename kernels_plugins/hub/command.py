@@ -1,0 +1,306 @@
+"""The commands of the plugin `hub`: lock and download kernels, and look at what there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from kernels_core import ArgumentError, KernelsError, LoadError, ResolutionError
+from kernels_core.cli import Json, Row, print_rows
+
+from .dependency import Dependency
+from .errors import AbsentError
+from .kernel import Found, Installed, Location, fetch, find, locate, locked_request, read_metadata
+from .lock import LOCK, LockedKernel, read_lock, write_lock
+from .locksmith import make_lock
+from .metadata import METADATA, Metadata
+from .project import read_dependencies
+from .request import KernelRequest
+from .variants import Machine, choose_variants, parse_variant
+
+Project = Annotated[Path, typer.Argument(metavar="PROJECT_DIR", help="The project's folder.")]
+Repository = Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository, as owner/name.")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit.")]
+Version = Annotated[int | None, typer.Option(help="The number of a version.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-remote-code",
+        metavar="REPO_ID",
+        help="Take this repository though its publisher is not trusted; may be said several times.",
+    ),
+]
+
+
+def lock(project_dir: Project, trust_remote_code: Trust = None, as_json: Json = False) -> None:
+    """Lock the kernels that a project depends on, and those that they depend on.
+
+    Reads [tool.kernels.dependencies] in pyproject.toml, asks the Hub which commits those versions are now, and
+    writes kernels.lock and kernels.hashes: all build variants, for every machine.
+    """
+    _keep_client_quiet()
+    wanted = read_dependencies(project_dir)
+    with _Bars() as bars:
+        made = make_lock(wanted, trust=trust_remote_code or (), tell=bars.tell)
+    write_lock(project_dir / LOCK, made)
+    rows = [{**_named(kernel), "variants": [name for name, _ in kernel.hashes]} for kernel in made.kernels]
+    print_rows(rows, as_json)
+
+
+def download(
+    project_dir: Project,
+    all_variants: Annotated[
+        bool, typer.Option("--all-variants", help="All builds, not only the one for this machine.")
+    ] = False,
+    trust_remote_code: Trust = None,
+    as_json: Json = False,
+) -> None:
+    """Download the kernels that a project has locked, and check them, for a start without network.
+
+    Exits with 1 where a kernel has no build for this machine, with 2 where one cannot be had or is not the one that
+    was locked; the others are downloaded all the same.
+    """
+    _keep_client_quiet()
+    locked = read_lock(project_dir / LOCK)
+    rows: list[Row] = []
+    code = 0
+    for kernel in locked.kernels:
+        _tell(f"downloading {kernel.dependency} ({kernel.commit[:12]})")
+        try:
+            # Each counts for itself, so what one depends on is not followed: it has an entry of its own.
+            request = locked_request(locked, kernel, trust_remote_code=trust_remote_code or ())
+            for installed in _fetch(request, all_variants):
+                rows.append({**_named(kernel), "variant": installed.location.variant, **_checked(installed)})
+        except KernelsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = max(code, 1 if isinstance(error, AbsentError) else 2)
+    print_rows(rows, as_json)
+    raise typer.Exit(code)
+
+
+def info(
+    kernel: Annotated[str, typer.Argument(metavar="KERNEL", help="A repository, as owner/name, or a folder.")],
+    revision: Revision = None,
+    version: Version = None,
+    as_json: Json = False,
+) -> None:
+    """Describe a kernel, in a repository or in a folder on disk.
+
+    By default, the newest version of a repository.
+    """
+    _keep_client_quiet()
+    if Path(kernel).is_dir():
+        if revision is not None or version is not None:
+            raise ArgumentError(f"{kernel} is a folder: it has neither revisions nor versions; leave both out.")
+        described = _describe_folder(Path(kernel))
+    else:
+        described = _describe_repository(kernel, revision, version)
+    if as_json:
+        print(json.dumps(described, indent=2))
+        return
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    for key, value in described.items():
+        told = ", ".join(map(str, value)) if isinstance(value, list) else value
+        console.print(f"{_TITLES[key]}:", style="bold", end=" ")
+        console.print("-" if told in (None, "") else str(told))
+
+
+def versions(repo_id: Repository, as_json: Json = False) -> None:
+    """List the versions of a kernel, with the builds of each, those for this machine first.
+
+    Exits with 1 where there are none.
+    """
+    _keep_client_quiet()
+    known = [(number, commit, _builds_at(repo_id, commit)) for number, commit in sorted(_list(repo_id).items())]
+    if as_json:
+        print(json.dumps([{"version": n, "commit": commit, "variants": rows} for n, commit, rows in known], indent=2))
+    else:
+        nothing: list[Row] = [{"variant": "", "fits": False, "reason": "it has no builds"}]
+        print_rows([{"version": n, **row} for n, _, rows in known for row in rows or nothing], style=_style)
+    if not known:
+        _tell(f"{repo_id} has no versions, which are branches such as v1: name a revision instead.", always=True)
+        raise typer.Exit(1)
+
+
+def variants(repo_id: Repository, revision: Revision = None, version: Version = None, as_json: Json = False) -> None:
+    """List the builds of a kernel: those for this machine, the best first, and why the others are not.
+
+    By default, of the newest version. Exits with 1 where none is for this machine.
+    """
+    _keep_client_quiet()
+    rows = _builds(_find(repo_id, *_chosen(repo_id, revision, version)))
+    print_rows(rows, as_json, style=_style)
+    if not any(row["fits"] for row in rows):
+        raise typer.Exit(1)
+
+
+# --- What they ask -------------------------------------------------------------------------------
+
+
+def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[Installed]:
+    """Fetch the best build of a kernel, or each."""
+    from .download import variant_folder
+
+    if not all_variants:
+        return [fetch(locate(request))]
+    found = find(request)
+    builds = [name for name in found.variants if parse_variant(name) is not None]
+    return [fetch(Location(name, variant_folder(found.pin, name), found)) for name in builds]
+
+
+def _find(repo_id: str, revision: str | None, version: int | None) -> Found:
+    """Find out what there is of a kernel; nobody needs to be trusted for that, as nothing of it is run."""
+    return find(KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True))
+
+
+def _chosen(repo_id: str, revision: str | None, version: int | None) -> tuple[str | None, int | None]:
+    """Return the revision and the version to look at: where none is said, the newest version, or main."""
+    if revision is not None or version is not None:
+        return revision, version
+    known = _list(repo_id)
+    return (None, max(known)) if known else ("main", None)
+
+
+def _list(repo_id: str) -> dict[int, str]:
+    """Return the commit of each version."""
+    from .download import Client
+
+    KernelRequest(repo_id, revision="main")  # refuses what is no name
+    try:
+        return Client().list_versions(repo_id)
+    except ResolutionError as error:
+        raise type(error)(f"{repo_id}: {error}") from error
+
+
+def _describe_repository(repo_id: str, revision: str | None, version: int | None) -> Row:
+    revision, version = _chosen(repo_id, revision, version)
+    found = _find(repo_id, revision, version)
+    builds = {name: files for name, files in found.variants.items() if parse_variant(name) is not None}
+    if not builds:
+        raise LoadError(f"{found.request}: it has no builds. Name another revision, or ask the publisher for builds.")
+    described = next((n for n, files in builds.items() if METADATA in {file.path for file in files}), None)
+    metadata = read_metadata(found, described) if described is not None else None
+    place = {"repo_id": repo_id, "revision": found.request.wanted, "commit": found.pin.commit}
+    return {**place, **_describe(metadata, builds)}
+
+
+def _describe_folder(folder: Path) -> Row:
+    base = folder / "build" if (folder / "build").is_dir() else folder
+    builds = sorted(f.name for f in base.iterdir() if f.is_dir() and parse_variant(f.name) is not None)
+    if (folder / METADATA).is_file():
+        base, builds = folder.resolve().parent, [folder.resolve().name]
+    if not builds:
+        raise LoadError(f"{folder} has no builds: name the folder of a kernel, which has a folder `build`.")
+    described = next((base / name / METADATA for name in builds if (base / name / METADATA).is_file()), None)
+    metadata = Metadata.read_from_file(described) if described is not None else None
+    return {"path": str(folder), **_describe(metadata, builds)}
+
+
+_TITLES = {
+    "repo_id": "Repository",
+    "path": "Path",
+    "revision": "Revision",
+    "commit": "Commit",
+    "name": "Name",
+    "version": "Version",
+    "kernels_minver": "Minimum kernels version",
+    "license": "License",
+    "upstream": "Upstream",
+    "source": "Source",
+    "python_depends": "Python dependencies",
+    "kernel_depends": "Kernel dependencies",
+    "backends": "Backends",
+}
+
+
+def _describe(metadata: Metadata | None, builds: Iterable[str]) -> Row:
+    """Describe a kernel by one of its builds: they differ in what they were built for alone."""
+    kinds = {variant.backend for name in builds if (variant := parse_variant(name)) is not None}
+    known: Row = {}
+    if metadata is not None:
+        known = {
+            "name": str(metadata.name),
+            "version": metadata.version,
+            "kernels_minver": None if metadata.kernels_minver is None else str(metadata.kernels_minver),
+            "license": metadata.license,
+            "upstream": metadata.upstream,
+            "source": metadata.source,
+            "python_depends": list(metadata.python_depends),
+            "kernel_depends": [str(dependency) for dependency in metadata.kernel_depends],
+        }
+    return {**known, "backends": sorted("cann" if kind == "npu" else kind for kind in kinds)}
+
+
+def _builds_at(repo_id: str, commit: str) -> list[Row]:
+    try:
+        return _builds(_find(repo_id, commit, None))
+    except AbsentError:  # no folder `build`
+        return []
+
+
+def _builds(found: Found) -> list[Row]:
+    """Return a row per build, those that fit first."""
+    choice = choose_variants(found.variants, Machine.here())
+    fitting: list[Row] = [{"variant": str(variant), "fits": True, "reason": ""} for variant in choice.accepted]
+    return fitting + [{"variant": name, "fits": False, "reason": reason} for name, reason in choice.rejected]
+
+
+# --- What they tell ------------------------------------------------------------------------------
+
+
+def _named(kernel: LockedKernel) -> Row:
+    wanted = kernel.dependency
+    said = f"version {wanted.version}" if wanted.version is not None else wanted.revision or ""
+    return {"kernel": wanted.repo_id, "wanted": said, "commit": kernel.commit[:12]}
+
+
+def _checked(installed: Installed) -> Row:
+    return {"files": len(installed.variant.files), "lock": installed.checked.get("lock", "")}
+
+
+def _style(row: Row) -> str:
+    return "green" if row["fits"] else "dim"
+
+
+def _tell(message: str, *, always: bool = False) -> None:
+    """Tell a person what is going on; the output of a pipe is the answer alone."""
+    if always or sys.stderr.isatty():
+        print(message, file=sys.stderr)
+
+
+def _keep_client_quiet() -> None:
+    """Have the Hub's client draw its bars on a terminal alone; it asks for this once, when it is imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+class _Bars(AbstractContextManager["_Bars"]):
+    """A bar per kernel while it is locked, on a terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("variants"))
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._tasks: dict[Dependency, TaskID] = {}
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.stop()
+
+    def tell(self, dependency: Dependency, done: int, total: int) -> None:
+        """Draw how far the locking of a kernel is."""
+        if dependency not in self._tasks:
+            self._tasks[dependency] = self._progress.add_task(str(dependency), total=total)
+        self._progress.update(self._tasks[dependency], completed=done, total=total)
