@@ -29,11 +29,19 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_plugins.use_kernel_mapping",
             "kernels_plugins.LayerRepository",
             "kernels_plugins.LocalLayerRepository",
+            "kernels_plugins.LockedLayerRepository",
             "kernels_core.Mode",
             "kernels_core.STAND_INS",
             "kernels_core.Device",
             "kernels_core.CUDAProperties",
             "kernels_core.ROCMProperties",
+        ],
+    ),
+    "Load a kernel that is locked": (
+        "How a project locks its kernels is told in [locking](locking.md).",
+        [
+            "kernels_plugins.get_locked_kernel",
+            "kernels_plugins.load_kernel",
         ],
     ),
     "Kernelize a model": (
