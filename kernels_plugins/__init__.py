@@ -1,19 +1,73 @@
 """The plugins that come with kernels-core: the mapping registry and the loader of Hub repositories.
 
 They are found through entry points like anybody's, and use nothing but the public names of
-`kernels_core`.
+`kernels_core`. Here are the names of the library `kernels` too, for programs that used it:
+`import kernels_plugins as kernels`.
 """
 
+from kernels_core import (
+    CUDAProperties,
+    Device,
+    KernelizeFallback,
+    Mode,
+    ROCMProperties,
+    __version__,
+    kernelize,
+    replace_kernel_forward_from_hub,
+    unkernelize,
+    use_kernel_forward_from_hub,
+    use_kernelized_func,
+)
+
+from .hub.dependency import get_kernel_dep
+from .hub.deprecated import FuncRepository, LocalFuncRepository, use_kernel_func_from_hub
+from .hub.functions import (
+    get_kernel,
+    get_kernel_variants,
+    get_loaded_kernels,
+    get_local_kernel,
+    has_kernel,
+    install_kernel,
+)
+from .hub.kernel import LoadedKernel, RepoInfo
 from .hub.locked import LockedLayerRepository, get_locked_kernel, load_kernel
+from .hub.metadata import Metadata
 from .hub.source import LayerRepository, LocalLayerRepository
+from .hub.variants import VariantAccepted, VariantRejected
 from .mapping import register_kernel_mapping, use_kernel_mapping
 
 __all__ = [
+    "CUDAProperties",
+    "Device",
+    "FuncRepository",
+    "KernelizeFallback",
     "LayerRepository",
+    "LoadedKernel",
+    "LocalFuncRepository",
     "LocalLayerRepository",
     "LockedLayerRepository",
+    "Metadata",
+    "Mode",
+    "ROCMProperties",
+    "RepoInfo",
+    "VariantAccepted",
+    "VariantRejected",
+    "__version__",
+    "get_kernel",
+    "get_kernel_dep",
+    "get_kernel_variants",
+    "get_loaded_kernels",
+    "get_local_kernel",
     "get_locked_kernel",
+    "has_kernel",
+    "install_kernel",
+    "kernelize",
     "load_kernel",
     "register_kernel_mapping",
+    "replace_kernel_forward_from_hub",
+    "unkernelize",
+    "use_kernel_forward_from_hub",
+    "use_kernel_func_from_hub",
     "use_kernel_mapping",
+    "use_kernelized_func",
 ]

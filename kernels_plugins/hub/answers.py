@@ -79,6 +79,8 @@ class Desk:
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         if parts == ["api", "whoami-v2"]:
             return _whoami(user)
+        if parts == ["api", "agent-harnesses"]:  # newer clients ask once a day, unless telemetry is switched off
+            return as_json({"standardEnvVars": ["AI_AGENT", "AGENT"], "harnesses": {}})
         if parts[:2] == ["api", "organizations"] and parts[3:] == ["overview"]:
             return self._organization(parts[2])
         if parts[0] == "api" and len(parts) >= 4 and parts[1] in _KINDS:

@@ -58,6 +58,11 @@ def lend_kernels(kernels: Mapping[str, ModuleType]) -> Iterator[None]:
         _lent.reset(token)
 
 
+def is_lending() -> bool:
+    """Whether a kernel is being imported here."""
+    return _lent.get() is not None
+
+
 def get_kernel_dep(repo_id: str) -> ModuleType:
     """Return a kernel that this kernel depends on; called by a kernel, while it is imported.
 

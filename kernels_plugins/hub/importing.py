@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
@@ -27,6 +28,7 @@ from kernels_core import KernelLayer, LoadError
 from .dependency import lend_kernels
 from .errors import PackageError, UnknownError
 from .integrity import Variant
+from .standin import stand_in
 
 _importing = threading.RLock()
 
@@ -136,7 +138,7 @@ def import_variant(variant: Variant, kernels: Mapping[str, ModuleType] | None = 
         sources = {path: content if path.endswith(".py") else b"" for path, content in variant.files.items()}
         _finder.roots[name] = (replace(variant, files=sources), prefix)
         try:
-            with lend_kernels(kernels or {}):
+            with lend_kernels(kernels or {}), stand_in() if kernels else nullcontext():
                 return importlib.import_module(name)
         except BaseException as error:
             del _finder.roots[name]

@@ -57,9 +57,11 @@ __all__ = [
     "load",
     "load_folder",
     "loaded_kernels",
+    "local_builds",
     "local_variant",
     "locate",
     "locked_request",
+    "machine",
     "read_metadata",
 ]
 
@@ -212,8 +214,12 @@ def find(request: KernelRequest) -> Found:
     return Found(request, pin, record.variants, checked, pinned.first)
 
 
-def locate(request: KernelRequest) -> Location:
+def locate(request: KernelRequest, *, suggest: bool = True) -> Location:
     """Find the build of a kernel that fits this machine best.
+
+    Args:
+        request: What is asked for.
+        suggest: Whether to look for a version that fits, where this one does not.
 
     Raises:
         ResolutionError: One of its kinds, naming repository, revision and what to do.
@@ -222,7 +228,12 @@ def locate(request: KernelRequest) -> Location:
 
     found = find(request)
     with _named(str(request)):
-        name = choose(found.variants, request.backend)
+        try:
+            name = choose(found.variants, request.backend)
+        except AbsentError as error:
+            if not suggest or request.commit is not None:
+                raise
+            raise AbsentError(f"{error}{_suggestion(found)}") from error
     return Location(name, download.variant_folder(found.pin, name), found)
 
 
@@ -329,6 +340,24 @@ _holding = threading.Lock()
 _loaded: dict[tuple[str, str], LoadedKernel] = {}
 _busy: dict[Path, threading.Lock] = {}
 
+_MOST_VERSIONS = 5  # that are looked at for one that fits
+
+
+def _suggestion(found: Found) -> str:
+    """Name the newest version that has a build for this machine, if there is one, as far as the Hub tells."""
+    client, asked = _client(found.request), found.request.version
+    if client.silence:
+        return ""
+    try:
+        versions = client.list_versions(found.pin.repo_id, found.pin.repo_type)
+        for version in sorted(versions.keys() - {asked}, reverse=True)[:_MOST_VERSIONS]:
+            names = client.list_variants(replace(found.pin, commit=versions[version]))
+            if choose_variants(names, machine(found.request.backend)).accepted:
+                return f". Version {version} has one that fits: version={version}"
+    except LoadError as error:  # the question was another one: answer that, and say what is not known
+        return f". Whether another version has one could not be asked: {error}"
+    return ""
+
 
 def _client(request: KernelRequest) -> Any:
     from .agent import describe
@@ -389,7 +418,7 @@ def _load(installed: Installed, terms: Terms) -> LoadedKernel:
     for one in _each(installed):
         with _named(_where(one.location)):
             metadata = one.variant.metadata
-            check_requirements(metadata, (_machine(terms.backend).backend,))
+            check_requirements(metadata, (machine(terms.backend).backend,))
             if terms.check_arch:
                 check_device(metadata)
             warn_dirty(metadata, one.location.origin)
@@ -473,7 +502,7 @@ def choose(names: Iterable[str], backend: str | None = None) -> str:
     Raises:
         LoadError: If none fits; says why each does not. It is a `FileNotFoundError`, too.
     """
-    choice = choose_variants(names, _machine(backend))
+    choice = choose_variants(names, machine(backend))
     if choice.accepted:
         return str(choice.accepted[0])
     why = "\n".join(f"    {name}: {reason}" for name, reason in choice.rejected) or "    `build` is empty"
@@ -490,12 +519,23 @@ def local_variant(path: Path, backend: str | None = None) -> Path:
     """
     if (path / METADATA).is_file():
         return path
+    builds = {folder.name: folder for folder in local_builds(path)}
+    return builds[choose(builds, backend)]
+
+
+def local_builds(path: Path) -> list[Path]:
+    """Return the folders of the builds of a repository on disk, or in a folder with builds."""
     base = path / "build" if (path / "build").is_dir() else path
-    return base / choose((folder.name for folder in base.iterdir() if folder.is_dir()), backend)
+    return sorted(folder for folder in base.iterdir() if folder.is_dir())
 
 
 @cache
-def _machine(backend: str | None) -> Machine:
+def machine(backend: str | None = None) -> Machine:
+    """Return what decides which builds fit.
+
+    Raises:
+        ArgumentError: If torch was not built for that backend.
+    """
     return Machine.here(backend)
 
 

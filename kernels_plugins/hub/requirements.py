@@ -61,8 +61,8 @@ def warn_dirty(metadata: Metadata, place: str) -> None:
             return
         warnings.warn(
             f"{place}: {metadata.name} was built while sources of {' and '.join(metadata.provenance.dirty_sources)} "
-            "had changes that were not committed (dirty): nobody can tell from its commit what it was built from. Ask the "
-            "publisher for a build from committed sources.",
+            "had changes that were not committed (dirty): nobody can tell from its commit what it was built from. Ask "
+            "the publisher for a build from committed sources.",
             KernelsWarning,
             stacklevel=2,
         )

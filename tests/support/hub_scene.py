@@ -44,6 +44,7 @@ def new_process() -> Iterator[Callable[[], None]]:
         importing._finder.roots.clear()
         for known in (revision._pins, revision._said, requirements._said, steps._loaded, plugin._kernels):
             known.clear()  # type: ignore[attr-defined]
+        steps.machine.cache_clear()
         if listings := sys.modules.get("huggingface_hub._tree_cache"):  # newer clients keep listings in memory
             listings.__dict__["_IN_MEMORY_TREE_CACHE"].clear()
         for name in [name for name in sys.modules if name.startswith("kernel_")]:
