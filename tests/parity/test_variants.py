@@ -308,7 +308,7 @@ def test_cuda_archs(both: Both, monkeypatch: pytest.MonkeyPatch, what: str) -> N
     """Both refuse a CUDA build without code for this GPU, and take the rest; `check_arch=False` takes all."""
     archs, expected = ARCHS[what]
     backend = {"type": "cuda"} if archs is None else {"type": "cuda", "archs": archs}
-    folder = write_kernel(both.home / "kernel", "", changes={"backend": backend}, variant="torch-cuda")
+    folder = write_kernel(both.home / "kernel", "", changes={"backend": backend})
     monkeypatch.setenv("LOCAL_KERNELS", f"acme/kernels={folder}")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -337,7 +337,7 @@ def test_cuda_archs(both: Both, monkeypatch: pytest.MonkeyPatch, what: str) -> N
 def test_rocm_archs(both: Both, monkeypatch: pytest.MonkeyPatch, archs: list[str], here: str, fits: bool) -> None:
     """Both refuse a ROCm build that does not list this GPU, whatever features the name of the GPU tells."""
     backend = {"type": "rocm", "archs": archs}
-    folder = write_kernel(both.home / "kernel", "", changes={"backend": backend}, variant="torch-rocm")
+    folder = write_kernel(both.home / "kernel", "", changes={"backend": backend})
     monkeypatch.setenv("LOCAL_KERNELS", f"acme/kernels={folder}")
     monkeypatch.setattr(torch.version, "hip", "6.4.43482")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
