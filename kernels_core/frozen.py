@@ -218,7 +218,14 @@ def _until_proven(cls: Any, frozen: Frozen, forward: Forward, kernel: Forward) -
             )
             if kept:
                 _refresh(cls)
-            return output if kept is not False else frozen.original.forward(self, *args, **kwargs)
+            if kept is not False:
+                return output
+            # The mapping that it came from may count no more, so that what is decided now says nothing.
+            frozen.run.say(
+                f"Layer {layer.name!r} was kernelized with {cast(Resolution, frozen.resolution).origin}, which loses "
+                "gradients that the reference has: it is in quarantine, and each call decides by itself."
+            )
+            return frozen.original.forward(self, *args, **kwargs)
         _refresh(cls)
         return forward(self, *args, **kwargs)
 
