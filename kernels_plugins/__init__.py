@@ -20,7 +20,7 @@ from kernels_core import (
 )
 
 from .hub.dependency import get_kernel_dep
-from .hub.deprecated import FuncRepository, LocalFuncRepository, use_kernel_func_from_hub
+from .hub.deprecated import FuncRepository, LocalFuncRepository, LockedFuncRepository, use_kernel_func_from_hub
 from .hub.functions import (
     get_kernel,
     get_kernel_variants,
@@ -45,6 +45,7 @@ __all__ = [
     "LoadedKernel",
     "LocalFuncRepository",
     "LocalLayerRepository",
+    "LockedFuncRepository",
     "LockedLayerRepository",
     "Metadata",
     "Mode",

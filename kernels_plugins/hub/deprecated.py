@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from kernels_core import use_kernel_forward_from_hub
 
+from .locked import LockedLayerRepository
 from .request import KernelRequest
 from .source import KernelSource, LocalLayerRepository
 
@@ -95,6 +96,48 @@ class LocalFuncRepository(LocalLayerRepository):
     def __repr__(self) -> str:
         """Show what was said."""
         return f"LocalFuncRepository({str(self.repo_path)!r}, func_name={self.layer_name!r})"
+
+
+class LockedFuncRepository(LockedLayerRepository):
+    """A function at the top of a locked kernel. Deprecated: use `LockedLayerRepository`, and name it in `layers`.
+
+    Args:
+        repo_id: `owner/name` of the repository.
+        lockfile: The `kernels.lock`. By default, that of the package whose code makes this.
+        func_name: Name of the function.
+        trust_remote_code: As for `LockedLayerRepository`.
+
+    Raises:
+        ArgumentError: If there is no lock, it is malformed, or the kernel is not in it.
+
+    Example:
+        >>> LockedFuncRepository.__base__.__name__
+        'LockedLayerRepository'
+    """
+
+    is_function: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        lockfile: str | Path | None = None,
+        func_name: str,
+        trust_remote_code: bool | Sequence[str] = False,
+    ) -> None:
+        """Say that it is deprecated, and read the lock."""
+        why = "offer the function in the kernel's `layers`, and use"
+        _deprecate("LockedFuncRepository", "LockedLayerRepository", why)
+        super().__init__(repo_id, lockfile=lockfile, layer_name=func_name, trust_remote_code=trust_remote_code)
+
+    @property
+    def func_name(self) -> str:
+        """Name of the function."""
+        return self.layer_name
+
+    def __repr__(self) -> str:
+        """Show what was said; asks nobody."""
+        return super().__repr__().replace("LockedLayer", "LockedFunc", 1).replace("layer_name=", "func_name=", 1)
 
 
 def use_kernel_func_from_hub(func_name: str) -> Callable[[Any], Any]:

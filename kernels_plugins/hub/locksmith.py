@@ -72,8 +72,8 @@ class _Locksmith:
         found = find(request)
         if found.first is not None and found.first != found.pin:
             raise ArgumentError(
-                f"{wanted} is redirected to {found.checked['redirect']}, and may be redirected anew: name that instead, "
-                "or tell the publisher of the kernel that depends on it."
+                f"{wanted} is redirected to {found.checked['redirect']}, and may be redirected anew: name that "
+                "instead, or tell the publisher of the kernel that depends on it."
             )
         how = found.checked["revision"]
         if how.startswith("from the cache"):

@@ -15,7 +15,7 @@ from hub_scene import REFERENCE, Publish, cached, call, kernel, new_process, ser
 from huggingface_hub import constants
 
 from kernels_core import ArgumentError, ArgumentTypeError, IntegrityError, LoadError, UntrustedError
-from kernels_plugins import LockedLayerRepository, get_locked_kernel, load_kernel
+from kernels_plugins import LockedFuncRepository, LockedLayerRepository, get_locked_kernel, load_kernel
 from kernels_plugins.hub.dependency import Dependency
 from kernels_plugins.hub.lock import LOCK, Lock, LockedKernel, format_hashes, read_lock, write_lock
 from kernels_plugins.hub.locksmith import make_lock
@@ -191,6 +191,19 @@ def test_a_layer_that_is_not_there(lockfile: Path) -> None:
     """The refusal names the layers of the locked commit, and the reference runs."""
     outcome = call(LockedLayerRepository("acme/kernels", lockfile=lockfile, layer_name="Missing"))
     assert outcome.value == REFERENCE and "have no 'Missing': there are Scale" in outcome.why
+
+
+def test_functions_at_the_top_of_a_locked_kernel(tmp_path: Path, kernel_repository: Publish) -> None:
+    """The deprecated form says so, and serves a function that is not in `layers`."""
+    files = {"__init__.py": "def scale(x):\n    return x * 4\n"}
+    kernel_repository(layers=files).branch("v1")
+    write_lock(tmp_path / LOCK, make_lock([WANTED]))
+    with pytest.warns(DeprecationWarning, match="LockedFuncRepository is deprecated"):
+        source = LockedFuncRepository("acme/kernels", lockfile=tmp_path / LOCK, func_name="scale")
+    assert source.func_name == "scale" and source.load()(2) == 8
+    assert repr(source) == (
+        f"LockedFuncRepository('acme/kernels', lockfile={str(tmp_path / LOCK)!r}, func_name='scale')"
+    )
 
 
 # --- Dependencies --------------------------------------------------------------------------------
