@@ -255,6 +255,48 @@ def test_a_function_shared_by_models(both: Both) -> None:
     assert (pair.theirs.get(), pair.ours.get()) == ((3.0, 3.0), (3.0, REFERENCE))
 
 
+def test_function_as_an_attribute(both: Both) -> None:
+    """Theirs freezes a decorated function that a module has as an attribute; ours dispatches it call by call."""
+
+    def scenario(side: Side) -> list[float]:
+        name = side.layer().kernel_layer_name + "_function"
+
+        @side.lib.use_kernel_forward_from_hub(name)
+        def scale(x: torch.Tensor) -> torch.Tensor:
+            return x * REFERENCE
+
+        class Holds(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = scale
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.scale(x)
+
+        model, mapping = Holds(), {name: {"cpu": able(3)}}
+        found = [side.freeze(model, mapping)]
+        with side.lib.use_kernel_mapping(mapping):
+            found.append(call(model))
+        attached = side.lib.use_kernelized_func(scale)(Holds)
+        return [*found, side.freeze(attached(), mapping)]
+
+    pair = both.run(scenario)
+    assert (pair.theirs.get(), pair.ours.get()) == ([3.0, 3.0, 3.0], [REFERENCE, 3.0, 3.0])
+
+
+@pytest.mark.parametrize("device", ["neuron", "npu", "tpu"])
+def test_device_that_this_torch_does_not_know(both: Both, device: str) -> None:
+    """Theirs kernelizes for a device that no tensor here can be on; ours refuses that."""
+
+    def scenario(side: Side) -> float:
+        layer = side.layer()
+        return side.freeze(layer(), {layer.kernel_layer_name: {device: able(3)}}, device=device)
+
+    pair = both.run(scenario)
+    assert pair.theirs.get() == 3.0
+    assert isinstance(pair.ours.error, ValueError) and device in str(pair.ours.error)
+
+
 def test_inference_kernel_after_train(both: Both) -> None:
     """Theirs trains with the inference kernel, without gradients or a word; ours goes back and says so."""
 
