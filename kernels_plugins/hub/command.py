@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,16 +15,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from kernels_core import ArgumentError, KernelsError, LoadError, ResolutionError
+from kernels_core import ArgumentError, KernelsError, KernelsWarning, LoadError, ResolutionError
 from kernels_core.cli import Json, Row, print_rows
 
 from .dependency import Dependency
 from .errors import AbsentError
 from .kernel import Found, Installed, Location, fetch, find, locate, locked_request, read_metadata
-from .lock import LOCK, LockedKernel, read_lock, write_lock
+from .lock import LOCK, Lock, LockedKernel, read_lock, write_lock
 from .locksmith import make_lock
 from .metadata import METADATA, Metadata
-from .project import read_dependencies
+from .project import PYPROJECT, read_dependencies
 from .request import KernelRequest
 from .variants import Machine, choose_variants, parse_variant
 
@@ -71,6 +72,7 @@ def download(
     """
     _keep_client_quiet()
     locked = read_lock(project_dir / LOCK)
+    _warn_of_old_lock(project_dir, locked)
     rows: list[Row] = []
     code = 0
     for kernel in locked.kernels:
@@ -155,6 +157,21 @@ def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[Installed]:
     found = find(request)
     builds = [name for name in found.variants if parse_variant(name) is not None]
     return [fetch(Location(name, variant_folder(found.pin, name), found)) for name in builds]
+
+
+def _warn_of_old_lock(folder: Path, locked: Lock) -> None:
+    """Tell which kernels the project names, and the lock does not have."""
+    try:
+        missing = [str(wanted) for wanted in read_dependencies(folder) if locked.find(wanted) is None]
+    except ArgumentError:  # what is wrong with the table is for `lock` to tell: here, the lock counts
+        return
+    if missing:
+        warnings.warn(
+            f"{folder / PYPROJECT} names {', '.join(missing)}, and {folder / LOCK} does not have that: run "
+            f"`kernels-core lock {folder}`.",
+            KernelsWarning,
+            stacklevel=2,
+        )
 
 
 def _find(repo_id: str, revision: str | None, version: int | None) -> Found:

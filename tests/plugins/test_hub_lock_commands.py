@@ -343,6 +343,18 @@ def test_download_refuses_what_was_not_locked(
     assert ran.code == 2 and "its variant torch-universal is not the one that was locked" in ran.err
 
 
+def test_download_tells_of_an_old_lock(project: Path, cli: Run, published: Repository) -> None:
+    """Where the project names another version than was locked, a warning says so, and the lock counts."""
+    assert cli("lock", ".").code == 0
+    (project / "pyproject.toml").write_text('[tool.kernels.dependencies]\n"acme/kernels" = 2\n')
+    ran = cli("download", ".", PYTHONWARNINGS="default")
+    assert ran.code == 0 and "version 1" in ran.out
+    assert ran.err == (
+        "warning: pyproject.toml names acme/kernels version 2, and kernels.lock does not have that: run `kernels-core "
+        "lock .`.\n"
+    )
+
+
 def test_download_needs_a_lock(project: Path, here: Run) -> None:
     """Without a lock there is an error that says how to get one."""
     ran = here("download", ".")
