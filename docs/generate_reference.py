@@ -37,6 +37,23 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.ROCMProperties",
         ],
     ),
+    "Load a kernel": (
+        "How they are found, trusted and checked is told in [the Hub](hub.md#kernels-by-name).",
+        [
+            "kernels_plugins.get_kernel",
+            "kernels_plugins.get_local_kernel",
+            "kernels_plugins.has_kernel",
+            "kernels_plugins.install_kernel",
+            "kernels_plugins.get_kernel_variants",
+            "kernels_plugins.VariantAccepted",
+            "kernels_plugins.VariantRejected",
+            "kernels_plugins.get_loaded_kernels",
+            "kernels_plugins.LoadedKernel",
+            "kernels_plugins.Metadata",
+            "kernels_plugins.RepoInfo",
+            "kernels_plugins.get_kernel_dep",
+        ],
+    ),
     "Load a kernel that is locked": (
         "How a project locks its kernels is told in [locking](locking.md).",
         [
@@ -122,6 +139,15 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.IntegrityError",
         ],
     ),
+    "Older names": (
+        "Deprecated, as in the library `kernels`.",
+        [
+            "kernels_plugins.FuncRepository",
+            "kernels_plugins.LocalFuncRepository",
+            "kernels_plugins.LockedFuncRepository",
+            "kernels_plugins.use_kernel_func_from_hub",
+        ],
+    ),
     "Version": ("", ["kernels_core.__version__"]),
 }
 
@@ -131,13 +157,15 @@ HEAD = """\
 # Reference
 
 Every public name of `kernels_core` and `kernels_plugins`. What is not listed may change without notice. In the
-examples, `torch` and the public names are imported.
+examples, `torch` and the public names are imported. `kernels_plugins` has those names of `kernels_core` too that the
+library `kernels` has.
 """
 
 
 def public_names() -> set[str]:
-    """Return the names that both packages promise."""
-    return {f"{package.__name__}.{name}" for package in (kernels_core, kernels_plugins) for name in package.__all__}
+    """Return the names that both packages promise; those of the core are not listed again for the plugins."""
+    own = set(kernels_plugins.__all__) - set(kernels_core.__all__)
+    return {f"kernels_core.{name}" for name in kernels_core.__all__} | {f"kernels_plugins.{name}" for name in own}
 
 
 def render() -> str:

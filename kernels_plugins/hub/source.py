@@ -23,6 +23,15 @@ class KernelSource:
         """Return which kernel the layer is in."""
         raise NotImplementedError
 
+    @property
+    def wanted(self) -> str:
+        """The revision as the Hub knows it; that of a locked kernel is its commit."""
+        return self.kernel_request().wanted
+
+    def trusts(self, repo_id: str) -> bool:
+        """Whether the user allows code of this repository to run, whoever published it."""
+        return self.kernel_request().trusts(repo_id)
+
     def load(self) -> KernelLayer:
         """Fetch, check and import the layer; raises what the dispatcher would give as the reason."""
         from .plugin import load_source
