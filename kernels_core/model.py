@@ -216,7 +216,7 @@ class _Freeze:
     Attributes:
         run: What frozen classes remember of it.
         allowed: Where layers may keep their reference.
-        kept: Those that do, with the decision.
+        kept: Those that do although a kernel is offered, with the decision.
     """
 
     run: Run
@@ -291,7 +291,8 @@ class _Freeze:
                 request=resolution.request,
                 refusals=resolution.refusals,
             )
-        self.kept[layer] = resolution
+        if want is not KernelizeFallback.NO_LAYER:  # nobody offers anything, so nothing is other than it was asked for
+            self.kept[layer] = resolution
         return resolution
 
     def tell(self) -> None:

@@ -16,7 +16,6 @@ from torch import nn
 from kernels_core import (
     ArgumentError,
     ArgumentTypeError,
-    KernelsWarning,
     Mode,
     Receipt,
     RequirementError,
@@ -232,8 +231,7 @@ def test_counts_of_threads_add_up(make_layer: Make) -> None:
         return x
 
     layer = make_layer()()
-    with pytest.warns(KernelsWarning):
-        frozen = kernelize(make_layer("Frozen")(), mode=Mode.INFERENCE, device="cpu")
+    frozen = kernelize(make_layer("Frozen")(), mode=Mode.INFERENCE, device="cpu")
 
     def work() -> None:
         for _ in range(200):
