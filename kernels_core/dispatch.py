@@ -99,6 +99,25 @@ def make_forward(layer: Layer) -> Forward:
     return forward
 
 
+def adapted(layer: Layer, kernel: Forward) -> Forward:
+    """Return what can be called as the layer is: the kernel itself, unless its names or defaults are others."""
+    if kernel is layer.reference or _as_called(kernel, layer) == _as_called(layer.reference, layer):
+        return kernel
+    dispatcher = _Dispatcher(layer)
+    forward = dispatcher._generate("adapted", [f"return _kernels_kernel({dispatcher._call})"], _kernels_kernel=kernel)
+    return functools.update_wrapper(forward, layer.reference)
+
+
+def _as_called(function: Forward, layer: Layer) -> list[tuple[Any, ...]]:
+    """What a caller can tell of a signature: names, kinds, and defaults, of which small ones are equal by value."""
+    parameters = list(inspect.signature(function).parameters.values())[0 if layer.is_function else 1 :]
+    plain = (bool, int, float, str, type(None), type(inspect.Parameter.empty))
+    return [
+        (p.name, p.kind, type(p.default), p.default if isinstance(p.default, plain) else id(p.default))
+        for p in parameters
+    ]
+
+
 def dispatched_layer(forward: object) -> Layer | None:
     """Return the layer that `forward` dispatches for; None for anything else, such as a wrapper of it."""
     layer = getattr(forward, "kernels_layer", None)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._C._functorch import peek_interpreter_stack
 
+from .dispatch import adapted
 from .errors import KernelizeError, KernelsWarning
 from .gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
 from .layer import Layer
@@ -116,7 +117,8 @@ def freeze_class(
     frozen = Frozen(original, layer, run.mode, device, resolution, functions, run)
     forward: Forward = original.forward
     if layer is not None:
-        forward = (resolution.implementation if resolution is not None else None) or layer.reference
+        chosen = resolution.implementation if resolution is not None else None
+        forward = adapted(layer, chosen or layer.reference)
     frozen.chosen = _pinned(forward, functions) if functions else forward
     members: dict[str, Any] = {
         "__module__": original.__module__,

@@ -85,10 +85,12 @@ class Level:
             yield from ((source, cause, reason) for source in sources)
 
     def updated(self, other: Level) -> Level:
-        """Return this level with the entries of `other` added, equal keys replaced."""
-        merged = {name: dict(entries) for name, entries in self.sources.items()}
+        """Return this level with the entries of `other` added; those for an equal layer and device are replaced."""
+        merged = dict(self.sources)
         for name, entries in other.sources.items():
-            merged.setdefault(name, {}).update(entries)
+            said = {device for device, _ in entries}
+            kept = {key: sources for key, sources in merged.get(name, {}).items() if key[0] not in said}
+            merged[name] = {**kept, **entries}
         return Level(merged, other.inherit)
 
 
@@ -107,8 +109,8 @@ def register_kernel_mapping(mapping: KernelMapping, inherit_mapping: bool = True
         mapping: `{layer name: {device: source | [sources in order] | {Mode: source}}}`. A device is
             a name such as `"cuda"` or a `Device`; a source is a repository, an object with
             `load()`, an `nn.Module` class, or a function.
-        inherit_mapping: Whether to add to what was registered before (an equal layer, device and
-            mode is replaced) and to the mappings of plugin packages, or to stand instead of them.
+        inherit_mapping: Whether to add to what was registered before (an equal layer and device is
+            replaced, with all its modes) and to the mappings of plugin packages, or to stand instead of them.
 
     Raises:
         ArgumentError: For an unknown device or an impossible mode (a `ValueError`).

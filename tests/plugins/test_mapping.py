@@ -197,12 +197,12 @@ def test_sources_are_tried_in_order() -> None:
 
 
 def test_registering_adds_and_replaces() -> None:
-    """A second mapping adds layers, devices and modes, and replaces equal ones."""
-    register_kernel_mapping({"Layer": {"cpu": {Mode.INFERENCE: A}}, "Other": {"cpu": A}})
-    register_kernel_mapping({"Layer": {"cpu": {Mode.TRAINING: B}}})
+    """A second mapping adds layers and devices; what was said for an equal device goes, with all its modes."""
+    register_kernel_mapping({"Layer": {"cpu": {Mode.INFERENCE: A, Mode.TRAINING: B}}, "Other": {"cpu": A}})
+    register_kernel_mapping({"Layer": {"cuda": C}})
     assert (serving(), serving(mode=Mode.TRAINING), serving("Other")) == ("A", "B", "A")
     register_kernel_mapping({"Layer": {"cpu": {Mode.INFERENCE: C}}})
-    assert (serving(), serving(mode=Mode.TRAINING)) == ("C", "B")
+    assert (serving(), serving(mode=Mode.TRAINING)) == ("C", "reference")
     register_kernel_mapping({"Other": {Device("cpu"): B}})
     assert serving("Other") == "B"
 
