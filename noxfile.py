@@ -30,7 +30,7 @@ MINIMUMS = (
 )
 """The oldest dependencies that pyproject.toml allows, but for PyTorch."""
 
-nox.options.sessions = ["tests", "lint", "types", "docs"]
+nox.options.sessions = ["tests", "lint", "types", "docs", "parity"]
 nox.options.reuse_existing_virtualenvs = True
 
 

@@ -583,6 +583,37 @@ def test_class_serves_a_function(both: Both) -> None:
     both.run(scenario).agree(3.0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["FuncRepository", "LocalFuncRepository", "LockedFuncRepository"])
+def test_older_names(kernels_hub: Both, how: str) -> None:
+    """Both let a function at the top of a kernel serve a decorated function, by the older names."""
+    files = {"__init__.py": "def scale(x):\n    return x * 7\n"}
+    commit = publish_kernels(kernels_hub.hub, "acme/kernels", files).branch("v1")
+    folder = write_kernel(kernels_hub.home / "kernel", files)
+    lockfile = lock(kernels_hub, commit)
+
+    def scenario(side: Side) -> float:
+        @side.lib.use_kernel_func_from_hub("a function at the top")
+        def scale(x: torch.Tensor) -> torch.Tensor:
+            return x * REFERENCE
+
+        @side.lib.use_kernelized_func(scale)
+        class Calls(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return scale(x)
+
+        named: dict[str, tuple[object, dict[str, Any]]] = {
+            "FuncRepository": ("acme/kernels", {"version": 1}),
+            "LocalFuncRepository": (folder, {}),
+            "LockedFuncRepository": ("acme/kernels", {"lockfile": lockfile}),
+        }
+        place, options = named[how]
+        source = getattr(side.lib, how)(place, func_name="scale", **options)
+        return side.freeze(Calls(), {"a function at the top": {"cpu": source}})
+
+    kernels_hub.run(scenario).agree(7.0)
+
+
 # --- What is told to the Hub ---------------------------------------------------------------------
 
 
