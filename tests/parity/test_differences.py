@@ -680,6 +680,20 @@ def test_branch_resolved_twice(kernels_hub: Both) -> None:
     assert pair.ours.get() == 3.0
 
 
+def test_metadata_without_a_licence(both: Both) -> None:
+    """Theirs cannot read the metadata of a kernel that names no licence; ours can, and tells that there is none."""
+    folder = write_kernel(both.home / "kernel", kernel_source(3), changes={"license": None})
+
+    def scenario(side: Side) -> tuple[float, object]:
+        kernel = side.lib.get_local_kernel(folder)
+        (loaded,) = [one for one in side.lib.get_loaded_kernels() if one.module is kernel]
+        return call(kernel.layers.Scale()), loaded.metadata.license
+
+    pair = both.run(scenario)
+    assert isinstance(pair.theirs.error, ValueError) and "missing field `license`" in str(pair.theirs.error)
+    assert pair.ours.get() == (3.0, None)
+
+
 # --- Trust ---------------------------------------------------------------------------------------
 
 
