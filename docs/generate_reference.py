@@ -99,6 +99,16 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.Quarantined",
         ],
     ),
+    "Find the kernel to blame": (
+        "The algorithm and its guarantees are told in [bisect](bisect.md).",
+        [
+            "kernels_plugins.bisect",
+            "kernels_plugins.BisectResult",
+            "kernels_plugins.Culprit",
+            "kernels_plugins.CulpritSet",
+            "kernels_plugins.BisectError",
+        ],
+    ),
     "Write a plugin": (
         "For plugin authors. Start with [write a plugin](write-a-plugin.md); the [hooks](hooks.md) have a page.",
         [

@@ -19,6 +19,9 @@ from kernels_core import (
     use_kernelized_func,
 )
 
+from .bisect.bisection import bisect
+from .bisect.errors import BisectError
+from .bisect.result import BisectResult, Culprit, CulpritSet
 from .hub.dependency import get_kernel_dep
 from .hub.deprecated import FuncRepository, LocalFuncRepository, LockedFuncRepository, use_kernel_func_from_hub
 from .hub.functions import (
@@ -37,7 +40,11 @@ from .hub.variants import VariantAccepted, VariantRejected
 from .mapping import register_kernel_mapping, use_kernel_mapping
 
 __all__ = [
+    "BisectError",
+    "BisectResult",
     "CUDAProperties",
+    "Culprit",
+    "CulpritSet",
     "Device",
     "FuncRepository",
     "KernelizeFallback",
@@ -54,6 +61,7 @@ __all__ = [
     "VariantAccepted",
     "VariantRejected",
     "__version__",
+    "bisect",
     "get_kernel",
     "get_kernel_dep",
     "get_kernel_variants",

@@ -124,7 +124,7 @@ def test_examples_of_a_page_run_and_print_what_it_shows(page: Path, tmp_path: Pa
         # Blank lines, so that lines of the script are lines of the page, and inspect finds the source.
         lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()
         lines += [f"print({mark!r})"]  # in place of the line that closes the fence
-    script = tmp_path / f"{page.stem.replace('-', '_')}.py"
+    script = tmp_path / f"page_{page.stem.replace('-', '_')}.py"  # a page may be called as a module is
     script.write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = run([sys.executable, str(script)], environment, tmp_path)
     assert done.returncode == 0, f"{page.name}, line numbers as in the page:\n{done.stderr[-3000:]}"

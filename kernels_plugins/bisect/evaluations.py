@@ -1,0 +1,141 @@
+"""Evaluates a metric: with which kernels, how often, and what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from kernels_core import ArgumentTypeError, quarantined
+
+from .errors import BisectError
+from .measure import Reading
+from .progress import Bar
+from .switch import Kernel, Key, Switch
+from .upkeep import Upkeep
+
+Metric = Callable[[nn.Module], object]
+
+
+class Evaluations:
+    """The evaluations of one bisection.
+
+    Attributes:
+        count: How many there were.
+        kernels: Those in use, known after the suspect was evaluated.
+    """
+
+    def __init__(self, model: nn.Module, metric: Metric, switch: Switch, bar: Bar) -> None:
+        """Evaluate nothing yet."""
+        self.count = 0
+        self.kernels: Sequence[Kernel] = ()
+        self._model = model
+        self._metric = metric
+        self._switch = switch
+        self._bar = bar
+        self._upkeep = Upkeep(model)
+        self._names: set[str] | None = None
+        self._known: dict[frozenset[Key], Reading] = {}
+
+    def suspect(self) -> Reading:
+        """Evaluate the model as it is, and note its kernels."""
+        with self._switch.noting():
+            reading = self._evaluate("the model as it is", ())
+        # Those of one origin side by side: they mostly are culprits together.
+        self.kernels = sorted(self._switch.kernels.values(), key=lambda kernel: (kernel.origin, kernel.place))
+        return reading
+
+    def anew(self, on: Sequence[Kernel]) -> Reading:
+        """Evaluate with some kernels on, and every other decorated layer on its reference."""
+        keys = frozenset(kernel.key for kernel in on)
+        with self._switch.only(keys):
+            reading = self._known[keys] = self._evaluate(_described(on), [kernel.path for kernel in on])
+        return reading
+
+    def with_only(self, on: Sequence[Kernel]) -> Reading:
+        """Return what `anew` does, remembered."""
+        known = self._known.get(frozenset(kernel.key for kernel in on))
+        return known if known is not None else self.anew(on)
+
+    def _evaluate(self, what: str, paths: Sequence[str]) -> Reading:
+        self.count += 1
+        self._bar.show(self.count, self._expected(), what)
+        where = f"evaluation {self.count}, with {what}"
+        before = quarantined()
+        with self._upkeep.around(), _many_compilations():
+            try:
+                answer = self._metric(self._model)
+            except Exception as error:
+                raise BisectError(
+                    f"The metric raised at {where}: {type(error).__name__}: {error}. Nothing was found; the model "
+                    "is as before.",
+                    evaluation=self.count,
+                    paths=paths,
+                ) from error
+        self._check_model(where, paths)
+        out = [entry for entry in quarantined() if entry not in before]
+        if out:
+            raise BisectError(
+                f"At {where}, a kernel was taken out, and serves no more:\n"
+                + "".join(f"  {entry}\n" for entry in out)
+                + "That is a culprit. Mend it or take it out of the mapping, or let it back in with "
+                "kernels_core.release(), and bisect again.",
+                evaluation=self.count,
+                paths=paths,
+            )
+        try:
+            reading = Reading.of(answer)
+        except ArgumentTypeError as error:
+            raise ArgumentTypeError(f"At {where}, the metric returned {error}.") from error
+        names = set(reading.numbers)
+        if self._names is None:
+            self._names = names
+        if names != self._names:
+            raise BisectError(
+                f"At {where}, the metric returned {sorted(names)}, and before that {sorted(self._names)}: return the "
+                "same numbers each time.",
+                evaluation=self.count,
+                paths=paths,
+            )
+        return reading
+
+    def _check_model(self, where: str, paths: Sequence[str]) -> None:
+        changed = self._upkeep.changed_parameters()
+        if changed:
+            raise BisectError(
+                f"At {where}, the metric changed {len(changed)} parameters of the model, such as {changed[0]!r}, and "
+                "those are not kept twice: they stay changed. Let the metric leave the model as it is; to compare "
+                "training, return losses or the norms of gradients.",
+                evaluation=self.count,
+                paths=paths,
+            )
+
+    def _expected(self) -> int:
+        """Return how many evaluations there will be, as far as can be told: as if there were one more culprit."""
+        per_culprit = math.ceil(math.log2(max(2, len(self.kernels)))) + 2
+        return 4 + per_culprit * max(1, math.ceil((self.count - 4) / per_culprit))
+
+
+def _described(on: Sequence[Kernel]) -> str:
+    """Name the kernels of an evaluation."""
+    if not on:
+        return "every decorated layer on its reference"
+    shown = ", ".join(repr(kernel.path) for kernel in on[:3])
+    more = f" and {len(on) - 3} more" if len(on) > 3 else ""
+    return f"only the kernels of {shown}{more} on"
+
+
+def _many_compilations() -> contextlib.AbstractContextManager[object]:
+    """Let Dynamo compile as often as there are evaluations: beyond its limit, it would run eagerly instead."""
+    if "torch._dynamo" not in sys.modules:  # it takes a second to import, and nothing was compiled
+        return contextlib.nullcontext()
+    import torch._dynamo.config as config
+
+    limit = 1_000_000
+    patch: contextlib.AbstractContextManager[object] = config.patch(
+        recompile_limit=limit, accumulated_recompile_limit=limit
+    )
+    return patch

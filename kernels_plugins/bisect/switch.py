@@ -1,0 +1,250 @@
+"""Notes which kernels a model runs, and runs the reference in place of those that are to be off.
+
+Eager calls are switched by what the hook `kernels_wrap_forward` puts around them: nothing on the model changes.
+That does not reach code that is compiled, nor kernels that `kernelize` froze for it. Such modules get the reference
+as a `forward` of their own while they are off, which Dynamo notices; compiled functions get it by a scope.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels_core import (
+    ArgumentTypeError,
+    Layer,
+    LayerRequest,
+    Mode,
+    Resolution,
+    Scope,
+    decorated_layer,
+    hookimpl,
+    plugin_manager,
+)
+
+from .caller import find_caller
+from .errors import BisectError
+
+Forward = Callable[..., Any]
+Key = tuple[int, int]
+"""What can be switched: a module by its `id`, or 0 for all; and a layer by its number."""
+
+_runs = itertools.count(1)
+_ABSENT = object()
+
+
+@dataclass
+class Kernel:
+    """A kernel in use at one place of a model.
+
+    Attributes:
+        key: How it is switched.
+        path: Of its module, as in `named_modules`; for a decorated function, that of the calling module, a colon,
+            and its name.
+        also: Other paths of the same module.
+        layer: The name of the layer in mappings.
+        origins: Where what ran comes from; several if calls differ.
+        place: Where its module is in the order of the model.
+    """
+
+    key: Key
+    path: str
+    also: tuple[str, ...]
+    layer: str
+    place: int
+    origins: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> str:
+        """All origins in one line."""
+        return ", ".join(self.origins)
+
+
+@dataclass(frozen=True)
+class Off:
+    """The payload of a scope in which compiled functions run on their reference.
+
+    Attributes:
+        numbers: Those of their layers.
+    """
+
+    numbers: frozenset[int]
+
+
+class Switch:
+    """A plugin that knows the kernels of one model, and switches them.
+
+    Attributes:
+        kernels: Those that were seen in use, by key.
+        elsewhere: Whether a kernel ran for what is no part of the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Look at the model; nothing is switched, and nothing is noted."""
+        self.kernels: dict[Key, Kernel] = {}
+        self.elsewhere = False
+        self._modules = {id(module): module for module in model.modules()}
+        self._paths: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self._paths.setdefault(id(module), []).append(path)
+        self._places = {key: place for place, key in enumerate(self._modules)}
+        self._bound: dict[Key, Layer] = {}
+        self._traced: dict[Layer, str] = {}
+        self._noting = False
+        self._on: frozenset[Key] | None = None
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether anything of the model is known to be decorated."""
+        marks = "kernels_frozen", "kernels_functions"
+        return any(
+            _layer_of(module) is not None or any(hasattr(type(module), mark) for mark in marks)
+            for module in self._modules.values()
+        )
+
+    # --- For the bisection -----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Be a plugin of this process."""
+        name = f"bisect run {next(_runs)}"
+        plugin_manager().register(self, name)
+        try:
+            yield
+        finally:
+            plugin_manager().unregister(name)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Leave all kernels as they are, and note which of them are in use."""
+        self._noting = True
+        try:
+            yield
+        finally:
+            self._noting = False
+        self._note_frozen()
+        self._note_traced()
+
+    @contextlib.contextmanager
+    def only(self, on: frozenset[Key]) -> Iterator[None]:
+        """Let some kernels be on, and every other decorated layer of the model run its reference."""
+        bound = [(self._modules[key[0]], layer) for key, layer in self._bound.items() if key not in on]
+        before = [(module, module.__dict__.get("forward", _ABSENT)) for module, _ in bound]
+        numbers = (layer.number for layer in self._traced if layer.is_function)
+        functions = frozenset(number for number in numbers if (0, number) not in on)
+        self._on = on
+        try:
+            for module, layer in bound:  # no method: `kernelize` would take one for its own
+                module.__dict__["forward"] = functools.partial(layer.reference, module)
+            with Scope(Off(functions)) if functions else contextlib.nullcontext():
+                yield
+        finally:
+            self._on = None
+            for module, forward in before:
+                if forward is _ABSENT:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.__dict__["forward"] = forward
+
+    # --- Eager calls -----------------------------------------------------------------------------
+
+    @hookimpl(trylast=True)
+    def kernels_wrap_forward(self, resolution: Resolution) -> Callable[[Forward], Forward] | None:
+        """Ask at each call whether this kernel is on here; last, so that it is around what others wrap."""
+        layer = resolution.request.layer
+        if layer is None or resolution.is_reference:
+            return None
+        decided, origin = layer, resolution.origin
+
+        def decorate(forward: Forward) -> Forward:
+            @functools.wraps(forward)
+            def switched(*args: Any, **kwargs: Any) -> Any:
+                if torch.compiler.is_compiling():
+                    return forward(*args, **kwargs)
+                module = find_caller(self._modules) if decided.is_function else args[0]
+                key = (id(module), decided.number)
+                if key[0] not in self._modules:
+                    self.elsewhere = True
+                    return forward(*args, **kwargs)
+                if self._noting:
+                    self._note(key, decided, origin)
+                if self._on is not None and key not in self._on:
+                    return decided.reference(*args, **kwargs)
+                return forward(*args, **kwargs)
+
+            return switched
+
+        return decorate
+
+    def _note(self, key: Key, layer: Layer, origin: str) -> None:
+        kernel = self.kernels.get(key)
+        if kernel is None:
+            name = f":{layer.reference.__name__}" if layer.is_function else ""
+            path, *also = (path + name for path in self._paths.get(key[0], ["*"]))
+            place = self._places.get(key[0], len(self._places))
+            kernel = self.kernels[key] = Kernel(key, path, tuple(also), layer.name, place)
+        kernel.origins[origin] = None
+
+    # --- Compiled and frozen calls ---------------------------------------------------------------
+
+    @hookimpl
+    def kernels_resolved(self, resolution: Resolution) -> None:
+        """Note what compiled code runs: its calls are not wrapped."""
+        layer = resolution.request.layer
+        if not self._noting or layer is None or resolution.is_reference:
+            return
+        if Mode.TORCH_COMPILE in resolution.request.mode:
+            self._traced[layer] = resolution.origin
+
+    @hookimpl(tryfirst=True)
+    def kernels_resolve_forward(self, request: LayerRequest) -> Resolution | None:
+        """Leave compiled functions to their reference, in the scopes that say so."""
+        if request.layer is None or Mode.TORCH_COMPILE not in request.mode:
+            return None
+        if any(isinstance(payload, Off) and request.layer.number in payload.numbers for payload in request.scopes):
+            return Resolution(request, note="a bisection runs the reference")
+        return None
+
+    def _note_frozen(self) -> None:
+        """Note what `kernelize` froze: if such a model is compiled, nobody is told."""
+        for key, module in self._modules.items():
+            frozen = getattr(type(module), "kernels_frozen", None)
+            if frozen is None or frozen.layer is None or frozen.resolution is None or frozen.resolution.is_reference:
+                continue
+            if type(module).forward is frozen.original.forward:
+                continue  # in quarantine
+            self._bind(key, module, frozen.layer, frozen.resolution.origin, frozen.original)
+
+    def _note_traced(self) -> None:
+        for traced, origin in self._traced.items():
+            if traced.is_function:
+                self._note((0, traced.number), traced, origin)
+        for key, module in self._modules.items():
+            layer = _layer_of(module)
+            if layer is not None and layer in self._traced and not hasattr(type(module), "kernels_frozen"):
+                self._bind(key, module, layer, self._traced[layer], type(module))
+
+    def _bind(self, key: int, module: nn.Module, layer: Layer, origin: str, original: type[nn.Module]) -> None:
+        """Note a kernel that is switched by a `forward` of the module's own."""
+        own = module.__dict__.get("forward")
+        if own is not None and getattr(own, "__func__", None) is not original.forward:
+            raise BisectError(
+                f"Module {self._paths[key][0]!r} is compiled or kernelized, and has a forward of its own, such as a "
+                "hook of another library: it cannot be put on its reference without losing that. Take it off first."
+            )
+        self._bound[(key, layer.number)] = layer
+        self._note((key, layer.number), layer, origin)
+
+
+def _layer_of(module: nn.Module) -> Layer | None:
+    try:
+        return decorated_layer(type(module))
+    except ArgumentTypeError:  # not decorated
+        return None

@@ -1,0 +1,97 @@
+"""Leaves no trace of an evaluation: random numbers, gradients, buffers and modes of a model are put back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_MISSING = object()
+
+
+class Upkeep:
+    """What a model is like, and how to make it so again.
+
+    Buffers are copied, for layers change them; parameters are not, for nobody should.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Look at the model."""
+        self._modules = [(module, module.training, module.__dict__.get("forward", _MISSING)) for module in _of(model)]
+        self._buffers = [(module, dict(module._buffers)) for module in _of(model) if module._buffers]
+        tensors = {id(tensor): tensor for _, kept in self._buffers for tensor in kept.values() if tensor is not None}
+        self._copies = {key: (tensor, _version(tensor), tensor.detach().clone()) for key, tensor in tensors.items()}
+        self._parameters = [
+            (name, parameter, _version(parameter), parameter.grad) for name, parameter in model.named_parameters()
+        ]
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """Start with the same random numbers and without gradients, and put everything back after."""
+        for _, parameter, _, _ in self._parameters:
+            parameter.grad = None
+        try:
+            with _forked_random_state():
+                yield
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Make the model what it was."""
+        for _, parameter, _, gradient in self._parameters:
+            parameter.grad = gradient
+        for module, buffers in self._buffers:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for key, (tensor, version, copy) in self._copies.items():
+            if version is None or tensor._version != version:
+                with torch.inference_mode() if version is None else torch.no_grad():
+                    tensor.copy_(copy)
+                self._copies[key] = (tensor, _version(tensor), copy)
+        for module, training, forward in self._modules:
+            if module.training is not training:
+                module.training = training
+            if module.__dict__.get("forward", _MISSING) is not forward:
+                if forward is _MISSING:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = forward
+
+    def changed_parameters(self) -> list[str]:
+        """Return the names of parameters that were changed in place since, which cannot be undone."""
+        return [name for name, parameter, version, _ in self._parameters if _version(parameter) != version]
+
+
+def _of(model: nn.Module) -> Iterator[nn.Module]:
+    return model.modules()
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Return how often a tensor was changed in place; tensors of inference mode do not count that."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextlib.contextmanager
+def _forked_random_state() -> Iterator[None]:
+    """Let random numbers start from here in each evaluation: of Python, PyTorch, its GPUs, and NumPy if it is used."""
+    numpy: Any = sys.modules.get("numpy.random")
+    kept = random.getstate(), numpy.get_state() if numpy else None
+    kind = next((kind for kind in ("cuda", "xpu") if _has(kind)), None)
+    devices = list(range(getattr(torch, kind).device_count())) if kind else []
+    try:
+        with torch.random.fork_rng(devices, device_type=kind or "cuda"):
+            yield
+    finally:
+        random.setstate(kept[0])
+        if numpy:
+            numpy.set_state(kept[1])
+
+
+def _has(kind: str) -> bool:
+    device: Any = getattr(torch, kind, None)
+    return device is not None and bool(device.is_available() and device.is_initialized())
