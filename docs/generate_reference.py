@@ -93,6 +93,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     "Take a kernel out": (
         "What gets kernels there is told in [quarantine](quarantine.md).",
         [
+            "kernels_plugins.canary",
             "kernels_core.quarantine",
             "kernels_core.quarantined",
             "kernels_core.release",
@@ -136,6 +137,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.ArgumentError",
             "kernels_core.ArgumentTypeError",
             "kernels_core.ScopeError",
+            "kernels_core.CanaryError",
             "kernels_core.RequirementError",
             "kernels_core.PluginError",
             "kernels_core.PluginLoadError",

@@ -11,6 +11,7 @@ from .device import CUDAProperties, Device, ROCMProperties, device_capability
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
+    CanaryError,
     ContractError,
     IntegrityError,
     KernelizeError,
@@ -54,6 +55,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "CUDAProperties",
+    "CanaryError",
     "Candidate",
     "Cause",
     "ContractError",

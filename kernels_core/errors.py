@@ -5,6 +5,7 @@ KernelsError
 ├── ArgumentError (ValueError)        a value that cannot be used
 ├── ArgumentTypeError (TypeError)     an object of the wrong type
 ├── ScopeError (RuntimeError)         scopes left in another order than entered
+├── CanaryError                       a kernel disagrees with its reference, in a live model
 ├── RequirementError                  .rows: the layers that a receipt was required to show otherwise
 ├── PluginError                       .plugin: the plugin at fault
 │   ├── PluginLoadError               cannot be imported, or is not a plugin
@@ -53,6 +54,10 @@ class ArgumentTypeError(KernelsError, TypeError):
 
 class ScopeError(KernelsError, RuntimeError):
     """A scope was left that is not the innermost one."""
+
+
+class CanaryError(KernelsError):
+    """A canary saw a kernel disagree with its reference."""
 
 
 class RequirementError(KernelsError):

@@ -22,6 +22,7 @@ from kernels_core import (
 from .bisect.bisection import bisect
 from .bisect.errors import BisectError
 from .bisect.result import BisectResult, Culprit, CulpritSet
+from .canary.plugin import canary
 from .hub.dependency import get_kernel_dep
 from .hub.deprecated import FuncRepository, LocalFuncRepository, LockedFuncRepository, use_kernel_func_from_hub
 from .hub.functions import (

@@ -12,6 +12,7 @@ import kernels_core
 from kernels_core import (
     ArgumentError,
     ArgumentTypeError,
+    CanaryError,
     Candidate,
     ContractError,
     IntegrityError,
@@ -37,6 +38,7 @@ TREE = {
     ArgumentError: (KernelsError, ValueError),
     ArgumentTypeError: (KernelsError, TypeError),
     ScopeError: (KernelsError, RuntimeError),
+    CanaryError: (KernelsError,),
     RequirementError: (KernelsError,),
     PluginError: (KernelsError,),
     PluginLoadError: (PluginError,),

@@ -1,0 +1,75 @@
+"""What a canary does, as said in code or in `KERNELS_CANARY`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import get_type_hints
+
+from kernels_core import ArgumentError, ArgumentTypeError
+
+ACTIONS = ("warn", "quarantine", "raise")
+VARIABLE = "KERNELS_CANARY"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """When to compare, and what to do about a disagreement.
+
+    Attributes:
+        first: The first calls of each kernel, layer and device that are compared.
+        every: After that, one call in so many; 0 for none.
+        action: `"warn"`, `"quarantine"` or `"raise"`.
+    """
+
+    first: int = 3
+    every: int = 100
+    action: str = "quarantine"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        for name in ("first", "every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ArgumentTypeError(f"{name} is a number of calls such as 3, not {value!r}.")
+            if value < 0:
+                raise ArgumentError(f"{name} is {value}: a number of calls is 0 or more.")
+        if self.action not in ACTIONS:
+            raise ArgumentError(f"action is {self.action!r}: use one of {', '.join(ACTIONS)}.")
+
+    def wants(self, number: int) -> bool:
+        """Whether the call of that number, counted from 1, is to be compared.
+
+        Example:
+            >>> [n for n in range(1, 12) if Settings(first=2, every=5).wants(n)]
+            [1, 2, 5, 10]
+        """
+        return number <= self.first or (self.every > 0 and number % self.every == 0)
+
+
+def settings_of_environment() -> Settings | None:
+    """Return what `KERNELS_CANARY` says, None if it says nothing.
+
+    Raises:
+        ArgumentError: If it cannot be understood.
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text or text.lower() in ("0", "false", "no", "off"):
+        return None
+    if text.lower() in ("1", "true", "yes", "on"):
+        return Settings()
+    hint = f"write {VARIABLE}='first=3,every=100,action=raise', any of them, or {VARIABLE}=1."
+    kinds = get_type_hints(Settings)
+    said: dict[str, int | str] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or name not in {field.name for field in fields(Settings)}:
+            raise ArgumentError(f"{VARIABLE}={text!r}: {part.strip()!r} is not understood: {hint}")
+        try:
+            said[name] = kinds[name](value)
+        except ValueError:
+            raise ArgumentError(f"{VARIABLE}={text!r}: {name} is {value!r}, not a number: {hint}") from None
+    try:
+        return Settings(**said)  # type: ignore[arg-type]
+    except ArgumentError as error:
+        raise ArgumentError(f"{VARIABLE}={text!r}: {error}") from None

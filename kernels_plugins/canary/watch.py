@@ -1,0 +1,209 @@
+"""One call of a kernel, compared with its reference while it runs."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from kernels_core import CanaryError, KernelsWarning, Layer, Resolution, quarantine
+
+from ..oracle.comparison import Comparison, compare
+from ..oracle.replay import Call, Run
+from .settings import Settings
+
+Forward = Callable[..., Any]
+
+_comparing: ContextVar[bool] = ContextVar("kernels_plugins_canary_comparing", default=False)
+"""Whether this thread compares: layers inside of what is compared are not compared by themselves."""
+
+_lock = threading.Lock()
+_numbers: dict[tuple[int, str, str], Iterator[int]] = {}
+_said: set[tuple[int, str, str]] = set()
+
+
+def start_over() -> None:
+    """Count calls from 1 again, and say what was said again."""
+    with _lock:
+        _numbers.clear()
+        _said.clear()
+
+
+def watched(resolution: Resolution, forward: Forward, settings: Settings) -> Forward:
+    """Return a forward that runs the kernel, and the reference beside it where the settings say so."""
+    layer = resolution.request.layer
+    if layer is None:
+        return forward
+    key = (layer.number, resolution.origin, str(resolution.request.device))
+    with _lock:
+        numbers = _numbers.setdefault(key, itertools.count(1))
+    watch = _Watch(resolution, layer, forward, settings, key)
+
+    @functools.wraps(forward)
+    def watched_forward(*args: Any, **kwargs: Any) -> Any:
+        number = next(numbers)
+        if not settings.wants(number) or _comparing.get() or _is_elsewhere():
+            return forward(*args, **kwargs)
+        return watch.compared(number, args, kwargs)
+
+    return watched_forward
+
+
+def _is_elsewhere() -> bool:
+    """Whether somebody traces, transforms or captures this call, so that nothing else may run in it."""
+    if peek_interpreter_stack() is not None or _get_current_dispatch_mode_stack() or torch._C._get_tracing_state():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class _Watch:
+    """Compares the calls of one kernel, for one layer and device."""
+
+    def __init__(
+        self, resolution: Resolution, layer: Layer, forward: Forward, settings: Settings, key: tuple[int, str, str]
+    ) -> None:
+        self.resolution = resolution
+        self.layer = layer
+        self.forward = forward
+        self.settings = settings
+        self.key = key
+
+    def compared(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call, and compare it."""
+        live = self._call(args, kwargs)
+        token = _comparing.set(True)
+        try:
+            before = live.snapshot(state=live.module is not None and next(live.module.buffers(), None) is not None)
+            output = self.forward(*args, **kwargs)
+            problem = self._problem(live, before, output)
+        finally:
+            _comparing.reset(token)
+        if problem is None:
+            return output
+        return self._act(f"{self._where(number, live)}: {problem}", live, before, output, args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if self.layer.is_function:
+            return Call(None, args, kwargs, self.layer.signature)
+        return Call(args[0], args[1:], kwargs, self.layer.signature)
+
+    # --- Comparing ------------------------------------------------------------------------------
+
+    def _problem(self, live: Call, before: Call, output: Any) -> str | None:
+        """Return what the kernel did otherwise than the reference, None if nothing."""
+        try:
+            expected = before.run(self.layer.reference, parameters=False)
+        except Exception as error:
+            self._say(f"its reference fails, so there is nothing to compare with: {type(error).__name__}: {error}")
+            return None
+        if problem := self._differs("", output, expected, lambda run: run.outputs, before):
+            return problem
+        if problem := self._changed(live, before, expected):
+            return problem
+        if not expected.gradients:
+            return None
+        kernel: Any = self.resolution.implementation
+        actual = before.run(kernel, parameters=False)
+        missing = [n for n, g in expected.gradients.items() if g is not None and actual.gradients.get(n) is None]
+        if missing:
+            return f"no gradient reaches {', '.join(missing)}, as it does from the reference"
+        wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]
+        given = {name: actual.gradients[name] for name in wanted}
+        return self._differs(
+            "gradient of ", given, expected, lambda run: {name: run.gradients[name] for name in wanted}, before
+        )
+
+    def _differs(self, what: str, actual: Any, expected: Run, part: Callable[[Run], Any], before: Call) -> str | None:
+        """Compare a part of what was done; a suspicion is looked into with a reference in float64."""
+        comparison = compare(actual, part(expected), quick=True)
+        if comparison.ok:
+            return None
+        if not comparison.mismatches:
+            comparison = self._looked_into(comparison, actual, expected, part, before)
+        return None if comparison.ok else f"{what}{comparison}"
+
+    def _looked_into(
+        self, suspicion: Comparison, actual: Any, expected: Run, part: Callable[[Run], Any], before: Call
+    ) -> Comparison:
+        try:
+            exact = part(before.run(self.layer.reference, dtype=torch.float64))
+        except Exception:  # a reference that does not run in float64 is no better judge than it was
+            return compare(actual, part(expected))
+        return compare(actual, part(expected), exact=exact)
+
+    def _changed(self, live: Call, before: Call, expected: Run) -> str | None:
+        """Compare what was changed in place: arguments and buffers."""
+        pairs = [(f"input {name}", was, live.inputs[name]) for name, was in before.inputs.items()]
+        if live.module is not None and before.module is not live.module and before.module is not None:
+            now = dict(live.module.named_buffers())
+            pairs += [(f"buffer {name}", was, now[name]) for name, was in before.module.named_buffers() if name in now]
+        for name, was, now_ in pairs:
+            wanted = expected.mutated.get(name, was)
+            comparison = compare(now_.detach(), wanted.detach(), quick=True)
+            if not comparison.ok:
+                how = "left as it was, or changed otherwise" if name in expected.mutated else "changed in place"
+                return f"{name} was {how}, which the reference does not do: {comparison}"
+        return None
+
+    # --- Acting ---------------------------------------------------------------------------------
+
+    def _act(
+        self, message: str, live: Call, before: Call, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.settings.action == "raise":
+            raise CanaryError(message)
+        if self.settings.action == "warn":
+            self._say(message)
+            return output
+        implementation: Any = self.resolution.implementation
+        quarantine(
+            self.layer,
+            implementation,
+            kernel=self.resolution.origin,
+            device=self.resolution.request.device,
+            reason=f"a canary saw it disagree with the reference: {message}",
+        )
+        self._say(f"{message}. It is in quarantine from now on")
+        same = all(compare(live.inputs[name], was, quick=True).ok for name, was in before.inputs.items())
+        return self.layer.reference(*args, **kwargs) if same and self.layer.use_fallback else output
+
+    def _say(self, message: str) -> None:
+        """Warn, once for each kernel, layer and device."""
+        with _lock:
+            if self.key in _said:
+                return
+            _said.add(self.key)
+        warnings.warn(f"Canary: {self.resolution.origin}: {message}", KernelsWarning, stacklevel=5)
+
+    def _where(self, number: int, live: Call) -> str:
+        """Name layer, path, device, dtypes and shapes of a call."""
+        path = _path(live.module) if live.module is not None else None
+        shapes = ", ".join(
+            f"{name} {str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, tensor.shape)) or 'scalar'}"
+            for name, tensor in live.inputs.items()
+        )
+        at = f" at {path!r}" if path else ""
+        return f"layer {self.layer.name!r}{at} on {self.resolution.request.device}, call {number} ({shapes})"
+
+
+def _path(module: nn.Module) -> str | None:
+    """Return where a module is in the outermost module that is being called; looks at the stack."""
+    frame: types.FrameType | None = sys._getframe()
+    outermost = module
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, nn.Module):
+            outermost = caller
+        frame = frame.f_back
+    return next((name for name, inner in outermost.named_modules() if inner is module), None)

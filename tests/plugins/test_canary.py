@@ -1,0 +1,368 @@
+"""Canaries: kernels that are wrong on purpose are seen in a live model, and right ones are left alone."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    CanaryError,
+    KernelsWarning,
+    PluginManager,
+    ScopeError,
+    quarantined,
+    release,
+    use_kernel_forward_from_hub,
+)
+from kernels_plugins import canary, use_kernel_mapping
+from kernels_plugins.canary import plugin as canary_plugin
+from kernels_plugins.canary.settings import Settings, settings_of_environment
+
+SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def _canary(mapping_plugin: object, isolated_plugins: PluginManager) -> Iterator[None]:
+    """Have the plugin, and leave nothing in quarantine."""
+    isolated_plugins.register(canary_plugin, "canary")
+    yield
+    release()
+
+
+@use_kernel_forward_from_hub("Norm")
+class Norm(nn.Module):
+    """Root mean square norm, with a bias and a counter of calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, SIZE))
+        self.bias = nn.Parameter(torch.linspace(-1, 1, SIZE))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight + self.bias
+
+
+def kernel_of(compute: Callable[[Any, torch.Tensor], torch.Tensor]) -> type[nn.Module]:
+    """Make a kernel class."""
+    return type("Kernel", (nn.Module,), {"forward": compute})
+
+
+def right(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """The same, computed otherwise."""
+    self.calls += 1
+    return torch.nn.functional.rms_norm(x, (SIZE,), self.weight, 1e-6) + self.bias
+
+
+def biased_in_bfloat16(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out = right(self, x)
+    return out * 1.02 if x.dtype == torch.bfloat16 else out
+
+
+def wrong_for_strided(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return right(self, x if x.is_contiguous() else x.contiguous().flip(-1))
+
+
+class _NoWeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient, torch.ones(SIZE)
+
+
+def wrong_gradient(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """The gradient of the weight is one too large."""
+    return _NoWeightGradient.apply(right(self, x), self.weight)  # type: ignore[no-any-return]
+
+
+def missing_gradient(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.calls += 1
+    return torch.nn.functional.rms_norm(x, (SIZE,), self.weight, 1e-6) + self.bias.detach()
+
+
+def mutating(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out = right(self, x)
+    with torch.no_grad():
+        x.mul_(2)
+    return out
+
+
+def forgets_the_buffer(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, (SIZE,), self.weight, 1e-6) + self.bias
+
+
+def stateful(seen: list[int]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def compute(self: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        return right(self, x) + (len(seen) - 1)
+
+    return compute
+
+
+WRONG: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], Callable[[], torch.Tensor], str]] = {
+    "biased in bfloat16": (biased_in_bfloat16, lambda: torch.randn(64, SIZE).bfloat16(), "output"),
+    "wrong for strided input": (wrong_for_strided, lambda: torch.randn(SIZE, 4).T, "output"),
+    "wrong gradient of one parameter": (wrong_gradient, lambda: torch.randn(4, SIZE), "gradient of.*parameter weight"),
+    "mutates its input": (mutating, lambda: torch.randn(4, SIZE), "input x was changed in place"),
+    "forgets a buffer": (forgets_the_buffer, lambda: torch.randn(4, SIZE), "buffer calls"),
+    "another shape": (lambda self, x: right(self, x)[:1], lambda: torch.randn(4, SIZE), "shape"),
+    "not a number": (lambda self, x: right(self, x) * float("nan"), lambda: torch.randn(4, SIZE), "finite"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_kernels_are_seen(name: str) -> None:
+    """The first call of a kernel that is wrong raises, with layer, path, dtype, shape and error."""
+    compute, make, what = WRONG[name]
+    x = make()
+    model = nn.ModuleDict({"block": nn.Sequential(Norm().to(x.dtype))})
+    with use_kernel_mapping({"Norm": {"cpu": kernel_of(compute)}}), canary(first=1, every=0, action="raise"):
+        with pytest.raises(CanaryError, match=what) as seen:
+            model["block"](x)
+    dtype, shape = str(x.dtype).removeprefix("torch."), "x".join(map(str, x.shape))
+    for part in ("layer 'Norm'", "at '0'", "on cpu", "call 1", dtype, shape):
+        assert part in str(seen.value)
+
+
+def test_missing_gradient_is_seen_without_a_canary() -> None:
+    """A kernel that loses the gradient of a parameter is out after its first recorded call, canary or not."""
+    norm = Norm()
+    with use_kernel_mapping({"Norm": {"cpu": kernel_of(missing_gradient)}}):
+        with pytest.warns(KernelsWarning, match="loses gradients: parameter 'bias'"):
+            norm(torch.randn(4, SIZE))  # it has counted already, so this one call cannot be made anew
+        norm(torch.randn(4, SIZE)).sum().backward()
+    assert norm.bias.grad is not None
+
+
+def test_stateful_kernel_is_seen_on_a_later_call() -> None:
+    """A kernel whose second call differs from its first passes the first, and is seen on the second."""
+    norm, x = Norm(), torch.randn(4, SIZE)
+    with use_kernel_mapping({"Norm": {"cpu": kernel_of(stateful([]))}}), canary(first=2, action="raise"):
+        with torch.no_grad():
+            norm(x)
+            with pytest.raises(CanaryError, match="call 2"):
+                norm(x)
+
+
+def test_kernel_that_turns_wrong_late_is_seen() -> None:
+    """Wrong from the 50th call on: the one call in twenty that is compared sees it on the 60th."""
+    calls = []
+
+    def compute(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return right(self, x) + (len(calls) >= 50)
+
+    norm, x = Norm(), torch.randn(4, SIZE)
+    with use_kernel_mapping({"Norm": {"cpu": kernel_of(compute)}}), canary(first=1, every=20, action="raise"):
+        with torch.no_grad(), pytest.raises(CanaryError, match="call 60"):
+            for _ in range(100):
+                norm(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recording", [True, False])
+def test_right_kernels_are_left_alone(dtype: torch.dtype, recording: bool) -> None:
+    """A kernel that sums in another order is not accused, whatever the dtype, strides or size."""
+    norm = Norm().to(dtype)
+    inputs = [torch.randn(64, SIZE), torch.randn(SIZE, 5).T, torch.randn(0, SIZE), torch.randn(3, 2, SIZE) * 100]
+    with use_kernel_mapping({"Norm": {"cpu": kernel_of(right)}}), canary(first=10, action="raise"):
+        with torch.set_grad_enabled(recording):
+            for x in inputs:
+                norm(x.to(dtype))
+    assert norm.calls == len(inputs)
+
+
+def test_nothing_is_disturbed() -> None:
+    """Outputs, gradients, random numbers, buffers and versions are those of a run without a canary."""
+
+    @use_kernel_forward_from_hub("Drop")
+    class Drop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(SIZE))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return nn.functional.dropout(x, 0.5) * self.weight
+
+    def run(watch: bool) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        layer, x = Drop(), torch.randn(4, SIZE, requires_grad=True)
+        middle = x * 1
+        with use_kernel_mapping({"Drop": {"cpu": kernel_of(Drop.forward.__wrapped__)}}):  # type: ignore[attr-defined]
+            with canary(first=9, action="raise") if watch else warnings.catch_warnings():
+                for _ in range(3):
+                    out = layer(middle)
+                    out.sum().backward(retain_graph=True)
+        assert x.grad is not None and layer.weight.grad is not None
+        return out.tolist(), x.grad.tolist(), layer.weight.grad.tolist(), float(layer.calls), torch.rand(2).tolist()
+
+    assert run(True) == run(False)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_checkpointing_autocast_and_accumulation(reentrant: bool) -> None:
+    """Checkpointing, autocast and accumulated gradients work as without, and a wrong kernel is seen there."""
+    x = torch.randn(4, SIZE, requires_grad=True)
+
+    def step(compute: Any, watch: bool) -> list[Any]:
+        norm = Norm()
+        with use_kernel_mapping({"Norm": {"cpu": kernel_of(compute)}}):
+            with canary(first=9, action="raise") if watch else warnings.catch_warnings():
+                for _ in range(2):
+                    with torch.autocast("cpu", torch.bfloat16):
+                        y = checkpoint(lambda t: norm(t @ torch.eye(SIZE)).float(), x, use_reentrant=reentrant)
+                    y.sum().backward()
+        assert norm.weight.grad is not None
+        return [norm.weight.grad.clone()]
+
+    torch.testing.assert_close(step(right, True), step(right, False))
+    with pytest.raises(CanaryError, match="gradient"):
+        step(wrong_gradient, True)
+
+
+def test_quarantine_gives_the_answer_of_the_reference() -> None:
+    """With the action quarantine, the same call and all later ones have the reference's answer, and it is said."""
+    norm, x = Norm(), torch.randn(4, SIZE)
+    expected = Norm.forward.__wrapped__(norm, x)  # type: ignore[attr-defined]
+    kernel = kernel_of(lambda self, x: right(self, x) * 3)
+    with use_kernel_mapping({"Norm": {"cpu": kernel}}), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with canary(first=1):
+            torch.testing.assert_close(norm(x), expected)
+            torch.testing.assert_close(norm(x), expected)
+        torch.testing.assert_close(norm(x), expected)
+    assert "It is in quarantine from now on" in str(said[0].message)
+    assert [entry.layer_name for entry in quarantined()] == ["Norm"]
+
+
+def test_warn_goes_on_with_the_kernel() -> None:
+    """With the action warn, the kernel goes on serving, and one warning is all."""
+    norm, x = Norm(), torch.randn(4, SIZE)
+    kernel = kernel_of(lambda self, x: right(self, x) * 3)
+    with use_kernel_mapping({"Norm": {"cpu": kernel}}), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with canary(first=5, action="warn"):
+            outputs = [norm(x) for _ in range(3)]
+    torch.testing.assert_close(outputs[2], right(norm, x) * 3)
+    assert len([w for w in said if issubclass(w.category, KernelsWarning)]) == 1
+    assert quarantined() == []
+
+
+def test_only_chosen_calls_are_compared() -> None:
+    """The reference runs on the first calls, then on one in so many; never for a reference, never after the block."""
+    runs: list[int] = []
+
+    @use_kernel_forward_from_hub("Counted")
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        runs.append(1)
+        return x + 1
+
+    with use_kernel_mapping({"Counted": {"cpu": lambda x: 1 + x}}):
+        with canary(first=2, every=5, action="raise"), torch.no_grad():
+            for _ in range(12):
+                counted(torch.ones(1))
+        assert len(runs) == 4  # 1, 2, 5, 10
+        counted(torch.ones(1))
+        assert len(runs) == 4
+
+
+def test_reference_that_fails_is_told() -> None:
+    """Where the reference cannot run, the kernel is not accused, and one warning says so."""
+
+    @use_kernel_forward_from_hub("Broken")
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no reference")
+
+    with use_kernel_mapping({"Broken": {"cpu": lambda x: x}}), canary(action="raise"):
+        with pytest.warns(KernelsWarning, match="its reference fails"):
+            assert broken(torch.ones(1)).item() == 1
+
+
+def test_other_threads_are_watched() -> None:
+    """A canary counts for the process: a wrong kernel is seen in another thread."""
+    norm, caught = Norm(), []
+
+    def work() -> None:
+        with use_kernel_mapping({"Norm": {"cpu": kernel_of(lambda self, x: right(self, x) + 1)}}):
+            try:
+                norm(torch.randn(4, SIZE))
+            except CanaryError as error:
+                caught.append(error)
+
+    with canary(action="raise"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(caught) == 1
+
+
+def test_canaries_nest_and_are_left_once() -> None:
+    """The innermost canary counts; leaving one that is not open is an error."""
+    outer, inner = canary(action="raise"), canary(action="warn")
+    with outer, inner:
+        assert canary_plugin.active_settings() == inner.settings
+    assert canary_plugin.active_settings() is None
+    with pytest.raises(ScopeError, match="not open"):
+        outer.__exit__(None, None, None)
+
+
+ENVIRONMENT = {
+    "": None,
+    "0": None,
+    "1": Settings(),
+    "first=1": Settings(first=1),
+    " first = 2 , every=7, action=raise ": Settings(2, 7, "raise"),
+}
+
+
+@pytest.mark.parametrize("text", ENVIRONMENT)
+def test_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KERNELS_CANARY says the same as the arguments."""
+    monkeypatch.setenv("KERNELS_CANARY", text)
+    assert settings_of_environment() == ENVIRONMENT[text]
+
+
+@pytest.mark.parametrize("text", ["first", "first=x", "last=3", "action=explode", "first=-1", "first=1;every=2"])
+def test_bad_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that cannot be understood is told with its name and the form."""
+    monkeypatch.setenv("KERNELS_CANARY", text)
+    with pytest.raises(ArgumentError, match="KERNELS_CANARY"):
+        settings_of_environment()
+
+
+def test_environment_watches_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With KERNELS_CANARY set, kernels are watched without a block."""
+    monkeypatch.setenv("KERNELS_CANARY", "first=1,action=raise")
+    with use_kernel_mapping({"Norm": {"cpu": kernel_of(lambda self, x: right(self, x) + 1)}}):
+        with pytest.raises(CanaryError):
+            Norm()(torch.randn(4, SIZE))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"first": -1}, ArgumentError),
+        ({"every": 1.5}, ArgumentTypeError),
+        ({"first": True}, ArgumentTypeError),
+        ({"action": "explode"}, ArgumentError),
+    ],
+)
+def test_bad_arguments(settings: dict[str, Any], error: type[Exception]) -> None:
+    """What cannot be is refused when it is said."""
+    with pytest.raises(error):
+        canary(**settings)
