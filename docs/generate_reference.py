@@ -90,6 +90,14 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.count_calls",
         ],
     ),
+    "Verify a kernel": (
+        "What is tried, and how numbers are judged, is told in [verify](verify.md).",
+        [
+            "kernels_plugins.verify",
+            "kernels_plugins.VerifyReport",
+            "kernels_plugins.VerifyRow",
+        ],
+    ),
     "Take a kernel out": (
         "What gets kernels there is told in [quarantine](quarantine.md).",
         [
@@ -139,6 +147,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.ScopeError",
             "kernels_core.CanaryError",
             "kernels_core.RequirementError",
+            "kernels_core.VerificationError",
             "kernels_core.PluginError",
             "kernels_core.PluginLoadError",
             "kernels_core.PluginConflictError",

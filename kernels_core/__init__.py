@@ -26,6 +26,7 @@ from .errors import (
     ResolutionError,
     ScopeError,
     UntrustedError,
+    VerificationError,
 )
 from .hookspecs import hookimpl
 from .layer import Layer
@@ -89,6 +90,7 @@ __all__ = [
     "Scope",
     "ScopeError",
     "UntrustedError",
+    "VerificationError",
     "__version__",
     "check_registered_mode",
     "count_calls",

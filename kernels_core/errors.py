@@ -7,6 +7,7 @@ KernelsError
 ├── ScopeError (RuntimeError)         scopes left in another order than entered
 ├── CanaryError                       a kernel disagrees with its reference, in a live model
 ├── RequirementError                  .rows: the layers that a receipt was required to show otherwise
+├── VerificationError                 .rows: the comparisons in which a kernel is wrong
 ├── PluginError                       .plugin: the plugin at fault
 │   ├── PluginLoadError               cannot be imported, or is not a plugin
 │   └── PluginConflictError           two distributions, one plugin name
@@ -69,6 +70,23 @@ class RequirementError(KernelsError):
 
     def __init__(self, message: str, *, rows: Sequence[ReceiptRow]) -> None:
         """Say which layers are served otherwise, and why."""
+        super().__init__(message)
+        self.rows = tuple(rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive a trip between processes: the constructor takes a keyword."""
+        return functools.partial(type(self), rows=self.rows), self.args
+
+
+class VerificationError(KernelsError):
+    """A kernel does not do what its reference does.
+
+    Attributes:
+        rows: The rows of the report that say so.
+    """
+
+    def __init__(self, message: str, *, rows: Sequence[Any]) -> None:
+        """Say which kernels are wrong, where, and how much."""
         super().__init__(message)
         self.rows = tuple(rows)
 

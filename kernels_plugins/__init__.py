@@ -39,6 +39,8 @@ from .hub.metadata import Metadata
 from .hub.source import LayerRepository, LocalLayerRepository
 from .hub.variants import VariantAccepted, VariantRejected
 from .mapping import register_kernel_mapping, use_kernel_mapping
+from .oracle.report import VerifyReport, VerifyRow
+from .oracle.verify import verify
 
 __all__ = [
     "BisectError",
@@ -61,8 +63,11 @@ __all__ = [
     "RepoInfo",
     "VariantAccepted",
     "VariantRejected",
+    "VerifyReport",
+    "VerifyRow",
     "__version__",
     "bisect",
+    "canary",
     "get_kernel",
     "get_kernel_dep",
     "get_kernel_variants",
@@ -80,4 +85,5 @@ __all__ = [
     "use_kernel_func_from_hub",
     "use_kernel_mapping",
     "use_kernelized_func",
+    "verify",
 ]

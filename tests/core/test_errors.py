@@ -31,6 +31,7 @@ from kernels_core import (
     ResolutionError,
     ScopeError,
     UntrustedError,
+    VerificationError,
     errors,
 )
 
@@ -40,6 +41,7 @@ TREE = {
     ScopeError: (KernelsError, RuntimeError),
     CanaryError: (KernelsError,),
     RequirementError: (KernelsError,),
+    VerificationError: (KernelsError,),
     PluginError: (KernelsError,),
     PluginLoadError: (PluginError,),
     PluginConflictError: (PluginError,),
