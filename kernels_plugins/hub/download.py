@@ -12,14 +12,16 @@ import re
 import socket
 import ssl
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import HfApi, constants, errors
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.tqdm import tqdm
 
 from kernels_core import LoadError, __version__
 
@@ -131,33 +133,37 @@ class Client:
                 raise
         return getattr(overview, "trustedKernelPublisher", False) is True
 
-    def list_variants(self, pin: Pin) -> dict[str, tuple[RemoteFile, ...]]:
-        """List the files of each build variant of a commit, without byte code.
+    def list_files(self, pin: Pin) -> tuple[dict[str, tuple[RemoteFile, ...]], RemoteFile | None]:
+        """List what a commit holds.
+
+        Returns:
+            The files of each build variant, without byte code; and the file that tells what became of the repository,
+            if there is one.
 
         Raises:
-            LoadError: If there is no folder `build`.
+            LoadError: If it cannot be listed.
             UnreachableError: If the Hub does not answer.
         """
         if self.silence:
             raise not_cached(self.silence)
         variants: dict[str, list[RemoteFile]] = {}
+        status = None
         with _explained(self, pin.repo_id, pin.commit, pin.repo_type):
-            try:
-                entries = list(
-                    self._api().list_repo_tree(
-                        pin.repo_id, "build", recursive=True, revision=pin.commit, repo_type=pin.repo_type
-                    )
-                )
-            except errors.EntryNotFoundError as error:
-                raise AbsentError(
-                    "it has no folder `build`, so it is no kernel repository (or was never built)"
-                ) from error
+            entries = list(
+                self._api().list_repo_tree(pin.repo_id, recursive=True, revision=pin.commit, repo_type=pin.repo_type)
+            )
         for entry in entries:
-            if isinstance(entry, RepoFile) and entry.path.count("/") >= 2 and not is_byte_code(entry.path):
-                _, variant, path = entry.path.split("/", 2)
-                sha256 = entry.lfs.sha256 if entry.lfs else None
+            if not isinstance(entry, RepoFile) or is_byte_code(entry.path):
+                continue
+            sha256 = entry.lfs.sha256 if entry.lfs else None
+            folder, _, rest = entry.path.partition("/")
+            variant, inside, path = rest.partition("/")
+            if entry.path == STATUS:
+                status = RemoteFile(STATUS, entry.size, entry.blob_id, sha256)
+            elif folder == "build" and inside:
                 variants.setdefault(variant, []).append(RemoteFile(path, entry.size, entry.blob_id, sha256))
-        return {name: tuple(sorted(files, key=lambda file: file.path)) for name, files in sorted(variants.items())}
+        listed = {name: tuple(sorted(files, key=lambda file: file.path)) for name, files in sorted(variants.items())}
+        return listed, status
 
     def fetch_variant(self, pin: Pin, variant: str, listed: Iterable[RemoteFile]) -> None:
         """Download the files of one variant, and no byte code.
@@ -168,29 +174,27 @@ class Client:
         """
         if self.silence:
             raise not_cached(self.silence)
+        wanted = [file.path for file in listed]
+
+        def fetch(path: str) -> None:
+            name = f"build/{variant}/{path}"
+            self._api().hf_hub_download(
+                pin.repo_id, name, repo_type=pin.repo_type, revision=pin.commit, cache_dir=_cache()
+            )
+
         with _explained(self, pin.repo_id, pin.commit, pin.repo_type):
             try:
-                self._api().snapshot_download(
-                    pin.repo_id,
-                    repo_type=pin.repo_type,
-                    revision=pin.commit,
-                    cache_dir=_cache(),
-                    allow_patterns=[f"build/{variant}/*"],
-                    ignore_patterns=["*.pyc", "*.pyo", "*/__pycache__/*"],
-                )
+                # The client would list the repository again. What is there already is not asked for.
+                with ThreadPoolExecutor(min(8, len(wanted) or 1)) as pool:
+                    for _ in cast(Any, tqdm)(
+                        pool.map(fetch, wanted), desc=f"Fetching {len(wanted)} files", total=len(wanted)
+                    ):
+                        pass
             except OSError as error:
                 if _is_wrong_size(error):  # older clients would go on from what they have, though it is not the file
                     for part in (cache_folder(pin.repo_id, pin.repo_type) / "blobs").glob("*.incomplete"):
                         part.unlink(missing_ok=True)
                 raise
-        # Where the Hub does not answer, the client is content with what an earlier attempt left; and newer ones
-        # keep a listing of the repository, also a wrong one.
-        missing = [file.path for file in listed if not (variant_folder(pin, variant) / file.path).is_file()]
-        if missing:
-            (cache_folder(pin.repo_id, pin.repo_type) / "trees" / f"{pin.commit}.json").unlink(missing_ok=True)
-            raise UnreachableError(
-                f"the download is not complete ({missing[0]} is missing): check the network, try again"
-            )
 
     def fetch_file(self, pin: Pin, path: str) -> Path:
         """Download one file of a commit.
@@ -207,24 +211,18 @@ class Client:
             )
         return Path(found)
 
-    def read_status(self, pin: Pin) -> bytes | None:
-        """Return the file that says what became of a repository; None if a commit has none.
+    def read_status(self, pin: Pin, listed: RemoteFile) -> bytes:
+        """Return the file that tells what became of a repository.
 
         Raises:
             LoadError: If it cannot be downloaded, or is too large to be one.
             UnreachableError: If the Hub does not answer.
         """
-        with _explained(self, pin.repo_id, pin.commit, pin.repo_type):
-            listed = self._api().get_paths_info(pin.repo_id, [STATUS], revision=pin.commit, repo_type=pin.repo_type)
-        for entry in listed:
-            if isinstance(entry, RepoFile) and entry.path == STATUS:
-                if entry.size > LARGEST:
-                    raise UnknownError(f"its {STATUS} has {entry.size} bytes, so it is none. Tell its publisher")
-                content = self.fetch_file(pin, STATUS).read_bytes()
-                sha256 = entry.lfs.sha256 if entry.lfs else None
-                check_transfer({STATUS: content}, [RemoteFile(STATUS, entry.size, entry.blob_id, sha256)])
-                return content
-        return None
+        if listed.size > LARGEST:
+            raise UnknownError(f"its {STATUS} has {listed.size} bytes, so it is none. Tell its publisher")
+        content = self.fetch_file(pin, STATUS).read_bytes()
+        check_transfer({STATUS: content}, [listed])
+        return content
 
     def list_versions(self, repo_id: str, repo_type: str = REPO_TYPES[0]) -> dict[int, str]:
         """Return the versions of a kernel, which are its branches `v<number>`, with the commit of each.

@@ -29,7 +29,7 @@ from typing import Any
 
 from kernels_core import IntegrityError, LoadError, ResolutionError
 
-from .cache import Pin, Record
+from .cache import Pin
 from .errors import AbsentError, UnknownError
 from .importing import import_variant
 from .integrity import RemoteFile, Variant, as_variant, check_digest, check_transfer, read_files
@@ -194,7 +194,7 @@ def find(request: KernelRequest) -> Found:
     Raises:
         ResolutionError: One of its kinds, naming repository, revision and what to do.
     """
-    from . import download, revision  # import huggingface_hub: only when a repository is really asked for
+    from . import revision  # imports huggingface_hub: only when a repository is really asked for
     from .trust import require_trust
 
     client = _client(request)
@@ -204,14 +204,12 @@ def find(request: KernelRequest) -> Found:
         checked = {"trust": require_trust(request, pin, client), "revision": pinned.how}
         if pinned.redirect:
             checked["redirect"] = pinned.redirect
-        notes = download.notes(pin.repo_id)
-        record = notes.record(pin.commit) or Record()
-        if not record.variants:
-            record = replace(record, variants=client.list_variants(pin))
-            notes.write_record(pin.commit, record)
-            revision.look_for_newer(request, pin, client)
+        variants = revision.find_record(pin, client).variants
+        if not variants:
+            raise AbsentError("it has no folder `build`, so it is no kernel repository (or was never built)")
+        revision.look_for_newer(request, pin, client)
         revision.tell_newer(request)
-    return Found(request, pin, record.variants, checked, pinned.first)
+    return Found(request, pin, variants, checked, pinned.first)
 
 
 def locate(request: KernelRequest, *, suggest: bool = True) -> Location:
@@ -351,7 +349,7 @@ def _suggestion(found: Found) -> str:
     try:
         versions = client.list_versions(found.pin.repo_id, found.pin.repo_type)
         for version in sorted(versions.keys() - {asked}, reverse=True)[:_MOST_VERSIONS]:
-            names = client.list_variants(replace(found.pin, commit=versions[version]))
+            names, _ = client.list_files(replace(found.pin, commit=versions[version]))
             if choose_variants(names, machine(found.request.backend)).accepted:
                 return f". Version {version} has one that fits: version={version}"
     except LoadError as error:  # the question was another one: answer that, and say what is not known
@@ -484,8 +482,9 @@ def _fetch(location: Location, client: Any) -> tuple[Variant, str]:
     assert location.found is not None
     folder, listed = location.folder, location.found.variants[location.variant]
     here = {file.path for file in listed if (folder / file.path).is_file()}
-    # Of what was never downloaded, the metadata may be here; of what was, nothing may be missing.
-    if len(here) < len(listed) and not (client.silence and here - {METADATA}):
+    # Of a locked build that was never downloaded, the metadata may be here; of one that was, nothing may be missing.
+    locked = location.found.request.commit is not None
+    if len(here) < len(listed) and not (locked and client.silence and here - {METADATA}):
         client.fetch_variant(location.found.pin, location.variant, listed)
     try:
         files = read_files(folder)

@@ -25,6 +25,8 @@ _pins: dict[tuple[str, str], Pin] = {}
 """What the Hub said in this process: the layers of one model come from one commit, whatever is pushed meanwhile."""
 
 _said: set[str] = set()
+_cold: set[Pin] = set()
+"""What was listed in this process."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def find_revision(request: KernelRequest, client: Client) -> Pinned:
 
 def look_for_newer(request: KernelRequest, pin: Pin, client: Client) -> None:
     """Ask which versions there are, when a version is loaded for the first time, and remember the newest."""
-    if request.version is None or request.commit is not None or client.silence:
+    if request.version is None or request.commit is not None or client.silence or pin not in _cold:
         return
+    _cold.discard(pin)
     try:
         versions = client.list_versions(pin.repo_id, pin.repo_type)
     except LoadError as error:  # it was not asked for: what was is served all the same
@@ -135,12 +138,23 @@ def _find_pin(client: Client, repo_id: str, wanted: str) -> tuple[Pin, str]:
 
 def _redirect(pin: Pin, client: Client) -> Redirect | None:
     """Return where a commit is redirected to; asks the Hub if it was not asked before."""
-    record = notes(pin.repo_id).record(pin.commit) or Record()
-    if record.redirect is None:
-        if record.variants or client.silence:
-            return None
-        content = client.read_status(pin)
-        found = None if content is None else parse_status(content)
-        record = replace(record, redirect=(found.repo_id, found.revision) if found else ())
-        notes(pin.repo_id).write_record(pin.commit, record)
+    record = find_record(pin, client)
     return Redirect(*record.redirect) if record.redirect else None
+
+
+def find_record(pin: Pin, client: Client) -> Record:
+    """Return what a commit holds; asks the Hub if it was not asked before.
+
+    Raises:
+        LoadError: If it cannot be listed, or says something malformed about where its kernel is.
+        UnreachableError: If the Hub does not answer.
+    """
+    record = notes(pin.repo_id).record(pin.commit) or Record()
+    if record.redirect is None and not record.variants:
+        variants, status = client.list_files(pin)
+        found = None if status is None else parse_status(client.read_status(pin, status))
+        record = replace(record, variants=variants, redirect=(found.repo_id, found.revision) if found else ())
+        if variants or found:  # an answer without either may be no answer of the Hub
+            notes(pin.repo_id).write_record(pin.commit, record)
+        _cold.add(pin)
+    return record

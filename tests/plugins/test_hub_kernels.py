@@ -464,7 +464,7 @@ def test_redirect(
     assert outcome.value == 5 and outcome.said == [] and outcome.resolution.checked["redirect"] == wanted
     assert outcome.resolution.origin.startswith(f"acme/new@{new.head()[:12]}")
     assert logged(caplog) == [f"acme/old at v1 is redirected to {wanted}: name that instead."]
-    assert local_hub.count("acme/old/tree") == 0
+    assert local_hub.count("acme/old/resolve") == 2  # the file that says so
     for pin, paths in (
         ({"version": 1}, ["old/revision/v1", f"new/revision/{revision or 'main'}"]),
         ({"revision": commit}, []),

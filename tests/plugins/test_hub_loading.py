@@ -41,7 +41,7 @@ from kernels_plugins.hub.testing import kernel_metadata
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 
-FETCH = re.compile(r"/tree/|/resolve/")
+FETCH = re.compile(r"/resolve/")
 
 
 def test_layout(kernel_repository: Publish) -> None:
@@ -278,12 +278,11 @@ def test_requests(local_hub: LocalHub, kernel_repository: Publish, new_process: 
     assert served(source) == 3
     cold = seen(local_hub)
     assert cold[0] == f"GET /api/kernels/acme/kernels/revision/{source.kernel_request().wanted}"
-    assert cold[1] == f"POST /api/kernels/acme/kernels/paths-info/{commit}"  # is it redirected?
+    assert cold[1] == f"GET /api/kernels/acme/kernels/tree/{commit}"
     assert cold[2] == "GET /api/organizations/acme/overview"
-    assert cold[3] == f"GET /api/kernels/acme/kernels/tree/{commit}/build"
     newer = ["GET /api/kernels/acme/kernels/refs"] if kind == "version" else []
-    assert cold[4 : 4 + len(newer)] == newer
-    assert all(commit in request for request in cold[4 + len(newer) :])
+    assert cold[3 : 3 + len(newer)] == newer
+    assert all("/resolve/" in request and commit in request for request in cold[3 + len(newer) :])
     assert served(source) == 3 and seen(local_hub) == []
     new_process()
     assert served(source) == 3

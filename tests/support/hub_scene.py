@@ -42,7 +42,14 @@ def new_process() -> Iterator[Callable[[], None]]:
     def start() -> None:
         _start_anew()
         importing._finder.roots.clear()
-        for known in (revision._pins, revision._said, requirements._said, steps._loaded, plugin._kernels):
+        for known in (
+            revision._pins,
+            revision._said,
+            revision._cold,
+            requirements._said,
+            steps._loaded,
+            plugin._kernels,
+        ):
             known.clear()  # type: ignore[attr-defined]
         steps.machine.cache_clear()
         if listings := sys.modules.get("huggingface_hub._tree_cache"):  # newer clients keep listings in memory
