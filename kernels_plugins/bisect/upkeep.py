@@ -25,7 +25,7 @@ class Upkeep:
         self._modules = [(module, module.training, module.__dict__.get("forward", _MISSING)) for module in _of(model)]
         self._buffers = [(module, dict(module._buffers)) for module in _of(model) if module._buffers]
         tensors = {id(tensor): tensor for _, kept in self._buffers for tensor in kept.values() if tensor is not None}
-        self._copies = {key: (tensor, _version(tensor), tensor.detach().clone()) for key, tensor in tensors.items()}
+        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
         self._parameters = [
             (name, parameter, _version(parameter), parameter.grad) for name, parameter in model.named_parameters()
         ]
@@ -48,11 +48,10 @@ class Upkeep:
         for module, buffers in self._buffers:
             module._buffers.clear()
             module._buffers.update(buffers)
-        for key, (tensor, version, copy) in self._copies.items():
-            if version is None or tensor._version != version:
-                with torch.inference_mode() if version is None else torch.no_grad():
+        for tensor, copy in self._copies:  # batch normalization changes its buffers without counting that
+            if tensor.device.type != "meta" and not torch.equal(tensor, copy):
+                with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
                     tensor.copy_(copy)
-                self._copies[key] = (tensor, _version(tensor), copy)
         for module, training, forward in self._modules:
             if module.training is not training:
                 module.training = training

@@ -1,0 +1,106 @@
+"""The command `kernels-core bisect`: exit codes, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SCENE = """
+import torch
+from torch import nn
+from kernels_core import use_kernel_forward_from_hub
+from kernels_plugins import register_kernel_mapping
+
+@use_kernel_forward_from_hub("Step")
+class Step(nn.Module):
+    def __init__(self, wrong):
+        super().__init__()
+        self.wrong = wrong
+    def forward(self, x):
+        return x
+
+class FastStep(nn.Module):
+    def forward(self, x):
+        return x + self.wrong
+
+register_kernel_mapping({"Step": {"cpu": FastStep}})
+model = nn.Sequential(Step(0.0), Step(0.5), Step(0.0))
+
+def make():
+    return model
+
+def fails():
+    raise OSError("no weights")
+
+def loss(model):
+    return model(torch.zeros(1)).sum()
+
+def broken(model):
+    raise ValueError("no data")
+"""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run the command where the scene is."""
+    (tmp_path / "scene.py").write_text(SCENE)
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("KERNELS_", "DISABLE_"))}
+        return subprocess.run(
+            [sys.executable, "-m", "kernels_core", "bisect", *arguments],
+            env={**kept, "PYTHONPATH": str(Path(__file__).parents[2])},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return call
+
+
+@pytest.mark.parametrize("model", ["scene:model", "scene:make"])
+def test_culprits_are_printed_and_the_code_is_1(run: Run, model: str) -> None:
+    """A module or a factory: the table is on standard output, and nothing else is said."""
+    done = run(model, "scene:loss", "--tolerance", "1e-3")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "1 of 3 kernels changes the metric" in done.stdout and "scene.FastStep" in done.stdout
+
+
+def test_json(run: Run) -> None:
+    """Everything for programs."""
+    done = run("scene:model", "scene:loss", "--tolerance", "1e-3", "--json")
+    assert done.returncode == 1
+    assert [culprit["path"] for culprit in json.loads(done.stdout)["culprits"]] == ["1"]
+
+
+def test_within_tolerance_the_code_is_0(run: Run) -> None:
+    """No culprit is the answer that was hoped for."""
+    done = run("scene:model", "scene:loss", "--tolerance", "0", "--relative", "0.5", "--json")
+    assert done.returncode == 1  # half of nothing
+    done = run("scene:model", "scene:loss", "--tolerance", "0.6")
+    assert done.returncode == 0 and done.stdout.startswith("no culprit: within tolerance")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("scene:model", "scene:broken", "--tolerance", "1"), "raised at evaluation 1"),
+        (("scene:model", "scene:nothing", "--tolerance", "1"), "Cannot import 'scene:nothing'"),
+        (("scene:fails", "scene:loss", "--tolerance", "1"), "makes no model: OSError: no weights"),
+        (("scene:model", "scene:loss", "--tolerance", "-1"), "0 or more"),
+    ],
+)
+def test_what_cannot_be_answered_is_2(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    """A line on standard error says why."""
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not done.stdout
