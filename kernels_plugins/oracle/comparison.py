@@ -58,7 +58,8 @@ class Difference:
         max_rel: The largest error, relative to the expected number.
         mean_abs: The mean of the errors, without sign.
         bias: The mean of the errors, with sign.
-        max_ulps: The largest error, in units in the last place of the expected number.
+        max_ulps: The largest error, in units in the last place of the expected number, or of the root mean
+            square of its tensor where that is larger: next to zero, units mean little.
         index: Where the error is largest in units of what is allowed there; None if there is no number.
         actual: The number there.
         expected: The number that should be there.
@@ -322,7 +323,7 @@ class _Measured:
         relative = ulps = nothing
         if not quick:
             relative = torch.where(magnitude == 0, 0, magnitude / size).max()
-            ulps = (magnitude / _ulp(size, self.dtype)).max()
+            ulps = (magnitude / _ulp(torch.maximum(size, scale.to(work)), self.dtype)).max()
         values = [
             where,
             excess.max(),
@@ -407,11 +408,15 @@ class _Measured:
             return []
         step = max(0.75 * self.eps, self.rtol / 4) * (1 + (0.5 if self.exact else 1.5) / math.sqrt(self.rows))
         own_bias, own_along, own_rms = own
-        for mean, reference, how in ((bias, own_bias, ""), (along, own_along, " of the magnitude")):
+        for mean, reference, sides in (
+            (bias, own_bias, ("high", "low")),
+            (along, own_along, ("large in magnitude", "small in magnitude")),
+        ):
             spread = max(math.sqrt(max(rms * rms - mean * mean, 0.0)), own_rms)
             chance = SIGNIFICANT * spread / math.sqrt(count)
             if abs(mean) > step * size + self.atol + 2 * abs(reference) + chance:
-                return [f"biased: the errors{how} have a mean of {mean:.3g}, where rounding goes either way"]
+                side = sides[mean < 0]
+                return [f"biased: too {side} by {abs(mean):.3g} on average, where rounding goes either way"]
         return []
 
 

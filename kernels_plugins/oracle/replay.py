@@ -31,11 +31,15 @@ class Run:
         gradients: Gradient of each input and parameter that requires grad, by name; None for one that
             got none. Empty if no gradients were asked for.
         mutated: Inputs, buffers and parameters that have changed, by name, with their new values.
+        attributes: Other attributes of the module that were set or deleted.
+        random: Whether random numbers were drawn.
     """
 
     outputs: Any
     gradients: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
     mutated: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    attributes: tuple[str, ...] = ()
+    random: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +107,23 @@ class Call:
                 module = _replica(module, lambda tensor, _: tensor.detach().clone())
         return replace(copied, module=module, random=_random_states(self.devices))
 
+    def converted(self, old: torch.dtype, new: torch.dtype) -> Call:
+        """Return the same call with all tensors of one dtype, also of the module, in another."""
+
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().to(new) if tensor.dtype is old else tensor.detach().clone()
+
+        with _aside():
+            module = _replica(self.module, lambda tensor, _: convert(tensor)) if self.module is not None else None
+            call = self.replaced(
+                lambda _, leaf: (
+                    convert(leaf).requires_grad_(leaf.requires_grad)
+                    if isinstance(leaf, torch.Tensor) and leaf.dtype is old
+                    else leaf
+                )
+            )
+        return replace(call, module=module)
+
     def replaced(self, function: Callable[[str, Any], Any]) -> Call:
         """Return the same call with `function(name, leaf)` in place of each leaf of the arguments."""
         args = tuple(mapped(value, function, name) for name, value in zip(self._names, self.args, strict=True))
@@ -143,13 +164,14 @@ class Call:
         wanted = self.records and (recording if gradients is None else gradients)
         inference = gradients is None and not wanted and torch.is_inference_mode_enabled()
         records = wanted or (gradients is None and recording)
-        with _aside(), _kept_random(self.random, self.devices):
+        with _aside(), _kept_random(self.random, self.devices) as started:
             copies = _copies(self.inputs.values())
             given = {name: _converted(copies[id(tensor)], dtype) for name, tensor in self.inputs.items()}
             module = None
             if self.module is not None:
                 copy_parameters = parameters or any(p.is_inference() for p in self.module.parameters())
                 module = _replica(self.module, functools.partial(_state, copy_parameters=copy_parameters, dtype=dtype))
+            fresh = _attributes(module)
             sources: dict[str, torch.Tensor] = {}
             if wanted:
                 for name, tensor in self.inputs.items():
@@ -163,9 +185,12 @@ class Call:
                 call = self.replaced(lambda name, leaf: passed.get(name, leaf))
                 outputs = forward(*(() if module is None else (module,)), *call.args, **call.kwargs)
             found = _gradients(outputs, sources, seed, contiguous) if wanted else {}
+            random = not _equal_states(_random_states(self.devices), started)
             mutated = dict(self._mutations(passed, module, dtype)) if mutations else {}
             detached = mapped(outputs, lambda _, leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf)
-        return Run(detached, found, mutated)
+        after = _attributes(module)
+        attributes = sorted(n for n in fresh.keys() | after.keys() if fresh.get(n, after) is not after.get(n, fresh))
+        return Run(detached, found, mutated, tuple(attributes), random)
 
     def _mutations(
         self, passed: Mapping[str, torch.Tensor], module: nn.Module | None, dtype: torch.dtype | None
@@ -292,11 +317,51 @@ def _state(tensor: torch.Tensor, is_parameter: bool, *, copy_parameters: bool, d
     return _converted(copied, dtype)
 
 
+def _attributes(module: nn.Module | None) -> dict[str, object]:
+    """Return the attributes of a module and those in it that are neither tensors nor modules, by path."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, inner in (module.named_modules() if module is not None else ())
+        for name, value in inner.__dict__.items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    }
+
+
 def _same(before: torch.Tensor, now: torch.Tensor) -> bool:
     if before.shape != now.shape or before.dtype != now.dtype:
         return False
     with torch.no_grad():
         return bool(torch.equal(before, now) or ((before == now) | ((before != before) & (now != now))).all())
+
+
+@contextlib.contextmanager
+def preserved(module: nn.Module, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Leave buffers, attributes and random numbers as they were, whatever is done with a module inside."""
+    where = {tensor.device for tensor in (*module.parameters(), *module.buffers())} | set(devices)
+    kept = {}
+    for inner in module.modules():
+        state = dict(inner.__dict__)
+        held = [(value, value.copy()) for value in state.values() if isinstance(value, list | dict)]
+        kept[inner] = (state, held)
+    with _aside():
+        buffers = {id(buffer): (buffer, buffer.detach().clone()) for buffer in module.buffers()}
+    with _kept_random(None, list(where)):
+        try:
+            yield
+        finally:
+            for inner, (state, held) in kept.items():
+                for value, content in held:
+                    if isinstance(value, list):
+                        value[:] = content
+                    else:
+                        value.clear()
+                        value.update(content)
+                inner.__dict__.clear()
+                inner.__dict__.update(state)
+            with _aside():
+                for buffer, before in buffers.values():
+                    if not _same(before, buffer.detach()):
+                        buffer.detach().copy_(before)
 
 
 # --- Gradients ------------------------------------------------------------------------------------
@@ -395,14 +460,20 @@ def _set_random_states(states: Mapping[torch.device, torch.Tensor]) -> None:
             module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
 
 
+def _equal_states(states: Mapping[torch.device, torch.Tensor], others: Mapping[torch.device, torch.Tensor]) -> bool:
+    return all(torch.equal(state, others[device]) for device, state in states.items() if device in others)
+
+
 @contextlib.contextmanager
-def _kept_random(start: Mapping[torch.device, torch.Tensor] | None, devices: list[torch.device]) -> Iterator[None]:
-    """Draw random numbers inside as from a start, and outside as if none had been drawn."""
+def _kept_random(
+    start: Mapping[torch.device, torch.Tensor] | None, devices: list[torch.device]
+) -> Iterator[Mapping[torch.device, torch.Tensor]]:
+    """Draw random numbers inside as from a start, which is yielded, and outside as if none had been drawn."""
     before = _random_states(devices)
     try:
         if start is not None:
             _set_random_states(start)
-        yield
+        yield before if start is None else start
     finally:
         _set_random_states(before)
 

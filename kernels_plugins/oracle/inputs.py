@@ -1,0 +1,269 @@
+"""Inputs for layers: recorded from real calls, and others that are derived from them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels_core import Layer, Resolution, hookimpl, plugin_manager
+
+from .replay import Call
+
+Forward = Callable[..., Any]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A call of a decorated layer.
+
+    Attributes:
+        path: Where the module is in the model, as in `named_modules`; for a function, its name.
+        layer: What was called.
+        call: With what, as it was at the start of the call.
+    """
+
+    path: str
+    layer: Layer
+    call: Call
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A call to try.
+
+    Attributes:
+        name: What is special about it.
+        call: The call.
+        autocast: The dtype of an autocast around it, None for none.
+        contiguous: Whether the gradients of the outputs are contiguous.
+        given: Whether somebody really called it so.
+    """
+
+    name: str
+    call: Call
+    autocast: torch.dtype | None = None
+    contiguous: bool = True
+    given: bool = False
+
+
+# --- Recorded -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def record(model: nn.Module) -> Iterator[list[Recorded]]:
+    """Record the eager calls of decorated layers while a model runs.
+
+    Results are those that there would be without. Of calls of one module with the same shapes, dtypes and
+    devices, the first is kept.
+
+    Args:
+        model: Its decorated layers, also kernelized ones, and the decorated functions that it calls.
+
+    Returns:
+        A list that fills while the block runs.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("Identity")
+        ... class Identity(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> model = torch.nn.Sequential(Identity())
+        >>> with record(model) as calls:
+        ...     y = model(torch.ones(2, 3))
+        >>> [(call.path, list(call.call.inputs)) for call in calls]
+        [('0', ['x'])]
+    """
+    calls: list[Recorded] = []
+    seen: set[object] = set()
+
+    def keep(path: str, layer: Layer, call: Call) -> None:
+        tensors = tuple((name, t.shape, t.dtype, t.device) for name, t in call.inputs.items())
+        key = (id(call.module) if call.module is not None else layer.number, tensors)
+        if key not in seen:
+            seen.add(key)
+            calls.append(Recorded(path, layer, call.snapshot()))
+
+    def watch(path: str, layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.compiler.is_compiling():
+                keep(path, layer, Call(module, args, kwargs, layer.signature))
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for path, module in model.named_modules():
+            layer = layer_of(module)
+            if layer is not None:
+                handle = module.register_forward_pre_hook(watch(path, layer), with_kwargs=True)
+                stack.callback(handle.remove)
+        name = f"oracle-recorder-{id(calls)}"
+        plugin_manager().register(_Functions(keep), name)
+        stack.callback(plugin_manager().unregister, name)
+        yield calls
+
+
+def layer_of(decorated: object) -> Layer | None:
+    """Return the layer of a module or function that is decorated, also where `kernelize` has made its choice."""
+    frozen = getattr(type(decorated), "kernels_frozen", None)
+    if frozen is not None:
+        layer = frozen.layer
+    elif isinstance(decorated, nn.Module):
+        layer = getattr(type(decorated).forward, "kernels_layer", None)
+    else:
+        layer = getattr(decorated, "kernels_layer", None)
+    return layer if isinstance(layer, Layer) else None
+
+
+class _Functions:
+    """Sees the calls of decorated functions, as a plugin."""
+
+    def __init__(self, keep: Callable[[str, Layer, Call], None]) -> None:
+        self.keep = keep
+
+    @hookimpl
+    def kernels_wrap_forward(self, resolution: Resolution) -> Callable[[Forward], Forward] | None:
+        """Record the arguments."""
+        layer = resolution.request.layer
+        if layer is None or not layer.is_function:
+            return None
+
+        def wrap(forward: Forward) -> Forward:
+            def recorded(*args: Any, **kwargs: Any) -> Any:
+                self.keep(layer.qualname.rpartition(".")[2], layer, Call(None, args, kwargs, layer.signature))
+                return forward(*args, **kwargs)
+
+            return recorded
+
+        return wrap
+
+
+# --- Derived --------------------------------------------------------------------------------------
+
+
+def cases(call: Call) -> Iterator[Case]:
+    """Yield other calls like a given one: where the reference raises, one does not apply.
+
+    Other values, other dtypes, inputs that are not contiguous, empty ones, odd sizes, a batch of one, and
+    autocast.
+
+    Args:
+        call: A call of the layer.
+
+    Example:
+        >>> [case.name for case in cases(Call(None, (torch.ones(4, 8),)))][:4]
+        ['other values', 'bfloat16', 'float16', 'strided']
+    """
+    call = call.snapshot()
+    main = _main(call)
+    if main is None:
+        return
+    yield Case("other values", _changed(call, _other_values))
+    given = main.dtype
+    for dtype in DTYPES:
+        if dtype is not given and given in DTYPES:
+            yield Case(str(dtype).removeprefix("torch."), call.converted(given, dtype))
+    yield Case("strided", _changed(call, _strided), contiguous=False)
+    yield Case("transposed", _changed(call, _transposed), contiguous=False)
+    if main.dim() > 1 and main.shape[0] > 1:
+        yield Case("expanded", _changed(call, _expanded))
+    yield Case("offset by one element", _changed(call, _offset))
+    if main.dim() > 1:
+        yield Case("empty", _resized(call, main, 0, 0))
+    if main.dim() > 1 and main.shape[0] > 1:
+        yield Case("batch of one", _resized(call, main, 0, 1))
+    if main.dim() > 1:
+        yield Case("odd size", _resized(call, main, main.dim() - 2, _odd(main.shape[-2])))
+    bare = call.module is None or not [*call.module.parameters(), *call.module.buffers()]
+    if bare and main.dim() and main.shape[-1] > 4:  # nothing in the module has that size, too
+        yield Case("odd width", _resized(call, main, main.dim() - 1, main.shape[-1] - 2 + main.shape[-1] % 2))
+    if given is torch.float32 and main.device.type in ("cpu", "cuda", "xpu"):
+        yield Case("autocast bfloat16", call, autocast=torch.bfloat16)
+
+
+def with_gradients(call: Call) -> Call:
+    """Return a call that autograd records: where nothing requires grad, let all floating inputs do."""
+    if call.records:
+        return call
+    return call.replaced(
+        lambda _, leaf: (
+            leaf.detach().requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        )
+    )
+
+
+def _main(call: Call) -> torch.Tensor | None:
+    """Return the input whose dtype and sizes are varied: the first with floating numbers."""
+    return next((t for t in call.inputs.values() if t.is_floating_point() and t.numel()), None)
+
+
+def _odd(size: int) -> int:
+    return size - 1 if size > 1 and size % 2 == 0 else size + 2 if size % 2 else 3
+
+
+def _changed(call: Call, change: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    """Return a call with every tensor changed."""
+
+    def made(_: str, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        with torch.no_grad():
+            return change(leaf.detach()).detach().requires_grad_(leaf.requires_grad)
+
+    with torch.inference_mode(False):
+        return call.replaced(made)
+
+
+def _other_values(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.flip(0) * 0.75 if tensor.dim() else tensor * 0.75
+
+
+def _strided(tensor: torch.Tensor) -> torch.Tensor:
+    """Put other numbers between the numbers of a tensor: what ignores strides reads them."""
+    if not tensor.dim():
+        return tensor
+    return torch.stack([tensor, torch.full_like(tensor, _filler(tensor))], dim=-1)[..., 0]
+
+
+def _transposed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.dim() > 1 else tensor
+
+
+def _expanded(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:1].expand_as(tensor) if tensor.dim() > 1 and tensor.shape[0] else tensor
+
+
+def _offset(tensor: torch.Tensor) -> torch.Tensor:
+    """Let a tensor start where its memory does not: addresses that are less round."""
+    if not tensor.numel():
+        return tensor
+    memory = tensor.new_full((tensor.numel() + 1,), _filler(tensor))
+    memory[1:] = tensor.flatten()
+    return memory[1:].view(tensor.shape)
+
+
+def _filler(tensor: torch.Tensor) -> Any:
+    """What must not be read: it spoils every result, where there is such a number."""
+    return torch.nan if tensor.is_floating_point() or tensor.is_complex() else 0
+
+
+def _resized(call: Call, main: torch.Tensor, dim: int, size: int) -> Call:
+    """Change a size, counted from the end, in every input that has the same size there."""
+    from_end, old = dim - main.dim(), main.shape[dim]
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() < -from_end or tensor.shape[from_end] != old:
+            return tensor
+        if size <= old:
+            return tensor.narrow(from_end, 0, size).clone()
+        times = -(-size // old)
+        return torch.cat([tensor] * times, from_end).narrow(from_end, 0, size)
+
+    return _changed(call, change)

@@ -1,0 +1,401 @@
+"""Hold every kernel that is offered for a layer to the layer's own forward: `verify`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    Candidate,
+    Mode,
+    Resolution,
+    VerificationError,
+    plugin_manager,
+    source_label,
+)
+
+from .comparison import Comparison, Tolerances, compare
+from .inputs import Case, Recorded, cases, layer_of, record, with_gradients
+from .replay import Call, Run, preserved
+from .report import VerifyReport, VerifyRow
+from .selection import decided, offers, references
+from .tree import mapped
+
+NAME = "oracle"
+"""The plugin that makes references run alone; without it nothing can be verified."""
+
+
+def verify(
+    model_or_layer: nn.Module | Callable[..., Any],
+    *inputs: Any,
+    gradients: bool = True,
+    tolerances: Tolerances | None = None,
+    **named_inputs: Any,
+) -> VerifyReport:
+    """Compare every kernel that is offered for a layer with the layer's own forward.
+
+    Every candidate is tried, not only the one that would serve: on the given inputs, and on others that are
+    derived from them (other values, dtypes, layouts and sizes, autocast), for inference and for training. May
+    download and import kernels. Nothing is changed: parameters, buffers, gradients, random numbers and inputs
+    are as before, whatever fails.
+
+    Args:
+        model_or_layer: A model, which runs once on its references, so that the inputs of its layers are known;
+            or a decorated layer or function.
+        *inputs: What to call it with.
+        gradients: Whether to compare training, too: outputs, and the gradients of inputs and parameters.
+        tolerances: Relative and absolute tolerance, or these per dtype; by default those of `torch.testing`,
+            around a reference in float64 where the layer can be run in it.
+        **named_inputs: What to call it with, by name.
+
+    Returns:
+        A report with a row for each comparison.
+
+    Raises:
+        ArgumentError: If the model cannot be run with the inputs.
+        ArgumentTypeError: If it is neither a module nor a decorated function.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("Double")
+        ... def double(x):
+        ...     return x + x
+        >>> def kernel(x):
+        ...     return x * 2
+        >>> with use_kernel_mapping({"Double": {"cpu": kernel}}):
+        ...     verify(double, torch.randn(4, 8)).ok
+        True
+    """
+    _check_plugin()
+    layer = layer_of(model_or_layer)
+    is_function = not isinstance(model_or_layer, nn.Module)
+    if is_function and (layer is None or isinstance(model_or_layer, type)):
+        raise ArgumentTypeError(
+            f"verify takes a module or a decorated function, not {source_label(model_or_layer)}: "
+            "make an instance of a class, and decorate a function with @use_kernel_forward_from_hub(name)."
+        )
+    module = model_or_layer if isinstance(model_or_layer, nn.Module) else None
+    call = Call(module, inputs, named_inputs, layer.signature if layer is not None else None).snapshot()
+    _check_devices(call)
+    rows: list[VerifyRow] = []
+    known: set[object] = set()
+    with references(), preserved(module, call.devices) if module is not None else contextlib.nullcontext():
+        if module is None and layer is not None:
+            recorded = [Recorded(layer.qualname.rpartition(".")[2], layer, call)]
+        else:
+            recorded = _recorded(model_or_layer, call, gradients)
+        for one in recorded:
+            described = (one.layer.number, tuple((t.shape, t.dtype, t.device) for t in one.call.inputs.values()))
+            rows += _Subject(one, gradients, tolerances).rows(derived=described not in known)
+            known.add(described)
+    return VerifyReport(tuple(rows))
+
+
+def _check_plugin() -> None:
+    if NAME not in plugin_manager().plugins():
+        raise ArgumentError(
+            f"The plugin {NAME!r} is not active, and verify needs it to run references alone: take it off the list "
+            "in KERNELS_PLUGINS, or register kernels_plugins.oracle.plugin."
+        )
+
+
+def _check_devices(call: Call) -> None:
+    """Say where inputs and model are not in one place: PyTorch's own message names neither."""
+    where = {name: tensor.device for name, tensor in call.inputs.items() if tensor.dim()}
+    state = (
+        {t.device for t in (*call.module.parameters(), *call.module.buffers())} if call.module is not None else set()
+    )
+    strangers = {name: device for name, device in where.items() if len(state) == 1 and device not in state}
+    if strangers:
+        told = ", ".join(f"{name} on {device}" for name, device in strangers.items())
+        raise ArgumentError(f"The model is on {state.pop()}, but its inputs are not: {told}. Move one to the other.")
+    if call.module is None and len(set(where.values())) > 1:
+        told = ", ".join(f"{name} on {device}" for name, device in where.items())
+        raise ArgumentError(f"The inputs are on several devices: {told}. Move them to one.")
+
+
+def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
+    """Run the model once, and return the calls of its layers."""
+    with record(model) as calls:
+        context = torch.enable_grad() if gradients else contextlib.nullcontext()
+        try:
+            with context:
+                model(*call.args, **call.kwargs)
+        except Exception as error:
+            raise ArgumentError(
+                f"The model cannot be run with these inputs, on its references alone: {type(error).__name__}: {error}"
+            ) from error
+    return calls
+
+
+# --- One layer ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A candidate, with what is decided about it for each mode."""
+
+    candidate: Candidate
+    decisions: Mapping[Mode, Resolution]
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the reference does with a case."""
+
+    run: Run
+    exact: Run | None
+
+
+class _Subject:
+    """A layer that is being verified on one of its calls."""
+
+    def __init__(self, recorded: Recorded, gradients: bool, tolerances: Tolerances | None) -> None:
+        self.path, self.layer, self.call = recorded.path, recorded.layer, recorded.call
+        self.modes = (Mode.INFERENCE, Mode.TRAINING) if gradients else (Mode.INFERENCE,)
+        self.tolerances = tolerances
+        self.device = (self.call.devices or [torch.device("cpu")])[0]
+        self.blank = VerifyRow(self.path, self.layer.name, "ok", device=str(self.device))
+
+    def rows(self, *, derived: bool) -> Iterator[VerifyRow]:
+        """Yield what is found, with inputs derived from the given ones or without."""
+        if not self._condition():
+            yield replace(self.blank, verdict="no kernel", reason="its condition is not met, so none may serve it")
+            return
+        kernels = list(self._kernels())
+        if not kernels:
+            yield replace(self.blank, verdict="no kernel", reason=self._why_none())
+            return
+        for kernel in kernels:
+            for mode, resolution in kernel.decisions.items():
+                if resolution.is_reference:
+                    yield self._refused(kernel, mode, resolution)
+        serving = [k for k in kernels if not all(r.is_reference for r in k.decisions.values())]
+        if not serving:
+            yield replace(self.blank, verdict="undecided", reason="none of the kernels that are offered can be used")
+            return
+        given = Case("as given", self.call, given=True)
+        reason = self._undecided(given)
+        if reason is not None:
+            yield replace(self.blank, verdict="undecided", case=given.name, dtype=_dtype(self.call), reason=reason)
+            return
+        for case in (given, *(cases(self.call) if derived else ())):
+            yield from self._try(case, serving)
+
+    def _condition(self) -> bool:
+        condition = self.layer.condition
+        if condition is None:
+            return True
+        arguments = self.call.args if self.layer.is_function else (self.call.module,)
+        return bool(condition(*arguments, **(self.call.kwargs if self.layer.is_function else {})))
+
+    def _kernels(self) -> Iterator[_Kernel]:
+        """Yield each candidate once, with what would be decided about it."""
+        found: list[tuple[Candidate, dict[Mode, Resolution]]] = []
+        for mode in self.modes:
+            for candidate in offers(self.layer, self.device, mode).candidates:
+                decisions = next((d for c, d in found if c == candidate), None)
+                if decisions is None:
+                    decisions = {}
+                    found.append((candidate, decisions))
+                if mode not in decisions:
+                    decisions[mode] = decided(self.layer, candidate, self.device, mode)
+        frozen = getattr(getattr(type(self.call.module), "kernels_frozen", None), "resolution", None)
+        if frozen is not None and not frozen.is_reference:
+            known = {id(r.implementation) for _, decisions in found for r in decisions.values()}
+            if id(frozen.implementation) not in known:  # chosen from a mapping that is not open any more
+                chosen = {mode: frozen for mode in self.modes if mode in frozen.request.mode}
+                found.append((frozen.candidate, chosen or {Mode.INFERENCE: frozen}))
+        yield from (_Kernel(candidate, decisions) for candidate, decisions in found)
+
+    def _why_none(self) -> str:
+        misfits = {str(misfit) for mode in self.modes for misfit in offers(self.layer, self.device, mode).misfits}
+        return "; ".join(sorted(misfits)) or "none is offered"
+
+    def _refused(self, kernel: _Kernel, mode: Mode, resolution: Resolution) -> VerifyRow:
+        reason = "; ".join(refusal.reason for refusal in resolution.refusals) or resolution.note
+        return replace(self._row(kernel, mode), verdict="refused", reason=reason)
+
+    def _row(self, kernel: _Kernel, mode: Mode, case: Case | None = None) -> VerifyRow:
+        resolution = kernel.decisions[mode]
+        return replace(
+            self.blank,
+            kernel=kernel.candidate.label,
+            origin="" if resolution.is_reference else resolution.origin,
+            plugin=kernel.candidate.plugin,
+            mode=resolution.request.mode_text if mode in resolution.request.mode else str(mode.name).lower(),
+            case=case.name if case is not None else "",
+            dtype=_dtype(case.call) if case is not None else "",
+        )
+
+    # --- Cases ----------------------------------------------------------------------------------
+
+    def _undecided(self, case: Case) -> str | None:
+        """Return why the reference cannot tell what is right, None if it can."""
+        try:
+            first, second = (self._run(case, self.layer.reference, Mode.INFERENCE) for _ in range(2))
+        except Exception as error:
+            _stop_if_broken(error)
+            return f"the reference fails: {type(error).__name__}: {error}"
+        difference = compare(second.outputs, first.outputs)
+        if difference.ok:
+            return None
+        return (
+            "the layer is not deterministic: its reference ran twice on equal inputs, from the same random numbers, "
+            f"and the second time differs from the first: {difference}"
+        )
+
+    def _try(self, case: Case, kernels: list[_Kernel]) -> Iterator[VerifyRow]:
+        for mode in self.modes:
+            serving = [k for k in kernels if mode in k.decisions and not k.decisions[mode].is_reference]
+            if not serving:
+                continue
+            try:
+                expected = self._expected(case, mode)
+            except Exception as error:
+                _stop_if_broken(error)
+                reason = (
+                    f"the reference fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
+                row = replace(self.blank, mode=str(mode.name).lower(), case=case.name, dtype=_dtype(case.call))
+                yield replace(row, verdict="undecided" if case.given else "skipped", reason=reason)
+                continue
+            for kernel in serving:
+                yield from self._judge(self._row(kernel, mode, case), case, mode, kernel.decisions[mode], expected)
+
+    def _run(self, case: Case, forward: Callable[..., Any], mode: Mode, dtype: torch.dtype | None = None) -> Run:
+        training = mode is Mode.TRAINING
+        call = with_gradients(case.call) if training else case.call
+        cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if case.autocast is not None:
+            cast = torch.autocast(self.device.type, dtype=case.autocast)
+        with cast:
+            return call.run(forward, gradients=training, dtype=dtype, contiguous=case.contiguous)
+
+    def _expected(self, case: Case, mode: Mode) -> _Expected:
+        run = self._run(case, self.layer.reference, mode)
+        try:
+            exact = self._run(case, self.layer.reference, mode, torch.float64)
+        except Exception as error:  # many a layer insists on its dtype
+            _stop_if_broken(error)
+            return _Expected(run, None)
+        near = _is_near(run.outputs, exact.outputs) and _is_near(dict(run.gradients), dict(exact.gradients))
+        return _Expected(run, exact if near else None)
+
+    def _judge(
+        self, row: VerifyRow, case: Case, mode: Mode, resolution: Resolution, expected: _Expected
+    ) -> Iterator[VerifyRow]:
+        """Yield how a kernel does with a case."""
+        implementation: Any = resolution.implementation
+        try:
+            run = self._run(case, implementation, mode)
+            again = self._run(case, implementation, mode) if case.given else None
+        except Exception as error:
+            _stop_if_broken(error)
+            told = str(error).strip() or "no message"
+            yield replace(row, verdict="failed", reason=f"it raises {type(error).__name__}: {told}")
+            return
+        draws = (
+            "; the reference draws random numbers: a kernel that draws others differs" if expected.run.random else ""
+        )
+        exact = expected.exact.outputs if expected.exact is not None else None
+        forward = compare(run.outputs, expected.run.outputs, exact=exact, tolerances=self.tolerances)
+        yield _with(replace(row, subject="forward"), forward, draws)
+        if again is not None:
+            second = compare(again.outputs, run.outputs, tolerances=self.tolerances)
+            if not second.ok:
+                reason = f"a second call on equal inputs differs from the first: {second}"
+                yield replace(_with(replace(row, subject="second call"), second), reason=reason)
+        for name, gradient in expected.run.gradients.items():
+            found = run.gradients.get(name)
+            own = expected.exact.gradients.get(name) if expected.exact is not None else None
+            yield _with(
+                replace(row, subject=f"gradient of {name}"), _gradient(found, gradient, own, self.tolerances), draws
+            )
+        reason = _changes(run, expected.run, self.tolerances)
+        if reason:
+            yield replace(row, subject="changes", verdict="wrong", reason=reason)
+
+
+def _gradient(
+    found: torch.Tensor | None, expected: torch.Tensor | None, exact: torch.Tensor | None, tolerances: Tolerances | None
+) -> Comparison:
+    """Compare gradients; none at all is as good as zeros, if nothing else was expected."""
+    if found is None and expected is None:
+        return Comparison()
+    if found is None and expected is not None:
+        if not expected.count_nonzero():
+            return Comparison()
+        return Comparison(("no gradient, where the reference has one",))
+    if expected is None and found is not None:
+        return compare(found, torch.zeros_like(found), tolerances=tolerances)
+    return compare(found, expected, exact=exact, tolerances=tolerances)
+
+
+def _changes(run: Run, expected: Run, tolerances: Tolerances | None) -> str:
+    """Return what a kernel changes otherwise than the reference does; empty if nothing."""
+    told = [f"it changes {name}, which the reference leaves as it is" for name in run.mutated.keys() - expected.mutated]
+    told += [f"it does not change {name}, as the reference does" for name in expected.mutated.keys() - run.mutated]
+    for name in run.mutated.keys() & expected.mutated.keys():
+        difference = compare(run.mutated[name], expected.mutated[name], tolerances=tolerances)
+        if not difference.ok:
+            told.append(f"it changes {name} otherwise: {difference}")
+    kept = set(run.attributes) - set(expected.attributes)
+    told += [f"it keeps something on the module, which the reference does not: {name}" for name in kept]
+    return "; ".join(sorted(told))
+
+
+def _with(row: VerifyRow, comparison: Comparison, remark: str = "") -> VerifyRow:
+    """Put numbers and a verdict into a row."""
+    worst = comparison.worst
+    row = replace(
+        row,
+        verdict="ok" if comparison.ok else "wrong",
+        reason="" if comparison.ok else f"{comparison}{remark}",
+    )
+    if worst is None:
+        return row
+    return replace(
+        row,
+        max_abs=comparison.max_abs,
+        mean_abs=comparison.mean_abs,
+        max_rel=comparison.max_rel,
+        max_ulps=comparison.max_ulps,
+        excess=worst.excess,
+        own_error=worst.own_error,
+    )
+
+
+def _is_near(outputs: Any, exact: Any) -> bool:
+    """Whether what came out in float64 is the same but for rounding: a layer may draw other random numbers in it."""
+    dtypes = []
+    mapped(outputs, lambda _, leaf: dtypes.append(getattr(leaf, "dtype", None)))
+    remaining = iter(dtypes)
+
+    def rounded(_: str, leaf: Any) -> Any:
+        dtype = next(remaining, None)
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and dtype is not None else leaf
+
+    return compare(mapped(exact, rounded), outputs, tolerances=(0.25, 1e-2)).ok
+
+
+def _dtype(call: Call) -> str:
+    found = next((t.dtype for t in call.inputs.values() if t.is_floating_point()), None)
+    return str(found).removeprefix("torch.") if found is not None else ""
+
+
+def _stop_if_broken(error: Exception) -> None:
+    """Stop where the device is in a state in which no result means anything."""
+    broken = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+    if broken and not isinstance(error, torch.OutOfMemoryError):
+        raise VerificationError(
+            f"The device failed, and what runs on it afterwards means nothing: {error}. Start a new process; with "
+            "CUDA_LAUNCH_BLOCKING=1, it tells which kernel it was.",
+            rows=(),
+        ) from error
