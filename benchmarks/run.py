@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
+import canary
 import cold
 import compiled
 import eager
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "scope": scope.run,
     "startup": startup.run,
     "cold": cold.run,
+    "canary": canary.run,
 }
 COLUMNS = ("bench", "subject", "measured", "peer", "peer measured", "ratio", "limit", "goal", "")
 
