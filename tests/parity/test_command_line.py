@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
-import os
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from parity_scene import OURS, SIDES, THEIRS, Both, Side, call, kernel_source, publish_kernels, write_kernel
+from kernels.cli import main as their_main
+from parity_scene import SIDES, Both, Side, call, kernel_source, publish_kernels, write_kernel
 
+from kernels_core.cli import main as our_main
 from kernels_plugins.hub.server import Repository
 
-COMMANDS = {THEIRS.name: ["-c", "from kernels.cli import main; main()"], OURS.name: ["-m", "kernels_core"]}
+
+@dataclass
+class Done:
+    """What a command printed, and how it ended."""
+
+    code: object
+    stdout: str
+    stderr: str
 
 
-def command(both: Both, side: Side, *words: object, check: bool = True, **environment: str) -> Any:
-    """Run a command of a side; its cache is that of the side."""
-    assert both.hub is not None
-    hub = {**both.hub.environment(both.home / side.name), "HF_HUB_DISABLE_TELEMETRY": "0"}
-    done = subprocess.run(
-        [sys.executable, *COMMANDS[side.name], *map(str, words)],
-        env={**os.environ, **hub, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+def command(both: Both, side: Side, *words: object, check: bool = True) -> Done:
+    """Run a command of a side as from a shell; its cache is that of the side."""
+    out, err = io.StringIO(), io.StringIO()
+
+    def run(side: Side) -> object:
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", ["command", *map(str, words)])
+            try:
+                (our_main if side.is_ours else their_main)()
+            except SystemExit as end:
+                return end.code
+            return None
+
+    code = both.alone(side, run).get()
+    assert not check or code in (None, 0), out.getvalue() + err.getvalue()
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def project(both: Both, side: Side, *dependencies: str) -> Path:
@@ -163,7 +175,7 @@ def test_download_without_a_lock_file(kernels_hub: Both) -> None:
     """Both fail, and name the file that is missing."""
     for side in SIDES:
         done = command(kernels_hub, side, "download", project(kernels_hub, side), check=False)
-        assert done.returncode != 0 and "kernels.lock" in done.stdout + done.stderr
+        assert done.code not in (None, 0) and "kernels.lock" in done.stdout + done.stderr
 
 
 def test_info(kernels_hub: Both) -> None:
