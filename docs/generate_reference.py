@@ -118,6 +118,14 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_plugins.BisectError",
         ],
     ),
+    "Observe": (
+        "What they tell, and how to switch them on, is told in [observe](observe.md).",
+        [
+            "kernels_plugins.LogResolutions",
+            "kernels_plugins.ProfileRanges",
+            "kernels_plugins.PrometheusCounters",
+        ],
+    ),
     "Write a plugin": (
         "For plugin authors. Start with [write a plugin](write-a-plugin.md); the [hooks](hooks.md) have a page.",
         [
