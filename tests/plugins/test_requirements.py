@@ -82,7 +82,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch, name: str, backend: st
 def test_packages_of_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package of one backend is not known to another; backends of build and machine both count."""
     monkeypatch.setattr(packages, "_is_installed", lambda module: True)
-    with pytest.raises(LoadError, match=r"'nki', which kernels for cuda may not: .* einops, helion, nvidia-cutlass-dsl"):
+    with pytest.raises(LoadError, match=r"'nki', which kernels for cuda may not: .*einops, helion, nvidia-cutlass-dsl"):
         check_packages(["nki"], ["cuda"])
     check_packages(["nki", "nvidia-cutlass-dsl"], ["cuda", "neuron"])
     check_requirements(build(python_depends=("nki",)), ["neuron"])
