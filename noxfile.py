@@ -13,7 +13,14 @@ import nox
 TORCH = "torch==2.13.0"
 """The one PyTorch that everything runs on; unpinned, pip would fetch gigabytes of a newer one's CUDA libraries."""
 
-TEST_TOOLS = ("pytest==9.2.0", "pytest-timeout==2.4.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "numpy")
+TEST_TOOLS = (
+    "pytest==9.2.0",
+    "pytest-timeout==2.4.0",
+    "pytest-xdist==3.8.0",
+    "hypothesis==6.170.15",
+    "numpy",
+    "prometheus-client==0.26.0",
+)
 KERNELS = "kernels==0.17.2"
 """The library whose users are to lose nothing here: the oracle of tests/parity."""
 

@@ -39,6 +39,9 @@ from .hub.metadata import Metadata
 from .hub.source import LayerRepository, LocalLayerRepository
 from .hub.variants import VariantAccepted, VariantRejected
 from .mapping import register_kernel_mapping, use_kernel_mapping
+from .observe.counters import PrometheusCounters
+from .observe.log import LogResolutions
+from .observe.ranges import ProfileRanges
 from .oracle.report import VerifyReport, VerifyRow
 from .oracle.verify import verify
 
@@ -57,8 +60,11 @@ __all__ = [
     "LocalLayerRepository",
     "LockedFuncRepository",
     "LockedLayerRepository",
+    "LogResolutions",
     "Metadata",
     "Mode",
+    "ProfileRanges",
+    "PrometheusCounters",
     "ROCMProperties",
     "RepoInfo",
     "VariantAccepted",

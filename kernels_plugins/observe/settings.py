@@ -1,0 +1,34 @@
+"""Which observers `KERNELS_OBSERVE` switches on."""
+
+from __future__ import annotations
+
+import os
+
+from kernels_core import ArgumentError
+
+VARIABLE = "KERNELS_OBSERVE"
+NAMES = ("log", "ranges", "prometheus")
+_OFF = ("", "0", "false", "no", "off")
+
+
+def observed() -> tuple[str, ...]:
+    """Return the names that `KERNELS_OBSERVE` says, each once; none if it is not set, or off.
+
+    Raises:
+        ArgumentError: If it says a name that there is not.
+
+    Example:
+        >>> observed()
+        ()
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    if text.lower() in _OFF:
+        return ()
+    said = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in dict.fromkeys(said) if word not in NAMES]
+    if unknown:
+        raise ArgumentError(
+            f"{VARIABLE}={text!r}: there is no {', '.join(map(repr, unknown))}. Write any of {', '.join(NAMES)}, with "
+            "commas between them, or unset it."
+        )
+    return tuple(name for name in NAMES if name in said)
