@@ -145,6 +145,11 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
+        if isinstance(device, str) and device.partition(":")[0] in TORCH_DEVICE_TYPES.values():
+            raise ArgumentError(
+                f"This PyTorch knows no device {device!r}: import the package that brings it (torch_npu, torch_neuronx, "
+                f"torch_tpu or the like), or use another. PyTorch says: {str(error).splitlines()[0]}"
+            ) from error
         raise ArgumentError(
             f"Unknown device {device!r}: use one of {', '.join(sorted(TORCH_DEVICE_TYPES))}, with an index where "
             "there are several ('cuda:1')."
