@@ -22,6 +22,9 @@ TORCH_DEVICE_TYPES = {
 }
 """Device names that a mapping may use, with the type that PyTorch gives to their tensors."""
 
+_BROUGHT_BY_PACKAGES = ("neuron", "npu", "tpu")
+"""Device types that PyTorch itself does not have."""
+
 
 @dataclass(frozen=True)
 class _Capabilities:
@@ -145,10 +148,10 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        if isinstance(device, str) and device.partition(":")[0] in TORCH_DEVICE_TYPES.values():
+        if isinstance(device, str) and device.partition(":")[0] in _BROUGHT_BY_PACKAGES:
             raise ArgumentError(
-                f"This PyTorch knows no device {device!r}: import the package that brings it (torch_npu, torch_neuronx, "
-                f"torch_tpu or the like), or use another. PyTorch says: {str(error).splitlines()[0]}"
+                f"This PyTorch does not know the device {device!r}: import the package that brings it, such as "
+                "torch_npu or torch_neuronx, or use another device."
             ) from error
         raise ArgumentError(
             f"Unknown device {device!r}: use one of {', '.join(sorted(TORCH_DEVICE_TYPES))}, with an index where "
