@@ -36,8 +36,8 @@ But for float16, the relative one there is a single unit in the last place. Two 
 where one keeps an intermediate result in float32 and the other does not: it is four here.
 """
 
-OWN_ERROR = 8.0
-"""How many times the root mean square of the reference's own error a single number may be off, besides."""
+OWN_RMS, OWN_MAX = 8.0, 3.0
+"""How many times the root mean square, or the largest, of the reference's own errors a number may be off, besides."""
 
 LOW_EPS = 1e-4
 """Dtypes with a larger eps round so much that both sides are allowed their error, where only both are known."""
@@ -313,8 +313,9 @@ class _Measured:
         root = count.sqrt() if work is torch.float32 else count.double().sqrt()
         scale = _norm(target) / root
         own_scale = _norm(own) / root
+        allowed = torch.maximum(OWN_RMS * own_scale.to(work), OWN_MAX * own.abs().max())
         rtol = self.rtol * (2 if exact is None and self.eps > LOW_EPS else 1)
-        limit = self.atol + rtol * torch.maximum(size, scale.to(work)) + OWN_ERROR * own_scale.to(work)
+        limit = self.atol + rtol * torch.maximum(size, scale.to(work)) + allowed
         magnitude = error.abs()
         excess = torch.where(magnitude == 0, 0, magnitude / limit)
         excess = torch.where(astray, torch.inf, excess)

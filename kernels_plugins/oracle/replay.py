@@ -152,7 +152,7 @@ class Call:
             gradients: Whether to compute gradients; None to do so where autograd would record the call.
             seed: Chooses the gradients of the outputs.
             dtype: Run with all floating numbers in this dtype, without autocast: `torch.float64` for
-                numbers to measure errors from. What the forward casts to another one is kept in it, too.
+                numbers to measure errors from. What the forward casts to more than it was given is kept in it, too.
             parameters: Whether to copy parameters; without, a forward that writes into them does so.
             mutations: Whether to look for what the run has changed.
             contiguous: Whether the gradients of the outputs are contiguous; a sum passes on such that are not.
@@ -179,7 +179,7 @@ class Call:
                         sources[f"input {name}"] = given[name] = given[name].detach().requires_grad_()
                 if module is not None:
                     sources |= {f"parameter {name}": p for name, p in module.named_parameters() if p.requires_grad}
-            with torch.inference_mode(inference), torch.set_grad_enabled(records), _only(dtype, self.devices):
+            with torch.inference_mode(inference), torch.set_grad_enabled(records), self._only(dtype):
                 # An input is no leaf: one that requires grad could not be written to.
                 passed = {name: _alias(tensor) if tensor.requires_grad else tensor for name, tensor in given.items()}
                 call = self.replaced(lambda name, leaf: passed.get(name, leaf))
@@ -191,6 +191,24 @@ class Call:
         after = _attributes(module)
         attributes = sorted(n for n in fresh.keys() | after.keys() if fresh.get(n, after) is not after.get(n, fresh))
         return Run(detached, found, mutated, tuple(attributes), random)
+
+    @contextlib.contextmanager
+    def _only(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Compute in one dtype, if one is given: without autocast, and with casts to others going to it.
+
+        But for casts to less than what the inputs have: these are meant to lose something.
+        """
+        if dtype is None:
+            yield
+            return
+        given = [t.dtype for t in self.inputs.values() if t.dtype in _REAL]
+        least = max((torch.finfo(d).eps for d in given), default=1.0)
+        with contextlib.ExitStack() as stack:
+            for kind in {device.type for device in self.devices} | {"cpu"}:
+                if kind != "meta":
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(_OneDtype(dtype, {d for d in _REAL if torch.finfo(d).eps <= least}))
+            yield
 
     def _mutations(
         self, passed: Mapping[str, torch.Tensor], module: nn.Module | None, dtype: torch.dtype | None
@@ -481,7 +499,11 @@ def _kept_random(
 # --- In another dtype -----------------------------------------------------------------------------
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
+_CASTS: dict[object, torch.dtype] = {
+    torch.Tensor.float: torch.float32,
+    torch.Tensor.half: torch.float16,
+    torch.Tensor.bfloat16: torch.bfloat16,
+}
 
 
 def _converted(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -493,32 +515,18 @@ def _converted(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor.to(dtype) if tensor.dtype in _REAL else tensor
 
 
-@contextlib.contextmanager
-def _only(dtype: torch.dtype | None, devices: list[torch.device]) -> Iterator[None]:
-    """Compute in one dtype, if one is given: without autocast, and with casts to others going to it."""
-    if dtype is None:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        for kind in {device.type for device in devices} | {"cpu"}:
-            if kind != "meta":
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(_OneDtype(dtype))
-        yield
-
-
 class _OneDtype(TorchFunctionMode):
-    """Puts one dtype in place of all that are named in calls."""
+    """Puts one dtype in place of others, where they are named in calls."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, others: set[torch.dtype]) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.others = dtype, others
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CASTS:
-            return args[0].to(self.dtype)
+            return args[0].to(self._named(_CASTS[func]))
         named = {name: self._named(value) for name, value in (kwargs or {}).items()}
         return func(*map(self._named, args), **named)
 
     def _named(self, value: Any) -> Any:
-        return self.dtype if isinstance(value, torch.dtype) and value in _REAL else value
+        return self.dtype if isinstance(value, torch.dtype) and value in self.others else value

@@ -210,13 +210,13 @@ class VerifyReport:
             return f"no kernel was compared{f': {told}' if told else ''}"
         return f"{len(compared)} {'kernel' if len(compared) == 1 else 'kernels'} compared: {told}"
 
-    def _groups(self) -> Iterator[tuple[tuple[str, ...], str, list[str]]]:
+    def _groups(self) -> Iterator[tuple[tuple[str, ...], Verdict, list[str]]]:
         """Yield cells, verdict and remarks for all rows of one layer, kernel, mode and dtype."""
         groups: dict[tuple[str, ...], list[VerifyRow]] = {}
         for row in self.rows:
             if row.verdict != "skipped":
-                key = (row.path, row.layer, row.origin or row.kernel, row.mode, row.dtype)
-                groups.setdefault(key, []).append(row)
+                group = (row.path, row.layer, row.origin or row.kernel, row.mode, row.dtype)
+                groups.setdefault(group, []).append(row)
         for key, rows in groups.items():
             worst = max(rows, key=lambda row: FAILURES[::-1].index(row.verdict) + 1 if not row.ok else 0)
             numbers = [_largest(getattr(row, name) for row in rows) for name in ("max_abs", "mean_abs", "max_ulps")]

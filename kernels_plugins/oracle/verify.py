@@ -285,6 +285,8 @@ class _Subject:
         except Exception as error:  # many a layer insists on its dtype
             _stop_if_broken(error)
             return _Expected(run, None)
+        if not run.random:
+            return _Expected(run, exact)
         near = _is_near(run.outputs, exact.outputs) and _is_near(dict(run.gradients), dict(exact.gradients))
         return _Expected(run, exact if near else None)
 

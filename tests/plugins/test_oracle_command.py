@@ -1,0 +1,99 @@
+"""The command `kernels-core verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import kernels_plugins.oracle.plugin as oracle
+from kernels_core import ArgumentError, PluginManager
+from kernels_core.cli import command_line
+from kernels_plugins import register_kernel_mapping
+
+SCENE = """
+import torch
+from oracle_kernels import Norm, fused, kernel, missing_gradient
+from kernels_plugins import register_kernel_mapping
+
+def right():
+    register_kernel_mapping({"OracleNorm": {"cpu": kernel(fused)}})
+    return torch.nn.Sequential(Norm())
+
+def wrong():
+    register_kernel_mapping({"OracleNorm": {"cpu": kernel(missing_gradient)}})
+    model = torch.nn.Sequential(Norm())
+    model.dummy_inputs = {"input": torch.randn(2, 64)}
+    return model
+
+def one(): return torch.randn(2, 64)
+def several(): return (torch.randn(2, 64),)
+def named(): return {"input": torch.randn(2, 64)}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _scene(
+    mapping_plugin: object, isolated_plugins: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run in a folder with a module that makes models, with the plugins `mapping` and `oracle`."""
+    isolated_plugins.register(oracle, "oracle")
+    (tmp_path / "oracle_models.py").write_text(SCENE)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Run the command, and return its exit code and output."""
+    result = CliRunner().invoke(command_line(), ["verify", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("inputs", ["one", "several", "named"])
+def test_a_right_kernel_exits_with_0(inputs: str) -> None:
+    """Inputs are a tensor, a tuple or a dict."""
+    code, output = run("oracle_models:right", "--inputs", f"oracle_models:{inputs}")
+    assert code == 0, output
+    assert "1 kernel compared" in output
+
+
+def test_a_wrong_kernel_exits_with_1() -> None:
+    """The reason is printed; the inputs are the dummies of the model."""
+    code, output = run("oracle_models:wrong")
+    assert code == 1
+    assert "no gradient, where the reference has one" in output
+
+
+def test_without_gradients_and_as_json() -> None:
+    """`--no-gradients` leaves training out; `--json` prints rows for programs."""
+    code, output = run("oracle_models:wrong", "--no-gradients", "--json")
+    assert code == 0
+    assert {row["mode"] for row in json.loads(output)["rows"]} == {"inference"}
+
+
+def test_what_cannot_be_answered_says_why() -> None:
+    """Unknown modules, inputs and devices are errors of ours, which the command line turns into exit code 2."""
+    with pytest.raises(ArgumentError, match="What the model is called with is not known"):
+        run("oracle_models:right")
+    with pytest.raises(ArgumentError, match="Cannot import 'oracle_models:nothing'"):
+        run("oracle_models:nothing")
+    with pytest.raises(ArgumentError, match="The device 'abacus' cannot be used here"):
+        run("oracle_models:wrong", "--device", "abacus")
+
+
+def test_a_decorated_function_is_not_called_for_a_model() -> None:
+    """A decorated function is what is verified."""
+    Path("oracle_functions.py").write_text(
+        "from kernels_core import use_kernel_forward_from_hub\n"
+        "@use_kernel_forward_from_hub('oracle_f')\n"
+        "def f(x):\n    return x * 2\n"
+        "import torch\nx = torch.ones(2, 3)\n"
+    )
+    register_kernel_mapping({"oracle_f": {"cpu": lambda x: x + x}})
+    code, output = run("oracle_functions:f", "--inputs", "oracle_functions:x")
+    assert code == 0 and "1 kernel compared" in output, output
+    assert torch.is_grad_enabled()
