@@ -134,8 +134,8 @@ def _many_compilations() -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
     import torch._dynamo.config as config
 
-    limit = 1_000_000
-    patch: contextlib.AbstractContextManager[object] = config.patch(
-        recompile_limit=limit, accumulated_recompile_limit=limit
-    )
+    names = ["recompile_limit", "accumulated_recompile_limit"]
+    if not hasattr(config, names[0]):  # before PyTorch 2.7
+        names = ["cache_size_limit", "accumulated_cache_size_limit"]
+    patch: contextlib.AbstractContextManager[object] = config.patch(dict.fromkeys(names, 1_000_000))
     return patch
