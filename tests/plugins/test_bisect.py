@@ -428,6 +428,29 @@ def test_a_metric_that_raises() -> None:
     assert (str(again), again.evaluation, again.paths) == (str(caught.value), 5, ("0",))
 
 
+@pytest.mark.parametrize("broken", ["reference", "inputs"])
+def test_a_reference_that_fails_itself(broken: str) -> None:
+    """The error says that every layer was on its reference, or that the model was as it is."""
+
+    @use_kernel_forward_from_hub("Broken")
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError("one day")
+
+    @kernel
+    def fast(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    model = nn.Sequential(Broken(), nn.Linear(1, 1))
+    inputs = torch.zeros(1, device="meta" if broken == "inputs" else "cpu")
+    where = "2, with every decorated layer on its reference" if broken == "reference" else "1, with the model as it is"
+    with (
+        use_kernel_mapping({"Broken": {"cpu": fast}}),
+        pytest.raises(BisectError, match=f"raised at evaluation {where}"),
+    ):
+        bisect(model, lambda model: model(inputs).sum(), tolerance=0.1)
+
+
 def test_a_baseline_that_is_not_deterministic() -> None:
     """It is evaluated twice: the error says by how much both differ."""
     numbers = iter(range(100))

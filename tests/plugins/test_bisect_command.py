@@ -104,3 +104,30 @@ def test_what_cannot_be_answered_is_2(run: Run, arguments: tuple[str, ...], mess
     done = run(*arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_bar_on_a_terminal(run: Run, tmp_path: Path) -> None:
+    """While standard error is a terminal, it shows how far the bisection is, and nothing is left of it after."""
+    import pty
+
+    slow = "import scene, time\ndef loss(model):\n    time.sleep(0.2)\n    return scene.loss(model)\n"
+    (tmp_path / "slow.py").write_text(slow)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "kernels_core", "bisect", "scene:model", "slow:loss", "--tolerance", "0.1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, stdin=subprocess.DEVNULL
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # as Linux says that the other end was closed
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait(60) == 1
+    assert b"bisect" in shown and b"the model as it is" in shown and b"5/" in shown
+    assert process.stdout is not None and b"scene.FastStep" in process.stdout.read()
