@@ -357,6 +357,65 @@ def test_a_forward_that_somebody_else_put_there_stays() -> None:
     assert model[1].forward is hooked
 
 
+def test_a_forward_of_its_own_on_a_kernelized_module() -> None:
+    """The reference would replace the hook of another library: an error names the module, which stays as it is."""
+    model = kernelize(make(0, 0.25), mode=Mode.INFERENCE, device="cpu")
+    original = model[1].forward
+    model[1].forward = hooked = lambda x: original(x)
+    with pytest.raises(BisectError, match="Module '1' is compiled or kernelized, and has a forward of its own"):
+        bisect(model, total, tolerance=0.1)
+    assert model[1].forward is hooked
+
+
+@pytest.mark.slow
+def test_a_metric_that_changes_the_mode_of_a_compiled_model() -> None:
+    """The mode of the compiled model and of the model in it are put back."""
+    torch._dynamo.reset()
+    model = make(0, 0.25)
+    compiled = torch.compile(model, backend="eager")
+    result = bisect(compiled, lambda model: total(model.eval()), tolerance=0.1)
+    assert paths(result) == ["_orig_mod.1"]
+    assert compiled.training and all(module.training for module in model.modules())
+    torch._dynamo.reset()
+
+
+def test_layers_that_must_not_run_their_reference() -> None:
+    """`use_fallback=False` and strict mode are about what serves: a bisection may compare all the same."""
+
+    @use_kernel_forward_from_hub("Must", use_fallback=False)
+    class Must(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    @kernel
+    def fast(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    with use_kernel_mapping({"Must": {"cpu": fast}}):
+        assert paths(bisect(nn.Sequential(Step(), Must()), total, tolerance=0.5)) == ["1"]
+
+
+def test_conditions_are_asked_as_ever() -> None:
+    """A module whose condition is not met runs no kernel, and is none of those that are looked at."""
+
+    @use_kernel_forward_from_hub("When", condition=lambda module: module.when)
+    class When(nn.Module):
+        def __init__(self, when: bool) -> None:
+            super().__init__()
+            self.when = when
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    @kernel
+    def fast(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    with use_kernel_mapping({"When": {"cpu": fast}}):
+        result = bisect(nn.Sequential(When(False), When(True)), total, tolerance=0.5)
+    assert paths(result) == ["1"] and result.kernels == 1
+
+
 # --- Metrics -------------------------------------------------------------------------------------
 
 
