@@ -460,7 +460,8 @@ def test_faulty_distributions_are_isolated(python: Make, distribution: Make) -> 
     )
     distribution("twin-one", {"twin": "twin_one"}, {"twin_one": GOOD_PLUGIN.format(added=50)})
     distribution("twin-two", {"twin": "twin_two"}, {"twin_two": GOOD_PLUGIN.format(added=60)})
-    answer = told(python(RUN + "\n    tell(values=[run(), run()])", {"KERNELS_PLUGINS": "-hub,-demo,-bisect,-canary,-observe,-oracle"}))
+    blocked = {"KERNELS_PLUGINS": "-hub,-demo,-bisect,-canary,-observe,-oracle"}
+    answer = told(python(RUN + "\n    tell(values=[run(), run()])", blocked))
     assert answer["values"] == [50, 50]
     assert answer["plugins"] == ["core", "mapping", "twin"]
     for name, part in {
