@@ -96,6 +96,10 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_plugins.verify",
             "kernels_plugins.VerifyReport",
             "kernels_plugins.VerifyRow",
+            "kernels_plugins.check_kernel",
+            "kernels_plugins.probing",
+            "kernels_plugins.Probe",
+            "kernels_plugins.ProbeReport",
         ],
     ),
     "Take a kernel out": (

@@ -42,6 +42,9 @@ from .mapping import register_kernel_mapping, use_kernel_mapping
 from .observe.counters import PrometheusCounters
 from .observe.log import LogResolutions
 from .observe.ranges import ProfileRanges
+from .oracle.kit import check_kernel
+from .oracle.probe import Probe, ProbeReport
+from .oracle.prober import probing
 from .oracle.report import VerifyReport, VerifyRow
 from .oracle.verify import verify
 
@@ -63,6 +66,8 @@ __all__ = [
     "LogResolutions",
     "Metadata",
     "Mode",
+    "Probe",
+    "ProbeReport",
     "ProfileRanges",
     "PrometheusCounters",
     "ROCMProperties",
@@ -74,6 +79,7 @@ __all__ = [
     "__version__",
     "bisect",
     "canary",
+    "check_kernel",
     "get_kernel",
     "get_kernel_dep",
     "get_kernel_variants",
@@ -84,6 +90,7 @@ __all__ = [
     "install_kernel",
     "kernelize",
     "load_kernel",
+    "probing",
     "register_kernel_mapping",
     "replace_kernel_forward_from_hub",
     "unkernelize",

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as dispatch
 
@@ -448,6 +449,15 @@ def _aside() -> Iterator[None]:
         torch.set_autocast_cache_enabled(False)  # it would keep casts of parameters that are gone
         stack.callback(torch.set_autocast_cache_enabled, cached)
         yield
+
+
+def is_elsewhere() -> bool:
+    """Whether somebody traces, transforms or captures what runs now, so that nothing else may run in it."""
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or torch._C._get_tracing_state():
+        return True
+    if dispatch._get_current_dispatch_mode_stack():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _has_saved_tensor_hooks() -> bool:

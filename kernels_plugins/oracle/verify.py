@@ -97,6 +97,23 @@ def verify(
     return VerifyReport(tuple(rows))
 
 
+def tried(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances | None = None) -> list[VerifyRow]:
+    """Try one kernel on a call and on others like it, whatever would serve; for inference and for training.
+
+    Args:
+        recorded: The layer, and the call.
+        resolution: The kernel, as if it were to serve both.
+        tolerances: As for `verify`.
+    """
+    candidate = resolution.candidate or Candidate(resolution.implementation)
+    decisions = {
+        mode: replace(resolution, request=replace(resolution.request, mode=mode))
+        for mode in (Mode.INFERENCE, Mode.TRAINING)
+    }
+    with references():
+        return list(_Subject(recorded, True, tolerances).tried([_Kernel(candidate, decisions)], derived=True))
+
+
 def _check_plugin() -> None:
     if NAME not in plugin_manager().plugins():
         raise ArgumentError(
@@ -180,13 +197,17 @@ class _Subject:
         if not serving:
             yield replace(self.blank, verdict="undecided", reason="none of the kernels that are offered can be used")
             return
+        yield from self.tried(serving, derived=derived)
+
+    def tried(self, kernels: list[_Kernel], *, derived: bool) -> Iterator[VerifyRow]:
+        """Yield how kernels do with the given inputs, and with those derived from them."""
         given = Case("as given", self.call, given=True)
         reason = self._undecided(given)
         if reason is not None:
             yield replace(self.blank, verdict="undecided", case=given.name, dtype=_dtype(self.call), reason=reason)
             return
         for case in (given, *(cases(self.call) if derived else ())):
-            yield from self._try(case, serving)
+            yield from self._try(case, kernels)
 
     def _condition(self) -> bool:
         condition = self.layer.condition

@@ -1,0 +1,100 @@
+"""The probes for the authors of kernels: one assertion that a kernel does what a reference does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    Candidate,
+    Layer,
+    LayerRequest,
+    Mode,
+    Resolution,
+    source_label,
+)
+
+from .comparison import Tolerances
+from .inputs import Recorded, layer_of
+from .probe import ProbeReport, implementation_of, probe
+from .replay import Call
+
+
+def check_kernel(
+    kernel: type[nn.Module] | Callable[..., Any],
+    reference: nn.Module | Callable[..., Any],
+    *inputs: Any,
+    ignore: Collection[str] = (),
+    tolerances: Tolerances | None = None,
+    **named_inputs: Any,
+) -> ProbeReport:
+    """Assert that a kernel does what a reference does, on some inputs and on others that are derived from them.
+
+    Outputs and gradients, other dtypes, layouts and sizes, autocast, `torch.compile` without graph breaks and, on
+    a GPU, capture in a CUDA graph. For a test of a kernel, with pytest or without.
+
+    Args:
+        kernel: A kernel class, whose `forward` runs on the module that it serves, or a function.
+        reference: The module that it serves, decorated or not, or a function.
+        *inputs: What to call both with.
+        ignore: Probes that need not pass, such as `{"compile", "gradients"}`, with the reason in your test.
+        tolerances: As for `verify`.
+        **named_inputs: What to call both with, by name.
+
+    Returns:
+        What was found.
+
+    Raises:
+        AssertionError: That lists every probe that failed.
+        ArgumentError: If `ignore` names an unknown probe.
+        ArgumentTypeError: If kernel and reference are not both for modules, or both functions.
+
+    Example:
+        >>> def kernel(x):
+        ...     return torch.nn.functional.silu(x)
+        >>> def reference(x):
+        ...     return x * torch.sigmoid(x)
+        >>> check_kernel(kernel, reference, torch.randn(4, 8)).can("compile")
+        True
+    """
+    is_function = not isinstance(reference, nn.Module)
+    if is_function and (isinstance(reference, type) or not callable(reference)):
+        raise ArgumentTypeError(f"The reference is a module or a function, not {source_label(reference)}.")
+    if not is_function and not isinstance(kernel, type):
+        raise ArgumentTypeError(f"A kernel for a module is a class with a forward, not {source_label(kernel)}.")
+    module = reference if isinstance(reference, nn.Module) else None
+    decorated = layer_of(reference)
+    forward: Any = type(module).forward if module is not None else reference
+    layer = decorated or Layer(
+        type(module).__name__ if module else forward.__name__, _place(forward), forward, is_function
+    )
+    call = Call(module, inputs, named_inputs, layer.signature).snapshot()
+    device = (call.devices or [torch.device("cpu")])[0]
+    resolution = Resolution(
+        LayerRequest(layer.name, device, Mode.INFERENCE, layer),
+        implementation_of(kernel, function=is_function),
+        Candidate(kernel),
+        source_label(kernel),
+    )
+    report = probe(Recorded("", layer, call), resolution, tolerances=tolerances)
+    unknown = sorted(set(ignore) - report.probes.keys() - {"gradients", "compile", "cuda graph"})
+    if unknown:
+        raise ArgumentError(f"ignore names {', '.join(unknown)}: there are {', '.join(report.probes)}.")
+    failed = {name: reason for name, reason in report.failed.items() if name not in ignore}
+    undecided = {n: p.reason for n, p in report.probes.items() if p.ok is None and n in ("undecided", "forward")}
+    if failed or undecided:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in {**failed, **undecided}.items())
+        raise AssertionError(
+            f"{source_label(kernel)} does not do what {layer.qualname} does, in {len(failed) or len(undecided)} of "
+            f"{len(report.probes)} probes:\n{lines}"
+        )
+    return report
+
+
+def _place(forward: Any) -> str:
+    return f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', repr(forward))}"

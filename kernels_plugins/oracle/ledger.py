@@ -1,0 +1,134 @@
+"""Where reports of probes are kept: in memory, and in a file for each kernel, version of PyTorch, and device."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels_core import Layer, device_capability, source_label
+
+from .probe import Probe, ProbeReport
+
+FORMAT = 1
+_COMMIT = re.compile(r"/snapshots/([0-9a-f]{40,64})/")
+_HERE = "here-"
+"""How keys start that mean nothing in another process."""
+
+_SIMPLE = (str, bytes, int, float, bool, type(None), torch.dtype)
+
+_lock = threading.Lock()
+_known: dict[str, ProbeReport | None] = {}
+
+
+def find(key: str) -> ProbeReport | None:
+    """Return what is known under a key; a file is looked for once."""
+    with _lock:
+        if key not in _known:
+            _known[key] = _read(_folder() / f"{key}.json") if not key.startswith(_HERE) else None
+        return _known[key]
+
+
+def keep(key: str, report: ProbeReport) -> None:
+    """Remember a report, also for other processes where that is possible."""
+    with _lock:
+        _known[key] = report
+    if key.startswith(_HERE):
+        return
+    with contextlib.suppress(OSError):  # a cache may be read-only: it is probed again then
+        _write(_folder() / f"{key}.json", {"format": FORMAT, **asdict(report)})
+
+
+def forget_known() -> None:
+    """Drop what is in memory; files stay."""
+    with _lock:
+        _known.clear()
+
+
+def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.device) -> str:
+    """Return the key of a kernel: what it is made of, what it serves, PyTorch, and the kind of device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    digests = [_digest(implementation), _digest(layer.reference)]
+    parts = [*digests, torch.__version__, name, device_capability(device)]
+    key = hashlib.sha256(json.dumps([FORMAT, *map(str, parts)]).encode()).hexdigest()
+    return _HERE + key if None in digests else key
+
+
+def _digest(function: Callable[..., Any]) -> str | None:
+    """Return a digest of a function: its file, its code, and what it was made with; None if there is no file.
+
+    A file that came from the Hub has its commit in its path, which stands for all files beside it, too.
+    """
+    inner: Any = inspect.unwrap(function)
+    inner = getattr(inner, "__func__", inner)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return None
+    digest = hashlib.sha256(source_label(inner).encode())
+    commit = _COMMIT.search(code.co_filename.replace(os.sep, "/"))
+    if commit:
+        digest.update(commit[1].encode())
+    try:
+        digest.update(Path(code.co_filename).read_bytes())
+    except OSError:  # written at a prompt, or generated
+        return None
+    values = [*(inner.__defaults__ or ()), *(inner.__kwdefaults__ or {}).values()]
+    values += [cell.cell_contents for cell in inner.__closure__ or () if _is_filled(cell)]
+    digest.update(repr([_text(code), *map(_text, values)]).encode())
+    return digest.hexdigest()
+
+
+def _text(value: object) -> str:
+    """Return what a value looks like, the same in every process."""
+    if inspect.iscode(value):
+        return f"{value.co_code.hex()} {value.co_names} {[_text(const) for const in value.co_consts]}"
+    if isinstance(value, tuple | list):
+        return str([_text(item) for item in value])
+    code = getattr(value, "__code__", None)
+    return _text(code) if code is not None else repr(value) if isinstance(value, _SIMPLE) else source_label(type(value))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _folder() -> Path:
+    chosen = os.environ.get("KERNELS_CACHE")
+    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "kernels-core" / "probes"
+
+
+def _read(path: Path) -> ProbeReport | None:
+    """Read a report; one that cannot be read or understood counts as none, and is written anew."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        data = json.loads(path.read_text())
+        if data.pop("format") == FORMAT:
+            probes = {str(name): Probe(**value) for name, value in data.pop("probes").items()}
+            return ProbeReport(**data, probes=probes)
+    return None
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(data, file, indent=2)
+        os.replace(temporary, path)  # whole or not at all, also with two processes at it
+    except BaseException:
+        os.unlink(temporary)
+        raise

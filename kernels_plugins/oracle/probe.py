@@ -1,0 +1,195 @@
+"""What a kernel can do, found out by trying it: gradients, tracing, dtypes, layouts, sizes, CUDA graphs."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kernels_core import Resolution
+
+from .comparison import Tolerances, compare
+from .inputs import Recorded, with_gradients
+from .replay import Call
+from .report import VerifyRow
+from .verify import tried
+
+Forward = Callable[..., Any]
+
+LAYOUTS = ("strided", "transposed", "expanded", "offset by one element")
+SIZES = ("empty", "batch of one", "odd size", "odd width")
+_PROBE_OF_CASE = {
+    **dict.fromkeys(("as given", "other values"), "forward"),
+    **dict.fromkeys(LAYOUTS, "layouts"),
+    **dict.fromkeys(SIZES, "sizes"),
+    "autocast bfloat16": "autocast",
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one probe found.
+
+    Attributes:
+        ok: Whether the kernel can do it; None if that could not be told.
+        reason: Why not.
+    """
+
+    ok: bool | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What was found out about a kernel.
+
+    Attributes:
+        kernel: Where it comes from.
+        layer: The layer that it served.
+        device: The device on which that was.
+        torch: The version of PyTorch.
+        probes: What was found, by name: `"forward"`, `"gradients"`, `"compile"`, `"layouts"`, `"sizes"`,
+            `"autocast"`, `"cuda graph"`, and the name of each other dtype.
+    """
+
+    kernel: str
+    layer: str
+    device: str
+    torch: str
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """What the kernel cannot do, with the reason."""
+        return {name: probe.reason for name, probe in self.probes.items() if probe.ok is False}
+
+    def can(self, name: str) -> bool | None:
+        """Whether the kernel can do something; None if that is not known."""
+        probe = self.probes.get(name)
+        return probe.ok if probe is not None else None
+
+    def __str__(self) -> str:
+        """A line for each probe."""
+        words = {True: "yes", False: "no", None: "unknown"}
+        lines = [f"{self.kernel} for layer {self.layer!r} on {self.device}, torch {self.torch}"]
+        lines += [f"  {name}: {words[p.ok]}{f': {p.reason}' if p.reason else ''}" for name, p in self.probes.items()]
+        return "\n".join(lines)
+
+
+def probe(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances | None = None) -> ProbeReport:
+    """Try a kernel on a call, and on others that are derived from it.
+
+    Args:
+        recorded: The layer, and what it is called with.
+        resolution: The kernel.
+        tolerances: As for `verify`.
+
+    Returns:
+        What it can do. Nothing is changed.
+    """
+    implementation: Any = resolution.implementation
+    rows = tried(recorded, resolution, tolerances=tolerances)
+    probes = dict(_judged(rows))
+    if probes.get("forward", Probe(None)).ok:
+        probes["compile"] = _traces(recorded.call, implementation, bool(probes.get("gradients", Probe(None)).ok))
+        if recorded.call.devices and recorded.call.devices[0].type == "cuda":
+            probes["cuda graph"] = _captures(recorded.call, implementation)
+    return ProbeReport(
+        resolution.origin, recorded.layer.name, str(resolution.request.device), torch.__version__, probes
+    )
+
+
+def _judged(rows: list[VerifyRow]) -> Iterator[tuple[str, Probe]]:
+    """Yield a verdict for each probe that rows tell about."""
+    untrained = any(_probe_of(row) == "gradients" and not row.ok for row in rows)
+    groups: dict[str, list[VerifyRow]] = {}
+    for row in rows:
+        name = _probe_of(row)
+        if not (untrained and row.mode == "training" and name != "gradients"):  # told once
+            groups.setdefault(name, []).append(row)
+    for name, group in groups.items():
+        told = next((row for row in group if row.verdict in ("wrong", "failed")), None)
+        if told is not None:
+            yield name, Probe(False, ", ".join(part for part in (told.case, told.subject) if part) + f": {told.reason}")
+        elif any(row.verdict == "ok" for row in group):
+            yield name, Probe(True)
+        else:
+            yield name, Probe(None, group[0].reason)
+
+
+def _probe_of(row: VerifyRow) -> str:
+    """Training on inputs like the given ones is about gradients; anything else is about its case."""
+    if row.mode == "training" and row.case in ("as given", "other values"):
+        return "gradients"
+    return _PROBE_OF_CASE.get(row.case, row.case)
+
+
+# --- Tracing --------------------------------------------------------------------------------------
+
+
+def _traces(call: Call, implementation: Forward, gradients: bool) -> Probe:
+    """Compile without graph breaks, and compare with the same kernel in eager mode."""
+    call = with_gradients(call) if gradients else call
+    # Code of its own: Dynamo counts compilations per code object, and gives up after some.
+    scope: dict[str, Any] = {"_kernel": implementation}
+    exec("def probed(*args, **kwargs):\n    return _kernel(*args, **kwargs)\n", scope)
+    try:
+        eager = call.run(implementation, gradients=gradients)
+        compiled = torch.compile(scope["probed"], fullgraph=True, backend="aot_eager", dynamic=False)
+        traced = call.run(compiled, gradients=gradients)
+    except Exception as error:
+        return Probe(False, f"{type(error).__name__}: {_first_line(error)}")
+    for what, one, other in (
+        ("outputs", traced.outputs, eager.outputs),
+        ("gradients", dict(traced.gradients), dict(eager.gradients)),
+    ):
+        difference = compare(one, other)
+        if not difference.ok:
+            return Probe(False, f"compiled, its {what} are others than in eager mode: {difference}")
+    if traced.mutated.keys() != eager.mutated.keys():
+        return Probe(False, "compiled, it changes other arguments in place than in eager mode")
+    return Probe(True)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------
+
+
+def _captures(call: Call, implementation: Forward) -> Probe:
+    """Capture a call in a CUDA graph, replay it, and compare."""
+
+    def captured(*args: Any, **kwargs: Any) -> Any:
+        make_stream: Any = torch.cuda.Stream
+        current, aside = torch.cuda.current_stream(), make_stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            implementation(*args, **kwargs)  # compiles and allocates what it keeps
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = implementation(*args, **kwargs)
+        graph.replay()
+        torch.cuda.synchronize()
+        return outputs
+
+    try:
+        expected = call.run(implementation, gradients=False)
+        actual = call.run(captured, gradients=False)
+    except Exception as error:
+        return Probe(False, f"{type(error).__name__}: {_first_line(error)}")
+    difference = compare(actual.outputs, expected.outputs)
+    return Probe(True) if difference.ok else Probe(False, f"replayed, its outputs are others: {difference}")
+
+
+def implementation_of(kernel: Any, *, function: bool) -> Forward:
+    """Return what a call calls: a class serves with its `forward`, for a function on an empty module."""
+    if not isinstance(kernel, type):
+        return kernel  # type: ignore[no-any-return]
+    forward: Forward = kernel.forward  # type: ignore[attr-defined]
+    return types.MethodType(forward, kernel()) if function else forward

@@ -1,0 +1,225 @@
+"""Plugin `probe`: kernels are tried at their first call, and serve what they were seen to be able to do.
+
+While it is off, which is the default, nothing is put around anything and nothing is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from kernels_core import (
+    ArgumentError,
+    Candidate,
+    KernelLayer,
+    KernelsWarning,
+    LayerRequest,
+    Mode,
+    Resolution,
+    ScopeError,
+    VerificationError,
+    forget,
+    hookimpl,
+    quarantine,
+)
+
+Forward = Callable[..., Any]
+
+VARIABLE = "KERNELS_PROBE"
+_lock = threading.Lock()
+_open = 0
+_busy: ContextVar[bool] = ContextVar("kernels_plugins_oracle_prober_busy", default=False)
+_said: set[str] = set()
+_kernels: weakref.WeakKeyDictionary[Any, KernelLayer] = weakref.WeakKeyDictionary()
+"""The class or function behind what is called, for what it declares."""
+
+
+class probing:  # noqa: N801 - a context manager that reads like a statement
+    """Try each kernel at its first eager call, and let it serve what it was seen to be able to do.
+
+    A kernel that loses gradients does not serve training then, one that cannot be traced does not serve
+    compiled calls, and one that is wrong serves nothing. Where a kernel declares otherwise, a warning says so.
+    What was found is remembered in a file for each kernel, version of PyTorch and kind of device. Counts for
+    the whole process while it is open. `KERNELS_PROBE=1` does the same; `KERNELS_PROBE=cached` uses what was
+    found before, and tries nothing.
+
+    Example:
+        >>> with probing():
+        ...     y = torch.nn.Identity()(torch.ones(1))
+    """
+
+    def __enter__(self) -> probing:
+        """Probe, from the next call on."""
+        global _open
+        with _lock:
+            _open += 1
+        forget()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Do as before."""
+        global _open
+        with _lock:
+            if _open == 0:
+                raise ScopeError("No probing is open: leave it once for each time that it is entered.")
+            _open -= 1
+        forget()
+
+
+def _setting() -> str:
+    """Return `"on"`, `"cached"` or `"off"`."""
+    if _open:
+        return "on"
+    text = os.environ.get("KERNELS_PROBE", "").strip().lower()
+    if text in ("", "0", "false", "no", "off"):
+        return "off"
+    if text in ("1", "true", "yes", "on"):
+        return "on"
+    if text == "cached":
+        return "cached"
+    raise ArgumentError(f"{VARIABLE}={text!r} is not understood: write 1, 0 or cached.")
+
+
+# --- Hooks ----------------------------------------------------------------------------------------
+
+
+@hookimpl
+def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> str | None:
+    """Refuse a kernel for what it was seen not to be able to do."""
+    if request.layer is None or _setting() == "off":
+        return None
+    from . import ledger
+    from .probe import implementation_of
+
+    implementation = implementation_of(layer, function=request.layer.is_function)
+    _kernels[_function(implementation)] = layer
+    report = ledger.find(ledger.key_of(request.layer, implementation, request.device))
+    return _refusal(report, request.mode) if report is not None else None
+
+
+@hookimpl
+def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward] | None:
+    """Look at the first call of a kernel that was not looked at."""
+    layer = resolution.request.layer
+    if layer is None or resolution.implementation is None or _setting() != "on":
+        return None
+    from . import ledger
+
+    key = ledger.key_of(layer, resolution.implementation, resolution.request.device)
+    if ledger.find(key) is not None:
+        return None
+    return lambda forward: _probed(resolution, key, forward)
+
+
+def _refusal(report: Any, mode: Mode) -> str | None:
+    """Return why a kernel does not serve calls of a mode."""
+    needs = [("forward", "it was probed, and is wrong")]
+    if Mode.TRAINING in mode:
+        needs.append(("gradients", "it was probed, and cannot be trained with"))
+    if Mode.TORCH_COMPILE in mode:
+        needs.append(("compile", "it was probed, and cannot be traced without graph breaks"))
+    failed = report.failed
+    return next((f"{what}: {failed[name]}" for name, what in needs if name in failed), None)
+
+
+# --- The first call -------------------------------------------------------------------------------
+
+
+def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
+    """Return a forward that tries the kernel before its first call."""
+    from . import ledger
+    from .inputs import Recorded
+    from .probe import probe
+    from .replay import Call, is_elsewhere
+
+    layer = resolution.request.layer
+    assert layer is not None
+    done = False
+
+    @functools.wraps(forward)
+    def first(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if done or _busy.get() or is_elsewhere():
+            return forward(*args, **kwargs)
+        done = True
+        module, given = (None, args) if layer.is_function else (args[0], args[1:])
+        call = Call(module, given, kwargs, layer.signature)
+        token = _busy.set(True)
+        try:
+            report = probe(Recorded("", layer, call.snapshot()), resolution)
+        except VerificationError:  # the device is broken
+            raise
+        except Exception as error:
+            warnings.warn(
+                f"{resolution.origin} for {resolution.request.place} could not be probed: "
+                f"{type(error).__name__}: {error}",
+                KernelsWarning,
+                stacklevel=3,
+            )
+            return forward(*args, **kwargs)
+        finally:
+            _busy.reset(token)
+        ledger.keep(key, report)
+        _tell(resolution, report)
+        _take_out(resolution, report)
+        records = torch.is_grad_enabled() and call.records
+        refused = _refusal(report, Mode.TRAINING if records else Mode.INFERENCE)
+        return (layer.reference if refused and layer.use_fallback else forward)(*args, **kwargs)
+
+    return first
+
+
+def _take_out(resolution: Resolution, report: Any) -> None:
+    """Put a kernel into quarantine for what it cannot do, also where `kernelize` has chosen it; decide anew."""
+    layer, implementation = resolution.request.layer, resolution.implementation
+    assert layer is not None and implementation is not None
+    for mode in (Mode.INFERENCE, Mode.TRAINING):
+        reason = _refusal(report, mode)
+        if reason is not None:
+            out = None if mode is Mode.INFERENCE else mode
+            device = resolution.request.device
+            quarantine(layer, implementation, kernel=resolution.origin, reason=reason, device=device, mode=out)
+            return
+    forget()
+
+
+def _tell(resolution: Resolution, report: Any) -> None:
+    """Warn, once for each kernel, of what it cannot do, and of declarations that are wrong."""
+    declares = {name: _declared(resolution, name) for name in ("has_backward", "can_torch_compile")}
+    remarks = [f"{name}: {reason}" for name, reason in report.failed.items() if name not in ("gradients", "compile")]
+    gradients, compiles = report.can("gradients"), report.can("compile")
+    if gradients is False and declares["has_backward"]:
+        remarks.append(f"it does not declare has_backward = False, and fails in training: {report.failed['gradients']}")
+    if gradients and not declares["has_backward"]:
+        remarks.append("it declares has_backward = False, and has all gradients")
+    if compiles is False and declares["can_torch_compile"]:
+        remarks.append(f"it declares can_torch_compile = True, and cannot be traced: {report.failed['compile']}")
+    if compiles and not declares["can_torch_compile"]:
+        remarks.append("it does not declare can_torch_compile = True, and can be traced")
+    message = f"{resolution.origin} for {resolution.request.place} was probed: " + "; ".join(remarks)
+    with _lock:
+        if not remarks or message in _said:
+            return
+        _said.add(message)
+    warnings.warn(message, KernelsWarning, stacklevel=4)
+
+
+def _declared(resolution: Resolution, name: str) -> bool:
+    """Read a declaration off the kernel that serves."""
+    kernel = _kernels.get(_function(resolution.implementation), resolution.implementation)
+    return bool(getattr(kernel, name, name == "has_backward"))
+
+
+def _function(implementation: Any) -> Any:
+    return getattr(implementation, "__func__", implementation)
