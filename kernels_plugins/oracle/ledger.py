@@ -93,7 +93,7 @@ def _text(value: object) -> str:
     """Return what a value looks like, the same in every process."""
     if inspect.iscode(value):
         return f"{value.co_code.hex()} {value.co_names} {[_text(const) for const in value.co_consts]}"
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple):  # what can be changed may be, at every call
         return str([_text(item) for item in value])
     code = getattr(value, "__code__", None)
     return _text(code) if code is not None else repr(value) if isinstance(value, _SIMPLE) else source_label(type(value))
