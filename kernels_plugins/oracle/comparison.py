@@ -342,8 +342,8 @@ class _Measured:
             own_scale,
             relative,
             ulps,
-            ours.flatten()[where],
-            torch.where(finite, target, theirs).flatten()[where],
+            ours.take(where),  # an index would wait for the device
+            torch.where(finite, target, theirs).take(where),
         ]
         kind = torch.float32 if ours.device.type == "mps" else torch.float64
         self.statistics = torch.stack([value.to(kind) for value in values])

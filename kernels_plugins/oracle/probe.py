@@ -15,7 +15,8 @@ from .comparison import Tolerances, compare
 from .inputs import Recorded, with_gradients
 from .replay import Call
 from .report import VerifyRow
-from .verify import tried
+from .tree import mapped
+from .verify import stop_if_broken, tried
 
 Forward = Callable[..., Any]
 
@@ -176,15 +177,25 @@ def _captures(call: Call, implementation: Forward) -> Probe:
             outputs = implementation(*args, **kwargs)
         graph.replay()
         torch.cuda.synchronize()
-        return outputs
+        return mapped(outputs, lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
 
     try:
         expected = call.run(implementation, gradients=False)
         actual = call.run(captured, gradients=False)
     except Exception as error:
+        _check_device(error)
         return Probe(False, f"{type(error).__name__}: {_first_line(error)}")
     difference = compare(actual.outputs, expected.outputs)
     return Probe(True) if difference.ok else Probe(False, f"replayed, its outputs are others: {difference}")
+
+
+def _check_device(error: Exception) -> None:
+    """Raise if the device is in a state in which no result means anything: a failed capture leaves it well."""
+    try:
+        torch.cuda.synchronize()
+    except Exception as broken:
+        stop_if_broken(broken)
+        raise error from broken
 
 
 def implementation_of(kernel: Any, *, function: bool) -> Forward:

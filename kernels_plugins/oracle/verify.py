@@ -262,7 +262,7 @@ class _Subject:
         try:
             first, second = (self._run(case, self.layer.reference, Mode.INFERENCE) for _ in range(2))
         except Exception as error:
-            _stop_if_broken(error)
+            stop_if_broken(error)
             return f"the reference fails: {type(error).__name__}: {error}"
         difference = compare(second.outputs, first.outputs)
         if difference.ok:
@@ -280,7 +280,7 @@ class _Subject:
             try:
                 expected = self._expected(case, mode)
             except Exception as error:
-                _stop_if_broken(error)
+                stop_if_broken(error)
                 reason = (
                     f"the reference fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 )
@@ -304,7 +304,7 @@ class _Subject:
         try:
             exact = self._run(case, self.layer.reference, mode, torch.float64)
         except Exception as error:  # many a layer insists on its dtype
-            _stop_if_broken(error)
+            stop_if_broken(error)
             return _Expected(run, None)
         if not run.random:
             return _Expected(run, exact)
@@ -320,7 +320,7 @@ class _Subject:
             run = self._run(case, implementation, mode)
             again = self._run(case, implementation, mode) if case.given else None
         except Exception as error:
-            _stop_if_broken(error)
+            stop_if_broken(error)
             told = str(error).strip() or "no message"
             yield replace(row, verdict="failed", reason=f"it raises {type(error).__name__}: {told}")
             return
@@ -413,7 +413,7 @@ def _dtype(call: Call) -> str:
     return str(found).removeprefix("torch.") if found is not None else ""
 
 
-def _stop_if_broken(error: Exception) -> None:
+def stop_if_broken(error: Exception) -> None:
     """Stop where the device is in a state in which no result means anything."""
     broken = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
     if broken and not isinstance(error, torch.OutOfMemoryError):
