@@ -10,10 +10,11 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextvars import ContextVar
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,6 +32,8 @@ from kernels_core import (
     hookimpl,
     quarantine,
 )
+
+from .selection import decide
 
 Forward = Callable[..., Any]
 
@@ -108,6 +111,21 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
     return _refusal(report, request.mode) if report is not None else None
 
 
+@hookimpl(wrapper=True)
+def kernels_resolve_forward(request: LayerRequest) -> Generator[None, Any, Any]:
+    """Tell what was found about what serves, for receipts."""
+    resolution: Resolution | None = yield
+    if resolution is None or resolution.implementation is None or request.layer is None or _setting() == "off":
+        return resolution
+    from . import ledger
+
+    report = ledger.find(ledger.key_of(request.layer, resolution.implementation, request.device))
+    if report is None:
+        return resolution
+    told = ", ".join(f"{'' if probe.ok else 'not '}{name}" for name, probe in report.probes.items())
+    return replace(resolution, checked={**resolution.checked, "probes": told})
+
+
 @hookimpl
 def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward] | None:
     """Look at the first call of a kernel that was not looked at."""
@@ -173,11 +191,26 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
         ledger.keep(key, report)
         _tell(resolution, report)
         _take_out(resolution, report)
-        records = torch.is_grad_enabled() and call.records
-        refused = _refusal(report, Mode.TRAINING if records else Mode.INFERENCE)
-        return (layer.reference if refused and layer.use_fallback else forward)(*args, **kwargs)
+        mode = Mode.TRAINING if torch.is_grad_enabled() and call.records else Mode.INFERENCE
+        if _refusal(report, mode) is None:
+            return forward(*args, **kwargs)
+        return _next(resolution, module, mode, forward)(*args, **kwargs)
 
     return first
+
+
+def _next(resolution: Resolution, module: torch.nn.Module | None, mode: Mode, forward: Forward) -> Forward:
+    """Return what serves the call for which a kernel was tried, and is out: as it is decided anew."""
+    layer = resolution.request.layer
+    assert layer is not None
+    for cls in type(module).__mro__:
+        dispatching = vars(cls).get("forward")
+        if getattr(dispatching, "kernels_layer", None) is layer:
+            return cast(Forward, dispatching)
+    decided = decide(layer, resolution.request.device, mode)
+    if decided.implementation is not None:
+        return decided.implementation
+    return layer.reference if layer.use_fallback else forward
 
 
 def _take_out(resolution: Resolution, report: Any) -> None:

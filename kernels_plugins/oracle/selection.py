@@ -32,10 +32,12 @@ class Offers:
     Attributes:
         candidates: What may be tried, in the order in which it would be.
         misfits: What is offered for other devices or modes.
+        note: Why nothing was asked for, where that is so.
     """
 
     candidates: tuple[Candidate, ...]
     misfits: tuple[Refusal, ...]
+    note: str = ""
 
 
 def references() -> Scope:
@@ -47,21 +49,22 @@ def offers(layer: Layer, device: torch.device, mode: Mode) -> Offers:
     """Return what plugins offer for calls of one mode, without loading anything."""
     selection = Selection(candidate=Candidate(None))
     with Scope(selection):
-        _resolved(layer, device, mode)
+        resolution = decide(layer, device, mode)
     candidates = [offer for offer in selection.offers if isinstance(offer, Candidate)]
     misfits = [offer for offer in selection.offers if isinstance(offer, Refusal)]
     tiers = ("scope", "user", "plugin")
     candidates.sort(key=lambda c: (tiers.index(c.tier), -c.priority, c.plugin if c.tier == "plugin" else ""))
-    return Offers(tuple(candidates), tuple(misfits))
+    return Offers(tuple(candidates), tuple(misfits), resolution.note)
 
 
 def decided(layer: Layer, candidate: Candidate, device: torch.device, mode: Mode) -> Resolution:
     """Return what would be decided about a layer if one candidate were the only one; may fetch and import it."""
     with Scope(Selection(candidate)):
-        return _resolved(layer, device, mode)
+        return decide(layer, device, mode)
 
 
-def _resolved(layer: Layer, device: torch.device, mode: Mode) -> Resolution:
+def decide(layer: Layer, device: torch.device, mode: Mode) -> Resolution:
+    """Return what would be decided about a layer."""
     return resolve(types.SimpleNamespace(kernels_layer=layer), device=device, mode=mode)  # type: ignore[arg-type]
 
 

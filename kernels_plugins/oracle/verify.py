@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,11 +140,13 @@ def _check_devices(call: Call) -> None:
 
 def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
     """Run the model once, and return the calls of its layers."""
-    with record(model) as calls:
-        context = torch.enable_grad() if gradients else contextlib.nullcontext()
+    with record(model) as calls, contextlib.ExitStack() as stack:
+        if gradients:
+            stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # what was compiled, or is a part of it, runs as it was written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            with context:
-                model(*call.args, **call.kwargs)
+            model(*call.args, **call.kwargs)
         except Exception as error:
             raise ArgumentError(
                 f"The model cannot be run with these inputs, on its references alone: {type(error).__name__}: {error}"
@@ -236,8 +239,9 @@ class _Subject:
         yield from (_Kernel(candidate, decisions) for candidate, decisions in found)
 
     def _why_none(self) -> str:
-        misfits = {str(misfit) for mode in self.modes for misfit in offers(self.layer, self.device, mode).misfits}
-        return "; ".join(sorted(misfits)) or "none is offered"
+        found = [offers(self.layer, self.device, mode) for mode in self.modes]
+        misfits = {str(misfit) for offer in found for misfit in offer.misfits}
+        return found[0].note or "; ".join(sorted(misfits)) or "none is offered"
 
     def _refused(self, kernel: _Kernel, mode: Mode, resolution: Resolution) -> VerifyRow:
         reason = "; ".join(refusal.reason for refusal in resolution.refusals) or resolution.note

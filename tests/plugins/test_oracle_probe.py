@@ -21,6 +21,7 @@ from kernels_core import (
     ArgumentTypeError,
     KernelsWarning,
     Mode,
+    NoKernelError,
     PluginManager,
     ScopeError,
     forget,
@@ -223,6 +224,40 @@ def test_a_reference_that_fails_decides_nothing() -> None:
     with use_kernel_mapping({"oracle_kernel_only": {"cpu": lambda x: x + 1}}), probing():
         assert only(torch.ones(2)).tolist() == [2.0, 2.0]
     assert not quarantined()
+
+
+def test_the_next_candidate_takes_over_in_the_same_call() -> None:
+    """Behind a kernel that is wrong, the next one serves, and is tried in turn; strict mode has no reference."""
+    both = [made.kernel(always_wrong), made.kernel(made.fused, can_torch_compile=True)]
+    with use_kernel_mapping({"OracleNorm": {"cpu": both}}), probing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        layer, x = made.Norm(), torch.randn(4, 64)
+        torch.testing.assert_close(layer(x), made.norm(x, layer.weight))
+        decision = resolve(layer, device="cpu", mode=Mode.INFERENCE)
+    assert decision.origin.endswith("Fused")
+    assert decision.checked["probes"].startswith("forward, gradients, ")
+
+
+def test_strict_mode_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the only kernel is out, the call for which it was tried raises."""
+    monkeypatch.setenv("KERNELS_STRICT", "1")
+    with use_kernel_mapping({"OracleNorm": {"cpu": made.kernel(always_wrong)}}), probing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        with pytest.raises(NoKernelError, match="it was probed, and is wrong"):
+            made.Norm()(torch.randn(4, 64))
+
+
+def test_functions_are_probed() -> None:
+    """A decorated function falls back in the same call, too."""
+
+    @use_kernel_forward_from_hub("oracle_probed")
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    with use_kernel_mapping({"oracle_probed": {"cpu": lambda x: x * 3}}), probing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        assert double(torch.ones(2)).tolist() == [2.0, 2.0]
+        assert double(torch.ones(2)).tolist() == [2.0, 2.0]
 
 
 def test_kernelized_models_are_probed() -> None:

@@ -246,6 +246,21 @@ def test_no_kernel_is_said_with_the_reason() -> None:
     assert empty.ok and str(empty) == "no decorated layer was called"
 
 
+def test_disabled_mappings_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything switched off, the row says by what."""
+    monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
+    (row,) = verified(made.spoiled_at_the_end).rows
+    assert row.verdict == "no kernel" and row.reason == "DISABLE_KERNEL_MAPPING is on"
+
+
+def test_compiled_models_are_verified_as_they_were_written() -> None:
+    """Calls in compiled code cannot be recorded: the model runs without it once."""
+    model = torch.compile(nn.Sequential(made.Norm()), backend="eager")
+    with use_kernel_mapping({"OracleNorm": {"cpu": made.kernel(made.missing_gradient)}}):
+        report = verify(model, torch.randn(3, 64))
+    assert {row.subject for row in report.failures} == {"gradient of parameter weight"}
+
+
 def test_a_condition_that_is_not_met_is_said() -> None:
     """A layer whose condition keeps kernels away has nothing to compare."""
 
