@@ -32,6 +32,31 @@ class Layer(nn.Module):
         return torch.dropout(self.linear(x) @ self.tied * scale, 0.5, True)
 
 
+class Cache:
+    """Keeps what it is given, as the caches of language models do; knows itself."""
+
+    def __init__(self) -> None:
+        self.layers = [torch.ones(2, 3)]
+        self.name, self.me = "cache", self
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        self.layers[0] = torch.cat([self.layers[0], x])
+        self.layers.append(x)
+        return self.layers[0]
+
+
+def test_objects_with_tensors_are_copied() -> None:
+    """A cache that every run appends to is the same at the start of each, and afterwards."""
+    cache, x = Cache(), torch.randn(1, 3)
+    call = Call(None, (x, cache))
+    assert list(call.inputs) == ["argument 1", "argument 2.layers[0]"]
+    for _ in range(2):
+        run = call.run(lambda x, cache: (cache.update(x), cache))
+        assert run.outputs[0].shape == (3, 3)
+    assert compare(run.outputs, call.run(lambda x, cache: (cache.update(x), cache)).outputs).ok
+    assert len(cache.layers) == 1 and cache.layers[0].shape == (2, 3)
+
+
 def test_runs_are_equal_and_leave_nothing_behind() -> None:
     """Two runs draw the same random numbers; module, inputs, gradients and random numbers are as before."""
     layer, x = Layer(), torch.randn(4, 8, requires_grad=True)
