@@ -21,6 +21,7 @@ from kernels_core import CanaryError, KernelsWarning, Layer, Resolution, quarant
 
 from ..oracle.comparison import Comparison, compare
 from ..oracle.replay import Call, Run
+from ..oracle.tree import mapped
 from .settings import Settings
 
 Forward = Callable[..., Any]
@@ -86,7 +87,7 @@ class _Watch:
         try:
             before = live.snapshot(state=live.module is not None and next(live.module.buffers(), None) is not None)
             output = self.forward(*args, **kwargs)
-            problem = self._problem(live, before, output)
+            problem = self._problem(live, before, output, _part(number) if number > self.settings.first else _whole)
         finally:
             _comparing.reset(token)
         if problem is None:
@@ -100,47 +101,47 @@ class _Watch:
 
     # --- Comparing ------------------------------------------------------------------------------
 
-    def _problem(self, live: Call, before: Call, output: Any) -> str | None:
+    def _problem(self, live: Call, before: Call, output: Any, part: Part) -> str | None:
         """Return what the kernel did otherwise than the reference, None if nothing."""
         try:
             expected = before.run(self.layer.reference, parameters=False)
         except Exception as error:
             self._say(f"its reference fails, so there is nothing to compare with: {type(error).__name__}: {error}")
             return None
-        if problem := self._differs("", output, expected, lambda run: run.outputs, before):
+        if problem := self._differs("", part(output), expected, lambda run: part(run.outputs), before):
             return problem
         if problem := self._changed(live, before, expected):
             return problem
         if not expected.gradients:
             return None
         kernel: Any = self.resolution.implementation
-        actual = before.run(kernel, parameters=False)
+        actual = before.run(kernel, parameters=False, mutations=False)
         missing = [n for n, g in expected.gradients.items() if g is not None and actual.gradients.get(n) is None]
         if missing:
             return f"no gradient reaches {', '.join(missing)}, as it does from the reference"
         wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]
-        given = {name: actual.gradients[name] for name in wanted}
+        given = {name: part(actual.gradients[name]) for name in wanted}
         return self._differs(
-            "gradient of ", given, expected, lambda run: {name: run.gradients[name] for name in wanted}, before
+            "gradient of ", given, expected, lambda run: {name: part(run.gradients[name]) for name in wanted}, before
         )
 
-    def _differs(self, what: str, actual: Any, expected: Run, part: Callable[[Run], Any], before: Call) -> str | None:
+    def _differs(self, what: str, actual: Any, expected: Run, of: Callable[[Run], Any], before: Call) -> str | None:
         """Compare a part of what was done; a suspicion is looked into with a reference in float64."""
-        comparison = compare(actual, part(expected), quick=True)
+        comparison = compare(actual, of(expected), quick=True)
         if comparison.ok:
             return None
         if not comparison.mismatches:
-            comparison = self._looked_into(comparison, actual, expected, part, before)
+            comparison = self._looked_into(comparison, actual, expected, of, before)
         return None if comparison.ok else f"{what}{comparison}"
 
     def _looked_into(
-        self, suspicion: Comparison, actual: Any, expected: Run, part: Callable[[Run], Any], before: Call
+        self, suspicion: Comparison, actual: Any, expected: Run, of: Callable[[Run], Any], before: Call
     ) -> Comparison:
         try:
-            exact = part(before.run(self.layer.reference, dtype=torch.float64))
+            exact = of(before.run(self.layer.reference, dtype=torch.float64))
         except Exception:  # a reference that does not run in float64 is no better judge than it was
-            return compare(actual, part(expected))
-        return compare(actual, part(expected), exact=exact)
+            return compare(actual, of(expected))
+        return compare(actual, of(expected), exact=exact)
 
     def _changed(self, live: Call, before: Call, expected: Run) -> str | None:
         """Compare what was changed in place: arguments and buffers."""
@@ -150,6 +151,8 @@ class _Watch:
             pairs += [(f"buffer {name}", was, now[name]) for name, was in before.module.named_buffers() if name in now]
         for name, was, now_ in pairs:
             wanted = expected.mutated.get(name, was)
+            if torch.equal(now_, wanted):  # the usual case, and quickly told
+                continue
             comparison = compare(now_.detach(), wanted.detach(), quick=True)
             if not comparison.ok:
                 how = "left as it was, or changed otherwise" if name in expected.mutated else "changed in place"
@@ -195,6 +198,29 @@ class _Watch:
         )
         at = f" at {path!r}" if path else ""
         return f"layer {self.layer.name!r}{at} on {self.resolution.request.device}, call {number} ({shapes})"
+
+
+Part = Callable[[Any], Any]
+
+_LARGE = 2**20
+"""Numbers in a tensor of which a part is enough, on calls after the first ones."""
+
+
+def _whole(value: Any) -> Any:
+    return value
+
+
+def _part(number: int) -> Part:
+    """Return what takes about a million numbers of each large tensor: rows at a distance, others on each call."""
+
+    def rows(_: str, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.numel() <= 2 * _LARGE or leaf.dim() < 2:
+            return leaf
+        table = leaf.detach().reshape(-1, leaf.shape[-1])
+        step = max(1, min(table.shape[0], leaf.numel() // _LARGE))
+        return table[number % step :: step]
+
+    return lambda value: mapped(value, rows)
 
 
 def _path(module: nn.Module) -> str | None:

@@ -173,8 +173,14 @@ def _captures(call: Call, implementation: Forward) -> Probe:
             implementation(*args, **kwargs)  # compiles and allocates what it keeps
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = implementation(*args, **kwargs)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        spare = generator.clone_state()
+        try:
+            with torch.cuda.graph(graph):
+                outputs = implementation(*args, **kwargs)
+        except Exception:
+            generator.graphsafe_set_state(spare)  # one in the middle of a capture would refuse to draw ever after
+            raise
         graph.replay()
         torch.cuda.synchronize()
         return mapped(outputs, lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)

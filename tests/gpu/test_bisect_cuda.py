@@ -22,8 +22,8 @@ WRONG = (5, 18)
 
 
 @triton.jit
-def _scale(x_ptr: Any, out_ptr: Any, scale: Any, bias: Any, count: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _scale(x_ptr, out_ptr, scale, bias, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0) * block + tl.arange(0, block)
     x = tl.load(x_ptr + place, mask=place < count)
     tl.store(out_ptr + place, x * scale + bias, mask=place < count)
 
@@ -47,7 +47,7 @@ class TritonScale(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         bias = 0.5 if self.wrong and x.dtype is torch.bfloat16 else 0.0
-        _scale[(triton.cdiv(x.numel(), 256),)](x, out, 0.5, bias, x.numel(), BLOCK=256)
+        _scale[(triton.cdiv(x.numel(), 256),)](x, out, 0.5, bias, x.numel(), block=256)
         return out
 
 

@@ -26,6 +26,7 @@ from kernels_core import (
 from kernels_plugins import canary, use_kernel_mapping
 from kernels_plugins.canary import plugin as canary_plugin
 from kernels_plugins.canary.settings import Settings, settings_of_environment
+from kernels_plugins.canary.watch import start_over
 
 SIZE = 16
 
@@ -321,6 +322,21 @@ def test_canaries_nest_and_are_left_once() -> None:
         outer.__exit__(None, None, None)
 
 
+def test_large_tensors_are_seen_in_part_on_later_calls() -> None:
+    """A later call looks at some rows of a large tensor, others each time: a kernel that is wrong all over is seen."""
+    norm, x, calls = Norm(), torch.randn(2**18, SIZE), []
+
+    def compute(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return right(self, x) + 0.1 * (len(calls) >= 3)
+
+    with use_kernel_mapping({"Norm": {"cpu": kernel_of(compute)}}), canary(first=0, every=1, action="raise"):
+        with torch.no_grad():
+            norm(x), norm(x)
+            with pytest.raises(CanaryError, match=r"call 3 \(x float32 262144x16\): output \(float32, 65536x16\)"):
+                norm(x)
+
+
 ENVIRONMENT = {
     "": None,
     "0": None,
@@ -348,6 +364,7 @@ def test_bad_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_environment_watches_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """With KERNELS_CANARY set, kernels are watched without a block."""
     monkeypatch.setenv("KERNELS_CANARY", "first=1,action=raise")
+    start_over()  # as in a new process
     with use_kernel_mapping({"Norm": {"cpu": kernel_of(lambda self, x: right(self, x) + 1)}}):
         with pytest.raises(CanaryError):
             Norm()(torch.randn(4, SIZE))
