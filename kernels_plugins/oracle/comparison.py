@@ -63,7 +63,8 @@ class Difference:
         index: Where the error is largest in units of what is allowed there; None if there is no number.
         actual: The number there.
         expected: The number that should be there.
-        excess: The largest error in units of what is allowed there: more than 1 is wrong.
+        excess: The largest error in units of what is allowed there, or their mean in units of what is allowed for
+            it, whichever is larger: more than 1 is wrong.
         own_error: The largest error of the reference in this dtype; None without a float64 reference.
         reasons: What is wrong with it; empty if nothing is.
     """
@@ -379,7 +380,9 @@ class _Measured:
             reasons.append(f"{of}, such as {_at(actual, expected, index)}")
         elif not excess <= 1:
             reasons.append(f"{_at(actual, expected, index)}, {excess:.3g} times the tolerance")
-        reasons += self._biased(count, bias, along, mean_size, rms, (own_bias, own_along, own_rms))
+        ratio, told = self._bias(count, bias, along, mean_size, rms, (own_bias, own_along, own_rms))
+        excess = max(excess, ratio)
+        reasons += [told] if ratio > 1 else []
         return Difference(
             self.path,
             self.dtype,
@@ -397,28 +400,30 @@ class _Measured:
             reasons=tuple(reasons),
         )
 
-    def _biased(
+    def _bias(
         self, count: float, bias: float, along: float, size: float, rms: float, own: tuple[float, float, float]
-    ) -> list[str]:
-        """Say so where the errors go to one side: up, down, away from zero or towards it.
+    ) -> tuple[float, str]:
+        """Return how far the errors go to one side, in units of what is allowed, and to which.
 
-        What is shared by a row, such as a norm that was rounded, moves all of the row to one side; with many
-        rows, that goes either way, too. What the reference's own errors do is known with a float64 reference.
+        Up, down, away from zero or towards it. What is shared by a row, such as a norm that was rounded, moves all
+        of the row to one side; with many rows, that goes either way, too. What the reference's own errors do is
+        known with a float64 reference.
         """
         if not self.eps:
-            return []
+            return 0.0, ""
         step = max(0.75 * self.eps, self.rtol / 4) * (1 + (0.5 if self.exact else 1.5) / math.sqrt(self.rows))
         own_bias, own_along, own_rms = own
+        found = []
         for mean, reference, sides in (
             (bias, own_bias, ("high", "low")),
             (along, own_along, ("large in magnitude", "small in magnitude")),
         ):
             spread = max(math.sqrt(max(rms * rms - mean * mean, 0.0)), own_rms)
             chance = SIGNIFICANT * spread / math.sqrt(count)
-            if abs(mean) > step * size + self.atol + 2 * abs(reference) + chance:
-                side = sides[mean < 0]
-                return [f"biased: too {side} by {abs(mean):.3g} on average, where rounding goes either way"]
-        return []
+            allowed = step * size + self.atol + 2 * abs(reference) + chance
+            told = f"biased: too {sides[mean < 0]} by {abs(mean):.3g} on average, where rounding goes either way"
+            found.append((abs(mean) / allowed if mean and allowed else math.inf if mean else 0.0, told))
+        return max(found, key=lambda one: one[0])
 
 
 def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -107,9 +107,9 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _folder() -> Path:
-    chosen = os.environ.get("KERNELS_CACHE")
-    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "kernels-core" / "probes"
+    """Return where files are: beside the kernels of the Hub's client where somebody says where that is."""
+    chosen = os.environ.get("KERNELS_CACHE") or os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME")
+    return Path(chosen or Path.home() / ".cache").expanduser() / "kernels-core" / "probes"
 
 
 def _read(path: Path) -> ProbeReport | None:

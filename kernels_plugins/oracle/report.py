@@ -45,7 +45,7 @@ class VerifyRow:
         mean_abs: The mean error.
         max_rel: The largest relative error.
         max_ulps: The largest error, in units in the last place.
-        excess: The largest error in units of what is allowed.
+        excess: The largest error, or their mean, in units of what is allowed.
         own_error: The largest error of the reference in this dtype; None without a float64 reference.
     """
 
@@ -161,14 +161,14 @@ class VerifyReport:
             raise KernelsError("There is nothing to plot: no kernel was compared with its reference.")
         figure = Figure(figsize=(9, 1.5 + 0.5 * len(groups)), layout="constrained")
         axes = figure.subplots()
-        for place, values in enumerate(groups.values()):
+        for place, (_, values) in enumerate(sorted(groups.items())):
             shown = [min(max(value, 1e-6), 1e6) for value in values]
             colours = ["tab:green" if value <= 1 else "tab:red" for value in shown]
             axes.scatter(shown, [place] * len(shown), c=colours, alpha=0.6, s=18)
         axes.axvline(1.0, color="black", linewidth=1)
         axes.set_xscale("log")
-        axes.set_xlabel("largest error, in units of what is allowed")
-        axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
+        axes.set_xlabel("largest error, or mean of the errors, in units of what is allowed")
+        axes.set_yticks(range(len(groups)), sorted(groups), fontsize=8)
         axes.set_ylim(len(groups) - 0.5, -0.5)
         figure.savefig(Path(path))
         return Path(path)
