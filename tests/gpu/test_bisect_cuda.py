@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels_core import Mode, kernelize, plugin_manager, use_kernel_forward_from_hub
-from kernels_plugins import ProfileRanges, bisect, use_kernel_mapping
+from kernels_plugins import ProfileRanges, bisect, register_kernel_mapping, use_kernel_mapping
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -126,8 +126,12 @@ def test_gradients_that_are_made_in_threads_of_autograd(reentrant: bool) -> None
         hidden.sum().backward()
         return model[0].linear.weight.grad.norm()
 
-    with use_kernel_mapping({"GpuScale": {"cuda": WrongGradient}}):
+    # For the process: threads of autograd do not see the scopes of the thread that calls backward.
+    register_kernel_mapping({"GpuScale": {"cuda": WrongGradient}})
+    try:
         result = bisect(model, gradient, tolerance=0.0, relative=1e-3)
+    finally:
+        register_kernel_mapping({}, inherit_mapping=False)
     assert found(result) == EXPECTED
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -154,7 +158,7 @@ def test_ranges_are_pushed_to_nvtx_and_to_the_profiler() -> None:
             torch.cuda.nvtx.range_pop()
     finally:
         plugin_manager().unregister("ranges")
-    assert depth in (0, -1)  # -1: no tool listens
+    assert depth <= 0  # the depth, or that nobody keeps it  # -1: no tool listens
     assert [event.key for event in profile.key_averages() if "GpuScale" in event.key] == [
         f"GpuScale [{__name__}.TritonScale]"
     ]
