@@ -37,6 +37,13 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.ROCMProperties",
         ],
     ),
+    "Adapt a kernel": (
+        "What they do, and what they refuse, is told in [adapters](adapters.md).",
+        [
+            "kernels_plugins.opaque",
+            "kernels_plugins.reference_backward",
+        ],
+    ),
     "Load a kernel": (
         "How they are found, trusted and checked is told in [the Hub](hub.md#kernels-by-name).",
         [

@@ -25,6 +25,7 @@ class Layer:
             called with the function's own arguments.
         use_fallback: Whether the reference may run when no kernel serves.
         number: Unique in this process.
+        adapted: Kernels that were made to fit this layer alone; they go with it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Layer:
     condition: Callable[..., bool] | None = None
     use_fallback: bool = True
     number: int = field(default_factory=lambda: next(_numbers))
+    adapted: dict[int, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:

@@ -126,11 +126,14 @@ class LoadedLayer:
         layer: The `nn.Module` class or function.
         origin: Where it came from: repository, commit and build variant.
         checked: What was verified on the way, and what was not: `{"digest": "12 files", ...}`.
+        adapt: Makes what serves one decorated layer, for kernels that must know it; called once for each.
+            Where only a name is asked about, `layer` stands for all of them.
     """
 
     layer: KernelLayer
     origin: str
     checked: Mapping[str, str] = field(default_factory=dict)
+    adapt: Callable[[Layer], KernelLayer] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

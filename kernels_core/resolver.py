@@ -316,7 +316,7 @@ def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refus
     reasons = plugin_manager().authorize(request, candidate)
     if reasons:
         return _refusal(UntrustedError, request, candidate, reasons)
-    loaded = _loads.load(request, candidate)
+    loaded = _adapted(request.layer, _loads.load(request, candidate))
     if isinstance(loaded, Exception):
         return Refusal(_reason(loaded), candidate, candidate.plugin, loaded)
     reason = check_contract(request.layer, loaded.layer)
@@ -339,6 +339,21 @@ def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refus
         origin=loaded.origin,
         checked=loaded.checked,
     )
+
+
+def _adapted(layer: Layer | None, loaded: LoadedLayer | Exception) -> LoadedLayer | Exception:
+    """Make a kernel that must know the layer fit it, once; the layer keeps it, or neither would ever go."""
+    if layer is None or isinstance(loaded, Exception) or loaded.adapt is None:
+        return loaded
+    known = layer.adapted.get(id(loaded))
+    if known is None:
+        try:
+            with _outside_of_tracing():
+                made = replace(loaded, layer=loaded.adapt(layer), adapt=None)
+        except Exception as error:  # any fault of a kernel is a reason, never a crash of the model
+            return error
+        known = layer.adapted.setdefault(id(loaded), (loaded, made))  # the number stays that of what is kept
+    return cast(LoadedLayer, known[1])
 
 
 def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Candidate, reasons: list[str]) -> Refusal:

@@ -19,6 +19,7 @@ from kernels_core import (
     use_kernelized_func,
 )
 
+from .adapters.source import opaque, reference_backward
 from .bisect.bisection import bisect
 from .bisect.errors import BisectError
 from .bisect.result import BisectResult, Culprit, CulpritSet
@@ -90,7 +91,9 @@ __all__ = [
     "install_kernel",
     "kernelize",
     "load_kernel",
+    "opaque",
     "probing",
+    "reference_backward",
     "register_kernel_mapping",
     "replace_kernel_forward_from_hub",
     "unkernelize",

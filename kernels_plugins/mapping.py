@@ -254,6 +254,17 @@ def _unnamed(source: object, where: str) -> object:
     return LayerRepository(place, layer_name=layer_name, **chosen)
 
 
+def as_source(source: object, where: str) -> object:
+    """Check one source, and turn one that is written as text into a repository.
+
+    Raises:
+        ArgumentError: If a text names no layer of a repository.
+        ArgumentTypeError: If no kernel can come from it.
+    """
+    found = _sources([source], where)
+    return found[0]
+
+
 def _source_problem(source: object) -> str | None:
     if isinstance(source, type):
         return None if issubclass(source, torch.nn.Module) else "is a class, but not of nn.Module"

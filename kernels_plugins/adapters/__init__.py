@@ -1,0 +1,1 @@
+"""Sources that make a kernel fit: `opaque` and `reference_backward`."""

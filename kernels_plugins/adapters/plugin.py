@@ -1,0 +1,135 @@
+"""Plugin `adapters`: loads what `opaque` and `reference_backward` say, and makes it fit each layer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from kernels_core import (
+    Candidate,
+    KernelLayer,
+    Layer,
+    LayerRequest,
+    LoadedLayer,
+    LoadError,
+    Mode,
+    hookimpl,
+    plugin_manager,
+    source_label,
+)
+
+from .source import Adapted
+
+
+@hookimpl(tryfirst=True)
+def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | None:
+    """Load what is inside, and say how it is made to fit a layer."""
+    if not isinstance(source, Adapted):
+        return None
+    inner = plugin_manager().load_layer(request, source.source)
+    if inner is None:
+        raise LoadError(f"{source!r}: no plugin knows how to load a {type(source.source).__name__}")
+    loaded = inner if isinstance(inner, LoadedLayer) else LoadedLayer(inner, source_label(inner))
+    checked = dict(loaded.checked)
+    has_backward = bool(getattr(cast(Any, loaded.layer), "has_backward", True)) and not source.from_reference
+    gradients = "gradients by the kernel" if has_backward else "gradients by the reference"
+    if source.as_operator:
+        checked["opaque"] = f"one operator where traced, shaped by the reference, {gradients}"
+    else:
+        checked["reference_backward"] = gradients
+    return LoadedLayer(
+        _declared(loaded.layer, source),
+        loaded.origin,
+        checked,
+        adapt=functools.partial(_adapted, loaded, source, has_backward),
+    )
+
+
+@hookimpl
+def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None:
+    """Ask for what is inside."""
+    if not isinstance(candidate.source, Adapted):
+        return None
+    inner = replace(candidate, source=candidate.source.source)
+    return "; ".join(plugin_manager().authorize(request, inner)) or None
+
+
+@hookimpl
+def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> str | None:
+    """Ask for what is inside, and tell what a call has shown."""
+    if not isinstance(candidate.source, Adapted):
+        return None
+    forward = cast(Any, layer).forward if isinstance(layer, type) else layer
+    operator = getattr(forward, "kernels_operator", None)
+    if operator is not None and operator.refused and Mode.TORCH_COMPILE in request.mode:
+        return f"it cannot be opaque: {operator.refused}"
+    inner = replace(candidate, source=candidate.source.source)
+    kernel = getattr(layer, "__mro__", (None, layer))[1]
+    return "; ".join(plugin_manager().check_layer(request, inner, cast(Any, kernel))) or None
+
+
+def _declared(layer: KernelLayer, source: Adapted) -> KernelLayer:
+    """Return a kernel with what it can do once it is adapted, for questions about a name alone."""
+    if isinstance(layer, type):
+        return _subclass(layer, source, {})
+    if not callable(layer):
+        return layer
+
+    def declared(*args: Any, **kwargs: Any) -> Any:
+        return layer(*args, **kwargs)
+
+    if isinstance(layer, types.FunctionType):
+        functools.update_wrapper(declared, layer)
+    declared.__dict__.update(_declarations(layer, source))
+    return declared
+
+
+def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: Layer) -> KernelLayer:
+    """Make what serves one layer; what cannot serve any stays as it is, for the contract to say so."""
+    from .operator import Operator, Work, make_forward  # what makes operators is imported where one is made
+    from .recompute import Recompute
+
+    kernel: Any = loaded.adapt(layer) if loaded.adapt is not None else loaded.layer
+    is_class = isinstance(kernel, type)
+    if is_class != (not layer.is_function) and not (is_class and layer.is_function):
+        return cast(KernelLayer, kernel)
+    if is_class and (not issubclass(kernel, torch.nn.Module) or kernel.forward is torch.nn.Module.forward):
+        return cast(KernelLayer, kernel)
+    forward = kernel.forward if is_class else kernel
+    if layer.is_function and is_class:
+        forward = types.MethodType(forward, kernel())  # a function has no module: lend it an empty one
+    work = Work(layer, forward, loaded.origin, own_backward=has_backward)
+    recompute = None if has_backward else Recompute(work)
+    eager = forward if recompute is None else recompute.forward()
+    traceable = bool(getattr(kernel, "can_torch_compile", False))
+    made: Any = eager
+    if source.as_operator or traceable:
+        operator = Operator(work)
+        made = make_forward(operator, eager, forward if traceable and not source.as_operator else None)
+        made.kernels_operator = operator
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(made, name, getattr(forward, name, None) or getattr(made, name))
+    made.__signature__ = inspect.signature(forward)
+    if recompute is not None:
+        recompute.implementation = weakref.ref(made)
+    if is_class and not layer.is_function:
+        return _subclass(kernel, source, {"forward": made})
+    made.__dict__.update(_declarations(kernel, source))
+    return cast(KernelLayer, made)
+
+
+def _declarations(layer: KernelLayer, source: Adapted) -> dict[str, Any]:
+    traceable = source.as_operator or bool(getattr(cast(Any, layer), "can_torch_compile", False))
+    return {"can_torch_compile": traceable, "has_backward": True}
+
+
+def _subclass(kernel: type[Any], source: Adapted, members: dict[str, Any]) -> type[Any]:
+    """Return a class like a kernel's, so that the contract sees all that the kernel's has."""
+    place = {name: getattr(kernel, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kernel.__name__, (kernel,), {**place, **_declarations(kernel, source), **members})

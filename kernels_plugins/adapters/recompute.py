@@ -1,0 +1,165 @@
+"""Eager calls of a kernel whose gradients are those of the reference."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._C._functorch import peek_interpreter_stack
+
+from kernels_core import Mode, quarantine
+
+from .operator import Spec, Work, gradients_of
+from .structure import Builder, Parts, Structure, Unfit, find_problem, object_key, take_call
+from .surroundings import RandomStates, autocast_now, random, random_states, set_random_states, under
+from .trial import apart, check_alike, check_run, copies_of
+
+Forward = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Recorded:
+    """One recorded call, for forward and backward.
+
+    Attributes:
+        spec: The call, but for its tensors and numbers.
+        parts: Those.
+        states: The random numbers that it started with.
+    """
+
+    spec: Spec
+    parts: Parts
+    states: RandomStates
+    structure: Structure = None
+    result: Parts = field(default_factory=Parts)
+
+
+class Recompute:
+    """Runs a kernel, and the reference for its gradients."""
+
+    def __init__(self, work: Work) -> None:
+        """Remember what to run; nothing is registered."""
+        self.work = work
+        self.implementation: weakref.ref[Forward] | None = None
+        self._tried: set[object] = set()
+
+    def forward(self) -> Forward:
+        """Return what eager calls run."""
+        work = self.work
+        kernel, is_grad_enabled = work.kernel, torch.is_grad_enabled
+
+        def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not is_grad_enabled():
+                return kernel(module, *args, **kwargs)
+            return self._call(module, args, kwargs)
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            if not is_grad_enabled():
+                return kernel(*args, **kwargs)
+            return self._call(None, args, kwargs)
+
+        return function if work.layer.is_function else method
+
+    def _call(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parts = Parts()
+        structure = take_call(module, args, kwargs, parts)
+        if not any(tensor.requires_grad for tensor in parts.tensors):
+            return self._kernel(module, args, kwargs)
+        if peek_interpreter_stack() is not None:  # torch.func differentiates what it sees
+            return self._reference(module, args, kwargs)
+        problem = find_problem(structure, parts.objects)
+        spec = Spec(structure, tuple(parts.objects), autocast_now())
+        recorded = Recorded(spec, parts, random_states(parts.tensors))
+        if problem is None:
+            problem = self._find_problem(recorded)
+        if problem is not None:
+            self._refuse(problem)
+            return self._reference(module, args, kwargs)
+        tensors = cast(Any, _Recompute).apply(self, recorded, module, args, kwargs, *parts.tensors)
+        result = recorded.result
+        return Builder(tensors, result.ints, result.floats, result.objects).build(recorded.structure, "")
+
+    def _kernel(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.work.kernel(*args, **kwargs) if module is None else self.work.kernel(module, *args, **kwargs)
+
+    def _reference(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        reference = self.work.layer.reference
+        return reference(*args, **kwargs) if module is None else reference(module, *args, **kwargs)
+
+    def _find_problem(self, recorded: Recorded) -> str | None:
+        """Return why a kernel cannot have other gradients than its own; runs it on copies, once per kind of call."""
+        spec, parts = recorded.spec, recorded.parts
+        objects = tuple(object_key(value) for value in spec.objects)
+        key = (spec.structure, objects, tuple((tensor.dtype, tensor.device) for tensor in parts.tensors))
+        if key in self._tried or any(t.is_cuda and torch.cuda.is_current_stream_capturing() for t in parts.tensors):
+            return None
+        try:
+            with torch.no_grad():
+                copies = copies_of(parts.tensors)
+                call = spec.call(copies, parts.ints, parts.floats)
+                ours = apart(self.work.run(self.work.kernel, call))
+                check_run(call, copies, parts.tensors, ours[1].tensors)
+                set_random_states(recorded.states)
+                again = spec.call(copies_of(parts.tensors), parts.ints, parts.floats)
+                check_alike(ours, apart(self.work.reference(again)))
+        except Unfit as problem:
+            return str(problem)
+        finally:
+            set_random_states(recorded.states)
+        self._tried.add(key)
+        return None
+
+    def _refuse(self, reason: str) -> None:
+        implementation = self.implementation() if self.implementation is not None else None
+        if implementation is not None:
+            quarantine(
+                self.work.layer,
+                implementation,
+                kernel=self.work.origin,
+                reason=f"it cannot have the backward of the reference: {reason}. Leave it to inference",
+                mode=Mode.TRAINING,
+            )
+
+
+class _Recompute(torch.autograd.Function):
+    """The kernel forward, and the reference again backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recompute: Recompute,
+        recorded: Recorded,
+        module: nn.Module | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.recompute, ctx.recorded = recompute, recorded
+        recorded.structure, recorded.result = apart(recompute._kernel(module, args, kwargs))
+        outputs = tuple(recorded.result.tensors)
+        recorded.result.tensors = []  # the outputs hold this call, which must not hold them
+        recorded.parts.tensors = []
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        work: Work = ctx.recompute.work
+        spec, parts = ctx.recorded.spec, ctx.recorded.parts
+        again = torch.is_grad_enabled()
+        needs: Sequence[bool] = ctx.needs_input_grad[5:]
+        with torch.enable_grad(), under(spec.autocast), random(ctx.recorded.states):
+            # Each place has a tensor of its own, or one that is given twice would get both gradients in each.
+            leaves = [
+                tensor.detach() if not need else tensor.view_as(tensor) if again else tensor.detach().requires_grad_()
+                for tensor, need in zip(ctx.saved_tensors, needs, strict=True)
+            ]
+            _, result = apart(work.reference(spec.call(leaves, parts.ints, parts.floats)))
+            wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+            found = iter(gradients_of(result.tensors, wanted, grads, again=again))
+        return None, None, None, None, None, *(next(found) if need else None for need in needs)

@@ -1,0 +1,98 @@
+"""`opaque` and `reference_backward`: sources around a source, plain frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernels_core import LoadError, source_label
+
+from ..mapping import as_source
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A source whose kernel is made to fit.
+
+    Attributes:
+        source: Where the kernel comes from: anything that a mapping takes.
+        as_operator: Whether traced calls see one operator, and nothing of what is inside.
+        from_reference: Whether all gradients are those of the reference.
+    """
+
+    source: object
+    as_operator: bool = False
+    from_reference: bool = False
+
+    def load(self) -> object:
+        """Say who can load it: what is made depends on the layer, which only the plugin is told.
+
+        Raises:
+            LoadError: Always.
+        """
+        raise LoadError(f"{self!r} needs the plugin 'adapters': do not block it with KERNELS_PLUGINS")
+
+    def __repr__(self) -> str:
+        """Show what was said."""
+        text = source_label(self.source)
+        if self.from_reference:
+            text = f"reference_backward({text})"
+        return f"opaque({text})" if self.as_operator else text
+
+
+def opaque(source: object) -> Adapted:
+    """Let compiled code call a kernel that cannot be traced.
+
+    Where a call is traced (`torch.compile`, `torch.export`), the kernel becomes one custom operator: what its
+    outputs look like is told by the layer's reference, and its backward is the kernel's own, or that of the
+    reference if the kernel declares `has_backward = False`. Eager calls run the kernel as it is.
+
+    Args:
+        source: Where the kernel comes from: anything that a mapping takes.
+
+    Returns:
+        A source for mappings. Those of equal sources are equal.
+
+    Raises:
+        ArgumentError: If the source is a text that names no layer.
+        ArgumentTypeError: If no kernel can come from it.
+
+    Example:
+        >>> class Halved(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.from_numpy(x.detach().numpy() / 2)
+        >>> mapping = {"Half": {"cpu": opaque(Halved)}}
+        >>> opaque(LayerRepository("acme/norm", layer_name="Norm", version=1))
+        opaque(LayerRepository('acme/norm', layer_name='Norm', version=1))
+    """
+    inner = as_source(source, "opaque(...)")
+    if isinstance(inner, Adapted):
+        return Adapted(inner.source, as_operator=True, from_reference=inner.from_reference)
+    return Adapted(inner, as_operator=True)
+
+
+def reference_backward(source: object) -> Adapted:
+    """Let a kernel without a backward serve training: its forward, and the gradients of the layer's reference.
+
+    The forward keeps its inputs, not its activations: the backward runs the reference again, with the same
+    random numbers and under the same autocast. Calls that autograd does not record run the kernel as it is.
+
+    Args:
+        source: Where the kernel comes from: anything that a mapping takes.
+
+    Returns:
+        A source for mappings. Those of equal sources are equal.
+
+    Raises:
+        ArgumentError: If the source is a text that names no layer.
+        ArgumentTypeError: If no kernel can come from it.
+
+    Example:
+        >>> reference_backward(LayerRepository("acme/norm", layer_name="Norm", version=1))
+        reference_backward(LayerRepository('acme/norm', layer_name='Norm', version=1))
+        >>> opaque(reference_backward("acme/norm:Norm")) == reference_backward(opaque("acme/norm:Norm"))
+        True
+    """
+    inner = as_source(source, "reference_backward(...)")
+    if isinstance(inner, Adapted):
+        return Adapted(inner.source, as_operator=inner.as_operator, from_reference=True)
+    return Adapted(inner, from_reference=True)

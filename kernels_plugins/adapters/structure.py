@@ -1,0 +1,316 @@
+"""A call, taken apart into tensors, numbers and the rest; and put together again.
+
+Dynamo traces the taking apart, so it is written in what Dynamo knows: loops, lists and `isinstance`. What is
+left of a call is its *structure*: nested tuples of plain constants, which say where everything goes.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+Structure = Any
+"""Nested tuples of strings, bools, None and what else compares by value."""
+
+_DEEPEST = 24
+"""How deep a call may be nested: what is deeper refers to itself."""
+
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+"""Attributes that every module has for its own upkeep."""
+
+
+@dataclass
+class Parts:
+    """What a call consists of, in the order in which it is met.
+
+    Attributes:
+        tensors: Tensors, each as often as it is met.
+        ints: Integers, which may be symbolic while traced.
+        floats: Floats.
+        objects: Anything else that is no constant.
+    """
+
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    ints: list[int] = field(default_factory=list)
+    floats: list[float] = field(default_factory=list)
+    objects: list[Any] = field(default_factory=list)
+
+
+def take_call(module: nn.Module | None, args: Any, kwargs: Any, parts: Parts) -> Structure:
+    """Take a call apart."""
+    taken = ("constant", None) if module is None else _take_module(module, parts, 0)
+    return (taken, take(tuple(args), parts, 0), take(dict(kwargs), parts, 0))
+
+
+def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
+    """Take a value apart."""
+    if isinstance(value, torch.Tensor):
+        parts.tensors.append(value)
+        return ("tensor",)
+    if value is None or isinstance(value, (bool, str)):
+        return ("constant", value)
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, enum.Enum):
+        parts.ints.append(value)  # type: ignore[arg-type]
+        return ("int",)
+    if isinstance(value, (float, torch.SymFloat)):
+        parts.floats.append(value)  # type: ignore[arg-type]
+        return ("float",)
+    if depth > _DEEPEST:
+        return ("deep",)
+    if isinstance(value, nn.Module):
+        return _take_module(value, parts, depth)
+    if isinstance(value, (list, tuple)):
+        kind = type(value)
+        children = tuple([take(child, parts, depth + 1) for child in value])
+        if kind is tuple:
+            return ("tuple", children)
+        if kind is list:
+            return ("list", children)
+        parts.objects.append(kind)
+        return ("named" if hasattr(value, "_fields") else "sequence", children)
+    if type(value) is dict:
+        return ("dict", tuple([(key, take(child, parts, depth + 1)) for key, child in value.items()]))
+    parts.objects.append(value)
+    return ("object",)
+
+
+def _take_module(module: nn.Module, parts: Parts, depth: int) -> Structure:
+    parts.objects.append(type(module))
+    attributes = []
+    for name, value in module.__dict__.items():
+        if name in _INTERNAL or (depth == 0 and name == "forward"):
+            continue  # the forward of the module itself is what we stand in for
+        attributes.append((name, take(value, parts, depth + 1)))
+    parameters = [(name, take(value, parts, depth + 1)) for name, value in module._parameters.items()]
+    buffers = [(name, take(value, parts, depth + 1)) for name, value in module._buffers.items()]
+    modules = [(name, take(value, parts, depth + 1)) for name, value in module._modules.items()]
+    hooked = depth > 0 and (len(module._forward_hooks) > 0 or len(module._forward_pre_hooks) > 0)
+    return ("module", tuple(attributes), tuple(parameters), tuple(buffers), tuple(modules), hooked)
+
+
+# --- Together again ------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """A call, put together.
+
+    Attributes:
+        module: A stand-in for the module: of its class, with its attributes; None for a function.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    module: nn.Module | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    _containers: list[tuple[str, Any, Any]] = field(default_factory=list, repr=False)
+
+    def run(self, forward: Any, *, takes_module: bool) -> Any:
+        """Make the call."""
+        if takes_module:
+            return forward(self.module, *self.args, **self.kwargs)
+        return forward(*self.args, **self.kwargs)
+
+    def changed(self) -> list[str]:
+        """Name what was set, replaced or removed since: attributes of modules, items of lists and dictionaries."""
+        return [name for name, container, before in self._containers if not _is_same(container, before)]
+
+
+def _is_same(container: Any, before: Any) -> bool:
+    if isinstance(container, dict):
+        return container.keys() == before.keys() and all(container[key] is value for key, value in before.items())
+    return len(container) == len(before) and all(a is b for a, b in zip(container, before, strict=True))
+
+
+class Builder:
+    """Puts things together from their parts, in the order in which they were taken apart."""
+
+    def __init__(
+        self, tensors: Iterable[torch.Tensor], ints: Iterable[int], floats: Iterable[float], objects: Iterable[Any]
+    ) -> None:
+        """Hold the parts."""
+        self._tensors = iter(tensors)
+        self._ints = iter(ints)
+        self._floats = iter(floats)
+        self._objects = iter(objects)
+        self._containers: list[tuple[str, Any, Any]] = []
+
+    def call(self, structure: Structure) -> Call:
+        """Put a call together."""
+        module, args, kwargs = (self.build(part, what) for part, what in zip(structure, ("", "", ""), strict=True))
+        return Call(module, args, kwargs, self._containers)
+
+    def build(self, structure: Structure, path: str) -> Any:
+        """Put a value together."""
+        kind = structure[0]
+        if kind == "tensor":
+            return next(self._tensors)
+        if kind == "constant":
+            return structure[1]
+        if kind == "int":
+            return next(self._ints)
+        if kind == "float":
+            return next(self._floats)
+        if kind == "object":
+            return next(self._objects)
+        if kind == "module":
+            return self._module(structure, path)
+        if kind == "dict":
+            made = {key: self.build(child, f"{path}[{key!r}]") for key, child in structure[1]}
+            return self._watched(path, made)
+        children = [self.build(child, f"{path}[{index}]") for index, child in enumerate(structure[1])]
+        if kind == "tuple":
+            return tuple(children)
+        if kind == "list":
+            return self._watched(path, children)
+        made_by = next(self._objects)
+        return made_by(*children) if kind == "named" else made_by(children)
+
+    def _watched(self, path: str, container: Any) -> Any:
+        self._containers.append((path or "an argument", container, container.copy()))
+        return container
+
+    def _module(self, structure: Structure, path: str) -> nn.Module:
+        cls = next(self._objects)
+        module: nn.Module = cls.__new__(cls)
+        nn.Module.__init__(module)  # the upkeep of every module, without hooks
+        attributes, parameters, buffers, modules = structure[1:5]
+        for container, entries in (
+            (module.__dict__, attributes),
+            (module._parameters, parameters),
+            (module._buffers, buffers),
+            (module._modules, modules),
+        ):
+            for name, child in entries:
+                container[name] = self.build(child, f"{path}.{name}" if path else name)
+            self._containers.append((f"attributes of {path or 'the module'}", container, dict(container)))
+        return module
+
+
+# --- What cannot be taken apart ------------------------------------------------------------------
+
+
+def find_problem(structure: Structure, objects: Iterable[Any]) -> str | None:
+    """Return why a call cannot be made from its parts, or None."""
+    return _problem_of_structure(structure) or next(filter(None, map(_problem_of_object, objects)), None)
+
+
+def _problem_of_structure(structure: Structure) -> str | None:
+    for entry in _entries(structure):
+        if entry[0] == "deep":
+            return "an argument or attribute is nested too deep, or refers to itself"
+        if entry[0] == "module" and entry[5]:
+            return "a module inside of it has forward hooks, which compiled code could not see"
+    return None
+
+
+def _entries(structure: Any) -> Iterator[Any]:
+    if isinstance(structure, tuple):
+        if structure and isinstance(structure[0], str):
+            yield structure
+        for child in structure:
+            yield from _entries(child)
+
+
+_PLAIN = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+
+
+def _problem_of_object(value: Any, depth: int = 0) -> str | None:
+    """Return why an object cannot be a constant of a call."""
+    if isinstance(value, _PLAIN) or depth > 3:
+        return None
+    if isinstance(value, torch.Generator):
+        return "it uses a torch.Generator, whose state is no tensor"
+    if isinstance(value, torch.Tensor | nn.Module):
+        return f"a {type(value).__name__} is hidden in an object where compiled code cannot see it change"
+    if isinstance(value, types.MethodType):
+        return _problem_of_object(value.__self__, depth + 1)
+    inner: list[Any] = list(value.values()) if isinstance(value, dict) else []
+    if isinstance(value, list | tuple | set | frozenset):
+        inner += list(value)
+    inner += list(getattr(value, "__dict__", {}).values())
+    for child in inner:
+        if isinstance(child, torch.Tensor | nn.Module | torch.Generator | types.MethodType | list | tuple | dict):
+            problem = _problem_of_object(child, depth + 1)
+            if problem is not None:
+                return f"{problem} (in a {type(value).__name__})" if depth == 0 else problem
+    return None
+
+
+def object_key(value: Any) -> object:
+    """Return what two objects share that stand for the same."""
+    if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format | type):
+        return value
+    return id(value)
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+class Unfit(Exception):  # noqa: N818 - it is the reason, and never reaches a user as an error
+    """Why a layer or kernel cannot be an operator."""
+
+
+def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> str:
+    """Return an expression that puts a result together from the list `t` of its tensors.
+
+    Raises:
+        Unfit: If there is something in it that changes from call to call, and is no tensor.
+    """
+    tensors, ints = iter(range(len(parts.tensors))), iter(parts.ints)
+    floats, objects = iter(parts.floats), iter(parts.objects)
+
+    def named(value: Any) -> str:
+        name = f"_{len(names)}"
+        names[name] = value
+        return name
+
+    def code(node: Structure) -> str:
+        kind = node[0]
+        if kind == "tensor":
+            return f"t[{next(tensors)}]"
+        if kind == "constant":
+            return repr(node[1])
+        if kind == "int":
+            number = next(ints)
+            if isinstance(number, torch.SymInt):
+                raise Unfit("it returns a number that depends on the sizes of its inputs")
+            return repr(number)
+        if kind == "float":
+            real = next(floats)
+            if isinstance(real, torch.SymFloat):
+                raise Unfit("it returns a number that depends on its inputs")
+            return f"float({str(real)!r})"  # NaN and infinity have no other way to be written
+        if kind == "dict":
+            if not all(isinstance(key, str | int) for key, _ in node[1]):
+                raise Unfit("it returns a dictionary with other keys than texts and integers")
+            return "{" + ", ".join(f"{key!r}: {code(child)}" for key, child in node[1]) + "}"
+        if kind in ("tuple", "list"):
+            inside = "".join(code(child) + ", " for child in node[1])
+            return f"({inside})" if kind == "tuple" else f"[{inside}]"
+        if kind in ("named", "sequence"):
+            inside = "".join(code(child) + ", " for child in node[1])
+            made_by = named(next(objects))
+            return f"{made_by}({inside})" if kind == "named" else f"{made_by}([{inside}])"
+        value = next(objects) if kind == "object" else None
+        if isinstance(value, torch.dtype | torch.device):
+            return named(value)
+        raise Unfit(f"it returns a {type(value).__name__}" if kind == "object" else f"it returns a {kind}")
+
+    return code(structure)
