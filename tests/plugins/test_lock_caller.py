@@ -55,9 +55,9 @@ def pip(*command: object, where: Path, path: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this very project is installed, as it would be in an environment that builds others."""
     if Version(packaging.__version__) < Version("24.2"):
         pytest.skip("setuptools cannot read a licence expression with this packaging: it wants 24.2 to build with")
-    """Where this very project is installed, as it would be in an environment that builds others."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for name in ("pyproject.toml", "README.md", "LICENSE", "kernels_lock_writer.py"):
         shutil.copy(ROOT / name, source)
