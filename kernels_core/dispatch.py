@@ -198,6 +198,7 @@ class _Dispatcher:
         def table(kind: str, index: int | None) -> str:
             """Run at trace time, outside of the graph: name the property that Dynamo is to read."""
             device = torch.device(kind, index) if index is not None else torch.device(kind)
+            ready()  # or finding plugins makes the first answer one that is not kept, and guards ask again
             resolve = functools.partial(self._settle, TRACED_MODES, device)
             return self._table(f"{self._name(device)}_traced", resolve)
 

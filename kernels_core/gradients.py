@@ -148,7 +148,7 @@ def _missing_in_reference(
     call: Callable[[Forward], Any],
 ) -> list[str]:
     """Which gradients the reference does not have either; leaves random numbers and buffers as they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()] if module is not None else []
+    buffers = [(b, b.clone(), _version(b)) for b in module.buffers()] if module is not None else []
     devices = {tensor.device.index for tensor in sources.values() if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
@@ -163,8 +163,9 @@ def _missing_in_reference(
         return missing
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, before, version in buffers:
+                if version != _version(buffer) or version < 0:  # autograd may have saved one that did not change
+                    buffer.copy_(before)
     return _unreached({name: sources[name] for name in missing}, expected)
 
 
@@ -173,10 +174,14 @@ def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
     outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     if not outputs:  # hidden in an object that nobody can look into
         return []
-    leaves = {id(tensor): name for name, tensor in sources.items()}
-    edges = {(t.grad_fn, t.output_nr): name for name, t in sources.items() if t.grad_fn is not None}
+    leaves: dict[int, set[str]] = {}  # a tensor may be given twice
+    edges: dict[Any, set[str]] = {}
+    for name, tensor in sources.items():
+        leaves.setdefault(id(tensor), set()).add(name)
+        if tensor.grad_fn is not None:
+            edges.setdefault((tensor.grad_fn, tensor.output_nr), set()).add(name)
     waiting = set(sources)
-    waiting -= {leaves[id(tensor)] for tensor in outputs if id(tensor) in leaves}
+    waiting -= {name for tensor in outputs for name in leaves.get(id(tensor), ())}
     stack: list[tuple[Any, int]] = [
         (tensor.grad_fn, tensor.output_nr) for tensor in outputs if tensor.grad_fn is not None
     ]
@@ -184,11 +189,11 @@ def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
     while stack and waiting and len(seen) < _MAX_NODES:
         node, number = stack.pop()
         if (node, number) in edges:
-            waiting.discard(edges[node, number])
+            waiting -= edges[node, number]
             continue
         variable = getattr(node, "variable", None)  # of a leaf
         if variable is not None:
-            waiting.discard(leaves.get(id(variable), ""))
+            waiting -= leaves.get(id(variable), set())
         if node not in seen:
             seen.add(node)
             stack += [edge for edge in node.next_functions if edge[0] is not None]

@@ -7,6 +7,7 @@ the reference returns, and always contiguous, since nobody can know the strides 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import secrets
@@ -35,7 +36,7 @@ from .structure import (
     take_call,
 )
 from .surroundings import Autocast, autocast_now, drew, random_states, set_random_states, under
-from .trial import apart, check_alike, check_run, check_state, copies_of, fresh, on_references
+from .trial import Watch, apart, check_alike, check_run, check_state, copies_of, fresh, on_references
 
 Forward = Callable[..., Any]
 
@@ -142,7 +143,7 @@ class Operator:
             library.impl(name, _untraced(real), "CompositeExplicitAutograd")
             torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
         namespace = getattr(torch.ops, _NAMESPACE)
-        target, gradients = getattr(namespace, self.name).default, getattr(namespace, backward).default
+        gradients = getattr(namespace, backward).default
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             tensors, ints, floats, call = inputs
@@ -166,9 +167,13 @@ class Operator:
         register = torch.library.register_autograd
         register(f"{_NAMESPACE}::{self.name}", derive, setup_context=save, lib=library)
         register(f"{_NAMESPACE}::{backward}", derive_nothing, setup_context=save_nothing, lib=library)
+        # PyTorch keeps what it has seen of an operator so far: what graphs get is another object, which holds the
+        # kernel as long as one of them does, and is held by nobody else.
+        vars(namespace).pop(self.name, None)
+        target = getattr(namespace, self.name).default
+        target.kernels_operator = self
         for name in (self.name, backward):
-            vars(namespace).pop(name, None)  # who uses the operator holds it: graphs, and what is below
-        target.kernels_operator = self  # so that a graph holds the kernel
+            vars(namespace).pop(name, None)
         weakref.finalize(self, library._destroy).atexit = False
         return cast(torch._ops.OpOverload, target)
 
@@ -218,10 +223,10 @@ class Operator:
         """
         spec = self._specs[name]
         plain = [tensor.detach() for tensor in tensors]
-        before = [_version(tensor) for tensor in plain]
+        watch = Watch(plain)
         call = spec.call(plain, ints, floats)
         try:
-            with torch.no_grad(), under(spec.autocast):
+            with torch.no_grad(), under(spec.autocast), _forgetting_symbols(tensors), watch:
                 output = self.work.reference(call)
         except Exception as error:  # whatever keeps it from being run without data is the reason
             if isinstance(error, (MemoryError, RecursionError)):
@@ -229,9 +234,8 @@ class Operator:
             raise Unfit(
                 f"the reference cannot be run without data: {type(error).__name__}: {_first_line(error)}"
             ) from None
-        changed = [index for index, tensor in enumerate(plain) if _version(tensor) != before[index]]
-        if changed:
-            raise Unfit(f"the reference changes tensor {changed[0] + 1} of its inputs in place")
+        if watch.written:
+            raise Unfit(f"the reference changes tensor {min(watch.written) + 1} of its inputs in place")
         check_state(call)
         structure, parts = apart(output)
         if any(_depends_on_data(tensor) for tensor in parts.tensors):
@@ -375,9 +379,13 @@ def _shape_of_gradients(
     ]
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count that."""
-    return -1 if tensor.is_inference() else tensor._version
+def _forgetting_symbols(fakes: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[object]:
+    """Let a reference make sizes that depend on data: it is refused for that, so nobody will look for them."""
+    for fake in fakes:
+        environment = getattr(getattr(fake, "fake_mode", None), "shape_env", None)
+        if environment is not None:
+            return cast("contextlib.AbstractContextManager[object]", environment.ignore_fresh_unbacked_symbols())
+    return contextlib.nullcontext()
 
 
 def _depends_on_data(tensor: torch.Tensor) -> bool:

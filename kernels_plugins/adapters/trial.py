@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels_core import Scope
 
@@ -26,6 +27,36 @@ def on_references() -> Iterator[None]:
         _references = use_kernel_mapping({}, inherit_mapping=False)
     with _references:
         yield
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices which of some tensors are written to. Tensors without data do not count that themselves.
+
+    Attributes:
+        written: Their positions.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Remember whose memory is watched."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.written: set[int] = set()
+        self._watched = {_memory(tensor): index for index, tensor in enumerate(tensors)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at what an operator says that it writes to."""
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for position, argument in enumerate(func._schema.arguments):
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                        if isinstance(tensor, torch.Tensor) and _memory(tensor) in self._watched:
+                            self.written.add(self._watched[_memory(tensor)])
+        return func(*args, **kwargs)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return cast(int, tensor.untyped_storage()._cdata)
 
 
 def copies_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
