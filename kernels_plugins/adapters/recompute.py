@@ -15,7 +15,7 @@ from kernels_core import Mode, quarantine
 
 from .operator import Spec, Work, gradients_of
 from .structure import Builder, Parts, Structure, Unfit, find_problem, object_key, take_call
-from .surroundings import RandomStates, autocast_now, random, random_states, set_random_states, under
+from .surroundings import RandomStates, autocast_now, drew, random, random_states, set_random_states, under
 from .trial import apart, check_alike, check_run, copies_of
 
 Forward = Callable[..., Any]
@@ -28,12 +28,12 @@ class Recorded:
     Attributes:
         spec: The call, but for its tensors and numbers.
         parts: Those.
-        states: The random numbers that it started with.
+        states: The random numbers that it started with; None where none are drawn.
     """
 
     spec: Spec
     parts: Parts
-    states: RandomStates
+    states: RandomStates | None
     structure: Structure = None
     result: Parts = field(default_factory=Parts)
 
@@ -45,7 +45,7 @@ class Recompute:
         """Remember what to run; nothing is registered."""
         self.work = work
         self.implementation: weakref.ref[Forward] | None = None
-        self._tried: set[object] = set()
+        self._tried: dict[object, bool] = {}
 
     def forward(self) -> Forward:
         """Return what eager calls run."""
@@ -71,14 +71,13 @@ class Recompute:
             return self._kernel(module, args, kwargs)
         if peek_interpreter_stack() is not None:  # torch.func differentiates what it sees
             return self._reference(module, args, kwargs)
-        problem = find_problem(structure, parts.objects)
         spec = Spec(structure, tuple(parts.objects), autocast_now())
-        recorded = Recorded(spec, parts, random_states(parts.tensors))
-        if problem is None:
-            problem = self._find_problem(recorded)
-        if problem is not None:
-            self._refuse(problem)
+        try:
+            draws = self._draws(spec, parts)
+        except Unfit as problem:
+            self._refuse(str(problem))
             return self._reference(module, args, kwargs)
+        recorded = Recorded(spec, parts, random_states(parts.tensors) if draws else None)
         tensors = cast(Any, _Recompute).apply(self, recorded, module, args, kwargs, *parts.tensors)
         result = recorded.result
         return Builder(tensors, result.ints, result.floats, result.objects).build(recorded.structure, "")
@@ -90,28 +89,38 @@ class Recompute:
         reference = self.work.layer.reference
         return reference(*args, **kwargs) if module is None else reference(module, *args, **kwargs)
 
-    def _find_problem(self, recorded: Recorded) -> str | None:
-        """Return why a kernel cannot have other gradients than its own; runs it on copies, once per kind of call."""
-        spec, parts = recorded.spec, recorded.parts
+    def _draws(self, spec: Spec, parts: Parts) -> bool:
+        """Whether random numbers are drawn; runs kernel and reference on copies, once per kind of call.
+
+        Raises:
+            Unfit: If the kernel cannot have other gradients than its own.
+        """
         objects = tuple(object_key(value) for value in spec.objects)
         key = (spec.structure, objects, tuple((tensor.dtype, tensor.device) for tensor in parts.tensors))
-        if key in self._tried or any(t.is_cuda and torch.cuda.is_current_stream_capturing() for t in parts.tensors):
-            return None
+        known = self._tried.get(key)
+        if known is not None:
+            return known
+        problem = find_problem(spec.structure, spec.objects)
+        if problem is not None:
+            raise Unfit(problem)
+        if any(tensor.is_cuda and torch.cuda.is_current_stream_capturing() for tensor in parts.tensors):
+            return False  # nobody may look at data now; warm up before a capture, as ever
+        before = random_states(parts.tensors)
         try:
             with torch.no_grad():
                 copies = copies_of(parts.tensors)
                 call = spec.call(copies, parts.ints, parts.floats)
                 ours = apart(self.work.run(self.work.kernel, call))
                 check_run(call, copies, parts.tensors, ours[1].tensors)
-                set_random_states(recorded.states)
+                draws = drew(before, random_states(parts.tensors))
+                set_random_states(before)
                 again = spec.call(copies_of(parts.tensors), parts.ints, parts.floats)
                 check_alike(ours, apart(self.work.reference(again)))
-        except Unfit as problem:
-            return str(problem)
+                draws = draws or drew(before, random_states(parts.tensors))
         finally:
-            set_random_states(recorded.states)
-        self._tried.add(key)
-        return None
+            set_random_states(before)
+        self._tried[key] = draws
+        return draws
 
     def _refuse(self, reason: str) -> None:
         implementation = self.implementation() if self.implementation is not None else None
@@ -153,7 +162,7 @@ class _Recompute(torch.autograd.Function):
         spec, parts = ctx.recorded.spec, ctx.recorded.parts
         again = torch.is_grad_enabled()
         needs: Sequence[bool] = ctx.needs_input_grad[5:]
-        with torch.enable_grad(), under(spec.autocast), random(ctx.recorded.states):
+        with torch.enable_grad(), under(spec.autocast), random(ctx.recorded.states or ()):
             # Each place has a tensor of its own, or one that is given twice would get both gradients in each.
             leaves = [
                 tensor.detach() if not need else tensor.view_as(tensor) if again else tensor.detach().requires_grad_()

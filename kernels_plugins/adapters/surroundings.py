@@ -72,6 +72,9 @@ def drew(before: RandomStates, after: RandomStates) -> bool:
 @contextlib.contextmanager
 def random(states: RandomStates) -> Iterator[None]:
     """Draw the same random numbers again, and go on after that as if nothing had been drawn."""
+    if not states:
+        yield
+        return
     devices: list[Any] = [device for device, _ in states if device is not None]
     with torch.random.fork_rng(devices):
         set_random_states(states)
