@@ -306,7 +306,8 @@ class _Bars(AbstractContextManager["_Bars"]):
     def __init__(self) -> None:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("variants"))
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._shown = console.is_terminal
+        self._progress = Progress(*columns, console=console, disable=not self._shown)
         self._tasks: dict[Dependency, TaskID] = {}
 
     def __enter__(self) -> _Bars:
@@ -314,7 +315,8 @@ class _Bars(AbstractContextManager["_Bars"]):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._progress.stop()
+        if self._shown:  # one that is not prints a line's end with rich 13.0
+            self._progress.stop()
 
     def tell(self, dependency: Dependency, done: int, total: int) -> None:
         """Draw how far the locking of a kernel is."""
