@@ -31,6 +31,7 @@ from .structure import (
     Structure,
     Unfit,
     find_problem,
+    learn_names,
     object_key,
     result_code,
     take_call,
@@ -119,6 +120,7 @@ class Operator:
         self._lock = threading.Lock()
         plain = re.sub(r"\W+", "_", work.layer.name, flags=re.ASCII)
         self.name = f"{plain}_{next(_numbers)}_{_PROCESS}"
+        learn_names(work.kernel, work.layer.reference)
         self.target = self._register()
 
     def _register(self) -> torch._ops.OpOverload:

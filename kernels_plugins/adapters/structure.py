@@ -25,7 +25,65 @@ _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 """Attributes that every module has for its own upkeep."""
 
 
-@dataclass
+_PLAIN = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+"""What stands for itself, wherever it is."""
+
+# --- What older Dynamos do not see -----------------------------------------------------------------
+
+sees_all = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether Dynamo can list the attributes of an instance, and take any object as a constant. Where it cannot, the
+attributes that count are those whose names stand in the code of forwards, and of methods of the class."""
+
+_named: set[str] = set()
+
+
+def learn_names(*functions: Any) -> None:
+    """Let attributes count that these functions name."""
+    for function in functions:
+        _named.update(_names_in(function, 3))
+
+
+def _names_in(function: Any, depth: int) -> set[str]:
+    """Return all names in the code of a function, and of those that it calls by name."""
+    function = getattr(function, "__func__", function)
+    function = getattr(function, "__wrapped__", function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return set()
+    found, codes = set(), [code]
+    while codes:
+        code = codes.pop()
+        found.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    for name in list(found) if depth else []:
+        called = function.__globals__.get(name)
+        if isinstance(called, types.FunctionType):
+            found |= _names_in(called, depth - 1)
+    return found
+
+
+def _names_of(cls: type[Any]) -> str:
+    """Return the names of attributes that may count; run at trace time."""
+    found = set(_named) | {"training"}
+    for base in cls.__mro__:
+        if base not in nn.Module.__mro__:
+            for member in vars(base).values():
+                found |= _names_in(getattr(member, "fget", member), 0)
+    return " ".join(sorted(found - _INTERNAL))
+
+
+_names_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see operator.make_forward
+
+
 class Parts:
     """What a call consists of, in the order in which it is met.
 
@@ -36,10 +94,12 @@ class Parts:
         objects: Anything else that is no constant.
     """
 
-    tensors: list[torch.Tensor] = field(default_factory=list)
-    ints: list[int] = field(default_factory=list)
-    floats: list[float] = field(default_factory=list)
-    objects: list[Any] = field(default_factory=list)
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.tensors: list[torch.Tensor] = []
+        self.ints: list[int] = []
+        self.floats: list[float] = []
+        self.objects: list[Any] = []
 
 
 def take_call(module: nn.Module | None, args: Any, kwargs: Any, parts: Parts) -> Structure:
@@ -76,14 +136,25 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
         return ("named" if hasattr(value, "_fields") else "sequence", children)
     if type(value) is dict:
         return ("dict", tuple([(key, take(child, parts, depth + 1)) for key, child in value.items()]))
+    if not sees_all and torch.compiler.is_dynamo_compiling() and not isinstance(value, _PLAIN):
+        parts.objects.append(type(value))
+        attributes = [(name, take(child, parts, depth + 1)) for name, child in _attributes(value)]
+        return ("instance", tuple(attributes))
     parts.objects.append(value)
     return ("object",)
+
+
+def _attributes(value: Any) -> Any:
+    """Return the attributes of an instance, names and values."""
+    if sees_all or not torch.compiler.is_dynamo_compiling():
+        return value.__dict__.items()
+    return [(name, getattr(value, name)) for name in _names_of(type(value)).split() if name in value.__dict__]
 
 
 def _take_module(module: nn.Module, parts: Parts, depth: int) -> Structure:
     parts.objects.append(type(module))
     attributes = []
-    for name, value in module.__dict__.items():
+    for name, value in _attributes(module):
         if name in _INTERNAL or (depth == 0 and name == "forward"):
             continue  # the forward of the module itself is what we stand in for
         attributes.append((name, take(value, parts, depth + 1)))
@@ -162,6 +233,13 @@ class Builder:
             return next(self._objects)
         if kind == "module":
             return self._module(structure, path)
+        if kind == "instance":
+            cls = next(self._objects)
+            instance = cls.__new__(cls)
+            for name, child in structure[1]:
+                instance.__dict__[name] = self.build(child, f"{path}.{name}")
+            self._watched(path, instance.__dict__)
+            return instance
         if kind == "dict":
             made = {key: self.build(child, f"{path}[{key!r}]") for key, child in structure[1]}
             return self._watched(path, made)
@@ -217,18 +295,6 @@ def _entries(structure: Any) -> Iterator[Any]:
             yield structure
         for child in structure:
             yield from _entries(child)
-
-
-_PLAIN = (
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    enum.Enum,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
 
 
 def _problem_of_object(value: Any, depth: int = 0) -> str | None:

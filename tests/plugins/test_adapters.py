@@ -496,6 +496,28 @@ def test_everything_that_a_call_may_have(source: Any, backend: str) -> None:
     assert operators(counter) == 1
 
 
+@pytest.fixture(params=["dynamo sees all", "dynamo sees what is named"])
+def dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace as with the newest PyTorch, and as with older ones, whose Dynamo cannot list attributes."""
+    monkeypatch.setattr("kernels_plugins.adapters.structure.sees_all", request.param == "dynamo sees all")
+
+
+@pytest.mark.parametrize("source", [opaque(RichKernel), opaque(reference_backward(RichKernel))], ids=["own", "ref"])
+def test_modules_as_older_dynamos_see_them(dynamo: None, source: Any) -> None:
+    """Submodules, plain tensors and objects reach the operator; a value that changes in an object counts."""
+    layer = Rich()
+    x, other = example(), example()
+    wanted = (x, other, *layer.parameters())
+    with serving(source, "Rich"), warnings.catch_warnings():
+        warnings.simplefilter("error", KernelsWarning)
+        run, counter = compiled(layer, "aot_eager")
+        assert_like_reference(run, layer, x, [other], wanted=wanted)
+        assert (counter.frame_count, operators(counter)) == (1, 1)
+        layer.config = Config(0.25)
+        assert_like_reference(run, layer, x, [other], wanted=wanted)
+        assert counter.frame_count in (2, 3)  # where floats of objects count, one that has changed costs one more
+
+
 def test_numbers_that_change_become_symbols() -> None:
     """An integer argument that changes is compiled twice, not each time."""
 
