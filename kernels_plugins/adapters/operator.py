@@ -117,6 +117,7 @@ class Operator:
         self._names: dict[object, str] = {}
         self._tried: set[object] = set()
         self._last = threading.local()
+        self._outcomes: dict[str, str] = {}
         self._lock = threading.Lock()
         plain = re.sub(r"\W+", "_", work.layer.name, flags=re.ASCII)
         self.name = f"{plain}_{next(_numbers)}_{_PROCESS}"
@@ -196,9 +197,10 @@ class Operator:
                 self._specs[name] = Spec(structure, objects, autocast)
             return name
 
-    def outcome(self) -> str:
-        """Return the attribute of `results` that puts together what was shaped last; empty if nothing could be."""
-        return cast(str, self._last.name)
+    def outcome(self, call: str) -> str:
+        """Return the attribute of `results` that puts together what a call has returned; empty if nothing can."""
+        last = getattr(self._last, "outcome", None)
+        return last[1] if last is not None and last[0] == call else self._outcomes.get(call, "")
 
     def _shape(
         self, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
@@ -210,9 +212,9 @@ class Operator:
             code = result_code(structure, parts, names)
         except Unfit as problem:
             self.refuse(str(problem))
-            self._last.name = ""
+            self._last.outcome = (name, "")
             return []
-        self._last.name = self._result(code, names)
+        self._last.outcome = (name, self._result(code, names))
         return [torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device) for tensor in parts.tensors]
 
     def _expected(
@@ -303,7 +305,10 @@ class Operator:
         except Unfit as problem:
             set_random_states(before)
             self._quarantine(str(problem), Mode.TORCH_COMPILE)
-            _, parts = apart(self.work.reference(spec.call(copies_of(tensors), ints, floats)))
+            structure, parts = apart(self.work.reference(spec.call(copies_of(tensors), ints, floats)))
+        names: dict[str, Any] = {}
+        with contextlib.suppress(Unfit):  # then the reference is run instead
+            self._outcomes[name] = self._result(result_code(structure, parts, names), names)
         return fresh(parts.tensors)
 
     def _quarantine(self, reason: str, mode: Mode) -> None:
@@ -427,8 +432,8 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
     def prepare(structure: Structure, *objects: Any) -> str:
         return operator.prepare(structure, *objects)
 
-    def outcome() -> str:
-        return operator.outcome()
+    def outcome(call: str) -> str:
+        return operator.outcome(call)
 
     # What torch.compiler.assume_constant_result does; that one would import Dynamo, which takes a second.
     prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -440,7 +445,7 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
         call = prepare(structure, *parts.objects)
         if call:
             outputs = target(parts.tensors, parts.ints, parts.floats, call)
-            result = outcome()
+            result = outcome(call)
             if result:
                 return getattr(results, result)(outputs)
         if module is None:

@@ -394,6 +394,35 @@ def test_what_compiled_code_follows() -> None:
     assert counter.frame_count == 2
 
 
+def test_modes_that_watch_operators() -> None:
+    """`make_fx`, fake tensors and modes that count operators see one operator, too, without a compiler."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    layer, x = Norm(), example()
+    expected = reference_of(layer)(x)
+    with serving(opaque(NumpyNorm)):
+        for mode in ("real", "fake", "symbolic"):
+            graph = make_fx(layer, tracing_mode=mode, _allow_non_fake_inputs=True)(x.detach())
+            assert sum("kernels_opaque" in str(node.target) for node in graph.graph.nodes) == 1
+            torch.testing.assert_close(graph(x.detach()), expected)
+        for _ in range(2):
+            with Watch():
+                output = layer(x)
+            torch.testing.assert_close(gradients(output, x, layer.weight), gradients(expected, x, layer.weight))
+        assert "kernels_opaque" in str(seen)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert layer(fake.from_tensor(x)).shape == x.shape
+
+
 # --- What a call consists of ---------------------------------------------------------------------
 
 
