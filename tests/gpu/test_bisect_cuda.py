@@ -158,7 +158,8 @@ def test_ranges_are_pushed_to_nvtx_and_to_the_profiler() -> None:
             torch.cuda.nvtx.range_pop()
     finally:
         plugin_manager().unregister("ranges")
-    assert depth <= 0  # the depth, or that nobody keeps it  # -1: no tool listens
-    assert [event.key for event in profile.key_averages() if "GpuScale" in event.key] == [
+    assert depth <= 0  # negative: no tool listens
+    # One range of the CPU, and with some versions one of the GPU beside it.
+    assert {event.key for event in profile.key_averages() if "GpuScale" in event.key} == {
         f"GpuScale [{__name__}.TritonScale]"
-    ]
+    }
