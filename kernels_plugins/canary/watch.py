@@ -8,7 +8,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from kernels_core import CanaryError, KernelsWarning, Layer, Resolution, quarantine
 
 from ..oracle.comparison import Comparison, compare
-from ..oracle.replay import Call, Run
+from ..oracle.replay import Call, Run, same_numbers
+from ..oracle.screening import alike
 from ..oracle.tree import mapped
 from .settings import Settings
 
@@ -104,25 +105,30 @@ class _Watch:
     def _problem(self, live: Call, before: Call, output: Any, part: Part) -> str | None:
         """Return what the kernel did otherwise than the reference, None if nothing."""
         try:
-            expected = before.run(self.layer.reference, parameters=False)
+            expected = before.run(self.layer.reference, parameters=False, mutations=False)
         except Exception as error:
             self._say(f"its reference fails, so there is nothing to compare with: {type(error).__name__}: {error}")
             return None
-        if problem := self._differs("", part(output), expected, lambda run: part(run.outputs), before):
-            return problem
-        if problem := self._changed(live, before, expected):
-            return problem
-        if not expected.gradients:
-            return None
-        kernel: Any = self.resolution.implementation
-        actual = before.run(kernel, parameters=False, mutations=False)
-        missing = [n for n, g in expected.gradients.items() if g is not None and actual.gradients.get(n) is None]
-        if missing:
-            return f"no gradient reaches {', '.join(missing)}, as it does from the reference"
+        pairs = [(part(output), part(expected.outputs))]
         wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]
-        given = {name: part(actual.gradients[name]) for name in wanted}
-        return self._differs(
-            "gradient of ", given, expected, lambda run: {name: part(run.gradients[name]) for name in wanted}, before
+
+        def gradients(run: Run) -> dict[str, Any]:
+            return {name: part(run.gradients[name]) for name in wanted}
+
+        if wanted:
+            kernel: Any = self.resolution.implementation
+            again = before.run(kernel, parameters=False, mutations=False)
+            missing = [name for name in wanted if again.gradients.get(name) is None]
+            if missing:
+                return f"no gradient reaches {', '.join(missing)}, as it does from the reference"
+            pairs.append((gradients(again), gradients(expected)))
+        state = live.state(parameters=False)
+        if alike(pairs, [(state[name], left) for name, left in expected.after.items() if name in state]):
+            return None
+        return (
+            self._differs("", pairs[0][0], expected, lambda run: part(run.outputs), before)
+            or self._changed(state, before, expected)
+            or (self._differs("gradient of ", pairs[1][0], expected, gradients, before) if wanted else None)
         )
 
     def _differs(self, what: str, actual: Any, expected: Run, of: Callable[[Run], Any], before: Call) -> str | None:
@@ -143,19 +149,16 @@ class _Watch:
             return compare(actual, of(expected))
         return compare(actual, of(expected), exact=exact)
 
-    def _changed(self, live: Call, before: Call, expected: Run) -> str | None:
+    def _changed(self, state: Mapping[str, torch.Tensor], before: Call, expected: Run) -> str | None:
         """Compare what was changed in place: arguments and buffers."""
-        pairs = [(f"input {name}", was, live.inputs[name]) for name, was in before.inputs.items()]
-        if live.module is not None and before.module is not live.module and before.module is not None:
-            now = dict(live.module.named_buffers())
-            pairs += [(f"buffer {name}", was, now[name]) for name, was in before.module.named_buffers() if name in now]
-        for name, was, now_ in pairs:
-            wanted = expected.mutated.get(name, was)
-            if torch.equal(now_, wanted):  # the usual case, and quickly told
+        for name, was in before.state(parameters=False).items():
+            now, wanted = state.get(name), expected.after.get(name)
+            if now is None or wanted is None or same_numbers(wanted, now.detach()):
                 continue
-            comparison = compare(now_.detach(), wanted.detach(), quick=True)
+            comparison = compare(now.detach(), wanted, quick=True)
             if not comparison.ok:
-                how = "left as it was, or changed otherwise" if name in expected.mutated else "changed in place"
+                changes = not same_numbers(was.detach(), wanted)
+                how = "left as it was, or changed otherwise" if changes else "changed in place"
                 return f"{name} was {how}, which the reference does not do: {comparison}"
         return None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -174,7 +174,8 @@ def compare(
             A number that is small beside the others of its tensor is held to their root mean square: sums
             that cancel leave such numbers. Without `exact`, the relative one counts twice for 16 bits and
             fewer, for the reference errs, too.
-        quick: Compute in float32, and leave out `max_rel` and `max_ulps`: a fraction of the memory and time.
+        quick: Compute in float32 where that holds the numbers, and leave out `max_rel` and `max_ulps`: a fraction
+            of the memory and time.
 
     Returns:
         What was found. It does not raise for any difference.
@@ -188,7 +189,7 @@ def compare(
         >>> compare(torch.ones(2), torch.ones(3)).mismatches
         ('output: shape (2,) instead of (3,)',)
     """
-    mismatches = list(_structure(actual, expected))
+    mismatches = list(structure_mismatches(actual, expected))
     if mismatches:
         return Comparison(tuple(mismatches))
     exacts = [leaf for _, leaf in leaves(exact)] if exact is not None else None
@@ -200,12 +201,12 @@ def compare(
     found: list[_Measured] = []
     for number, ((path, ours), (_, theirs)) in enumerate(pairs):
         if not isinstance(theirs, torch.Tensor):
-            mismatches += _plain(path or "output", ours, theirs)
+            mismatches += value_mismatches(path or "output", ours, theirs)
             continue
-        mismatch = _metadata(path or "output", ours, theirs)
+        mismatch = metadata_mismatch(path or "output", ours, theirs)
         if mismatch is None:
             ideal = exacts[number] if exacts is not None else None
-            found.append(_Measured(path, ours, theirs, ideal, _tolerance(tolerances, theirs.dtype), quick))
+            found.append(_Measured(path, ours, theirs, ideal, tolerance_of(theirs.dtype, tolerances), quick))
         else:
             mismatches.append(mismatch)
     return Comparison(tuple(mismatches), tuple(measured.difference() for measured in found))
@@ -214,7 +215,8 @@ def compare(
 # --- What is not a number -------------------------------------------------------------------------
 
 
-def _structure(actual: object, expected: object) -> list[str]:
+def structure_mismatches(actual: object, expected: object) -> list[str]:
+    """Say where two nested values hold other things."""
     ours, theirs = list(containers(actual)), list(containers(expected))
     if ours == theirs:
         return []
@@ -230,7 +232,7 @@ def _listed(keys: Any) -> str:
     return ", ".join(key or "one value" for key in keys) or "nothing"
 
 
-def _plain(path: str, ours: object, theirs: object) -> list[str]:
+def value_mismatches(path: str, ours: object, theirs: object) -> list[str]:
     """Compare what is no tensor: by value where it has one, else by type."""
     if type(ours) is not type(theirs):
         return [f"{path}: {type(ours).__name__} instead of {type(theirs).__name__}"]
@@ -245,7 +247,8 @@ def _plain(path: str, ours: object, theirs: object) -> list[str]:
     return [] if same else [f"{path}: {ours!r} instead of {theirs!r}"]
 
 
-def _metadata(path: str, ours: object, theirs: torch.Tensor) -> str | None:
+def metadata_mismatch(path: str, ours: object, theirs: torch.Tensor) -> str | None:
+    """Say why two tensors cannot be compared number by number, None if they can."""
     if not isinstance(ours, torch.Tensor):
         return f"{path}: {type(ours).__name__} instead of a tensor"
     if ours.shape != theirs.shape:
@@ -261,7 +264,8 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _tolerance(tolerances: Tolerances | None, dtype: torch.dtype) -> Tolerance:
+def tolerance_of(dtype: torch.dtype, tolerances: Tolerances | None = None) -> Tolerance:
+    """Return the relative and absolute tolerance of a dtype."""
     if isinstance(tolerances, tuple):
         return tolerances
     if tolerances is not None and dtype in tolerances:
@@ -274,7 +278,62 @@ def _tolerance(tolerances: Tolerances | None, dtype: torch.dtype) -> Tolerance:
 # --- Numbers --------------------------------------------------------------------------------------
 
 
-class _Measured:
+class Yardstick:
+    """What is allowed between two tensors of a dtype and shape.
+
+    Attributes:
+        dtype: Of both.
+        shape: Of both.
+        rtol: What a number may be off, relative to its size.
+        atol: And besides.
+        eps: Of the dtype; 0 for integers.
+        rows: How many rows there are: errors of a row may go one way.
+    """
+
+    def __init__(self, tensor: torch.Tensor, tolerance: Tolerance) -> None:
+        """Measure for tensors like this one."""
+        self.dtype, self.shape = tensor.dtype, tuple(tensor.shape)
+        self.rtol, self.atol = tolerance
+        self.eps = torch.finfo(tensor.dtype).eps if tensor.dtype.is_floating_point or tensor.is_complex() else 0.0
+        self.rows = max(1, tensor.numel() // max(1, tensor.shape[-1] if tensor.dim() else 1))
+
+    def relative(self, *, exact: bool) -> float:
+        """Return the relative tolerance, from numbers that are exact, or err themselves."""
+        return self.rtol * (2 if not exact and self.eps > LOW_EPS else 1)
+
+    def bias(
+        self,
+        count: float,
+        bias: float,
+        along: float,
+        size: float,
+        rms: float,
+        own: tuple[float, float, float] | None = None,
+    ) -> tuple[float, str]:
+        """Return how far the errors go to one side, in units of what is allowed, and to which.
+
+        Up, down, away from zero or towards it. What is shared by a row, such as a norm that was rounded, moves all
+        of the row to one side; with many rows, that goes either way, too. What the reference's own errors do is
+        known with a float64 reference.
+        """
+        if not self.eps:
+            return 0.0, ""
+        step = max(0.75 * self.eps, self.rtol / 4) * (1 + (1.5 if own is None else 0.5) / math.sqrt(self.rows))
+        own_bias, own_along, own_rms = own or (0.0, 0.0, 0.0)
+        found = []
+        for mean, reference, sides in (
+            (bias, own_bias, ("high", "low")),
+            (along, own_along, ("large in magnitude", "small in magnitude")),
+        ):
+            spread = max(math.sqrt(max(rms * rms - mean * mean, 0.0)), own_rms)
+            chance = SIGNIFICANT * spread / math.sqrt(count)
+            allowed = step * size + self.atol + 2 * abs(reference) + chance
+            told = f"biased: too {sides[mean < 0]} by {abs(mean):.3g} on average, where rounding goes either way"
+            found.append((abs(mean) / allowed if mean and allowed else math.inf if mean else 0.0, told))
+        return max(found, key=lambda one: one[0])
+
+
+class _Measured(Yardstick):
     """A tensor that is being compared: the work is given to the device at once, and waited for later."""
 
     def __init__(
@@ -286,11 +345,9 @@ class _Measured:
         tolerance: Tolerance,
         quick: bool,
     ) -> None:
-        self.path, self.dtype, self.shape = path, actual.dtype, tuple(actual.shape)
-        self.rtol, self.atol = tolerance
-        self.eps = torch.finfo(actual.dtype).eps if actual.dtype.is_floating_point or actual.is_complex() else 0.0
+        super().__init__(actual, tolerance)
+        self.path = path
         self.complex = actual.is_complex()
-        self.rows = max(1, actual.numel() // max(1, actual.shape[-1] if actual.dim() else 1))
         self.exact = exact is not None
         self.count = actual.numel()
         self.statistics: torch.Tensor | None = None
@@ -299,7 +356,8 @@ class _Measured:
                 self._measure(actual, expected, exact, quick)
 
     def _measure(self, actual: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor | None, quick: bool) -> None:
-        work = torch.float32 if quick or actual.device.type == "mps" else torch.float64
+        wide = actual.dtype in (torch.float64, torch.complex128) or not self.eps  # float32 would round these
+        work = torch.float32 if (quick and not wide) or actual.device.type == "mps" else torch.float64
         ours, theirs = _numbers(actual, work), _numbers(expected, work)
         target = theirs if exact is None else _numbers(exact.to(actual.device), work)
         finite = torch.isfinite(ours) & torch.isfinite(target)
@@ -312,11 +370,10 @@ class _Measured:
         own = torch.where(finite & torch.isfinite(theirs), theirs - target, 0) if exact is not None else nothing
         # In double, without a copy: squares of large numbers overflow, and sums of many lose digits.
         root = count.sqrt() if work is torch.float32 else count.double().sqrt()
-        scale = _norm(target) / root
-        own_scale = _norm(own) / root
+        scale = norm(target) / root
+        own_scale = norm(own) / root
         allowed = torch.maximum(OWN_RMS * own_scale.to(work), OWN_MAX * own.abs().max())
-        rtol = self.rtol * (2 if exact is None and self.eps > LOW_EPS else 1)
-        limit = self.atol + rtol * torch.maximum(size, scale.to(work)) + allowed
+        limit = self.atol + self.relative(exact=self.exact) * torch.maximum(size, scale.to(work)) + allowed
         magnitude = error.abs()
         excess = torch.where(magnitude == 0, 0, magnitude / limit)
         excess = torch.where(astray, torch.inf, excess)
@@ -336,7 +393,7 @@ class _Measured:
             error.sum() / count,
             along.sum() / count,
             size.sum() / count,
-            _norm(error) / root,
+            norm(error) / root,
             own.abs().max(),
             own.sum() / count,
             (own * target.sign()).sum() / count,
@@ -380,7 +437,8 @@ class _Measured:
             reasons.append(f"{of}, such as {_at(actual, expected, index)}")
         elif not excess <= 1:
             reasons.append(f"{_at(actual, expected, index)}, {excess:.3g} times the tolerance")
-        ratio, told = self._bias(count, bias, along, mean_size, rms, (own_bias, own_along, own_rms))
+        own = (own_bias, own_along, own_rms) if self.exact else None
+        ratio, told = self.bias(count, bias, along, mean_size, rms, own)
         excess = max(excess, ratio)
         reasons += [told] if ratio > 1 else []
         return Difference(
@@ -400,31 +458,6 @@ class _Measured:
             reasons=tuple(reasons),
         )
 
-    def _bias(
-        self, count: float, bias: float, along: float, size: float, rms: float, own: tuple[float, float, float]
-    ) -> tuple[float, str]:
-        """Return how far the errors go to one side, in units of what is allowed, and to which.
-
-        Up, down, away from zero or towards it. What is shared by a row, such as a norm that was rounded, moves all
-        of the row to one side; with many rows, that goes either way, too. What the reference's own errors do is
-        known with a float64 reference.
-        """
-        if not self.eps:
-            return 0.0, ""
-        step = max(0.75 * self.eps, self.rtol / 4) * (1 + (0.5 if self.exact else 1.5) / math.sqrt(self.rows))
-        own_bias, own_along, own_rms = own
-        found = []
-        for mean, reference, sides in (
-            (bias, own_bias, ("high", "low")),
-            (along, own_along, ("large in magnitude", "small in magnitude")),
-        ):
-            spread = max(math.sqrt(max(rms * rms - mean * mean, 0.0)), own_rms)
-            chance = SIGNIFICANT * spread / math.sqrt(count)
-            allowed = step * size + self.atol + 2 * abs(reference) + chance
-            told = f"biased: too {sides[mean < 0]} by {abs(mean):.3g} on average, where rounding goes either way"
-            found.append((abs(mean) / allowed if mean and allowed else math.inf if mean else 0.0, told))
-        return max(found, key=lambda one: one[0])
-
 
 def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor as real numbers of a dtype."""
@@ -438,10 +471,10 @@ def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype)
 
 
-def _norm(tensor: torch.Tensor) -> torch.Tensor:
+def norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the root of the sum of squares, in double where there is one, without a copy."""
     dtype = tensor.dtype if tensor.device.type == "mps" else torch.float64
-    norm: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
-    return norm
+    return cast(torch.Tensor, torch.linalg.vector_norm(tensor, dtype=dtype))
 
 
 def _ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

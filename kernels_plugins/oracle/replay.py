@@ -31,13 +31,15 @@ class Run:
         outputs: What it returned, detached.
         gradients: Gradient of each input and parameter that requires grad, by name; None for one that
             got none. Empty if no gradients were asked for.
-        mutated: Inputs, buffers and parameters that have changed, by name, with their new values.
+        after: Inputs and buffers as they are afterwards, by name.
+        mutated: Those, and parameters, that have changed.
         attributes: Other attributes of the module that were set or deleted.
         random: Whether random numbers were drawn.
     """
 
     outputs: Any
     gradients: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
+    after: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mutated: Mapping[str, torch.Tensor] = field(default_factory=dict)
     attributes: tuple[str, ...] = ()
     random: bool = False
@@ -155,7 +157,7 @@ class Call:
             dtype: Run with all floating numbers in this dtype, without autocast: `torch.float64` for
                 numbers to measure errors from. What the forward casts to more than it was given is kept in it, too.
             parameters: Whether to copy parameters; without, a forward that writes into them does so.
-            mutations: Whether to look for what the run has changed.
+            mutations: Whether to look for what the run has changed, which waits for the device.
             contiguous: Whether the gradients of the outputs are contiguous; a sum passes on such that are not.
 
         Returns:
@@ -187,11 +189,14 @@ class Call:
                 outputs = forward(*(() if module is None else (module,)), *call.args, **call.kwargs)
             found = _gradients(outputs, sources, seed, contiguous) if wanted else {}
             random = not _equal_states(_random_states(self.devices), started)
-            mutated = dict(self._mutations(passed, module, dtype)) if mutations else {}
+            left = {f"input {name}": tensor.detach() for name, tensor in passed.items()}
+            if module is not None:
+                left |= {f"buffer {name}": buffer.detach() for name, buffer in module.named_buffers()}
+            mutated = dict(self._mutations(left, module, dtype)) if mutations else {}
             detached = mapped(outputs, lambda _, leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf)
         after = _attributes(module)
         attributes = sorted(n for n in fresh.keys() | after.keys() if fresh.get(n, after) is not after.get(n, fresh))
-        return Run(detached, found, mutated, tuple(attributes), random)
+        return Run(detached, found, left, mutated, tuple(attributes), random)
 
     @contextlib.contextmanager
     def _only(self, dtype: torch.dtype | None) -> Iterator[None]:
@@ -212,17 +217,24 @@ class Call:
             yield
 
     def _mutations(
-        self, passed: Mapping[str, torch.Tensor], module: nn.Module | None, dtype: torch.dtype | None
+        self, left: Mapping[str, torch.Tensor], module: nn.Module | None, dtype: torch.dtype | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what a run has changed, compared by value: kernels write past autograd's counters."""
-        pairs = [(f"input {name}", before, passed[name]) for name, before in self.inputs.items()]
-        if module is not None and self.module is not None:
-            for kind, names in ("buffer", "named_buffers"), ("parameter", "named_parameters"):
-                after = dict(getattr(module, names)())
-                pairs += [(f"{kind} {n}", t, after[n]) for n, t in getattr(self.module, names)() if n in after]
-        for name, before, now in pairs:
-            if not _same(_converted(before.detach(), dtype), now.detach()):
-                yield name, now.detach()
+        after = dict(left)
+        if module is not None:
+            after |= {f"parameter {name}": parameter.detach() for name, parameter in module.named_parameters()}
+        for name, before in self.state().items():
+            if name in after and not same_numbers(_converted(before.detach(), dtype), after[name]):
+                yield name, after[name]
+
+    def state(self, *, parameters: bool = True) -> dict[str, torch.Tensor]:
+        """Return everything that a run may change in place, by name: inputs, buffers, parameters."""
+        state = {f"input {name}": tensor for name, tensor in self.inputs.items()}
+        if self.module is not None:
+            state |= {f"buffer {name}": buffer for name, buffer in self.module.named_buffers()}
+            if parameters:
+                state |= {f"parameter {name}": parameter for name, parameter in self.module.named_parameters()}
+        return state
 
     @property
     def _names(self) -> list[str]:
@@ -346,7 +358,8 @@ def _attributes(module: nn.Module | None) -> dict[str, object]:
     }
 
 
-def _same(before: torch.Tensor, now: torch.Tensor) -> bool:
+def same_numbers(before: torch.Tensor, now: torch.Tensor) -> bool:
+    """Return whether two tensors hold the same, NaN counting as equal to NaN."""
     if before.shape != now.shape or before.dtype != now.dtype:
         return False
     with torch.no_grad():
@@ -379,7 +392,7 @@ def preserved(module: nn.Module, devices: Iterable[torch.device] = ()) -> Iterat
                 inner.__dict__.update(state)
             with _aside():
                 for buffer, before in buffers.values():
-                    if not _same(before, buffer.detach()):
+                    if not same_numbers(before, buffer.detach()):
                         buffer.detach().copy_(before)
 
 
