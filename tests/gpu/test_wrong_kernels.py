@@ -143,7 +143,7 @@ def test_canary_waits_for_the_device_once() -> None:
                 layer(x)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    assert len([str(wait.message) for wait in waits if "synchroniz" in str(wait.message)]) == 1
+    assert len([wait for wait in waits if "called a synchronizing" in str(wait.message)]) == 1
 
 
 def test_missing_gradients_are_seen() -> None:
