@@ -28,7 +28,7 @@ class Identity(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A layer with keywords and defaults, undecorated."""
+    """A layer with keyword-only arguments and defaults, undecorated."""
 
     def forward(self, x: torch.Tensor, *, scale: float = 1.0, eps: float = 1e-6) -> torch.Tensor:
         """Return `x`."""
@@ -67,6 +67,24 @@ class ScaledKernel(Scaled):
     can_torch_compile = True
 
     def forward(self, x: torch.Tensor, *, scale: float = 1.0, eps: float = 1e-6) -> torch.Tensor:
+        """Return `x`."""
+        return x
+
+
+class Defaulted(nn.Module):
+    """A layer with defaults for arguments that may be given by position, undecorated."""
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, eps: float = 1e-6) -> torch.Tensor:
+        """Return `x`."""
+        return x
+
+
+class DefaultedKernel(Defaulted):
+    """A kernel for it that serves in every mode."""
+
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, eps: float = 1e-6) -> torch.Tensor:
         """Return `x`."""
         return x
 
@@ -117,6 +135,7 @@ def on_device(device: str) -> Iterator[Row]:
         group: {key: min(copy[group][key] for copy in copies) for key in taken} for group, taken in copies[0].items()
     }
     times, times_keywords, times_defaults = best["identity"], best["keywords"], best["defaults"]
+    times_defaulted, times_defaulted_keywords = best["defaulted"], best["defaulted_keywords"]
     times_function = best["function"]
     times_no_grad, times_grad, times_requires = best["no_grad"], best["grad"], best["requires_grad"]
 
@@ -132,10 +151,13 @@ def on_device(device: str) -> Iterator[Row]:
     yield row("identity layer", times, "identity", HOP, "hop", HOP_LIMIT)
     yield row("identity layer, nothing mapped", times, "unmapped", PLAIN, "plain", LIMIT)
     yield row("identity layer, nothing mapped", times, "unmapped", HOP, "hop", HOP_LIMIT)
-    yield row("keyword layer, called with keywords", times_keywords, "scaled", PLAIN, "plain", LIMIT)
-    yield row("keyword layer, called with keywords", times_keywords, "scaled", HOP, "hop", HOP_LIMIT)
-    yield row("keyword layer, defaults", times_defaults, "scaled", PLAIN, "plain", LIMIT)
-    yield row("keyword layer, defaults", times_defaults, "scaled", HOP, "hop", HOP_LIMIT)
+    yield row("keyword-only layer, called with keywords", times_keywords, "scaled", PLAIN, "plain", LIMIT)
+    yield row("keyword-only layer, called with keywords", times_keywords, "scaled", HOP, "hop", HOP_LIMIT)
+    yield row("keyword-only layer, defaults", times_defaults, "scaled", PLAIN, "plain", LIMIT)
+    yield row("keyword-only layer, defaults", times_defaults, "scaled", HOP, "hop", HOP_LIMIT)
+    for subject, taken in (("defaults", times_defaulted), ("called with keywords", times_defaulted_keywords)):
+        yield row(f"layer with defaults, {subject}", taken, "defaulted", PLAIN, "plain", LIMIT)
+        yield row(f"layer with defaults, {subject}", taken, "defaulted", HOP, "hop", HOP_LIMIT)
     yield row("one hop by hand", times, "hop", PLAIN, "plain")
     yield row("decorated function", times_function, "function", "plain function", "plain")
     yield row("kernels differ by mode, no_grad", times_no_grad, "modes", PLAIN, "plain")
@@ -154,6 +176,7 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
     names: dict[str, dict[Any, Any]] = {
         "bench_identity": {device: IdentityKernel},
         "bench_scaled": {device: ScaledKernel},
+        "bench_defaulted": {device: DefaultedKernel},
         "bench_function": {device: function_kernel},
         "bench_cold": {device: IdentityKernel},
         "bench_uncompiled": {device: UncompiledKernel},
@@ -162,6 +185,11 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
     plain, modes = Identity(), decorated(Identity, "bench_modes")
     cold = decorated(Identity, "bench_cold")
     scaled = {"plain": Scaled(), "hop": Hop(ScaledKernel()), "scaled": decorated(Scaled, "bench_scaled")}
+    defaulted = {
+        "plain": Defaulted(),
+        "hop": Hop(DefaultedKernel()),
+        "defaulted": decorated(Defaulted, "bench_defaulted"),
+    }
     function = use_kernel_forward_from_hub("bench_function")(plain_function)
     mode_calls = {"plain": plain, "modes": modes, "uncompiled": decorated(Identity, "bench_uncompiled")}
     calls = {
@@ -176,12 +204,14 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
         with torch.no_grad():
             taken_unproven = _times(x, {"plain": plain, "unproven": unproven})
         recorded = x.clone().requires_grad_()
-        for call in (*calls.values(), *scaled.values(), function, *mode_calls.values()):
+        for call in (*calls.values(), *scaled.values(), *defaulted.values(), function, *mode_calls.values()):
             call(recorded)  # from here on, kernels are known to keep gradients
         taken = {
             "identity": _times(x, calls),
             "keywords": _times(x, scaled, "call(x, scale=2.0, eps=1e-5)"),
             "defaults": _times(x, scaled),
+            "defaulted": _times(x, defaulted),
+            "defaulted_keywords": _times(x, defaulted, "call(x, scale=2.0, eps=1e-5)"),
             "function": _times(x, {"plain": plain_function, "function": function}),
             "grad": _times(x, mode_calls),
             "requires_grad": _times(x.clone().requires_grad_(), mode_calls),

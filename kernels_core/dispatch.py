@@ -6,7 +6,7 @@ attribute of this layer and device from it, and calls what it finds (here on a C
 
 ```
 def forward(self, x, eps=1e-6):
-    if is_dynamo_compiling() or compiler._is_compiling_flag:
+    if seen is seen_by_dynamo or compiler._is_compiling_flag:
         return traced(self, (x, eps))(self, x, eps)
     try:
         kernel = active_frame().layer7_cpu
@@ -17,8 +17,8 @@ def forward(self, x, eps=1e-6):
     return kernel(self, x, eps)
 ```
 
-Dynamo folds the first condition, so eager and traced calls never meet: `cold` resolves and
-publishes, `traced` reads a property that resolves by itself (`scope.Table`).
+Only Dynamo finds the first condition true, so eager and traced calls never meet: `cold` resolves
+and publishes, `traced` reads a property that resolves by itself (`scope.Table`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from .plugins import plugin_manager
 from .request import Resolution
 from .resolver import decide, must_raise, no_kernel, peek, ready, settle
 from .scope import PATIENCE, Frame, Table, active_frame, publish, republish, resolving, root, withdraw
+from .source import Source
 
 Forward = Callable[..., Any]
 
@@ -85,6 +86,23 @@ def _untraced(function: Forward, *, reason: str) -> Forward:
     return cast(Forward, disable(function, reason=reason) if known else disable(function))
 
 
+def _seen() -> None:
+    """Is itself, but for Dynamo."""
+
+
+def _seen_by_dynamo() -> None:
+    """Stands for `_seen` in what Dynamo traces."""
+
+
+_seen._torchdynamo_inline = _seen_by_dynamo  # type: ignore[attr-defined]
+
+_IS_TRACED_BY_DYNAMO = (
+    "_kernels_seen is _kernels_seen_by_dynamo"  # half the time of the call, and of the same answer in these versions
+    if (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+    else "_kernels_is_dynamo_compiling()"
+)
+"""Source of what Dynamo takes for true when it traces, and nobody else ever does."""
+
 EAGER_MODES = (Mode.INFERENCE, Mode.TRAINING)
 TRACED_MODES = (Mode.INFERENCE | Mode.TORCH_COMPILE, Mode.TRAINING | Mode.TORCH_COMPILE)
 
@@ -104,8 +122,7 @@ def adapted(layer: Layer, kernel: Forward) -> Forward:
     if kernel is layer.reference or _as_called(kernel, layer) == _as_called(layer.reference, layer):
         return kernel
     dispatcher = _Dispatcher(layer)
-    forward = dispatcher._generate("adapted", [f"return _kernels_kernel({dispatcher._call})"], _kernels_kernel=kernel)
-    return functools.update_wrapper(forward, layer.reference)
+    return functools.update_wrapper(dispatcher._calling(kernel, "adapted"), layer.reference)
 
 
 def _as_called(function: Forward, layer: Layer) -> list[tuple[Any, ...]]:
@@ -137,11 +154,12 @@ class _Dispatcher:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self._parameters = _parameters(layer.reference)
+        self._source = Source(layer)
         self._names: dict[torch.device, str] = {}
         self._tables: dict[str, Table] = {}
         self._selectors: dict[str, Forward] = {}
         self._unproven: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()
+        self._flat: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()
         self._busy = threading.RLock()
         self.names: set[str] = set()  # on frames, published or as tables
         self.files: set[str] = set()  # of generated source
@@ -157,7 +175,7 @@ class _Dispatcher:
 
     def _cold(self) -> Callable[..., Forward]:
         """Return the function that an eager forward calls where it finds nothing."""
-        reference = self.layer.reference
+        reference = self._inner_reference
 
         def cold(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
             device = find_device(module, values)
@@ -174,9 +192,9 @@ class _Dispatcher:
         if known is not None:
             return known
         if resolving.get():  # a plugin calls a decorated layer: no recursion, and no lock to wait for
-            return self.layer.reference
+            return self._inner_reference
         if not self._busy.acquire(timeout=PATIENCE):
-            return self.layer.reference
+            return self._inner_reference
         try:  # eight threads, one resolution
             known = getattr(frame, name, None)
             if known is not None:
@@ -239,13 +257,15 @@ class _Dispatcher:
             def refuse(*args: Any, **kwargs: Any) -> Any:
                 raise no_kernel(resolution)
 
+            if modes is EAGER_MODES:
+                return refuse
             return _untraced(refuse, reason=str(no_kernel(resolution)))
         forward: Forward = resolution.implementation or self.layer.reference
         if modes is not EAGER_MODES:
             return forward
         if needs_proof(resolution):
             forward = self._until_proven(forward, resolution.origin)
-        return plugin_manager().wrap_forward(resolution, forward)
+        return self._inner(plugin_manager().wrap_forward(resolution, forward))
 
     def _until_proven(self, kernel: Forward, origin: str) -> Forward:
         """Return what calls a kernel that was not yet seen to keep gradients, and looks at its first recorded call."""
@@ -253,29 +273,35 @@ class _Dispatcher:
         if known is not None:
             return known
 
-        def prove(module: torch.nn.Module | None, values: tuple[Any, ...], call: Callable[[Forward], Any]) -> Any:
+        def prove(
+            module: torch.nn.Module | None,
+            values: tuple[Any, ...],
+            call: Callable[[Forward], Any],
+            call_inner: Callable[[Forward], Any],
+        ) -> Any:
             if keeps_gradients(self.layer, kernel):
-                republish(unproven, kernel)
+                republish(self._inner(unproven), self._inner(kernel))
                 return call(kernel)
             if peek_interpreter_stack() is not None or not records_autograd(module, values):
                 return call(kernel)
             output, kept = try_gradients(self.layer, kernel, module, values, call, kernel=origin)
             if kept:
-                republish(unproven, kernel)
+                republish(self._inner(unproven), self._inner(kernel))
                 return output
-            return output if kept is None else call(self._cold()(module, values))
+            return output if kept is None else call_inner(self._cold()(module, values))
 
+        calls = f"lambda _kernel: _kernel({self._source.call}), lambda _kernel: _kernel({self._source.inner_call})"
         proving = self._generate(
             "prove",
-            [f"return _kernels_prove({self._module}, {self._values}, lambda _kernel: _kernel({self._call}))"],
+            [f"return _kernels_prove({self._source.module}, {self._source.values}, {calls})"],
             _kernels_prove=prove,
         )
         unproven = self._generate(
             "unproven",
             [
                 "if _kernels_grad():",
-                f"    return _kernels_proving({self._call})",
-                f"return _kernels_kernel({self._call})",
+                f"    return _kernels_proving({self._source.call})",
+                f"return _kernels_kernel({self._source.call})",
             ],
             _kernels_proving=proving,
             _kernels_kernel=kernel,
@@ -299,25 +325,26 @@ class _Dispatcher:
             found = "_kernels_getattr(_kernels_root.active, _name)"
         else:
             found = "(_kernels_getattr(_kernels_frame(), _name, None) or _kernels_published(_name))"
-        records = f"_kernels_records({self._module}, {self._values})"
-        if self._first is not None and self._first.isidentifier():  # quickly told, mostly
-            records = f"(_kernels_getattr({self._first}, 'requires_grad', False) is True or {records})"
+        records = f"_kernels_records({self._source.module}, {self._source.values})"
+        if self._source.first is not None and self._source.first.isidentifier():  # quickly told, mostly
+            records = f"(_kernels_getattr({self._source.first}, 'requires_grad', False) is True or {records})"
         lines = [
             f"_records = _kernels_grad() and {records} or _kernels_forward_ad._current_level >= 0",
             f"_name = {training!r} if _records else {inference!r}",
-            f"return {found}({self._call})",
+            f"return {found}({self._source.inner_call if modes is EAGER_MODES else self._source.call})",
         ]
-        self._selectors[inference] = self._generate(
+        selector = self._generate(
             f"select_{inference}", lines, _kernels_published=lambda name: self._published(name, ways[name])
         )
+        self._selectors[inference] = self._inner(selector) if modes is EAGER_MODES else selector
         return self._selectors[inference]
 
     # --- Generated functions --------------------------------------------------------------------
 
     def forward(self) -> Forward:
         """Generate the forward."""
-        first = self._first
-        cold = f"_kernels_cold({self._module}, {self._values})"
+        first = self._source.first
+        cold = f"_kernels_cold({self._source.module}, {self._source.values})"
         names: list[str] = []
         body = [f"_kernel = {cold}"]
         if first is not None:
@@ -345,16 +372,16 @@ class _Dispatcher:
             body = ["try:", *(f"    {line}" for line in short), "except _kernels_absent:", f"    _kernel = {cold}"]
         lines = [
             *self._condition(),
-            "if _kernels_dynamo() or _kernels_compiler._is_compiling_flag:",
-            f"    return _kernels_traced({self._module}, {self._values})({self._call})",
+            f"if {_IS_TRACED_BY_DYNAMO} or _kernels_compiler._is_compiling_flag:",
+            f"    return _kernels_traced({self._source.module}, {self._source.values})({self._source.call})",
             *body,
             "try:",  # which costs nothing from Python 3.11 on
-            f"    return _kernel({self._call})",
+            f"    return _kernel({self._source.inner_call})",
             "except _kernels_exception as _error:",
-            f"    _kernel = _kernels_failed(_error, {self._module}, {self._values})",
+            f"    _kernel = _kernels_failed(_error, {self._source.module}, {self._source.values})",
             "    if _kernel is None:",
             "        raise",
-            f"return _kernel({self._call})",
+            f"return _kernel({self._source.inner_call})",
         ]
         return self._generate(
             "forward",
@@ -381,10 +408,36 @@ class _Dispatcher:
             self._cold()(module, values)  # decides anew at once, which tells why
             return output
 
-        return replaced
+        return self._inner(replaced)
+
+    # --- Inside of a forward --------------------------------------------------------------------
+
+    @functools.cached_property
+    def _inner_reference(self) -> Forward:
+        return self._inner(self.layer.reference)
+
+    def _inner(self, forward: Forward) -> Forward:
+        """Return what an eager forward calls in place of a function; the same one each time.
+
+        The function itself, unless keywords are passed on as positions: then one of the same code that takes them
+        as positions, or one that turns them into keywords again.
+        """
+        if not self._source.is_flat:
+            return forward
+        known = self._flat.get(id(forward))
+        if known is None:
+            known = self._source.flattened(forward) or self._source.flattened(self._calling(forward, "inner"))
+            assert known is not None  # what is generated is a plain function
+            self._flat[id(forward)] = known
+            known.__dict__["kernels_flattened"] = forward  # held, so that the number stays its own
+        return known
+
+    def _calling(self, kernel: Forward, name: str) -> Forward:
+        """Generate a function that is called as the layer is, and calls another."""
+        return self._generate(name, [f"return _kernels_kernel({self._source.call})"], _kernels_kernel=kernel)
 
     def _generate(self, function: str, lines: Iterable[str], **names: object) -> Forward:
-        source = f"def {function}{self._signature}:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
+        source = f"def {function}{self._source.signature}:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
         scope: dict[str, Any] = {  # no __name__: Dynamo would look these names up in that module
             "_kernels_root": root,
             "_kernels_getattr": getattr,
@@ -392,7 +445,9 @@ class _Dispatcher:
             "_kernels_reference": self.layer.reference,
             "_kernels_condition": self.layer.condition,
             "_kernels_frame": active_frame,
-            "_kernels_dynamo": torch.compiler.is_dynamo_compiling,
+            "_kernels_is_dynamo_compiling": torch.compiler.is_dynamo_compiling,
+            "_kernels_seen": _seen,
+            "_kernels_seen_by_dynamo": _seen_by_dynamo,
             "_kernels_compiler": torch.compiler,
             "_kernels_grad": torch.is_grad_enabled,
             "_kernels_forward_ad": forward_ad,  # which no_grad does not switch off
@@ -404,99 +459,14 @@ class _Dispatcher:
         self.files.add(file)
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         generated: Forward = scope.pop(function)  # Dynamo may keep the namespace: not the function with it
-        if self._parameters is not None:
-            generated.__defaults__ = tuple(
-                p.default for p in self._parameters if p.kind is not p.KEYWORD_ONLY and p.default is not p.empty
-            )
-            generated.__kwdefaults__ = {
-                p.name: p.default for p in self._parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
-            }
+        self._source.give_defaults(generated)
         return generated
 
     def _condition(self) -> list[str]:
         if self.layer.condition is None:
             return []
-        arguments = self._call if self.layer.is_function else self._module
-        return [f"if not _kernels_condition({arguments}):", f"    return _kernels_reference({self._call})"]
-
-    # --- Pieces of source -----------------------------------------------------------------------
-
-    @property
-    def _signature(self) -> str:
-        if self._parameters is None:
-            return "(*args, **kwargs)"
-        bare = [
-            p.replace(annotation=p.empty, default=None if p.default is not p.empty else p.empty)
-            for p in self._parameters
-        ]
-        return str(inspect.Signature(bare))
-
-    @property
-    def _call(self) -> str:
-        if self._parameters is None:
-            return "*args, **kwargs"
-        form: dict[Any, str] = {
-            inspect.Parameter.VAR_POSITIONAL: "*{0}",
-            inspect.Parameter.VAR_KEYWORD: "**{0}",
-            inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
-        }
-        return ", ".join(form.get(p.kind, "{0}").format(p.name) for p in self._parameters)
-
-    @property
-    def _arguments(self) -> list[inspect.Parameter]:
-        """The parameters that a caller fills: all but `self`."""
-        return list(self._parameters or ())[0 if self._self_is_packed or self.layer.is_function else 1 :]
-
-    @property
-    def _self_is_packed(self) -> bool:
-        """Whether a method takes its `self` as the first of `*args`."""
-        if self.layer.is_function or not self._parameters:
-            return False
-        return self._parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
-
-    @property
-    def _module(self) -> str:
-        if self.layer.is_function:
-            return "None"
-        if self._parameters is None:
-            return "args[0]"
-        return self._parameters[0].name + ("[0]" if self._self_is_packed else "")
-
-    @property
-    def _values(self) -> str:
-        """A tuple of all arguments in the order of the signature."""
-        if self._parameters is None:
-            return "(*args, *kwargs.values())" if self.layer.is_function else "(*args[1:], *kwargs.values())"
-        form: dict[Any, str] = {
-            inspect.Parameter.VAR_POSITIONAL: "*{0}",
-            inspect.Parameter.VAR_KEYWORD: "*{0}.values()",
-        }
-        if self._self_is_packed:
-            form[inspect.Parameter.VAR_POSITIONAL] = "*{0}[1:]"
-        inside = "".join(form.get(p.kind, "{0}").format(p.name) + ", " for p in self._arguments)
-        return f"({inside})"
-
-    @property
-    def _first(self) -> str | None:
-        """Source of the first argument, which is mostly the tensor that says where the call is."""
-        if self._parameters is None:
-            return "args[0]" if self.layer.is_function else "args[1]"
-        for parameter in self._arguments:
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                return f"{parameter.name}[{int(self._self_is_packed)}]"
-            return None if parameter.kind is parameter.VAR_KEYWORD else parameter.name
-        return None
-
-
-def _parameters(reference: Forward) -> tuple[inspect.Parameter, ...] | None:
-    """Return the parameters that the reference really has, or None where there is nothing to read."""
-    try:
-        signature = inspect.signature(reference, follow_wrapped=False)
-    except (TypeError, ValueError):
-        return None
-    parameters = tuple(signature.parameters.values())
-    taken = any(p.name.startswith("_kernel") or p.name in ("_name", "_records", "_error", "_index") for p in parameters)
-    return None if taken else parameters
+        arguments = self._source.call if self.layer.is_function else self._source.module
+        return [f"if not _kernels_condition({arguments}):", f"    return _kernels_reference({self._source.call})"]
 
 
 def _file(layer: Layer, function: str = "forward") -> str:

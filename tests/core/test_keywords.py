@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels_core import use_kernel_forward_from_hub
+from kernels_core import KernelsWarning, PluginManager, Resolution, hookimpl, release, use_kernel_forward_from_hub
 from kernels_plugins import use_kernel_mapping
 
 X = torch.ones(1)
@@ -57,3 +58,135 @@ def test_keyword_only_parameters_arrive(forward: Callable[..., Any], has_backwar
         assert layer(x=X, scale=3.0, other=7.0) == ("kernel", 3.5, {"other": 7.0})
     assert layer(X, scale=3.0, other=7.0) == ("reference", 3.5, {"other": 7.0})
     assert Keywords.forward.__kwdefaults__ == {"scale": 2.0, "shift": 0.5}
+
+
+# --- Nothing packed: keywords are passed on as positions ------------------------------------------
+
+
+@use_kernel_forward_from_hub("Flat")
+class Flat(nn.Module):
+    def forward(self, x: torch.Tensor, *, scale: float = 2.0, shift: float = 0.5) -> Any:
+        return x * scale + shift
+
+
+def flat(self: nn.Module, x: torch.Tensor, *, scale: float = 9, shift: float = 9) -> Any:
+    return 10 * (x * scale + shift)
+
+
+def flat_reordered(self: nn.Module, x: torch.Tensor, *, shift: float, scale: float) -> Any:
+    return 10 * (x * scale + shift)
+
+
+def flat_closure() -> Callable[..., Any]:
+    ten = 10
+
+    def forward(self: nn.Module, x: torch.Tensor, *, scale: float = 9, shift: float = 9) -> Any:
+        return ten * (x * scale + shift)
+
+    return forward
+
+
+@functools.wraps(flat)
+def flat_wrapped(*args: Any, **kwargs: Any) -> Any:
+    return flat(*args, **kwargs)
+
+
+FLAT = [flat, flat_reordered, flat_closure(), flat_wrapped]
+
+
+def flat_kernel(forward: Callable[..., Any], **declarations: bool) -> use_kernel_mapping:
+    return use_kernel_mapping({"Flat": {"cpu": type("Kernel", (nn.Module,), {"forward": forward, **declarations})}})
+
+
+@pytest.mark.parametrize("forward", FLAT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("has_backward", [True, False])
+@pytest.mark.parametrize("first", [X, X.clone().requires_grad_()], ids=["plain", "recorded"])
+def test_flat_keywords_arrive(forward: Callable[..., Any], has_backward: bool, first: torch.Tensor) -> None:
+    """Defaults are the reference's and keywords go to their names, before and after a kernel has trained."""
+    layer = Flat()
+    factor = 1 if first.requires_grad and not has_backward else 10
+    with flat_kernel(forward, has_backward=has_backward):
+        for _ in range(3):
+            assert layer(first).item() == factor * 2.5
+            assert layer(first, shift=1.0).item() == factor * 3.0
+            assert layer(x=first, shift=0.0, scale=3.0).item() == factor * 3.0
+            with pytest.raises(TypeError):
+                layer(first, 1.0)
+    assert layer(first, scale=3.0).item() == 3.5
+
+
+def test_flat_keywords_the_long_way() -> None:
+    """A tensor inside of a list, one on another device, and none at all: the same keywords arrive."""
+
+    @use_kernel_forward_from_hub("FlatList")
+    class Layer(nn.Module):
+        def forward(self, xs: Any, *, scale: float = 2.0, shift: float = 0.5) -> Any:
+            return "reference", scale, shift
+
+    class Kernel(nn.Module):
+        def forward(self, xs: Any, *, scale: float = 2.0, shift: float = 0.5) -> Any:
+            return "kernel", scale, shift
+
+    with use_kernel_mapping({"FlatList": {"cpu": Kernel}}):
+        for _ in range(2):
+            assert Layer()([X], shift=1.0) == ("kernel", 2.0, 1.0)
+            assert Layer()(torch.ones(1, device="meta"), scale=3.0) == ("reference", 3.0, 0.5)
+            assert Layer()(None, scale=3.0) == ("reference", 3.0, 0.5)
+
+
+def test_flat_keywords_of_a_function() -> None:
+    """A decorated function, too."""
+
+    @use_kernel_forward_from_hub("flat_function")
+    def function(x: torch.Tensor, *, scale: float = 2.0) -> Any:
+        return x * scale
+
+    def kernel(x: torch.Tensor, *, scale: float = 9.0) -> Any:
+        return 10 * (x * scale)
+
+    with use_kernel_mapping({"flat_function": {"cpu": kernel}}):
+        assert [function(X).item(), function(X, scale=3.0).item()] == [20.0, 30.0]
+        assert torch.compile(function, backend="eager")(X, scale=3.0).item() == 3.0  # not declared to be traceable
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_flat_keywords_where_a_kernel_is_taken_out() -> None:
+    """The reference gets the keywords when a kernel raises, and when one loses gradients."""
+
+    def raises(self: Any, x: torch.Tensor, *, scale: float = 2.0, shift: float = 0.5) -> Any:
+        raise RuntimeError("boom")
+
+    def loses(self: Any, x: torch.Tensor, *, scale: float = 2.0, shift: float = 0.5) -> Any:
+        return 10 * (x.detach() * scale + shift)
+
+    for forward in (raises, loses):
+        x = torch.ones(1, requires_grad=True)
+        with flat_kernel(forward):
+            layer = Flat()
+            for _ in range(2):
+                output = layer(x, shift=1.0)
+                assert output.item() == 3.0 and output.requires_grad
+        release()
+
+
+def test_flat_keywords_through_a_wrapper(isolated_plugins: PluginManager, mapping_plugin: object) -> None:
+    """What a plugin puts around a kernel is called with keywords, as ever."""
+    seen: list[Any] = []
+
+    class Plugin:
+        @hookimpl
+        def kernels_wrap_forward(self, resolution: Resolution) -> Any:
+            def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+                def around(*args: Any, **kwargs: Any) -> Any:
+                    seen.append((len(args), sorted(kwargs)))
+                    return forward(*args, **kwargs)
+
+                return around
+
+            return wrap
+
+    isolated_plugins.register(Plugin(), "around")
+    with flat_kernel(flat), warnings.catch_warnings():
+        warnings.simplefilter("error", KernelsWarning)
+        assert [Flat()(X).item(), Flat()(X, scale=3.0).item()] == [25.0, 35.0]
+    assert seen == [(2, ["scale", "shift"])] * 2
