@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kernels_core import KernelsWarning, Layer, Mode, quarantine
+from kernels_core import KernelsWarning, Layer, Mode, Quarantined, quarantine, quarantined
 
 from .structure import (
     Builder,
@@ -36,7 +36,16 @@ from .structure import (
     result_code,
     take_call,
 )
-from .surroundings import Autocast, autocast_now, drew, random_states, set_random_states, under
+from .surroundings import (
+    Autocast,
+    autocast_now,
+    drew,
+    is_capturing,
+    is_transformed,
+    random_states,
+    set_random_states,
+    under,
+)
 from .trial import Watch, apart, check_alike, check_run, check_state, copies_of, fresh, on_references
 
 Forward = Callable[..., Any]
@@ -111,13 +120,13 @@ class Operator:
         """Register the operator; it is taken back when nothing uses it any more."""
         self.work = work
         self.results = Results()
-        self.refused: str | None = None
-        self.implementation: weakref.ref[Forward] | None = None
+        self.implementation: Forward | None = None
         self._specs: dict[str, Spec] = {}
         self._names: dict[object, str] = {}
         self._tried: set[object] = set()
+        self._out: dict[Mode, Quarantined] = {}
+        self._told: set[str] = set()
         self._last = threading.local()
-        self._outcomes: dict[str, str] = {}
         self._lock = threading.Lock()
         plain = re.sub(r"\W+", "_", work.layer.name, flags=re.ASCII)
         self.name = f"{plain}_{next(_numbers)}_{_PROCESS}"
@@ -172,18 +181,19 @@ class Operator:
         register(f"{_NAMESPACE}::{backward}", derive_nothing, setup_context=save_nothing, lib=library)
         # PyTorch keeps what it has seen of an operator so far: what graphs get is another object, which holds the
         # kernel as long as one of them does, and is held by nobody else.
-        vars(namespace).pop(self.name, None)
+        _forget(namespace, self.name)
         target = getattr(namespace, self.name).default
         target.kernels_operator = self
-        for name in (self.name, backward):
-            vars(namespace).pop(name, None)
-        weakref.finalize(self, library._destroy).atexit = False
+        _forget(namespace, self.name, backward)
+        weakref.finalize(self, _withdraw, library, namespace, self.name, backward).atexit = False
         return cast(torch._ops.OpOverload, target)
 
     # --- While traced ----------------------------------------------------------------------------
 
     def prepare(self, structure: Structure, *objects: Any) -> str:
         """Return the name of a structure, or an empty one where a call of it cannot be an operator."""
+        if is_transformed():  # which knows no operator, but what the reference is made of
+            return ""
         problem = find_problem(structure, objects)
         if problem is not None:
             self.refuse(problem)
@@ -200,21 +210,29 @@ class Operator:
     def outcome(self, call: str) -> str:
         """Return the attribute of `results` that puts together what a call has returned; empty if nothing can."""
         last = getattr(self._last, "outcome", None)
-        return last[1] if last is not None and last[0] == call else self._outcomes.get(call, "")
+        return last[1] if last is not None and last[0] == call else ""
+
+    def _keep_outcome(self, call: str, structure: Structure, parts: Parts) -> None:
+        """Remember what a call has returned in this thread, until `outcome` asks.
+
+        Raises:
+            Unfit: If code cannot put that together.
+        """
+        self._last.outcome = (call, "")
+        names: dict[str, Any] = {}
+        self._last.outcome = (call, self._result(result_code(structure, parts, names), names))
 
     def _shape(
         self, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
     ) -> list[torch.Tensor]:
         """Return what outputs look like: the reference tells, run with tensors that have no data."""
         try:
+            self._last.outcome = (name, "")
             structure, parts = self._expected(tensors, ints, floats, name)
-            names: dict[str, Any] = {}
-            code = result_code(structure, parts, names)
+            self._keep_outcome(name, structure, parts)
         except Unfit as problem:
             self.refuse(str(problem))
-            self._last.outcome = (name, "")
             return []
-        self._last.outcome = (name, self._result(code, names))
         return [torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device) for tensor in parts.tensors]
 
     def _expected(
@@ -240,6 +258,8 @@ class Operator:
             ) from None
         if watch.written:
             raise Unfit(f"the reference changes tensor {min(watch.written) + 1} of its inputs in place")
+        if watch.draws:
+            raise Unfit("the reference draws random numbers, and would draw others for the gradients")
         check_state(call)
         structure, parts = apart(output)
         if any(_depends_on_data(tensor) for tensor in parts.tensors):
@@ -259,8 +279,8 @@ class Operator:
 
     def refuse(self, reason: str) -> None:
         """Say once why a call cannot be an operator."""
-        if self.refused != reason:
-            self.refused = reason
+        if reason not in self._told:
+            self._told.add(reason)
             warnings.warn(
                 f"Layer {self.work.layer.name!r}: {self.work.origin} cannot be opaque: {reason}. In this call the "
                 "reference is compiled instead.",
@@ -276,17 +296,23 @@ class Operator:
         spec = self._specs[name]
         with torch.no_grad(), under(spec.autocast):
             key = (name, tuple((tensor.dtype, tensor.device) for tensor in tensors))
-            if key not in self._tried and not _is_capturing(tensors):
-                outputs = self._try(spec, tensors, ints, floats, name)
+            if self._is_out(Mode.TORCH_COMPILE):  # what is compiled may go on calling, until its guards are asked
+                structure, parts = apart(self.work.reference(spec.call(copies_of(tensors), ints, floats)))
+            elif key in self._tried or is_capturing(tensors):
+                plain = [tensor.detach() for tensor in tensors]
+                structure, parts = apart(self.work.run(self.work.kernel, spec.call(plain, ints, floats)))
+            else:
+                structure, parts = self._try(spec, tensors, ints, floats, name)
                 self._tried.add(key)
-                return outputs
-            plain = [tensor.detach() for tensor in tensors]
-            _, parts = apart(self.work.run(self.work.kernel, spec.call(plain, ints, floats)))
+            try:
+                self._keep_outcome(name, structure, parts)
+            except Unfit as problem:
+                self.refuse(str(problem))
             return fresh(parts.tensors)
 
     def _try(
         self, spec: Spec, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
-    ) -> list[torch.Tensor]:
+    ) -> tuple[Structure, Parts]:
         """Run the kernel on copies; where it does what it must not, the reference answers, and it is out."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -305,22 +331,27 @@ class Operator:
         except Unfit as problem:
             set_random_states(before)
             self._quarantine(str(problem), Mode.TORCH_COMPILE)
-            structure, parts = apart(self.work.reference(spec.call(copies_of(tensors), ints, floats)))
-        names: dict[str, Any] = {}
-        with contextlib.suppress(Unfit):  # then the reference is run instead
-            self._outcomes[name] = self._result(result_code(structure, parts, names), names)
-        return fresh(parts.tensors)
+            return apart(self.work.reference(spec.call(copies_of(tensors), ints, floats)))
+        return structure, parts
 
     def _quarantine(self, reason: str, mode: Mode) -> None:
-        implementation = self.implementation() if self.implementation is not None else None
-        if implementation is not None:
-            quarantine(
-                self.work.layer,
-                implementation,
-                kernel=self.work.origin,
-                reason=f"as an operator, {reason}. Use it without opaque, or repair it",
-                mode=mode,
-            )
+        assert self.implementation is not None
+        self._out[mode] = quarantine(
+            self.work.layer,
+            self.implementation,
+            kernel=self.work.origin,
+            reason=f"as an operator, {reason}. Use it without opaque, or repair it",
+            mode=mode,
+        )
+
+    def _is_out(self, mode: Mode) -> bool:
+        """Whether the kernel was found out, and not released since; then, it is looked at again."""
+        entry = self._out.get(mode)
+        if entry is not None and entry not in quarantined():
+            self._out.pop(mode, None)
+            self._tried.clear()
+            entry = None
+        return entry is not None
 
     def _backward(
         self,
@@ -337,9 +368,9 @@ class Operator:
             leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             call = spec.call(leaves, ints, floats)
-            output = self.work.run(self.work.kernel, call) if self.work.own_backward else self.work.reference(call)
-            _, parts = apart(output)
-            if self.work.own_backward and not any(tensor.requires_grad for tensor in parts.tensors):
+            by_kernel = self.work.own_backward and not any(map(self._is_out, (Mode.TORCH_COMPILE, Mode.TRAINING)))
+            _, parts = apart(self.work.run(self.work.kernel, call) if by_kernel else self.work.reference(call))
+            if by_kernel and not any(tensor.requires_grad for tensor in parts.tensors):
                 self._quarantine("it loses all gradients, and does not declare has_backward = False", Mode.TRAINING)
                 _, parts = apart(self.work.reference(spec.call(leaves, ints, floats)))
             found = gradients_of(parts.tensors, wanted, grads)
@@ -401,9 +432,16 @@ def _depends_on_data(tensor: torch.Tensor) -> bool:
     return bool(free_unbacked_symbols(tensor))
 
 
-def _is_capturing(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a CUDA graph is being captured: nobody may look at data then."""
-    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
+def _forget(namespace: Any, *names: str) -> None:
+    """Let PyTorch forget operators that it has seen, also in the list of names that it goes through."""
+    for name in names:
+        vars(namespace).pop(name, None)
+    namespace._dir[:] = [name for name in namespace._dir if name not in names]
+
+
+def _withdraw(library: Any, namespace: Any, *names: str) -> None:
+    library._destroy()
+    _forget(namespace, *names)
 
 
 def _untraced(function: Forward) -> Forward:
@@ -467,7 +505,7 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
         return traced(None, args, kwargs)
 
     forward: Any = own_code(function if operator.work.layer.is_function else method)
-    operator.implementation = weakref.ref(forward)
+    operator.implementation = forward
     return cast(Forward, forward)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-import weakref
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,7 +17,6 @@ from kernels_core import (
     LayerRequest,
     LoadedLayer,
     LoadError,
-    Mode,
     hookimpl,
     plugin_manager,
     source_label,
@@ -62,13 +60,9 @@ def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None
 
 @hookimpl
 def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> str | None:
-    """Ask for what is inside, and tell what a call has shown."""
+    """Ask for what is inside."""
     if not isinstance(candidate.source, Adapted):
         return None
-    forward = cast(Any, layer).forward if isinstance(layer, type) else layer
-    operator = getattr(forward, "kernels_operator", None)
-    if operator is not None and operator.refused and Mode.TORCH_COMPILE in request.mode:
-        return f"it cannot be opaque: {operator.refused}"
     inner = replace(candidate, source=candidate.source.source)
     kernel = getattr(layer, "__mro__", (None, layer))[1]
     return "; ".join(plugin_manager().check_layer(request, inner, cast(Any, kernel))) or None
@@ -117,7 +111,7 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
         setattr(made, name, getattr(forward, name, None) or getattr(made, name))
     made.__signature__ = inspect.signature(forward)
     if recompute is not None:
-        recompute.implementation = weakref.ref(made)
+        recompute.implementation = made
     if is_class and not layer.is_function:
         return _subclass(kernel, source, {"forward": made})
     made.__dict__.update(_declarations(kernel, source))

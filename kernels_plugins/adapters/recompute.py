@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._C._functorch import peek_interpreter_stack
 
 from kernels_core import Mode, quarantine
 
 from .operator import Spec, Work, gradients_of
-from .structure import Builder, Parts, Structure, Unfit, find_problem, object_key, take_call
-from .surroundings import RandomStates, autocast_now, drew, random, random_states, set_random_states, under
+from .structure import (
+    Builder,
+    Parts,
+    Structure,
+    Unfit,
+    find_problem,
+    object_key,
+    take_call,
+)
+from .surroundings import (
+    RandomStates,
+    autocast_now,
+    drew,
+    is_capturing,
+    is_transformed,
+    random,
+    random_states,
+    set_random_states,
+    under,
+)
 from .trial import apart, check_alike, check_run, copies_of
 
 Forward = Callable[..., Any]
@@ -28,12 +44,12 @@ class Recorded:
     Attributes:
         spec: The call, but for its tensors and numbers.
         parts: Those.
-        states: The random numbers that it started with; None where none are drawn.
+        states: The random numbers that it started with.
     """
 
     spec: Spec
     parts: Parts
-    states: RandomStates | None
+    states: RandomStates
     structure: Structure = None
     result: Parts = field(default_factory=Parts)
 
@@ -44,7 +60,7 @@ class Recompute:
     def __init__(self, work: Work) -> None:
         """Remember what to run; nothing is registered."""
         self.work = work
-        self.implementation: weakref.ref[Forward] | None = None
+        self.implementation: Forward | None = None
         self._tried: dict[object, bool] = {}
 
     def forward(self) -> Forward:
@@ -53,31 +69,33 @@ class Recompute:
         kernel, is_grad_enabled = work.kernel, torch.is_grad_enabled
 
         def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not is_grad_enabled():
+            if not (is_grad_enabled() or is_transformed()):
                 return kernel(module, *args, **kwargs)
             return self._call(module, args, kwargs)
 
         def function(*args: Any, **kwargs: Any) -> Any:
-            if not is_grad_enabled():
+            if not (is_grad_enabled() or is_transformed()):
                 return kernel(*args, **kwargs)
             return self._call(None, args, kwargs)
 
         return function if work.layer.is_function else method
 
     def _call(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_transformed():  # torch.func differentiates what it sees
+            return self._reference(module, args, kwargs)
         parts = Parts()
         structure = take_call(module, args, kwargs, parts)
         if not any(tensor.requires_grad for tensor in parts.tensors):
             return self._kernel(module, args, kwargs)
-        if peek_interpreter_stack() is not None:  # torch.func differentiates what it sees
-            return self._reference(module, args, kwargs)
         spec = Spec(structure, tuple(parts.objects), autocast_now())
         try:
             draws = self._draws(spec, parts)
         except Unfit as problem:
             self._refuse(str(problem))
             return self._reference(module, args, kwargs)
-        recorded = Recorded(spec, parts, random_states(parts.tensors) if draws else None)
+        # Whether numbers are drawn may depend on others, so only a capture, which allows no look, believes the trial.
+        states = random_states(parts.tensors) if draws or not is_capturing(parts.tensors) else ()
+        recorded = Recorded(spec, parts, states)
         tensors = cast(Any, _Recompute).apply(self, recorded, module, args, kwargs, *parts.tensors)
         result = recorded.result
         return Builder(tensors, result.ints, result.floats, result.objects).build(recorded.structure, "")
@@ -95,15 +113,15 @@ class Recompute:
         Raises:
             Unfit: If the kernel cannot have other gradients than its own.
         """
-        objects = tuple(object_key(value) for value in spec.objects)
+        objects = tuple(object_key(value, type) for value in spec.objects)
         key = (spec.structure, objects, tuple((tensor.dtype, tensor.device) for tensor in parts.tensors))
         known = self._tried.get(key)
-        if known is not None:
-            return known
-        problem = find_problem(spec.structure, spec.objects)
+        problem = find_problem(spec.structure if known is None else (), spec.objects)
         if problem is not None:
             raise Unfit(problem)
-        if any(tensor.is_cuda and torch.cuda.is_current_stream_capturing() for tensor in parts.tensors):
+        if known is not None:
+            return known
+        if is_capturing(parts.tensors):
             return False  # nobody may look at data now; warm up before a capture, as ever
         before = random_states(parts.tensors)
         try:
@@ -112,6 +130,9 @@ class Recompute:
                 call = spec.call(copies, parts.ints, parts.floats)
                 ours = apart(self.work.run(self.work.kernel, call))
                 check_run(call, copies, parts.tensors, ours[1].tensors)
+                problem = find_problem([ours[0]], ours[1].objects)
+                if problem is not None:
+                    raise Unfit(f"what it returns: {problem}")
                 draws = drew(before, random_states(parts.tensors))
                 set_random_states(before)
                 again = spec.call(copies_of(parts.tensors), parts.ints, parts.floats)
@@ -123,15 +144,14 @@ class Recompute:
         return draws
 
     def _refuse(self, reason: str) -> None:
-        implementation = self.implementation() if self.implementation is not None else None
-        if implementation is not None:
-            quarantine(
-                self.work.layer,
-                implementation,
-                kernel=self.work.origin,
-                reason=f"it cannot have the backward of the reference: {reason}. Leave it to inference",
-                mode=Mode.TRAINING,
-            )
+        assert self.implementation is not None
+        quarantine(
+            self.work.layer,
+            self.implementation,
+            kernel=self.work.origin,
+            reason=f"it cannot have the backward of the reference: {reason}. Leave it to inference",
+            mode=Mode.TRAINING,
+        )
 
 
 class _Recompute(torch.autograd.Function):
@@ -162,7 +182,7 @@ class _Recompute(torch.autograd.Function):
         spec, parts = ctx.recorded.spec, ctx.recorded.parts
         again = torch.is_grad_enabled()
         needs: Sequence[bool] = ctx.needs_input_grad[5:]
-        with torch.enable_grad(), under(spec.autocast), random(ctx.recorded.states or ()):
+        with torch.enable_grad(), under(spec.autocast), random(ctx.recorded.states):
             # Each place has a tensor of its own, or one that is given twice would get both gradients in each.
             leaves = [
                 tensor.detach() if not need else tensor.view_as(tensor) if again else tensor.detach().requires_grad_()

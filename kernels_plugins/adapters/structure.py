@@ -7,8 +7,9 @@ left of a call is its *structure*: nested tuples of plain constants, which say w
 from __future__ import annotations
 
 import enum
+import itertools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,10 @@ _DEEPEST = 24
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 """Attributes that every module has for its own upkeep."""
 
+
+_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
+"""Classes of tensors that are no more than their data. What stands for them while somebody traces is from
+`torch._subclasses`."""
 
 _PLAIN = (
     type,
@@ -112,9 +117,12 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
     """Take a value apart."""
     if isinstance(value, torch.Tensor):
         parts.tensors.append(value)
-        return ("tensor",)
-    if value is None or isinstance(value, (bool, str)):
+        return ("tensor",) if _is_plain(value) else ("special",)
+    if value is None or type(value) is str:
         return ("constant", value)
+    if isinstance(value, (bool, torch.SymBool)):
+        # Where this depends on sizes, the question makes it a constant, and Dynamo guards the answer.
+        return ("constant", True if value else False)  # noqa: SIM210 - bool() would keep the symbol
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, enum.Enum):
         parts.ints.append(value)  # type: ignore[arg-type]
         return ("int",)
@@ -136,12 +144,32 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
         return ("named" if hasattr(value, "_fields") else "sequence", children)
     if type(value) is dict:
         return ("dict", tuple([(key, take(child, parts, depth + 1)) for key, child in value.items()]))
-    if not sees_all and torch.compiler.is_dynamo_compiling() and not isinstance(value, _PLAIN):
+    if _is_record(type(value)) or (
+        not sees_all and torch.compiler.is_dynamo_compiling() and not isinstance(value, _PLAIN)
+    ):
         parts.objects.append(type(value))
         attributes = [(name, take(child, parts, depth + 1)) for name, child in _attributes(value)]
         return ("instance", tuple(attributes))
     parts.objects.append(value)
     return ("object",)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is no more than its data: neither sparse, nested or quantized, nor of a class of its own."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    return type(tensor) in _TENSORS or type(tensor).__module__.startswith("torch._subclasses.")
+
+
+def _is_record(cls: type[Any]) -> bool:
+    """Whether instances of a class are those of a dataclass, with attributes and nothing else; run at trace time.
+
+    They are often made for one call. As a constant, one that is made in compiled code would have no attributes yet.
+    """
+    return hasattr(cls, "__dataclass_fields__") and not issubclass(cls, dict) and bool(cls.__dictoffset__)
+
+
+_is_record._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see operator.make_forward
 
 
 def _attributes(value: Any) -> Any:
@@ -161,8 +189,20 @@ def _take_module(module: nn.Module, parts: Parts, depth: int) -> Structure:
     parameters = [(name, take(value, parts, depth + 1)) for name, value in module._parameters.items()]
     buffers = [(name, take(value, parts, depth + 1)) for name, value in module._buffers.items()]
     modules = [(name, take(value, parts, depth + 1)) for name, value in module._modules.items()]
-    hooked = depth > 0 and (len(module._forward_hooks) > 0 or len(module._forward_pre_hooks) > 0)
+    hooked = depth > 0 and _has_hooks(module)
     return ("module", tuple(attributes), tuple(parameters), tuple(buffers), tuple(modules), hooked)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    for hooks in (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ):
+        if len(hooks) > 0:
+            return True
+    return False
 
 
 # --- Together again ------------------------------------------------------------------------------
@@ -215,13 +255,13 @@ class Builder:
 
     def call(self, structure: Structure) -> Call:
         """Put a call together."""
-        module, args, kwargs = (self.build(part, what) for part, what in zip(structure, ("", "", ""), strict=True))
+        module, args, kwargs = (self.build(part, "") for part in structure)
         return Call(module, args, kwargs, self._containers)
 
     def build(self, structure: Structure, path: str) -> Any:
         """Put a value together."""
         kind = structure[0]
-        if kind == "tensor":
+        if kind in ("tensor", "special"):
             return next(self._tensors)
         if kind == "constant":
             return structure[1]
@@ -275,26 +315,35 @@ class Builder:
 # --- What cannot be taken apart ------------------------------------------------------------------
 
 
-def find_problem(structure: Structure, objects: Iterable[Any]) -> str | None:
-    """Return why a call cannot be made from its parts, or None."""
-    return _problem_of_structure(structure) or next(filter(None, map(_problem_of_object, objects)), None)
+def find_problem(nodes: Iterable[Structure], objects: Iterable[Any]) -> str | None:
+    """Return why what has these structures, in a call or in a result, cannot be made from its parts; or None."""
+    return _problem_of_structure(nodes) or next(filter(None, map(_problem_of_object, objects)), None)
 
 
-def _problem_of_structure(structure: Structure) -> str | None:
-    for entry in _entries(structure):
+def _problem_of_structure(nodes: Iterable[Structure]) -> str | None:
+    for entry in itertools.chain.from_iterable(map(_entries, nodes)):
         if entry[0] == "deep":
             return "an argument or attribute is nested too deep, or refers to itself"
+        if entry[0] == "special":
+            return "a tensor is sparse, nested, quantized or of a class of its own: more than its data would count"
         if entry[0] == "module" and entry[5]:
-            return "a module inside of it has forward hooks, which compiled code could not see"
+            return "a module inside of it has hooks, which would not be called"
     return None
 
 
-def _entries(structure: Any) -> Iterator[Any]:
-    if isinstance(structure, tuple):
-        if structure and isinstance(structure[0], str):
-            yield structure
-        for child in structure:
-            yield from _entries(child)
+def _entries(structure: Structure) -> Iterator[Structure]:
+    """Yield a structure and all inside it."""
+    yield structure
+    kind = structure[0]
+    children: Iterable[Structure] = ()
+    if kind in ("tuple", "list", "named", "sequence"):
+        children = structure[1]
+    elif kind in ("dict", "instance"):
+        children = [child for _, child in structure[1]]
+    elif kind == "module":
+        children = [child for group in structure[1:5] for _, child in group]
+    for child in children:
+        yield from _entries(child)
 
 
 def _problem_of_object(value: Any, depth: int = 0) -> str | None:
@@ -303,27 +352,30 @@ def _problem_of_object(value: Any, depth: int = 0) -> str | None:
         return None
     if isinstance(value, torch.Generator):
         return "it uses a torch.Generator, whose state is no tensor"
-    if isinstance(value, torch.Tensor | nn.Module):
-        return f"a {type(value).__name__} is hidden in an object where compiled code cannot see it change"
+    if isinstance(value, (torch.Tensor, nn.Module)):
+        return f"a {type(value).__name__} is hidden in an object, where nobody sees it change"
     if isinstance(value, types.MethodType):
         return _problem_of_object(value.__self__, depth + 1)
     inner: list[Any] = list(value.values()) if isinstance(value, dict) else []
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, (list, tuple, set, frozenset)):
         inner += list(value)
     inner += list(getattr(value, "__dict__", {}).values())
     for child in inner:
-        if isinstance(child, torch.Tensor | nn.Module | torch.Generator | types.MethodType | list | tuple | dict):
+        if isinstance(child, _WHERE_TENSORS_HIDE):
             problem = _problem_of_object(child, depth + 1)
             if problem is not None:
                 return f"{problem} (in a {type(value).__name__})" if depth == 0 else problem
     return None
 
 
-def object_key(value: Any) -> object:
-    """Return what two objects share that stand for the same."""
-    if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format | type):
+_WHERE_TENSORS_HIDE = (torch.Tensor, nn.Module, torch.Generator, types.MethodType, list, tuple, dict)
+
+
+def object_key(value: Any, other: Callable[[Any], object] = id) -> object:
+    """Return what two objects share that stand for the same; `other` tells it of what has no value to compare by."""
+    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, type)):
         return value
-    return id(value)
+    return other(value)
 
 
 # --- Results -------------------------------------------------------------------------------------
@@ -339,6 +391,9 @@ def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> st
     Raises:
         Unfit: If there is something in it that changes from call to call, and is no tensor.
     """
+    problem = _problem_of_structure([structure])
+    if problem is not None:
+        raise Unfit(f"what it returns: {problem}")
     tensors, ints = iter(range(len(parts.tensors))), iter(parts.ints)
     floats, objects = iter(parts.floats), iter(parts.objects)
 
@@ -374,9 +429,9 @@ def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> st
             inside = "".join(code(child) + ", " for child in node[1])
             made_by = named(next(objects))
             return f"{made_by}({inside})" if kind == "named" else f"{made_by}([{inside}])"
-        value = next(objects) if kind == "object" else None
-        if isinstance(value, torch.dtype | torch.device):
+        value = next(objects)
+        if isinstance(value, (torch.dtype, torch.device)):
             return named(value)
-        raise Unfit(f"it returns a {type(value).__name__}" if kind == "object" else f"it returns a {kind}")
+        raise Unfit(f"it returns a {(type(value) if kind == 'object' else value).__name__}")
 
     return code(structure)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 """For each type of device that counts: whether autocast is on, and its dtype."""
@@ -43,6 +45,16 @@ def under(autocast: Autocast) -> Iterator[None]:
             # A cache would outlive this run of the layer, and hold on to casts of stand-ins.
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
         yield
+
+
+def is_transformed() -> bool:
+    """Whether calls are transformed by `torch.func`, or derived forward: autograd does not show that on tensors."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_capturing(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a CUDA graph is being captured: nobody may look at data then."""
+    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
 
 
 RandomStates = tuple[tuple[torch.device | None, torch.Tensor], ...]

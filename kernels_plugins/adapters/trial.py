@@ -30,21 +30,24 @@ def on_references() -> Iterator[None]:
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices which of some tensors are written to. Tensors without data do not count that themselves.
+    """Notices what tensors without data do not show: which of them are written to, and whether chance is asked.
 
     Attributes:
         written: Their positions.
+        draws: Whether random numbers are drawn.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         """Remember whose memory is watched."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
+        self.draws = False
         self._watched = {_memory(tensor): index for index, tensor in enumerate(tensors)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at what an operator says that it writes to."""
         kwargs = kwargs or {}
+        self.draws = self.draws or torch.Tag.nondeterministic_seeded in func.tags
         if func._schema.is_mutable:
             for position, argument in enumerate(func._schema.arguments):
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -80,6 +83,8 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors hold the same values; NaN is the same as NaN."""
+    if one.element_size() == 1:  # numbers of eight bits and fewer cannot all be compared, but their bits can
+        return bool(torch.equal(one.view(torch.uint8), other.view(torch.uint8)))
     if one.is_floating_point() or one.is_complex():
         return bool(torch.equal(one, other) or ((one == other) | ((one != one) & (other != other))).all())
     return bool(torch.equal(one, other))
@@ -149,7 +154,7 @@ def fresh(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     owners: set[object] = set()
     found = []
     for tensor in tensors:
-        plain = tensor.detach().contiguous()
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
         owner = _owner(plain)
         found.append(plain.clone() if owner in owners else plain)
         owners.add(owner)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import enum
 import gc
 import warnings
 import weakref
@@ -423,6 +425,34 @@ def test_modes_that_watch_operators() -> None:
             assert layer(fake.from_tensor(x)).shape == x.shape
 
 
+def test_numbers_of_results_under_modes_that_watch() -> None:
+    """Under a mode that watches operators, a number in the result is that of this call, not of the first one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    @use_kernel_forward_from_hub("sized")
+    def sized(x: torch.Tensor) -> Any:
+        return x * 2, x.shape[0]
+
+    with serving(opaque(function_of(reference_of(sized))), "sized"), FlopCounterMode(display=False):
+        assert [sized(torch.ones(size))[1] for size in (3, 4, 3)] == [3, 4, 3]
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_transforms_in_compiled_code(transform: str) -> None:
+    """Compiled transforms of `torch.func` get the reference, for an operator has no rule for them."""
+    layer, x = Norm().requires_grad_(False), torch.randn(3, SIZE)
+
+    def step(x: torch.Tensor, forward: Any) -> Any:
+        if transform == "jvp":
+            return torch.func.jvp(forward, (x,), (x.cos(),))[1]
+        return torch.func.vmap(forward)(x) if transform == "vmap" else torch.func.grad(lambda y: forward(y).sum())(x)
+
+    expected = step(x, reference_of(layer))
+    with serving(opaque(NumpyNorm)), warnings.catch_warnings():
+        warnings.simplefilter("error", KernelsWarning)
+        torch.testing.assert_close(compiled(lambda x: step(x, layer))[0](x), expected)
+
+
 # --- What a call consists of ---------------------------------------------------------------------
 
 
@@ -581,6 +611,135 @@ def test_floats_that_change() -> None:
                 assert torch.equal(run(torch.ones(2), by), torch.ones(2) * by)
 
 
+def test_bools_that_depend_on_sizes() -> None:
+    """A bool that is computed from a dynamic size costs one graph for each value."""
+
+    @use_kernel_forward_from_hub("choose")
+    def choose(x: torch.Tensor, flag: bool) -> torch.Tensor:
+        return x * (2 if flag else 3)
+
+    def kernel(x: torch.Tensor, flag: bool) -> torch.Tensor:
+        return _untraceable(lambda: x * (2 if flag else 3))  # type: ignore[no-any-return]
+
+    with serving(opaque(kernel), "choose"):
+        run, counter = compiled(lambda x: choose(x, x.shape[0] > 4), dynamic=True)
+        for size in (2, 3, 5, 7):
+            assert torch.equal(run(torch.ones(size)), torch.ones(size) * (2 if size > 4 else 3))
+    assert counter.frame_count == 2
+
+
+@dataclasses.dataclass
+class Options:
+    """What a caller may make for one call."""
+
+    scale: float = 1.0
+    tensor: torch.Tensor | None = None
+
+
+class Text(str, enum.Enum):
+    """Equal to a text, and more than one."""
+
+    A = "a"
+
+
+def test_dataclasses_that_are_made_in_compiled_code() -> None:
+    """Attributes of a dataclass count as they are at the call, tensors among them; changed ones, too."""
+
+    @use_kernel_forward_from_hub("scaled")
+    def scaled(x: torch.Tensor, options: Options) -> torch.Tensor:
+        return x * options.scale + options.tensor
+
+    layer, kept = scaled, Options(2.0, torch.zeros(3))
+
+    def step(x: torch.Tensor, forward: Any) -> Any:
+        kept.scale = 7.0
+        return forward(x, Options(5.0, x.sin())) + forward(x, kept)
+
+    def kernel(x: torch.Tensor, options: Options) -> torch.Tensor:
+        return _untraceable(reference_of(scaled), x, options)  # type: ignore[no-any-return]
+
+    x = torch.randn(3, requires_grad=True)
+    expected = step(x, reference_of(layer))
+    kept.scale = 2.0
+    for source in (opaque(kernel), reference_backward(kernel)):
+        with serving(source, "scaled"):
+            run, counter = (
+                compiled(lambda x: step(x, layer)) if source.as_operator else (lambda x: step(x, layer), None)
+            )
+            output = run(x)
+            torch.testing.assert_close(output, expected)
+            torch.testing.assert_close(gradients(output, x), gradients(expected, x))
+            assert counter is None or operators(counter) == 2
+
+
+def test_texts_that_are_more_than_texts() -> None:
+    """An enumeration of texts reaches the kernel as it is; in a result, it cannot be."""
+    seen: list[Any] = []
+
+    @use_kernel_forward_from_hub("told")
+    def told(x: torch.Tensor, how: str, give: bool) -> Any:
+        return (x * 2, how) if give else x * 2
+
+    def kernel(x: torch.Tensor, how: str, give: bool) -> Any:
+        seen.append(how)
+        return _untraceable(reference_of(told), x, how, give)
+
+    x = torch.ones(2)
+    with serving(opaque(kernel), "told"):
+        run, _ = compiled(told)
+        for how in ("a", Text.A):
+            assert torch.equal(run(x, how, False), x * 2)
+            assert seen[-1] is how
+        with pytest.warns(KernelsWarning, match="it returns a Text"):
+            assert run(x, Text.A, True)[1] is Text.A
+
+
+def test_modules_whose_attributes_are_named_as_kinds() -> None:
+    """Attributes and keys may be called "module", "deep" or "special"."""
+
+    @use_kernel_forward_from_hub("Odd")
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.deep = nn.Linear(SIZE, SIZE), 2.0
+
+        def forward(self, x: torch.Tensor, others: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.module(x) * self.deep + others["special"]  # type: ignore[no-any-return]
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor, others: dict[str, torch.Tensor]) -> torch.Tensor:
+            return _untraceable(decorated_layer(Odd).reference, self, x, others)  # type: ignore[no-any-return]
+
+    layer, x = Odd(), example()
+    for source in (opaque(Kernel), reference_backward(Kernel)):
+        with serving(source, "Odd"):
+            run = compiled(layer)[0] if source.as_operator else layer
+            assert_like_reference(run, layer, x, {"special": x}, wanted=(x, layer.module.weight))
+    assert not quarantined()
+
+
+def test_small_numbers_and_conjugates() -> None:
+    """Weights of eight bits and fewer can be inputs; outputs that PyTorch conjugates or negates later are plain."""
+
+    @use_kernel_forward_from_hub("complex")
+    def conjugated(x: torch.Tensor, small: torch.Tensor) -> Any:
+        return (x * 1).conj(), (x * 1).conj().imag
+
+    x = torch.randn(6, dtype=torch.complex64)
+
+    def kernel(x: torch.Tensor, small: torch.Tensor) -> Any:
+        return _untraceable(reference_of(conjugated), x, small)
+
+    with serving(opaque(kernel), "complex"), torch.no_grad():
+        run, counter = compiled(lambda x, small: [y + 0 for y in conjugated(x, small)])
+        for name in ("float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn_x2", "uint8", "bool"):
+            dtype = getattr(torch, name, torch.int8)
+            output = run(x, torch.ones(4, dtype=torch.uint8).view(dtype))
+            torch.testing.assert_close(output, [x.conj().resolve_conj(), -x.imag])
+        torch.view_as_real(compiled(conjugated)[0](x, torch.ones(1))[0])  # raises for what is conjugated later
+    assert not quarantined() and operators(counter) == 1
+
+
 # --- What cannot be an operator ------------------------------------------------------------------
 
 
@@ -630,6 +789,26 @@ def test_kernels_that_misbehave_are_taken_out_on_the_first_run(reason: str) -> N
         assert not resolve(double, device="cpu", mode=Mode.INFERENCE).is_reference  # eager calls are not concerned
         refusal = resolve(double, device="cpu", mode=Mode.INFERENCE | Mode.TORCH_COMPILE).refusals[0]
         assert reason in refusal.reason
+
+
+def test_one_that_is_found_out_is_not_called_again() -> None:
+    """Not by another call in the same compiled code, nor backward; once released, it is looked at anew."""
+
+    @use_kernel_forward_from_hub("double")
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    with serving(opaque(function_of(in_place)), "double"):
+        run, _ = compiled(lambda x, y: double(x) + double(y))
+        for _ in range(2):
+            output = run(x, y)
+            assert torch.equal(output, torch.full((2,), 4.0))
+            (gradient,) = torch.autograd.grad(output.sum(), x)
+            assert torch.equal(gradient, torch.full((2,), 2.0))
+            assert torch.equal(x, torch.ones(2)) and torch.equal(y, torch.ones(2))
+            assert len(quarantined()) == 1
+            release()
 
 
 def test_kernels_that_change_the_module() -> None:
@@ -709,13 +888,68 @@ def test_attributes_that_cannot_be_constants(attribute: Any, reason: str) -> Non
     assert operators(counter) == 0
 
 
+def test_tensors_that_are_more_than_their_data() -> None:
+    """Tensors of a class of its own, and nested ones, are refused with the reason, compiled and for gradients."""
+
+    class Packed(nn.Parameter):
+        """As libraries that quantize have them."""
+
+    def kernel(x: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
+        return _untraceable(torch.mul, x, 2)  # type: ignore[no-any-return]
+
+    x = torch.ones(2, requires_grad=True)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    for odd in (Packed(torch.ones(2)), nested):
+        ignores = use_kernel_forward_from_hub("ignores")(lambda x, odd: x * 2)
+        with serving(opaque(kernel), "ignores"), pytest.warns(KernelsWarning, match="of a class of its own"):
+            assert_like_reference(compiled(ignores)[0], ignores, x, odd, wanted=(x,))
+        with serving(reference_backward(kernel), "ignores"):
+            assert_like_reference(ignores, ignores, x, odd, wanted=(x,))
+        assert [entry.mode for entry in quarantined()] == [Mode.TRAINING]
+        release()
+        torch._dynamo.reset()
+
+
+def test_references_that_draw_random_numbers() -> None:
+    """They are compiled themselves, for the backward of an operator would draw others; only where they draw."""
+
+    @use_kernel_forward_from_hub("Drop")
+    class Drop(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(x, 0.5, self.training) * 2
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return _untraceable(decorated_layer(Drop).reference, self, x)  # type: ignore[no-any-return]
+
+    layer, x = Drop(), torch.ones(64, requires_grad=True)
+    with serving(opaque(Kernel), "Drop"):
+        run, counter = compiled(layer, "aot_eager")
+        with pytest.warns(KernelsWarning, match="the reference draws random numbers"):
+            output = run(x)
+        assert torch.equal(torch.autograd.grad(output.sum(), x)[0], output.detach())
+    layer.eval()
+    with serving(opaque(Kernel), "Drop"):
+        assert_like_reference(run, layer, x, wanted=(x,))
+        assert operators(counter) == 1
+
+
 def test_hooks_of_modules_inside() -> None:
     """A module inside with a hook is refused: the hook would not be seen."""
     layer = Rich()
     layer.inner.linear.register_forward_hook(lambda module, args, output: output * 2)
     x = example()
-    with serving(opaque(RichKernel), "Rich"), pytest.warns(KernelsWarning, match="has forward hooks"):
+    with serving(opaque(RichKernel), "Rich"), pytest.warns(KernelsWarning, match="has hooks"):
         assert_like_reference(compiled(layer)[0], layer, x, [], flag=False)
+
+
+def test_backward_hooks_of_modules_inside() -> None:
+    """They are called where gradients are the reference's: the kernel is out for training."""
+    layer, called = Rich(), []
+    layer.inner.linear.register_full_backward_hook(lambda *args: called.append(1))
+    with serving(reference_backward(RichKernel), "Rich"):
+        layer(example(), [], flag=False)[0].sum().backward()
+    assert called and "has hooks" in quarantined()[0].reason
 
 
 def test_a_kernel_that_lost_its_gradients() -> None:
@@ -865,6 +1099,74 @@ def test_random_numbers_are_the_same_backward() -> None:
             assert torch.equal(torch.rand(2), after)
 
 
+def test_whether_random_numbers_are_drawn_may_change() -> None:
+    """A rate that was zero at first, and is not later, has the right gradients."""
+
+    @use_kernel_forward_from_hub("Rate")
+    class Rate(nn.Module):
+        rate = 0.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = 0.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(x, self.rate) * 1.0
+
+    class Kernel(nn.Module):
+        has_backward = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(x, self.rate) * 1.0
+
+    layer = Rate()
+    with serving(reference_backward(Kernel), "Rate"):
+        for layer.rate in (0.0, 0.5):
+            x = torch.ones(64, requires_grad=True)
+            y = layer(x)
+            torch.rand(3)
+            assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y.detach())
+
+
+def test_objects_that_are_made_for_each_call() -> None:
+    """They do not make each call a first one; one that hides a tensor is noticed all the same."""
+    ran: list[int] = []
+
+    @use_kernel_forward_from_hub("told")
+    def told(x: torch.Tensor, config: Any) -> torch.Tensor:
+        return x * config.scale
+
+    def kernel(x: torch.Tensor, config: Any) -> torch.Tensor:
+        ran.append(1)
+        return x * config.scale
+
+    x = torch.ones(2, requires_grad=True)
+    with serving(reference_backward(kernel), "told"):
+        for scale in range(5):
+            told(x, Config(scale))
+        assert len(ran) == 6
+        hidden = torch.tensor(2.0, requires_grad=True)
+        told(x, Config(hidden)).sum().backward()  # type: ignore[arg-type]
+    assert hidden.grad is not None and "a Tensor is hidden" in quarantined()[0].reason
+
+
+@pytest.mark.parametrize("make", [lambda y: collections.OrderedDict(y=y), lambda y: [Config(y)]])
+def test_results_that_hide_tensors_have_no_other_backward(make: Any) -> None:
+    """A result whose tensors nobody sees would lose its gradients: the kernel is out for training."""
+
+    @use_kernel_forward_from_hub("hides")
+    def hides(x: torch.Tensor) -> Any:
+        return make(x * 2)
+
+    x = torch.ones(2, requires_grad=True)
+    with serving(reference_backward(lambda x: make(x.detach() * 2)), "hides"):
+        result = hides(x)
+    found = result["y"] if isinstance(result, dict) else result[0].scale
+    found.sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 2.0))  # type: ignore[arg-type]
+    assert "what it returns" in quarantined()[0].reason
+
+
 def test_memory_holds_inputs_and_no_activations() -> None:
     """What is saved for the backward are the inputs."""
 
@@ -965,6 +1267,20 @@ def test_transforms_of_torch_func_get_the_reference() -> None:
         each = torch.func.vmap(torch.func.grad(lambda row: layer(row).sum()))(x.detach())
     (expected,) = torch.autograd.grad(reference_of(layer)(x).sum(), x)
     torch.testing.assert_close(each, expected)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_forward_mode_gets_the_reference(recorded: bool) -> None:
+    """Derived forward, also under `no_grad`, the tangent is right, and the kernel is not blamed for having none."""
+    layer = Norm()
+    x, tangent = torch.randn(3, SIZE), torch.randn(3, SIZE)
+    expected = torch.func.jvp(reference_of(layer), (x,), (tangent,))[1]
+    with serving(reference_backward(InferenceNorm)), torch.set_grad_enabled(recorded):
+        torch.testing.assert_close(torch.func.jvp(layer, (x,), (tangent,))[1], expected)
+        with torch.autograd.forward_ad.dual_level():
+            output = layer(torch.autograd.forward_ad.make_dual(x, tangent))
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(output).tangent, expected)
+    assert not quarantined()
 
 
 def test_a_traceable_kernel_is_inlined_where_nothing_is_recorded() -> None:
@@ -1139,6 +1455,20 @@ def test_operators_go_with_their_layer() -> None:
     gc.collect()
     with pytest.raises((RuntimeError, AttributeError)):
         library_utils.lookup_op(names[0])
+
+
+def test_operators_that_are_gone_are_no_longer_listed() -> None:
+    """What goes through all operators, as exporting and compiling for training do, does not meet one that is gone."""
+
+    def make() -> None:
+        layer = use_kernel_forward_from_hub("gone")(lambda x: x * 2)
+        with serving(opaque(lambda x: x * 2), "gone"):
+            assert not resolve(layer, device="cpu", mode=TRACED).is_reference
+
+    make()
+    gc.collect()
+    for name in list(torch.ops.kernels_opaque):
+        assert getattr(torch.ops.kernels_opaque, name)
 
 
 # --- Any signature, any result ---------------------------------------------------------------------
