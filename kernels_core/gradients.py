@@ -27,6 +27,9 @@ Forward = Callable[..., Any]
 _kept: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
 """Layers, by number, for which an implementation was seen to keep the gradients."""
 
+_DYNAMO_SEES_ATTRIBUTES = torch.__version__ >= "2.13"
+"""Whether Dynamo can go through the attributes of a module; 2.11 cannot."""
+
 _MAX_NODES = 100_000
 """How far a graph is searched: one that is larger belongs to more than a layer."""
 
@@ -48,10 +51,14 @@ def _items(value: Any) -> Iterable[Any]:
 def _has_trainable(module: torch.nn.Module) -> bool:
     """Whether a tensor of a module requires grad; asks the dictionaries, for `parameters()` takes microseconds.
 
-    Some wrappers keep weights as plain attributes, so these count.
+    Some wrappers keep weights as plain attributes, so these count, but for versions of Dynamo that cannot look there.
     """
-    for tensors in (module._parameters, module._buffers, module.__dict__):
+    for tensors in (module._parameters, module._buffers):
         for tensor in tensors.values():
+            if tensor is not None and tensor.requires_grad:
+                return True
+    if _DYNAMO_SEES_ATTRIBUTES or not torch.compiler.is_dynamo_compiling():
+        for tensor in module.__dict__.values():
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 return True
     return any(_has_trainable(child) for child in module._modules.values() if child is not None)
