@@ -98,19 +98,10 @@ class Work:
     origin: str
     own_backward: bool
 
-    @property
-    def takes_module(self) -> bool:
-        """Whether forwards take the module first."""
-        return not self.layer.is_function
-
-    def run(self, forward: Forward, call: Call) -> Any:
-        """Run the kernel or the reference."""
-        return call.run(forward, takes_module=self.takes_module)
-
     def reference(self, call: Call) -> Any:
         """Run the reference, all the way down."""
         with on_references():
-            return self.run(self.layer.reference, call)
+            return call.run(self.layer.reference)
 
 
 class Operator:
@@ -300,7 +291,7 @@ class Operator:
                 structure, parts = apart(self.work.reference(spec.call(copies_of(tensors), ints, floats)))
             elif key in self._tried or is_capturing(tensors):
                 plain = [tensor.detach() for tensor in tensors]
-                structure, parts = apart(self.work.run(self.work.kernel, spec.call(plain, ints, floats)))
+                structure, parts = apart(spec.call(plain, ints, floats).run(self.work.kernel))
             else:
                 structure, parts = self._try(spec, tensors, ints, floats, name)
                 self._tried.add(key)
@@ -319,7 +310,7 @@ class Operator:
         copies = copies_of(tensors)
         call = spec.call(copies, ints, floats)
         before = random_states(tensors)
-        structure, parts = apart(self.work.run(self.work.kernel, call))
+        structure, parts = apart(call.run(self.work.kernel))
         try:
             check_run(call, copies, tensors, parts.tensors)
             if drew(before, random_states(tensors)):
@@ -369,7 +360,7 @@ class Operator:
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             call = spec.call(leaves, ints, floats)
             by_kernel = self.work.own_backward and not any(map(self._is_out, (Mode.TORCH_COMPILE, Mode.TRAINING)))
-            _, parts = apart(self.work.run(self.work.kernel, call) if by_kernel else self.work.reference(call))
+            _, parts = apart(call.run(self.work.kernel) if by_kernel else self.work.reference(call))
             if by_kernel and not any(tensor.requires_grad for tensor in parts.tensors):
                 self._quarantine("it loses all gradients, and does not declare has_backward = False", Mode.TRAINING)
                 _, parts = apart(self.work.reference(spec.call(leaves, ints, floats)))
@@ -486,9 +477,7 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
             result = outcome(call)
             if result:
                 return getattr(results, result)(outputs)
-        if module is None:
-            return reference(*args, **kwargs)
-        return reference(module, *args, **kwargs)
+        return reference(*args, **kwargs) if module is None else reference(module, *args, **kwargs)
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not (is_compiling() or is_watched()):

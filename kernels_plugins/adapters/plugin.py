@@ -64,7 +64,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
     if not isinstance(candidate.source, Adapted):
         return None
     inner = replace(candidate, source=candidate.source.source)
-    kernel = getattr(layer, "__mro__", (None, layer))[1]
+    kernel = layer.__mro__[1] if isinstance(layer, type) else getattr(layer, "kernels_inside", layer)
     return "; ".join(plugin_manager().check_layer(request, inner, cast(Any, kernel))) or None
 
 
@@ -80,7 +80,7 @@ def _declared(layer: KernelLayer, source: Adapted) -> KernelLayer:
 
     if isinstance(layer, types.FunctionType):
         functools.update_wrapper(declared, layer)
-    declared.__dict__.update(_declarations(layer, source))
+    declared.__dict__.update(_declarations(layer, source), kernels_inside=layer)
     return declared
 
 
@@ -91,7 +91,7 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
 
     kernel: Any = loaded.adapt(layer) if loaded.adapt is not None else loaded.layer
     is_class = isinstance(kernel, type)
-    if is_class != (not layer.is_function) and not (is_class and layer.is_function):
+    if not is_class and not layer.is_function:
         return cast(KernelLayer, kernel)
     if is_class and (not issubclass(kernel, torch.nn.Module) or kernel.forward is torch.nn.Module.forward):
         return cast(KernelLayer, kernel)
@@ -114,7 +114,7 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
         recompute.implementation = made
     if is_class and not layer.is_function:
         return _subclass(kernel, source, {"forward": made})
-    made.__dict__.update(_declarations(kernel, source))
+    made.__dict__.update(_declarations(kernel, source), kernels_inside=kernel)
     return cast(KernelLayer, made)
 
 

@@ -81,31 +81,25 @@ class Recompute:
         return function if work.layer.is_function else method
 
     def _call(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args if module is None else (module, *args)
         if is_transformed():  # torch.func differentiates what it sees
-            return self._reference(module, args, kwargs)
+            return self.work.layer.reference(*given, **kwargs)
         parts = Parts()
         structure = take_call(module, args, kwargs, parts)
         if not any(tensor.requires_grad for tensor in parts.tensors):
-            return self._kernel(module, args, kwargs)
+            return self.work.kernel(*given, **kwargs)
         spec = Spec(structure, tuple(parts.objects), autocast_now())
         try:
             draws = self._draws(spec, parts)
         except Unfit as problem:
             self._refuse(str(problem))
-            return self._reference(module, args, kwargs)
+            return self.work.layer.reference(*given, **kwargs)
         # Whether numbers are drawn may depend on others, so only a capture, which allows no look, believes the trial.
         states = random_states(parts.tensors) if draws or not is_capturing(parts.tensors) else ()
         recorded = Recorded(spec, parts, states)
-        tensors = cast(Any, _Recompute).apply(self, recorded, module, args, kwargs, *parts.tensors)
+        tensors = cast(Any, _Recompute).apply(self.work, recorded, given, kwargs, *parts.tensors)
         result = recorded.result
         return Builder(tensors, result.ints, result.floats, result.objects).build(recorded.structure, "")
-
-    def _kernel(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.work.kernel(*args, **kwargs) if module is None else self.work.kernel(module, *args, **kwargs)
-
-    def _reference(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        reference = self.work.layer.reference
-        return reference(*args, **kwargs) if module is None else reference(module, *args, **kwargs)
 
     def _draws(self, spec: Spec, parts: Parts) -> bool:
         """Whether random numbers are drawn; runs kernel and reference on copies, once per kind of call.
@@ -128,7 +122,7 @@ class Recompute:
             with torch.no_grad():
                 copies = copies_of(parts.tensors)
                 call = spec.call(copies, parts.ints, parts.floats)
-                ours = apart(self.work.run(self.work.kernel, call))
+                ours = apart(call.run(self.work.kernel))
                 check_run(call, copies, parts.tensors, ours[1].tensors)
                 problem = find_problem([ours[0]], ours[1].objects)
                 if problem is not None:
@@ -160,17 +154,16 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        recompute: Recompute,
+        work: Work,
         recorded: Recorded,
-        module: nn.Module | None,
-        args: tuple[Any, ...],
+        given: tuple[Any, ...],
         kwargs: dict[str, Any],
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        ctx.recompute, ctx.recorded = recompute, recorded
-        recorded.structure, recorded.result = apart(recompute._kernel(module, args, kwargs))
+        ctx.work, ctx.recorded = work, recorded
+        recorded.structure, recorded.result = apart(work.kernel(*given, **kwargs))
         outputs = tuple(recorded.result.tensors)
         recorded.result.tensors = []  # the outputs hold this call, which must not hold them
         recorded.parts.tensors = []
@@ -178,17 +171,16 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        work: Work = ctx.recompute.work
         spec, parts = ctx.recorded.spec, ctx.recorded.parts
         again = torch.is_grad_enabled()
-        needs: Sequence[bool] = ctx.needs_input_grad[5:]
+        needs: Sequence[bool] = ctx.needs_input_grad[4:]
         with torch.enable_grad(), under(spec.autocast), random(ctx.recorded.states):
             # Each place has a tensor of its own, or one that is given twice would get both gradients in each.
             leaves = [
                 tensor.detach() if not need else tensor.view_as(tensor) if again else tensor.detach().requires_grad_()
                 for tensor, need in zip(ctx.saved_tensors, needs, strict=True)
             ]
-            _, result = apart(work.reference(spec.call(leaves, parts.ints, parts.floats)))
+            _, result = apart(ctx.work.reference(spec.call(leaves, parts.ints, parts.floats)))
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             found = iter(gradients_of(result.tensors, wanted, grads, again=again))
-        return None, None, None, None, None, *(next(found) if need else None for need in needs)
+        return None, None, None, None, *(next(found) if need else None for need in needs)

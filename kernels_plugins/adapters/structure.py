@@ -223,11 +223,10 @@ class Call:
     kwargs: dict[str, Any]
     _containers: list[tuple[str, Any, Any]] = field(default_factory=list, repr=False)
 
-    def run(self, forward: Any, *, takes_module: bool) -> Any:
+    def run(self, forward: Callable[..., Any]) -> Any:
         """Make the call."""
-        if takes_module:
-            return forward(self.module, *self.args, **self.kwargs)
-        return forward(*self.args, **self.kwargs)
+        given = self.args if self.module is None else (self.module, *self.args)
+        return forward(*given, **self.kwargs)
 
     def changed(self) -> list[str]:
         """Name what was set, replaced or removed since: attributes of modules, items of lists and dictionaries."""

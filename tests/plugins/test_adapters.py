@@ -1387,6 +1387,12 @@ def test_policies_see_what_is_inside(isolated_plugins: PluginManager) -> None:
     with serving(opaque(NumpyNorm)):
         assert not resolve(Norm, device="cpu", mode=Mode.TRAINING).is_reference
     assert (NumpyNorm, NumpyNorm) in seen
+    function = use_kernel_forward_from_hub("f")(lambda x: x * 2)
+    kernel = function_of(reference_of(function))
+    with serving(reference_backward(kernel), "f"):
+        for asked in (function, "f"):
+            assert not resolve(asked, device="cpu", mode=Mode.TRAINING).is_reference
+            assert seen[-1] == (kernel, kernel)
 
 
 def test_without_the_plugin_it_is_told(isolated_plugins: PluginManager) -> None:
