@@ -115,6 +115,7 @@ class Operator:
         self._specs: dict[str, Spec] = {}
         self._names: dict[object, str] = {}
         self._tried: set[object] = set()
+        self._derived: set[object] = set()
         self._out: dict[Mode, Quarantined] = {}
         self._told: set[str] = set()
         self._last = threading.local()
@@ -341,6 +342,7 @@ class Operator:
         if entry is not None and entry not in quarantined():
             self._out.pop(mode, None)
             self._tried.clear()
+            self._derived.clear()
             entry = None
         return entry is not None
 
@@ -361,16 +363,35 @@ class Operator:
             call = spec.call(leaves, ints, floats)
             by_kernel = self.work.own_backward and not any(map(self._is_out, (Mode.TORCH_COMPILE, Mode.TRAINING)))
             _, parts = apart(call.run(self.work.kernel) if by_kernel else self.work.reference(call))
-            if by_kernel and not any(tensor.requires_grad for tensor in parts.tensors):
-                self._quarantine("it loses all gradients, and does not declare has_backward = False", Mode.TRAINING)
-                _, parts = apart(self.work.reference(spec.call(leaves, ints, floats)))
             found = gradients_of(parts.tensors, wanted, grads)
+            key = (name, tuple(needs))
+            if by_kernel and key not in self._derived and any(gradient is None for gradient in found):
+                found = self._complete(found, spec.call(leaves, ints, floats), wanted, grads)
+                self._derived.add(key)
             return [
                 torch.zeros_like(leaf, memory_format=torch.contiguous_format)
                 if gradient is None
                 else gradient.detach().to(leaf.dtype).contiguous()
                 for leaf, gradient in zip(wanted, found, strict=True)
             ]
+
+    def _complete(
+        self,
+        found: Sequence[torch.Tensor | None],
+        call: Call,
+        wanted: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+    ) -> Sequence[torch.Tensor | None]:
+        """Return the reference's gradients, if it has some that the kernel has not; the kernel is out then."""
+        _, parts = apart(self.work.reference(call))
+        right = gradients_of(parts.tensors, wanted, grads)
+        lost = sum(mine is None and other is not None for mine, other in zip(found, right, strict=True))
+        if not lost:
+            return found
+        self._quarantine(
+            f"it loses {lost} of {len(wanted)} gradients, and does not declare has_backward = False", Mode.TRAINING
+        )
+        return right
 
 
 def gradients_of(

@@ -97,7 +97,9 @@ class Recompute:
         # Whether numbers are drawn may depend on others, so only a capture, which allows no look, believes the trial.
         states = random_states(parts.tensors) if draws or not is_capturing(parts.tensors) else ()
         recorded = Recorded(spec, parts, states)
-        tensors = cast(Any, _Recompute).apply(self.work, recorded, given, kwargs, *parts.tensors)
+        # Autograd keeps no inference tensors, so those are copied.
+        kept = [tensor.clone() if tensor.is_inference() else tensor for tensor in parts.tensors]
+        tensors = cast(Any, _Recompute).apply(self.work, recorded, given, kwargs, *kept)
         result = recorded.result
         return Builder(tensors, result.ints, result.floats, result.objects).build(recorded.structure, "")
 

@@ -97,6 +97,7 @@ class Parts:
         ints: Integers, which may be symbolic while traced.
         floats: Floats.
         objects: Anything else that is no constant.
+        inside: Modules and dataclasses whose attributes are being taken, to notice what refers to itself.
     """
 
     def __init__(self) -> None:
@@ -105,6 +106,7 @@ class Parts:
         self.ints: list[int] = []
         self.floats: list[float] = []
         self.objects: list[Any] = []
+        self.inside: list[Any] = []
 
 
 def take_call(module: nn.Module | None, args: Any, kwargs: Any, parts: Parts) -> Structure:
@@ -131,6 +133,9 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
         return ("float",)
     if depth > _DEEPEST:
         return ("deep",)
+    for outer in parts.inside:
+        if outer is value:
+            return ("deep",)
     if isinstance(value, nn.Module):
         return _take_module(value, parts, depth)
     if isinstance(value, (list, tuple)):
@@ -148,7 +153,9 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
         not sees_all and torch.compiler.is_dynamo_compiling() and not isinstance(value, _PLAIN)
     ):
         parts.objects.append(type(value))
+        parts.inside.append(value)
         attributes = [(name, take(child, parts, depth + 1)) for name, child in _attributes(value)]
+        parts.inside.pop()
         return ("instance", tuple(attributes))
     parts.objects.append(value)
     return ("object",)
@@ -181,6 +188,7 @@ def _attributes(value: Any) -> Any:
 
 def _take_module(module: nn.Module, parts: Parts, depth: int) -> Structure:
     parts.objects.append(type(module))
+    parts.inside.append(module)
     attributes = []
     for name, value in _attributes(module):
         if name in _INTERNAL or (depth == 0 and name == "forward"):
@@ -189,6 +197,7 @@ def _take_module(module: nn.Module, parts: Parts, depth: int) -> Structure:
     parameters = [(name, take(value, parts, depth + 1)) for name, value in module._parameters.items()]
     buffers = [(name, take(value, parts, depth + 1)) for name, value in module._buffers.items()]
     modules = [(name, take(value, parts, depth + 1)) for name, value in module._modules.items()]
+    parts.inside.pop()
     hooked = depth > 0 and _has_hooks(module)
     return ("module", tuple(attributes), tuple(parameters), tuple(buffers), tuple(modules), hooked)
 

@@ -962,7 +962,50 @@ def test_a_kernel_that_lost_its_gradients() -> None:
     layer, x = Norm(), example()
     with serving(opaque(Careless)):
         assert_like_reference(compiled(layer)[0], layer, x, wanted=(x, layer.weight))
-    assert "loses all gradients" in quarantined()[0].reason
+    assert "loses 2 of 2 gradients" in quarantined()[0].reason
+
+
+def test_a_kernel_that_lost_one_gradient() -> None:
+    """One that detaches the weight alone is out for training as well; what the reference has none of may be missing."""
+
+    class Careless(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return _untraceable(_NumpyNorm.apply, x, self.weight.detach(), self.eps)
+
+    layer, x = Norm(), example()
+    layer.unused = nn.Parameter(torch.ones(2))
+    for kernel in (NumpyNorm, Careless):
+        assert not quarantined()
+        with serving(opaque(kernel)):
+            run = compiled(layer, "aot_eager")[0]
+            for _ in range(2):
+                assert_like_reference(run, layer, x, wanted=(x, layer.weight))
+    (entry,) = quarantined()
+    assert "loses 1 of 3 gradients" in entry.reason
+
+
+def test_modules_that_refer_to_themselves() -> None:
+    """A module that knows the one around it is refused with the reason, and does not take forever."""
+    layer, x = Rich(), example()
+    layer.inner.parent = [layer]
+    layer.inner.others = [Inner() for _ in range(3)]
+    for other in layer.inner.others:
+        other.parent = (layer,)
+    with serving(opaque(RichKernel), "Rich"), pytest.warns(KernelsWarning, match="refers to itself"):
+        assert_like_reference(compiled(layer)[0], layer, x, [])
+    with serving(reference_backward(RichKernel), "Rich"):
+        assert_like_reference(layer, layer, x, [], wanted=(x,))
+    assert "refers to itself" in quarantined()[0].reason
+
+
+def test_inference_tensors_among_the_inputs() -> None:
+    """A recorded call may have tensors that were made in inference mode, as the reference may."""
+    layer, x = Rich(), example()
+    with torch.inference_mode():
+        other = torch.randn(4, SIZE)
+    with serving(reference_backward(RichKernel), "Rich"):
+        assert_like_reference(layer, layer, x, [other], wanted=(x,))
+    assert not quarantined()
 
 
 def test_the_contract_holds_inside() -> None:
