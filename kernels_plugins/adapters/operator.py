@@ -31,6 +31,7 @@ from .structure import (
     Structure,
     Unfit,
     find_problem,
+    find_unmade,
     learn_names,
     object_key,
     result_code,
@@ -186,7 +187,7 @@ class Operator:
         """Return the name of a structure, or an empty one where a call of it cannot be an operator."""
         if is_transformed():  # which knows no operator, but what the reference is made of
             return ""
-        problem = find_problem(structure, objects)
+        problem = find_problem(structure, objects) or find_unmade(objects)
         if problem is not None:
             self.refuse(problem)
             return ""

@@ -376,6 +376,19 @@ def _problem_of_object(value: Any, depth: int = 0) -> str | None:
     return None
 
 
+def find_unmade(objects: Iterable[Any]) -> str | None:
+    """Return why one of the constants of a traced call is none, or None.
+
+    Dynamo runs a constructor by its trace, so what is made in compiled code has no attributes while that is traced, and
+    at best those of its class.
+    """
+    for value in objects:
+        cls = type(value)
+        if isinstance(cls.__init__, types.FunctionType) and getattr(value, "__dict__", None) == {}:
+            return f"a {cls.__name__} has no attributes: those are not known yet where it is made in compiled code"
+    return None
+
+
 _WHERE_TENSORS_HIDE = (torch.Tensor, nn.Module, torch.Generator, types.MethodType, list, tuple, dict)
 
 

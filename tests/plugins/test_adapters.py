@@ -672,6 +672,28 @@ def test_dataclasses_that_are_made_in_compiled_code() -> None:
             assert counter is None or operators(counter) == 2
 
 
+def test_objects_that_are_made_in_compiled_code() -> None:
+    """Those of other classes are refused: a kernel would see them without attributes, or with those of the class."""
+
+    class Chosen:
+        scale = 1.0
+
+        def __init__(self, scale: float) -> None:
+            self.scale = scale
+
+    @use_kernel_forward_from_hub("chosen")
+    def chosen(x: torch.Tensor, choice: Chosen) -> torch.Tensor:
+        return x * choice.scale
+
+    def kernel(x: torch.Tensor, choice: Chosen) -> torch.Tensor:
+        return _untraceable(lambda: x * choice.scale)  # type: ignore[no-any-return]
+
+    with serving(opaque(kernel), "chosen"), pytest.warns(KernelsWarning, match="a Chosen has no attributes"):
+        assert torch.equal(compiled(lambda x: chosen(x, Chosen(5.0)))[0](torch.ones(2)), torch.full((2,), 5.0))
+    with serving(opaque(kernel), "chosen"):
+        assert torch.equal(compiled(chosen)[0](torch.ones(2), Chosen(5.0)), torch.full((2,), 5.0))
+
+
 def test_texts_that_are_more_than_texts() -> None:
     """An enumeration of texts reaches the kernel as it is; in a result, it cannot be."""
     seen: list[Any] = []
