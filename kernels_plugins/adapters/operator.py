@@ -219,8 +219,8 @@ class Operator:
         self, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
     ) -> list[torch.Tensor]:
         """Return what outputs look like: the reference tells, run with tensors that have no data."""
+        self._last.outcome = (name, "")
         try:
-            self._last.outcome = (name, "")
             structure, parts = self._expected(tensors, ints, floats, name)
             self._keep_outcome(name, structure, parts)
         except Unfit as problem:
@@ -250,7 +250,7 @@ class Operator:
                 f"the reference cannot be run without data: {type(error).__name__}: {_first_line(error)}"
             ) from None
         if watch.written:
-            raise Unfit(f"the reference changes tensor {min(watch.written) + 1} of its inputs in place")
+            raise Unfit(f"the reference changes {call.names[min(watch.written)]} in place")
         if watch.draws:
             raise Unfit("the reference draws random numbers, and would draw others for the gradients")
         check_state(call)

@@ -225,11 +225,13 @@ class Call:
         module: A stand-in for the module: of its class, with its attributes; None for a function.
         args: Positional arguments.
         kwargs: Keyword arguments.
+        names: Where each tensor is, for messages: `"inner.weight"`, `"argument[0]"`, `"argument['mask']"`.
     """
 
     module: nn.Module | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    names: list[str] = field(default_factory=list, repr=False)
     _containers: list[tuple[str, Any, Any]] = field(default_factory=list, repr=False)
 
     def run(self, forward: Callable[..., Any]) -> Any:
@@ -259,17 +261,20 @@ class Builder:
         self._ints = iter(ints)
         self._floats = iter(floats)
         self._objects = iter(objects)
+        self._names: list[str] = []
         self._containers: list[tuple[str, Any, Any]] = []
 
     def call(self, structure: Structure) -> Call:
         """Put a call together."""
-        module, args, kwargs = (self.build(part, "") for part in structure)
-        return Call(module, args, kwargs, self._containers)
+        paths = ("", "argument", "argument")
+        module, args, kwargs = (self.build(part, path) for part, path in zip(structure, paths, strict=True))
+        return Call(module, args, kwargs, self._names, self._containers)
 
     def build(self, structure: Structure, path: str) -> Any:
         """Put a value together."""
         kind = structure[0]
         if kind in ("tensor", "special"):
+            self._names.append(path)
             return next(self._tensors)
         if kind == "constant":
             return structure[1]
@@ -300,7 +305,7 @@ class Builder:
         return made_by(*children) if kind == "named" else made_by(children)
 
     def _watched(self, path: str, container: Any) -> Any:
-        self._containers.append((path or "an argument", container, container.copy()))
+        self._containers.append((path, container, container.copy()))
         return container
 
     def _module(self, structure: Structure, path: str) -> nn.Module:

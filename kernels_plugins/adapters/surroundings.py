@@ -14,7 +14,7 @@ Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 """For each type of device that counts: whether autocast is on, and its dtype."""
 
 
-def device_types() -> tuple[str, ...]:
+def _device_types() -> tuple[str, ...]:
     """Return the types of devices whose autocast counts here."""
     found = ["cpu"]
     if torch.version.cuda or torch.version.hip:
@@ -26,7 +26,7 @@ def device_types() -> tuple[str, ...]:
     return tuple(found)
 
 
-_DEVICE_TYPES = device_types()
+_DEVICE_TYPES = _device_types()
 
 
 def autocast_now() -> Autocast:

@@ -96,9 +96,9 @@ def check_run(call: Call, copies: Sequence[torch.Tensor], originals: Sequence[to
     Raises:
         Unfit: If it changed or returned what it was given, or changed the module.
     """
-    for index, (copy, original) in enumerate(zip(copies, originals, strict=True)):
+    for name, copy, original in zip(call.names, copies, originals, strict=True):
         if not same_bits(copy, original.detach()):
-            raise Unfit(f"it changes tensor {index + 1} of its inputs in place")
+            raise Unfit(f"it changes {name} in place")
     check_state(call)
     owners = {_owner(tensor) for tensor in copies}
     for tensor in output:
