@@ -268,7 +268,7 @@ class _Dispatcher:
         return self._inner(plugin_manager().wrap_forward(resolution, forward))
 
     def _until_proven(self, kernel: Forward, origin: str) -> Forward:
-        """Return what calls a kernel that was not yet seen to keep gradients, and looks at its first recorded call."""
+        """Return what calls a kernel that was not yet seen to keep all gradients, and looks at its recorded calls."""
         known = self._unproven.get(id(kernel))
         if known is not None:
             return known
@@ -282,13 +282,12 @@ class _Dispatcher:
             if keeps_gradients(self.layer, kernel):
                 republish(self._inner(unproven), self._inner(kernel))
                 return call(kernel)
-            if peek_interpreter_stack() is not None or not records_autograd(module, values):
+            if peek_interpreter_stack() is not None:
                 return call(kernel)
             output, kept = try_gradients(self.layer, kernel, module, values, call, kernel=origin)
-            if kept:
+            if keeps_gradients(self.layer, kernel):
                 republish(self._inner(unproven), self._inner(kernel))
-                return output
-            return output if kept is None else call_inner(self._cold()(module, values))
+            return output if kept is not False else call_inner(self._cold()(module, values))
 
         calls = f"lambda _kernel: _kernel({self._source.call}), lambda _kernel: _kernel({self._source.inner_call})"
         proving = self._generate(

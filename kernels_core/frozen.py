@@ -22,7 +22,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from .dispatch import adapted
 from .errors import KernelizeError, KernelsWarning
-from .gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
+from .gradients import keeps_gradients, needs_proof, try_gradients
 from .layer import Layer
 from .mode import Mode
 from .modules import own_device
@@ -197,7 +197,7 @@ def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
 
 
 def _until_proven(cls: Any, frozen: Frozen, forward: Forward, kernel: Forward) -> Forward:
-    """Look at the first recorded call, and let the class have the forward itself after it."""
+    """Look at recorded calls, and let the class have the forward itself once all gradients were seen to be kept."""
     layer = cast(Layer, frozen.layer)
 
     @functools.wraps(forward)
@@ -208,8 +208,6 @@ def _until_proven(cls: Any, frozen: Frozen, forward: Forward, kernel: Forward) -
         bound.apply_defaults()
         values = tuple(bound.arguments.values())
         if not keeps_gradients(layer, kernel):
-            if not records_autograd(self, values):
-                return forward(self, *args, **kwargs)
             output, kept = try_gradients(
                 layer,
                 kernel,
@@ -218,7 +216,7 @@ def _until_proven(cls: Any, frozen: Frozen, forward: Forward, kernel: Forward) -
                 lambda f: (forward if f is kernel else f)(self, *args, **kwargs),
                 kernel=cast(Resolution, frozen.resolution).origin,
             )
-            if kept:
+            if keeps_gradients(layer, kernel):
                 _refresh(cls)
             if kept is not False:
                 return output

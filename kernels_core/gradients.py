@@ -1,13 +1,14 @@
 """Does autograd record a call, and does a kernel keep the gradients that the reference has?
 
 A kernel that computes its output outside of autograd, without saying `has_backward = False`, trains
-nothing and raises nothing. So the first recorded call of each layer and kernel is looked at: from each
-argument and parameter that requires grad, a path must lead to the output, where the reference has one.
+nothing and raises nothing. So recorded calls of each layer and kernel are looked at, until each argument
+and parameter has required grad once: a path must lead from it to the output, where the reference has one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +25,11 @@ from .request import Resolution
 
 Forward = Callable[..., Any]
 
-_kept: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
-"""Layers, by number, for which an implementation was seen to keep the gradients."""
+_kept: weakref.WeakKeyDictionary[Forward, dict[int, set[str]]] = weakref.WeakKeyDictionary()
+"""Of which arguments and parameters an implementation was seen to keep the gradients, per number of a layer."""
+
+_proven: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
+"""Layers, by number, for which it was seen to keep the gradients of everything that can require them."""
 
 _DYNAMO_SEES_ATTRIBUTES = torch.__version__ >= "2.13"
 """Whether Dynamo can go through the attributes of a module; 2.11 cannot."""
@@ -78,11 +82,11 @@ def needs_proof(resolution: Resolution) -> bool:
 
 
 def keeps_gradients(layer: Layer, implementation: Forward) -> bool:
-    """Whether an implementation was seen to keep the gradients of a layer."""
-    return layer.number in _kept.get(implementation, ())
+    """Whether an implementation was seen to keep every gradient of a layer."""
+    return layer.number in _proven.get(implementation, ())
 
 
-# --- The first recorded call ---------------------------------------------------------------------
+# --- Looking at a recorded call ------------------------------------------------------------------
 
 
 def try_gradients(
@@ -94,7 +98,7 @@ def try_gradients(
     *,
     kernel: str,
 ) -> tuple[Any, bool | None]:
-    """Run a recorded call with an implementation, and look whether it keeps the gradients.
+    """Run a call with an implementation, and look whether it keeps gradients that it was not yet seen to keep.
 
     Args:
         layer: What it serves.
@@ -109,42 +113,76 @@ def try_gradients(
         on and the call can be made anew, None where it is refused but has changed what it was given,
         so that its output has to do.
     """
-    sources = dict(_sources(layer, module, values))
-    touched = [*sources.values(), *(module.buffers() if module is not None else ())]
+    candidates = dict(_candidates(layer, module, values))
+    sources = {name: tensor for name, tensor in candidates.items() if tensor is not None and tensor.requires_grad}
+    kept = _kept.setdefault(implementation, {}).setdefault(layer.number, set())
+    if kept.issuperset(sources):
+        return call(implementation), True
+    touched = [leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
+    touched += [*module.parameters(), *module.buffers()] if module is not None else []
     versions = [_version(tensor) for tensor in touched]
-    output = call(implementation)
+    random_states = _random_states(touched)
+    with _held_back() as saved:
+        output = call(implementation)
+    untouched = -1 not in versions and versions == [_version(tensor) for tensor in touched]
     missing = _unreached(sources, output)
     if missing:
-        missing = [name for name in missing if name not in _missing_in_reference(layer, module, missing, sources, call)]
+        without = _missing_in_reference(layer, module, missing, sources, call)
+        missing = [name for name in missing if name not in without]
     if not missing:
-        _kept.setdefault(implementation, set()).add(layer.number)
+        saved.hand_over()
+        kept.update(sources)
+        if kept.issuperset(candidates):
+            _proven.setdefault(implementation, set()).add(layer.number)
         return output, True
     reason = (
         f"it loses gradients: {', '.join(missing)} requires grad and gets none from it, as from the reference. "
         "Declare has_backward = False on the kernel, or give it a backward"
     )
     quarantine(layer, implementation, kernel=kernel, reason=reason, mode=Mode.TRAINING)
-    if versions == [_version(tensor) for tensor in touched]:
+    if untouched:
+        for set_state, state in random_states:
+            set_state(state)
         return output, False
+    saved.hand_over()
     warnings.warn(
-        f"Layer {layer.name!r}: {reason}. It changed its arguments in place, so this call cannot be made anew: "
-        f"the gradients of this one call are lost.",
+        f"Layer {layer.name!r}: {reason}. It may have changed its arguments or buffers in place, so this call cannot "
+        "be made anew: the gradients of this one call are lost.",
         KernelsWarning,
         stacklevel=2,
     )
     return output, None
 
 
-def _sources(layer: Layer, module: torch.nn.Module | None, values: Iterable[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what requires grad, with a name to tell it by."""
+def _candidates(
+    layer: Layer, module: torch.nn.Module | None, values: Iterable[Any]
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield what requires grad, or may on another call, with a name to tell it by; None for what is not given."""
     names = list(layer.signature.parameters)
     for position, value in enumerate(values):
         name = f"argument {names[position]!r}" if position < len(names) else f"argument {position + 1}"
-        for item in _items(value):
-            if isinstance(item, torch.Tensor) and item.requires_grad:
-                yield name, item
+        if _may_require_grad(value):
+            yield name, value
+        elif isinstance(value, (dict, list, tuple)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if _may_require_grad(item):
+                    yield f"{name}[{key!r}]", item
     if module is not None:
-        yield from ((f"parameter {name!r}", p) for name, p in module.named_parameters() if p.requires_grad)
+        yield from _candidates_of(module, "")
+
+
+def _candidates_of(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor | None]]:
+    for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", vars(module))):
+        for name, tensor in tensors.items():
+            if kind == "parameter" or (isinstance(tensor, torch.Tensor) and tensor.requires_grad):
+                yield f"{kind} {prefix + name!r}", tensor
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _candidates_of(child, f"{prefix}{name}.")
+
+
+def _may_require_grad(value: Any) -> bool:
+    return value is None or (isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()))
 
 
 def _missing_in_reference(
@@ -154,12 +192,24 @@ def _missing_in_reference(
     sources: dict[str, torch.Tensor],
     call: Callable[[Forward], Any],
 ) -> list[str]:
-    """Which gradients the reference does not have either; leaves random numbers and buffers as they were."""
+    """Which gradients the reference does not have either; leaves arguments, buffers and random numbers as they were."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        copy = copies.setdefault(id(leaf), leaf.detach().clone().requires_grad_(leaf.requires_grad))
+        return copy.clone() if copy.requires_grad else copy  # a leaf must not be changed in place
+
+    def on_copies(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(copied, (args, kwargs))
+        return layer.reference(*args, **kwargs)
+
     buffers = [(b, b.clone(), _version(b)) for b in module.buffers()] if module is not None else []
-    devices = {tensor.device.index for tensor in sources.values() if tensor.device.type == "cuda"}
+    random_states = _random_states(sources.values())
     try:
-        with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
-            expected = call(layer.reference)
+        with _held_back():
+            expected = call(on_copies)
     except Exception as error:  # the kernel serves where the reference cannot: nothing to compare with
         warnings.warn(
             f"Layer {layer.name!r}: {', '.join(missing)} gets no gradient from its kernel, and whether that is "
@@ -169,11 +219,62 @@ def _missing_in_reference(
         )
         return missing
     finally:
+        for set_state, state in random_states:
+            set_state(state)
         with torch.no_grad():
             for buffer, before, version in buffers:
                 if version != _version(buffer) or version < 0:  # autograd may have saved one that did not change
                     buffer.copy_(before)
-    return _unreached({name: sources[name] for name in missing}, expected)
+    return _unreached({name: copies.get(id(sources[name]), sources[name]) for name in missing}, expected)
+
+
+def _random_states(tensors: Iterable[torch.Tensor]) -> list[tuple[Callable[[torch.Tensor], object], torch.Tensor]]:
+    """Return the states of the generators that a call with some tensors may use, with what sets them."""
+    states: list[tuple[Callable[[torch.Tensor], object], torch.Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    if devices and not torch.cuda.is_current_stream_capturing():
+        states += [
+            (functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device))
+            for device in devices
+        ]
+    return states
+
+
+class _Saved:
+    """What autograd saves of a run, out of sight of the hooks around, such as those of activation checkpointing."""
+
+    def __init__(self, hooks: tuple[Callable[..., Any], Callable[..., Any]] | None) -> None:
+        self._hooks = hooks
+        self._packed: list[list[Any]] = []
+
+    def pack(self, tensor: torch.Tensor) -> list[Any]:
+        """Keep a tensor."""
+        self._packed.append([tensor])
+        return self._packed[-1]
+
+    def unpack(self, packed: list[Any]) -> Any:
+        """Give a tensor back, as the hooks around do."""
+        return self._hooks[1](packed[0]) if self._hooks is not None else packed[0]
+
+    def hand_over(self) -> None:
+        """Show the hooks what they were not shown, in the same order: the run counts."""
+        if self._hooks is not None:
+            for packed in self._packed:
+                packed[0] = self._hooks[0](packed[0])
+        self._packed.clear()
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[_Saved]:
+    """Keep what a run saves from the hooks around: checkpointing counts it, and a run that is void must not count."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in every version
+    hooks = top(False) if top is not None else None
+    saved = _Saved(hooks)
+    if hooks is None:
+        yield saved
+        return
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        yield saved
 
 
 def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
