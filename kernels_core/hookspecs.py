@@ -111,8 +111,8 @@ def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None
 def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | LoadedLayer | None:
     """Turn a source into a layer class or function; this is where I/O happens.
 
-    Kind: first result. Called: after the source was authorized, by one thread at a time; once per source,
-    except for classes and functions, of which nothing is remembered.
+    Kind: first result. Called: after the source was authorized, by one thread at a time; once per source and
+    type of device, except for classes and functions, of which nothing is remembered.
     An exception is the reason to refuse the candidate.
 
     Args:

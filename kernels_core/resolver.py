@@ -377,7 +377,7 @@ class _Load:
 
 
 class _Loads:
-    """Turns each source into a layer once, whoever asks; a failure is remembered until a change.
+    """Turns each source into a layer once for a type of device; a failure is remembered until a change.
 
     Equal sources share a load. One that equals no other is referred to weakly: it goes with the scope
     that named it.
@@ -385,14 +385,14 @@ class _Loads:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._weak: weakref.WeakKeyDictionary[object, _Load] = weakref.WeakKeyDictionary()
-        self._strong: dict[object, tuple[object, _Load]] = {}
+        self._weak: weakref.WeakKeyDictionary[object, dict[str, _Load]] = weakref.WeakKeyDictionary()
+        self._strong: dict[object, tuple[object, dict[str, _Load]]] = {}
 
     def load(self, request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
         source = candidate.source
         if isinstance(source, type | types.FunctionType):  # nothing to fetch, nothing to remember
             return self._load(request, source)
-        load = self._find(source)
+        load = self._find(source, request.device.type)
         waited = load.lock.acquire(timeout=scope.PATIENCE)
         try:
             if load.outcome is None:
@@ -405,12 +405,16 @@ class _Loads:
             if waited:
                 load.lock.release()
 
-    def _find(self, source: object) -> _Load:
+    def _find(self, source: object, device: str) -> _Load:
         with self._lock:
-            if type(source).__eq__ is object.__eq__:  # an object like no other
-                with contextlib.suppress(TypeError):  # it does not allow weak references
-                    return self._weak.setdefault(source, _Load(threading.Lock()))
-            return self._strong.setdefault(_identity(source), (source, _Load(threading.Lock())))[1]
+            return self._loads(source).setdefault(device, _Load(threading.Lock()))
+
+    def _loads(self, source: object) -> dict[str, _Load]:
+        """Return the loads of a source, by type of device."""
+        if type(source).__eq__ is object.__eq__:  # an object like no other
+            with contextlib.suppress(TypeError):  # it does not allow weak references
+                return self._weak.setdefault(source, {})
+        return self._strong.setdefault(_identity(source), (source, {}))[1]
 
     def _load(self, request: LayerRequest, source: object) -> LoadedLayer | Exception:
         try:
@@ -441,10 +445,9 @@ class _Loads:
     def forget_failures(self) -> None:
         """Let sources that failed be tried again."""
         with self._lock:
-            for source in [s for s, load in self._weak.items() if isinstance(load.outcome, Exception)]:
-                del self._weak[source]
-            for key in [k for k, (_, load) in self._strong.items() if isinstance(load.outcome, Exception)]:
-                del self._strong[key]
+            for loads in (*self._weak.values(), *(loads for _, loads in self._strong.values())):
+                for device in [d for d, load in loads.items() if isinstance(load.outcome, Exception)]:
+                    del loads[device]
 
 
 _loads = _Loads()

@@ -173,7 +173,7 @@ def _described(request: KernelRequest, seen: tuple[KernelRequest, ...]) -> Itera
     elif not folder.is_dir():
         raise AbsentError(f"{folder}: there is no such folder: check LOCAL_KERNELS")
     else:
-        metadata = Metadata.read_from_file(local_variant(folder, request.backend) / METADATA)
+        metadata = Metadata.read_from_file(local_variant(folder, request.terms) / METADATA)
     yield metadata
     for dependency in metadata.kernel_depends:
         needed = request.terms.ask(dependency)

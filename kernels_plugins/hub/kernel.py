@@ -38,7 +38,7 @@ from .metadata import METADATA, Metadata, parse_metadata
 from .overrides import VARIABLE, find_override
 from .request import KernelRequest, LockedVariants, Terms
 from .requirements import check_device, check_requirements, warn_dirty
-from .variants import Machine, choose_variants
+from .variants import Choice, Machine, choose_for_cpu, choose_variants, parse_variant
 
 __all__ = [
     "Found",
@@ -227,7 +227,7 @@ def locate(request: KernelRequest, *, suggest: bool = True) -> Location:
     found = find(request)
     with _named(str(request)):
         try:
-            name = choose(found.variants, request.backend)
+            name = choose(found.variants, request.terms)
         except AbsentError as error:
             if not suggest or request.commit is not None:
                 raise
@@ -279,7 +279,7 @@ def install_folder(path: Path, terms: Terms | None = None) -> Installed:
         ResolutionError: One of its kinds, naming folder, variant and what to do.
     """
     terms = terms or Terms()
-    return _with_dependencies(_read_folder(path, terms.backend), terms, (), {})
+    return _with_dependencies(_read_folder(path, terms), terms, (), {})
 
 
 def load(request: KernelRequest) -> LoadedKernel:
@@ -350,7 +350,7 @@ def _suggestion(found: Found) -> str:
         versions = client.list_versions(found.pin.repo_id, found.pin.repo_type)
         for version in sorted(versions.keys() - {asked}, reverse=True)[:_MOST_VERSIONS]:
             names, _ = client.list_files(replace(found.pin, commit=versions[version]))
-            if choose_variants(names, machine(found.request.backend)).accepted:
+            if _fitting(names, found.request.terms).accepted:
                 return f". Version {version} has one that fits: version={version}"
     except LoadError as error:  # the question was another one: answer that, and say what is not known
         return f". Whether another version has one could not be asked: {error}"
@@ -386,7 +386,7 @@ def _install(request: KernelRequest, path: tuple[str, ...], memo: dict[KernelReq
         if folder is None:
             own = fetch(locate(request))
         else:
-            own = _read_folder(folder, request.backend, f"{request.repo_id} ({VARIABLE})", f"local files: {VARIABLE}")
+            own = _read_folder(folder, request.terms, f"{request.repo_id} ({VARIABLE})", f"local files: {VARIABLE}")
         memo[request] = _with_dependencies(own, request.terms, (*path, name), memo)
     return memo[request]
 
@@ -400,11 +400,11 @@ def _with_dependencies(
     return replace(own, dependencies=dependencies)
 
 
-def _read_folder(path: Path, backend: str | None, asked: str = "", trust: str = "local files") -> Installed:
+def _read_folder(path: Path, terms: Terms, asked: str = "", trust: str = "local files") -> Installed:
     with _named(f"{asked}: {path}" if asked else str(path)):
         if not path.is_dir():
             raise AbsentError("there is no such folder: check the path")
-        folder = local_variant(path, backend)
+        folder = local_variant(path, terms)
     location = Location(folder.name, folder, asked=f"{asked}: {path}" if asked else str(path))
     with _named(_where(location)):
         variant = as_variant(folder, read_files(folder))
@@ -416,11 +416,18 @@ def _load(installed: Installed, terms: Terms) -> LoadedKernel:
     for one in _each(installed):
         with _named(_where(one.location)):
             metadata = one.variant.metadata
-            check_requirements(metadata, (machine(terms.backend).backend,))
+            check_requirements(metadata, (_backend(one.location.variant, terms),))
             if terms.check_arch:
                 check_device(metadata)
             warn_dirty(metadata, one.location.origin)
     return _import(installed)
+
+
+def _backend(name: str, terms: Terms) -> str:
+    """Return the kind of backend that a build is used with."""
+    variant = parse_variant(name)
+    host = terms.on_cpu and terms.backend is None and (variant is None or variant.backend in ("cpu", "universal"))
+    return machine("cpu" if host else terms.backend).backend
 
 
 def _each(installed: Installed) -> Iterator[Installed]:
@@ -495,13 +502,13 @@ def _fetch(location: Location, client: Any) -> tuple[Variant, str]:
     return as_variant(folder, files), transfer
 
 
-def choose(names: Iterable[str], backend: str | None = None) -> str:
+def choose(names: Iterable[str], terms: Terms | None = None) -> str:
     """Return the name of the build that fits this machine best.
 
     Raises:
         LoadError: If none fits; says why each does not. It is a `FileNotFoundError`, too.
     """
-    choice = choose_variants(names, machine(backend))
+    choice = _fitting(names, terms or Terms())
     if choice.accepted:
         return str(choice.accepted[0])
     why = "\n".join(f"    {name}: {reason}" for name, reason in choice.rejected) or "    `build` is empty"
@@ -510,7 +517,13 @@ def choose(names: Iterable[str], backend: str | None = None) -> str:
     )
 
 
-def local_variant(path: Path, backend: str | None = None) -> Path:
+def _fitting(names: Iterable[str], terms: Terms) -> Choice:
+    if terms.on_cpu and terms.backend is None:
+        return choose_for_cpu(names, machine())
+    return choose_variants(names, machine(terms.backend))
+
+
+def local_variant(path: Path, terms: Terms | None = None) -> Path:
     """Return the folder of the build that fits best: of a repository, of a folder with builds, or of a build.
 
     Raises:
@@ -519,7 +532,7 @@ def local_variant(path: Path, backend: str | None = None) -> Path:
     if (path / METADATA).is_file():
         return path
     builds = {folder.name: folder for folder in local_builds(path)}
-    return builds[choose(builds, backend)]
+    return builds[choose(builds, terms)]
 
 
 def local_builds(path: Path) -> list[Path]:

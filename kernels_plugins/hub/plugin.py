@@ -16,19 +16,24 @@ from .source import KernelSource, LocalLayerRepository
 if TYPE_CHECKING:
     import typer
 
-_kernels: dict[object, LoadedKernel] = {}
-"""The kernel of each source that was loaded: it is loaded once, and asked for again for each device."""
+_kernels: dict[tuple[object, bool], LoadedKernel] = {}
+"""The kernel of each source that was loaded, for the CPU and for the rest: it is asked for again for each device."""
 
 
 @hookimpl(tryfirst=True)
 def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | None:
     """Load repositories; leave everything else to others."""
     # Whether there is code for a device is for `kernels_check_layer`, which is called for each device.
+    on_cpu = request.device.type == "cpu"
     if isinstance(source, KernelSource):
-        return _layer(load(replace(source.kernel_request(), check_arch=False)), source)
-    if isinstance(source, LocalLayerRepository):
-        return load_local(source)
-    return None
+        kernel = load(replace(source.kernel_request(), check_arch=False, on_cpu=on_cpu))
+    elif isinstance(source, LocalLayerRepository):
+        kernel = load_folder(source.path, Terms(check_arch=False, on_cpu=on_cpu))
+    else:
+        return None
+    loaded = _layer(kernel, source)
+    _kernels[source, on_cpu] = kernel
+    return loaded
 
 
 @hookimpl
@@ -36,7 +41,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
     """Refuse a build that has no code for the device of the call."""
     if not isinstance(candidate.source, KernelSource | LocalLayerRepository):
         return None
-    kernel = _kernels.get(candidate.source)
+    kernel = _kernels.get((candidate.source, request.device.type == "cpu"))
     return None if kernel is None else _find_mismatch(kernel, request)
 
 
@@ -82,5 +87,4 @@ def _layer(kernel: LoadedKernel, source: KernelSource | LocalLayerRepository) ->
             layer = find_layer(kernel.module, source.layer_name)
     except ResolutionError as error:
         raise type(error)(f"{kernel.place}: {error}") from error
-    _kernels[source] = kernel
     return LoadedLayer(layer, kernel.origin, kernel.checked)

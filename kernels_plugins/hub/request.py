@@ -29,6 +29,7 @@ class Terms:
     check_arch: bool = True
     local_files_only: bool = False
     lock: Lock | None = None
+    on_cpu: bool = False
 
     def ask(self, wanted: Dependency) -> KernelRequest:
         """Ask for a kernel that another one depends on; where there is a lock, for what that says.
@@ -72,6 +73,8 @@ class KernelRequest:
         commit: The commit that a lock says: revision or version are then not asked for.
         locked: Hash of each build variant that a lock says; None or empty if it says none.
         lock: The lock that commits and hashes of dependencies are looked up in; without it they are free.
+        on_cpu: Whether it is for a call on the CPU: with a torch that was built for an accelerator, builds for the
+            CPU then come first.
 
     Raises:
         ArgumentError: If not exactly one of revision and version is given, or one is malformed.
@@ -93,6 +96,7 @@ class KernelRequest:
     commit: str | None = field(default=None, kw_only=True)
     locked: LockedVariants | None = field(default=None, kw_only=True)
     lock: Lock | None = field(default=None, kw_only=True, repr=False)
+    on_cpu: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse what names no kernel, and turn what would not hash into what does."""

@@ -16,7 +16,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kernels_core import ArgumentError
@@ -289,6 +289,34 @@ def choose_variants(names: Iterable[str], machine: Machine) -> Choice:
         else:
             accepted.append(variant)
     return Choice(tuple(sorted(accepted, key=_preference)), tuple(rejected))
+
+
+def choose_for_cpu(names: Iterable[str], machine: Machine) -> Choice:
+    """Split the folders of a kernel repository into those for calls on the CPU of a machine and the rest.
+
+    What torch was built for does not decide then: builds for the CPU come first. What was compiled for the machine's
+    accelerator may have code for the CPU, too, and comes after them; what is not compiled has not.
+
+    Example:
+        >>> names = ["torch-cpu", "torch-cuda", "torch29-cxx11-cu128-x86_64-linux"]
+        >>> choice = choose_for_cpu(names, Machine(torch=(2, 9), backend="cuda", backend_version=(12, 8)))
+        >>> [str(variant) for variant in choice.accepted]
+        ['torch-cpu', 'torch29-cxx11-cu128-x86_64-linux']
+        >>> choice.rejected
+        (('torch-cuda', 'for CUDA alone, and this call is on the CPU'),)
+    """
+    names = list(names)
+    here = choose_variants(names, machine)
+    if machine.backend == "cpu":
+        return here
+    first = choose_variants(names, replace(machine, backend="cpu", backend_version=None)).accepted
+    accepted = first + tuple(one for one in here.accepted if one.release is not None and one not in first)
+    rejected = {name: reason for name, reason in here.rejected if parse_variant(name) not in accepted} | {
+        str(one): f"for {_backend_title(one)} alone, and this call is on the CPU"
+        for one in here.accepted
+        if one not in accepted
+    }
+    return Choice(accepted, tuple(sorted(rejected.items())))
 
 
 def _preference(variant: Variant) -> tuple[int, int, int, bool, int, int]:

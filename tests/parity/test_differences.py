@@ -694,6 +694,27 @@ def test_metadata_without_a_licence(both: Both) -> None:
     assert pair.ours.get() == (3.0, None)
 
 
+def test_calls_on_the_cpu(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch was built for CUDA, theirs runs the build for CUDA on the CPU; ours the one for the CPU."""
+    from kernels_plugins.hub.kernel import machine
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    machine.cache_clear()
+    for variant, factor in {"torch-cuda": 5, "torch-cpu": 3}.items():
+        write_kernel(both.home / "kernel", kernel_source(factor), variant=variant, changes={"id": f"_{factor}"})
+
+    def scenario(side: Side) -> float:
+        layer = side.layer()
+        source = side.lib.LocalLayerRepository(both.home / "kernel", layer_name="Scale")
+        return side.freeze(layer(), {layer.kernel_layer_name: {"cpu": source}})
+
+    try:
+        pair = both.run(scenario)
+    finally:
+        machine.cache_clear()
+    assert (pair.theirs.get(), pair.ours.get()) == (5.0, 3.0)
+
+
 # --- Trust ---------------------------------------------------------------------------------------
 
 

@@ -32,10 +32,11 @@ from hub_scene import (
 )
 from huggingface_hub import constants
 
-from kernels_core import use_kernel_forward_from_hub
+from kernels_core import Mode, resolve, use_kernel_forward_from_hub
 from kernels_core.testing import _start_anew
 from kernels_plugins import LayerRepository, LocalLayerRepository, register_kernel_mapping, use_kernel_mapping
 from kernels_plugins.hub import revision
+from kernels_plugins.hub.kernel import machine
 from kernels_plugins.hub.server import LocalHub, Repository, Request
 from kernels_plugins.hub.testing import kernel_metadata
 
@@ -221,6 +222,49 @@ def test_only_the_chosen_variant(local_hub: LocalHub) -> None:
     root = cached(repository).parents[1]
     assert {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} == fetched
     assert not [path for path in Path(constants.HF_HUB_CACHE).rglob("*") if path.suffix in (".pyc", ".pyo")]
+
+
+@pytest.fixture
+def built_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a torch that was built for CUDA, as most are, whether or not there is such a device."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    machine.cache_clear()
+
+
+@pytest.mark.usefixtures("built_for_cuda")
+@pytest.mark.parametrize("local", [False, True], ids=["Hub", "folder"])
+def test_calls_on_the_cpu_get_a_build_for_the_cpu(local_hub: LocalHub, tmp_path: Path, local: bool) -> None:
+    """Also where torch was built for CUDA; a call on CUDA gets the other build of the same source, and both stay."""
+    builds = {"torch_universal": kernel(3), "torch_cpu": kernel(4), "torch_cuda": kernel(5)}
+    repository = variants(local_hub, **builds)
+    source: Any = scale()
+    if local:
+        for path, content in repository.files().items():
+            if path.endswith(("__init__.py", "layers.py", "metadata.json")):
+                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / path).write_bytes(content)
+        source = LocalLayerRepository(tmp_path, layer_name="Scale")
+
+    @use_kernel_forward_from_hub("OnTwoDevices")
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    with use_kernel_mapping({"OnTwoDevices": {"cpu": source, "cuda": source}}):
+        for _ in range(2):
+            assert Layer()(torch.ones(1)).item() == 4
+            on_cuda = resolve(Layer(), device="cuda", mode=Mode.INFERENCE)
+            assert "torch-cuda" in on_cuda.origin and on_cuda.implementation is not None
+            assert on_cuda.implementation(Layer(), torch.ones(1)).item() == 5
+
+
+@pytest.mark.usefixtures("built_for_cuda")
+def test_a_build_for_cuda_alone_does_not_serve_the_cpu(local_hub: LocalHub) -> None:
+    """What is not compiled has no code for the CPU: the reason says so."""
+    variants(local_hub, torch_cuda=kernel(5))
+    outcome = call(scale())
+    assert outcome.value == REFERENCE
+    assert "torch-cuda: for CUDA alone, and this call is on the CPU" in outcome.why
 
 
 def test_no_fitting_variant(local_hub: LocalHub) -> None:
