@@ -26,10 +26,6 @@ _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 """Attributes that every module has for its own upkeep."""
 
 
-_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
-"""Classes of tensors that are no more than their data. What stands for them while somebody traces is from
-`torch._subclasses`."""
-
 _PLAIN = (
     type,
     types.FunctionType,
@@ -133,9 +129,6 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
         return ("float",)
     if depth > _DEEPEST:
         return ("deep",)
-    for outer in parts.inside:
-        if outer is value:
-            return ("deep",)
     if isinstance(value, nn.Module):
         return _take_module(value, parts, depth)
     if isinstance(value, (list, tuple)):
@@ -149,9 +142,10 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
         return ("named" if hasattr(value, "_fields") else "sequence", children)
     if type(value) is dict:
         return ("dict", tuple([(key, take(child, parts, depth + 1)) for key, child in value.items()]))
-    if _is_record(type(value)) or (
-        not sees_all and torch.compiler.is_dynamo_compiling() and not isinstance(value, _PLAIN)
-    ):
+    by_attributes = not sees_all and torch.compiler.is_dynamo_compiling()
+    if not isinstance(value, _PLAIN) and (by_attributes or _is_record(type(value))):
+        if _refers_to_itself(value, parts):
+            return ("deep",)
         parts.objects.append(type(value))
         parts.inside.append(value)
         attributes = [(name, take(child, parts, depth + 1)) for name, child in _attributes(value)]
@@ -163,9 +157,14 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is no more than its data: neither sparse, nested or quantized, nor of a class of its own."""
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+    if not torch.compiler.is_dynamo_compiling() and (tensor.is_nested or tensor.is_quantized):  # Dynamo takes neither
         return False
-    return type(tensor) in _TENSORS or type(tensor).__module__.startswith("torch._subclasses.")
+    return tensor.layout is torch.strided and _is_plain_class(type(tensor))
+
+
+def _is_plain_class(cls: type[Any]) -> bool:
+    """Whether tensors of a class are their data alone, or stand for such while somebody traces; run at trace time."""
+    return cls in (torch.Tensor, nn.Parameter, nn.Buffer) or cls.__module__.startswith("torch._subclasses.")
 
 
 def _is_record(cls: type[Any]) -> bool:
@@ -176,7 +175,12 @@ def _is_record(cls: type[Any]) -> bool:
     return hasattr(cls, "__dataclass_fields__") and not issubclass(cls, dict) and bool(cls.__dictoffset__)
 
 
-_is_record._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see operator.make_forward
+_is_plain_class._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see operator.make_forward
+_is_record._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _refers_to_itself(value: Any, parts: Parts) -> bool:
+    return True in [outer is value for outer in parts.inside]
 
 
 def _attributes(value: Any) -> Any:
@@ -187,6 +191,8 @@ def _attributes(value: Any) -> Any:
 
 
 def _take_module(module: nn.Module, parts: Parts, depth: int) -> Structure:
+    if _refers_to_itself(module, parts):
+        return ("deep",)
     parts.objects.append(type(module))
     parts.inside.append(module)
     attributes = []
