@@ -50,6 +50,7 @@ from kernels_plugins.hub.lock import Dependency, Lock, LockedKernel
 from kernels_plugins.hub.overrides import parse_overrides
 from kernels_plugins.hub.redirect import parse_status
 from kernels_plugins.hub.server import LocalHub, Repository
+from kernels_plugins.hub.variants import Machine
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 
@@ -218,13 +219,14 @@ def test_get_kernel_variants(local_hub: LocalHub, kernel_repository: Publish) ->
     """Builds are listed, the best first, the others with a reason; whoever published it, and nothing is downloaded."""
     repository = kernel_repository("eve/kernels", kernel(), trusted=False)
     files = dict(repository.files())
-    for name in ("torch-cpu", "torch-xpu", OTHER, "docs"):
+    fitting = f"torch-{Machine.here().backend}"
+    for name in (fitting, "torch-tpu", OTHER, "docs"):
         files |= {path.replace("torch-universal", name): data for path, data in repository.files().items()}
     repository.commit(files)
     found = get_kernel_variants("eve/kernels", revision="main")
-    assert [decision.variant.variant_str for decision in found] == ["torch-cpu", "torch-universal", "torch-xpu", OTHER]
+    assert [decision.variant.variant_str for decision in found] == [fitting, "torch-universal", "torch-tpu", OTHER]
     assert [type(decision) for decision in found] == [VariantAccepted] * 2 + [VariantRejected] * 2
-    assert isinstance(found[2], VariantRejected) and found[2].reason.startswith("built for XPU")
+    assert isinstance(found[2], VariantRejected) and found[2].reason.startswith("built for TPU")
     assert local_hub.count("/resolve/") == 0
 
 
@@ -682,7 +684,14 @@ def test_user_agent(
     get_kernel("acme/old", version=1, user_agent=agent)
     has_kernel("acme/new", revision="main")
     told = [r.headers["user-agent"] for r in local_hub.requests if "agent-harnesses" not in r.path]
-    parts = ("kernels-core/", "python/3", "backend/cpu", "platform/", f"torch/{torch.__version__}", "file_type/kernel")
+    parts = (
+        "kernels-core/",
+        "python/3",
+        f"backend/{Machine.here().backend_tag}",
+        "platform/",
+        f"torch/{torch.__version__}",
+        "file_type/kernel",
+    )
     assert len(told) > 12 and all(part in header for part in parts for header in told)
     assert all("caller/7" in header for header in told[:-3]) and "caller/7" not in told[-1]
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)

@@ -269,11 +269,11 @@ def test_a_build_for_cuda_alone_does_not_serve_the_cpu(local_hub: LocalHub) -> N
 
 def test_no_fitting_variant(local_hub: LocalHub) -> None:
     """Without a fitting variant nothing is fetched, and each variant has its reason."""
-    variants(local_hub, torch_cuda=kernel(), docs="")
+    variants(local_hub, torch_tpu=kernel(), docs="")
     outcome = call(scale())
     assert outcome.value == REFERENCE and len(outcome.said) == 1
     assert re.search(
-        r"acme/kernels at main: no build variant fits.*docs: .*torch-cuda: built for CUDA", outcome.why, re.DOTALL
+        r"acme/kernels at main: no build variant fits.*docs: .*torch-tpu: built for TPU", outcome.why, re.DOTALL
     )
     assert "Ask the publisher" in outcome.why and local_hub.count("/resolve/") == 0
 

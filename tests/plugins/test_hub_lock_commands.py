@@ -403,23 +403,23 @@ def test_info_describes_a_folder(here: Run, tmp_path: Path) -> None:
 
 def test_versions_lists_each_with_its_builds(here: Run, published: Repository) -> None:
     """Each version has its builds, and each that does not fit its reason."""
-    add_variant(published, "torch-cuda")
+    add_variant(published, "torch-tpu")
     published.branch("v12", published.branches["v1"])
     published.branch("v1", next(iter(published.commits)))
     rows = here("versions", "acme/kernels", "--json").json
     assert [(row["version"], row["commit"]) for row in rows] == [(n, published.head(f"v{n}")) for n in (1, 12)]
     assert [(b["variant"], b["fits"]) for b in rows[1]["variants"]] == [
         ("torch-universal", True),
-        ("torch-cuda", False),
+        ("torch-tpu", False),
     ]
     lines = [line.split() for line in here("versions", "acme/kernels").out.splitlines()]
     assert lines[0] == ["version", "variant", "fits", "reason"]
     assert [line[:3] for line in lines[1:]] == [
         ["1", "torch-universal", "True"],
         ["12", "torch-universal", "True"],
-        ["12", "torch-cuda", "False"],
+        ["12", "torch-tpu", "False"],
     ]
-    assert lines[3][3:] == ["built", "for", "CUDA,", "this", "machine", "has", "the", "CPU", "backend"]
+    assert lines[3][3:8] == ["built", "for", "TPU,", "this", "machine"]
 
 
 def test_a_kernel_without_versions(here: Run, kernel_repository: Publish) -> None:
@@ -436,7 +436,7 @@ def test_variants_tells_what_fits_and_why_not(here: Run, published: Repository, 
     add_variant(published)
     rows = here("variants", "acme/kernels", "--json").json
     assert [(row["variant"], row["fits"]) for row in rows] == [("torch-universal", True), (FOREIGN, False)]
-    assert rows[1]["reason"].startswith("built for CUDA 12.6 and riscv64 linux")
+    assert "riscv64 linux" in rows[1]["reason"]
     kernel_repository("acme/foreign", kernel(), variant=FOREIGN)
     ran = here("variants", "acme/foreign", "--revision", "main")
     assert ran.code == 1 and FOREIGN in ran.out and ran.err == ""
