@@ -6,18 +6,20 @@ Tables where a person reads, plain aligned columns in a pipe, `--json` for progr
 |---|---|
 | 0 | it is as hoped for |
 | 1 | an answer, but not the one hoped for: the reference would run, or a plugin is at fault |
-| 2 | the question could not be answered: a wrong argument, or a `KernelsError` |
+| 2 | the question could not be answered: a wrong argument, a `KernelsError`, or any other error |
 
 Plugins add commands with the hook `kernels_register_commands`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -33,6 +35,7 @@ from rich.text import Text
 
 from . import __version__, hookspecs
 from .errors import ArgumentError, KernelsError, KernelsWarning, RequirementError
+from .layer import Layer
 from .mode import Mode
 from .plugins import ENTRY_POINT_GROUP, plugin_manager
 from .request import Refusal, Resolution
@@ -51,11 +54,14 @@ class CallMode(str, Enum):
 
 
 def main() -> None:
-    """Run the command line; an error of ours is a line on standard error, and exit code 2."""
+    """Run the command line; an error of ours is a line on standard error, any other a traceback: exit code 2."""
     try:
         command_line()()
     except KernelsError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception:  # or Python would exit with 1, which is an answer
+        traceback.print_exc()
         sys.exit(2)
 
 
@@ -153,7 +159,7 @@ def resolve_layer(
     layer's own forward, the reference, would run.
     """
     wanted = Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
-    resolution = resolve(_imported(layer) if ":" in layer else layer, device=device, mode=wanted)
+    resolution = resolve(imported(layer) if ":" in layer else layer, device=device, mode=wanted)
     if as_json:
         print(json.dumps(_resolution(resolution), indent=2))
     else:
@@ -178,19 +184,19 @@ def explain(
 
     Exits with 1 if a requirement fails.
     """
-    made = _imported(factory)
-    model = made if isinstance(made, torch.nn.Module) else made()
+    if origin is not None and not require:
+        raise ArgumentError("--origin says where required kernels must come from: say which, with --require GLOB.")
+    model = made(factory)
     if mode is None:  # as the model is
         mode = CallMode.training if getattr(model, "training", False) else CallMode.inference
     wanted = Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
     found = receipt(model, device=device, mode=wanted)
     if html is not None:
-        html.write_text(found.to_html())
-    if as_json:
-        print(found.to_json())
-    else:
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(found if console.is_terminal else Text(str(found)))
+        try:
+            html.write_text(found.to_html(), encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(f"Cannot write {str(html)!r}: {error}") from error
+    print_found(found, as_json)
     try:
         for pattern in require or ():
             found.require(pattern, origin)
@@ -200,21 +206,6 @@ def explain(
 
 
 # --- What they tell ------------------------------------------------------------------------------
-
-
-def _imported(place: str) -> Any:
-    """Import `package.module:Class`, also from the current directory."""
-    module_name, _, qualname = place.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-        for name in qualname.split("."):
-            found = getattr(found, name)
-    except Exception as error:
-        raise ArgumentError(f"Cannot import {place!r}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    return found
 
 
 def _resolution(resolution: Resolution) -> Row:
@@ -292,3 +283,92 @@ def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[R
         table.box, console.width = None, 10_000
     if rows:
         console.print(table)
+
+
+def print_found(found: Any, as_json: bool = False) -> None:
+    """Print a receipt, or what else has `to_json()`, `__str__` and `__rich__`; also for the commands of plugins.
+
+    Args:
+        found: What was found.
+        as_json: Whether to print it as JSON.
+
+    Example:
+        >>> print_found(receipt(torch.nn.Linear(2, 2)))
+        no decorated layer
+    """
+    if as_json:
+        print(found.to_json())
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(found if console.is_terminal else Text(str(found)))
+
+
+# --- What users name -----------------------------------------------------------------------------
+
+
+def imported(place: str) -> Any:
+    """Import what an argument names, also from the current directory; also for the commands of plugins.
+
+    The current directory stays on `sys.path`, as with `python -m`: what is imported may import more when it is
+    called. Meanwhile, what is printed goes to standard error.
+
+    Args:
+        place: `package.module:name`.
+
+    Raises:
+        ArgumentError: If there is no such thing, or its import fails.
+
+    Example:
+        >>> imported("torch.nn:Linear").__name__
+        'Linear'
+    """
+    module_name, _, qualname = place.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if not qualname:
+        raise ArgumentError(f"Cannot import {place!r}: say what is meant in it, as package.module:name.")
+    try:
+        with printing_aside():
+            found: Any = importlib.import_module(module_name)
+            for name in qualname.split("."):
+                found = getattr(found, name)
+    except (Exception, SystemExit) as error:
+        raise ArgumentError(f"Cannot import {place!r}: {type(error).__name__}: {error}") from error
+    return found
+
+
+def made(place: str, what: str = "model") -> Any:
+    """Import what an argument names, and call it if it makes what is wanted; also for the commands of plugins.
+
+    Modules, decorated functions, and what cannot be called are returned as they are.
+
+    Args:
+        place: `package.module:name`.
+        what: What it is to make, for messages.
+
+    Raises:
+        ArgumentError: If it cannot be imported, or raises.
+
+    Example:
+        >>> made("torch.nn:Identity")
+        Identity()
+    """
+    found = imported(place)
+    is_decorated = isinstance(getattr(found, "kernels_layer", None), Layer)  # a function; of a class, its forward is
+    if isinstance(found, torch.nn.Module) or is_decorated or not callable(found):
+        return found
+    try:
+        with printing_aside():
+            return found()
+    except (Exception, SystemExit) as error:
+        raise ArgumentError(f"{place!r} makes no {what}: {type(error).__name__}: {error}") from error
+
+
+def printing_aside() -> contextlib.AbstractContextManager[object]:
+    """Send what users' code prints to standard error: standard output is for the answer.
+
+    Example:
+        >>> with printing_aside():
+        ...     print("loading weights")
+    """
+    return contextlib.redirect_stdout(sys.stderr)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.text import Text
 from torch import nn
 
 from kernels_core import ArgumentError
+from kernels_core.cli import Json, made, print_found, printing_aside
 
-from .inputs import layer_of
 from .tree import mapped
 from .verify import verify
 
@@ -28,35 +23,33 @@ def verify_command(
     device: Annotated[str, typer.Option(help="Move model and inputs there first, such as cuda.")] = "",
     gradients: Annotated[bool, typer.Option(help="Whether to compare training, too.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw how the errors are distributed; needs matplotlib.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare every kernel that is offered for the layers of a model with their references.
 
     Inputs are a tensor, a tuple of arguments, or a dict of named ones; without --inputs, the dummy_inputs of the
     model. Exits with 1 where a kernel is wrong.
     """
-    made = _imported(factory)
-    model = made if isinstance(made, nn.Module) or layer_of(made) is not None else made()
+    model = made(factory)
     given = _given(model, inputs)
     if device:
         model, given = _moved(model, given, device)
     args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
-    report = verify(model, *(args if isinstance(args, tuple | list) else (args,)), gradients=gradients, **kwargs)
+    with printing_aside():
+        report = verify(model, *(args if isinstance(args, tuple | list) else (args,)), gradients=gradients, **kwargs)
     if plot is not None:
-        report.plot(plot)
-    if as_json:
-        print(report.to_json())
-    else:
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(report if console.is_terminal else Text(str(report)))
+        try:
+            report.plot(plot)
+        except OSError as error:
+            raise ArgumentError(f"Cannot write {str(plot)!r}: {error}") from error
+    print_found(report, as_json)
     if not report.ok:
         raise typer.Exit(1)
 
 
 def _given(model: Any, place: str) -> Any:
     if place:
-        found = _imported(place)
-        return found() if callable(found) else found
+        return made(place, "inputs")
     dummy = getattr(model, "dummy_inputs", None)
     if dummy is None:
         raise ArgumentError(
@@ -70,22 +63,7 @@ def _moved(model: Any, given: Any, device: str) -> tuple[Any, Any]:
     try:
         where = torch.device(device)
         torch.empty(0, device=where)
+        moved = mapped(given, lambda _, leaf: leaf.to(where) if isinstance(leaf, torch.Tensor) else leaf)
+        return (model.to(where) if isinstance(model, nn.Module) else model), moved
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
         raise ArgumentError(f"The device {device!r} cannot be used here: {error}") from error
-    moved = mapped(given, lambda _, leaf: leaf.to(where) if isinstance(leaf, torch.Tensor) else leaf)
-    return (model.to(where) if isinstance(model, nn.Module) else model), moved
-
-
-def _imported(place: str) -> Any:
-    """Import `package.module:name`, also from the current directory."""
-    module_name, _, qualname = place.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-        for name in qualname.split("."):
-            found = getattr(found, name)
-    except Exception as error:
-        raise ArgumentError(f"Cannot import {place!r}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    return found

@@ -48,6 +48,8 @@ Run = Callable[..., Ran]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
     def run(*arguments: str) -> Ran:
         monkeypatch.setattr(sys, "argv", ["kernels-core", *arguments])
         monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
@@ -188,11 +190,9 @@ def test_resolve_imports_a_class(run: Run, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "cli_user_layers.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     register_kernel_mapping({"Double": {"cpu": FastDouble}})
-    path = list(sys.path)
     ran = run("resolve", "cli_user_layers:Mine")
     assert "takes other parameters" in ran.out
     assert ran.code == 1
-    assert sys.path == path
 
 
 @pytest.mark.parametrize(
@@ -232,6 +232,77 @@ def test_warnings_are_lines(run: Run, isolated_plugins: PluginManager) -> None:
     ran = run("resolve", "Double")
     assert ran.err.startswith("warning: Plugins cli-one, cli-two offer kernels")
     assert ran.code == 0
+
+
+# --- explain -------------------------------------------------------------------------------------
+
+MODELS = """
+import torch
+from kernels_core import use_kernel_forward_from_hub
+
+@use_kernel_forward_from_hub("Double")
+class Mine(torch.nn.Module):
+    def forward(self, x): return x + x
+
+@use_kernel_forward_from_hub("Double")
+def mine(x): return x + x
+
+def make():
+    import cli_more_models
+    print("loading weights")
+    return torch.nn.Sequential(Mine())
+
+def fails(): raise OSError("no weights")
+def parses(): import argparse; argparse.ArgumentParser(prog="parses").parse_args(["--nonsense"])
+def wants(size): ...
+number = 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where there are models."""
+    (tmp_path / "cli_models.py").write_text(MODELS)
+    (tmp_path / "cli_more_models.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("models")
+def test_explain_prints_json_alone(run: Run) -> None:
+    """What a factory prints is no part of the answer; a factory may import from the current directory."""
+    ran = run("explain", "cli_models:make", "--json", "--device", "cpu")
+    assert [row["path"] for row in ran.json] == ["0"]
+    assert ran.err == "loading weights\n"
+    assert ran.code == 0
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cli_models:fails"], "error: 'cli_models:fails' makes no model: OSError: no weights"),
+        (["cli_models:parses"], "'cli_models:parses' makes no model: SystemExit: 2"),
+        (["cli_models:wants"], "'cli_models:wants' makes no model: TypeError"),
+        (["cli_models:number"], "receipt takes an nn.Module, not 3"),
+        (["cli_models:mine"], "receipt takes an nn.Module, not <function mine"),
+        (["cli_models"], "error: Cannot import 'cli_models': say what is meant in it, as package.module:name."),
+        (["cli_models:make", "--device", "cpu", "--html", "nowhere/x.html"], "Cannot write 'nowhere/x.html'"),
+        (["cli_models:make", "--origin", "acme/*"], "--require GLOB"),
+    ],
+)
+def test_a_model_that_is_not_to_be_had_is_no_answer(run: Run, arguments: list[str], message: str) -> None:
+    """Exit code 1 says that a requirement fails, so everything else is 2."""
+    ran = run("explain", *arguments)
+    assert message in ran.err
+    assert (ran.code, ran.out) == (2, "")
+
+
+def test_an_error_of_nobody_is_no_answer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1 is an answer, so Python must not give it for a traceback."""
+    monkeypatch.setattr(cli, "print_rows", lambda *_: 1 / 0)
+    ran = run("hooks")
+    assert "Traceback" in ran.err and "ZeroDivisionError" in ran.err
+    assert ran.code == 2
 
 
 # --- Commands of plugins -------------------------------------------------------------------------

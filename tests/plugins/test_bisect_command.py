@@ -41,6 +41,10 @@ def fails():
 def loss(model):
     return model(torch.zeros(1)).sum()
 
+def loud(model):
+    print("measuring")
+    return loss(model)
+
 def broken(model):
     raise ValueError("no data")
 """
@@ -76,9 +80,10 @@ def test_culprits_are_printed_and_the_code_is_1(run: Run, model: str) -> None:
 
 
 def test_json(run: Run) -> None:
-    """Everything for programs."""
-    done = run("scene:model", "scene:loss", "--tolerance", "1e-3", "--json")
+    """Everything for programs; what the metric prints is no part of it."""
+    done = run("scene:model", "scene:loud", "--tolerance", "1e-3", "--json")
     assert done.returncode == 1
+    assert "measuring" in done.stderr
     assert [culprit["path"] for culprit in json.loads(done.stdout)["culprits"]] == ["1"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def wrong():
 def one(): return torch.randn(2, 64)
 def several(): return (torch.randn(2, 64),)
 def named(): return {"input": torch.randn(2, 64)}
+def fails(): raise OSError("no data")
+
+class Loud(torch.nn.Sequential):
+    def forward(self, input):
+        print("forward")
+        return super().forward(input)
+
+def loud(): return Loud(*right())
 """
 
 
@@ -41,6 +50,7 @@ def _scene(
 ) -> None:
     """Run in a folder with a module that makes models, with the plugins `mapping` and `oracle`."""
     isolated_plugins.register(oracle, "oracle")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "oracle_models.py").write_text(SCENE)
     monkeypatch.chdir(tmp_path)
 
@@ -75,10 +85,23 @@ def test_without_gradients_and_as_json() -> None:
     assert {row["mode"] for row in json.loads(output)["rows"]} == {"inference"}
 
 
+def test_what_a_model_prints_is_no_part_of_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output is JSON alone."""
+    arguments = ["verify", "oracle_models:loud", "--inputs", "oracle_models:one", "--json"]
+    command_line()(arguments, standalone_mode=False)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["ok"]
+    assert "forward" in printed.err
+
+
 def test_what_cannot_be_answered_says_why() -> None:
     """Unknown modules, inputs and devices are errors of ours, which the command line turns into exit code 2."""
     with pytest.raises(ArgumentError, match="What the model is called with is not known"):
         run("oracle_models:right")
+    with pytest.raises(ArgumentError, match="'oracle_models:fails' makes no model: OSError: no data"):
+        run("oracle_models:fails")
+    with pytest.raises(ArgumentError, match="'oracle_models:fails' makes no inputs: OSError: no data"):
+        run("oracle_models:right", "--inputs", "oracle_models:fails")
     with pytest.raises(ArgumentError, match="Cannot import 'oracle_models:nothing'"):
         run("oracle_models:nothing")
     with pytest.raises(ArgumentError, match="The device 'abacus' cannot be used here"):
