@@ -2,7 +2,8 @@
 
 A kernel that computes its output outside of autograd, without saying `has_backward = False`, trains
 nothing and raises nothing. So recorded calls of each layer and kernel are looked at, until each argument
-and parameter has required grad once: a path must lead from it to the output, where the reference has one.
+and parameter has required grad once, or no other one has for long: a path must lead from each that does to
+the output, where the reference has one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +27,23 @@ from .request import Resolution
 
 Forward = Callable[..., Any]
 
-_kept: weakref.WeakKeyDictionary[Forward, dict[int, set[str]]] = weakref.WeakKeyDictionary()
-"""Of which arguments and parameters an implementation was seen to keep the gradients, per number of a layer."""
+_PATIENCE = 100
+"""Recorded calls that bring nothing new, before nobody waits for what is left: masks, angles, frozen weights."""
+
+
+@dataclass
+class _Seen:
+    """Of which arguments and parameters gradients were seen to be kept, and how many calls ago."""
+
+    kept: set[str] = field(default_factory=set)
+    calls: int = 0
+
+
+_seen: weakref.WeakKeyDictionary[Forward, dict[int, _Seen]] = weakref.WeakKeyDictionary()
+"""What was seen of an implementation, per number of a layer."""
 
 _proven: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
-"""Layers, by number, for which it was seen to keep the gradients of everything that can require them."""
+"""Layers, by number, for which it was seen to keep the gradients of everything that requires them."""
 
 _DYNAMO_SEES_ATTRIBUTES = torch.__version__ >= "2.13"
 """Whether Dynamo can go through the attributes of a module; 2.11 cannot."""
@@ -115,8 +129,11 @@ def try_gradients(
     """
     candidates = dict(_candidates(layer, module, values))
     sources = {name: tensor for name, tensor in candidates.items() if tensor is not None and tensor.requires_grad}
-    kept = _kept.setdefault(implementation, {}).setdefault(layer.number, set())
-    if kept.issuperset(sources):
+    seen = _seen.setdefault(implementation, {}).setdefault(layer.number, _Seen())
+    if seen.kept.issuperset(sources):
+        seen.calls += bool(sources)
+        if seen.calls >= _PATIENCE:
+            _proven.setdefault(implementation, set()).add(layer.number)
         return call(implementation), True
     touched = [leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
     touched += [*module.parameters(), *module.buffers()] if module is not None else []
@@ -131,8 +148,9 @@ def try_gradients(
         missing = [name for name in missing if name not in without]
     if not missing:
         saved.hand_over()
-        kept.update(sources)
-        if kept.issuperset(candidates):
+        seen.kept.update(sources)
+        seen.calls = 0
+        if seen.kept.issuperset(candidates):
             _proven.setdefault(implementation, set()).add(layer.number)
         return output, True
     reason = (

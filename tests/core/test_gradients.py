@@ -21,6 +21,7 @@ from kernels_core import (
     resolve,
     use_kernel_forward_from_hub,
 )
+from kernels_core.gradients import _PATIENCE
 from kernels_plugins.mapping import use_kernel_mapping
 
 Forward = Callable[..., Any]
@@ -351,6 +352,22 @@ def test_nothing_is_left_once_all_gradients_were_seen() -> None:
     for recorded in (False, True):
         layer(ones(recorded))
         assert (type(layer).forward is kernel) is recorded
+
+
+def test_nothing_is_left_after_a_hundred_calls_that_bring_nothing_new() -> None:
+    """A mask never requires grad: calls are not looked at for ever, and calls that are not recorded do not count."""
+    layer = make(scale, weight=ones())
+    with kernels(right):
+        kernelize(layer, mode=Mode.TRAINING)
+    kernel = layer.kernels_frozen.resolution.implementation
+    layer.weight.requires_grad_(False)
+    for _ in range(200):
+        layer(ones())
+    layer.weight.requires_grad_()
+    for number in range(1 + _PATIENCE):
+        assert type(layer).forward is not kernel, number
+        layer(ones())
+    assert type(layer).forward is kernel
 
 
 def test_each_layer_proves_a_kernel_for_itself() -> None:
