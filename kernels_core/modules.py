@@ -26,6 +26,20 @@ def walk(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+def paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return where each module is, in order: at several places if it is shared."""
+    found: dict[nn.Module, list[str]] = {}
+
+    def visit(module: nn.Module, path: str, around: tuple[nn.Module, ...]) -> None:
+        found.setdefault(module, []).append(path)
+        for name, child in module._modules.items():
+            if child is not None and child not in around:  # a child may hold what holds it
+                visit(child, f"{path}.{name}" if path else name, (*around, child))
+
+    visit(model, "", (model,))
+    return found
+
+
 def own_device(module: nn.Module) -> torch.device | None:
     """Return the device of the module's first own parameter or buffer."""
     for tensors in (module._parameters, module._buffers):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from .errors import RequirementError
+from .errors import ArgumentTypeError, RequirementError
 from .request import Resolution
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class ReceiptRow:
         note: Why no candidate was asked for, where that is so.
         frozen: Whether `kernelize` made the decision.
         calls: What really ran, per origin, while calls were counted; None if they never were.
+        aliases: Where else it is, if it is shared.
     """
 
     path: str
@@ -56,6 +57,7 @@ class ReceiptRow:
     note: str = ""
     frozen: bool = False
     calls: Mapping[str, int] | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def is_reference(self) -> bool:
@@ -78,10 +80,11 @@ class ReceiptRow:
         if self.calls is not None and set(self.calls) <= {self.origin}:
             calls = str(sum(self.calls.values()))
         kept = " (frozen)" if self.frozen else ""
-        return (self.path, self.layer_name, self.device, self.mode, self.origin + kept, self.plugin, calls)
+        path = " = ".join((self.path, *self.aliases))
+        return (path, self.layer_name, self.device, self.mode, self.origin + kept, self.plugin, calls)
 
     @classmethod
-    def of(cls, resolution: Resolution, path: str, **more: Any) -> ReceiptRow:
+    def of(cls, resolution: Resolution, path: str, *aliases: str, **more: Any) -> ReceiptRow:
         """Make the row of a decision."""
         request = resolution.request
         layer = request.layer
@@ -99,6 +102,7 @@ class ReceiptRow:
             misfits=tuple((_label(refusal), refusal.reason) for refusal in resolution.misfits),
             checked=dict(resolution.checked),
             note=resolution.note,
+            aliases=aliases,
             **more,
         )
 
@@ -144,9 +148,12 @@ class Receipt:
             ...
             kernels_core.errors.RequirementError: No decorated layer matches 'layers.*': ...
         """
-        matching = [row for row in self.rows if fnmatchcase(row.path, pattern)]
+        for glob in (pattern,) if origin is None else (pattern, origin):
+            if not isinstance(glob, str):
+                raise ArgumentTypeError(f"require takes globs such as 'layers.*', not {glob!r}.")
+        matching = [row for row in self.rows if any(fnmatchcase(path, pattern) for path in (row.path, *row.aliases))]
         if not matching:
-            paths = [row.path for row in self.rows]
+            paths = [path for row in self.rows for path in (row.path, *row.aliases)]
             near = difflib.get_close_matches(pattern, paths, 3, 0.3) or paths[:3]
             known = f"there are {len(paths)}, such as {', '.join(map(repr, near))}" if paths else "there is none at all"
             raise RequirementError(f"No decorated layer matches {pattern!r}: {known}.", rows=())
@@ -168,6 +175,8 @@ class Receipt:
             >>> bool(Receipt(()).diff(Receipt(())))
             False
         """
+        if not isinstance(other, Receipt):
+            raise ArgumentTypeError(f"diff takes another receipt, not {other!r}.")
         mine, theirs = ({row.path: row for row in receipt.rows} for receipt in (self, other))
         changed = [
             (row, theirs[path])

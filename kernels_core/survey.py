@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from .errors import ArgumentError, ArgumentTypeError
 from .frozen import Frozen
 from .layer import Layer
 from .mode import Mode, check_call_mode
-from .modules import device_of, functions_of, locate
+from .modules import device_of, functions_of, locate, paths
 from .receipt import Receipt, ReceiptRow
 from .request import Resolution
 from .resolver import peek
@@ -73,10 +73,12 @@ def receipt(
             known[key] = peek(layer, here, chosen)
         return known[key]
 
-    return Receipt(tuple(row for path, module in model.named_modules() for row in _rows(path, module, decide)))
+    return Receipt(tuple(row for module, places in paths(model).items() for row in _rows(places, module, decide)))
 
 
-def _rows(path: str, module: nn.Module, decide: Callable[[Layer, nn.Module], Resolution]) -> Iterator[ReceiptRow]:
+def _rows(
+    places: Sequence[str], module: nn.Module, decide: Callable[[Layer, nn.Module], Resolution]
+) -> Iterator[ReceiptRow]:
     """Yield what serves one module, and the functions that it calls."""
     frozen: Frozen | None = getattr(type(module), "kernels_frozen", None)
     original = type(module) if frozen is None else frozen.original
@@ -88,9 +90,9 @@ def _rows(path: str, module: nn.Module, decide: Callable[[Layer, nn.Module], Res
         if resolution is None and layer.condition is not None and not layer.condition(module):
             resolution = replace(decide(layer, module), implementation=None, candidate=None, origin="reference")
             resolution = replace(resolution, refusals=(), misfits=(), checked={}, note="its condition is not met")
-        row = ReceiptRow.of(resolution or decide(layer, module), path, frozen=frozen is not None)
+        row = ReceiptRow.of(resolution or decide(layer, module), *places, frozen=frozen is not None)
         yield replace(row, calls=calls_of(module))
     for function in functions_of(original):
         chosen = frozen.functions[function] if frozen is not None else decide(function, module)
-        name = f"{path}:{function.reference.__name__}"
-        yield replace(ReceiptRow.of(chosen, name, frozen=frozen is not None), calls=calls_of(function))
+        names = [f"{place}:{function.reference.__name__}" for place in places]
+        yield replace(ReceiptRow.of(chosen, *names, frozen=frozen is not None), calls=calls_of(function))

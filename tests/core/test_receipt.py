@@ -266,3 +266,24 @@ def test_explain(python: Callable[..., Any], distribution: Callable[..., Any]) -
     assert (site.parent / "out.html").read_text().startswith("<table")
     done = python(run.format([*base[:2], "models:missing"]), check=False)
     assert done.returncode == 2 and "Cannot import" in done.stderr
+
+
+def test_a_shared_layer_is_found_at_each_of_its_paths(make_layer: Make, make_kernel: Make) -> None:
+    """A layer is one row, wherever it is, and can be required by any of its paths; circles of modules do no harm."""
+    shared = make_layer()()
+    encoder = nn.Sequential(shared)
+    model = nn.ModuleDict({"encoder": encoder, "decoder": nn.Sequential(shared, make_layer()())})
+    shared.add_module("around", encoder)
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
+        found = receipt(model, device="cpu")
+    assert [(row.path, row.aliases) for row in found.rows] == [("encoder.0", ("decoder.0",)), ("decoder.1", ())]
+    assert "encoder.0 = decoder.0" in str(found)
+    assert json.loads(found.to_json())[0]["aliases"] == ["decoder.0"]
+    found.require("decoder.0").require("decoder.*")
+
+
+@pytest.mark.parametrize("ask", [lambda r: r.require(3), lambda r: r.require("*", 3), lambda r: r.diff(None)])
+def test_questions_of_the_wrong_type(ask: Make) -> None:
+    """What is no glob and no receipt is said to be none."""
+    with pytest.raises(ArgumentTypeError, match=r"not (3|None)\."):
+        ask(Receipt(()))
