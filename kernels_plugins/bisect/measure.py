@@ -72,6 +72,10 @@ def _number(value: Any) -> float:
                 f"a tensor of shape {tuple(value.shape)}, where a single number is wanted: return tensor.mean(), "
                 "or the largest difference from what is expected"
             )
+        if value.is_meta:
+            raise ArgumentTypeError(
+                "a tensor on the meta device, which has no number: move model and inputs to another"
+            )
         value = value.detach()
     if hasattr(type(value), "__float__") and not (isinstance(value, torch.Tensor) and value.is_complex()):
         try:

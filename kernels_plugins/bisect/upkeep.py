@@ -17,7 +17,7 @@ _MISSING = object()
 class Upkeep:
     """What a model is like, and how to make it so again.
 
-    Buffers are copied, for layers change them; parameters are not, for nobody should.
+    Buffers are copied, for layers change them; the numbers of parameters are not, for nobody should change those.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,14 +26,16 @@ class Upkeep:
         self._buffers = [(module, dict(module._buffers)) for module in _of(model) if module._buffers]
         tensors = {id(tensor): tensor for _, kept in self._buffers for tensor in kept.values() if tensor is not None}
         self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+        self._registered = [(module, dict(module._parameters)) for module in _of(model) if module._parameters]
         self._parameters = [
-            (name, parameter, _version(parameter), parameter.grad) for name, parameter in model.named_parameters()
+            (name, parameter, _version(parameter), parameter.grad, parameter.data, parameter.requires_grad)
+            for name, parameter in model.named_parameters()
         ]
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
         """Start with the same random numbers and without gradients, and put everything back after."""
-        for _, parameter, _, _ in self._parameters:
+        for _, parameter, *_ in self._parameters:
             parameter.grad = None
         try:
             with _forked_random_state():
@@ -43,7 +45,14 @@ class Upkeep:
 
     def restore(self) -> None:
         """Make the model what it was."""
-        for _, parameter, _, gradient in self._parameters:
+        for module, parameters in self._registered:
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for _, parameter, _, gradient, data, requires_grad in self._parameters:
+            if not _is_same(parameter, data):  # `half()`, `to()` and the like put other data into the same parameter
+                parameter.grad = None
+                parameter.data = data
+            parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
         for module, buffers in self._buffers:
             module._buffers.clear()
@@ -63,11 +72,18 @@ class Upkeep:
 
     def changed_parameters(self) -> list[str]:
         """Return the names of parameters that were changed in place since, which cannot be undone."""
-        return [name for name, parameter, version, _ in self._parameters if _version(parameter) != version]
+        return [name for name, parameter, version, *_ in self._parameters if _version(parameter) != version]
 
 
 def _of(model: nn.Module) -> Iterator[nn.Module]:
     return model.modules()
+
+
+def _is_same(tensor: torch.Tensor, data: torch.Tensor) -> bool:
+    """Whether a tensor still has its data; those of a subclass cannot always tell."""
+    with contextlib.suppress(RuntimeError):
+        return (tensor.data_ptr(), tensor.dtype, tensor.device) == (data.data_ptr(), data.dtype, data.device)
+    return True
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -453,7 +453,11 @@ def test_nan_on_references_is_an_error(value: float) -> None:
         bisect(make(1.0), lambda model: total(model) * 0 + value, tolerance=0.1)
 
 
-@pytest.mark.parametrize("answer", [None, "high", torch.ones(2), {}, {"a": "b"}, 1j, torch.tensor(1j)], ids=repr)
+@pytest.mark.parametrize(
+    "answer",
+    [None, "high", torch.ones(2), {}, {"a": "b"}, 1j, torch.tensor(1j), torch.ones((), device="meta")],
+    ids=repr,
+)
 def test_no_number_is_an_error(answer: object) -> None:
     """The message says at which evaluation, and what came back."""
     with pytest.raises(ArgumentTypeError, match="At evaluation 1, with the model as it is, the metric returned"):
@@ -635,29 +639,45 @@ def fine(model: nn.Module) -> torch.Tensor:
     return loss
 
 
+def halved(model: nn.Module) -> torch.Tensor:
+    return model.half().float().double()(torch.ones(2, 3).double()).sum()
+
+
+def replaced(model: nn.Sequential) -> torch.Tensor:
+    model[0].weight = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+    model[0].bias.data = torch.ones(3)
+    return model.requires_grad_(False)(torch.ones(2, 3)).sum()
+
+
 @pytest.mark.parametrize("kernelized", [False, True])
-@pytest.mark.parametrize("metric", [fine, raising, interrupted])
+@pytest.mark.parametrize("metric", [fine, raising, interrupted, halved, replaced])
 def test_everything_is_as_before(metric: Callable[[nn.Module], Any], kernelized: bool) -> None:
-    """Buffers, gradients, modes, attributes, plugins and what serves: after an answer, an error and an interruption."""
+    """Parameters, buffers, gradients, modes, attributes, plugins and what serves, after answers, errors, interrupts."""
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), Step(1.0), Step(), nn.Dropout(0.5))
     if kernelized:
         kernelize(model, mode=Mode.TRAINING, device="cpu")
     gradient = model[0].weight.grad = torch.ones(3, 3)
     manager_before = _plugins()
-    state = {name: (tensor, tensor.clone()) for name, tensor in {**dict(model.named_buffers())}.items()}
+    state = {name: (t, t.detach().clone(), t.requires_grad) for name, t in _tensors(model).items()}
     attributes = [(type(module), module.training, set(module.__dict__)) for module in model.modules()]
     try:
         bisect(model, metric, tolerance=0.1)
     except (BisectError, KeyboardInterrupt):
-        assert metric is not fine
+        assert metric in (raising, interrupted)
     assert model[0].weight.grad is gradient and torch.equal(gradient, torch.ones(3, 3))
     assert model[0].bias.grad is None
-    for name, tensor in model.named_buffers():
-        assert tensor is state[name][0] and torch.equal(tensor, state[name][1])
+    for name, tensor in _tensors(model).items():
+        was, numbers, requires_grad = state[name]
+        assert tensor is was and tensor.dtype == numbers.dtype and tensor.requires_grad is requires_grad
+        assert torch.equal(tensor, numbers)
     assert [(type(module), module.training, set(module.__dict__)) for module in model.modules()] == attributes
     assert _plugins() == manager_before
     assert model[2](torch.zeros(1)) == 1.0
     unkernelize(model)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _plugins() -> list[str]:
