@@ -141,6 +141,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         "For plugin authors. Start with [write a plugin](write-a-plugin.md); the [hooks](hooks.md) have a page.",
         [
             "kernels_core.hookimpl",
+            "kernels_core.strict",
             "kernels_core.LayerRequest",
             "kernels_core.Candidate",
             "kernels_core.KernelLayer",

@@ -8,6 +8,7 @@ forward itself, the *reference*, where there is none. `docs/` tells the rest.
 from .counting import count_calls
 from .decorators import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
 from .device import CUDAProperties, Device, ROCMProperties, device_capability
+from .environment import strict
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -107,6 +108,7 @@ __all__ = [
     "replace_kernel_forward_from_hub",
     "resolve",
     "source_label",
+    "strict",
     "unkernelize",
     "use_kernel_forward_from_hub",
     "use_kernelized_func",

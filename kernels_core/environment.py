@@ -36,7 +36,15 @@ def switch(name: str) -> bool:
 
 
 def strict() -> bool:
-    """Whether `KERNELS_STRICT` asks for an error where a warning would do."""
+    """Return whether `KERNELS_STRICT` asks for an error where a warning would do.
+
+    Raises:
+        ArgumentError: If its value is neither yes nor no.
+
+    Example:
+        >>> strict()
+        False
+    """
     return switch("KERNELS_STRICT")
 
 

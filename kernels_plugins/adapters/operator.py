@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kernels_core import KernelsWarning, Layer, Mode, Quarantined, quarantine, quarantined
+from kernels_core import KernelsWarning, Layer, Mode, NoKernelError, Quarantined, quarantine, quarantined, strict
 
 from .structure import (
     Builder,
@@ -103,6 +103,19 @@ class Work:
         """Run the reference, all the way down."""
         with on_references():
             return call.run(self.layer.reference)
+
+    def fall_back(self, why: str) -> None:
+        """Do nothing if the reference may serve in place of the kernel.
+
+        Raises:
+            NoKernelError: If it may not.
+        """
+        if strict() or not self.layer.use_fallback:
+            rule = "KERNELS_STRICT is on" if strict() else "the layer was decorated with use_fallback=False"
+            raise NoKernelError(
+                f"Layer {self.layer.name!r}: {self.origin} {why}, and {rule}. Register a kernel that fits, or allow "
+                "the reference."
+            )
 
 
 class Operator:
@@ -271,7 +284,12 @@ class Operator:
             return name
 
     def refuse(self, reason: str) -> None:
-        """Say once why a call cannot be an operator."""
+        """Say once why a call cannot be an operator.
+
+        Raises:
+            NoKernelError: If the reference must not serve instead.
+        """
+        self.work.fall_back(f"cannot be opaque: {reason}")
         if reason not in self._told:
             self._told.add(reason)
             warnings.warn(

@@ -148,6 +148,7 @@ class Recompute:
             reason=f"it cannot have the backward of the reference: {reason}. Leave it to inference",
             mode=Mode.TRAINING,
         )
+        self.work.fall_back(f"cannot have the backward of the reference: {reason}")
 
 
 class _Recompute(torch.autograd.Function):

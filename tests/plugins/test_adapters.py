@@ -26,6 +26,7 @@ from kernels_core import (
     ArgumentTypeError,
     KernelsWarning,
     Mode,
+    NoKernelError,
     PluginManager,
     decorated_layer,
     hookimpl,
@@ -926,6 +927,28 @@ def test_attributes_that_cannot_be_constants(attribute: Any, reason: str) -> Non
         run, counter = compiled(layer)
         assert_like_reference(run, layer, x)
     assert operators(counter) == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("adapt", [opaque, reference_backward])
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_no_reference_where_none_is_allowed(adapt: Any, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a fallback, and in strict mode, what cannot be wrapped raises with the reason."""
+    layer = use_kernel_forward_from_hub("insists", use_fallback=strict)(lambda x: Config(x * 2))
+    if strict:
+        monkeypatch.setenv("KERNELS_STRICT", "1")
+
+    def kernel(x: torch.Tensor) -> Any:
+        return Config(_untraceable(torch.mul, x, 2))
+
+    x = torch.ones(2, requires_grad=True)
+    run = compiled(layer)[0] if adapt is opaque else layer
+    told = pytest.raises(
+        (NoKernelError, torch._dynamo.exc.TorchRuntimeError), match=r"returns a Config|what it returns"
+    )
+    with serving(adapt(kernel), "insists"), told as raised:
+        run(x)
+    assert "KERNELS_STRICT is on" in str(raised.value) if strict else "use_fallback=False" in str(raised.value)
 
 
 def test_tensors_that_are_more_than_their_data() -> None:
