@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,9 @@ def verify_command(
     device: Annotated[str, typer.Option(help="Move model and inputs there first, such as cuda.")] = "",
     gradients: Annotated[bool, typer.Option(help="Whether to compare training, too.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw how the errors are distributed; needs matplotlib.")] = None,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Exit with 1, too, if a layer or a kernel was not compared.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare every kernel that is offered for the layers of a model with their references.
@@ -43,6 +47,10 @@ def verify_command(
         except OSError as error:
             raise ArgumentError(f"Cannot write {str(plot)!r}: {error}") from error
     print_found(report, as_json)
+    if complete and (report.gaps or not report.rows):
+        lines = "\n".join(f"  {row}" for row in report.gaps)
+        print(f"error: not everything was compared:\n{lines or f'  {report}'}", file=sys.stderr)
+        raise typer.Exit(1)
     if not report.ok:
         raise typer.Exit(1)
 

@@ -97,11 +97,10 @@ def record(model: nn.Module) -> Iterator[list[Recorded]]:
         return hook
 
     with contextlib.ExitStack() as stack:
-        for path, module in model.named_modules():
-            layer = layer_of(module)
-            if layer is not None:
-                handle = module.register_forward_pre_hook(watch(path, layer), with_kwargs=True)
-                stack.callback(handle.remove)
+        modules = dict(model.named_modules())
+        for path, layer in decorated(model):
+            handle = modules[path].register_forward_pre_hook(watch(path, layer), with_kwargs=True)
+            stack.callback(handle.remove)
         name = f"oracle-recorder-{id(calls)}"
         plugin_manager().register(_Functions(keep), name)
         stack.callback(plugin_manager().unregister, name)
@@ -118,6 +117,14 @@ def layer_of(decorated: object) -> Layer | None:
     else:
         layer = getattr(decorated, "kernels_layer", None)
     return layer if isinstance(layer, Layer) else None
+
+
+def decorated(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Yield the paths of the decorated layers of a model."""
+    for path, module in model.named_modules():
+        layer = layer_of(module)
+        if layer is not None:
+            yield path, layer
 
 
 class _Functions:

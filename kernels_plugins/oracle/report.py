@@ -15,9 +15,11 @@ from kernels_core import KernelsError, VerificationError
 if TYPE_CHECKING:
     from rich.table import Table
 
-Verdict = Literal["ok", "wrong", "failed", "undecided", "refused", "skipped", "no kernel"]
+Verdict = Literal["ok", "wrong", "failed", "undecided", "refused", "skipped", "no kernel", "not called"]
 
 FAILURES: tuple[Verdict, ...] = ("wrong", "failed", "undecided")
+COMPARED: tuple[Verdict, ...] = ("ok", "wrong", "failed")
+GAPS: tuple[Verdict, ...] = ("refused", "no kernel", "not called")
 COLUMNS = ("path", "layer", "kernel", "mode", "dtype", "cases", "max", "mean", "ulps", "verdict")
 _STYLES = {"ok": "green", "wrong": "red", "failed": "red", "undecided": "red"}
 
@@ -39,7 +41,8 @@ class VerifyRow:
         subject: What was compared: `"forward"`, `"gradient of parameter weight"`, `"changes"`.
         verdict: `"ok"`; `"wrong"`; `"failed"` where the kernel raised and the reference did not; `"undecided"`
             where the reference cannot tell; `"refused"` for a kernel that would not serve such calls;
-            `"skipped"` for a case that does not apply; `"no kernel"` where none is offered.
+            `"skipped"` for a case that does not apply; `"no kernel"` where none is offered; `"not called"` for a
+            layer that the model did not call.
         reason: Why; empty for `"ok"`.
         max_abs: The largest error; measured from a float64 reference, where the layer allows one.
         mean_abs: The mean error.
@@ -102,6 +105,17 @@ class VerifyReport:
     def failures(self) -> tuple[VerifyRow, ...]:
         """The rows that say what is wrong."""
         return tuple(row for row in self.rows if not row.ok)
+
+    @property
+    def gaps(self) -> tuple[VerifyRow, ...]:
+        """The rows of kernels and layers of which nothing was compared: refused for every mode, none there, not called.
+
+        Example:
+            >>> VerifyReport((VerifyRow("mlp", "Mlp", "not called"),)).gaps[0].path
+            'mlp'
+        """
+        compared = {(row.path, row.kernel) for row in self.rows if row.verdict in COMPARED}
+        return tuple(row for row in self.rows if row.verdict in GAPS and (row.path, row.kernel) not in compared)
 
     def raise_for_failures(self) -> VerifyReport:
         """Raise if anything is wrong.
@@ -203,9 +217,11 @@ class VerifyReport:
     @property
     def summary(self) -> str:
         """One line: how many comparisons of how many kernels, and how they ended."""
-        compared = {row.origin for row in self.rows if row.verdict in ("ok", "wrong", "failed")}
+        compared = {row.origin for row in self.rows if row.verdict in COMPARED}
         counts = Counter(row.verdict for row in self.rows)
-        told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict != "no kernel")
+        told = ", ".join(
+            f"{count} {verdict}" for verdict, count in counts.items() if verdict not in ("no kernel", "not called")
+        )
         if not compared:
             return f"no kernel was compared{f': {told}' if told else ''}"
         return f"{len(compared)} {'kernel' if len(compared) == 1 else 'kernels'} compared: {told}"

@@ -23,7 +23,7 @@ from kernels_core import (
 )
 
 from .comparison import Comparison, Tolerances, compare
-from .inputs import Case, Recorded, cases, layer_of, record, with_gradients
+from .inputs import Case, Recorded, cases, decorated, layer_of, record, with_gradients
 from .replay import Call, Run, preserved
 from .report import VerifyReport, VerifyRow
 from .selection import decided, offers, references
@@ -60,8 +60,8 @@ def verify(
         A report with a row for each comparison.
 
     Raises:
-        ArgumentError: If the model cannot be run with the inputs.
-        ArgumentTypeError: If it is neither a module nor a decorated function.
+        ArgumentError: If the model cannot be run with the inputs, or a tolerance is less than nothing.
+        ArgumentTypeError: If it is neither a module nor a decorated function, or tolerances are none.
 
     Example:
         >>> @use_kernel_forward_from_hub("Double")
@@ -74,6 +74,7 @@ def verify(
         True
     """
     _check_plugin()
+    _check_tolerances(tolerances)
     layer = layer_of(model_or_layer)
     is_function = not isinstance(model_or_layer, nn.Module)
     if is_function and (layer is None or isinstance(model_or_layer, type)):
@@ -95,6 +96,13 @@ def verify(
             described = (one.layer.number, tuple((t.shape, t.dtype, t.device) for t in one.call.inputs.values()))
             rows += _Subject(one, gradients, tolerances).rows(derived=described not in known)
             known.add(described)
+    if module is not None:
+        called = {one.path for one in recorded}
+        rows += (
+            VerifyRow(path, layer.name, "not called", reason="the model does not call it with these inputs")
+            for path, layer in decorated(module)
+            if path not in called
+        )
     return VerifyReport(tuple(rows))
 
 
@@ -121,6 +129,20 @@ def _check_plugin() -> None:
             f"The plugin {NAME!r} is not active, and verify needs it to run references alone: take it off the list "
             "in KERNELS_PLUGINS, or register kernels_plugins.oracle.plugin."
         )
+
+
+def _check_tolerances(tolerances: Any) -> None:
+    """Say what is no tolerance before anything runs."""
+    if tolerances is None:
+        return
+    for dtype, pair in tolerances.items() if isinstance(tolerances, Mapping) else [(torch.float32, tolerances)]:
+        is_pair = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(number, int | float) for number in pair)
+        if not is_pair or not isinstance(dtype, torch.dtype):
+            raise ArgumentTypeError(
+                f"tolerances are (relative, absolute), or a dict of these by dtype, not {tolerances!r}."
+            )
+        if not all(number >= 0 for number in pair):
+            raise ArgumentError(f"tolerances are {tolerances!r}: each says how far a number may be off, 0 or more.")
 
 
 def _check_devices(call: Call) -> None:

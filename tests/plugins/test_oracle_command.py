@@ -30,6 +30,34 @@ def wrong():
     model.dummy_inputs = {"input": torch.randn(2, 64)}
     return model
 
+class Some(torch.nn.Module):
+    def __init__(self, called):
+        super().__init__()
+        self.norm, self.called = Norm(), called
+
+    def forward(self, x):
+        return self.norm(x) if self.called else x
+
+def uncalled():
+    right()
+    return Some(False)
+
+def unloadable():
+    from kernels_plugins import LocalLayerRepository
+    nowhere = LocalLayerRepository("/nowhere", layer_name="Norm")
+    register_kernel_mapping({"OracleNorm": {"cpu": [nowhere, kernel(fused)]}})
+    return Some(True)
+
+def inference_only():
+    register_kernel_mapping({"OracleNorm": {"cpu": kernel(fused, has_backward=False)}})
+    return Some(True)
+
+def without():
+    register_kernel_mapping({}, inherit_mapping=False)
+    return Some(True)
+
+def undecorated(): return torch.nn.Identity()
+
 def one(): return torch.randn(2, 64)
 def several(): return (torch.randn(2, 64),)
 def named(): return {"input": torch.randn(2, 64)}
@@ -83,6 +111,29 @@ def test_without_gradients_and_as_json() -> None:
     code, output = run("oracle_models:wrong", "--no-gradients", "--json")
     assert code == 0
     assert {row["mode"] for row in json.loads(output)["rows"]} == {"inference"}
+
+
+@pytest.mark.parametrize(
+    ("model", "gap"),
+    [
+        ("right", ""),
+        ("inference_only", ""),
+        ("unloadable", "there is no such folder"),
+        ("without", "no kernel: none is offered"),
+        ("uncalled", "not called: the model does not call it with these inputs"),
+        ("undecorated", "no decorated layer was called"),
+    ],
+)
+def test_what_was_not_compared_is_a_failure_if_all_is_wanted(
+    model: str, gap: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kernels that nothing is known about, and layers without one, do no harm but for `--complete`."""
+    asked = (f"oracle_models:{model}", "--inputs", "oracle_models:one")
+    assert run(*asked)[0] == 0
+    code, output = run(*asked, "--complete")
+    assert code == (1 if gap else 0)
+    assert ("error: not everything was compared" in output) is bool(gap)
+    assert gap in output
 
 
 def test_what_a_model_prints_is_no_part_of_the_answer(capsys: pytest.CaptureFixture[str]) -> None:

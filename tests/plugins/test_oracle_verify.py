@@ -445,3 +445,12 @@ def test_a_plot_is_drawn_or_the_error_says_what_is_missing(tmp_path: Any) -> Non
     assert report.plot(tmp_path / "errors.png").stat().st_size > 1000
     with pytest.raises(KernelsError, match="nothing to plot"):
         VerifyReport().plot(tmp_path / "empty.png")
+
+
+@pytest.mark.parametrize("tolerances", ["tight", 1e-3, (1,), {"float32": (0, 0)}, {torch.float32: 1e-3}], ids=repr)
+def test_what_is_no_tolerance_is_told(tolerances: Any) -> None:
+    """It is an error before anything runs, and so is a tolerance of less than nothing."""
+    with pytest.raises(ArgumentTypeError, match="tolerances are"):
+        verify(made.Norm(), torch.ones(2, 64), tolerances=tolerances)
+    with pytest.raises(ArgumentError, match="0 or more"):
+        verify(made.Norm(), torch.ones(2, 64), tolerances={torch.float32: (0, -1)})
