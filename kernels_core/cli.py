@@ -220,6 +220,7 @@ def _resolution(resolution: Resolution) -> Row:
         "checked": dict(resolution.checked),
         "note": resolution.note,
         "refusals": [_refusal(refusal) for refusal in resolution.refusals],
+        "misfits": [_refusal(misfit) for misfit in resolution.misfits],
     }
 
 

@@ -280,14 +280,14 @@ class _Freeze:
         want = _want(resolution)
         if want not in self.allowed or not layer.use_fallback or (strict() and resolution.refusals):
             rule = "use_fallback does not allow the reference there"
+            otherwise = f", or allow the reference with kernelize(..., use_fallback=KernelizeFallback.{want.name})"
             if not layer.use_fallback:
-                rule = "the layer was decorated with use_fallback=False"
+                rule, otherwise = "the layer was decorated with use_fallback=False", ""
             elif want in self.allowed:
-                rule = "KERNELS_STRICT is on"
+                rule, otherwise = "KERNELS_STRICT is on", ", or unset KERNELS_STRICT"
             raise KernelizeError(
                 f"{resolution.subject}: {_WANTS[want]}, and {rule}. The model was not changed.\n{_why(resolution)}"
-                "Register a kernel that fits, or allow the reference with "
-                f"kernelize(..., use_fallback=KernelizeFallback.{want.name}).",
+                f"Register a kernel that fits{otherwise}.",
                 request=resolution.request,
                 refusals=resolution.refusals,
             )

@@ -175,7 +175,9 @@ def must_raise(resolution: Resolution) -> bool:
 
 def no_kernel(resolution: Resolution) -> NoKernelError:
     """Make the error that says why no kernel serves."""
-    why = "\n".join(f"  refused {refusal}" for refusal in resolution.refusals) or "  no candidate was offered"
+    lines = [f"  refused {refusal}" for refusal in resolution.refusals]
+    lines += [f"  not for this call: {misfit}" for misfit in resolution.misfits]
+    why = "\n".join(lines) or "  no candidate was offered"
     rule = "KERNELS_STRICT is on" if strict() else "the layer was decorated with use_fallback=False"
     return NoKernelError(
         f"No kernel serves {resolution.subject}, and {rule}:\n{why}\n"

@@ -74,10 +74,9 @@ class Level:
             if not Device(device.type).matches(request.device):
                 cause, reason = Cause.DEVICE, f"it is mapped for {device.type}, and this call is on {request.device}"
             elif not device.matches(request.device, capability=request.capability):
-                cause, reason = (
-                    Cause.PROPERTIES,
-                    (f"it is mapped for {device.properties}, and {request.device} has capability {request.capability}"),
-                )
+                capability = "one that is not known here" if request.capability is None else request.capability
+                reason = f"it is mapped for {device.properties}, and the capability of {request.device} is {capability}"
+                cause = Cause.PROPERTIES
             elif mode not in STAND_INS[request.mode]:
                 cause, reason = Cause.MODE, f"it is mapped for {mode}, and this call is {request.mode}"
             else:
