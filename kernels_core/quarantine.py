@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .device import as_torch_device
+from .errors import ArgumentTypeError
 from .layer import Layer
 from .mode import Mode
 from .request import LayerRequest
@@ -73,7 +75,7 @@ def quarantine(
     *,
     kernel: str,
     reason: str,
-    device: torch.device | None = None,
+    device: str | torch.device | None = None,
     mode: Mode | None = None,
 ) -> Quarantined:
     """Keep a kernel from serving a layer, from the next call on.
@@ -89,6 +91,9 @@ def quarantine(
     Returns:
         The entry, for `release`.
 
+    Raises:
+        ArgumentTypeError: If it is no layer, or nothing that a layer could call.
+
     Example:
         >>> layer = decorated_layer(use_kernel_forward_from_hub("f")(lambda x: x))
         >>> entry = quarantine(layer, abs, kernel="abs", reason="it is wrong for complex numbers")
@@ -97,6 +102,15 @@ def quarantine(
         >>> release(entry)
         1
     """
+    if not isinstance(layer, Layer):
+        raise ArgumentTypeError(f"quarantine takes a layer, not {layer!r}: decorated_layer(...) returns it.")
+    if isinstance(implementation, type) or not callable(implementation):
+        raise ArgumentTypeError(
+            f"quarantine takes what is called, not {implementation!r}: it is resolve(...).implementation, and the "
+            "forward of a class."
+        )
+    if device is not None:
+        device = as_torch_device(device)
     entry = Quarantined(
         layer.name, layer.qualname, kernel, device, mode, reason, weakref.ref(layer), weakref.ref(implementation)
     )
@@ -127,12 +141,19 @@ def release(entries: Quarantined | Iterable[Quarantined] | None = None) -> int:
     Returns:
         How many were released.
 
+    Raises:
+        ArgumentTypeError: If they are no entries.
+
     Example:
         >>> release()
         0
     """
+    wanted = [entries] if isinstance(entries, Quarantined) else list(entries) if entries is not None else None
+    for entry in wanted or ():
+        if not isinstance(entry, Quarantined):
+            raise ArgumentTypeError(f"release takes what quarantined() returned, or a part of it, not {entry!r}.")
     with _lock:
-        going = _entries if entries is None else [entries] if isinstance(entries, Quarantined) else list(entries)
+        going = _entries if wanted is None else wanted
         going = [entry for entry in _entries if any(entry is other for other in going)]
         _entries[:] = [entry for entry in _entries if not any(entry is other for other in going)]
     if going:

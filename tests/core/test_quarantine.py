@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels_core import (
+    ArgumentTypeError,
     KernelsWarning,
     Mode,
     NoKernelError,
@@ -280,3 +281,25 @@ def test_reference_in_the_stand_in_keeps_autograd(make_layer: Make) -> None:
     with use_kernel_mapping({"Add": {"cpu": Kernel}}), pytest.warns(KernelsWarning):
         make_layer()()(x).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [1, 1]
+
+
+def test_a_device_may_be_named(make_layer: Make, make_kernel: Make) -> None:
+    """A device is said as anywhere else."""
+    layer, kernel = make_layer(), make_kernel(10)
+    with use_kernel_mapping({"Add": {"cpu": kernel}}):
+        for device, is_out in (("cpu", True), ("cuda:0", False)):
+            quarantine(decorated_layer(layer), kernel.forward, kernel="k", reason="r", device=device)
+            assert resolve(layer, device="cpu", mode=Mode.INFERENCE).is_reference is is_out
+            release()
+
+
+def test_arguments_of_the_wrong_type(make_layer: Make, make_kernel: Make) -> None:
+    """What would have no effect is an error: a class is not what is called."""
+    layer, kernel = make_layer(), make_kernel(10)
+    with pytest.raises(ArgumentTypeError, match="decorated_layer"):
+        quarantine(layer, kernel.forward, kernel="k", reason="r")
+    with pytest.raises(ArgumentTypeError, match="forward of a class"):
+        quarantine(decorated_layer(layer), kernel, kernel="k", reason="r")
+    with pytest.raises(ArgumentTypeError, match="what quarantined"):
+        release("all")  # type: ignore[arg-type]
+    assert quarantined() == []
