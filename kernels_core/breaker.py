@@ -40,12 +40,13 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
             output = layer.reference(*taken, **named)
         except Exception:
             raise error from None
+        told = str(error).partition("\n\n")[0].rstrip(".")  # PyTorch may list every kernel of an operator below
         quarantine(
             layer,
             implementation,
             kernel=resolution.origin,
             device=resolution.request.device,
-            reason=f"it raised {type(error).__name__}: {error}, where the reference does not. Report it to its author",
+            reason=f"it raised {type(error).__name__}: {told}, where the reference does not. Report it to its author",
         )
         if safe:
             return output

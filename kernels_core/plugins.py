@@ -207,7 +207,8 @@ class PluginManager:
             self.faults.append(fault)
 
     def _raised(self, hook: str, name: str, error: Exception) -> PluginError:
-        fault = PluginError(f"Plugin {name!r} raised in {hook}: {type(error).__name__}: {error}.", plugin=name)
+        told = f"{type(error).__name__}: {error}".rstrip(".")
+        fault = PluginError(f"Plugin {name!r} raised in {hook}: {told}.", plugin=name)
         fault.__cause__ = error
         return fault
 

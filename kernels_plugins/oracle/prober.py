@@ -19,17 +19,18 @@ from typing import Any, cast
 import torch
 
 from kernels_core import (
-    ArgumentError,
     Candidate,
     KernelLayer,
     KernelsWarning,
     LayerRequest,
     Mode,
+    PluginError,
     Resolution,
     ScopeError,
     VerificationError,
     forget,
     hookimpl,
+    plugin_manager,
     quarantine,
 )
 
@@ -91,7 +92,9 @@ def _setting() -> str:
         return "on"
     if text == "cached":
         return "cached"
-    raise ArgumentError(f"{VARIABLE}={text!r} is not understood: write 1, 0 or cached.")
+    message = f"{VARIABLE}={text!r} is not understood, so nothing is probed: write 1, 0 or cached."
+    plugin_manager().report(PluginError(message, plugin="probe"))  # raised here, it would refuse every kernel
+    return "off"
 
 
 # --- Hooks ----------------------------------------------------------------------------------------

@@ -289,7 +289,7 @@ class _Subject:
             first, second = (self._run(case, self.layer.reference, Mode.INFERENCE) for _ in range(2))
         except Exception as error:
             stop_if_broken(error)
-            return f"the reference fails: {type(error).__name__}: {error}"
+            return f"the reference fails: {_told(error)}"
         difference = compare(second.outputs, first.outputs)
         if difference.ok:
             return None
@@ -307,9 +307,7 @@ class _Subject:
                 expected = self._expected(case, mode)
             except Exception as error:
                 stop_if_broken(error)
-                reason = (
-                    f"the reference fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                )
+                reason = f"the reference fails: {_told(error)}"
                 row = replace(self.blank, mode=str(mode.name).lower(), case=case.name, dtype=_dtype(case.call))
                 yield replace(row, verdict="undecided" if case.given else "skipped", reason=reason)
                 continue
@@ -347,8 +345,7 @@ class _Subject:
             again = self._run(case, implementation, mode) if case.given else None
         except Exception as error:
             stop_if_broken(error)
-            told = str(error).strip() or "no message"
-            yield replace(row, verdict="failed", reason=f"it raises {type(error).__name__}: {told}")
+            yield replace(row, verdict="failed", reason=f"it raises {_told(error)}")
             return
         draws = (
             "; the reference draws random numbers: a kernel that draws others differs" if expected.run.random else ""
@@ -370,6 +367,11 @@ class _Subject:
         reason = _changes(run, expected.run, self.tolerances)
         if reason:
             yield replace(row, subject="changes", verdict="wrong", reason=reason)
+
+
+def _told(error: Exception) -> str:
+    """Name an error; PyTorch may list every kernel of an operator below an empty line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10) * 2)[0] or 'no message'}"
 
 
 def _gradient(

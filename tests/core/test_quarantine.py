@@ -303,3 +303,14 @@ def test_arguments_of_the_wrong_type(make_layer: Make, make_kernel: Make) -> Non
     with pytest.raises(ArgumentTypeError, match="what quarantined"):
         release("all")  # type: ignore[arg-type]
     assert quarantined() == []
+
+
+def test_a_long_error_is_told_in_short(make_layer: Make) -> None:
+    """PyTorch lists every kernel of an operator below an empty line: that is no reason."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("Could not run 'op'.\n\nCPU: registered at here\nMeta: registered at there")
+
+    with use_kernel_mapping({"Add": {"cpu": type("Fails", (nn.Module,), {"forward": forward})}}):
+        make_layer()()(X)
+    assert quarantined()[0].reason.startswith("it raised NotImplementedError: Could not run 'op', where the reference")

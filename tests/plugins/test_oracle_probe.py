@@ -279,10 +279,11 @@ def test_probing_is_left_as_often_as_entered() -> None:
 
 
 def test_a_setting_that_is_not_understood_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what can be written."""
+    """With what can be written; kernels serve as ever."""
     monkeypatch.setenv("KERNELS_PROBE", "perhaps")
-    with pytest.raises(ArgumentError, match="write 1, 0 or cached"):
-        prober._setting()
+    with pytest.warns(KernelsWarning, match="so nothing is probed: write 1, 0 or cached"):
+        register_kernel_mapping({"OracleNorm": {"cpu": made.kernel(made.fused)}})
+        assert not resolve(made.Norm, device="cpu", mode=Mode.INFERENCE).is_reference
 
 
 # --- What was found is remembered -----------------------------------------------------------------
