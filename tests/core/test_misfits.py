@@ -109,7 +109,7 @@ def test_each_source_is_told_with_its_reason_and_none_is_loaded() -> None:
             "cuda",
             Mode.INFERENCE,
             Cause.PROPERTIES,
-            "it is mapped for CUDAProperties(min_capability=1, max_capability=2), and the capability of cuda is ",
+            "it is mapped for CUDAProperties(min_capability=1, max_capability=2), and the capability of cuda",
         ),
         (
             {"cpu": {Mode.INFERENCE: Fast}},
