@@ -166,7 +166,8 @@ class _Recompute(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.work, ctx.recorded = work, recorded
-        recorded.structure, recorded.result = apart(work.kernel(*given, **kwargs))
+        with under(recorded.spec.autocast):  # without its cache: casts made here are not recorded
+            recorded.structure, recorded.result = apart(work.kernel(*given, **kwargs))
         outputs = tuple(recorded.result.tensors)
         recorded.result.tensors = []  # the outputs hold this call, which must not hold them
         recorded.parts.tensors = []

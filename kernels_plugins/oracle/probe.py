@@ -134,12 +134,16 @@ def _probe_of(row: VerifyRow) -> str:
 def _traces(call: Call, implementation: Forward, gradients: bool) -> Probe:
     """Compile without graph breaks, and compare with the same kernel in eager mode."""
     call = with_gradients(call) if gradients else call
-    # Code of its own: Dynamo counts compilations per code object, and gives up after some.
-    scope: dict[str, Any] = {"_kernel": implementation}
-    exec("def probed(*args, **kwargs):\n    return _kernel(*args, **kwargs)\n", scope)
+
+    def probed(*args: Any, **kwargs: Any) -> Any:
+        return implementation(*args, **kwargs)
+
+    # Code of its own: Dynamo counts compilations per code object, and gives up after some. With the name of a file:
+    # functions without are all compiled as one.
+    probed.__code__ = probed.__code__.replace()
     try:
         eager = call.run(implementation, gradients=gradients)
-        compiled = torch.compile(scope["probed"], fullgraph=True, backend="aot_eager", dynamic=False)
+        compiled = torch.compile(probed, fullgraph=True, backend="aot_eager", dynamic=False)
         traced = call.run(compiled, gradients=gradients)
     except Exception as error:
         return Probe(False, f"{type(error).__name__}: {_first_line(error)}")

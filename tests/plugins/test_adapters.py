@@ -38,8 +38,12 @@ from kernels_core import (
 )
 from kernels_plugins import LayerRepository, opaque, reference_backward, use_kernel_mapping
 from kernels_plugins.adapters import plugin as adapters_plugin
+from kernels_plugins.adapters import structure
 
 numpy = pytest.importorskip("numpy")
+
+SEES_ALL = structure.sees_all
+NEEDS_ATTRIBUTES = pytest.mark.skipif(not SEES_ALL, reason="this Dynamo sees attributes that are named in code alone")
 
 SIZE = 8
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -439,7 +443,10 @@ def test_numbers_of_results_under_modes_that_watch() -> None:
         assert [sized(torch.ones(size))[1] for size in (3, 4, 3)] == [3, 4, 3]
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+NO_VMAP = pytest.mark.skipif(not SEES_ALL, reason="not every older Dynamo traces vmap of a module")
+
+
+@pytest.mark.parametrize("transform", ["grad", pytest.param("vmap", marks=NO_VMAP), "jvp"])
 def test_transforms_in_compiled_code(transform: str) -> None:
     """Compiled transforms of `torch.func` get the reference, for an operator has no rule for them."""
     layer, x = Norm().requires_grad_(False), torch.randn(3, SIZE)
@@ -560,6 +567,8 @@ def test_everything_that_a_call_may_have(source: Any, backend: str) -> None:
 @pytest.fixture(params=["dynamo sees all", "dynamo sees what is named"])
 def dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace as with the newest PyTorch, and as with older ones, whose Dynamo cannot list attributes."""
+    if request.param == "dynamo sees all" and not SEES_ALL:
+        pytest.skip("this Dynamo does not")
     monkeypatch.setattr("kernels_plugins.adapters.structure.sees_all", request.param == "dynamo sees all")
 
 
@@ -675,7 +684,7 @@ def test_dataclasses_that_are_made_in_compiled_code() -> None:
 
 
 def test_objects_that_are_made_in_compiled_code() -> None:
-    """Those of other classes are refused: a kernel would see them without attributes, or with those of the class."""
+    """Those of other classes are refused, for a kernel would see them without attributes; or taken apart by name."""
 
     class Chosen:
         scale = 1.0
@@ -690,7 +699,8 @@ def test_objects_that_are_made_in_compiled_code() -> None:
     def kernel(x: torch.Tensor, choice: Chosen) -> torch.Tensor:
         return _untraceable(lambda: x * choice.scale)  # type: ignore[no-any-return]
 
-    with serving(opaque(kernel), "chosen"), pytest.warns(KernelsWarning, match="a Chosen has no attributes"):
+    refused = pytest.warns(KernelsWarning, match="a Chosen has no attributes")
+    with serving(opaque(kernel), "chosen"), refused if SEES_ALL else contextlib.nullcontext():
         assert torch.equal(compiled(lambda x: chosen(x, Chosen(5.0)))[0](torch.ones(2)), torch.full((2,), 5.0))
     with serving(opaque(kernel), "chosen"):
         assert torch.equal(compiled(chosen)[0](torch.ones(2), Chosen(5.0)), torch.full((2,), 5.0))
@@ -910,6 +920,7 @@ def test_layers_that_cannot_be_operators(reason: str) -> None:
         assert torch.equal(x, torch.linspace(-1, 2, 6))
 
 
+@NEEDS_ATTRIBUTES
 @pytest.mark.parametrize(
     ("attribute", "reason"),
     [
@@ -1047,6 +1058,7 @@ def test_a_kernel_that_lost_one_gradient() -> None:
     assert "loses 1 of 3 gradients" in entry.reason
 
 
+@NEEDS_ATTRIBUTES
 def test_modules_that_refer_to_themselves() -> None:
     """A module that knows the one around it is refused with the reason, and does not take forever."""
     layer, x = Rich(), example()
