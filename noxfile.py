@@ -27,6 +27,7 @@ KERNELS = "kernels==0.17.2"
 RUFF = "ruff==0.17.6"
 MYPY = "mypy==2.4.1"
 
+MINIMUM_TORCH = "torch==2.6.0"
 MINIMUMS = (
     "huggingface_hub==1.10.*",
     "importlib-metadata==6.0",
@@ -35,7 +36,7 @@ MINIMUMS = (
     "rich==13.0",
     "typer==0.15.4",
 )
-"""The oldest dependencies that pyproject.toml allows, but for PyTorch."""
+"""The oldest dependencies that pyproject.toml allows."""
 
 nox.options.sessions = ["tests", "lint", "types", "docs", "parity"]
 nox.options.reuse_existing_virtualenvs = True
@@ -105,8 +106,9 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def minimums(session: nox.Session) -> None:
-    """Run the tests on the oldest dependencies."""
-    install(session, *TEST_TOOLS)
+    """Run the tests on the oldest dependencies: gigabytes, for old versions of PyTorch come with those of CUDA."""
+    session.install(MINIMUM_TORCH)
+    session.install("-e", ".", *TEST_TOOLS)
     session.install(*MINIMUMS)  # on top: the tools ask for newer ones, but run with these
     session.run("pytest", "-n", "2", *session.posargs)
 

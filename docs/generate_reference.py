@@ -142,6 +142,8 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         [
             "kernels_core.hookimpl",
             "kernels_core.strict",
+            "kernels_core.held_back",
+            "kernels_core.SavedTensors",
             "kernels_core.LayerRequest",
             "kernels_core.Candidate",
             "kernels_core.KernelLayer",

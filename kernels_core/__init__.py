@@ -47,6 +47,7 @@ from .request import (
     source_label,
 )
 from .resolver import decorated_layer, forget, resolve
+from .saving import SavedTensors, held_back
 from .scope import Scope
 from .survey import receipt
 
@@ -88,6 +89,7 @@ __all__ = [
     "RequirementError",
     "Resolution",
     "ResolutionError",
+    "SavedTensors",
     "Scope",
     "ScopeError",
     "UntrustedError",
@@ -98,6 +100,7 @@ __all__ = [
     "decorated_layer",
     "device_capability",
     "forget",
+    "held_back",
     "hookimpl",
     "kernelize",
     "plugin_manager",

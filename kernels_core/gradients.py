@@ -24,6 +24,7 @@ from .layer import Layer
 from .mode import Mode
 from .quarantine import quarantine
 from .request import Resolution
+from .saving import held_back
 
 Forward = Callable[..., Any]
 
@@ -139,7 +140,7 @@ def try_gradients(
     touched += [*module.parameters(), *module.buffers()] if module is not None else []
     versions = [_version(tensor) for tensor in touched]
     random_states = _random_states(touched)
-    with _held_back() as saved:
+    with held_back() as saved:
         output = call(implementation)
     untouched = -1 not in versions and versions == [_version(tensor) for tensor in touched]
     missing = _unreached(sources, output)
@@ -226,7 +227,7 @@ def _missing_in_reference(
     buffers = [(b, b.clone(), _version(b)) for b in module.buffers()] if module is not None else []
     random_states = _random_states(sources.values())
     try:
-        with _held_back():
+        with held_back():
             expected = call(on_copies)
     except Exception as error:  # the kernel serves where the reference cannot: nothing to compare with
         warnings.warn(
@@ -256,43 +257,6 @@ def _random_states(tensors: Iterable[torch.Tensor]) -> list[tuple[Callable[[torc
             for device in devices
         ]
     return states
-
-
-class _Saved:
-    """What autograd saves of a run, out of sight of the hooks around, such as those of activation checkpointing."""
-
-    def __init__(self, hooks: tuple[Callable[..., Any], Callable[..., Any]] | None) -> None:
-        self._hooks = hooks
-        self._packed: list[list[Any]] = []
-
-    def pack(self, tensor: torch.Tensor) -> list[Any]:
-        """Keep a tensor."""
-        self._packed.append([tensor])
-        return self._packed[-1]
-
-    def unpack(self, packed: list[Any]) -> Any:
-        """Give a tensor back, as the hooks around do."""
-        return self._hooks[1](packed[0]) if self._hooks is not None else packed[0]
-
-    def hand_over(self) -> None:
-        """Show the hooks what they were not shown, in the same order: the run counts."""
-        if self._hooks is not None:
-            for packed in self._packed:
-                packed[0] = self._hooks[0](packed[0])
-        self._packed.clear()
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[_Saved]:
-    """Keep what a run saves from the hooks around: checkpointing counts it, and a run that is void must not count."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in every version
-    hooks = top(False) if top is not None else None
-    saved = _Saved(hooks)
-    if hooks is None:
-        yield saved
-        return
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        yield saved
 
 
 def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:

@@ -151,7 +151,10 @@ def test_calls_on_two_gpus_resolve_apart(
     old, new = Device("cuda", CUDAProperties(70, 89)), Device("cuda", CUDAProperties(90, 99))
     layer = make_layer()()
     with use_kernel_mapping({"Add": {old: kernel("old"), new: kernel("new")}}), FakeTensorMode():
-        xs = [torch.empty(2, device=f"cuda:{i}") for i in (0, 1)]
+        try:
+            xs = [torch.empty(2, device=f"cuda:{i}") for i in (0, 1)]
+        except RuntimeError as error:
+            pytest.skip(f"this PyTorch makes no fake CUDA tensors here: {str(error).splitlines()[0]}")
         for i in (0, 1, 1, 0):
             layer(xs[i])
     assert ran == ["old", "new", "new", "old"]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     ["errors"],
     ["environment", "mode", "device", "layer"],
-    ["request", "source"],
+    ["request", "source", "saving"],
     ["hookspecs", "receipt", "quarantine", "modules"],
     ["gradients", "breaker"],
     ["plugins"],

@@ -236,6 +236,38 @@ def test_under_checkpointing_autocast_and_accumulation(reentrant: bool) -> None:
         step(wrong_gradient, True)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="this PyTorch does not tell the hooks"
+)
+def test_checkpointing_goes_on_when_a_kernel_is_taken_out() -> None:
+    """What a kernel saved for a call that the reference answers is not counted as saved by the forward."""
+    norm, x = Norm(), torch.randn(4, SIZE, requires_grad=True)
+    expected = torch.autograd.grad(norm(x).sum(), (x, norm.weight))
+    with use_kernel_mapping({"Norm": {"cpu": kernel_of(wrong_gradient)}}), canary(first=9), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        y = checkpoint(lambda t: norm(t).exp().log(), x, use_reentrant=False)
+        y.sum().backward()
+    assert len(quarantined()) == 1
+    torch.testing.assert_close((x.grad, norm.weight.grad), expected)
+
+
+def test_what_cannot_be_compared_is_told() -> None:
+    """Outputs that no comparison knows say nothing against a kernel."""
+
+    @use_kernel_forward_from_hub("Sparse")
+    def sparse(x: torch.Tensor) -> torch.Tensor:
+        return torch.nested.nested_tensor([x, x[:1]])
+
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        return torch.nested.nested_tensor([x, x[:1]])
+
+    with use_kernel_mapping({"Sparse": {"cpu": kernel}}), canary(first=2), torch.no_grad():
+        with pytest.warns(KernelsWarning, match="cannot be compared with those of its reference|its reference fails"):
+            assert sparse(torch.ones(2)).is_nested
+        assert sparse(torch.ones(2)).is_nested
+    assert quarantined() == []
+
+
 def test_quarantine_gives_the_answer_of_the_reference() -> None:
     """With the action quarantine, the same call and all later ones have the reference's answer, and it is said."""
     norm, x = Norm(), torch.randn(4, SIZE)

@@ -1,0 +1,64 @@
+"""What autograd saves of a run that may turn out not to count."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class SavedTensors:
+    """What autograd has saved of a run, out of sight of the hooks around, such as those of activation checkpointing."""
+
+    def __init__(self, hooks: tuple[Callable[..., Any], Callable[..., Any]] | None) -> None:
+        """Stand between autograd and the hooks around, if there are any."""
+        self._hooks = hooks
+        self._packed: list[list[Any]] = []
+
+    def pack(self, tensor: torch.Tensor) -> list[Any]:
+        """Keep a tensor."""
+        self._packed.append([tensor])
+        return self._packed[-1]
+
+    def unpack(self, packed: list[Any]) -> Any:
+        """Give a tensor back, as the hooks around do."""
+        return self._hooks[1](packed[0]) if self._hooks is not None else packed[0]
+
+    def hand_over(self) -> None:
+        """Show the hooks what they were not shown, in the same order: the run counts."""
+        if self._hooks is not None:
+            for packed in self._packed:
+                packed[0] = self._hooks[0](packed[0])
+        self._packed.clear()
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[SavedTensors]:
+    """Keep what autograd saves of a run from the hooks around, until `hand_over` says that the run counts.
+
+    Activation checkpointing counts what is saved, and a run that is void must not count. Versions of PyTorch that do
+    not tell which hooks there are (before 2.7) show them everything.
+
+    Yields:
+        What was saved.
+
+    Example:
+        >>> x, seen = torch.ones(2, requires_grad=True), []
+        >>> with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append("packed") or t, lambda t: t):
+        ...     with held_back() as saved:
+        ...         y = x.exp()
+        ...     seen.append("counts")
+        ...     saved.hand_over()
+        >>> seen
+        ['counts', 'packed']
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = top(False) if top is not None else None
+    saved = SavedTensors(hooks)
+    if hooks is None:
+        yield saved
+        return
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        yield saved
