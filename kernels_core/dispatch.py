@@ -64,15 +64,22 @@ _MAX_SHORT_INDEX = 8
 """How many accelerators get the short way."""
 
 
-def _count_accelerators() -> None:
-    """Let calls skip the device index where there is one device only; run when CUDA starts."""
-    Frame.one_accelerator = torch.cuda.device_count() == 1
+class _Hardware:
+    """What calls ask about the machine: with one accelerator, there is no index to ask for; with none, nothing."""
+
+    __slots__ = ("accelerators",)
+
+    def __init__(self) -> None:
+        self.accelerators = 0 if _ACCELERATOR in ("cuda", None) else 1 if _ACCELERATOR == "mps" else _MAX_SHORT_INDEX
+
+    def count(self) -> None:
+        """Count; run when CUDA starts, before which no tensor is there."""
+        self.accelerators = torch.cuda.device_count()
 
 
+_hardware = _Hardware()
 if _ACCELERATOR == "cuda":
-    cast(Any, torch.cuda)._lazy_call(_count_accelerators)
-elif _ACCELERATOR == "mps":
-    Frame.one_accelerator = True
+    cast(Any, torch.cuda)._lazy_call(_hardware.count)
 
 
 _ABSENT = (AttributeError, IndexError, TraceError)
@@ -356,7 +363,9 @@ class _Dispatcher:
             if _ACCELERATOR is not None:
                 names = [self._name(torch.device(_ACCELERATOR, index)) for index in range(_MAX_SHORT_INDEX)]
                 short = [
-                    "if _kernels_root.one_accelerator:",
+                    "if not _kernels_hardware.accelerators:",
+                    *(f"    {line}" for line in host),
+                    "elif _kernels_hardware.accelerators == 1:",
                     f"    if {first}.is_{_ACCELERATOR}:",
                     f"        _kernel = _kernels_frame().{names[0]}",
                     "    else:",
@@ -439,6 +448,7 @@ class _Dispatcher:
         source = f"def {function}{self._source.signature}:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
         scope: dict[str, Any] = {  # no __name__: Dynamo would look these names up in that module
             "_kernels_root": root,
+            "_kernels_hardware": _hardware,
             "_kernels_getattr": getattr,
             "_kernels_absent": _ABSENT,
             "_kernels_reference": self.layer.reference,

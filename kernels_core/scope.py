@@ -37,9 +37,6 @@ class Frame:
     - Traced calls read a property of the class that is backed by a `Table`.
     """
 
-    one_accelerator = False
-    """Whether the index of an accelerator is always 0; known once one is in use."""
-
     active: Any
     """The innermost frame of this thread or task: `root.active`. Set below."""
 
