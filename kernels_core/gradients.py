@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -76,11 +77,27 @@ def _has_trainable(module: torch.nn.Module) -> bool:
         for tensor in tensors.values():
             if tensor is not None and tensor.requires_grad:
                 return True
-    if _DYNAMO_SEES_ATTRIBUTES or not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_dynamo_compiling():
+        if _has_trainable_attribute(module):
+            return True
+    elif _DYNAMO_SEES_ATTRIBUTES:
         for tensor in module.__dict__.values():
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 return True
     return any(_has_trainable(child) for child in module._modules.values() if child is not None)
+
+
+def _has_trainable_attribute(module: torch.nn.Module) -> bool:
+    """Whether a plain attribute of a module, or an item of a dictionary in one, is a tensor that requires grad.
+
+    Asks the garbage collector what the module refers to. From Python 3.11 on, to ask for `__dict__` would make one,
+    and whoever reads an attribute of the module would be slower ever after.
+    """
+    for held in gc.get_referents(module):
+        for value in held.values() if type(held) is dict else (held,):
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 # --- What is known -------------------------------------------------------------------------------
@@ -191,7 +208,8 @@ def _candidates(
 
 
 def _candidates_of(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor | None]]:
-    for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", vars(module))):
+    attributes = vars(module) if _has_trainable_attribute(module) else {}
+    for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", attributes)):
         for name, tensor in tensors.items():
             if kind == "parameter" or (isinstance(tensor, torch.Tensor) and tensor.requires_grad):
                 yield f"{kind} {prefix + name!r}", tensor
