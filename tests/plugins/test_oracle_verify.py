@@ -104,7 +104,7 @@ def test_a_right_kernel_is_not_reported(forward: Callable[..., Any]) -> None:
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     order=st.permutations(range(8)),
-    scale=st.sampled_from([1e-3, 1.0, 40.0]),
+    scale=st.sampled_from([1e-3, 1.0, 10.0]),  # with larger ones, the gradient of the softmax is ill-conditioned
     shift=st.sampled_from([0.0, 3.0]),
     upcast=st.booleans(),
     seed=st.integers(0, 2**16),
