@@ -57,6 +57,8 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     """
     if isinstance(kernel, type):
         reason = _check_class(kernel)
+    elif isinstance(kernel, torch.nn.Module):
+        reason = f"it is a module, where its class is wanted: {type(kernel).__qualname__}"
     elif callable(kernel):
         reason = None
         if layer is not None and not layer.is_function:

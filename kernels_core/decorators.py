@@ -35,7 +35,8 @@ def use_kernel_forward_from_hub(
 
     Raises:
         ArgumentError: If the layer name is empty.
-        ArgumentTypeError: If applied to anything but an `nn.Module` class or a function.
+        ArgumentTypeError: If applied to anything but an `nn.Module` class or a function, or the condition
+            cannot be called.
 
     Example:
         >>> @use_kernel_forward_from_hub("Identity")
@@ -50,7 +51,7 @@ def use_kernel_forward_from_hub(
         >>> double(torch.ones(1))
         tensor([2.])
     """
-    _check_name(layer_name)
+    _check(layer_name, condition)
 
     def decorate(target: T) -> T:
         if isinstance(target, type):
@@ -96,7 +97,8 @@ def replace_kernel_forward_from_hub(
 
     Raises:
         ArgumentError: If the layer name is empty.
-        ArgumentTypeError: If `cls` is not an `nn.Module` class with a forward.
+        ArgumentTypeError: If `cls` is not an `nn.Module` class with a forward that takes `self`, or the
+            condition cannot be called.
 
     Example:
         >>> class Theirs(torch.nn.Module):
@@ -106,14 +108,16 @@ def replace_kernel_forward_from_hub(
         >>> Theirs()(torch.ones(1))
         tensor([1.])
     """
-    _check_name(layer_name)
+    _check(layer_name, condition)
     if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
         raise ArgumentTypeError(f"{cls!r} is not an nn.Module class, so it has no forward to dispatch.")
     if cls.forward is torch.nn.Module.forward:
         raise ArgumentTypeError(f"{cls.__qualname__} has no forward, so there is no reference to fall back to.")
-    if isinstance(inspect.getattr_static(cls, "forward"), staticmethod | classmethod):
+    stated = inspect.getattr_static(cls, "forward")
+    if isinstance(stated, staticmethod | classmethod) or not hasattr(stated, "__get__"):  # an object is never bound
+        what = "a static or class method" if hasattr(stated, "__get__") else f"{stated!r}, which never gets the module"
         raise ArgumentTypeError(
-            f"{cls.__qualname__}.forward is a static or class method: kernels run on the module, so make it take self."
+            f"{cls.__qualname__}.forward is {what}: kernels run on the module, so make it take self."
         )
     changeable = cast(Any, cls)
     changeable.forward = make_forward(
@@ -129,13 +133,15 @@ def replace_kernel_forward_from_hub(
     changeable.kernel_layer_name = layer_name
 
 
-def _check_name(layer_name: object) -> None:
+def _check(layer_name: object, condition: object) -> None:
     if not isinstance(layer_name, str):
         raise ArgumentTypeError(
             f"The layer name is a string, not {layer_name!r}: write @use_kernel_forward_from_hub('Name')."
         )
     if not layer_name:
         raise ArgumentError("The layer name is empty: mappings need a name to offer kernels under.")
+    if condition is not None and not callable(condition):
+        raise ArgumentTypeError(f"condition is a function that says when kernels may serve, not {condition!r}.")
 
 
 def _reference(forward: Callable[..., Any]) -> Callable[..., Any]:

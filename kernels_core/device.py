@@ -104,6 +104,12 @@ class Device:
         """Refuse what no tensor will ever be on."""
         if not isinstance(self.type, str):
             raise ArgumentTypeError(f"A device type is a string such as 'cuda', not {self.type!r}.")
+        kind, colon, _ = self.type.partition(":")
+        if colon and kind in TORCH_DEVICE_TYPES:
+            raise ArgumentError(
+                f"Device type {self.type!r} has an index: what is mapped serves all devices of a type. Write "
+                f"{kind!r}, and narrow it by capability if need be."
+            )
         if self.type not in TORCH_DEVICE_TYPES:
             raise ArgumentError(
                 f"Unknown device type {self.type!r}: use one of {', '.join(sorted(TORCH_DEVICE_TYPES))}."
@@ -157,6 +163,9 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
             f"Unknown device {device!r}: use one of {', '.join(sorted(TORCH_DEVICE_TYPES))}, with an index where "
             "there are several ('cuda:1')."
         ) from error
+    index = device.partition(":")[2] if isinstance(device, str) else ""
+    if index and int(index) != found.index:  # PyTorch keeps eight bits of it, and says nothing
+        raise ArgumentError(f"No machine has a device {device!r}: indices are small numbers, as in 'cuda:1'.")
     if found.index is None and found.type == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return found

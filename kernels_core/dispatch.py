@@ -38,6 +38,8 @@ from torch.autograd import forward_ad
 from torch.fx.proxy import TraceError
 
 from .breaker import stand_in
+from .environment import mapping_disabled
+from .errors import NoKernelError
 from .gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
 from .layer import Layer
 from .mode import Mode
@@ -182,12 +184,12 @@ class _Dispatcher:
 
     def _cold(self) -> Callable[..., Forward]:
         """Return the function that an eager forward calls where it finds nothing."""
-        reference = self._inner_reference
+        reference, refusing = self._inner_reference, self._refusing()
 
         def cold(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
             device = find_device(module, values)
             if device is None:
-                return reference
+                return reference if refusing is None or mapping_disabled() else refusing
             return self._published(self._name(device), functools.partial(self._settle, EAGER_MODES, device))
 
         return cold
@@ -214,11 +216,28 @@ class _Dispatcher:
         finally:
             self._busy.release()
 
+    def _refusing(self) -> Forward | None:
+        """Return what serves a call that is on no device, where the reference must not; Dynamo leaves it alone."""
+        if self.layer.use_fallback:
+            return None
+        error = (
+            f"No kernel serves layer {self.layer.name!r}, and the layer was decorated with use_fallback=False:\n"
+            "  nothing says on which device: no argument is a tensor, nor has a module a parameter or a buffer\n"
+            "Call it with a tensor, or allow the reference."
+        )
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise NoKernelError(error)
+
+        # What torch.compiler.disable does; that one would import Dynamo, which takes a second.
+        refuse.__dict__.update(_torchdynamo_disable=True, _torchdynamo_disable_msg=error)
+        return refuse
+
     # --- Traced calls ---------------------------------------------------------------------------
 
     def _traced(self) -> Callable[..., Forward]:
         """Return the function that a forward calls while it is traced, by Dynamo or by `torch.export`."""
-        reference = self.layer.reference
+        reference, refusing = self.layer.reference, self._refusing()
 
         def table(kind: str, index: int | None) -> str:
             """Run at trace time, outside of the graph: name the property that Dynamo is to read."""
@@ -233,7 +252,7 @@ class _Dispatcher:
         def traced(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
             device = find_device(module, values)
             if device is None:
-                return reference
+                return reference if refusing is None or mapping_disabled() else refusing
             forward: Forward = getattr(root.active, table(device.type, device.index))
             return forward
 

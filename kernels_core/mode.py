@@ -74,8 +74,9 @@ def check_call_mode(mode: Mode) -> Mode:
         ArgumentError: For `FALLBACK`, or where neither training nor inference is said.
     """
     if mode not in STAND_INS:
+        told = mode if isinstance(mode, Mode) else repr(mode)
         raise ArgumentError(
-            f"{mode} is not the mode of a call: use Mode.INFERENCE or Mode.TRAINING, "
+            f"{told} is not the mode of a call: use Mode.INFERENCE or Mode.TRAINING, "
             "alone or combined with Mode.TORCH_COMPILE."
         )
     return mode

@@ -141,6 +141,7 @@ def unkernelize(model: Model) -> Model:
         The model.
 
     Raises:
+        ArgumentTypeError: If the model is not a module.
         KernelizeError: If another library has changed the class of a kernelized module since. Nothing
             is changed then.
 
@@ -157,6 +158,8 @@ def unkernelize(model: Model) -> Model:
         >>> type(model) is Identity, type(unkernelize(model)) is Identity
         (False, True)
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"unkernelize takes an nn.Module, not {model!r}.")
     modules = [module for module in walk(model) if hasattr(type(module), "kernels_frozen")]
     swap(modules, [original_class(module) for module in modules])
     return model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
+import re
 import threading
 import types
 import warnings
@@ -16,7 +18,7 @@ import pluggy
 
 from . import hookspecs
 from .environment import plugin_choice, strict
-from .errors import ArgumentError, KernelsWarning, PluginConflictError, PluginError, PluginLoadError
+from .errors import ArgumentError, KernelsWarning, LoadError, PluginConflictError, PluginError, PluginLoadError
 from .hookspecs import PROJECT
 from .request import TIERS, Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "kernels_core"
 PATIENCE = 60.0
 """Seconds to wait for another thread that looks for plugins."""
+
+_FAULTS = (Exception, SystemExit)
+"""What a plugin may raise without harm to others; an interrupt goes on."""
 
 _VETO = ("kernels_authorize", "kernels_check_layer")
 _HOOKS: dict[str, tuple[str, ...]] = {
@@ -185,7 +190,7 @@ class PluginManager:
             self.register(entry_point.load(), name)
         except PluginError as error:
             self.report(error)
-        except (Exception, SystemExit) as error:
+        except _FAULTS as error:
             fault = PluginLoadError(
                 f"Plugin {name!r} of distribution {_distribution(entry_point)!r} cannot be imported from "
                 f"{entry_point.value!r}: {type(error).__name__}: {error}. Mend or uninstall it, or block it "
@@ -201,13 +206,14 @@ class PluginManager:
         """Say once what a plugin did wrong; in strict mode, raise it."""
         if strict():
             raise fault
-        if str(fault) not in self._reported:
+        told = re.sub(r" at 0x[0-9a-fA-F]+", "", str(fault))  # an address would make each time a new story
+        if told not in self._reported:
             warnings.warn(str(fault), KernelsWarning, stacklevel=2)
-            self._reported.add(str(fault))
+            self._reported.add(told)
             self.faults.append(fault)
 
-    def _raised(self, hook: str, name: str, error: Exception) -> PluginError:
-        told = f"{type(error).__name__}: {error}".rstrip(".")
+    def _raised(self, hook: str, name: str, error: BaseException) -> PluginError:
+        told = f"{type(error).__name__}: {error}".rstrip(".: ")
         fault = PluginError(f"Plugin {name!r} raised in {hook}: {told}.", plugin=name)
         fault.__cause__ = error
         return fault
@@ -224,9 +230,12 @@ class PluginManager:
                 return _attributed(hook, name, priority, function(*args))
             except PluginError as fault:
                 error, reason = fault, str(fault)
-            except Exception as raised:
-                if hook == "kernels_load_layer":
-                    raise  # a loader says why it cannot load by raising
+            except _FAULTS as raised:
+                if hook == "kernels_load_layer":  # a loader says why it cannot load by raising
+                    _blame(raised, name)
+                    if isinstance(raised, SystemExit):
+                        raise LoadError(f"it would end the process: SystemExit: {raised}") from raised
+                    raise
                 error = self._raised(hook, name, raised)
                 reason = str(error)
             if hook in _VETO:
@@ -239,7 +248,7 @@ class PluginManager:
     def _guard_wrapper(self, hook: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a wrapper: where it raises by itself, the wrapped answer stands."""
 
-        def failed(raised: Exception, answer: Any) -> Any:
+        def failed(raised: BaseException, answer: Any) -> Any:
             fault = raised if isinstance(raised, PluginError) else self._raised(hook, name, raised)
             if hook in _VETO:  # a policy that fails stops
                 return [*answer, str(fault)]
@@ -251,7 +260,7 @@ class PluginManager:
             generator = function(*args)
             try:
                 next(generator)
-            except Exception as raised:
+            except _FAULTS as raised:
                 return failed(raised, (yield))
             inner: BaseException | None = None
             answer: Any = None
@@ -269,7 +278,7 @@ class PluginManager:
                 fault = _wrapped_fault(hook, name, stop.value)
                 return stop.value if fault is None else failed(fault, answer)
             except BaseException as raised:
-                if raised is inner or not isinstance(raised, Exception):
+                if raised is inner or not isinstance(raised, _FAULTS):
                     raise
                 if inner is None:
                     return failed(raised, answer)
@@ -326,9 +335,15 @@ class PluginManager:
         """Let plugins put something around the calls of a forward."""
         for name, wrap in self._hook.kernels_wrap_forward(resolution=resolution):
             try:
-                forward = wrap(forward)
-            except Exception as error:
+                wrapped = wrap(forward)
+            except _FAULTS as error:
                 self.report(self._raised("what kernels_wrap_forward returned", name, error))
+                continue
+            if callable(wrapped):
+                forward = wrapped
+            else:
+                told = f"Plugin {name!r}: what its kernels_wrap_forward returned made {wrapped!r}, not a function."
+                self.report(PluginError(told, plugin=name))
         return forward
 
     def kernel_failed(self, request: LayerRequest, candidate: Candidate, error: BaseException) -> None:
@@ -440,6 +455,12 @@ def _signed(offer: Candidate | Refusal, name: str) -> Candidate | Refusal:
     return offer if offer.plugin else replace(offer, plugin=name)
 
 
+def _blame(error: BaseException, name: str) -> None:
+    """Note on an exception of a loader which plugin raised it."""
+    with contextlib.suppress(AttributeError, TypeError):  # one that takes no attributes
+        error.kernels_plugin = name  # type: ignore[attr-defined]
+
+
 def _rankable(item: object) -> bool:
     """Whether an offer is a candidate that has a place among the others, or tells why one does not fit."""
     if isinstance(item, Refusal):
@@ -465,8 +486,8 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a sequence of Candidate (and of Refusal, for what does not fit) or None",
         lambda a: isinstance(a, Sequence) and all(map(_rankable, a)),
     ),
-    "kernels_authorize": ("None or a reason (a string)", lambda a: isinstance(a, str)),
-    "kernels_check_layer": ("None or a reason (a string)", lambda a: isinstance(a, str)),
+    "kernels_authorize": ("None or a reason (a string)", lambda a: isinstance(a, str) and bool(a.strip())),
+    "kernels_check_layer": ("None or a reason (a string)", lambda a: isinstance(a, str) and bool(a.strip())),
     "kernels_wrap_forward": ("a decorator or None", callable),
     "kernels_mapping": ("a mapping or None", lambda a: isinstance(a, Mapping)),
 }

@@ -320,7 +320,7 @@ def _consider(request: LayerRequest, candidate: Candidate) -> Resolution | Refus
         return _refusal(UntrustedError, request, candidate, reasons)
     loaded = _adapted(request.layer, _loads.load(request, candidate))
     if isinstance(loaded, Exception):
-        return Refusal(_reason(loaded), candidate, candidate.plugin, loaded)
+        return Refusal(_reason(loaded, candidate), candidate, candidate.plugin, loaded)
     reason = check_contract(request.layer, loaded.layer)
     if reason is not None:
         return _refusal(ContractError, request, candidate, [reason])
@@ -363,8 +363,12 @@ def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Cand
     return Refusal(reason, candidate, candidate.plugin, kind(f"{candidate.label}: {reason}", request=request))
 
 
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, ResolutionError) else f"{type(error).__name__}: {error}"
+def _reason(error: Exception, candidate: Candidate) -> str:
+    if isinstance(error, ResolutionError):
+        return str(error)
+    told = f"{type(error).__name__}: {error}".rstrip(": ")
+    plugin = getattr(error, "kernels_plugin", candidate.plugin)
+    return told if plugin == candidate.plugin else f"{told} (raised by plugin {plugin!r})"
 
 
 # --- Loading, once ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -176,15 +176,27 @@ def parse_mapping(mapping: KernelMapping, *, inherit: bool = True) -> Level:
         sources[name] = {
             (device, mode): chosen
             for key, value in devices.items()
-            for device in [key if isinstance(key, Device) else _device(key)]
+            for device in [key if isinstance(key, Device) else _device(key, name)]
             for mode, chosen in _modes(value, f"layer {name!r}, device {device.type!r}")
         }
     return Level(sources, inherit)
 
 
 @functools.cache
-def _device(name: str) -> Device:
+def _known_device(name: str) -> Device:
     return Device(name)
+
+
+def _device(name: object, layer_name: str) -> Device:
+    where = f"In the mapping of layer {layer_name!r}"
+    if isinstance(name, Mode):
+        raise ArgumentTypeError(f"{where}: {name} stands where a device should: write {{device: {{mode: source}}}}.")
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"{where}: a device is a name such as 'cuda', or a Device, not {name!r}.")
+    try:
+        return _known_device(name)
+    except ArgumentError as error:
+        raise ArgumentError(f"{where}: {error}") from None
 
 
 def _modes(value: object, where: str) -> Iterator[tuple[Mode, tuple[object, ...]]]:
@@ -305,17 +317,39 @@ def _offered_levels() -> list[tuple[str, int, Level]]:
     return _offered[1]
 
 
-@hookimpl
-def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate | Refusal]:
-    """Offer what open scopes say, then what the user registered, then what plugin packages bring."""
+@hookimpl(wrapper=True, trylast=True)  # other wrappers see what is offered here, too
+def kernels_find_candidates(request: LayerRequest) -> Generator[None, Any, Any]:
+    """Offer what open scopes say, then what the user registered, then what plugin packages bring.
+
+    Around the offers of all other plugins: where a mapping does not inherit, those said further out do not count.
+    """
+    answers: list[Sequence[Candidate | Refusal]] = yield
+    further_out = _further_out(request)
+    kept = [[offer for offer in answer if _tier(offer) not in further_out] for answer in answers]
     found: list[Candidate | Refusal] = []
     for level, like in _levels(request):
-        found += [replace(like, source=source) for source in level.find(request)]
+        like = replace(like, plugin=like.plugin or "mapping")
+        offered = list(level.find(request))
+        found += [replace(like, source=source) for source in offered]
         found += [
-            Refusal(reason, replace(like, source=source), cause=cause)
+            Refusal(reason, replace(like, source=source), like.plugin, cause=cause)
             for source, cause, reason in level.misfits(request)
+            if source not in offered  # one that is mapped for several devices
         ]
-    return found
+    return [found, *kept]
+
+
+def _further_out(request: LayerRequest) -> tuple[str, ...]:
+    """Return the tiers that do not count because a mapping further in does not inherit."""
+    if any(isinstance(level, Level) and not level.inherit for level in request.scopes):
+        return ("user", "plugin")
+    return () if _registered.inherit else ("plugin",)
+
+
+def _tier(offer: Candidate | Refusal) -> str:
+    """Return the tier of an offer; a plugin that failed to make one has none."""
+    candidate = offer.candidate if isinstance(offer, Refusal) else offer
+    return candidate.tier if candidate is not None else ""
 
 
 def _levels(request: LayerRequest) -> Iterator[tuple[Level, Candidate]]:

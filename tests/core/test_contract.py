@@ -189,7 +189,7 @@ class Returns:
         (3, "int"),
         (None, "NoneType"),
         (str, "not a subclass of torch.nn.Module"),
-        (nn.Identity(), ""),
+        (nn.Identity(), "it is a module, where its class is wanted"),
         (lambda x: x, "it is a function, and this layer is a class"),
         (len, "function"),
     ],

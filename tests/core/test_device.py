@@ -49,12 +49,18 @@ def test_every_name_is_a_device(name: str) -> None:
     assert len({Device(name), Device(name)}) == 1
 
 
-@pytest.mark.parametrize("name", ["gpu", "CUDA", "", "cuda:0", "meta"])
+@pytest.mark.parametrize("name", ["gpu", "CUDA", "", "meta", "gpu:0"])
 def test_unknown_names_are_refused(name: str) -> None:
     """A name that is not in the table is an ArgumentError that lists the names."""
     with pytest.raises(ArgumentError, match="cpu, cuda") as caught:
         Device(name)
     assert isinstance(caught.value, ValueError)
+
+
+def test_device_types_have_no_index() -> None:
+    """A type with an index is an ArgumentError that says to leave the index out."""
+    with pytest.raises(ArgumentError, match=r"'cuda:1' has an index: .*Write 'cuda'"):
+        Device("cuda:1")
 
 
 def test_types_are_checked() -> None:

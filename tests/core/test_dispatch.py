@@ -168,6 +168,24 @@ def test_only_layers_and_functions_can_be_decorated(target: Any) -> None:
         use_kernel_forward_from_hub("Name")(target)
 
 
+def test_what_could_never_be_called_is_refused_when_decorating() -> None:
+    """A forward that never gets its module, and a condition that is no function, are told at once."""
+
+    class Unbindable:
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    unbound = type("Unbound", (nn.Module,), {"forward": Unbindable()})
+    with pytest.raises(ArgumentTypeError, match=r"Unbound.forward is .*Unbindable.*: .*make it take self"):
+        use_kernel_forward_from_hub("Name")(unbound)
+    for bad in (True, "training"):
+        with pytest.raises(ArgumentTypeError, match=f"condition is a function .*not {bad!r}"):
+            use_kernel_forward_from_hub("Name", bad)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentTypeError, match="condition is a function"):
+            replace_kernel_forward_from_hub(nn.SiLU, "Name", bad)  # type: ignore[arg-type]
+    assert not hasattr(nn.SiLU, "kernel_layer_name")
+
+
 def test_resolve_refuses_what_is_not_decorated(make_layer: Make) -> None:
     """Asking about an undecorated class is an error, not an empty answer."""
     with pytest.raises(ArgumentTypeError, match="not decorated"):
@@ -261,6 +279,22 @@ def test_reference_runs_without_any_device(make_kernel: Make, hook_recorder: Hoo
         assert Nowhere()(1) == 2
         assert Nowhere()(X)[0] == 50  # the next call has one
     assert devices_asked(hook_recorder, "Nowhere") == {"cpu"}
+
+
+def test_without_any_device_and_without_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call with no tensor anywhere raises where the reference must not run, and says why, unless all is off."""
+
+    @use_kernel_forward_from_hub("Nowhere", use_fallback=False)
+    class Nowhere(nn.Module):
+        def forward(self, x: Any, *, y: Any = 1) -> Any:
+            return x + y
+
+    with pytest.raises(NoKernelError, match=r"'Nowhere'.*use_fallback=False:\n  nothing says on which device"):
+        Nowhere()(1)
+    with pytest.raises(Exception, match="nothing says on which device"):
+        torch.compile(Nowhere(), backend="eager", fullgraph=True)(1)
+    monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
+    assert Nowhere()(1) == 2
 
 
 def test_two_devices_resolve_apart(make_kernel: Make, make_layer: Make) -> None:

@@ -249,5 +249,9 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception]) -> Non
         kernelize(nn.Sequential(), mode=Mode.INFERENCE)
     with pytest.raises(ArgumentTypeError):
         kernelize(3, mode=Mode.INFERENCE)  # type: ignore[type-var]
+    with pytest.raises(ArgumentTypeError, match=r"unkernelize takes an nn.Module, not 3"):
+        unkernelize(3)  # type: ignore[type-var]
+    with pytest.raises(ArgumentError, match="'inference' is not the mode of a call"):
+        kernelize(Scale(), mode="inference")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="is not a decorated function"):
         use_kernelized_func(len)

@@ -151,6 +151,13 @@ def test_stand_ins_are_no_misfits() -> None:
         assert not resolve(Add, device="cpu", mode=Mode.INFERENCE).is_reference
 
 
+def test_one_source_for_several_devices_is_told_once() -> None:
+    """A source that was tried here, and is mapped for other devices as well, is no misfit besides."""
+    with use_kernel_mapping({"Add": "/nowhere:Add"}):  # for all devices
+        resolution = resolve(Add, device="cpu", mode=Mode.INFERENCE)
+    assert len(resolution.refusals) == 1 and resolution.misfits == ()
+
+
 def test_scopes_registrations_and_inheritance() -> None:
     """Misfits of each place that counts are told, innermost first; of one that does not, none."""
     register_kernel_mapping({"Add": {"cuda": Never("registered")}})

@@ -27,6 +27,7 @@ from kernels_core import (
     PluginManager,
     hookimpl,
     plugin_manager,
+    quarantined,
     resolve,
 )
 from kernels_plugins.mapping import register_kernel_mapping, use_kernel_mapping
@@ -272,8 +273,8 @@ def test_veto_that_raises_refuses(
 ANSWERS = {
     "kernels_find_candidates": [42, "text", [42], iter(())],
     "kernels_mapping": [42, [1, 2]],
-    "kernels_authorize": [False, 42],
-    "kernels_check_layer": [True],
+    "kernels_authorize": [False, 42, ""],
+    "kernels_check_layer": [True, " "],
     "kernels_resolve_forward": ["yes", nn.Linear],
     "kernels_load_layer": [42],
 }
@@ -298,6 +299,121 @@ def test_answers_of_the_wrong_type_are_isolated(
         assert make_layer()()(X)[0] in (1, 10)
     assert len(caught()) == 1, caught()
     assert hook == "kernels_load_layer" or ("'odd'" in caught()[0] and hook in caught()[0])
+
+
+def test_what_a_plugin_does_wrong_again_is_told_once(
+    make_layer: Make, isolated_plugins: PluginManager, caught: Any
+) -> None:
+    """A fault whose message has the address of an object is one fault, however often it happens."""
+
+    class Yields:
+        @hookimpl
+        def kernels_find_candidates(self, request: Any) -> Any:
+            yield Candidate(nn.Linear)  # makes a generator, which is no sequence
+
+    isolated_plugins.register(Yields(), "yields")
+    kept = [make_layer(name)() for name in ("Add", "Other")]
+    for layer in kept:
+        layer(X)
+        resolve(layer, device="cpu", mode=Mode.INFERENCE)
+    assert len(caught()) == len(isolated_plugins.faults) == 1, caught()
+
+
+@pytest.mark.parametrize(
+    "hook", ["kernels_find_candidates", "kernels_authorize", "kernels_load_layer", "kernels_wrap_forward"]
+)
+@pytest.mark.parametrize("wrapper", [False, True])
+def test_plugins_that_exit_do_not_end_the_process(
+    make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any, hook: str, wrapper: bool
+) -> None:
+    """`sys.exit` in a hook, or in a wrapper of one, is a fault like any other, and told in the plugin's name."""
+
+    def leaves(self: Any) -> Any:
+        sys.exit("no GPU here")
+        yield
+
+    def leaves_at_once(self: Any) -> Any:
+        sys.exit("no GPU here")
+
+    function = hookimpl(wrapper=True)(leaves) if wrapper else hookimpl(tryfirst=True)(leaves_at_once)
+    isolated_plugins.register(type("Leaves", (), {hook: function})(), "leaves")
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
+        assert make_layer()()(X)[0] in (1, 10)
+    assert "no GPU here" in caught()[0]
+    assert "'leaves'" in caught()[0] or hook == "kernels_load_layer"
+
+
+def test_an_error_without_a_message_is_told_by_its_type(
+    make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any
+) -> None:
+    """An exception that says nothing leaves no dangling colon."""
+
+    class Source:
+        def load(self) -> Any:
+            raise NotImplementedError
+
+    class Guard:
+        @hookimpl
+        def kernels_authorize(self, candidate: Any) -> Any:
+            if not isinstance(candidate.source, Source):
+                raise NotImplementedError
+
+    isolated_plugins.register(Guard(), "guard")
+    with use_kernel_mapping({"Add": {"cpu": [Source(), make_kernel(10)]}}):
+        first, second = resolve("Add", device="cpu", mode=Mode.INFERENCE).refusals
+    assert first.reason == "NotImplementedError"
+    assert second.reason == "Plugin 'guard' raised in kernels_authorize: NotImplementedError."
+
+
+def no_function(forward: Any) -> Any:
+    return None
+
+
+def takes_nothing(forward: Any) -> Any:
+    return lambda: None
+
+
+def raises_in_calls(forward: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("oh no")
+
+    return wrapped
+
+
+def test_what_wraps_no_forward_is_left_out(
+    make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any
+) -> None:
+    """A decorator of kernels_wrap_forward that returns no function is told by plugin, and the kernel serves."""
+    isolated_plugins.register(Wraps(no_function), "wraps")
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
+        assert make_layer()()(X)[0] == 10
+    assert len(caught()) == 1 and "'wraps'" in caught()[0] and "kernels_wrap_forward" in caught()[0]
+
+
+@pytest.mark.parametrize("wrap", [takes_nothing, raises_in_calls], ids=lambda wrap: wrap.__name__)
+def test_kernels_are_not_blamed_for_wrappers(
+    make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any, wrap: Any
+) -> None:
+    """What a plugin put around calls raises by itself: that goes on, and no kernel is in quarantine for it."""
+    isolated_plugins.register(Wraps(wrap), "wraps")
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
+        with pytest.raises((TypeError, ZeroDivisionError)):
+            make_layer()()(X)
+        assert quarantined() == [] and caught() == []
+        isolated_plugins.unregister("wraps")
+        assert make_layer()()(X)[0] == 10
+
+
+class Wraps:
+    """A plugin that puts something around calls."""
+
+    def __init__(self, wrap: Any) -> None:
+        self._wrap = wrap
+
+    @hookimpl
+    def kernels_wrap_forward(self) -> Any:
+        """Return it."""
+        return self._wrap
 
 
 @pytest.mark.parametrize("fields", [{"tier": "bogus"}, {"priority": None}, {"priority": "9"}, {"tier": None}], ids=repr)
@@ -402,7 +518,7 @@ def test_load_fault_of_a_plugin_names_it(make_layer: Make, make_kernel: Make, is
     with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
         (refusal,) = resolve("Add", device="cpu", mode=Mode.INFERENCE).refusals
     assert refusal.error is raised
-    assert refusal.reason == "OSError: the disk is full"
+    assert refusal.reason == "OSError: the disk is full (raised by plugin 'loader')"
 
 
 # --- Discovery, in real processes --------------------------------------------------------------------

@@ -232,9 +232,9 @@ def test_resolve_agrees_with_the_call(make_layer: Make, make_kernel: Make) -> No
             assert (layer(x)[0] == 1) == said.is_reference == (mode is Mode.TRAINING)
 
 
-@pytest.mark.parametrize("device", ["nowhere", "", "cpu:x", 3.5, None])
+@pytest.mark.parametrize("device", ["nowhere", "", "cpu:x", 3.5, None, "cuda:300", "cuda:99999"])
 def test_impossible_devices_are_errors_of_ours(device: Any) -> None:
-    """A device that PyTorch does not know is an ArgumentError."""
+    """A device that PyTorch does not know, or takes for another one, is an ArgumentError."""
     with pytest.raises(ArgumentError):
         resolve("Add", device=device, mode=Mode.INFERENCE)
 

@@ -14,12 +14,14 @@ from torch import nn
 from kernels_core import (
     ArgumentError,
     ArgumentTypeError,
+    Candidate,
     CUDAProperties,
     Device,
     KernelsWarning,
     LayerRequest,
     Mode,
     PluginManager,
+    Scope,
     hookimpl,
     resolve,
     use_kernel_forward_from_hub,
@@ -51,6 +53,9 @@ BAD_MAPPINGS: dict[str, tuple[Any, type[Exception]]] = {
     "no devices": ({"Layer": A}, ArgumentTypeError),
     "unknown device": ({"Layer": {"gpu": A}}, ArgumentError),
     "device type": ({"Layer": {3: A}}, ArgumentTypeError),
+    "several devices": ({"Layer": {("cpu", "cuda"): A}}, ArgumentTypeError),
+    "device with an index": ({"Layer": {"cuda:1": A}}, ArgumentError),
+    "mode before device": ({"Layer": {Mode.INFERENCE: {"cpu": A}}}, ArgumentTypeError),
     "torch device": ({"Layer": {torch.device("cpu"): A}}, ArgumentTypeError),
     "mode type": ({"Layer": {"cpu": {"training": A}}}, ArgumentTypeError),
     "compile alone": ({"Layer": {"cpu": {Mode.TORCH_COMPILE: A}}}, ArgumentError),
@@ -85,6 +90,10 @@ def test_bad_mappings_are_refused_at_once(name: str, use: Callable[..., Any]) ->
 
 def test_errors_say_where() -> None:
     """An error in a mapping names layer, device and value."""
+    with pytest.raises(ArgumentError, match=r"layer 'Layer': Unknown device type 'gpu'"):
+        use_kernel_mapping({"Layer": {"gpu": A}})
+    with pytest.raises(ArgumentTypeError, match=r"layer 'Layer': Mode.INFERENCE stands where a device should"):
+        use_kernel_mapping({"Layer": {Mode.INFERENCE: A}})
     with pytest.raises(ArgumentError, match=r"layer 'Layer', device 'cpu': 'owner/repository' names no layer"):
         use_kernel_mapping({"Layer": {"cpu": "owner/repository"}})
 
@@ -222,6 +231,37 @@ def test_registering_without_inheriting(isolated_plugins: PluginManager) -> None
     assert (serving(), serving("Other"), serving("Packaged")) == ("reference", "B", "reference")
     register_kernel_mapping({"Layer": {"cpu": A}}, False)
     assert (serving(), serving("Other")) == ("A", "reference")
+
+
+def test_not_inheriting_leaves_out_what_plugins_offer_by_themselves(isolated_plugins: PluginManager) -> None:
+    """Candidates of kernels_find_candidates do not count, either, where a mapping does not inherit."""
+
+    class Package:
+        @hookimpl
+        def kernels_find_candidates(self, request: LayerRequest) -> Any:
+            return [Candidate(C)]
+
+    isolated_plugins.register(Package(), "package")
+    assert serving() == "C"
+    with use_kernel_mapping({}, inherit_mapping=False):
+        assert serving() == "reference"
+    register_kernel_mapping({}, inherit_mapping=False)
+    assert serving() == "reference"
+    register_kernel_mapping({})
+    assert serving() == "C"
+
+
+def test_a_scope_that_a_plugin_opens_inside_counts(isolated_plugins: PluginManager) -> None:
+    """What a plugin offers for a scope of its own counts inside of a mapping that does not inherit."""
+
+    class Package:
+        @hookimpl
+        def kernels_find_candidates(self, request: LayerRequest) -> Any:
+            return [Candidate(C, tier="scope")] if "package" in request.scopes else None
+
+    isolated_plugins.register(Package(), "package")
+    with use_kernel_mapping({}, inherit_mapping=False), Scope("package"):
+        assert serving() == "C"
 
 
 def test_scope_without_inheriting(isolated_plugins: PluginManager) -> None:
