@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,7 +32,7 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
     copies, to judge, and the error goes on.
     """
     layer, implementation = resolution.request.layer, resolution.implementation
-    if layer is None or implementation is None or not _is_blamable(error, values):
+    if layer is None or implementation is None or not _is_blamable(error, values) or not _raised(implementation, error):
         return None
     safe = layer.use_fallback and not strict() and not _may_be_changed(values)
 
@@ -67,6 +69,16 @@ def _is_blamable(error: Exception, values: Iterable[Any]) -> bool:
     if isinstance(error, _NEVER) or _is_sticky(error) or _get_current_dispatch_mode_stack():
         return False
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(values))
+
+
+def _raised(kernel: Forward, error: Exception) -> bool:
+    """Whether an error went through a kernel, rather than through what a plugin put around it alone."""
+    function = kernel.__func__ if isinstance(kernel, types.MethodType) else kernel
+    if not isinstance(function, types.FunctionType):  # nothing of it is in a traceback
+        return True
+    place = (function.__code__.co_filename, function.__code__.co_firstlineno)  # also that of copies of the code
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any((frame.f_code.co_filename, frame.f_code.co_firstlineno) == place for frame in frames)
 
 
 def _is_sticky(error: Exception) -> bool:
