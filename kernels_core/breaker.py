@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import _StopRecomputationError
+from torch.utils.checkpoint import CheckpointError, _StopRecomputationError
 
 from .environment import strict
 from .errors import KernelsError, KernelsWarning
@@ -20,7 +20,7 @@ from .request import Resolution
 
 Forward = Callable[..., Any]
 
-_NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError, _StopRecomputationError)
+_NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError, CheckpointError, _StopRecomputationError)
 """What is not the kernel's fault, or not for us to judge."""
 
 
