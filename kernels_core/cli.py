@@ -34,7 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, hookspecs
-from .errors import ArgumentError, KernelsError, KernelsWarning, RequirementError
+from .errors import ArgumentError, KernelsError, KernelsWarning, PluginError, RequirementError
 from .layer import Layer
 from .mode import Mode
 from .plugins import ENTRY_POINT_GROUP, plugin_manager
@@ -81,13 +81,28 @@ def command_line() -> typer.Typer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KernelsWarning)  # told below, where and as the command wants
         plugin_manager().register_commands(cli)
+        _drop_second_ones(cli)
     return cli
+
+
+def _drop_second_ones(cli: typer.Typer) -> None:
+    """Leave out commands whose name is taken, so that no plugin changes what another command does, and say so."""
+    taken: dict[str, str] = {}
+    for command in list(cli.registered_commands):
+        name = command.name or str(getattr(command.callback, "__name__", "")).replace("_", "-")
+        place = str(getattr(command.callback, "__module__", ""))
+        if name in taken:
+            cli.registered_commands.remove(command)
+            owners = [plugin for plugin, found in plugin_manager().plugins().items() if _module(found) == place]
+            fault = f"The command {name!r} of {place} is left out: {taken[name]} has one of that name. Rename it."
+            plugin_manager().report(PluginError(fault, plugin=owners[0] if owners else place))
+        taken.setdefault(name, place)
 
 
 def _start(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=lambda wanted: _print_version(wanted), help="And exit.")
+        bool, typer.Option("--version", is_eager=True, callback=lambda wanted: _print_version(wanted), help="Print the version, and exit.")
     ] = False,
 ) -> None:
     """See which kernels serve which layers here, and why."""

@@ -34,6 +34,9 @@ _FAULTS = (Exception, SystemExit)
 """What a plugin may raise without harm to others; an interrupt goes on."""
 
 _VETO = ("kernels_authorize", "kernels_check_layer")
+_MAPPING = "mapping"
+"""The plugin that asks for `kernels_mapping`."""
+
 _HOOKS: dict[str, tuple[str, ...]] = {
     name: tuple(inspect.signature(spec).parameters)
     for name, spec in vars(hookspecs).items()
@@ -164,6 +167,15 @@ class PluginManager:
         for name, entry_point in sorted(found.items()):
             if name not in self._originals and name not in blocked and (allowed is None or name in allowed):
                 self._load(name, entry_point)
+        if allowed is not None and _MAPPING in found.keys() - self._originals.keys() - blocked:
+            self.report(
+                PluginLoadError(
+                    f"KERNELS_PLUGINS leaves out the plugin {_MAPPING!r}, without which no mapping counts: neither "
+                    "those of plugin packages, nor those of register_kernel_mapping and use_kernel_mapping. Name it, "
+                    f"too, or say -{_MAPPING} if that is what you want.",
+                    plugin=_MAPPING,
+                )
+            )
 
     def _unique(
         self, entry_points: Iterable[importlib_metadata.EntryPoint]

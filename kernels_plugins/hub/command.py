@@ -104,6 +104,8 @@ def info(
         if revision is not None or version is not None:
             raise ArgumentError(f"{kernel} is a folder: it has neither revisions nor versions; leave both out.")
         described = _describe_folder(Path(kernel))
+    elif kernel.startswith(("/", ".", "~", "\\")):
+        raise ArgumentError(f"There is no folder {kernel!r}: check the path, or name a repository as owner/name.")
     else:
         described = _describe_repository(kernel, revision, version)
     if as_json:

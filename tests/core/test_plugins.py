@@ -632,6 +632,17 @@ def test_plugins_are_chosen_by_the_environment(python: Make, distribution: Make)
     assert len(unknown["warnings"]) == 1 and "'gamma'" in unknown["warnings"][0]
 
 
+def test_leaving_out_what_asks_for_mappings_is_told(python: Make, distribution: Make) -> None:
+    """KERNELS_PLUGINS=a without the plugin `mapping` is told, for no mapping counts then; -mapping is meant so."""
+    distribution("acme", {"acme": "acme_module"}, {"acme_module": GOOD_PLUGIN.format(added=50)})
+    code = RUN + "\n    tell(value=run())"
+    alone = told(python(code, {"KERNELS_PLUGINS": "acme"}))
+    assert alone["value"] == 1 and len(alone["warnings"]) == 1
+    assert "leaves out the plugin 'mapping', without which no mapping counts" in alone["warnings"][0]
+    for meant in ("acme,-mapping", "-mapping", "-acme"):
+        assert told(python(code, {"KERNELS_PLUGINS": meant}))["warnings"] == []
+
+
 def test_slow_discovery_is_waited_for(python: Make, distribution: Make) -> None:
     """A thread that calls while another is still importing plugins waits for them, and is served."""
     slow = "import time; time.sleep(1.0)\n" + "\n".join(line[4:] for line in GOOD_PLUGIN.format(added=50).splitlines())

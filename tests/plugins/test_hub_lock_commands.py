@@ -454,6 +454,8 @@ def test_looking_needs_no_trust(here: Run, kernel_repository: Publish) -> None:
     ("arguments", "message"),
     [
         (["info", "acme/nothing"], "error: acme/nothing: "),
+        (["info", "./nowhere"], "error: There is no folder './nowhere': check the path"),
+        (["info", "/nowhere"], "error: There is no folder '/nowhere': check the path"),
         (["info", "nonsense"], "error: repo_id is 'nonsense': write 'owner/name'."),
         (["info", ".", "--version", "1"], "error: . is a folder: it has neither revisions nor versions"),
         (["info", "."], "error: . has no builds: name the folder of a kernel"),
