@@ -102,7 +102,7 @@ def _drop_second_ones(cli: typer.Typer) -> None:
 def _start(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=lambda wanted: _print_version(wanted), help="Print the version, and exit.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it, and exit.")
     ] = False,
 ) -> None:
     """See which kernels serve which layers here, and why."""

@@ -195,7 +195,8 @@ def kernels_wrap_forward(resolution: Resolution) -> Callable[[Callable[..., Any]
 
     Returns:
         A decorator for the forward, or None. What it makes is called as the forward is: with the module
-        first, if the layer is a class. It must return what the forward returns.
+        first, if the layer is a class. It must return what the forward returns. What it raises by itself
+        goes on to the caller, and is not held against the kernel.
 
     Example:
         ```python
