@@ -52,14 +52,14 @@ def test_rows_tell_the_decision(make_layer: Make, make_kernel: Make) -> None:
         def __repr__(self) -> str:
             return "Broken()"
 
-    with use_kernel_mapping({"Add": {"cpu": [Broken(), kernel], "cuda": kernel}}):
+    with use_kernel_mapping({"Add": {"cpu": [Broken(), kernel], "xpu": make_kernel(20)}}):
         found = receipt(model_of(make_layer()), device="cpu", mode=Mode.INFERENCE)
     assert [row.path for row in found.rows] == ["blocks.0.0", "blocks.1.0"]
     row = found.rows[0]
     assert (row.layer_name, row.device, row.mode, row.plugin) == ("Add", "cpu", "inference", "mapping")
     assert row.origin.endswith("Add10") and row.implementation.endswith("make.<locals>.forward")
     assert row.refusals == (("Broken()", "OSError: gone"),) and not row.is_reference and row.calls is None
-    assert row.misfits[0][1] == "it is mapped for cuda, and this call is on cpu"
+    assert row.misfits[0][1] == "it is mapped for xpu, and this call is on cpu"
 
 
 def test_nothing_is_run_or_changed(make_layer: Make, make_kernel: Make, hook_recorder: Any) -> None:
