@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import enum
 import traceback
 import types
 import warnings
@@ -24,21 +26,44 @@ _NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError, CheckpointError, _S
 """What is not the kernel's fault, or not for us to judge."""
 
 
+_CONSTANT = (
+    torch.Tensor,  # which counts its changes
+    type(None),
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    enum.Enum,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+"""Arguments that a kernel cannot have changed in silence."""
+
+
 def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) -> Forward | None:
     """Return what is to be called in place of a kernel that has raised; None if the error must go on.
 
     The stand-in runs the reference. If that raises too, the error is the caller's. If not, the kernel goes
     into quarantine. Where the kernel may have changed an argument before it failed, the reference runs on
-    copies, to judge, and the error goes on.
+    copies, to judge, and the error goes on; what cannot be copied, such as a generator, is not judged.
     """
     layer, implementation = resolution.request.layer, resolution.implementation
     if layer is None or implementation is None or not _is_blamable(error, values) or not _raised(implementation, error):
         return None
+    values = list(values)
     safe = layer.use_fallback and not strict() and not _may_be_changed(values)
 
     def judge(*args: Any, **kwargs: Any) -> Any:
-        taken, named = (args, kwargs) if safe else pytree.tree_map(_copied, (args, kwargs))
         try:
+            taken, named = (args, kwargs) if safe else pytree.tree_map(_copied, (args, kwargs))
             output = layer.reference(*taken, **named)
         except Exception:
             raise error from None
@@ -87,9 +112,20 @@ def _is_sticky(error: Exception) -> bool:
     return (accelerator is not None and isinstance(error, accelerator)) or "CUDA error" in str(error)
 
 
-def _may_be_changed(values: Iterable[Any]) -> bool:
-    """Whether a tensor among the arguments was ever changed in place, or does not count that."""
-    return any(tensor.is_inference() or tensor._version > 0 for tensor in _tensors(values))
+def _may_be_changed(values: list[Any]) -> bool:
+    """Whether a tensor among the arguments was ever changed in place, or anything among them does not count that."""
+    if any(tensor.is_inference() or tensor._version > 0 for tensor in _tensors(values)):
+        return True
+    return not all(isinstance(item, _CONSTANT) for value in values for item in _inside(value))
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """Yield a value, or what is inside of tuples, which cannot be changed."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _inside(item)
+    else:
+        yield value
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Any]:
@@ -99,4 +135,6 @@ def _tensors(values: Iterable[Any]) -> Iterable[Any]:
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return leaf if isinstance(leaf, (torch.nn.Module, *_CONSTANT)) else copy.deepcopy(leaf)

@@ -42,6 +42,35 @@ def _released() -> Iterator[None]:
 counter: list[int] = []
 
 
+@use_kernel_forward_from_hub("Consumes")
+class Consumes(nn.Module):
+    """Adds what an iterator gives, or a list holds, and leaves a trace in the latter."""
+
+    def forward(self, x: torch.Tensor, numbers: Any) -> torch.Tensor:
+        """Add."""
+        total = sum(numbers)
+        if isinstance(numbers, list):
+            numbers.append(0)
+        return x + total
+
+
+class ConsumesAndRaises(nn.Module):
+    """Does so too, and fails after that."""
+
+    def forward(self, x: torch.Tensor, numbers: Any) -> torch.Tensor:
+        """Raise."""
+        Consumes.forward.kernels_layer.reference(self, x, numbers)  # type: ignore[attr-defined]
+        raise RuntimeError("boom")
+
+
+class ConsumesAndLosesGradients(nn.Module):
+    """Does so too, outside of autograd."""
+
+    def forward(self, x: torch.Tensor, numbers: Any) -> torch.Tensor:
+        """Add."""
+        return x.detach() + sum(numbers)
+
+
 class Raises(nn.Module):
     """Adds ten, and raises on the third call."""
 
@@ -127,6 +156,31 @@ def test_changed_argument_is_not_used_again(make_layer: Make) -> None:
             layer(x)
         assert len(quarantined()) == 1
         assert layer(torch.zeros(2))[0] == 1
+
+
+def test_an_argument_that_can_be_read_once_is_not_read_again() -> None:
+    """A kernel that has read a generator before it raised: the error goes on, rather than a reference without it."""
+    with use_kernel_mapping({"Consumes": {"cpu": ConsumesAndRaises}}):
+        with pytest.raises(RuntimeError, match="boom"):
+            Consumes()(X, (n for n in (1, 2)))
+        assert quarantined() == []  # nobody can tell what the reference would have done
+    with use_kernel_mapping({"Consumes": {"cpu": ConsumesAndLosesGradients}}), pytest.warns(KernelsWarning):
+        output = Consumes()(torch.zeros(2, requires_grad=True), (n for n in (1, 2)))
+    assert output.tolist() == [3, 3]
+
+
+def test_what_an_object_remembers_is_not_done_twice() -> None:
+    """A list that a kernel may have changed before it raised is judged on a copy, the error goes on, and it is out."""
+    numbers = [1, 2]
+    with use_kernel_mapping({"Consumes": {"cpu": ConsumesAndRaises}}):
+        with (
+            pytest.raises(RuntimeError, match="boom"),
+            pytest.warns(KernelsWarning, match="This call was not made anew"),
+        ):
+            Consumes()(X, numbers)
+        assert numbers == [1, 2, 0] and len(quarantined()) == 1
+        with pytest.warns(KernelsWarning, match="it is in quarantine"):
+            assert Consumes()(X, (1, 2))[0] == 3
 
 
 def test_strict_mode_raises(make_layer: Make, raising: Any, monkeypatch: pytest.MonkeyPatch) -> None:
