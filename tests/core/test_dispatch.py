@@ -373,6 +373,40 @@ def test_functional_call_serves_other_parameters() -> None:
     assert out.tolist() == [110, 110]
 
 
+@pytest.mark.parametrize("given", ["argument", "in a list"])
+def test_what_can_be_read_once_reaches_the_kernel_whole(given: str) -> None:
+    """An iterator among the arguments is not read on the way: neither for the device nor for the mode."""
+
+    @use_kernel_forward_from_hub("Total")
+    class Total(nn.Module):
+        def forward(self, numbers: Any, x: torch.Tensor) -> torch.Tensor:
+            return x + sum(numbers[0] if isinstance(numbers, list) else numbers)
+
+    class KernelTotal(nn.Module):
+        has_backward = False  # so that the mode is looked for at each call
+
+        def forward(self, numbers: Any, x: torch.Tensor) -> torch.Tensor:
+            return x + sum(numbers[0] if isinstance(numbers, list) else numbers) + 100
+
+    with use_kernel_mapping({"Total": {"cpu": KernelTotal}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x, expected in ((X, 106), (X.clone().requires_grad_(), 6), (X, 106)):
+            numbers = iter([torch.tensor(1), torch.tensor(2), torch.tensor(3)])
+            assert Total()(numbers if given == "argument" else [numbers], x)[0] == expected
+
+
+def test_subclasses_of_tensors_and_replicas_of_modules_are_served(make_layer: Make, make_kernel: Make) -> None:
+    """Arguments keep their class; a replica as DataParallel makes it, and a bound forward, are served like any."""
+    mine = type("Mine", (torch.Tensor,), {})
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
+        output = layer(X.as_subclass(mine))
+        assert type(output) is mine and output.tolist() == [10, 10]
+        assert layer._replicate_for_data_parallel()(X)[0] == 10
+        assert functools.partial(layer.forward, x=X)()[0] == 10
+        assert torch.func.vmap(layer)(torch.zeros(3, 2)).tolist() == [[10, 10]] * 3
+
+
 # --- Subclasses, condition, fallback -------------------------------------------------------------
 
 
