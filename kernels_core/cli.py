@@ -269,10 +269,15 @@ def _module(plugin: object) -> str:
 # --- Printing ------------------------------------------------------------------------------------
 
 
+_NARROW = 12
+"""Fewer characters than this for a column make no table that can be read."""
+
+
 def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[Row], str | None] | None = None) -> None:
     """Print rows that have the same columns; also for the commands of plugins.
 
-    A table on a terminal; elsewhere aligned columns, one row a line, however long; or JSON.
+    A table on a terminal, a list on one that is too narrow for it; elsewhere aligned columns, one row a line,
+    however long; or JSON.
 
     Args:
         rows: The rows; of no row, not even the columns are printed.
@@ -288,6 +293,13 @@ def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[R
         print(json.dumps(rows, indent=2))
         return
     console = Console(markup=False, highlight=False)
+    if rows and console.is_terminal and console.width < _NARROW * len(rows[0]):
+        for row in rows:
+            for column, cell in row.items():
+                told = ", ".join(cell) if isinstance(cell, list) else str(cell)
+                console.print(f"{column}: {told}", style=style(row) if style else None)
+            console.print()
+        return
     table = Table(header_style="bold")
     for column in rows[0] if rows else ():
         table.add_column(column, overflow="fold")

@@ -146,6 +146,16 @@ def test_pipe_gets_plain_lines(run: Run) -> None:
 # --- hooks ---------------------------------------------------------------------------------------
 
 
+def test_a_narrow_terminal_gets_a_list(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where columns would be a few characters wide, each entry is a line: names and hooks can be read."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # what rich takes for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "\nhooks: kernels_find_candidates, \nkernels_load_layer\n" in run("plugins").out
+    monkeypatch.setenv("COLUMNS", "160")
+    assert "│ mapping " in run("plugins").out
+
+
 def test_hooks_lists_every_card(run: Run) -> None:
     """Every hook is listed with its arguments and the first line of its card."""
     ran = run("hooks", "--json")
