@@ -145,11 +145,13 @@ def try_gradients(
         on and the call can be made anew, None where it is refused but has changed what it was given,
         so that its output has to do.
     """
+    if not records_autograd(module, values):  # quickly told
+        return call(implementation), True
     candidates = dict(_candidates(layer, module, values))
     sources = {name: tensor for name, tensor in candidates.items() if tensor is not None and tensor.requires_grad}
     seen = _seen.setdefault(implementation, {}).setdefault(layer.number, _Seen())
     if seen.kept.issuperset(sources):
-        seen.calls += bool(sources)
+        seen.calls += 1
         if seen.calls >= _PATIENCE:
             _proven.setdefault(implementation, set()).add(layer.number)
         return call(implementation), True
