@@ -115,6 +115,8 @@ class Refusal:
 
     def __str__(self) -> str:
         """Name the candidate and the reason."""
+        if self.candidate is None and self.reason.startswith("Plugin "):  # as our own errors do
+            return self.reason
         return f"{self.candidate.label if self.candidate else f'plugin {self.plugin!r}'}: {self.reason}"
 
 

@@ -239,6 +239,8 @@ def test_hook_that_raises_is_isolated(
     for layer in (make_layer()(), make_layer("Other")()):
         for _ in range(2):
             assert layer(X)[0] == 10
+        told = str(resolve(layer, device="cpu", mode=Mode.INFERENCE))
+        assert told.count("clumsy") == (hook == "kernels_find_candidates")
     about = [message for message in caught() if "clumsy" in message]
     assert len(about) == 1, about
     assert hook in about[0] and "ZeroDivisionError: oh no" in about[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -64,6 +65,7 @@ FAST = f"{__name__}.FastScale"
 @pytest.fixture
 def manager(isolated_plugins: PluginManager, mapping_plugin: object) -> PluginManager:
     """A plugin manager with `mapping` and `observe`, as an entry point has it."""
+    gc.collect()  # kernelized models that other tests left would be observed, too
     isolated_plugins.register(observe, "observe")
     return isolated_plugins
 
