@@ -291,7 +291,8 @@ def test_without_any_device_and_without_fallback(monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(NoKernelError, match=r"'Nowhere'.*use_fallback=False:\n  nothing says on which device"):
         Nowhere()(1)
-    with pytest.raises(Exception, match="nothing says on which device"):
+    told = "nothing says on which device" if torch.__version__ >= "2.7" else "refuse"  # older ones tell no reasons
+    with pytest.raises(Exception, match=told):
         torch.compile(Nowhere(), backend="eager", fullgraph=True)(1)
     monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
     assert Nowhere()(1) == 2
