@@ -5,7 +5,6 @@ that name; each call is served by the best one that fits device and mode, and by
 forward itself, the *reference*, where there is none. `docs/` tells the rest.
 """
 
-from .counting import count_calls
 from .decorators import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
 from .device import CUDAProperties, Device, ROCMProperties, device_capability
 from .environment import strict
@@ -29,14 +28,17 @@ from .errors import (
     UntrustedError,
     VerificationError,
 )
+from .guards.quarantine import Quarantined, quarantine, quarantined, release
+from .guards.saved_tensors import SavedTensors, held_back
 from .hookspecs import hookimpl
 from .layer import Layer
 from .mode import STAND_INS, Mode, check_registered_mode
-from .model import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
+from .models.counting import count_calls
+from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
+from .models.receipt import Receipt, ReceiptDiff, ReceiptRow
+from .models.survey import receipt
 from .plugins import PluginManager, PluginMapping, plugin_manager
-from .quarantine import Quarantined, quarantine, quarantined, release
-from .receipt import Receipt, ReceiptDiff, ReceiptRow
-from .request import (
+from .resolution import (
     Candidate,
     Cause,
     KernelLayer,
@@ -47,9 +49,7 @@ from .request import (
     source_label,
 )
 from .resolver import decorated_layer, forget, resolve
-from .saving import SavedTensors, held_back
 from .scope import Scope
-from .survey import receipt
 
 __version__ = "0.1.0"
 

@@ -37,10 +37,10 @@ from . import __version__, hookspecs
 from .errors import ArgumentError, KernelsError, KernelsWarning, PluginError, RequirementError
 from .layer import Layer
 from .mode import Mode
+from .models.survey import receipt
 from .plugins import ENTRY_POINT_GROUP, plugin_manager
-from .request import Refusal, Resolution
+from .resolution import Refusal, Resolution
 from .resolver import resolve
-from .survey import receipt
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ import torch
 
 from .layer import Layer, call_signature
 from .mode import Mode
-from .request import KernelLayer, LayerRequest, attribute
+from .resolution import KernelLayer, LayerRequest, attribute
 
 _DECLARATIONS = {"can_torch_compile", "has_backward"}
 BOUND = "_kernels_bound"

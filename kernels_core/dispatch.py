@@ -37,17 +37,17 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.fx.proxy import TraceError
 
-from .breaker import stand_in
 from .environment import mapping_disabled
 from .errors import NoKernelError
-from .gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
+from .forward_source import Source
+from .guards.breaker import stand_in
+from .guards.gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
 from .layer import Layer
 from .mode import Mode
 from .plugins import plugin_manager
-from .request import Resolution
+from .resolution import Resolution
 from .resolver import decide, must_raise, no_kernel, peek, ready, settle
 from .scope import PATIENCE, Frame, Table, active_frame, publish, republish, resolving, root, withdraw
-from .source import Source
 
 Forward = Callable[..., Any]
 

@@ -33,8 +33,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .receipt import ReceiptRow
-    from .request import LayerRequest, Refusal
+    from .models.receipt import ReceiptRow
+    from .resolution import LayerRequest, Refusal
 
 
 class KernelsWarning(UserWarning):

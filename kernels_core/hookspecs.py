@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from .request import Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
+from .resolution import Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
 
 if TYPE_CHECKING:
     import typer

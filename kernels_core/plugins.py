@@ -20,7 +20,7 @@ from . import hookspecs
 from .environment import plugin_choice, strict
 from .errors import ArgumentError, KernelsWarning, LoadError, PluginConflictError, PluginError, PluginLoadError
 from .hookspecs import PROJECT
-from .request import TIERS, Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
+from .resolution import TIERS, Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
 
 if TYPE_CHECKING:
     import importlib_metadata

@@ -30,12 +30,12 @@ from .errors import (
     ResolutionError,
     UntrustedError,
 )
+from .guards.quarantine import Quarantined, find_quarantined, on_change
 from .hookspecs import hookimpl
 from .layer import Layer
 from .mode import Mode, check_call_mode
 from .plugins import plugin_manager
-from .quarantine import Quarantined, find_quarantined, on_change
-from .request import (
+from .resolution import (
     TIERS,
     Candidate,
     Cause,

@@ -24,6 +24,8 @@ from .bisect.bisection import bisect
 from .bisect.errors import BisectError
 from .bisect.result import BisectResult, Culprit, CulpritSet
 from .canary.plugin import canary
+from .hub.builds.metadata import Metadata
+from .hub.builds.variants import VariantAccepted, VariantRejected
 from .hub.dependency import get_kernel_dep
 from .hub.deprecated import FuncRepository, LocalFuncRepository, LockedFuncRepository, use_kernel_func_from_hub
 from .hub.functions import (
@@ -35,10 +37,8 @@ from .hub.functions import (
     install_kernel,
 )
 from .hub.kernel import LoadedKernel, RepoInfo
-from .hub.locked import LockedLayerRepository, get_locked_kernel, load_kernel
-from .hub.metadata import Metadata
+from .hub.locking.locked import LockedLayerRepository, get_locked_kernel, load_kernel
 from .hub.source import LayerRepository, LocalLayerRepository
-from .hub.variants import VariantAccepted, VariantRejected
 from .mapping import register_kernel_mapping, use_kernel_mapping
 from .observe.counters import PrometheusCounters
 from .observe.log import LogResolutions

@@ -24,6 +24,16 @@ from torch import nn
 
 from kernels_core import KernelsWarning, Layer, Mode, NoKernelError, Quarantined, quarantine, quarantined, strict
 
+from .ambient import (
+    Autocast,
+    autocast_now,
+    drew,
+    is_capturing,
+    is_transformed,
+    random_states,
+    set_random_states,
+    under,
+)
 from .structure import (
     Builder,
     Call,
@@ -36,16 +46,6 @@ from .structure import (
     object_key,
     result_code,
     take_call,
-)
-from .surroundings import (
-    Autocast,
-    autocast_now,
-    drew,
-    is_capturing,
-    is_transformed,
-    random_states,
-    set_random_states,
-    under,
 )
 from .trial import Watch, apart, check_alike, check_run, check_state, copies_of, fresh, on_references
 

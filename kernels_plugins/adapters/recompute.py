@@ -11,17 +11,7 @@ from torch import nn
 
 from kernels_core import Mode, quarantine
 
-from .operator import Spec, Work, gradients_of
-from .structure import (
-    Builder,
-    Parts,
-    Structure,
-    Unfit,
-    find_problem,
-    object_key,
-    take_call,
-)
-from .surroundings import (
+from .ambient import (
     RandomStates,
     autocast_now,
     drew,
@@ -31,6 +21,16 @@ from .surroundings import (
     random_states,
     set_random_states,
     under,
+)
+from .operator import Spec, Work, gradients_of
+from .structure import (
+    Builder,
+    Parts,
+    Structure,
+    Unfit,
+    find_problem,
+    object_key,
+    take_call,
 )
 from .trial import apart, check_alike, check_run, copies_of
 

@@ -14,8 +14,8 @@ from kernels_core import ArgumentTypeError, quarantined
 from .errors import BisectError
 from .measure import Reading
 from .progress import Bar
+from .state_guard import Upkeep
 from .switch import Kernel, Key, Switch
-from .upkeep import Upkeep
 
 Metric = Callable[[nn.Module], object]
 

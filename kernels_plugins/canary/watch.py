@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from kernels_core import CanaryError, KernelsWarning, Layer, Resolution, held_back, quarantine
 
 from ..oracle.comparison import Comparison, compare
+from ..oracle.quick_comparison import alike
 from ..oracle.replay import Call, Run, same_numbers
-from ..oracle.screening import alike
 from ..oracle.tree import mapped
 from .settings import Settings
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels_core import ArgumentError, KernelsError
-from kernels_plugins.hub.server import LocalHub
+from kernels_plugins.local_hub.server import LocalHub
 
 BUNDLE = Path(__file__).with_name("hub")
 OWNER = "kernels-demo"

@@ -18,15 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from kernels_core import ArgumentError, KernelsError, KernelsWarning, LoadError, ResolutionError
 from kernels_core.cli import Json, Row, print_rows
 
+from .builds.metadata import METADATA, Metadata
+from .builds.variants import Machine, choose_variants, parse_variant
 from .dependency import Dependency
 from .errors import AbsentError
 from .kernel import Found, Installed, Location, fetch, find, locate, locked_request, read_metadata
-from .lock import LOCK, Lock, LockedKernel, read_lock, write_lock
-from .locksmith import make_lock
-from .metadata import METADATA, Metadata
-from .project import PYPROJECT, read_dependencies
+from .locking.lockfile import LOCK, Lock, LockedKernel, read_lock, write_lock
+from .locking.maker import make_lock
+from .locking.project import PYPROJECT, read_dependencies
 from .request import KernelRequest
-from .variants import Machine, choose_variants, parse_variant
 
 Project = Annotated[Path, typer.Argument(metavar="PROJECT_DIR", help="The project's folder.")]
 Repository = Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository, as owner/name.")]
@@ -152,7 +152,7 @@ def variants(repo_id: Repository, revision: Revision = None, version: Version = 
 
 def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[Installed]:
     """Fetch the best build of a kernel, or each."""
-    from .download import variant_folder
+    from .client.download import variant_folder
 
     if not all_variants:
         return [fetch(locate(request))]
@@ -191,7 +191,7 @@ def _chosen(repo_id: str, revision: str | None, version: int | None) -> tuple[st
 
 def _list(repo_id: str) -> dict[int, str]:
     """Return the commit of each version."""
-    from .download import Client
+    from .client.download import Client
 
     KernelRequest(repo_id, revision="main")  # refuses what is no name
     try:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from kernels_core import use_kernel_forward_from_hub
 
-from .locked import LockedLayerRepository
+from .locking.locked import LockedLayerRepository
 from .request import KernelRequest
 from .source import KernelSource, LocalLayerRepository
 

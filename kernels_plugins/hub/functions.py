@@ -8,6 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .builds.metadata import METADATA, Metadata
+from .builds.requirements import check_device
+from .builds.variants import VariantAccepted, VariantRejected, choose_variants, parse_variant
+from .client.overrides import find_override
 from .errors import AbsentError, UnsuitableError
 from .kernel import (
     LoadedKernel,
@@ -22,11 +26,7 @@ from .kernel import (
     machine,
     read_metadata,
 )
-from .metadata import METADATA, Metadata
-from .overrides import find_override
 from .request import KernelRequest
-from .requirements import check_device
-from .variants import VariantAccepted, VariantRejected, choose_variants, parse_variant
 
 
 def get_kernel(

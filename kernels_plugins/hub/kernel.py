@@ -29,16 +29,16 @@ from typing import Any
 
 from kernels_core import IntegrityError, LoadError, ResolutionError
 
-from .cache import Pin
+from .builds.importing import import_variant
+from .builds.integrity import RemoteFile, Variant, as_variant, check_digest, check_transfer, read_files
+from .builds.metadata import METADATA, Metadata, parse_metadata
+from .builds.requirements import check_device, check_requirements, warn_dirty
+from .builds.variants import Choice, Machine, choose_for_cpu, choose_variants, parse_variant
+from .client.cache import Pin
+from .client.overrides import VARIABLE, find_override
 from .errors import AbsentError, UnknownError
-from .importing import import_variant
-from .integrity import RemoteFile, Variant, as_variant, check_digest, check_transfer, read_files
-from .lock import Lock, LockedKernel, hash_variant
-from .metadata import METADATA, Metadata, parse_metadata
-from .overrides import VARIABLE, find_override
+from .locking.lockfile import Lock, LockedKernel, hash_variant
 from .request import KernelRequest, LockedVariants, Terms
-from .requirements import check_device, check_requirements, warn_dirty
-from .variants import Choice, Machine, choose_for_cpu, choose_variants, parse_variant
 
 __all__ = [
     "Found",
@@ -194,8 +194,8 @@ def find(request: KernelRequest) -> Found:
     Raises:
         ResolutionError: One of its kinds, naming repository, revision and what to do.
     """
-    from . import revision  # imports huggingface_hub: only when a repository is really asked for
-    from .trust import require_trust
+    from .client import revision  # imports huggingface_hub: only when a repository is really asked for
+    from .client.trust import require_trust
 
     client = _client(request)
     with _named(str(request)):
@@ -222,7 +222,7 @@ def locate(request: KernelRequest, *, suggest: bool = True) -> Location:
     Raises:
         ResolutionError: One of its kinds, naming repository, revision and what to do.
     """
-    from . import download
+    from .client import download
 
     found = find(request)
     with _named(str(request)):
@@ -241,7 +241,7 @@ def fetch(location: Location) -> Installed:
     Raises:
         ResolutionError: One of its kinds, naming repository, revision, variant and what to do.
     """
-    from . import download
+    from .client import download
 
     found = location.found
     assert found is not None
@@ -313,7 +313,7 @@ def read_metadata(found: Found, variant: str) -> Metadata:
     Raises:
         ResolutionError: One of its kinds, naming repository, revision, variant and what to do.
     """
-    from . import download
+    from .client import download
 
     with _named(f"{found.request} (commit {found.pin.commit[:12]}), variant {variant}"):
         listed = {file.path: file for file in found.variants[variant]}
@@ -358,8 +358,8 @@ def _suggestion(found: Found) -> str:
 
 
 def _client(request: KernelRequest) -> Any:
-    from .agent import describe
-    from .download import Client
+    from .client.agent import describe
+    from .client.download import Client
 
     agent = request.user_agent
     assert agent is None or isinstance(agent, str)
@@ -484,7 +484,7 @@ def _where(location: Location) -> str:
 
 def _fetch(location: Location, client: Any) -> tuple[Variant, str]:
     """Return the files of a variant as listed by the Hub, downloaded if they are not there."""
-    from . import download
+    from .client import download
 
     assert location.found is not None
     folder, listed = location.folder, location.found.variants[location.variant]

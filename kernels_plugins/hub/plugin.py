@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from kernels_core import Candidate, KernelLayer, LayerRequest, LoadedLayer, ResolutionError, hookimpl
 
-from .archs import find_mismatch
-from .importing import find_function, find_layer
+from .builds.archs import find_mismatch
+from .builds.importing import find_function, find_layer
 from .kernel import LoadedKernel, load, load_folder
 from .request import Terms
 from .source import KernelSource, LocalLayerRepository

@@ -10,7 +10,7 @@ from kernels_core import ArgumentError, ArgumentTypeError
 
 from .dependency import Dependency
 from .errors import DependencyError
-from .lock import Lock
+from .locking.lockfile import Lock
 
 LockedVariants = tuple[tuple[str, str], ...]
 """Build variant and the hash that a lock promises for it, as `LockedKernel.hashes`."""

@@ -105,12 +105,12 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
     """Refuse a kernel for what it was seen not to be able to do."""
     if request.layer is None or _setting() == "off":
         return None
-    from . import ledger
+    from . import probe_cache
     from .probe import implementation_of
 
     implementation = implementation_of(layer, function=request.layer.is_function)
     _kernels[_function(implementation)] = layer
-    report = ledger.find(ledger.key_of(request.layer, implementation, request.device))
+    report = probe_cache.find(probe_cache.key_of(request.layer, implementation, request.device))
     return _refusal(report, request.mode) if report is not None else None
 
 
@@ -120,9 +120,9 @@ def kernels_resolve_forward(request: LayerRequest) -> Generator[None, Any, Any]:
     resolution: Resolution | None = yield
     if resolution is None or resolution.implementation is None or request.layer is None or _setting() == "off":
         return resolution
-    from . import ledger
+    from . import probe_cache
 
-    report = ledger.find(ledger.key_of(request.layer, resolution.implementation, request.device))
+    report = probe_cache.find(probe_cache.key_of(request.layer, resolution.implementation, request.device))
     if report is None:
         return resolution
     told = ", ".join(f"{'' if probe.ok else 'not '}{name}" for name, probe in report.probes.items())
@@ -135,10 +135,10 @@ def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward]
     layer = resolution.request.layer
     if layer is None or resolution.implementation is None or _setting() != "on":
         return None
-    from . import ledger
+    from . import probe_cache
 
-    key = ledger.key_of(layer, resolution.implementation, resolution.request.device)
-    if ledger.find(key) is not None:
+    key = probe_cache.key_of(layer, resolution.implementation, resolution.request.device)
+    if probe_cache.find(key) is not None:
         return None
     return lambda forward: _probed(resolution, key, forward)
 
@@ -159,7 +159,7 @@ def _refusal(report: Any, mode: Mode) -> str | None:
 
 def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
     """Return a forward that tries the kernel before its first call."""
-    from . import ledger
+    from . import probe_cache
     from .inputs import Recorded
     from .probe import probe
     from .replay import Call, is_elsewhere
@@ -191,7 +191,7 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
             return forward(*args, **kwargs)
         finally:
             _busy.reset(token)
-        ledger.keep(key, report)
+        probe_cache.keep(key, report)
         _tell(resolution, report)
         _take_out(resolution, report)
         mode = Mode.TRAINING if torch.is_grad_enabled() and call.records else Mode.INFERENCE

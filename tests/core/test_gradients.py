@@ -21,7 +21,7 @@ from kernels_core import (
     resolve,
     use_kernel_forward_from_hub,
 )
-from kernels_core.gradients import _PATIENCE
+from kernels_core.guards.gradients import _PATIENCE
 from kernels_plugins.mapping import use_kernel_mapping
 
 Forward = Callable[..., Any]

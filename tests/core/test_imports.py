@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,25 +13,7 @@ import pytest
 import kernels_core
 
 ROOT = Path(__file__).parents[2]
-FLOORS = [
-    ["errors"],
-    ["environment", "mode", "device", "layer"],
-    ["request", "source", "saving"],
-    ["hookspecs", "receipt", "quarantine", "modules"],
-    ["gradients", "breaker"],
-    ["plugins"],
-    ["contract"],
-    ["scope"],
-    ["resolver"],
-    ["dispatch", "counting"],
-    ["decorators", "frozen"],
-    ["model", "survey"],
-    ["__init__"],
-    ["testing", "cli"],
-    ["__main__"],
-]
-FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-CORE = sorted((ROOT / "kernels_core").glob("*.py"))
+CORE = sorted((ROOT / "kernels_core").rglob("*.py"))
 PLUGINS = sorted(p for p in (ROOT / "kernels_plugins").rglob("*.py") if "demo/hub" not in p.as_posix())
 
 
@@ -56,31 +39,50 @@ def _executed(tree: ast.AST) -> Iterator[ast.AST]:
         yield from _executed(node)
 
 
+def order() -> dict[str, int]:
+    """Return the place of each module of the core in the import order that docs/house.md gives."""
+    page = (ROOT / "docs" / "house.md").read_text()
+    (listed,) = re.findall(r'title="Import order of kernels_core"\n(.*?)\n```', page, re.DOTALL)
+    return {f"kernels_core.{name.strip()}": index for index, name in enumerate(listed.split("<"))}
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a file's module; that of a folder within the core is the folder's."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name if name == "kernels_core.__init__" else name.removesuffix(".__init__")
+
+
 def core_modules(path: Path) -> Iterator[str]:
     """Yield the modules of kernels_core that a file imports."""
+    places = order()
     for module, names in imports(path):
-        if module == "kernels_core":
-            yield from (name if name in FLOOR else "__init__" for name in names or ["__init__"])
-        elif module.startswith("kernels_core."):
-            yield module.split(".")[1]
+        if module == "kernels_core" or module.startswith("kernels_core."):
+            for name in names or [""]:
+                found = f"{module}.{name}" if f"{module}.{name}" in places else module
+                yield "kernels_core.__init__" if found == "kernels_core" else found
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_each_module_has_a_place() -> None:
+    """The order in docs/house.md names each module of the core, and no other."""
+    assert order().keys() == {module_name(path) for path in CORE}
+
+
+@pytest.mark.parametrize("path", CORE, ids=module_name)
 def test_core_imports_go_one_way(path: Path) -> None:
-    """A module of the core imports modules of lower floors alone."""
-    assert path.stem in FLOOR, f"{path.name} has no floor yet: give it one"
-    upward = [module for module in core_modules(path) if FLOOR[module] >= FLOOR[path.stem]]
+    """A module of the core imports only modules that stand before it in docs/house.md, except to name types."""
+    places = order()
+    upward = [module for module in core_modules(path) if places[module] >= places[module_name(path)]]
     assert upward == []
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CORE, ids=module_name)
 def test_nothing_imports_testing_or_cli(path: Path) -> None:
-    """The kit and the command line are imported by nobody in the core, but for `python -m kernels_core`."""
+    """No module of the core imports the kit or the command line, except `python -m kernels_core`."""
     if path.stem != "__main__":
-        assert not {"testing", "cli"} & set(core_modules(path))
+        assert not {"kernels_core.testing", "kernels_core.cli"} & set(core_modules(path))
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CORE, ids=module_name)
 def test_core_knows_neither_plugins_nor_hub(path: Path) -> None:
     """The core imports neither its plugins nor huggingface_hub, not inside a function either."""
     roots = {module.split(".")[0] for module, _ in imports(path)}

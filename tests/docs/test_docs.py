@@ -8,7 +8,6 @@ A python fence with the word `notest` is left out.
 
 from __future__ import annotations
 
-import ast
 import doctest
 import functools
 import importlib
@@ -318,20 +317,3 @@ def test_every_file_is_in_the_house() -> None:
         folder = ROOT / package
         files = {file.relative_to(folder).as_posix() for file in folder.rglob("*.py")}
         assert named == {file for file in files if not file.startswith("demo/hub/")}
-
-
-def test_imports_go_the_way_that_the_house_says() -> None:
-    """A file of the core imports only from those that house.md puts before it, except to name types."""
-    (order,) = (b.text for b in read_blocks(DOCS / "house.md") if b.title == "Import order of kernels_core")
-    place = {name.strip(): index for index, name in enumerate(order.split("<"))}
-    files = {file.stem: file for file in (ROOT / "kernels_core").glob("*.py")}
-    assert place.keys() == files.keys()
-    for name, file in files.items():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        typing = {id(part) for node in tree.body if isinstance(node, ast.If) for part in node.body}
-        for node in ast.walk(tree):
-            if id(node) not in typing and isinstance(node, ast.ImportFrom) and node.level == 1:
-                modules = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-                for module in modules:
-                    before = place.get(module, place["__init__"])
-                    assert before < place[name], f"{name}.py imports {module}"

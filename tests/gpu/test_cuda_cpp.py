@@ -21,9 +21,9 @@ from torch import nn
 
 from kernels_core import IntegrityError, Mode, Resolution, resolve, use_kernel_forward_from_hub
 from kernels_plugins import LayerRepository, use_kernel_mapping
-from kernels_plugins.hub.server import LocalHub, Repository
-from kernels_plugins.hub.testing import kernel_metadata, point_client_at, publish_kernels
-from kernels_plugins.hub.variants import Machine, Variant, choose_variants
+from kernels_plugins.hub.builds.variants import Machine, Variant, choose_variants
+from kernels_plugins.local_hub.server import LocalHub, Repository
+from kernels_plugins.local_hub.testing import kernel_metadata, point_client_at, publish_kernels
 
 if not torch.cuda.is_available() or torch.version.cuda is None:
     pytest.skip("no CUDA device is visible, so a kernel in CUDA C++ cannot run", allow_module_level=True)

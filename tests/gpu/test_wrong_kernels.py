@@ -31,7 +31,7 @@ from kernels_core import (
 )
 from kernels_plugins import bisect, canary, probing, use_kernel_mapping, verify
 from kernels_plugins.canary import plugin as canary_plugin
-from kernels_plugins.oracle import ledger, prober
+from kernels_plugins.oracle import probe_cache, prober
 
 spec = importlib.util.spec_from_file_location("wrong_kernels", Path(__file__).with_name("wrong_kernels.py"))
 assert spec is not None and spec.loader is not None
@@ -50,10 +50,10 @@ def _scene(
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
     for name, plugin in {"canary": canary_plugin, "oracle": oracle, "probe": prober}.items():
         isolated_plugins.register(plugin, name)
-    ledger.forget_known()
+    probe_cache.forget_known()
     torch.manual_seed(0)
     yield
-    ledger.forget_known()
+    probe_cache.forget_known()
     release()
 
 

@@ -16,7 +16,7 @@ if importlib.util.find_spec("kernels") is not None:
     from hub_scene import new_process  # noqa: F401
     from parity_scene import both, fresh_theirs, kernels_hub  # noqa: F401
 
-    from kernels_plugins.hub.testing import local_hub  # noqa: F401
+    from kernels_plugins.local_hub.testing import local_hub  # noqa: F401
 else:
 
     class Absent(pytest.Module):

@@ -29,8 +29,8 @@ from torch import nn
 
 import kernels_plugins
 from kernels_core import KernelsWarning
-from kernels_plugins.hub.server import LocalHub, Request
-from kernels_plugins.hub.testing import kernel_metadata, point_client_at, publish_kernels
+from kernels_plugins.local_hub.server import LocalHub, Request
+from kernels_plugins.local_hub.testing import kernel_metadata, point_client_at, publish_kernels
 
 REFERENCE = 2.0
 """What a decorated layer multiplies by; no kernel does."""

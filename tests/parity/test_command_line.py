@@ -15,7 +15,7 @@ from kernels.cli import main as their_main
 from parity_scene import SIDES, Both, Side, call, kernel_source, publish_kernels, write_kernel
 
 from kernels_core.cli import main as our_main
-from kernels_plugins.hub.server import Repository
+from kernels_plugins.local_hub.server import Repository
 
 
 @dataclass

@@ -635,7 +635,7 @@ def test_digest_not_compared(kernels_hub: Both, what: str, how: str) -> None:
 
 def OURS_METADATA(files: dict[str, str]) -> dict[str, object]:  # noqa: N802
     """Seal files."""
-    from kernels_plugins.hub.testing import file_digests
+    from kernels_plugins.local_hub.testing import file_digests
 
     return {"algorithm": "sha256", "files": file_digests(files)}
 

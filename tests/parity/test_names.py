@@ -140,7 +140,7 @@ def test_metadata_is_read(both: Both, tmp_path: Path) -> None:
     """Both read metadata from a file and from bytes."""
     import json
 
-    from kernels_plugins.hub.testing import kernel_metadata
+    from kernels_plugins.local_hub.testing import kernel_metadata
 
     text = json.dumps(
         kernel_metadata("my-kernel", {}, changes={"upstream": "https://example.com/there", "kernels-minver": "0.10.0"})

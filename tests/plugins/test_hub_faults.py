@@ -34,8 +34,8 @@ from huggingface_hub import constants
 
 from kernels_core import NoKernelError, use_kernel_forward_from_hub
 from kernels_plugins import LayerRepository, register_kernel_mapping
-from kernels_plugins.hub.server import LocalHub
-from kernels_plugins.hub.testing import kernel_metadata
+from kernels_plugins.local_hub.server import LocalHub
+from kernels_plugins.local_hub.testing import kernel_metadata
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 

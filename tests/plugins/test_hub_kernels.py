@@ -45,12 +45,12 @@ from kernels_plugins import (
     use_kernel_func_from_hub,
     use_kernel_mapping,
 )
-from kernels_plugins.hub import overrides
-from kernels_plugins.hub.lock import Dependency, Lock, LockedKernel
-from kernels_plugins.hub.overrides import parse_overrides
-from kernels_plugins.hub.redirect import parse_status
-from kernels_plugins.hub.server import LocalHub, Repository
-from kernels_plugins.hub.variants import Machine
+from kernels_plugins.hub.builds.variants import Machine
+from kernels_plugins.hub.client import overrides
+from kernels_plugins.hub.client.overrides import parse_overrides
+from kernels_plugins.hub.client.redirect import parse_status
+from kernels_plugins.hub.locking.lockfile import Dependency, Lock, LockedKernel
+from kernels_plugins.local_hub.server import LocalHub, Repository
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 

@@ -35,10 +35,10 @@ from huggingface_hub import constants
 from kernels_core import Mode, resolve, use_kernel_forward_from_hub
 from kernels_core.testing import _start_anew
 from kernels_plugins import LayerRepository, LocalLayerRepository, register_kernel_mapping, use_kernel_mapping
-from kernels_plugins.hub import revision
+from kernels_plugins.hub.client import revision
 from kernels_plugins.hub.kernel import machine
-from kernels_plugins.hub.server import LocalHub, Repository, Request
-from kernels_plugins.hub.testing import kernel_metadata
+from kernels_plugins.local_hub.server import LocalHub, Repository, Request
+from kernels_plugins.local_hub.testing import kernel_metadata
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 

@@ -16,10 +16,10 @@ import pytest
 from hub_scene import Publish, kernel, new_process
 
 from kernels_core import cli as command_line
-from kernels_plugins.hub.lock import LOCK, Dependency, read_lock
-from kernels_plugins.hub.server import LocalHub, Repository
-from kernels_plugins.hub.shelf import git_blob_id
-from kernels_plugins.hub.testing import kernel_metadata
+from kernels_plugins.hub.locking.lockfile import LOCK, Dependency, read_lock
+from kernels_plugins.local_hub.repositories import git_blob_id
+from kernels_plugins.local_hub.server import LocalHub, Repository
+from kernels_plugins.local_hub.testing import kernel_metadata
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 pytestmark = pytest.mark.slow

@@ -17,9 +17,9 @@ from huggingface_hub import constants
 from kernels_core import ArgumentError, ArgumentTypeError, IntegrityError, LoadError, UntrustedError
 from kernels_plugins import LockedFuncRepository, LockedLayerRepository, get_locked_kernel, load_kernel
 from kernels_plugins.hub.dependency import Dependency
-from kernels_plugins.hub.lock import LOCK, Lock, LockedKernel, format_hashes, read_lock, write_lock
-from kernels_plugins.hub.locksmith import make_lock
-from kernels_plugins.hub.server import LocalHub, Repository
+from kernels_plugins.hub.locking.lockfile import LOCK, Lock, LockedKernel, format_hashes, read_lock, write_lock
+from kernels_plugins.hub.locking.maker import make_lock
+from kernels_plugins.local_hub.server import LocalHub, Repository
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 

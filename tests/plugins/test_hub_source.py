@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from kernels_core import ArgumentError, ArgumentTypeError, KernelsError, source_label
 from kernels_plugins import LayerRepository, LocalLayerRepository
-from kernels_plugins.hub.server import LocalHub
+from kernels_plugins.local_hub.server import LocalHub
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 

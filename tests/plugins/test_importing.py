@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from kernels_core import LoadError
-from kernels_plugins.hub import importing
-from kernels_plugins.hub.importing import find_layer, import_variant
-from kernels_plugins.hub.integrity import Variant, as_variant, read_files
+from kernels_plugins.hub.builds import importing
+from kernels_plugins.hub.builds.importing import find_layer, import_variant
+from kernels_plugins.hub.builds.integrity import Variant, as_variant, read_files
 
 Files = dict[str, "str | bytes"]
 METADATA = '{"id": "_x", "name": "fast-layers", "version": 1, "backend": {"type": "cpu"}, "python-depends": []}'

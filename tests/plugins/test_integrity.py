@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_core import IntegrityError, LoadError
-from kernels_plugins.hub.download import discard
-from kernels_plugins.hub.integrity import (
+from kernels_plugins.hub.builds.integrity import (
     RemoteFile,
     Variant,
     as_variant,
@@ -25,9 +24,10 @@ from kernels_plugins.hub.integrity import (
     is_byte_code,
     read_files,
 )
-from kernels_plugins.hub.metadata import Digest
-from kernels_plugins.hub.shelf import git_blob_id
-from kernels_plugins.hub.testing import kernel_metadata
+from kernels_plugins.hub.builds.metadata import Digest
+from kernels_plugins.hub.client.download import discard
+from kernels_plugins.local_hub.repositories import git_blob_id
+from kernels_plugins.local_hub.testing import kernel_metadata
 
 FILES = {
     "__init__.py": b"from . import layers\n",

@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from kernels_plugins.hub.server import LocalHub, Repository, Request
+from kernels_plugins.local_hub.server import LocalHub, Repository, Request
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 

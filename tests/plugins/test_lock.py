@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels_core import ArgumentError, ArgumentTypeError
-from kernels_plugins.hub.integrity import RemoteFile
-from kernels_plugins.hub.lock import (
+from kernels_plugins.hub.builds.integrity import RemoteFile
+from kernels_plugins.hub.locking.lockfile import (
     Dependency,
     Lock,
     LockedKernel,

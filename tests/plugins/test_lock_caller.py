@@ -14,9 +14,9 @@ import pytest
 from packaging.version import Version
 
 from kernels_core import ArgumentError
-from kernels_plugins.hub.caller import Caller, find_caller, find_lock
-from kernels_plugins.hub.lock import Dependency, Lock, LockedKernel, write_lock
-from kernels_plugins.hub.project import read_dependencies
+from kernels_plugins.hub.locking.caller import Caller, find_caller, find_lock
+from kernels_plugins.hub.locking.lockfile import Dependency, Lock, LockedKernel, write_lock
+from kernels_plugins.hub.locking.project import read_dependencies
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT, OTHER = "0a" * 20, "1b" * 20
@@ -26,7 +26,9 @@ PYPROJECT = (
     '[build-system]\nrequires = ["setuptools", "kernels-core"]\nbuild-backend = "setuptools.build_meta"\n'
     '[project]\nname = "tiny-{name}"\nversion = "1.0"\n[tool.setuptools]\npackages = ["{name}"]\n'
 )
-MODULE = "from kernels_plugins.hub.caller import find_caller, find_lock\nask = lambda: find_lock(find_caller())\n"
+MODULE = (
+    "from kernels_plugins.hub.locking.caller import find_caller, find_lock\nask = lambda: find_lock(find_caller())\n"
+)
 
 
 def lock(commit: str = COMMIT) -> Lock:

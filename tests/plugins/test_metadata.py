@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from kernels_core import LoadError
-from kernels_plugins.hub.dependency import Dependency
-from kernels_plugins.hub.metadata import (
+from kernels_plugins.hub.builds.metadata import (
     BackendInfo,
     BuilderInfo,
     Digest,
@@ -23,6 +22,7 @@ from kernels_plugins.hub.metadata import (
     Provenance,
     parse_metadata,
 )
+from kernels_plugins.hub.dependency import Dependency
 
 GOOD: dict[str, Any] = {
     "id": "_kernels_cpu_abc",

@@ -32,7 +32,7 @@ from kernels_core import (
     use_kernel_forward_from_hub,
 )
 from kernels_plugins import check_kernel, probing, register_kernel_mapping, use_kernel_mapping
-from kernels_plugins.oracle import ledger, prober
+from kernels_plugins.oracle import probe_cache, prober
 
 COMPILED = Mode.INFERENCE | Mode.TORCH_COMPILE
 
@@ -46,14 +46,14 @@ def _scene(
     isolated_plugins.register(prober, "probe")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KERNELS_PROBE", raising=False)
-    ledger.forget_known()
+    probe_cache.forget_known()
     prober._said.clear()
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    ledger.forget_known()
+    probe_cache.forget_known()
     release()
 
 
@@ -158,7 +158,7 @@ def test_off_by_default() -> None:
     calls: list[int] = []
     with use_kernel_mapping({"OracleNorm": {"cpu": count(made.fused, calls)}}):
         made.Norm()(torch.randn(2, 64))
-    assert len(calls) == 1 and not ledger._known
+    assert len(calls) == 1 and not probe_cache._known
 
 
 def test_a_kernel_is_tried_once() -> None:
@@ -299,7 +299,7 @@ def test_reports_are_kept_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def served(setting: str) -> tuple[str, bool]:
         monkeypatch.setenv("KERNELS_PROBE", setting)
-        ledger.forget_known()
+        probe_cache.forget_known()
         forget()
         layer = made.Norm()
         with warnings.catch_warnings():
@@ -312,7 +312,7 @@ def test_reports_are_kept_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     release()
     file.write_text("{")
     monkeypatch.setenv("KERNELS_PROBE", "cached")
-    ledger.forget_known()
+    probe_cache.forget_known()
     forget()
     assert resolve(made.Norm(), device="cpu", mode=Mode.TRAINING).origin.endswith("MissingGradient")
 
@@ -328,19 +328,19 @@ def test_keys_tell_kernels_apart() -> None:
 
     layer = made.Norm.forward.kernels_layer
     cpu = torch.device("cpu")
-    keys = [ledger.key_of(layer, f, cpu) for f in (make(1.0), make(2.0), made.fused, made.other_order)]
+    keys = [probe_cache.key_of(layer, f, cpu) for f in (make(1.0), make(2.0), made.fused, made.other_order)]
     assert len(set(keys)) == 4
-    assert keys[0] == ledger.key_of(layer, make(1.0), cpu)
+    assert keys[0] == probe_cache.key_of(layer, make(1.0), cpu)
     scope: dict[str, Any] = {}
     exec("def forward(self, x):\n    return x", scope)
-    assert ledger.key_of(layer, scope["forward"], cpu).startswith("here-")
+    assert probe_cache.key_of(layer, scope["forward"], cpu).startswith("here-")
 
 
 def test_keys_are_the_same_in_another_process() -> None:
     """Whatever the seed of hashes."""
     code = (
-        "import torch, oracle_kernels as made; from kernels_plugins.oracle import ledger; "
-        "print(ledger.key_of(made.Norm.forward.kernels_layer, made.own_backward, torch.device('cpu')))"
+        "import torch, oracle_kernels as made; from kernels_plugins.oracle import probe_cache; "
+        "print(probe_cache.key_of(made.Norm.forward.kernels_layer, made.own_backward, torch.device('cpu')))"
     )
     support = str(Path(made.__file__).parent)
     keys = {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_plugins.oracle.comparison import compare
-from kernels_plugins.oracle.screening import alike
+from kernels_plugins.oracle.quick_comparison import alike
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

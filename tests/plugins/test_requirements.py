@@ -14,11 +14,11 @@ from packaging.version import Version
 
 import kernels_core
 from kernels_core import KernelsWarning, LoadError
-from kernels_plugins.hub import packages, requirements
-from kernels_plugins.hub.archs import find_mismatch, runs_on_cuda, runs_on_rocm
-from kernels_plugins.hub.metadata import BackendInfo, BuilderInfo, GitStatus, KernelName, Metadata, Provenance
-from kernels_plugins.hub.packages import check_packages
-from kernels_plugins.hub.requirements import INTERFACE_LEVEL, check_requirements, warn_dirty
+from kernels_plugins.hub.builds import packages, requirements
+from kernels_plugins.hub.builds.archs import find_mismatch, runs_on_cuda, runs_on_rocm
+from kernels_plugins.hub.builds.metadata import BackendInfo, BuilderInfo, GitStatus, KernelName, Metadata, Provenance
+from kernels_plugins.hub.builds.packages import check_packages
+from kernels_plugins.hub.builds.requirements import INTERFACE_LEVEL, check_requirements, warn_dirty
 
 
 def build(**changes: Any) -> Metadata:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_plugins.hub.variants import Machine, Variant, choose_variants, parse_variant
+from kernels_plugins.hub.builds.variants import Machine, Variant, choose_variants, parse_variant
 
 CUDA = Machine(torch=(2, 9), backend="cuda", backend_version=(12, 8))
 CPU = Machine(torch=(2, 9))

@@ -20,9 +20,11 @@ from huggingface_hub import constants
 from kernels_core import KernelsWarning, Mode, Resolution, resolve, use_kernel_forward_from_hub
 from kernels_core.testing import _start_anew
 from kernels_plugins import LayerRepository, register_kernel_mapping
-from kernels_plugins.hub import importing, plugin, requirements, revision
 from kernels_plugins.hub import kernel as steps
-from kernels_plugins.hub.server import LocalHub, Repository
+from kernels_plugins.hub import plugin
+from kernels_plugins.hub.builds import importing, requirements
+from kernels_plugins.hub.client import revision
+from kernels_plugins.local_hub.server import LocalHub, Repository
 
 Publish = Callable[..., Repository]
 

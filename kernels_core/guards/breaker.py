@@ -1,0 +1,140 @@
+"""A kernel that raises where the reference does not is taken out, and the call goes on, where that is safe."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import CheckpointError, _StopRecomputationError
+
+from ..environment import strict
+from ..errors import KernelsError, KernelsWarning
+from ..resolution import Resolution
+from .quarantine import quarantine
+
+Forward = Callable[..., Any]
+
+_NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError, CheckpointError, _StopRecomputationError)
+"""What is not the kernel's fault, or not for us to judge."""
+
+
+_CONSTANT = (
+    torch.Tensor,  # which counts its changes
+    type(None),
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    enum.Enum,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+"""Arguments that a kernel cannot have changed in silence."""
+
+
+def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) -> Forward | None:
+    """Return what is to be called in place of a kernel that has raised; None if the error must go on.
+
+    The stand-in runs the reference. If that raises too, the error is the caller's. If not, the kernel goes
+    into quarantine. Where the kernel may have changed an argument before it failed, the reference runs on
+    copies, to judge, and the error goes on; what cannot be copied, such as a generator, is not judged.
+    """
+    layer, implementation = resolution.request.layer, resolution.implementation
+    if layer is None or implementation is None or not _is_blamable(error, values) or not _raised(implementation, error):
+        return None
+    values = list(values)
+    safe = layer.use_fallback and not strict() and not _may_be_changed(values)
+
+    def judge(*args: Any, **kwargs: Any) -> Any:
+        try:
+            taken, named = (args, kwargs) if safe else pytree.tree_map(_copied, (args, kwargs))
+            output = layer.reference(*taken, **named)
+        except Exception:
+            raise error from None
+        told = str(error).partition("\n\n")[0].rstrip(".")  # PyTorch may list every kernel of an operator below
+        quarantine(
+            layer,
+            implementation,
+            kernel=resolution.origin,
+            device=resolution.request.device,
+            reason=f"it raised {type(error).__name__}: {told}, where the reference does not. Report it to its author",
+        )
+        if safe:
+            return output
+        warnings.warn(
+            f"{resolution.origin} raised in layer {layer.name!r}, where the reference does not: it is in quarantine "
+            "from now on. This call was not made anew, for arguments may have been changed already, or the reference "
+            "must not serve.",
+            KernelsWarning,
+            stacklevel=3,
+        )
+        raise error from None
+
+    return judge
+
+
+def _is_blamable(error: Exception, values: Iterable[Any]) -> bool:
+    """Whether an error can be the fault of a kernel: not while somebody traces, nor if the device is lost."""
+    if isinstance(error, _NEVER) or _is_sticky(error) or _get_current_dispatch_mode_stack():
+        return False
+    return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(values))
+
+
+def _raised(kernel: Forward, error: Exception) -> bool:
+    """Whether an error went through a kernel, rather than through what a plugin put around it alone."""
+    function = kernel.__func__ if isinstance(kernel, types.MethodType) else kernel
+    if not isinstance(function, types.FunctionType):  # nothing of it is in a traceback
+        return True
+    place = (function.__code__.co_filename, function.__code__.co_firstlineno)  # also that of copies of the code
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any((frame.f_code.co_filename, frame.f_code.co_firstlineno) == place for frame in frames)
+
+
+def _is_sticky(error: Exception) -> bool:
+    """Whether a CUDA context is in an error from which this process cannot recover."""
+    accelerator: type[Exception] | None = getattr(torch, "AcceleratorError", None)  # from PyTorch 2.8 on
+    return (accelerator is not None and isinstance(error, accelerator)) or "CUDA error" in str(error)
+
+
+def _may_be_changed(values: list[Any]) -> bool:
+    """Whether a tensor among the arguments was ever changed in place, or anything among them does not count that."""
+    if any(tensor.is_inference() or tensor._version > 0 for tensor in _tensors(values)):
+        return True
+    return not all(isinstance(item, _CONSTANT) for value in values for item in _inside(value))
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """Yield a value, or what is inside of tuples, which cannot be changed."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _inside(item)
+    else:
+        yield value
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Any]:
+    """Tensors among the arguments, and what stands for them while somebody traces."""
+    kinds = (torch.Tensor, torch.fx.Proxy)
+    return (leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, kinds))
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return leaf if isinstance(leaf, (torch.nn.Module, *_CONSTANT)) else copy.deepcopy(leaf)

@@ -1,0 +1,318 @@
+"""Does autograd record a call, and does a kernel keep the gradients that the reference has?
+
+A kernel that computes its output outside of autograd, without saying `has_backward = False`, trains
+nothing and raises nothing. So recorded calls of each layer and kernel are looked at, until each argument
+and parameter has required grad once, or no other one has for long: a path must lead from each that does to
+the output, where the reference has one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import KernelsWarning
+from ..layer import Layer
+from ..mode import Mode
+from ..resolution import Resolution
+from .quarantine import quarantine
+from .saved_tensors import held_back
+
+Forward = Callable[..., Any]
+
+_PATIENCE = 100
+"""Recorded calls that bring nothing new, before nobody waits for what is left: masks, angles, frozen weights."""
+
+
+@dataclass
+class _Seen:
+    """Of which arguments and parameters gradients were seen to be kept, and how many calls ago."""
+
+    kept: set[str] = field(default_factory=set)
+    calls: int = 0
+
+
+_seen: weakref.WeakKeyDictionary[Forward, dict[int, _Seen]] = weakref.WeakKeyDictionary()
+"""What was seen of an implementation, per number of a layer."""
+
+_proven: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
+"""Layers, by number, for which it was seen to keep the gradients of everything that requires them."""
+
+_DYNAMO_SEES_ATTRIBUTES = torch.__version__ >= "2.13"
+"""Whether Dynamo can go through the attributes of a module; 2.11 cannot."""
+
+_MAX_NODES = 100_000
+"""How far a graph is searched: one that is larger belongs to more than a layer."""
+
+
+def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
+    """Whether an argument, or a parameter, buffer or other tensor of the module, requires grad."""
+    for value in values:
+        for item in _items(value):
+            if isinstance(item, torch.Tensor) and item.requires_grad:
+                return True
+    return module is not None and _has_trainable(module)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What is looked at of an argument: itself, or what is one level inside."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _has_trainable(module: torch.nn.Module) -> bool:
+    """Whether a tensor of a module requires grad; asks the dictionaries, for `parameters()` takes microseconds.
+
+    Some wrappers keep weights as plain attributes, so these count, but for versions of Dynamo that cannot look there.
+    """
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None and tensor.requires_grad:
+                return True
+    if not torch.compiler.is_dynamo_compiling():
+        if _has_trainable_attribute(module):
+            return True
+    elif _DYNAMO_SEES_ATTRIBUTES:
+        for tensor in module.__dict__.values():
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                return True
+    return any(_has_trainable(child) for child in module._modules.values() if child is not None)
+
+
+def _has_trainable_attribute(module: torch.nn.Module) -> bool:
+    """Whether a plain attribute of a module, or an item of a dictionary in one, is a tensor that requires grad.
+
+    Asks the garbage collector what the module refers to. From Python 3.11 on, to ask for `__dict__` would make one,
+    and whoever reads an attribute of the module would be slower ever after.
+    """
+    for held in gc.get_referents(module):
+        for value in held.values() if type(held) is dict else (held,):
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                return True
+    return False
+
+
+# --- What is known -------------------------------------------------------------------------------
+
+
+def needs_proof(resolution: Resolution) -> bool:
+    """Whether what serves recorded calls was not yet seen to keep their gradients."""
+    layer, implementation = resolution.request.layer, resolution.implementation
+    if layer is None or implementation is None:
+        return False
+    if not (resolution.every_mode or Mode.TRAINING in resolution.request.mode):
+        return False
+    return not keeps_gradients(layer, implementation)
+
+
+def keeps_gradients(layer: Layer, implementation: Forward) -> bool:
+    """Whether an implementation was seen to keep every gradient of a layer."""
+    return layer.number in _proven.get(implementation, ())
+
+
+# --- Looking at a recorded call ------------------------------------------------------------------
+
+
+def try_gradients(
+    layer: Layer,
+    implementation: Forward,
+    module: torch.nn.Module | None,
+    values: Iterable[Any],
+    call: Callable[[Forward], Any],
+    *,
+    kernel: str,
+) -> tuple[Any, bool | None]:
+    """Run a call with an implementation, and look whether it keeps gradients that it was not yet seen to keep.
+
+    Args:
+        layer: What it serves.
+        implementation: What is looked at.
+        module: The module that is called, None for a function.
+        values: The arguments of the call.
+        call: Calls what it is given with the arguments of the call.
+        kernel: Where the implementation came from.
+
+    Returns:
+        The output; and True where the gradients are kept, False where the kernel is refused from now
+        on and the call can be made anew, None where it is refused but has changed what it was given,
+        so that its output has to do.
+    """
+    if not records_autograd(module, values):  # quickly told
+        return call(implementation), True
+    candidates = dict(_candidates(layer, module, values))
+    sources = {name: tensor for name, tensor in candidates.items() if tensor is not None and tensor.requires_grad}
+    seen = _seen.setdefault(implementation, {}).setdefault(layer.number, _Seen())
+    if seen.kept.issuperset(sources):
+        seen.calls += 1
+        if seen.calls >= _PATIENCE:
+            _proven.setdefault(implementation, set()).add(layer.number)
+        return call(implementation), True
+    touched = [leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
+    touched += [*module.parameters(), *module.buffers()] if module is not None else []
+    versions = [_version(tensor) for tensor in touched]
+    random_states = _random_states(touched)
+    with held_back() as saved:
+        output = call(implementation)
+    untouched = -1 not in versions and versions == [_version(tensor) for tensor in touched]
+    untouched = untouched and not any(isinstance(leaf, Iterator) for leaf in pytree.tree_leaves(list(values)))
+    missing = _unreached(sources, output)
+    if missing:
+        without = _missing_in_reference(layer, module, missing, sources, call)
+        missing = [name for name in missing if name not in without]
+    if not missing:
+        saved.hand_over()
+        seen.kept.update(sources)
+        seen.calls = 0
+        if seen.kept.issuperset(candidates):
+            _proven.setdefault(implementation, set()).add(layer.number)
+        return output, True
+    reason = (
+        f"it loses gradients: {', '.join(missing)} requires grad and gets none from it, as from the reference. "
+        "Declare has_backward = False on the kernel, or give it a backward"
+    )
+    quarantine(layer, implementation, kernel=kernel, reason=reason, mode=Mode.TRAINING)
+    if untouched:
+        for set_state, state in random_states:
+            set_state(state)
+        return output, False
+    saved.hand_over()
+    warnings.warn(
+        f"Layer {layer.name!r}: {reason}. It may have changed its arguments or buffers in place, so this call cannot "
+        "be made anew: the gradients of this one call are lost.",
+        KernelsWarning,
+        stacklevel=2,
+    )
+    return output, None
+
+
+def _candidates(
+    layer: Layer, module: torch.nn.Module | None, values: Iterable[Any]
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield what requires grad, or may on another call, with a name to tell it by; None for what is not given."""
+    names = list(layer.signature.parameters)
+    for position, value in enumerate(values):
+        name = f"argument {names[position]!r}" if position < len(names) else f"argument {position + 1}"
+        if _may_require_grad(value):
+            yield name, value
+        elif isinstance(value, (dict, list, tuple)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if _may_require_grad(item):
+                    yield f"{name}[{key!r}]", item
+    if module is not None:
+        yield from _candidates_of(module, "")
+
+
+def _candidates_of(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor | None]]:
+    attributes = vars(module) if _has_trainable_attribute(module) else {}
+    for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", attributes)):
+        for name, tensor in tensors.items():
+            if kind == "parameter" or (isinstance(tensor, torch.Tensor) and tensor.requires_grad):
+                yield f"{kind} {prefix + name!r}", tensor
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _candidates_of(child, f"{prefix}{name}.")
+
+
+def _may_require_grad(value: Any) -> bool:
+    return value is None or (isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()))
+
+
+def _missing_in_reference(
+    layer: Layer,
+    module: torch.nn.Module | None,
+    missing: list[str],
+    sources: dict[str, torch.Tensor],
+    call: Callable[[Forward], Any],
+) -> list[str]:
+    """Which gradients the reference does not have either; leaves arguments, buffers and random numbers as they were."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        copy = copies.setdefault(id(leaf), leaf.detach().clone().requires_grad_(leaf.requires_grad))
+        return copy.clone() if copy.requires_grad else copy  # a leaf must not be changed in place
+
+    def on_copies(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(copied, (args, kwargs))
+        return layer.reference(*args, **kwargs)
+
+    buffers = [(b, b.clone(), _version(b)) for b in module.buffers()] if module is not None else []
+    random_states = _random_states(sources.values())
+    try:
+        with held_back():
+            expected = call(on_copies)
+    except Exception as error:  # the kernel serves where the reference cannot: nothing to compare with
+        warnings.warn(
+            f"Layer {layer.name!r}: {', '.join(missing)} gets no gradient from its kernel, and whether that is "
+            f"right is not known, for the reference fails: {type(error).__name__}: {error}",
+            KernelsWarning,
+            stacklevel=3,
+        )
+        return missing
+    finally:
+        for set_state, state in random_states:
+            set_state(state)
+        with torch.no_grad():
+            for buffer, before, version in buffers:
+                if version != _version(buffer) or version < 0:  # autograd may have saved one that did not change
+                    buffer.copy_(before)
+    return _unreached({name: copies.get(id(sources[name]), sources[name]) for name in missing}, expected)
+
+
+def _random_states(tensors: Iterable[torch.Tensor]) -> list[tuple[Callable[[torch.Tensor], object], torch.Tensor]]:
+    """Return the states of the generators that a call with some tensors may use, with what sets them."""
+    states: list[tuple[Callable[[torch.Tensor], object], torch.Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    if devices and not torch.cuda.is_current_stream_capturing():
+        states += [
+            (functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device))
+            for device in devices
+        ]
+    return states
+
+
+def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
+    """Return the names of the sources from which no path leads to the output."""
+    outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    if not outputs:  # hidden in an object that nobody can look into
+        return []
+    leaves: dict[int, set[str]] = {}  # a tensor may be given twice
+    edges: dict[Any, set[str]] = {}
+    for name, tensor in sources.items():
+        leaves.setdefault(id(tensor), set()).add(name)
+        if tensor.grad_fn is not None:
+            edges.setdefault((tensor.grad_fn, tensor.output_nr), set()).add(name)
+    waiting = set(sources)
+    waiting -= {name for tensor in outputs for name in leaves.get(id(tensor), ())}
+    stack: list[tuple[Any, int]] = [
+        (tensor.grad_fn, tensor.output_nr) for tensor in outputs if tensor.grad_fn is not None
+    ]
+    seen: set[Any] = set()
+    while stack and waiting and len(seen) < _MAX_NODES:
+        node, number = stack.pop()
+        if (node, number) in edges:
+            waiting -= edges[node, number]
+            continue
+        variable = getattr(node, "variable", None)  # of a leaf
+        if variable is not None:
+            waiting -= leaves.get(id(variable), set())
+        if node not in seen:
+            seen.add(node)
+            stack += [edge for edge in node.next_functions if edge[0] is not None]
+    return [name for name in sources if name in waiting] if len(seen) < _MAX_NODES else []
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count that."""
+    with contextlib.suppress(RuntimeError):
+        return tensor._version
+    return -1

@@ -1,0 +1,171 @@
+"""Kernels that proved wrong in this process: out for the layers and devices where they did, until released."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..device import as_torch_device
+from ..errors import ArgumentTypeError
+from ..layer import Layer
+from ..mode import Mode
+from ..resolution import LayerRequest
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Quarantined:
+    """A kernel that is out for a layer.
+
+    Attributes:
+        layer_name: The name that the layer was decorated with.
+        layer: Where the layer is defined.
+        kernel: Where the kernel came from.
+        device: The device for which it is out; None for all.
+        mode: `Mode.TRAINING` if it still serves inference; None if it serves nothing.
+        reason: What it did.
+    """
+
+    layer_name: str
+    layer: str
+    kernel: str
+    device: torch.device | None
+    mode: Mode | None
+    reason: str
+    _layer: weakref.ref[Layer] = field(repr=False)
+    _implementation: weakref.ref[Forward] = field(repr=False)
+
+    def concerns(self, request: LayerRequest, implementation: Forward) -> bool:
+        """Whether it keeps an implementation from serving a request."""
+        return (
+            self._implementation() is implementation
+            and request.layer is not None
+            and self._layer() is request.layer
+            and self.device in (None, request.device)
+            and (self.mode is None or self.mode in request.mode)
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the kernel and the layer still exist."""
+        return self._implementation() is not None and self._layer() is not None
+
+    def __str__(self) -> str:
+        """Name kernel, layer and reason."""
+        where = f" on {self.device}" if self.device is not None else ""
+        when = f" for {str(self.mode.name).lower()}" if self.mode is not None else ""
+        return f"{self.kernel} for layer {self.layer_name!r}{where}{when}: {self.reason}"
+
+
+_lock = threading.Lock()
+_entries: list[Quarantined] = []
+on_change: list[Callable[[], None]] = []
+"""Called after the list has changed; the resolver decides anew then."""
+
+
+def quarantine(
+    layer: Layer,
+    implementation: Forward,
+    *,
+    kernel: str,
+    reason: str,
+    device: str | torch.device | None = None,
+    mode: Mode | None = None,
+) -> Quarantined:
+    """Keep a kernel from serving a layer, from the next call on.
+
+    Args:
+        layer: The layer that it must not serve any more.
+        implementation: What must not be called, as in `Resolution.implementation`.
+        kernel: Where it came from, as in `Resolution.origin`.
+        reason: What it did; ends in what to do.
+        device: The device for which that holds; None for all.
+        mode: `Mode.TRAINING` to let it serve inference; None for all.
+
+    Returns:
+        The entry, for `release`.
+
+    Raises:
+        ArgumentTypeError: If it is no layer, or nothing that a layer could call.
+
+    Example:
+        >>> layer = decorated_layer(use_kernel_forward_from_hub("f")(lambda x: x))
+        >>> entry = quarantine(layer, abs, kernel="abs", reason="it is wrong for complex numbers")
+        >>> entry in quarantined()
+        True
+        >>> release(entry)
+        1
+    """
+    if not isinstance(layer, Layer):
+        raise ArgumentTypeError(f"quarantine takes a layer, not {layer!r}: decorated_layer(...) returns it.")
+    if isinstance(implementation, type) or not callable(implementation):
+        raise ArgumentTypeError(
+            f"quarantine takes what is called, not {implementation!r}: it is resolve(...).implementation, and the "
+            "forward of a class."
+        )
+    if device is not None:
+        device = as_torch_device(device)
+    entry = Quarantined(
+        layer.name, layer.qualname, kernel, device, mode, reason, weakref.ref(layer), weakref.ref(implementation)
+    )
+    with _lock:
+        _entries.append(entry)
+    _changed()
+    return entry
+
+
+def quarantined() -> list[Quarantined]:
+    """Return the kernels that are out in this process, oldest first.
+
+    Example:
+        >>> quarantined()
+        []
+    """
+    with _lock:
+        _entries[:] = [entry for entry in _entries if entry.is_alive]
+        return list(_entries)
+
+
+def release(entries: Quarantined | Iterable[Quarantined] | None = None) -> int:
+    """Let kernels serve again, from the next call on.
+
+    Args:
+        entries: What `quarantined` returned, or a part of it; None for all.
+
+    Returns:
+        How many were released.
+
+    Raises:
+        ArgumentTypeError: If they are no entries.
+
+    Example:
+        >>> release()
+        0
+    """
+    wanted = [entries] if isinstance(entries, Quarantined) else list(entries) if entries is not None else None
+    for entry in wanted or ():
+        if not isinstance(entry, Quarantined):
+            raise ArgumentTypeError(f"release takes what quarantined() returned, or a part of it, not {entry!r}.")
+    with _lock:
+        going = _entries if wanted is None else wanted
+        going = [entry for entry in _entries if any(entry is other for other in going)]
+        _entries[:] = [entry for entry in _entries if not any(entry is other for other in going)]
+    if going:
+        _changed()
+    return len(going)
+
+
+def _changed() -> None:
+    for listener in on_change:
+        listener()
+
+
+def find_quarantined(request: LayerRequest, implementation: Forward) -> Quarantined | None:
+    """Return the entry that keeps an implementation from serving a request, None if there is none."""
+    return next((entry for entry in _entries if entry.concerns(request, implementation)), None)

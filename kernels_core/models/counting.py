@@ -1,0 +1,91 @@
+"""What really ran: counts of eager calls, per module and origin, while somebody counts."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..hookspecs import hookimpl
+from ..layer import Layer
+from ..plugins import plugin_manager
+from ..resolution import Resolution
+
+Forward = Callable[..., Any]
+
+_lock = threading.Lock()
+_open = 0
+_counts: weakref.WeakKeyDictionary[torch.nn.Module | Layer, Counter[str]] | None = None
+
+
+@contextmanager
+def count_calls() -> Iterator[None]:
+    """Count the eager calls of decorated layers, in all threads, for the receipts that are made afterwards.
+
+    Counts start at zero each time, and stay until the next. Calls in compiled code are not counted. Costs
+    nothing where it is not used.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("Identity")
+        ... class Identity(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> model = torch.nn.Sequential(Identity())
+        >>> with count_calls():
+        ...     y = model(torch.ones(1))
+        >>> dict(receipt(model, device="cpu").rows[0].calls)
+        {'reference': 1}
+    """
+    global _open, _counts
+    with _lock:
+        if _open == 0:
+            _counts = weakref.WeakKeyDictionary()
+        _open += 1
+        first = _open == 1
+    if first:
+        plugin_manager().register(_Counter(), "counter")
+    try:
+        yield
+    finally:
+        with _lock:
+            _open -= 1
+            last = _open == 0
+        if last:
+            plugin_manager().unregister("counter")
+
+
+def calls_of(counted: torch.nn.Module | Layer) -> Mapping[str, int] | None:
+    """Return how often what ran for a module, or for a decorated function; None if nobody ever counted."""
+    if _counts is None:
+        return None
+    with _lock:
+        return dict(_counts.get(counted, {}))
+
+
+class _Counter:
+    """Counts, as a plugin."""
+
+    @hookimpl
+    def kernels_wrap_forward(self, resolution: Resolution) -> Callable[[Forward], Forward] | None:
+        layer, origin = resolution.request.layer, resolution.origin
+        if layer is None:
+            return None
+
+        def decorate(forward: Forward) -> Forward:
+            @functools.wraps(forward)
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                who = layer if layer.is_function else args[0]
+                with _lock:
+                    if _counts is not None:
+                        _counts.setdefault(who, Counter())[origin] += 1
+                return forward(*args, **kwargs)
+
+            return counted
+
+        return decorate

@@ -1,0 +1,343 @@
+"""The classes of kernelized modules: what was chosen is their `forward`, and what would make it wrong is noticed.
+
+Nothing is stored on a module, so undoing is exact, and calls cost what an undecorated layer costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import types
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._C._functorch import peek_interpreter_stack
+
+from ..dispatch import adapted
+from ..errors import KernelizeError, KernelsWarning
+from ..guards.gradients import keeps_gradients, needs_proof, try_gradients
+from ..guards.quarantine import find_quarantined
+from ..layer import Layer
+from ..mode import Mode
+from ..plugins import plugin_manager
+from ..resolution import Resolution
+from ..resolver import Pins, choose
+from ..scope import Scope, listeners
+from .modules import own_device
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Run:
+    """One run of `kernelize`.
+
+    Attributes:
+        mode: What the model is kernelized for.
+        said: What was said already about models that came from this run.
+        token: Tells this run from others, also in a pickle.
+    """
+
+    mode: Mode
+    said: set[str] = field(default_factory=set)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def say(self, message: str) -> None:
+        """Say something about the model, once."""
+        if message not in self.said:
+            self.said.add(message)
+            warnings.warn(message, KernelsWarning, stacklevel=4)
+
+
+@dataclass(eq=False)
+class Frozen:
+    """What a frozen class is: `module.kernels_frozen` of a kernelized module.
+
+    Attributes:
+        original: The class before.
+        layer: What its forward is decorated as, None if it only calls decorated functions.
+        mode: What was chosen for.
+        device: Where it is to run.
+        resolution: The choice for its forward; None where there was none to make.
+        functions: The choices for the functions that it calls.
+    """
+
+    original: type[nn.Module]
+    layer: Layer | None
+    mode: Mode
+    device: torch.device
+    resolution: Resolution | None
+    functions: Mapping[Layer, Resolution]
+    run: Run = field(repr=False)
+    chosen: Forward = field(init=False, repr=False)
+
+    def notice_train(self, module: nn.Module, training: bool) -> None:
+        """Fall asleep when a model that was frozen for inference is to be trained, and wake up after."""
+        if Mode.INFERENCE not in self.mode:
+            return
+        if not training:
+            if isinstance(module.__dict__.get("forward"), types.MethodType):
+                del module.__dict__["forward"]
+        elif "forward" not in module.__dict__:
+            module.__dict__["forward"] = types.MethodType(self.original.forward, module)
+            self.run.say(
+                f"train() on a model that was kernelized for {self.mode}: what was chosen for inference rests until "
+                "eval(), and each call decides by itself. To freeze for training: kernelize(model, mode=Mode.TRAINING)."
+            )
+
+    def notice_move(self, module: nn.Module, device: torch.device) -> None:
+        """Thaw when the module was moved to another device."""
+        if device.type == "meta" or (device.type, device.index) == (self.device.type, self.device.index):
+            return
+        if device.type == self.device.type and None in (device.index, self.device.index):
+            return
+        swap([module], [original_class(module)])
+        self.run.say(
+            f"A model that was kernelized for {self.device} was moved to {device}: what was chosen is dropped, and "
+            "each call decides by itself. To freeze again: kernelize(model, mode=...)."
+        )
+
+
+def freeze_class(
+    original: type[nn.Module],
+    layer: Layer | None,
+    run: Run,
+    device: torch.device,
+    resolution: Resolution | None,
+    functions: Mapping[Layer, Resolution],
+) -> type[nn.Module]:
+    """Make the class of kernelized modules."""
+    frozen = Frozen(original, layer, run.mode, device, resolution, functions, run)
+    forward: Forward = original.forward
+    if layer is not None:
+        chosen = resolution.implementation if resolution is not None else None
+        forward = adapted(layer, chosen or layer.reference)
+    frozen.chosen = _pinned(forward, functions) if functions else forward
+    members: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "kernels_frozen": frozen,
+        "forward": frozen.chosen,
+        "train": _train,
+        "_apply": _apply,
+        "__reduce_ex__": _reduce,
+        "__copy__": lambda self: _copied(self, copy.copy),
+        "__deepcopy__": lambda self, memo: _copied(self, functools.partial(copy.deepcopy, memo=memo)),
+    }
+    cls: Any = cast(Any, type(original))(original.__name__, (original,), members)
+    _classes.add(cls)
+    _refresh(cls)
+    return cast("type[nn.Module]", cls)
+
+
+_classes: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()
+
+
+def _refresh(cls: Any) -> None:
+    """Give a class the forward that it is to have now: proven or not, in quarantine or not, wrapped or not."""
+    frozen: Frozen = cls.kernels_frozen
+    resolution, forward = frozen.resolution, frozen.chosen
+    if resolution is not None:
+        kernel = resolution.implementation
+        if kernel is not None and find_quarantined(resolution.request, kernel) is not None:
+            forward = frozen.original.forward  # decides by itself, and says why
+        else:
+            if kernel is not None and needs_proof(resolution):
+                forward = _until_proven(cls, frozen, forward, kernel)
+            if Mode.TORCH_COMPILE not in frozen.mode:
+                forward = plugin_manager().wrap_forward(resolution, forward)
+    if vars(cls)["forward"] is not forward:
+        cls.forward = forward
+
+
+def _refresh_all() -> None:
+    for cls in list(_classes):
+        _refresh(cls)
+
+
+listeners.append(_refresh_all)
+
+
+def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
+    """Let the functions that a forward calls be those that were chosen."""
+    scope = Scope(Pins(functions))
+
+    def tell() -> None:
+        """Run at trace time, outside of the graph."""
+        for layer, choice in functions.items():
+            found = choose(layer, choice.request.device, choice.request.mode | Mode.TORCH_COMPILE)
+            if found.implementation is not choice.implementation:
+                warnings.warn(
+                    f"Function {layer.qualname} was kernelized with {choice.origin}, but code that is compiled gets "
+                    f"what mappings say where it is traced: {found.origin}. Register the mapping for the process.",
+                    KernelsWarning,
+                    stacklevel=2,
+                )
+
+    tell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in the dispatcher
+
+    @functools.wraps(forward)
+    def pinned(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # which cannot open a scope inside of its graph
+            tell()
+            return forward(self, *args, **kwargs)
+        with scope:
+            return forward(self, *args, **kwargs)
+
+    pinned.__dict__.pop("kernels_layer", None)
+    return pinned
+
+
+def _until_proven(cls: Any, frozen: Frozen, forward: Forward, kernel: Forward) -> Forward:
+    """Look at recorded calls, and let the class have the forward itself once all gradients were seen to be kept."""
+    layer = cast(Layer, frozen.layer)
+
+    @functools.wraps(forward)
+    def unproven(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or peek_interpreter_stack() is not None:
+            return forward(self, *args, **kwargs)
+        bound = layer.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        values = tuple(bound.arguments.values())
+        if not keeps_gradients(layer, kernel):
+            output, kept = try_gradients(
+                layer,
+                kernel,
+                self,
+                values,
+                lambda f: (forward if f is kernel else f)(self, *args, **kwargs),
+                kernel=cast(Resolution, frozen.resolution).origin,
+            )
+            if keeps_gradients(layer, kernel):
+                _refresh(cls)
+            if kept is not False:
+                return output
+            # The mapping that it came from may count no more, so that what is decided now says nothing.
+            frozen.run.say(
+                f"Layer {layer.name!r} was kernelized with {cast(Resolution, frozen.resolution).origin}, which loses "
+                "gradients that the reference has: it is in quarantine, and each call decides by itself."
+            )
+            return frozen.original.forward(self, *args, **kwargs)
+        _refresh(cls)
+        return forward(self, *args, **kwargs)
+
+    return unproven
+
+
+def _train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """Set training mode, as ever, and notice it."""
+    frozen: Frozen = type(self).kernels_frozen  # type: ignore[attr-defined]
+    frozen.original.train(self, mode)
+    frozen.notice_train(self, mode)
+    return self
+
+
+def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+    """Change all tensors, as ever, and notice where they are now."""
+    frozen: Frozen = type(self).kernels_frozen  # type: ignore[attr-defined]
+    cast(Any, frozen.original)._apply(self, fn, *args, **kwargs)
+    device = own_device(self)
+    if device is None:
+        with contextlib.suppress(Exception):  # what cannot be done to an empty tensor is no move
+            device = fn(torch.empty(0, device=frozen.device)).device
+    if device is not None:
+        frozen.notice_move(self, device)
+    return self
+
+
+# --- Modules ---------------------------------------------------------------------------------------
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before it was kernelized."""
+    cls = type(module)
+    frozen = getattr(cls, "kernels_frozen", None)
+    if frozen is None:
+        return cls
+    if "kernels_frozen" not in vars(cls):
+        raise KernelizeError(
+            f"The class of a kernelized {frozen.original.__qualname__} was changed since, to {cls.__qualname__}: "
+            "undo that first, or kernelize after it (fully_shard, parametrize and the like)."
+        )
+    return cast("type[nn.Module]", frozen.original)
+
+
+def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> None:
+    """Give all modules their new classes, or none."""
+    before = [type(module) for module in modules]
+    asleep = {  # these rest on their original forward, as `notice_train` has it
+        index: modules[index].__dict__.pop("forward")
+        for index, cls in enumerate(before)
+        if hasattr(cls, "kernels_frozen") and "forward" in modules[index].__dict__
+    }
+    try:
+        for module, cls in zip(modules, classes, strict=True):
+            object.__setattr__(module, "__class__", cls)  # nn.Module's own takes a microsecond
+    except BaseException:
+        for index, cls in enumerate(before):
+            object.__setattr__(modules[index], "__class__", cls)
+        for index, forward in asleep.items():
+            modules[index].__dict__["forward"] = forward
+        raise
+
+
+# --- Copies and pickles --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _thawed(module: nn.Module) -> Iterator[None]:
+    """Show a module as one of its original class."""
+    cls = type(module)
+    object.__setattr__(module, "__class__", cls.kernels_frozen.original)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "__class__", cls)
+
+
+def _copied(module: nn.Module, copy_: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Copy a kernelized module: the copy is kernelized, too."""
+    with _thawed(module):
+        clone = copy_(module)
+    asleep = clone.__dict__.get("forward")
+    if isinstance(asleep, types.MethodType):
+        clone.__dict__["forward"] = types.MethodType(asleep.__func__, clone)
+    object.__setattr__(clone, "__class__", type(module))
+    return clone
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Pickle as a module of the original class: choices do not travel."""
+    frozen: Frozen = type(self).kernels_frozen  # type: ignore[attr-defined]
+    with _thawed(self):
+        reduced = self.__reduce_ex__(protocol)
+    if isinstance(reduced, str):
+        return reduced
+    make, arguments, *rest = reduced
+    if rest and isinstance(rest[0], dict):
+        rest[0] = {key: value for key, value in rest[0].items() if key != "forward"}
+    return (_restored, (make, arguments, frozen.run.token, f"{frozen.mode} on {frozen.device}"), *rest)
+
+
+_restored_tokens: set[str] = set()
+
+
+def _restored(make: Callable[..., nn.Module], arguments: tuple[Any, ...], token: str, kernelized: str) -> nn.Module:
+    """Make an unpickled module, and say once per kernelized model that it has to be kernelized again."""
+    if token not in _restored_tokens:
+        _restored_tokens.add(token)
+        warnings.warn(
+            f"This model was saved while kernelized for {kernelized}. Choices are not saved: each call decides by "
+            "itself, by the mappings that count here. To freeze again: kernelize(model, mode=...).",
+            KernelsWarning,
+            stacklevel=2,
+        )
+    return make(*arguments)

@@ -1,0 +1,372 @@
+"""Freeze the choices of a whole model, so that its calls decide nothing any more; and undo that."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..device import Device, as_torch_device
+from ..dispatch import dispatched_layer
+from ..environment import strict
+from ..errors import ArgumentError, ArgumentTypeError, KernelizeError, KernelsWarning
+from ..layer import Layer
+from ..mode import Mode, check_call_mode
+from ..resolution import Cause, Resolution
+from ..resolver import choose
+from .frozen import Run, freeze_class, original_class, swap
+from .modules import device_of, functions_of, locate, own_device, walk
+
+Model = TypeVar("Model", bound=nn.Module)
+Class = TypeVar("Class", bound=type[nn.Module])
+
+
+class KernelizeFallback(Flag):
+    """Where `kernelize` may keep the reference of a layer instead of raising.
+
+    Attributes:
+        NONE: Nowhere.
+        NO_LAYER: No kernel is offered for the layer name.
+        NO_DEVICE: None is offered for this type of device.
+        NO_COMPATIBLE_PROPERTIES: None is offered for a device with these properties.
+        NO_COMPATIBLE_MODE: None is offered for this mode, or what is offered cannot do what it needs.
+        CANNOT_LOAD: What is offered cannot be used: not allowed, not there, broken, or of another signature.
+        DEFAULT: In all of these cases but `CANNOT_LOAD`.
+        ALL: In all of them.
+
+    Example:
+        >>> KernelizeFallback.CANNOT_LOAD in KernelizeFallback.DEFAULT
+        False
+    """
+
+    NONE = 0
+    NO_LAYER = auto()
+    NO_DEVICE = auto()
+    NO_COMPATIBLE_PROPERTIES = auto()
+    NO_COMPATIBLE_MODE = auto()
+    CANNOT_LOAD = auto()
+    DEFAULT = NO_LAYER | NO_DEVICE | NO_COMPATIBLE_PROPERTIES | NO_COMPATIBLE_MODE
+    ALL = DEFAULT | CANNOT_LOAD
+
+
+_FALLBACKS = {
+    Cause.DEVICE: KernelizeFallback.NO_DEVICE,
+    Cause.PROPERTIES: KernelizeFallback.NO_COMPATIBLE_PROPERTIES,
+    Cause.MODE: KernelizeFallback.NO_COMPATIBLE_MODE,
+    Cause.LOAD: KernelizeFallback.CANNOT_LOAD,
+}
+_WANTS = {
+    KernelizeFallback.NO_LAYER: "no kernel is offered for this layer name",
+    KernelizeFallback.NO_DEVICE: "no kernel is offered for this device",
+    KernelizeFallback.NO_COMPATIBLE_PROPERTIES: "no kernel is offered for a device with these properties",
+    KernelizeFallback.NO_COMPATIBLE_MODE: "no kernel is offered for this mode",
+    KernelizeFallback.CANNOT_LOAD: "no kernel that is offered can be used",
+}
+
+
+def kernelize(
+    model: Model,
+    *,
+    mode: Mode,
+    device: str | torch.device | Device | None = None,
+    use_fallback: bool | KernelizeFallback = True,
+) -> Model:
+    """Choose now what serves each decorated layer of a model, and keep to it.
+
+    Without this, each call decides by itself, at the price of one look-up. A kernelized model keeps its
+    kernels when the scope is left in which it was kernelized, and no other model is changed.
+
+    Args:
+        model: The model, changed in place.
+        mode: What it will be used for: `Mode.INFERENCE` or `Mode.TRAINING`, alone or with
+            `Mode.TORCH_COMPILE`.
+        device: The device that it will run on, such as `"cuda"`; by default, that of each module's
+            own parameters.
+        use_fallback: Whether layers may keep their reference where nothing better is offered. `True`
+            stands for `KernelizeFallback.DEFAULT`, `False` for `KernelizeFallback.NONE`. Which layers
+            do, and why, is said in one warning.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArgumentError: If no call has that mode, PyTorch knows no such device, or the device cannot be
+            told from the model.
+        KernelizeError: If a layer would keep its reference where that is not allowed. Nothing is
+            changed then.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("Identity")
+        ... class Identity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> class FastIdentity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> model = nn.Sequential(Identity(), nn.Linear(2, 2))
+        >>> with use_kernel_mapping({"Identity": {"cpu": FastIdentity}}):
+        ...     model = kernelize(model, mode=Mode.INFERENCE)
+        >>> model[0].forward.__qualname__
+        'FastIdentity.forward'
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"kernelize takes an nn.Module, not {model!r}.")
+    check_call_mode(mode)
+    freeze = _Freeze(Run(mode), _flags(use_fallback))
+    given = as_torch_device(device) if device is not None else None
+    inferred = given or device_of(model)
+    if inferred is None:
+        raise ArgumentError(
+            "The device of the model cannot be told, for it has no parameters: say it with "
+            "kernelize(..., device='cuda')."
+        )
+    modules, classes = freeze.plan(model, inferred, given=given, exact=_names_index(device))
+    freeze.tell()
+    swap(modules, classes)
+    return model
+
+
+def unkernelize(model: Model) -> Model:
+    """Undo `kernelize`: each call decides by itself again.
+
+    Args:
+        model: The model, changed in place; modules that are not kernelized are left alone.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArgumentTypeError: If the model is not a module.
+        KernelizeError: If another library has changed the class of a kernelized module since. Nothing
+            is changed then.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("Identity")
+        ... class Identity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> class FastIdentity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> with use_kernel_mapping({"Identity": {"cpu": FastIdentity}}):
+        ...     model = kernelize(Identity(), mode=Mode.INFERENCE, device="cpu")
+        >>> type(model) is Identity, type(unkernelize(model)) is Identity
+        (False, True)
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"unkernelize takes an nn.Module, not {model!r}.")
+    modules = [module for module in walk(model) if hasattr(type(module), "kernels_frozen")]
+    swap(modules, [original_class(module) for module in modules])
+    return model
+
+
+def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], Class]:
+    """Tell `kernelize` which decorated functions the forward of a class calls.
+
+    Calls of a decorated function are dispatched with or without this; with it, `kernelize` freezes them
+    for this model, and for no other.
+
+    Args:
+        functions: Functions decorated with `use_kernel_forward_from_hub`.
+
+    Returns:
+        A decorator that changes the class in place.
+
+    Raises:
+        ArgumentError: If one is not decorated.
+        ArgumentTypeError: If applied to anything but an `nn.Module` class.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("double")
+        ... def double(x: torch.Tensor) -> torch.Tensor:
+        ...     return x + x
+        >>> @use_kernelized_func(double)
+        ... class Twice(nn.Module):
+        ...     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ...         return double(double(x))
+        >>> Twice()(torch.ones(1))
+        tensor([4.])
+    """
+    layers = []
+    for function in functions:
+        layer = dispatched_layer(function)
+        if layer is None or not layer.is_function:
+            name = getattr(function, "__name__", repr(function))
+            raise ArgumentError(f"{name} is not a decorated function: put @use_kernel_forward_from_hub('name') on it.")
+        layers.append(layer)
+
+    def decorate(cls: Class) -> Class:
+        if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+            raise ArgumentTypeError(f"@use_kernelized_func goes on an nn.Module class, not on {cls!r}.")
+        cls.kernels_functions = (*functions_of(cls), *layers)  # type: ignore[attr-defined]
+        return cls
+
+    return decorate
+
+
+# --- Choosing ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Freeze:
+    """One run of `kernelize`.
+
+    Attributes:
+        run: What frozen classes remember of it.
+        allowed: Where layers may keep their reference.
+        kept: Those that do although a kernel is offered, with the decision.
+    """
+
+    run: Run
+    allowed: KernelizeFallback
+    kept: dict[Layer, Resolution] = field(default_factory=dict)
+
+    def plan(
+        self, model: nn.Module, inferred: torch.device, *, given: torch.device | None, exact: bool
+    ) -> tuple[list[nn.Module], list[type[nn.Module]]]:
+        """Return modules, and the class that each is to have; raise where a reference must not be kept.
+
+        Args:
+            model: What is kernelized.
+            inferred: The device of modules that have none.
+            given: The device that the user said, if any.
+            exact: Whether that is one device, not a type of devices.
+        """
+        modules: list[nn.Module] = []  # two lists: ten thousand pairs would wake the garbage collector
+        classes: list[type[nn.Module]] = []
+        kinds: dict[type[nn.Module], _Kind | None] = {}
+        where: dict[int, torch.device] = {}
+        for module in walk(model):
+            cls = type(module)
+            try:
+                kind = kinds[cls]
+            except KeyError:
+                kind = kinds[cls] = _kind(module)
+            # A forward that somebody else put on the module, such as a hook of another library, stays.
+            if kind is None or ("forward" in module.__dict__ and not hasattr(cls, "kernels_frozen")):
+                continue
+            device = inferred
+            if not exact:
+                own = own_device(module)
+                if own is None:
+                    where = where or locate(model, inferred)
+                    own = where[id(module)]
+                if given is None or own.type == given.type:
+                    device = own
+            if device.type == "meta":
+                continue  # where it will run is not known yet
+            known = kind.frozen if kind.condition is None or kind.condition(module) else kind.unwanted
+            frozen = known.get(device)
+            if frozen is None:
+                frozen = known[device] = self._frozen(kind, device, wanted=known is kind.frozen)
+            modules.append(module)
+            classes.append(frozen)
+        return modules, classes
+
+    def _frozen(self, kind: _Kind, device: torch.device, *, wanted: bool) -> type[nn.Module]:
+        """Return the class for modules of a kind on a device."""
+        resolution = None
+        if kind.layer is not None and wanted:
+            resolution = self._choose(kind.layer, device)
+        pins = {layer: self._choose(layer, device) for layer in kind.functions}
+        return freeze_class(kind.original, kind.layer, self.run, device, resolution, pins)
+
+    def _choose(self, layer: Layer, device: torch.device) -> Resolution:
+        resolution = choose(layer, device, self.run.mode)
+        if not resolution.is_reference or resolution.note:
+            return resolution
+        want = _want(resolution)
+        if want not in self.allowed or not layer.use_fallback or (strict() and resolution.refusals):
+            rule = "use_fallback does not allow the reference there"
+            otherwise = f", or allow the reference with kernelize(..., use_fallback=KernelizeFallback.{want.name})"
+            if not layer.use_fallback:
+                rule, otherwise = "the layer was decorated with use_fallback=False", ""
+            elif want in self.allowed:
+                rule, otherwise = "KERNELS_STRICT is on", ", or unset KERNELS_STRICT"
+            raise KernelizeError(
+                f"{resolution.subject}: {_WANTS[want]}, and {rule}. The model was not changed.\n{_why(resolution)}"
+                f"Register a kernel that fits{otherwise}.",
+                request=resolution.request,
+                refusals=resolution.refusals,
+            )
+        if want is not KernelizeFallback.NO_LAYER:  # nobody offers anything, so nothing is other than it was asked for
+            self.kept[layer] = resolution
+        return resolution
+
+    def tell(self) -> None:
+        """Say which layers keep their reference, and why."""
+        if not self.kept:
+            return
+        lines = []
+        for layer, resolution in self.kept.items():
+            want = _WANTS[_want(resolution)]
+            lines.append(f"  {resolution.request.place} ({layer.qualname}): {want}\n{_why(resolution)}")
+        warnings.warn(
+            f"kernelize for {self.run.mode} keeps the reference of {len(lines)} layer{'s' * (len(lines) != 1)}:\n"
+            + "".join(lines).rstrip("\n"),
+            KernelsWarning,
+            stacklevel=3,
+        )
+
+
+def _names_index(device: object) -> bool:
+    """Whether the user said one device, such as `cuda:1`, or one of a kind that there is one of."""
+    if isinstance(device, torch.device):
+        return device.index is not None or device.type == "cpu"
+    return isinstance(device, str) and (":" in device or device == "cpu")
+
+
+def _flags(use_fallback: object) -> KernelizeFallback:
+    if isinstance(use_fallback, bool):
+        return KernelizeFallback.DEFAULT if use_fallback else KernelizeFallback.NONE
+    if isinstance(use_fallback, KernelizeFallback):
+        return use_fallback
+    raise ArgumentTypeError(f"use_fallback is True, False or a KernelizeFallback, not {use_fallback!r}.")
+
+
+def _want(resolution: Resolution) -> KernelizeFallback:
+    """What is missing: what came nearest to serving tells."""
+    causes = [refusal.cause for refusal in (*resolution.refusals, *resolution.misfits)]
+    return _FALLBACKS[max(causes, key=list(Cause).index)] if causes else KernelizeFallback.NO_LAYER
+
+
+def _why(resolution: Resolution) -> str:
+    return "".join(f"    {refusal}\n" for refusal in (*resolution.refusals, *resolution.misfits))
+
+
+# --- Modules -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Kind:
+    """What the modules of one class have in common.
+
+    Attributes:
+        original: The class, without what an earlier run made of it.
+        layer: What its forward is decorated as, if it is.
+        functions: Decorated functions that its forward is said to call.
+        condition: Decides per module whether kernels may serve it.
+        frozen: The classes of this run, per device.
+        unwanted: The same for modules whose condition is not met.
+    """
+
+    original: type[nn.Module]
+    layer: Layer | None
+    functions: Sequence[Layer]
+    condition: Callable[..., bool] | None
+    frozen: dict[torch.device, type[nn.Module]] = field(default_factory=dict)
+    unwanted: dict[torch.device, type[nn.Module]] = field(default_factory=dict)
+
+
+def _kind(module: nn.Module) -> _Kind | None:
+    """Return what there is to freeze about modules of this class, None if nothing."""
+    original = original_class(module)
+    layer, functions = dispatched_layer(original.forward), functions_of(original)
+    if layer is None and not functions:
+        return None
+    return _Kind(original, layer, functions, layer.condition if layer is not None else None)

@@ -1,0 +1,80 @@
+"""Walks over the modules of a model: where they are, and what they call."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from ..layer import Layer
+
+
+def walk(model: nn.Module) -> list[nn.Module]:
+    """Return each module once, in order; many times as quick as `modules()`, which makes names."""
+    found: dict[int, nn.Module] = {}
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            children = module._modules
+            if children:
+                stack.extend(reversed(children.values()))
+    return list(found.values())
+
+
+def paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return where each module is, in order: at several places if it is shared."""
+    found: dict[nn.Module, list[str]] = {}
+
+    def visit(module: nn.Module, path: str, around: tuple[nn.Module, ...]) -> None:
+        found.setdefault(module, []).append(path)
+        for name, child in module._modules.items():
+            if child is not None and child not in around:  # a child may hold what holds it
+                visit(child, f"{path}.{name}" if path else name, (*around, child))
+
+    visit(model, "", (model,))
+    return found
+
+
+def own_device(module: nn.Module) -> torch.device | None:
+    """Return the device of the module's first own parameter or buffer."""
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None:
+                return tensor.device
+    return None
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Return the device of the first parameter or buffer of a module, or of one inside it."""
+    return next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
+
+
+def locate(model: nn.Module, inferred: torch.device) -> dict[int, torch.device]:
+    """Return for each module, by id, where its first tensor is, or else where that of the module around it is."""
+    where: dict[int, torch.device] = {}
+    stack = [(model, inferred)]
+    while stack:
+        module, around = stack.pop()
+        if id(module) not in where:
+            here = own_device(module) or _first_below(module) or around
+            where[id(module)] = here
+            stack.extend((child, here) for child in module._modules.values() if child is not None)
+    return where
+
+
+def _first_below(module: nn.Module) -> torch.device | None:
+    for inner in walk(module):
+        device = own_device(inner)
+        if device is not None:
+            return device
+    return None
+
+
+def functions_of(cls: type[nn.Module]) -> Sequence[Layer]:
+    """Return the decorated functions that the forward of a class is said to call."""
+    return cast(Sequence[Layer], getattr(cls, "kernels_functions", ()))

@@ -1,0 +1,211 @@
+"""Verified bytes to a uniquely named module, to a layer.
+
+Python source is run from the bytes that were checked, not from whatever lies on disk a moment later,
+and byte code is neither read nor written. Extension modules, and files that a kernel opens itself, are
+read from disk, where they were checked just before. The module's name is unique per content, so that two
+revisions live side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
+from importlib.readers import FileReader
+from types import CodeType, ModuleType
+from typing import Any, cast
+
+from kernels_core import KernelLayer, LoadError
+
+from ..dependency import lend_kernels
+from ..errors import PackageError, UnknownError
+from ..shim import stand_in
+from .integrity import Variant
+
+_importing = threading.RLock()
+
+
+class _Source(InspectLoader):
+    """Runs one source file of a verified variant."""
+
+    def __init__(self, variant: Variant, path: str) -> None:
+        self._variant = variant
+        self._path = path
+        self.path = str(variant.folder / path)  # what a FileReader looks for
+
+    def get_filename(self, fullname: str) -> str:
+        return self.path
+
+    def get_resource_reader(self, fullname: str) -> FileReader:
+        return FileReader(cast(Any, self))
+
+    def is_package(self, fullname: str) -> bool:
+        return self._path.rpartition("/")[2] == "__init__.py"
+
+    def get_source(self, fullname: str) -> str:
+        return importlib.util.decode_source(self._variant.files[self._path])
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self._variant.files[self._path], self.get_filename(fullname))
+
+
+class _Folder(Loader):
+    """Stands for a folder of sources without `__init__.py`: there is nothing to run."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = f"{folder}/__init__.py"  # a FileReader looks in the folder of this
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+    def get_resource_reader(self, fullname: str) -> FileReader:
+        return FileReader(cast(Any, self))
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules of imported kernels among their verified files, and nothing else."""
+
+    def __init__(self) -> None:
+        self.roots: dict[str, tuple[Variant, str]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        root, _, rest = fullname.partition(".")
+        if root not in self.roots:
+            return None
+        variant, prefix = self.roots[root]
+        stem = prefix + rest.replace(".", "/")
+        package = f"{stem}/__init__.py" if rest else f"{stem}__init__.py"
+        for candidate in (package, f"{stem}.py") if rest else (package,):
+            if candidate in variant.files:
+                loader = _Source(variant, candidate)
+                return _spec(fullname, loader, str(variant.folder / candidate), loader.is_package(fullname))
+        for suffix in EXTENSION_SUFFIXES if rest else ():
+            if stem + suffix in variant.files:
+                file = str(variant.folder / (stem + suffix))
+                return _spec(fullname, ExtensionFileLoader(fullname, file), file, False)
+        folder = variant.folder / stem  # a folder of sources without __init__.py is a package, too
+        if rest and any(file.startswith(f"{stem}/") for file in variant.files):
+            spec = ModuleSpec(fullname, _Folder(str(folder)), is_package=True)
+            spec.submodule_search_locations = [str(folder)]
+            return spec
+        # The finders after this one would look on disk, and find what was not verified.
+        raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+
+def _spec(name: str, loader: Loader, file: str, is_package: bool) -> ModuleSpec:
+    spec = ModuleSpec(name, loader, origin=file, is_package=is_package)
+    spec.has_location = True
+    if is_package:
+        spec.submodule_search_locations = [os.path.dirname(file)]
+    return spec
+
+
+_finder = _Finder()
+
+
+def import_variant(variant: Variant, kernels: Mapping[str, ModuleType] | None = None) -> ModuleType:
+    """Import a verified variant under a name that is unique to its content, and to that of what it depends on.
+
+    Args:
+        variant: The build.
+        kernels: The kernels that it depends on, by repository: what `get_kernel_dep` gives it.
+
+    Raises:
+        LoadError: If it has no module, or its import fails; nothing is left in `sys.modules` then.
+    """
+    python_name = variant.metadata.name.python_name
+    name = f"kernel_{python_name}_{_fingerprint(variant, kernels or {})}"
+    with _importing:
+        if name in sys.modules and name in _finder.roots:
+            return sys.modules[name]
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)  # the usual finders read from disk, byte code first
+        inner = f"{python_name}/"
+        prefix = next((p for p in ("", inner) if f"{p}__init__.py" in variant.files), None)
+        if prefix is None:
+            raise LoadError(f"it has neither __init__.py nor {inner}__init__.py, so there is nothing to import")
+        # Large libraries are mapped from disk: keep their names, not their bytes.
+        sources = {path: content if path.endswith(".py") else b"" for path, content in variant.files.items()}
+        _finder.roots[name] = (replace(variant, files=sources), prefix)
+        try:
+            with lend_kernels(kernels or {}), stand_in() if kernels else nullcontext():
+                return importlib.import_module(name)
+        except BaseException as error:
+            del _finder.roots[name]
+            for loaded in list(sys.modules):  # another thread may import meanwhile
+                if loaded == name or loaded.startswith(f"{name}."):
+                    sys.modules.pop(loaded, None)
+            if not isinstance(error, Exception | SystemExit):
+                raise
+            kind = PackageError if isinstance(error, ImportError) else LoadError
+            raise kind(_import_problem(error, name)) from error
+
+
+def _fingerprint(variant: Variant, kernels: Mapping[str, ModuleType]) -> str:
+    if not kernels:
+        return variant.fingerprint[:16]
+    parts = [variant.fingerprint, *(f"{repo_id}={module.__name__}" for repo_id, module in sorted(kernels.items()))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _import_problem(error: BaseException, name: str) -> str:
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package not in ("", name):
+        return f"its import fails: {error}. If that is a package to install: pip install {package}"
+    if isinstance(error, SyntaxError):
+        return f"its import fails: {type(error).__name__} in {error.filename}, line {error.lineno}: {error.msg}"
+    return f"its import fails: {type(error).__name__}: {error}"
+
+
+def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
+    """Return the layer class or function that a kernel's `layers` holds.
+
+    Raises:
+        LoadError: If it has no `layers`, or none of that name; names those that exist.
+    """
+    try:
+        layers: Any = getattr(module, "layers", None)
+        layer = getattr(layers, layer_name, None)
+    except Exception as error:  # a kernel may import its layers when they are asked for
+        raise LoadError(_import_problem(error, module.__name__)) from error
+    if layers is None:
+        raise UnknownError("it defines no `layers`, so it offers nothing to dispatch to")
+    if layer is None:
+        members = getattr(layers, "__dict__", {})
+        offered = sorted(name for name, value in members.items() if _is_layer(name, value, layers))
+        raise UnknownError(f"its `layers` have no {layer_name!r}: there are {', '.join(offered) or 'none'}")
+    found: KernelLayer = layer
+    return found
+
+
+def find_function(module: ModuleType, name: str) -> KernelLayer:
+    """Return the function at the top of a kernel.
+
+    Raises:
+        LoadError: If it has none of that name; names those that exist.
+    """
+    found = getattr(module, name, None)
+    if not callable(found):
+        offered = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        raise UnknownError(f"it has no function {name!r}: there are {', '.join(offered) or 'none'}")
+    function: KernelLayer = found
+    return function
+
+
+def _is_layer(name: str, value: object, layers: object) -> bool:
+    """Whether to name it to the user: the kernel's own, not what its layers import."""
+    if not callable(value) or name.startswith("_"):
+        return False
+    if not isinstance(layers, ModuleType):
+        return True
+    return str(getattr(value, "__module__", "")).partition(".")[0] == layers.__name__.partition(".")[0]

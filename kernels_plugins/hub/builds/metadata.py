@@ -1,0 +1,308 @@
+"""What a build says about itself: `metadata.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from ..dependency import Dependency
+from ..errors import UnknownError
+
+METADATA = "metadata.json"
+SIGNATURE = "metadata.json.sigstore"
+
+_NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]")
+_REPO_ID = re.compile(r"[^/\s]+/[^/\s]+")
+_OBJECT_ID = re.compile(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
+
+
+class KernelName(str):
+    """The name of a kernel: lower-case letters, digits and dashes.
+
+    Example:
+        >>> KernelName("flash-attention").python_name
+        'flash_attention'
+    """
+
+    __slots__ = ()
+
+    @property
+    def python_name(self) -> str:
+        """The name as a Python identifier."""
+        return self.replace("-", "_")
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a build was made for.
+
+    Attributes:
+        backend_type: The kind of backend, such as `cuda`.
+        archs: The architectures that it has code for, such as `9.0a` or `gfx942`; None if it does not say.
+    """
+
+    backend_type: str
+    archs: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Digest:
+    """The hashes of a build's files.
+
+    Attributes:
+        algorithm: `sha256` or `sha512`.
+        files: Base64 of the hash per path relative to the variant.
+    """
+
+    algorithm: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class GitStatus:
+    """The state of a working tree.
+
+    Attributes:
+        commit: The commit that was checked out.
+        dirty: Whether there were changes that were not committed.
+    """
+
+    commit: str
+    dirty: bool
+
+
+@dataclass(frozen=True)
+class BuilderInfo:
+    """Who built a kernel.
+
+    Attributes:
+        version: Version of the builder.
+        git: State of its own sources; None if that is not known.
+    """
+
+    version: str
+    git: GitStatus | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a build was made from.
+
+    Attributes:
+        kernel_builder: The builder.
+        kernel: State of the kernel's sources; None if that is not known.
+    """
+
+    kernel_builder: BuilderInfo
+    kernel: GitStatus | None = None
+
+    @property
+    def dirty_sources(self) -> tuple[str, ...]:
+        """Which sources had changes that were not committed."""
+        trees = {"the kernel": self.kernel, "the builder": self.kernel_builder.git}
+        return tuple(name for name, git in trees.items() if git is not None and git.dirty)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether any of them had."""
+        return bool(self.dirty_sources)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a build of a kernel says about itself.
+
+    Attributes:
+        id: Identifies kernel, version and backend.
+        name: Name of the kernel.
+        version: Number of its version.
+        backend: What it was built for.
+        license: Name of its license; None if it does not say.
+        upstream: Where the kernel was first published.
+        source: Where the sources of this build are.
+        python_depends: Python packages that it imports, by the names that metadata uses.
+        kernel_depends: Kernels that it depends on.
+        kernels_minver: Level of the kernel interface that it asks for.
+        digest: Hashes of its files.
+        provenance: What it was built from.
+
+    Example:
+        >>> text = b'{"id": "_x", "name": "x1", "version": 1, "python-depends": [], "backend": {"type": "cpu"}}'
+        >>> Metadata.from_bytes(text).backend.backend_type
+        'cpu'
+    """
+
+    id: str
+    name: KernelName
+    version: int
+    backend: BackendInfo
+    license: str | None = None
+    upstream: str | None = None
+    source: str | None = None
+    python_depends: tuple[str, ...] = ()
+    kernel_depends: tuple[Dependency, ...] = ()
+    kernels_minver: Version | None = None
+    digest: Digest | None = None
+    provenance: Provenance | None = None
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Metadata:
+        """Read the content of a `metadata.json`.
+
+        Raises:
+            LoadError: If it is no JSON, or lacks what is needed; says what. It is a `ValueError`, too.
+        """
+        return parse_metadata(content)
+
+    @classmethod
+    def read_from_file(cls, metadata_path: str | PathLike[str]) -> Metadata:
+        """Read a `metadata.json`.
+
+        Raises:
+            LoadError: As for `from_bytes`; also if the file cannot be read.
+        """
+        try:
+            return parse_metadata(Path(metadata_path).read_bytes())
+        except OSError as error:
+            raise UnknownError(f"{metadata_path} cannot be read ({error}). Check the path.") from error
+
+
+def parse_metadata(content: bytes) -> Metadata:
+    """Read `metadata.json`.
+
+    Raises:
+        LoadError: If it is no JSON, or lacks what is needed; says what.
+
+    Example:
+        >>> parse_metadata(b'{"id": "x"}')
+        Traceback (most recent call last):
+        ...
+        kernels_plugins.hub.errors.UnknownError: metadata.json is incomplete: backend is missing. Rebuild the kernel.
+    """
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UnknownError(f"{METADATA} cannot be read ({error}). Rebuild the kernel.") from error
+    if not isinstance(data, dict):
+        raise UnknownError(f"{METADATA} holds {type(data).__name__}, not an object. Rebuild the kernel.")
+    backend = _field(data, "backend", dict)
+    name = _field(data, "name", str)
+    if not _NAME.fullmatch(name):
+        raise UnknownError(f"{METADATA}: {name!r} is no kernel name ({_NAME.pattern}). Rename the kernel.")
+    archs = _field(backend, "archs", list, where="backend.", optional=True)
+    return Metadata(
+        id=_field(data, "id", str),
+        name=KernelName(name),
+        version=_field(data, "version", int),
+        backend=BackendInfo(
+            _field(backend, "type", str, where="backend."),
+            None if archs is None else _strings(archs, "backend.archs"),
+        ),
+        license=_field(data, "license", str, optional=True),
+        upstream=_field(data, "upstream", str, optional=True),
+        source=_field(data, "source", str, optional=True),
+        python_depends=_strings(_field(data, "python-depends", list), "python-depends"),
+        kernel_depends=_kernels(_field(data, "kernel-depends", list, optional=True) or []),
+        kernels_minver=_minver(_field(data, "kernels-minver", str, optional=True)),
+        digest=_digest(_field(data, "digest", dict, optional=True)),
+        provenance=_provenance(_field(data, "provenance", dict, optional=True)),
+    )
+
+
+def _field(data: Mapping[str, Any], key: str, kind: type, *, where: str = "", optional: bool = False) -> Any:
+    value = data.get(key)
+    if value is None:
+        if optional:
+            return None
+        raise UnknownError(f"{METADATA} is incomplete: {where}{key} is missing. Rebuild the kernel.")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UnknownError(f"{METADATA}: {where}{key} is {value!r}, not {kind.__name__}. Rebuild the kernel.")
+    return value
+
+
+def _strings(values: list[Any], key: str) -> tuple[str, ...]:
+    if not all(isinstance(value, str) for value in values):
+        raise UnknownError(f"{METADATA}: {key} is {values!r}, not a list of names. Rebuild the kernel.")
+    return tuple(values)
+
+
+def _kernels(entries: list[Any]) -> tuple[Dependency, ...]:
+    found: dict[str, Dependency] = {}
+    for entry in entries:
+        dependency = _kernel(entry)
+        if dependency is None:
+            raise UnknownError(
+                f"{METADATA}: kernel-depends has {entry!r}, not a repo-id (owner/name) with either version (a whole "
+                "number) or revision. Rebuild the kernel."
+            )
+        if dependency.repo_id in found:
+            raise UnknownError(
+                f"{METADATA}: kernel-depends names {dependency.repo_id} twice, and get_kernel_dep could not tell the "
+                "two apart. Rebuild the kernel."
+            )
+        found[dependency.repo_id] = dependency
+    return tuple(found.values())
+
+
+def _kernel(entry: Any) -> Dependency | None:
+    if not isinstance(entry, dict) or entry.keys() - {"repo-id", "version", "revision"}:
+        return None
+    repo_id, version, revision = entry.get("repo-id"), entry.get("version"), entry.get("revision")
+    if not isinstance(repo_id, str) or not _REPO_ID.fullmatch(repo_id) or (version is None) == (revision is None):
+        return None
+    if version is not None and (type(version) is not int or version < 0):
+        return None
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        return None
+    return Dependency(repo_id, version, revision)
+
+
+def _minver(text: str | None) -> Version | None:
+    if text is None:
+        return None
+    try:
+        return Version(text)
+    except InvalidVersion as error:
+        raise UnknownError(f"{METADATA}: kernels-minver is {text!r}, not a version. Rebuild the kernel.") from error
+
+
+def _digest(digest: Mapping[str, Any] | None) -> Digest | None:
+    if digest is None:
+        return None
+    algorithm: str = _field(digest, "algorithm", str, where="digest.").lower()
+    if algorithm not in ("sha256", "sha512"):
+        raise UnknownError(f"{METADATA}: digest.algorithm is {algorithm!r}; sha256 and sha512 are known.")
+    files = _field(digest, "files", dict, where="digest.")
+    if not all(isinstance(value, str) for value in files.values()):
+        raise UnknownError(f"{METADATA}: digest.files does not map paths to digests. Rebuild the kernel.")
+    return Digest(algorithm, files)
+
+
+def _provenance(data: Mapping[str, Any] | None) -> Provenance | None:
+    if data is None:
+        return None
+    where = "provenance."
+    builder = _field(data, "kernel-builder", dict, where=where)
+    kernel = _field(data, "kernel", dict, where=where, optional=True)
+    known = builder.get("commit") is not None or builder.get("dirty") is not None
+    return Provenance(
+        BuilderInfo(
+            _field(builder, "version", str, where=f"{where}kernel-builder."),
+            _git(builder, f"{where}kernel-builder.") if known else None,
+        ),
+        None if kernel is None else _git(kernel, f"{where}kernel."),
+    )
+
+
+def _git(data: Mapping[str, Any], where: str) -> GitStatus:
+    commit, dirty = _field(data, "commit", str, where=where), _field(data, "dirty", bool, where=where)
+    if not _OBJECT_ID.fullmatch(commit):
+        raise UnknownError(f"{METADATA}: {where}commit is {commit!r}, no commit. Rebuild the kernel.")
+    return GitStatus(commit.lower(), dirty)

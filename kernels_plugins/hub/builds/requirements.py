@@ -1,0 +1,69 @@
+"""What a build requires of this process: a level of the kernel interface, Python packages, the right device."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable
+
+from packaging.version import Version
+
+from kernels_core import KernelsWarning
+
+from ..errors import UnsuitableError
+from .archs import find_mismatch
+from .metadata import Metadata
+from .packages import check_packages
+
+INTERFACE_LEVEL = Version("0.17")
+"""Level of the kernel interface that this package implements; `kernels-minver` is compared with it."""
+
+_saying = threading.Lock()
+_said: set[str] = set()
+
+
+def check_requirements(metadata: Metadata, backends: Iterable[str] = ()) -> None:
+    """Refuse a build that this process cannot import.
+
+    Args:
+        metadata: What the build says.
+        backends: Backends of this machine, beside that of the build: their packages may be needed, too.
+
+    Raises:
+        LoadError: If it asks for a newer interface, or for Python packages that are not installed.
+    """
+    minver = metadata.kernels_minver
+    if minver is not None and minver.release[:2] > INTERFACE_LEVEL.release[:2]:
+        raise UnsuitableError(
+            f"it asks for level {minver} of the kernel interface (kernels-minver), and kernels-core "
+            f"implements {INTERFACE_LEVEL}. Upgrade with: pip install --upgrade kernels-core"
+        )
+    check_packages(metadata.python_depends, (metadata.backend.backend_type, *backends))
+
+
+def check_device(metadata: Metadata) -> None:
+    """Refuse a build that has no code for the current device.
+
+    Raises:
+        LoadError: If that is so; it is a `RuntimeError`, too.
+    """
+    mismatch = find_mismatch(metadata.backend)
+    if mismatch is not None:
+        raise UnsuitableError(mismatch)
+
+
+def warn_dirty(metadata: Metadata, place: str) -> None:
+    """Say once of a build that it was made from sources that nobody committed."""
+    if metadata.provenance is None or not metadata.provenance.dirty:
+        return
+    with _saying:
+        if place in _said:
+            return
+        warnings.warn(
+            f"{place}: {metadata.name} was built while sources of {' and '.join(metadata.provenance.dirty_sources)} "
+            "had changes that were not committed (dirty): nobody can tell from its commit what it was built from. Ask "
+            "the publisher for a build from committed sources.",
+            KernelsWarning,
+            stacklevel=2,
+        )
+        _said.add(place)

@@ -1,0 +1,67 @@
+"""Repositories that say where their kernel is now: `kernel-status.toml` at the root of a revision."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UnknownError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+STATUS = "kernel-status.toml"
+LARGEST = 65536
+"""Bytes that such a file may have."""
+
+_REPO_ID = re.compile(r"[^/\s]+/[^/\s]+")
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """Where a kernel is now.
+
+    Attributes:
+        repo_id: The other repository.
+        revision: Branch, tag or commit there.
+    """
+
+    repo_id: str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        """Name repository and revision."""
+        return f"{self.repo_id} at {self.revision}"
+
+
+def parse_status(content: bytes) -> Redirect:
+    r"""Read a status file.
+
+    Raises:
+        LoadError: If it is malformed, or says something that is not known; says what.
+
+    Example:
+        >>> print(parse_status(b'kind = "redirect"\ndestination = "acme/silu"'))
+        acme/silu at main
+    """
+    try:
+        data: Any = tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise _malformed(f"it is no TOML ({error})") from error
+    kind = data.get("kind")
+    if kind != "redirect":
+        raise _malformed(f"its kind is {kind!r}, and 'redirect' is known" if "kind" in data else "it has no kind")
+    destination, revision = data.get("destination"), data.get("revision", "main")
+    if not isinstance(destination, str) or not _REPO_ID.fullmatch(destination):
+        raise _malformed(f"its destination is {destination!r}, not owner/name")
+    if not isinstance(revision, str) or not revision:
+        raise _malformed(f"its revision is {revision!r}, not a branch, tag or commit")
+    return Redirect(destination, revision)
+
+
+def _malformed(what: str) -> UnknownError:
+    return UnknownError(f"its {STATUS} cannot be followed: {what}. Tell its publisher, or name another revision")

@@ -1,0 +1,40 @@
+"""May this publisher's code run here? Asked before anything is fetched, remembered with the download."""
+
+from __future__ import annotations
+
+from ..errors import PublisherError
+from ..request import KernelRequest
+from .cache import Pin
+from .download import Client, notes
+
+
+def require_trust(request: KernelRequest, pin: Pin, client: Client) -> str:
+    """Return on what grounds the code of a repository may run.
+
+    What counts is the repository that finally serves it: a trusted name that was moved into an
+    untrusted organisation is not trusted.
+
+    Raises:
+        UntrustedError: If there are none; says how to allow it.
+        UnreachableError: If the Hub cannot be asked.
+    """
+    if request.trusts(pin.repo_id):
+        return "allowed by trust_remote_code"
+    known = notes(pin.repo_id)
+    record = known.record(pin.commit)
+    owner = pin.repo_id.partition("/")[0]
+    if record is not None and record.publisher_trusted:
+        return f"{owner} was a trusted publisher when it was downloaded"
+    allow = f"allow it with trust_remote_code=[{pin.repo_id!r}]"
+    if client.silence:
+        raise PublisherError(
+            f"whether {owner!r} is a trusted publisher cannot be asked while {client.silence} is set. Load it once "
+            f"online, or {allow}"
+        )
+    if client.is_trusted_publisher(owner):
+        known.trust(pin.commit)
+        return f"{owner} is a trusted publisher"
+    moved = "" if pin.repo_id == request.repo_id else f" ({request.repo_id!r} was moved to {pin.repo_id!r})"
+    raise PublisherError(
+        f"{owner!r} is not a trusted publisher{moved}, and its code would run in this process. If you trust it, {allow}"
+    )

@@ -1,0 +1,129 @@
+"""Locked kernels: a layer in one, as a plain frozen value, and the module of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+from ..kernel import load, locked_request
+from ..request import KernelRequest
+from ..source import KernelSource, _expect
+from .caller import find_caller, find_lock
+from .lockfile import Lock, read_lock
+
+
+@dataclass(frozen=True, repr=False)
+class LockedLayerRepository(KernelSource):
+    """A layer in a kernel repository that a project has locked: its lock says which commit.
+
+    The lock is read when this is made. Two that say the same are equal, wherever their locks lie.
+
+    Args:
+        repo_id: `owner/name` of the repository.
+        lockfile: The `kernels.lock`. By default, that of the package whose code makes this.
+        layer_name: Name of the layer class or function in the kernel's `layers`.
+        trust_remote_code: Whether code of a publisher that the Hub does not list as trusted may
+            run: True, or a sequence of the `owner/name` that may.
+
+    Raises:
+        ArgumentError: If there is no lock, it is malformed, or the kernel is not in it.
+        ArgumentTypeError: If an argument has the wrong type.
+
+    Example:
+        >>> LockedLayerRepository("acme/silu", layer_name="Silu", lockfile="nowhere/kernels.lock")
+        Traceback (most recent call last):
+        ...
+        kernels_core.errors.ArgumentError: There is no lock 'nowhere/kernels.lock': run `kernels-core lock nowhere`...
+    """
+
+    repo_id: str
+    lockfile: str | Path | None = field(default=None, kw_only=True, compare=False)
+    layer_name: str = field(kw_only=True)
+    trust_remote_code: bool | Sequence[str] = field(default=False, kw_only=True)
+    lock: Lock = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find and read the lock, and turn what would not hash into what does."""
+        _expect(self.repo_id, str, "repo_id")
+        _expect(self.layer_name, str, "layer_name")
+        object.__setattr__(self, "lock", _lock(self.lockfile))
+        request = self.kernel_request()
+        object.__setattr__(self, "trust_remote_code", request.trust_remote_code)
+
+    def kernel_request(self) -> KernelRequest:
+        """Return which kernel the layer is in."""
+        return locked_request(self.lock, self.repo_id, trust_remote_code=self.trust_remote_code)
+
+    def __repr__(self) -> str:
+        """Show what was said; asks nobody."""
+        place = f", lockfile={str(self.lockfile)!r}" if self.lockfile is not None else ""
+        trust = f", trust_remote_code={self.trust_remote_code!r}" if self.trust_remote_code else ""
+        return f"LockedLayerRepository({self.repo_id!r}{place}, layer_name={self.layer_name!r}{trust})"
+
+
+def get_locked_kernel(
+    repo_id: str,
+    *,
+    lockfile: str | Path | None,
+    trust_remote_code: bool | Sequence[str] = False,
+    user_agent: str | Mapping[str, str] | None = None,
+) -> ModuleType:
+    """Load the kernel that a project has locked; downloads what is not in the cache.
+
+    Args:
+        repo_id: `owner/name` of the repository.
+        lockfile: The `kernels.lock`; None for that of the package whose code calls.
+        trust_remote_code: Whether code of a publisher that the Hub does not list as trusted may
+            run: True, or a sequence of the `owner/name` that may.
+        user_agent: What to tell the Hub about the caller in each request, a text or a mapping.
+
+    Returns:
+        The module of the kernel.
+
+    Raises:
+        ArgumentError: If there is no lock, it is malformed, or the kernel is not in it.
+        IntegrityError: If a file is not the one that was locked; names it.
+        ResolutionError: If it cannot be loaded; names repository, commit, variant and what to do.
+
+    Example:
+        >>> get_locked_kernel("acme/silu", lockfile="nowhere/kernels.lock")
+        Traceback (most recent call last):
+        ...
+        kernels_core.errors.ArgumentError: There is no lock 'nowhere/kernels.lock': run `kernels-core lock nowhere`...
+    """
+    lock = _lock(lockfile)
+    return load(locked_request(lock, repo_id, trust_remote_code=trust_remote_code, user_agent=user_agent)).module
+
+
+def load_kernel(repo_id: str, *, lockfile: str | Path | None, backend: str | None = None) -> ModuleType:
+    """Load the kernel that a project has locked, from the cache alone.
+
+    Asks nothing of the Hub: what is not in the cache is an error. `kernels-core download` puts it there.
+
+    Args:
+        repo_id: `owner/name` of the repository.
+        lockfile: The `kernels.lock`; None for that of the package whose code calls.
+        backend: `cpu`, or the backend that torch was built for, which is the default.
+
+    Returns:
+        The module of the kernel.
+
+    Raises:
+        ArgumentError: If there is no lock, it is malformed, or the kernel is not in it.
+        IntegrityError: If a file is not the one that was locked; names it.
+        ResolutionError: If it cannot be loaded; names repository, commit, variant and what to do.
+
+    Example:
+        >>> load_kernel("acme/silu", lockfile="nowhere/kernels.lock")
+        Traceback (most recent call last):
+        ...
+        kernels_core.errors.ArgumentError: There is no lock 'nowhere/kernels.lock': run `kernels-core lock nowhere`...
+    """
+    lock = _lock(lockfile)
+    return load(locked_request(lock, repo_id, backend=backend, local_files_only=True)).module
+
+
+def _lock(lockfile: str | Path | None) -> Lock:
+    return find_lock(find_caller()) if lockfile is None else read_lock(lockfile)

@@ -1,0 +1,260 @@
+"""What a local Hub answers: the routes, the status codes and the headers of the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from kernels_plugins.local_hub.repositories import Commit, Repository, Shelf, git_blob_id
+
+_KINDS = {"kernels": "kernel", "models": "model", "datasets": "dataset", "spaces": "space"}
+Query = dict[str, list[str]]
+_DATE = "2025-01-01T00:00:00.000Z"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One HTTP answer, before any fault is applied to it."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class RefusedError(Exception):
+    """A request the Hub turns down, with the code and the message the client looks for."""
+
+    def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
+        """Keep the answer: the code and message travel as headers, the message also as JSON."""
+        super().__init__(message)
+        named = {"X-Error-Code": code, "X-Error-Message": message} if code else {"X-Error-Message": message}
+        named.update({name.replace("_", "-"): value for name, value in headers.items()})
+        self.answer = as_json({"error": message}, status, named)
+
+
+def as_json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    """Answer with `value` as JSON.
+
+    Example:
+        >>> as_json([]).body
+        b'[]'
+    """
+    kind = {"Content-Type": "application/json; charset=utf-8"}
+    return Answer(status, json.dumps(value).encode(), {**kind, **(headers or {})})
+
+
+@dataclass
+class Desk:
+    """Answers requests from a shelf of repositories; holds what the Hub knows beside them.
+
+    Example:
+        >>> Desk(Shelf()).answer("GET", "/api/organizations/acme/overview", {}, b"").status
+        404
+    """
+
+    shelf: Shelf
+    organizations: Mapping[str, bool] = field(default_factory=dict)
+    token: str = "hf_local_member"
+    stranger_token: str = "hf_local_stranger"
+    page_size: int = 1000
+    lfs_threshold: int | None = None
+
+    def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Answer one request; `target` is the request path as sent, `headers` have lower-case names."""
+        try:
+            return self._route(method, target, headers, body)
+        except RefusedError as refusal:
+            return refusal.answer
+
+    def _route(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        url = urlsplit(target)
+        query = parse_qs(body.decode() if method == "POST" else url.query)
+        user = self._user(headers)
+        # Segments are cut before they are decoded: a branch named a/b travels as a%2Fb.
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]
+        if parts == ["api", "whoami-v2"]:
+            return _whoami(user)
+        if parts == ["api", "agent-harnesses"]:  # newer clients ask once a day, unless telemetry is switched off
+            return as_json({"standardEnvVars": ["AI_AGENT", "AGENT"], "harnesses": {}})
+        if parts[:2] == ["api", "organizations"] and parts[3:] == ["overview"]:
+            return self._organization(parts[2])
+        if parts[0] == "api" and len(parts) >= 4 and parts[1] in _KINDS:
+            repository = self._repository(_KINDS[parts[1]], "/".join(parts[2:4]), target, user)
+            page = f"http://{headers.get('host', '')}{url.path}"
+            return self._api(repository, parts[4:], query, page)
+        kind = _KINDS.get(parts[0], "model")
+        parts = parts[1:] if parts[0] in _KINDS else parts
+        if len(parts) >= 5 and parts[2] == "resolve":
+            repository = self._repository(kind, "/".join(parts[:2]), target, user)
+            return self._file(repository, parts[3], "/".join(parts[4:]), headers, user)
+        raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
+
+    def _user(self, headers: Mapping[str, str]) -> str | None:
+        authorization = headers.get("authorization")
+        if authorization is None:
+            return None
+        names = {f"Bearer {self.token}": "member", f"Bearer {self.stranger_token}": "stranger"}
+        if authorization not in names:
+            raise RefusedError(401, "Invalid credentials in Authorization header")
+        return names[authorization]
+
+    def _organization(self, name: str) -> Answer:
+        if name not in self.organizations:
+            raise RefusedError(404, "This organization does not exist")
+        trusted = self.organizations[name]
+        overview = {"name": name, "fullname": name, "avatarUrl": "", "isVerified": trusted, "numUsers": 1}
+        return as_json({**overview, "trustedKernelPublisher": trusted})
+
+    def _repository(self, kind: str, repo_id: str, target: str, user: str | None) -> Repository:
+        repository = self.shelf.find(kind, repo_id)
+        new_id = None if repository else self.shelf.moved(kind, repo_id)
+        if new_id is not None:
+            location = target.replace(quote(repo_id), quote(new_id), 1)
+            raise RefusedError(307, f"Temporary Redirect. Redirecting to {location}", Location=location)
+        if repository is None or (repository.private and user != "member"):
+            if user is None:  # The real Hub does not tell a visitor what exists and what does not.
+                raise RefusedError(401, "Invalid username or password.", "RepoNotFound")
+            raise RefusedError(404, "Repository not found", "RepoNotFound")
+        if repository.disabled:
+            raise RefusedError(403, "Access to this resource is disabled.")
+        return repository
+
+    def _api(self, repository: Repository, rest: list[str], query: Query, page: str) -> Answer:
+        if rest == ["refs"]:
+            return as_json(_refs(repository))
+        verb, revision = [*rest, "main"][:2] if rest else ("revision", "main")
+        commit_id, commit = _revision(repository, revision)
+        if verb == "revision":
+            return as_json(self._info(repository, commit_id, commit, query))
+        if verb == "tree":
+            return self._tree(commit, "/".join(rest[2:]), revision, query, page)
+        if verb == "paths-info":
+            wanted = set(query.get("paths", []))
+            return as_json([entry for entry in self._entries(commit) if entry["path"] in wanted])
+        raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
+
+    def _info(self, repository: Repository, commit_id: str, commit: Commit, query: Query) -> dict[str, Any]:
+        info: dict[str, Any] = {
+            "_id": git_blob_id(repository.id.encode())[:24],
+            "id": repository.id,
+            "author": repository.id.split("/")[0],
+            "sha": commit_id,
+            "gated": "manual" if repository.gated else False,
+            "lastModified": _DATE,
+            "createdAt": _DATE,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+            "private": repository.private,
+            "disabled": repository.disabled,
+        }
+        if repository.repo_type != "kernel":  # Kernel repositories do not list their files here.
+            blobs = "blobs" in query
+            info["siblings"] = [self._sibling(path, commit, blobs) for path in sorted(commit.files)]
+        return info
+
+    def _sibling(self, path: str, commit: Commit, blobs: bool) -> dict[str, Any]:
+        entry = self._entry(path, commit.files[path])
+        if not blobs:
+            return {"rfilename": path}
+        sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
+        if "lfs" in entry:
+            lfs = entry["lfs"]
+            sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+        return sibling
+
+    def _tree(self, commit: Commit, folder: str, revision: str, query: Query, page: str) -> Answer:
+        if folder and folder not in commit.folders():
+            raise RefusedError(404, f'{folder} does not exist on "{revision}"', "EntryNotFound")
+        inside = f"{folder}/" if folder else ""
+        recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        entries = [entry for entry in self._entries(commit) if entry["path"].startswith(inside)]
+        if not recursive:
+            entries = [entry for entry in entries if "/" not in entry["path"][len(inside) :]]
+        start = int(query.get("cursor", ["0"])[0])
+        end = start + self.page_size
+        headers = {}
+        if end < len(entries):
+            headers["Link"] = f'<{page}?recursive={str(recursive).lower()}&cursor={end}>; rel="next"'
+        return as_json(entries[start:end], headers=headers)
+
+    def _entries(self, commit: Commit) -> list[dict[str, Any]]:
+        folders = [
+            {"type": "directory", "oid": git_blob_id(path.encode()), "size": 0, "path": path}
+            for path in commit.folders()
+        ]
+        files = [self._entry(path, data) for path, data in commit.files.items()]
+        return sorted([*folders, *files], key=lambda entry: str(entry["path"]))
+
+    def _entry(self, path: str, data: bytes) -> dict[str, Any]:
+        entry: dict[str, Any] = {"type": "file", "oid": git_blob_id(data), "size": len(data), "path": path}
+        if self._is_large(data):
+            sha256 = hashlib.sha256(data).hexdigest()
+            pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n"
+            entry["oid"] = git_blob_id(pointer.encode())
+            entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": len(pointer)}
+        return entry
+
+    def _is_large(self, data: bytes) -> bool:
+        return self.lfs_threshold is not None and len(data) >= self.lfs_threshold
+
+    def _file(
+        self, repository: Repository, revision: str, path: str, headers: Mapping[str, str], user: str | None
+    ) -> Answer:
+        if repository.gated and user != "member":
+            # As on the real Hub, what a gated repository is called and lists is public; its files are not.
+            status = 401 if user is None else 403
+            raise RefusedError(status, f"Access to {repository.id} is restricted.", "GatedRepo")
+        commit_id, commit = _revision(repository, revision)
+        if path not in commit.files:
+            raise RefusedError(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit_id)
+        data = commit.files[path]
+        named = {"X-Repo-Commit": commit_id, "Accept-Ranges": "bytes", "ETag": f'"{git_blob_id(data)}"'}
+        if self._is_large(data):
+            named["ETag"] = named["X-Linked-Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+            named["X-Linked-Size"] = str(len(data))
+        return _ranged(data, headers.get("range", ""), {"Content-Type": "application/octet-stream", **named})
+
+
+def _whoami(user: str | None) -> Answer:
+    if user is None:
+        raise RefusedError(401, "Invalid username or password.")
+    access = {"displayName": "local", "role": "read"}
+    auth = {"type": "access_token", "accessToken": access}
+    return as_json({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": auth})
+
+
+def _refs(repository: Repository) -> dict[str, list[dict[str, str]]]:
+    def listed(names: dict[str, str], kind: str) -> list[dict[str, str]]:
+        return [
+            {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit}
+            for name, commit in sorted(names.items())
+        ]
+
+    branches, tags = listed(repository.branches, "heads"), listed(repository.tags, "tags")
+    return {"branches": branches, "tags": tags, "converts": [], "pullRequests": []}
+
+
+def _revision(repository: Repository, revision: str) -> tuple[str, Commit]:
+    found = repository.find(revision)
+    if found is None:
+        raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+    return found
+
+
+def _ranged(data: bytes, wanted: str, headers: Mapping[str, str]) -> Answer:
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted)
+    if match is None or not any(match.groups()):
+        return Answer(200, data, headers)
+    first, last = match.groups()
+    start = int(first) if first else max(len(data) - int(last), 0)
+    end = min(int(last), len(data) - 1) if first and last else len(data) - 1
+    if start > end:
+        raise RefusedError(416, "Range Not Satisfiable", Content_Range=f"bytes */{len(data)}")
+    part = {**headers, "Content-Range": f"bytes {start}-{end}/{len(data)}"}
+    return Answer(206, data[start : end + 1], part)

@@ -1,0 +1,302 @@
+"""A Hugging Face Hub on this machine: real sockets, the real client, and faults on demand.
+
+    >>> from huggingface_hub import HfApi
+    >>> with LocalHub() as hub:
+    ...     repository = hub.add("acme/kernels", {"README.md": "hello"})
+    ...     HfApi(endpoint=hub.url).kernel_info("acme/kernels").sha == repository.head()
+    True
+
+The client reads `HF_ENDPOINT`, `HF_HOME` and the rest of its environment once, when it is imported. A
+process that is still to start is pointed here with `LocalHub.environment`. In a running one, either pass
+`endpoint=hub.url` and `cache_dir=...` (to `HfApi`, `snapshot_download`, `hf_hub_download`), or use the
+`local_hub` fixture of `kernels_plugins.hub.testing`, which replaces the values the client has read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kernels_plugins.local_hub.faults import Fault, Pattern, Request
+from kernels_plugins.local_hub.repositories import Repository, RepoType, Shelf, Tree
+from kernels_plugins.local_hub.routes import Answer, Desk, as_json
+
+__all__ = ["LocalHub", "Repository", "Request"]
+
+
+class LocalHub:
+    """A Hub that serves repositories added by call and the `<owner>/<name>` folders of a directory.
+
+    Attributes:
+        token: a token that may read everything.
+        stranger_token: a valid token that may read neither private repositories nor gated files.
+        page_size: the number of entries on one page of a tree.
+        lfs_threshold: the size in bytes from which files are served as large ones; None for never.
+
+    Example:
+        >>> with LocalHub() as hub:
+        ...     _ = hub.add("acme/kernels", {"build/torch-universal/__init__.py": ""})
+        ...     hub.fail("HEAD /kernels/acme", status=500)
+    """
+
+    def __init__(self, directory: Path | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Prepare a Hub; it listens from `start()`, or from entering it as a context manager."""
+        self.token, self.stranger_token = Desk.token, Desk.stranger_token
+        self.page_size, self.lfs_threshold = Desk.page_size, Desk.lfs_threshold
+        self._address = (host, port)
+        self._shelf = Shelf(None if directory is None else Path(directory))
+        self._organizations: dict[str, bool] = {}
+        self._faults: list[Fault] = []
+        self._log: list[Request] = []
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._server: _Server | None = None
+
+    def start(self) -> LocalHub:
+        """Listen, and answer requests in threads of their own."""
+        if self._server is not None:
+            raise RuntimeError("this Hub is already running")
+        self._stopping.clear()
+        self._server = _Server(self._address, self)
+        # Keep the port: a Hub that is stopped and started again is the same Hub to its clients.
+        self._address = (self._address[0], self._server.server_address[1])
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Close the port and every open connection; a Hub that does not run stays as it is."""
+        server, self._server = self._server, None
+        self._stopping.set()
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+            server.hang_up()
+
+    def __enter__(self) -> LocalHub:
+        """Start."""
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where the Hub listens, with no slash at the end."""
+        if self._address[1] == 0:
+            raise RuntimeError("a Hub has a url once it was started")
+        return f"http://{self._address[0]}:{self._address[1]}"
+
+    def add(
+        self,
+        repo_id: str,
+        files: Tree | Path,
+        *,
+        repo_type: RepoType = "kernel",
+        branch: str = "main",
+        private: bool = False,
+        gated: bool = False,
+        disabled: bool = False,
+    ) -> Repository:
+        """Create a repository with one commit; `files` maps paths to contents or is a folder to copy."""
+        repository = Repository(repo_id, repo_type, private, gated, disabled)
+        repository.commit(files, branch=branch)
+        self._shelf.add(repository)
+        return repository
+
+    def repository(self, repo_id: str, *, repo_type: RepoType = "kernel") -> Repository | None:
+        """Return a repository that was added or lies in the directory, or None."""
+        return self._shelf.find(repo_type, repo_id)
+
+    def organization(self, name: str, *, trusted: bool) -> None:
+        """Make an organisation known, as a trusted publisher of kernels or as any other."""
+        self._organizations[name] = trusted
+
+    def rename(self, old_id: str, new_id: str) -> None:
+        """Rename a repository; requests for the old id are redirected."""
+        self._shelf.rename(old_id, new_id)
+
+    def fail(
+        self,
+        match: Pattern,
+        *,
+        status: int | None = None,
+        truncate: int | None = None,
+        flip: int | None = None,
+        delay: float | None = None,
+        drop: bool = False,
+        body: bytes | str | None = None,
+        content_type: str | None = None,
+        headers: Mapping[str, str | None] | None = None,
+        times: int | None = 1,
+    ) -> None:
+        """Let the next `times` requests that match go wrong; None is for ever. See `Request.matches`.
+
+        Args:
+            match: a text, a regular expression or a function that picks the requests.
+            status: answer with this status and a JSON error.
+            truncate: promise the whole body and hang up after this many bytes of it.
+            flip: invert the byte at this offset of the body.
+            delay: wait this many seconds before answering.
+            drop: hang up without an answer.
+            body: answer with this, as an HTML page with status 200 unless told otherwise.
+            content_type: replaces the content type.
+            headers: headers to set, or, where the value is None, to leave out.
+            times: how many requests this happens to.
+        """
+        fault = Fault(match, status, truncate, flip, delay, drop, body, content_type, headers, times)
+        with self._lock:
+            self._faults.append(fault)
+
+    def heal(self) -> None:
+        """Forget all faults."""
+        with self._lock:
+            self._faults.clear()
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests answered so far, oldest first."""
+        with self._lock:
+            return list(self._log)
+
+    def forget(self) -> None:
+        """Empty the list of requests."""
+        with self._lock:
+            self._log.clear()
+
+    def count(self, pattern: Pattern | None = None) -> int:
+        """Count the requests that match, or all of them. See `Request.matches`."""
+        return sum(pattern is None or request.matches(pattern) for request in self.requests)
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Return the variables that point the client of a new process here, with its cache under `home`.
+
+        Every location is named, so that nothing inherited from this process's environment wins.
+
+        Example:
+            >>> with LocalHub() as hub:
+            ...     hub.environment(Path("/tmp/home"))["HF_HUB_CACHE"]
+            '/tmp/home/hub'
+        """
+        cache, direct = str(home / "hub"), f"{self._address[0]},127.0.0.1,localhost"
+        places = {"HF_HOME": str(home), "HF_HUB_CACHE": cache, "HUGGINGFACE_HUB_CACHE": cache}
+        places |= {"HF_ASSETS_CACHE": str(home / "assets"), "HF_XET_CACHE": str(home / "xet")}
+        places |= {"HF_ENDPOINT": self.url, "HF_TOKEN_PATH": str(home / "token")}
+        # The client takes an empty token for none at all.
+        nobody = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"), "")
+        quiet = ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")
+        switches = {f"HF_HUB_DISABLE_{name}": "1" for name in quiet}
+        switches |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+        return {**places, **nobody, **switches, "NO_PROXY": direct, "no_proxy": direct}
+
+    def _answer(self, request: Request, body: bytes) -> tuple[Answer | None, Fault | None]:
+        """Answer a request as its fault, if it has one, would have it; None is to hang up."""
+        desk = Desk(
+            self._shelf,
+            self._organizations,
+            self.token,
+            self.stranger_token,
+            self.page_size,
+            self.lfs_threshold,
+        )
+        answer: Answer | None = desk.answer(request.method, request.path, request.headers, body)
+        fault = self._take_fault(request)
+        if fault is not None and answer is not None:
+            self._stopping.wait(fault.delay or 0)
+            answer = None if fault.drop else fault.spoil(answer)
+        with self._lock:
+            # Noted before it is sent: a client that has its answer finds its request here.
+            self._log.append(replace(request, status=0 if answer is None else answer.status))
+        return answer, fault
+
+    def _take_fault(self, request: Request) -> Fault | None:
+        with self._lock:
+            fault = next((fault for fault in self._faults if fault.concerns(request)), None)
+            if fault is not None and fault.times is not None:
+                fault.times -= 1
+            return fault
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Reads requests off one connection and writes the answers of the Hub."""
+
+    protocol_version = "HTTP/1.1"
+    # Headers and body leave together: written apart, they wait for each other's acknowledgement.
+    wbufsize = -1
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def _reply(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        body = self.rfile.read(int(headers.get("content-length", 0)))
+        fault = None
+        try:
+            answer, fault = self.server.hub._answer(Request(self.command, self.path, headers), body)
+        except Exception:
+            # A mistake of ours, or of a test's own match function: the client shows it.
+            answer = as_json({"error": traceback.format_exc()}, 500)
+        if answer is None:
+            self.close_connection = True
+        else:
+            self._send(answer, None if fault is None else fault.truncate)
+
+    do_GET = do_HEAD = do_POST = _reply  # noqa: N815 (names that http.server looks for)
+
+    def _send(self, answer: Answer, truncate: int | None) -> None:
+        self.send_response(answer.status)
+        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body[:truncate])
+            self.close_connection = self.close_connection or truncate is not None
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing; the Hub keeps its own list of requests."""
+
+
+class _Server(ThreadingHTTPServer):
+    """Knows its open connections, so that it need not wait for clients to close them."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], hub: LocalHub) -> None:
+        super().__init__(address, _Handler)
+        self.hub = hub
+        self._connections: set[Any] = set()
+        self._lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        """Close all connections; the threads that read from them then end."""
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            with contextlib.suppress(OSError):  # The client, or our thread, closed it first.
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report an error to standard error, unless it is only that the client left."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
