@@ -142,6 +142,10 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         [
             "kernels_core.hookimpl",
             "kernels_core.strict",
+            "kernels_core.switch",
+            "kernels_core.setting",
+            "kernels_core.warn_once",
+            "kernels_core.WarnOnce",
             "kernels_core.held_back",
             "kernels_core.SavedTensors",
             "kernels_core.LayerRequest",

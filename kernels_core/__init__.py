@@ -7,7 +7,7 @@ forward itself, the *reference*, where there is none. `docs/` tells the rest.
 
 from .decorators import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
 from .device import CUDAProperties, Device, ROCMProperties, device_capability
-from .environment import strict
+from .environment import setting, strict, switch
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -50,6 +50,7 @@ from .resolution import (
 )
 from .resolver import decorated_layer, forget, resolve
 from .scope import Scope
+from .warning import WarnOnce, warn_once
 
 __version__ = "0.1.0"
 
@@ -94,6 +95,7 @@ __all__ = [
     "ScopeError",
     "UntrustedError",
     "VerificationError",
+    "WarnOnce",
     "__version__",
     "check_registered_mode",
     "count_calls",
@@ -110,9 +112,12 @@ __all__ = [
     "release",
     "replace_kernel_forward_from_hub",
     "resolve",
+    "setting",
     "source_label",
     "strict",
+    "switch",
     "unkernelize",
     "use_kernel_forward_from_hub",
     "use_kernelized_func",
+    "warn_once",
 ]

@@ -7,39 +7,54 @@ import os
 from .errors import ArgumentError
 
 _SWITCH = {
-    "1": True,
-    "true": True,
-    "yes": True,
-    "on": True,
-    "0": False,
-    "false": False,
-    "no": False,
-    "off": False,
+    "": False,
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "off"), False),
 }
 
 
+def setting(name: str) -> bool | str:
+    """Return whether an environment variable is on or off, or its text where that is neither.
+
+    `1`, `true`, `yes` and `on` are on; `0`, `false`, `no`, `off`, empty and unset are off; in any case.
+
+    Args:
+        name: The variable.
+
+    Example:
+        >>> setting("ACME_KERNELS_TUNING")
+        False
+    """
+    text = os.environ.get(name, "").strip()
+    return _SWITCH.get(text.lower(), text)
+
+
 def switch(name: str) -> bool:
-    """Return whether the environment variable `name` is switched on; unset or empty is off.
+    """Return whether an environment variable is on, by the words that `setting` knows.
+
+    Args:
+        name: The variable.
 
     Raises:
-        ArgumentError: If the value is neither yes nor no.
+        ArgumentError: If its text is neither on nor off.
+
+    Example:
+        >>> switch("ACME_KERNELS_TUNING")
+        False
     """
-    value = os.environ.get(name, "").strip()
-    if not value:
-        return False
-    try:
-        return _SWITCH[value.lower()]
-    except KeyError:
+    value = setting(name)
+    if isinstance(value, str):
         raise ArgumentError(
             f"{name}={value!r} is neither on nor off: set it to 1, true or yes, to 0, false or no, or unset it."
-        ) from None
+        )
+    return value
 
 
 def strict() -> bool:
     """Return whether `KERNELS_STRICT` asks for an error where a warning would do.
 
     Raises:
-        ArgumentError: If its value is neither yes nor no.
+        ArgumentError: If its text is neither on nor off.
 
     Example:
         >>> strict()
@@ -49,7 +64,7 @@ def strict() -> bool:
 
 
 def mapping_disabled() -> bool:
-    """Whether `DISABLE_KERNEL_MAPPING` asks for the reference everywhere."""
+    """Return whether `DISABLE_KERNEL_MAPPING` asks for the reference everywhere."""
     return switch("DISABLE_KERNEL_MAPPING")
 
 

@@ -23,6 +23,7 @@ import pytest
 
 from . import plugins, resolver, scope
 from .plugins import PluginManager
+from .warning import warn_once
 
 
 @dataclass
@@ -143,5 +144,6 @@ def hook_recorder(isolated_plugins: PluginManager) -> Iterator[HookRecorder]:
 def _start_anew() -> None:
     """Forget what was resolved, loaded and warned about, without resolving anything again."""
     scope.forget()
+    warn_once.forget()
     resolver._said.clear()
     resolver._loads = resolver._Loads()

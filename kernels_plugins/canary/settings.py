@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from typing import get_type_hints
 
-from kernels_core import ArgumentError, ArgumentTypeError
+from kernels_core import ArgumentError, ArgumentTypeError, setting
 
 ACTIONS = ("warn", "quarantine", "raise")
 VARIABLE = "KERNELS_CANARY"
@@ -53,11 +52,9 @@ def settings_of_environment() -> Settings | None:
     Raises:
         ArgumentError: If it cannot be understood.
     """
-    text = os.environ.get(VARIABLE, "").strip()
-    if not text or text.lower() in ("0", "false", "no", "off"):
-        return None
-    if text.lower() in ("1", "true", "yes", "on"):
-        return Settings()
+    text = setting(VARIABLE)
+    if isinstance(text, bool):
+        return Settings() if text else None
     hint = f"write {VARIABLE}='first=3,every=100,action=raise', any of them, or {VARIABLE}=1."
     kinds = get_type_hints(Settings)
     said: dict[str, int | str] = {}

@@ -7,7 +7,6 @@ import itertools
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from kernels_core import CanaryError, KernelsWarning, Layer, Resolution, held_back, quarantine
+from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, quarantine
 
 from ..oracle.comparison import Comparison, compare
 from ..oracle.quick_comparison import alike
@@ -32,14 +31,14 @@ _comparing: ContextVar[bool] = ContextVar("kernels_plugins_canary_comparing", de
 
 _lock = threading.Lock()
 _numbers: dict[tuple[int, str, str], Iterator[int]] = {}
-_said: set[tuple[int, str, str]] = set()
+_warn_once = WarnOnce()
 
 
 def start_over() -> None:
-    """Count calls from 1 again, and say what was said again."""
+    """Count calls from 1 again, and issue warnings again."""
     with _lock:
         _numbers.clear()
-        _said.clear()
+    _warn_once.forget()
 
 
 def watched(resolution: Resolution, forward: Forward, settings: Settings) -> Forward:
@@ -191,11 +190,7 @@ class _Watch:
 
     def _say(self, message: str) -> None:
         """Warn, once for each kernel, layer and device."""
-        with _lock:
-            if self.key in _said:
-                return
-            _said.add(self.key)
-        warnings.warn(f"Canary: {self.resolution.origin}: {message}", KernelsWarning, stacklevel=5)
+        _warn_once(f"Canary: {self.resolution.origin}: {message}", self.key, stacklevel=5)
 
     def _where(self, number: int, live: Call) -> str:
         """Name layer, path, device, dtypes and shapes of a call."""

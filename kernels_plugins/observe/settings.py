@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 
-from kernels_core import ArgumentError
+from kernels_core import ArgumentError, setting
 
 VARIABLE = "KERNELS_OBSERVE"
 NAMES = ("log", "ranges", "prometheus")
-_OFF = ("", "0", "false", "no", "off")
 
 
 def observed() -> tuple[str, ...]:
@@ -21,9 +20,9 @@ def observed() -> tuple[str, ...]:
         >>> observed()
         ()
     """
-    text = os.environ.get(VARIABLE, "").strip()
-    if text.lower() in _OFF:
+    if setting(VARIABLE) is False:
         return ()
+    text = os.environ[VARIABLE].strip()
     said = [word.strip() for word in text.split(",") if word.strip()]
     unknown = [word for word in dict.fromkeys(said) if word not in NAMES]
     if unknown:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels_core import ArgumentError, KernelsWarning, NoKernelError
-from kernels_core.environment import mapping_disabled, plugin_choice, strict, switch
+from kernels_core.environment import mapping_disabled, plugin_choice, setting, strict, switch
 from kernels_plugins.mapping import register_kernel_mapping, use_kernel_mapping
 
 Make = Callable[..., Any]
@@ -36,6 +36,14 @@ def test_bad_values_say_so(monkeypatch: pytest.MonkeyPatch, name: str, value: st
     monkeypatch.setenv(name, value)
     with pytest.raises(ArgumentError, match=f"{name}='{value}'.*1, true or yes"):
         switch(name)
+
+
+@pytest.mark.parametrize("value", [*ON, *OFF, *BAD, " Cached "])
+def test_settings_with_other_values(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    """The words for on and off are the same where other words are allowed, and these are returned as they are."""
+    if value is not None:
+        monkeypatch.setenv("ACME_TUNING", value)
+    assert setting("ACME_TUNING") == (True if value in ON else False if value in OFF else str(value).strip())
 
 
 @pytest.mark.parametrize("value", BAD[:2])

@@ -1,0 +1,88 @@
+"""Warnings that are issued once: in the process, or for an object that remembers its own."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Hashable
+
+from .errors import KernelsWarning
+
+_lock = threading.Lock()
+
+
+class WarnOnce:
+    """Issue each `KernelsWarning` once; also from several threads at the same time.
+
+    `warn_once` is the one that the whole process shares. An object whose warnings are its own, such as a plugin
+    manager, makes another and keeps it.
+
+    Example:
+        >>> warn = WarnOnce()
+        >>> with warnings.catch_warnings(record=True):
+        ...     warnings.simplefilter("always")
+        ...     warn("The kernel is slow."), warn("The kernel is slow.")
+        (True, False)
+    """
+
+    def __init__(self) -> None:
+        """Start with no warning issued."""
+        self._issued: set[Hashable] = set()
+
+    def __call__(
+        self,
+        message: str,
+        key: Hashable | None = None,
+        *,
+        stacklevel: int = 1,
+        logger: logging.Logger | None = None,
+    ) -> bool:
+        """Warn, unless a warning with that key was issued before.
+
+        Where warnings are errors, each attempt raises: a warning that raised was not issued.
+
+        Args:
+            message: The text of the warning.
+            key: Identifies the warning; by default the message, without the addresses of objects in it.
+            stacklevel: As in `warnings.warn`: 1 for the line that calls this, 2 for its caller.
+            logger: Log the message at level `WARNING` there instead.
+
+        Returns:
+            Whether it was issued now.
+
+        Raises:
+            KernelsWarning: If a filter of the module `warnings` turns it into an error.
+        """
+        if key is None:
+            key = re.sub(r" at 0x[0-9a-fA-F]+", "", message)  # two objects of a kind are not two things to report
+        with _lock:
+            if key in self._issued:
+                return False
+            self._issued.add(key)
+        try:  # without the lock: what shows warnings may be code of the user, which calls layers
+            if logger is not None:
+                logger.warning(message)
+            else:
+                warnings.warn(message, KernelsWarning, stacklevel=stacklevel + 1)
+        except BaseException:
+            self.forget(key)
+            raise
+        return True
+
+    def forget(self, key: Hashable | None = None) -> None:
+        """Issue warnings again that were issued before.
+
+        Args:
+            key: Of the one to issue again; None for all.
+        """
+        with _lock:
+            if key is None:
+                self._issued.clear()
+            else:
+                self._issued.discard(key)
+
+
+warn_once = WarnOnce()
+"""Issues each warning once per process."""
