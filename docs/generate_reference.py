@@ -73,6 +73,8 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         [
             "kernels_core.kernelize",
             "kernels_core.unkernelize",
+            "kernels_core.frozen_choice",
+            "kernels_core.FrozenChoice",
             "kernels_core.KernelizeFallback",
             "kernels_core.use_kernelized_func",
         ],
@@ -154,6 +156,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.LoadedLayer",
             "kernels_core.Layer",
             "kernels_core.decorated_layer",
+            "kernels_core.find_layer",
             "kernels_core.Scope",
             "kernels_core.plugin_manager",
             "kernels_core.PluginManager",

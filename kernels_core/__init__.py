@@ -31,9 +31,10 @@ from .errors import (
 from .guards.quarantine import Quarantined, quarantine, quarantined, release
 from .guards.saved_tensors import SavedTensors, held_back
 from .hookspecs import hookimpl
-from .layer import Layer
+from .layer import Layer, decorated_layer, find_layer, source_label
 from .mode import STAND_INS, Mode, check_registered_mode
 from .models.counting import count_calls
+from .models.frozen import FrozenChoice, frozen_choice
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow
 from .models.survey import receipt
@@ -46,9 +47,8 @@ from .resolution import (
     LoadedLayer,
     Refusal,
     Resolution,
-    source_label,
 )
-from .resolver import decorated_layer, forget, resolve
+from .resolver import forget, resolve
 from .scope import Scope
 from .warning import WarnOnce, warn_once
 
@@ -64,6 +64,7 @@ __all__ = [
     "Cause",
     "ContractError",
     "Device",
+    "FrozenChoice",
     "IntegrityError",
     "KernelLayer",
     "KernelizeError",
@@ -101,7 +102,9 @@ __all__ = [
     "count_calls",
     "decorated_layer",
     "device_capability",
+    "find_layer",
     "forget",
+    "frozen_choice",
     "held_back",
     "hookimpl",
     "kernelize",

@@ -35,7 +35,7 @@ from rich.text import Text
 
 from . import __version__, hookspecs
 from .errors import ArgumentError, KernelsError, KernelsWarning, PluginError, RequirementError
-from .layer import Layer
+from .layer import find_layer
 from .mode import Mode
 from .models.survey import receipt
 from .plugins import ENTRY_POINT_GROUP, plugin_manager
@@ -382,8 +382,8 @@ def made(place: str, what: str = "model") -> Any:
         Identity()
     """
     found = imported(place)
-    is_decorated = isinstance(getattr(found, "kernels_layer", None), Layer)  # a function; of a class, its forward is
-    if isinstance(found, torch.nn.Module) or is_decorated or not callable(found):
+    layer = find_layer(found)
+    if isinstance(found, torch.nn.Module) or (layer is not None and layer.is_function) or not callable(found):
         return found
     try:
         with printing_aside():

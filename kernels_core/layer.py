@@ -1,13 +1,18 @@
-"""What was decorated: a layer name, a reference forward, and its signature."""
+"""`Layer`: a decorated class or function, its layer name, its reference forward and its signature."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import itertools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+
+from .errors import ArgumentTypeError
 
 _numbers = itertools.count()
 
@@ -45,6 +50,53 @@ class Layer:
     def __repr__(self) -> str:
         """Show name and place."""
         return f"<Layer {self.name!r} at {self.qualname}>"
+
+
+def find_layer(decorated: object) -> Layer | None:
+    """Return the `Layer` of a module, class or function, also of a kernelized module; None if it is not decorated.
+
+    Example:
+        >>> find_layer(torch.nn.Linear) is None
+        True
+    """
+    if isinstance(decorated, torch.nn.Module):
+        decorated = type(decorated)
+    if isinstance(decorated, type) and issubclass(decorated, torch.nn.Module):
+        decorated = decorated if hasattr(decorated, "kernels_layer") else decorated.forward
+    layer = getattr(decorated, "kernels_layer", None)
+    return layer if isinstance(layer, Layer) else None
+
+
+def decorated_layer(decorated: object) -> Layer:
+    """Return the `Layer` of a module, class or function, also of a kernelized module.
+
+    Raises:
+        ArgumentTypeError: If it is not decorated.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("double")
+        ... def double(x):
+        ...     return x + x
+        >>> decorated_layer(double).name
+        'double'
+    """
+    layer = find_layer(decorated)
+    if layer is None:
+        raise ArgumentTypeError(
+            f"{source_label(decorated)} is not decorated: put @use_kernel_forward_from_hub(layer_name) on it, "
+            "or call replace_kernel_forward_from_hub(cls, layer_name). A subclass with a forward of its own "
+            "runs that forward, and needs its own decorator."
+        )
+    return layer
+
+
+def source_label(source: object) -> str:
+    """Name a source in one line: a class or function by its place, anything else by its repr."""
+    if isinstance(source, type | types.FunctionType | types.BuiltinFunctionType):
+        return f"{source.__module__}.{source.__qualname__}"
+    if type(source).__repr__ is object.__repr__:  # an address would make each object a new text
+        return f"<{type(source).__module__}.{type(source).__qualname__} object>"
+    return repr(source)
 
 
 def call_signature(function: Callable[..., Any], *, drop_self: bool) -> inspect.Signature:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -10,7 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from .layer import Layer
+from .layer import Layer, source_label
 from .mode import Mode
 
 Tier = Literal["scope", "user", "plugin"]
@@ -188,15 +187,6 @@ class Resolution:
         return "\n".join(lines)
 
     __str__ = explain
-
-
-def source_label(source: object) -> str:
-    """Name a source in one line: a class or function by its place, anything else by its repr."""
-    if isinstance(source, type | types.FunctionType | types.BuiltinFunctionType):
-        return f"{source.__module__}.{source.__qualname__}"
-    if type(source).__repr__ is object.__repr__:  # an address would make each object a new story
-        return f"<{type(source).__module__}.{type(source).__qualname__} object>"
-    return repr(source)
 
 
 def attribute(layer: KernelLayer, name: str, default: bool) -> bool:

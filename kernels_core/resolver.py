@@ -22,7 +22,6 @@ from .contract import BOUND, check_contract, check_mode
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
 from .errors import (
-    ArgumentTypeError,
     ContractError,
     KernelsWarning,
     LoadError,
@@ -32,7 +31,7 @@ from .errors import (
 )
 from .guards.quarantine import Quarantined, find_quarantined, on_change
 from .hookspecs import hookimpl
-from .layer import Layer
+from .layer import Layer, decorated_layer, source_label
 from .mode import Mode, check_call_mode
 from .plugins import plugin_manager
 from .resolution import (
@@ -44,7 +43,6 @@ from .resolution import (
     LoadedLayer,
     Refusal,
     Resolution,
-    source_label,
 )
 from .scope import Frame
 
@@ -53,7 +51,7 @@ _saying = threading.RLock()
 
 
 def resolve(
-    layer_or_name: str | torch.nn.Module | type[torch.nn.Module] | Callable[..., Any],
+    layer_or_name: str | Layer | torch.nn.Module | type[torch.nn.Module] | Callable[..., Any],
     *,
     device: torch.device | Device | str,
     mode: Mode,
@@ -63,7 +61,7 @@ def resolve(
     May download and import kernels, as the first call would.
 
     Args:
-        layer_or_name: A layer name, or something decorated: module, class or function.
+        layer_or_name: A layer name, a `Layer`, or something decorated: module, class or function.
         device: Device of the call, such as `"cuda:1"`; without an index, the current device.
         mode: `Mode.INFERENCE` or `Mode.TRAINING`, alone or with `Mode.TORCH_COMPILE`.
 
@@ -78,7 +76,9 @@ def resolve(
         >>> resolve("no such layer", device="cpu", mode=Mode.INFERENCE).origin
         'reference'
     """
-    layer = None if isinstance(layer_or_name, str) else decorated_layer(layer_or_name)
+    layer = layer_or_name if isinstance(layer_or_name, Layer) else None
+    if layer is None and not isinstance(layer_or_name, str):
+        layer = decorated_layer(layer_or_name)
     where = as_torch_device(device)
     request = LayerRequest(
         layer_name=layer.name if layer else str(layer_or_name),
@@ -92,28 +92,6 @@ def resolve(
         return Resolution(request, note="asked while a layer is being resolved")
     with _alone():
         return _ask(request)
-
-
-def decorated_layer(decorated: object) -> Layer:
-    """Return the `Layer` behind a decorated module, class or function.
-
-    Raises:
-        ArgumentTypeError: If it is not decorated.
-    """
-    forward = (
-        decorated.forward
-        if isinstance(decorated, torch.nn.Module)
-        or (isinstance(decorated, type) and issubclass(decorated, torch.nn.Module))
-        else decorated
-    )
-    layer = getattr(forward, "kernels_layer", None)
-    if isinstance(layer, Layer):
-        return layer
-    raise ArgumentTypeError(
-        f"{source_label(decorated)} is not decorated: put @use_kernel_forward_from_hub(layer_name) on it, "
-        "or call replace_kernel_forward_from_hub(cls, layer_name). A subclass with a forward of its own "
-        "runs that forward, and needs its own decorator."
-    )
 
 
 @contextlib.contextmanager

@@ -57,16 +57,16 @@ class Run:
 
 
 @dataclass(eq=False)
-class Frozen:
-    """What a frozen class is: `module.kernels_frozen` of a kernelized module.
+class FrozenChoice:
+    """The choice that `kernelize` made for modules of one class on one device.
 
     Attributes:
-        original: The class before.
-        layer: What its forward is decorated as, None if it only calls decorated functions.
-        mode: What was chosen for.
-        device: Where it is to run.
-        resolution: The choice for its forward; None where there was none to make.
-        functions: The choices for the functions that it calls.
+        original: The class that the modules had before.
+        layer: The layer of its forward, None if the class only calls decorated functions.
+        mode: The mode that the model was kernelized for.
+        device: The device that the modules are to run on.
+        resolution: The decision for the forward; None if the layer has none, or its condition is not met.
+        functions: The decisions for the decorated functions that the forward calls.
     """
 
     original: type[nn.Module]
@@ -77,6 +77,10 @@ class Frozen:
     functions: Mapping[Layer, Resolution]
     run: Run = field(repr=False)
     chosen: Forward = field(init=False, repr=False)
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether calls of a module run the choice: not while it trains after `train()`, nor in quarantine."""
+        return "forward" not in module.__dict__ and type(module).forward is not self.original.forward
 
     def notice_train(self, module: nn.Module, training: bool) -> None:
         """Fall asleep when a model that was frozen for inference is to be trained, and wake up after."""
@@ -114,7 +118,7 @@ def freeze_class(
     functions: Mapping[Layer, Resolution],
 ) -> type[nn.Module]:
     """Make the class of kernelized modules."""
-    frozen = Frozen(original, layer, run.mode, device, resolution, functions, run)
+    frozen = FrozenChoice(original, layer, run.mode, device, resolution, functions, run)
     forward: Forward = original.forward
     if layer is not None:
         chosen = resolution.implementation if resolution is not None else None
@@ -125,6 +129,7 @@ def freeze_class(
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "kernels_frozen": frozen,
+        "kernels_layer": layer,
         "forward": frozen.chosen,
         "train": _train,
         "_apply": _apply,
@@ -143,7 +148,7 @@ _classes: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()
 
 def _refresh(cls: Any) -> None:
     """Give a class the forward that it is to have now: proven or not, in quarantine or not, wrapped or not."""
-    frozen: Frozen = cls.kernels_frozen
+    frozen: FrozenChoice = cls.kernels_frozen
     resolution, forward = frozen.resolution, frozen.chosen
     if resolution is not None:
         kernel = resolution.implementation
@@ -196,7 +201,7 @@ def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
     return pinned
 
 
-def _until_proven(cls: Any, frozen: Frozen, forward: Forward, kernel: Forward) -> Forward:
+def _until_proven(cls: Any, frozen: FrozenChoice, forward: Forward, kernel: Forward) -> Forward:
     """Look at recorded calls, and let the class have the forward itself once all gradients were seen to be kept."""
     layer = cast(Layer, frozen.layer)
 
@@ -234,7 +239,7 @@ def _until_proven(cls: Any, frozen: Frozen, forward: Forward, kernel: Forward) -
 
 def _train(self: nn.Module, mode: bool = True) -> nn.Module:
     """Set training mode, as ever, and notice it."""
-    frozen: Frozen = type(self).kernels_frozen  # type: ignore[attr-defined]
+    frozen: FrozenChoice = type(self).kernels_frozen  # type: ignore[attr-defined]
     frozen.original.train(self, mode)
     frozen.notice_train(self, mode)
     return self
@@ -242,7 +247,7 @@ def _train(self: nn.Module, mode: bool = True) -> nn.Module:
 
 def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
     """Change all tensors, as ever, and notice where they are now."""
-    frozen: Frozen = type(self).kernels_frozen  # type: ignore[attr-defined]
+    frozen: FrozenChoice = type(self).kernels_frozen  # type: ignore[attr-defined]
     cast(Any, frozen.original)._apply(self, fn, *args, **kwargs)
     device = own_device(self)
     if device is None:
@@ -256,10 +261,25 @@ def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: A
 # --- Modules ---------------------------------------------------------------------------------------
 
 
+def frozen_choice(module: nn.Module) -> FrozenChoice | None:
+    """Return the choice that `kernelize` made for a module; None if it is not kernelized.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("Identity")
+        ... class Identity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> choice = frozen_choice(kernelize(Identity(), mode=Mode.INFERENCE, device="cpu"))
+        >>> choice.original.__name__, choice.layer.name, choice.resolution.origin
+        ('Identity', 'Identity', 'reference')
+    """
+    return getattr(type(module), "kernels_frozen", None)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module had before it was kernelized."""
     cls = type(module)
-    frozen = getattr(cls, "kernels_frozen", None)
+    frozen = frozen_choice(module)
     if frozen is None:
         return cls
     if "kernels_frozen" not in vars(cls):
@@ -267,7 +287,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
             f"The class of a kernelized {frozen.original.__qualname__} was changed since, to {cls.__qualname__}: "
             "undo that first, or kernelize after it (fully_shard, parametrize and the like)."
         )
-    return cast("type[nn.Module]", frozen.original)
+    return frozen.original
 
 
 def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> None:
@@ -316,7 +336,7 @@ def _copied(module: nn.Module, copy_: Callable[[nn.Module], nn.Module]) -> nn.Mo
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Pickle as a module of the original class: choices do not travel."""
-    frozen: Frozen = type(self).kernels_frozen  # type: ignore[attr-defined]
+    frozen: FrozenChoice = type(self).kernels_frozen  # type: ignore[attr-defined]
     with _thawed(self):
         reduced = self.__reduce_ex__(protocol)
     if isinstance(reduced, str):

@@ -19,7 +19,7 @@ from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..resolution import Cause, Resolution
 from ..resolver import choose
-from .frozen import Run, freeze_class, original_class, swap
+from .frozen import Run, freeze_class, frozen_choice, original_class, swap
 from .modules import device_of, functions_of, locate, own_device, walk
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -160,7 +160,7 @@ def unkernelize(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"unkernelize takes an nn.Module, not {model!r}.")
-    modules = [module for module in walk(model) if hasattr(type(module), "kernels_frozen")]
+    modules = [module for module in walk(model) if frozen_choice(module) is not None]
     swap(modules, [original_class(module) for module in modules])
     return model
 
@@ -248,7 +248,7 @@ class _Freeze:
             except KeyError:
                 kind = kinds[cls] = _kind(module)
             # A forward that somebody else put on the module, such as a hook of another library, stays.
-            if kind is None or ("forward" in module.__dict__ and not hasattr(cls, "kernels_frozen")):
+            if kind is None or ("forward" in module.__dict__ and frozen_choice(module) is None):
                 continue
             device = inferred
             if not exact:

@@ -16,7 +16,7 @@ from ..mode import Mode, check_call_mode
 from ..resolution import Resolution
 from ..resolver import peek
 from .counting import calls_of
-from .frozen import Frozen
+from .frozen import frozen_choice
 from .modules import device_of, functions_of, locate, paths
 from .receipt import Receipt, ReceiptRow
 
@@ -81,10 +81,10 @@ def _rows(
     places: Sequence[str], module: nn.Module, decide: Callable[[Layer, nn.Module], Resolution]
 ) -> Iterator[ReceiptRow]:
     """Yield what serves one module, and the functions that it calls."""
-    frozen: Frozen | None = getattr(type(module), "kernels_frozen", None)
+    frozen = frozen_choice(module)
     original = type(module) if frozen is None else frozen.original
-    if "forward" in module.__dict__ or type(module).forward is original.forward:
-        frozen = None  # it rests, or what was chosen is in quarantine
+    if frozen is not None and not frozen.serves(module):
+        frozen = None
     layer = dispatched_layer(original.forward)
     if layer is not None:
         resolution = frozen.resolution if frozen is not None else None

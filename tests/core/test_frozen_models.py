@@ -20,7 +20,11 @@ from kernels_core import (
     KernelizeFallback,
     KernelsWarning,
     Mode,
+    decorated_layer,
+    find_layer,
+    frozen_choice,
     kernelize,
+    resolve,
     unkernelize,
     use_kernel_forward_from_hub,
     use_kernelized_func,
@@ -255,3 +259,20 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception]) -> Non
         kernelize(Scale(), mode="inference")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="is not a decorated function"):
         use_kernelized_func(len)
+
+
+def test_the_choice_of_a_kernelized_module_is_public(make_layer: Make, make_kernel: Make) -> None:
+    """`frozen_choice` and `find_layer` answer for kernelized, plain, suspended and undecorated modules alike."""
+    cls, kernel = make_layer(), make_kernel(10)
+    assert frozen_choice(cls()) is None and find_layer(cls()) is find_layer(cls) is decorated_layer(cls)
+    with use_kernel_mapping({"Add": {"cpu": kernel}}):
+        model = kernelize(cls(), mode=Mode.INFERENCE, device="cpu")
+    choice = frozen_choice(model)
+    assert choice is not None and choice.original is cls and choice.resolution is not None
+    assert choice.resolution.implementation is kernel.forward
+    assert choice.serves(model) and not choice.serves(model.train())
+    assert find_layer(model) is choice.layer is decorated_layer(model) is decorated_layer(cls)
+    assert resolve(model, device="cpu", mode=Mode.INFERENCE).request.layer is choice.layer
+    assert resolve(decorated_layer(cls), device="cpu", mode=Mode.INFERENCE).request.layer is choice.layer
+    for other in (nn.Linear, nn.Linear(1, 1), 3, None, len):
+        assert find_layer(other) is None
