@@ -6,7 +6,7 @@ attribute of this layer and device from it, and calls what it finds (here on a C
 
 ```
 def forward(self, x, eps=1e-6):
-    if seen is seen_by_dynamo or compiler._is_compiling_flag:
+    if traced_by_dynamo or compiling:
         return traced(self, (x, eps))(self, x, eps)
     try:
         kernel = active_frame().layer7_cpu
@@ -33,9 +33,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
-from torch.fx.proxy import TraceError
 
 from .environment import mapping_disabled
 from .errors import NoKernelError
@@ -48,6 +45,16 @@ from .plugins import plugin_manager
 from .resolution import Resolution
 from .resolver import decide, must_raise, no_kernel, peek, ready, settle
 from .scope import PATIENCE, Frame, Table, active_frame, publish, republish, resolving, root, withdraw
+from .torch_internals import (
+    EXPRESSION_NAMES,
+    FORWARD_LEVEL,
+    IS_TRACED,
+    TraceError,
+    constant_result,
+    current_transform,
+    not_traced,
+    on_cuda_start,
+)
 
 Forward = Callable[..., Any]
 
@@ -80,8 +87,8 @@ class _Hardware:
 
 
 _hardware = _Hardware()
-if _ACCELERATOR == "cuda":
-    cast(Any, torch.cuda)._lazy_call(_hardware.count)
+if _ACCELERATOR == "cuda" and not on_cuda_start(_hardware.count):
+    _hardware.accelerators = _MAX_SHORT_INDEX  # right for any number, one question slower
 
 
 _ABSENT = (AttributeError, IndexError, TraceError)
@@ -94,23 +101,6 @@ def _untraced(function: Forward, *, reason: str) -> Forward:
     known = "reason" in inspect.signature(disable).parameters
     return cast(Forward, disable(function, reason=reason) if known else disable(function))
 
-
-def _seen() -> None:
-    """Is itself, but for Dynamo."""
-
-
-def _seen_by_dynamo() -> None:
-    """Stands for `_seen` in what Dynamo traces."""
-
-
-_seen._torchdynamo_inline = _seen_by_dynamo  # type: ignore[attr-defined]
-
-_IS_TRACED_BY_DYNAMO = (
-    "_kernels_seen is _kernels_seen_by_dynamo"  # half the time of the call; not with 2.11, and not tried with others
-    if torch.__version__.startswith("2.13.")
-    else "_kernels_is_dynamo_compiling()"
-)
-"""Source of what Dynamo takes for true when it traces, and nobody else ever does."""
 
 EAGER_MODES = (Mode.INFERENCE, Mode.TRAINING)
 TRACED_MODES = (Mode.INFERENCE | Mode.TORCH_COMPILE, Mode.TRAINING | Mode.TORCH_COMPILE)
@@ -229,9 +219,7 @@ class _Dispatcher:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             raise NoKernelError(error)
 
-        # What torch.compiler.disable does; that one would import Dynamo, which takes a second.
-        refuse.__dict__.update(_torchdynamo_disable=True, _torchdynamo_disable_msg=error)
-        return refuse
+        return not_traced(refuse, reason=error)
 
     # --- Traced calls ---------------------------------------------------------------------------
 
@@ -239,15 +227,13 @@ class _Dispatcher:
         """Return the function that a forward calls while it is traced, by Dynamo or by `torch.export`."""
         reference, refusing = self.layer.reference, self._refusing()
 
+        @constant_result
         def table(kind: str, index: int | None) -> str:
             """Run at trace time, outside of the graph: name the property that Dynamo is to read."""
             device = torch.device(kind, index) if index is not None else torch.device(kind)
             ready()  # or finding plugins makes the first answer one that is not kept, and guards ask again
             resolve = functools.partial(self._settle, TRACED_MODES, device)
             return self._table(f"{self._name(device)}_traced", resolve)
-
-        # What torch.compiler.assume_constant_result does; that one would import Dynamo, which takes a second.
-        table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
         def traced(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
             device = find_device(module, values)
@@ -308,7 +294,7 @@ class _Dispatcher:
             if keeps_gradients(self.layer, kernel):
                 republish(self._inner(unproven), self._inner(kernel))
                 return call(kernel)
-            if peek_interpreter_stack() is not None:
+            if current_transform() is not None:
                 return call(kernel)
             output, kept = try_gradients(self.layer, kernel, module, values, call, kernel=origin)
             if keeps_gradients(self.layer, kernel):
@@ -354,7 +340,7 @@ class _Dispatcher:
         if self._source.first is not None and self._source.first.isidentifier():  # quickly told, mostly
             records = f"(_kernels_getattr({self._source.first}, 'requires_grad', False) is True or {records})"
         lines = [
-            f"_records = _kernels_grad() and {records} or _kernels_forward_ad._current_level >= 0",
+            f"_records = _kernels_grad() and {records} or {FORWARD_LEVEL} >= 0",
             f"_name = {training!r} if _records else {inference!r}",
             f"return {found}({self._source.inner_call if modes is EAGER_MODES else self._source.call})",
         ]
@@ -399,7 +385,7 @@ class _Dispatcher:
             body = ["try:", *(f"    {line}" for line in short), "except _kernels_absent:", f"    _kernel = {cold}"]
         lines = [
             *self._condition(),
-            f"if {_IS_TRACED_BY_DYNAMO} or _kernels_compiler._is_compiling_flag:",
+            f"if {IS_TRACED}:",
             f"    return _kernels_traced({self._source.module}, {self._source.values})({self._source.call})",
             *body,
             "try:",  # which costs nothing from Python 3.11 on
@@ -473,13 +459,9 @@ class _Dispatcher:
             "_kernels_reference": self.layer.reference,
             "_kernels_condition": self.layer.condition,
             "_kernels_frame": active_frame,
-            "_kernels_is_dynamo_compiling": torch.compiler.is_dynamo_compiling,
-            "_kernels_seen": _seen,
-            "_kernels_seen_by_dynamo": _seen_by_dynamo,
-            "_kernels_compiler": torch.compiler,
             "_kernels_grad": torch.is_grad_enabled,
-            "_kernels_forward_ad": forward_ad,  # which no_grad does not switch off
             "_kernels_records": records_autograd,
+            **EXPRESSION_NAMES,
             **names,
         }
         file = _file(self.layer, function)

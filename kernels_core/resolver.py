@@ -45,6 +45,7 @@ from .resolution import (
     Resolution,
 )
 from .scope import Frame
+from .torch_internals import no_dispatch_modes, no_torch_function
 
 _said: set[str] = set()
 _saying = threading.RLock()
@@ -455,13 +456,9 @@ def _identity(source: object) -> object:
 
 def _outside_of_tracing() -> contextlib.AbstractContextManager[object]:
     """Leave modes such as that of `torch.export`, so that kernels can make real tensors when imported."""
-    import torch.utils._python_dispatch as dispatch
-
     stack = contextlib.ExitStack()
-    stack.enter_context(torch._C.DisableTorchFunction())  # such as that of `with torch.device(...)`
-    leave = getattr(dispatch, "_disable_current_modes", None)
-    if leave is not None:
-        stack.enter_context(leave())
+    stack.enter_context(no_torch_function())
+    stack.enter_context(no_dispatch_modes())
     return stack
 
 

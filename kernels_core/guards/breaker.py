@@ -11,18 +11,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import CheckpointError, _StopRecomputationError
+from torch.utils.checkpoint import CheckpointError
 
 from ..environment import strict
 from ..errors import KernelsError, KernelsWarning
 from ..resolution import Resolution
+from ..torch_internals import dispatch_mode_count, tree_leaves, tree_map, version
 from .quarantine import quarantine
 
 Forward = Callable[..., Any]
 
-_NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError, CheckpointError, _StopRecomputationError)
+_NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError)
 """What is not the kernel's fault, or not for us to judge."""
 
 
@@ -63,7 +62,7 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
 
     def judge(*args: Any, **kwargs: Any) -> Any:
         try:
-            taken, named = (args, kwargs) if safe else pytree.tree_map(_copied, (args, kwargs))
+            taken, named = (args, kwargs) if safe else tree_map(_copied, (args, kwargs))
             output = layer.reference(*taken, **named)
         except Exception:
             raise error from None
@@ -91,9 +90,14 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
 
 def _is_blamable(error: Exception, values: Iterable[Any]) -> bool:
     """Whether an error can be the fault of a kernel: not while somebody traces, nor if the device is lost."""
-    if isinstance(error, _NEVER) or _is_sticky(error) or _get_current_dispatch_mode_stack():
+    if isinstance(error, _NEVER) or _is_of_checkpointing(error) or _is_sticky(error) or dispatch_mode_count():
         return False
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(values))
+
+
+def _is_of_checkpointing(error: Exception) -> bool:
+    """Whether an error is one of activation checkpointing, which also stops a recomputation by raising."""
+    return type(error).__module__ == CheckpointError.__module__
 
 
 def _raised(kernel: Forward, error: Exception) -> bool:
@@ -114,7 +118,7 @@ def _is_sticky(error: Exception) -> bool:
 
 def _may_be_changed(values: list[Any]) -> bool:
     """Whether a tensor among the arguments was ever changed in place, or anything among them does not count that."""
-    if any(tensor.is_inference() or tensor._version > 0 for tensor in _tensors(values)):
+    if any(version(tensor) != 0 for tensor in _tensors(values)):
         return True
     return not all(isinstance(item, _CONSTANT) for value in values for item in _inside(value))
 
@@ -131,7 +135,7 @@ def _inside(value: Any) -> Iterable[Any]:
 def _tensors(values: Iterable[Any]) -> Iterable[Any]:
     """Tensors among the arguments, and what stands for them while somebody traces."""
     kinds = (torch.Tensor, torch.fx.Proxy)
-    return (leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, kinds))
+    return (leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, kinds))
 
 
 def _copied(leaf: Any) -> Any:

@@ -8,7 +8,6 @@ the output, where the reference has one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import warnings
@@ -18,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import KernelsWarning
 from ..layer import Layer
 from ..mode import Mode
 from ..resolution import Resolution
+from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, tree_leaves, tree_map, version
 from .quarantine import quarantine
 from .saved_tensors import held_back
 
@@ -46,9 +45,6 @@ _seen: weakref.WeakKeyDictionary[Forward, dict[int, _Seen]] = weakref.WeakKeyDic
 
 _proven: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
 """Layers, by number, for which it was seen to keep the gradients of everything that requires them."""
-
-_DYNAMO_SEES_ATTRIBUTES = torch.__version__ >= "2.13"
-"""Whether Dynamo can go through the attributes of a module; 2.11 cannot."""
 
 _MAX_NODES = 100_000
 """How far a graph is searched: one that is larger belongs to more than a layer."""
@@ -80,7 +76,7 @@ def _has_trainable(module: torch.nn.Module) -> bool:
     if not torch.compiler.is_dynamo_compiling():
         if _has_trainable_attribute(module):
             return True
-    elif _DYNAMO_SEES_ATTRIBUTES:
+    elif DYNAMO_LISTS_ATTRIBUTES:
         for tensor in module.__dict__.values():
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 return True
@@ -155,14 +151,14 @@ def try_gradients(
         if seen.calls >= _PATIENCE:
             _proven.setdefault(implementation, set()).add(layer.number)
         return call(implementation), True
-    touched = [leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
+    touched = [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
     touched += [*module.parameters(), *module.buffers()] if module is not None else []
-    versions = [_version(tensor) for tensor in touched]
+    versions = [version(tensor) for tensor in touched]
     random_states = _random_states(touched)
     with held_back() as saved:
         output = call(implementation)
-    untouched = -1 not in versions and versions == [_version(tensor) for tensor in touched]
-    untouched = untouched and not any(isinstance(leaf, Iterator) for leaf in pytree.tree_leaves(list(values)))
+    untouched = -1 not in versions and versions == [version(tensor) for tensor in touched]
+    untouched = untouched and not any(isinstance(leaf, Iterator) for leaf in tree_leaves(list(values)))
     missing = _unreached(sources, output)
     if missing:
         without = _missing_in_reference(layer, module, missing, sources, call)
@@ -242,10 +238,10 @@ def _missing_in_reference(
         return copy.clone() if copy.requires_grad else copy  # a leaf must not be changed in place
 
     def on_copies(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map(copied, (args, kwargs))
+        args, kwargs = tree_map(copied, (args, kwargs))
         return layer.reference(*args, **kwargs)
 
-    buffers = [(b, b.clone(), _version(b)) for b in module.buffers()] if module is not None else []
+    buffers = [(b, b.clone(), version(b)) for b in module.buffers()] if module is not None else []
     random_states = _random_states(sources.values())
     try:
         with held_back():
@@ -262,8 +258,8 @@ def _missing_in_reference(
         for set_state, state in random_states:
             set_state(state)
         with torch.no_grad():
-            for buffer, before, version in buffers:
-                if version != _version(buffer) or version < 0:  # autograd may have saved one that did not change
+            for buffer, before, count in buffers:
+                if count != version(buffer) or count < 0:  # autograd may have saved one that did not change
                     buffer.copy_(before)
     return _unreached({name: copies.get(id(sources[name]), sources[name]) for name in missing}, expected)
 
@@ -282,7 +278,7 @@ def _random_states(tensors: Iterable[torch.Tensor]) -> list[tuple[Callable[[torc
 
 def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
     """Return the names of the sources from which no path leads to the output."""
-    outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     if not outputs:  # hidden in an object that nobody can look into
         return []
     leaves: dict[int, set[str]] = {}  # a tensor may be given twice
@@ -309,10 +305,3 @@ def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
             seen.add(node)
             stack += [edge for edge in node.next_functions if edge[0] is not None]
     return [name for name in sources if name in waiting] if len(seen) < _MAX_NODES else []
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count that."""
-    with contextlib.suppress(RuntimeError):
-        return tensor._version
-    return -1

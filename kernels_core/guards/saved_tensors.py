@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from ..torch_internals import Hooks, saved_tensors_hooks
 
 
 class SavedTensors:
     """What autograd has saved of a run, out of sight of the hooks around, such as those of activation checkpointing."""
 
-    def __init__(self, hooks: tuple[Callable[..., Any], Callable[..., Any]] | None) -> None:
+    def __init__(self, hooks: Hooks | None) -> None:
         """Stand between autograd and the hooks around, if there are any."""
         self._hooks = hooks
         self._packed: list[list[Any]] = []
@@ -53,8 +55,7 @@ def held_back() -> Iterator[SavedTensors]:
         >>> len(seen)
         1
     """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = top(False) if top is not None else None
+    hooks = saved_tensors_hooks()
     saved = SavedTensors(hooks)
     if hooks is None:
         yield saved

@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._C._functorch import peek_interpreter_stack
 
 from ..dispatch import adapted
 from ..errors import KernelizeError, KernelsWarning
@@ -30,6 +29,7 @@ from ..plugins import plugin_manager
 from ..resolution import Resolution
 from ..resolver import Pins, choose
 from ..scope import Scope, listeners
+from ..torch_internals import constant_result, current_transform
 from .modules import own_device
 
 Forward = Callable[..., Any]
@@ -175,6 +175,7 @@ def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
     """Let the functions that a forward calls be those that were chosen."""
     scope = Scope(Pins(functions))
 
+    @constant_result
     def tell() -> None:
         """Run at trace time, outside of the graph."""
         for layer, choice in functions.items():
@@ -186,8 +187,6 @@ def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
                     KernelsWarning,
                     stacklevel=2,
                 )
-
-    tell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in the dispatcher
 
     @functools.wraps(forward)
     def pinned(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +206,7 @@ def _until_proven(cls: Any, frozen: FrozenChoice, forward: Forward, kernel: Forw
 
     @functools.wraps(forward)
     def unproven(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or current_transform() is not None:
             return forward(self, *args, **kwargs)
         bound = layer.signature.bind(*args, **kwargs)
         bound.apply_defaults()

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
+
+from kernels_core.torch_internals import current_transform, in_forward_ad
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 """For each type of device that counts: whether autocast is on, and its dtype."""
@@ -49,7 +49,7 @@ def under(autocast: Autocast) -> Iterator[None]:
 
 def is_transformed() -> bool:
     """Whether calls are transformed by `torch.func`, or derived forward: autograd does not show that on tensors."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return current_transform() is not None or in_forward_ad()
 
 
 def is_capturing(tensors: Iterable[torch.Tensor]) -> bool:

@@ -23,6 +23,14 @@ import torch
 from torch import nn
 
 from kernels_core import KernelsWarning, Layer, Mode, NoKernelError, Quarantined, quarantine, quarantined, strict
+from kernels_core.torch_internals import (
+    constant_result,
+    destroy_library,
+    dispatch_mode_count,
+    fake_copies,
+    forget_operators,
+    not_traced_inside,
+)
 
 from .ambient import (
     Autocast,
@@ -139,7 +147,7 @@ class Operator:
         learn_names(work.kernel, work.layer.reference)
         self.target = self._register()
 
-    def _register(self) -> torch._ops.OpOverload:
+    def _register(self) -> Callable[..., list[torch.Tensor]]:
         """Register forward and backward, which refer to this object weakly, or it would never go."""
         me = weakref.ref(self)
 
@@ -158,7 +166,7 @@ class Operator:
             (self.name, lambda *a: alive()._forward(*a), lambda *a: alive()._shape(*a)),
             (backward, lambda *a: alive()._backward(*a), lambda *a: _shape_of_gradients(*a)),
         ):
-            library.impl(name, _untraced(real), "CompositeExplicitAutograd")
+            library.impl(name, not_traced_inside(real), "CompositeExplicitAutograd")
             torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
         namespace = getattr(torch.ops, _NAMESPACE)
         gradients = getattr(namespace, backward).default
@@ -187,12 +195,12 @@ class Operator:
         register(f"{_NAMESPACE}::{backward}", derive_nothing, setup_context=save_nothing, lib=library)
         # PyTorch keeps what it has seen of an operator so far: what graphs get is another object, which holds the
         # kernel as long as one of them does, and is held by nobody else.
-        _forget(namespace, self.name)
+        forget_operators(namespace, self.name)
         target = getattr(namespace, self.name).default
         target.kernels_operator = self
-        _forget(namespace, self.name, backward)
+        forget_operators(namespace, self.name, backward)
         weakref.finalize(self, _withdraw, library, namespace, self.name, backward).atexit = False
-        return cast(torch._ops.OpOverload, target)
+        return cast(Callable[..., list[torch.Tensor]], target)
 
     # --- While traced ----------------------------------------------------------------------------
 
@@ -325,8 +333,6 @@ class Operator:
         self, spec: Spec, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
     ) -> tuple[Structure, Parts]:
         """Run the kernel on copies; where it does what it must not, the reference answers, and it is out."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         copies = copies_of(tensors)
         call = spec.call(copies, ints, floats)
         before = random_states(tensors)
@@ -335,8 +341,7 @@ class Operator:
             check_run(call, copies, tensors, parts.tensors)
             if drew(before, random_states(tensors)):
                 raise Unfit("it draws random numbers, and an operator may be run once for two calls, or again")
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                fakes = [mode.from_tensor(tensor.detach()) for tensor in tensors]
+            with fake_copies(tensors) as fakes:
                 expected = self._expected(fakes, ints, floats, name)
             check_alike((structure, parts), expected)
         except Unfit as problem:
@@ -463,21 +468,9 @@ def _depends_on_data(tensor: torch.Tensor) -> bool:
     return bool(free_unbacked_symbols(tensor))
 
 
-def _forget(namespace: Any, *names: str) -> None:
-    """Let PyTorch forget operators that it has seen, also in the list of names that it goes through."""
-    for name in names:
-        vars(namespace).pop(name, None)
-    namespace._dir[:] = [name for name in namespace._dir if name not in names]
-
-
 def _withdraw(library: Any, namespace: Any, *names: str) -> None:
-    library._destroy()
-    _forget(namespace, *names)
-
-
-def _untraced(function: Forward) -> Forward:
-    """Keep Dynamo out of a function, without importing it now, which takes a second."""
-    return cast(Forward, cast(Any, torch)._disable_dynamo(function))
+    destroy_library(library)
+    forget_operators(namespace, *names)
 
 
 def _first_line(error: Exception) -> str:
@@ -496,17 +489,15 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
         inline: What is traced itself where gradients are disabled; None for the operator.
     """
     target, results, reference = operator.target, operator.results, operator.work.layer.reference
-    is_compiling, is_watched = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+    is_compiling, is_watched = torch.compiler.is_compiling, dispatch_mode_count
 
+    @constant_result
     def prepare(structure: Structure, *objects: Any) -> str:
         return operator.prepare(structure, *objects)
 
+    @constant_result
     def outcome(call: str) -> str:
         return operator.outcome(call)
-
-    # What torch.compiler.assume_constant_result does; that one would import Dynamo, which takes a second.
-    prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    outcome._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def traced(module: nn.Module | None, args: Any, kwargs: Any) -> Any:
         parts = Parts()

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels_core.torch_internals import DYNAMO_LISTS_ATTRIBUTES, constant_result, is_fake_class
+
 Structure = Any
 """Nested tuples of strings, bools, None and what else compares by value."""
 
@@ -40,9 +42,8 @@ _PLAIN = (
 
 # --- What older Dynamos do not see -----------------------------------------------------------------
 
-sees_all = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
-"""Whether Dynamo can list the attributes of an instance, and take any object as a constant. Where it cannot, the
-attributes that count are those whose names stand in the code of forwards, and of methods of the class."""
+sees_all = DYNAMO_LISTS_ATTRIBUTES
+"""Where this is false, the attributes apply whose names stand in the code of forwards, and of methods of the class."""
 
 _named: set[str] = set()
 
@@ -72,6 +73,7 @@ def _names_in(function: Any, depth: int) -> set[str]:
     return found
 
 
+@constant_result
 def _names_of(cls: type[Any]) -> str:
     """Return the names of attributes that may count; run at trace time."""
     found = set(_named) | {"training"}
@@ -80,9 +82,6 @@ def _names_of(cls: type[Any]) -> str:
             for member in vars(base).values():
                 found |= _names_in(getattr(member, "fget", member), 0)
     return " ".join(sorted(found - _INTERNAL))
-
-
-_names_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see operator.make_forward
 
 
 class Parts:
@@ -162,21 +161,19 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and _is_plain_class(type(tensor))
 
 
+@constant_result
 def _is_plain_class(cls: type[Any]) -> bool:
     """Whether tensors of a class are their data alone, or stand for such while somebody traces; run at trace time."""
-    return cls in (torch.Tensor, nn.Parameter, nn.Buffer) or cls.__module__.startswith("torch._subclasses.")
+    return cls in (torch.Tensor, nn.Parameter, nn.Buffer) or is_fake_class(cls)
 
 
+@constant_result
 def _is_record(cls: type[Any]) -> bool:
     """Whether instances of a class are those of a dataclass, with attributes and nothing else; run at trace time.
 
     They are often made for one call. As a constant, one that is made in compiled code would have no attributes yet.
     """
     return hasattr(cls, "__dataclass_fields__") and not issubclass(cls, dict) and bool(cls.__dictoffset__)
-
-
-_is_plain_class._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see operator.make_forward
-_is_record._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refers_to_itself(value: Any, parts: Parts) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels_core import Scope
+from kernels_core.torch_internals import DispatchMode, storage_key, written_arguments
 
 from ..mapping import use_kernel_mapping
 from .structure import Call, Parts, Structure, Unfit, take
@@ -29,7 +29,7 @@ def on_references() -> Iterator[None]:
         yield
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(DispatchMode):  # type: ignore[no-untyped-call]
     """Notices what tensors without data do not show: which of them are written to, and whether chance is asked.
 
     Attributes:
@@ -42,24 +42,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
         self.draws = False
-        self._watched = {_memory(tensor): index for index, tensor in enumerate(tensors)}
+        self._watched = {storage_key(tensor): index for index, tensor in enumerate(tensors)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at what an operator says that it writes to."""
         kwargs = kwargs or {}
         self.draws = self.draws or torch.Tag.nondeterministic_seeded in func.tags
-        if func._schema.is_mutable:
-            for position, argument in enumerate(func._schema.arguments):
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in value if isinstance(value, (list, tuple)) else [value]:
-                        if isinstance(tensor, torch.Tensor) and _memory(tensor) in self._watched:
-                            self.written.add(self._watched[_memory(tensor)])
+        written = {storage_key(tensor) for tensor in written_arguments(func, args, kwargs)}
+        self.written |= {self._watched[key] for key in written & self._watched.keys()}
         return func(*args, **kwargs)
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return cast(int, tensor.untyped_storage()._cdata)
 
 
 def copies_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from kernels_core import ArgumentTypeError, quarantined
+from kernels_core.torch_internals import many_compilations
 
 from .errors import BisectError
 from .measure import Reading
@@ -65,7 +64,7 @@ class Evaluations:
         self._bar.show(self.count, self._expected(), what)
         where = f"evaluation {self.count}, with {what}"
         before = quarantined()
-        with self._upkeep.around(), _many_compilations():
+        with self._upkeep.around(), many_compilations():
             try:
                 answer = self._metric(self._model)
             except Exception as error:
@@ -126,16 +125,3 @@ def _described(on: Sequence[Kernel]) -> str:
     shown = ", ".join(repr(kernel.path) for kernel in on[:3])
     more = f" and {len(on) - 3} more" if len(on) > 3 else ""
     return f"only the kernels of {shown}{more} on"
-
-
-def _many_compilations() -> contextlib.AbstractContextManager[object]:
-    """Let Dynamo compile as often as there are evaluations: beyond its limit, it would run eagerly instead."""
-    if "torch._dynamo" not in sys.modules:  # it takes a second to import, and nothing was compiled
-        return contextlib.nullcontext()
-    import torch._dynamo.config as config
-
-    names = ["recompile_limit", "accumulated_recompile_limit"]
-    if not hasattr(config, names[0]):  # before PyTorch 2.7
-        names = ["cache_size_limit", "accumulated_cache_size_limit"]
-    patch: contextlib.AbstractContextManager[object] = config.patch(dict.fromkeys(names, 1_000_000))
-    return patch

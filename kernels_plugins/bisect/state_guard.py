@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels_core.torch_internals import version
+
 _MISSING = object()
 
 
@@ -28,7 +30,7 @@ class Upkeep:
         self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
         self._registered = [(module, dict(module._parameters)) for module in _of(model) if module._parameters]
         self._parameters = [
-            (name, parameter, _version(parameter), parameter.grad, parameter.data, parameter.requires_grad)
+            (name, parameter, version(parameter), parameter.grad, parameter.data, parameter.requires_grad)
             for name, parameter in model.named_parameters()
         ]
 
@@ -72,7 +74,7 @@ class Upkeep:
 
     def changed_parameters(self) -> list[str]:
         """Return the names of parameters that were changed in place since, which cannot be undone."""
-        return [name for name, parameter, version, *_ in self._parameters if _version(parameter) != version]
+        return [name for name, parameter, count, *_ in self._parameters if version(parameter) != count]
 
 
 def _of(model: nn.Module) -> Iterator[nn.Module]:
@@ -84,11 +86,6 @@ def _is_same(tensor: torch.Tensor, data: torch.Tensor) -> bool:
     with contextlib.suppress(RuntimeError):
         return (tensor.data_ptr(), tensor.dtype, tensor.device) == (data.data_ptr(), data.dtype, data.device)
     return True
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """Return how often a tensor was changed in place; tensors of inference mode do not count that."""
-    return None if tensor.is_inference() else tensor._version
 
 
 @contextlib.contextmanager

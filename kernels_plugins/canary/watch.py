@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, quarantine
+from kernels_core.torch_internals import is_watched
 
 from ..oracle.comparison import Comparison, compare
 from ..oracle.quick_comparison import alike
@@ -63,7 +62,7 @@ def watched(resolution: Resolution, forward: Forward, settings: Settings) -> For
 
 def _is_elsewhere() -> bool:
     """Whether somebody traces, transforms or captures this call, so that nothing else may run in it."""
-    if peek_interpreter_stack() is not None or _get_current_dispatch_mode_stack() or torch._C._get_tracing_state():
+    if is_watched():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 

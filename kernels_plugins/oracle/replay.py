@@ -11,9 +11,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
-from torch.utils import _python_dispatch as dispatch
+
+from kernels_core.torch_internals import has_saved_tensors_hooks, is_watched, no_dispatch_modes
 
 from .tree import leaves, mapped, tensors
 
@@ -452,12 +452,10 @@ def _aside() -> Iterator[None]:
     """Keep what is done inside from everybody that looks at calls."""
     cached = torch.is_autocast_cache_enabled()
     with contextlib.ExitStack() as stack:
-        leave = getattr(dispatch, "_disable_current_modes", None)
-        if leave is not None:
-            stack.enter_context(leave())
+        stack.enter_context(no_dispatch_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        if _has_saved_tensor_hooks():  # the innermost count, and these do nothing
+        if has_saved_tensors_hooks():  # the innermost ones apply, and these do nothing
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
         torch.set_autocast_cache_enabled(False)  # it would keep casts of parameters that are gone
         stack.callback(torch.set_autocast_cache_enabled, cached)
@@ -466,16 +464,9 @@ def _aside() -> Iterator[None]:
 
 def is_elsewhere() -> bool:
     """Whether somebody traces, transforms or captures what runs now, so that nothing else may run in it."""
-    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or torch._C._get_tracing_state():
-        return True
-    if dispatch._get_current_dispatch_mode_stack():
+    if torch.compiler.is_compiling() or is_watched():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _has_saved_tensor_hooks() -> bool:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(False) is not None
 
 
 def _unchanged(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch.utils import _pytree as pytree
+
+from kernels_core.torch_internals import registered_node
 
 _PLAIN = (torch.Tensor, str, bytes, int, float, complex, torch.Size, torch.dtype, torch.device, type(None))
 
@@ -82,8 +83,8 @@ def _open(value: Any, inside: tuple[int, ...]) -> tuple[list[tuple[str, Any]], R
         return [(f"[{i}]", child) for i, child in enumerate(value)], lambda new: kind(new)
     if isinstance(value, list):
         return [(f"[{i}]", child) for i, child in enumerate(value)], lambda new: _list(value, new)
-    if kind in pytree.SUPPORTED_NODES:
-        node = pytree.SUPPORTED_NODES[kind]
+    node = registered_node(kind)
+    if node is not None:
         children, context = node.flatten_fn(value)
         return [(f"[{i}]", child) for i, child in enumerate(children)], lambda new: node.unflatten_fn(new, context)
     if dataclasses.is_dataclass(value):
@@ -112,8 +113,8 @@ def _holds_tensors(value: object, depth: int) -> bool:
 
 
 def _filled(value: Mapping[Any, Any], new: list[Any]) -> Any:
-    if type(value) in pytree.SUPPORTED_NODES and not isinstance(value, dict):
-        node = pytree.SUPPORTED_NODES[type(value)]
+    node = registered_node(type(value))
+    if node is not None and not isinstance(value, dict):
         return node.unflatten_fn(new, node.flatten_fn(value)[1])
     if not hasattr(value, "__setitem__"):  # one that cannot be changed
         return cast(Any, type(value))(dict(zip(value, new, strict=True)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from kernels_core import (
     plugin_manager,
     source_label,
 )
+from kernels_core.torch_internals import dynamo_is_imported
 
 from .comparison import Comparison, Tolerances, compare
 from .inputs import Case, Recorded, cases, decorated, layer_of, record, with_gradients
@@ -165,7 +165,7 @@ def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
     with record(model) as calls, contextlib.ExitStack() as stack:
         if gradients:
             stack.enter_context(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:  # what was compiled, or is a part of it, runs as it was written
+        if dynamo_is_imported():  # what was compiled, or is a part of it, runs as it was written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             model(*call.args, **call.kwargs)

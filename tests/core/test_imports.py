@@ -91,14 +91,17 @@ def test_core_knows_neither_plugins_nor_hub(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_plugins_use_public_names_alone(path: Path) -> None:
-    """Plugins use names of kernels_core.__all__, as a third party would; tests also the kit, commands the printing."""
+    """Plugins use names of kernels_core.__all__, as a third party would; tests also the kit, commands the printing.
+
+    Any plugin may use `kernels_core.torch_internals`, a public module that may change with every PyTorch.
+    """
     for module, names in imports(path):
         if module == "kernels_core":
             assert set(names) <= set(kernels_core.__all__), names
             assert names, "import names, so that this test can see them"
         elif module.startswith("kernels_core."):
             allowed = {"kernels_core.testing": "testing", "kernels_core.cli": "command"}
-            assert allowed.get(module) == path.stem, module
+            assert module == "kernels_core.torch_internals" or allowed.get(module) == path.stem, module
             assert not [name for name in names if name.startswith("_")], names
 
 

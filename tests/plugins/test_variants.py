@@ -295,9 +295,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     for kind in ("cuda", "hip", "xpu"):
         monkeypatch.setattr(torch.version, kind, versions.get(kind), raising=False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in versions)
-    monkeypatch.setattr(
-        torch._C, "_get_privateuse1_backend_name", lambda: "npu" if "npu" in versions else "privateuseone"
-    )
+    backend = "npu" if "npu" in versions else "privateuseone"
+    monkeypatch.setattr("kernels_plugins.hub.builds.variants.extension_backend", lambda: backend)
     for kind, module in (("tpu", torch.backends), ("neuron", torch)):
         monkeypatch.delattr(module, kind, raising=False)
         if kind in versions:

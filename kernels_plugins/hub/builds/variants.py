@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kernels_core import ArgumentError
+from kernels_core.torch_internals import extension_backend
 
 Release = tuple[int, int]
 """A major and a minor version."""
@@ -402,7 +403,7 @@ def _torch_backend() -> tuple[str, Release | None]:
     if xpu := getattr(torch.version, "xpu", None):
         # The compiler's version as a date-like number: 20250201 is 2025.2.
         return "xpu", (int(xpu[:4]), int(xpu[5]))
-    if torch._C._get_privateuse1_backend_name() == "npu":
+    if extension_backend() == "npu":
         return "npu", _release(importlib.import_module("torch_npu.utils.collect_env").get_cann_version())
     return "cpu", None
 
