@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import kernels_core
+import kernels_core.replay
 import kernels_plugins
 
 PAGE = Path(__file__).resolve().parent / "reference.md"
@@ -166,6 +167,26 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.source_label",
         ],
     ),
+    "Make a call again": (
+        "For plugins that compare kernels with references; [an example](write-a-plugin.md#make-a-call-again).",
+        [
+            "kernels_core.replay.Call",
+            "kernels_core.replay.Outcome",
+            "kernels_core.replay.Replay",
+            "kernels_core.replay.CONSTANTS",
+            "kernels_core.replay.ModelState",
+            "kernels_core.replay.RandomStates",
+            "kernels_core.replay.random_states",
+            "kernels_core.replay.set_random_states",
+            "kernels_core.replay.same_random_states",
+            "kernels_core.replay.kept_random_states",
+            "kernels_core.replay.is_observed",
+            "kernels_core.replay.leaves",
+            "kernels_core.replay.mapped",
+            "kernels_core.replay.nodes",
+            "kernels_core.replay.same_numbers",
+        ],
+    ),
     "Errors": (
         "What to do about each is told in [errors](errors.md).",
         [
@@ -214,8 +235,10 @@ library `kernels` has.
 
 def public_names() -> set[str]:
     """Return the names that both packages promise; those of the core are not listed again for the plugins."""
+    replay = {f"kernels_core.replay.{name}" for name in kernels_core.replay.__all__}
     own = set(kernels_plugins.__all__) - set(kernels_core.__all__)
-    return {f"kernels_core.{name}" for name in kernels_core.__all__} | {f"kernels_plugins.{name}" for name in own}
+    core = {f"kernels_core.{name}" for name in kernels_core.__all__} | replay
+    return core | {f"kernels_plugins.{name}" for name in own}
 
 
 def render() -> str:

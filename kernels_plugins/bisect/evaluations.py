@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from kernels_core import ArgumentTypeError, quarantined
+from kernels_core.replay import ModelState
 from kernels_core.torch_internals import many_compilations
 
 from .errors import BisectError
 from .measure import Reading
 from .progress import Bar
-from .state_guard import Upkeep
 from .switch import Kernel, Key, Switch
 
 Metric = Callable[[nn.Module], object]
@@ -35,7 +35,7 @@ class Evaluations:
         self._metric = metric
         self._switch = switch
         self._bar = bar
-        self._upkeep = Upkeep(model)
+        self._state = ModelState(model)
         self._names: set[str] | None = None
         self._known: dict[frozenset[Key], Reading] = {}
 
@@ -64,7 +64,7 @@ class Evaluations:
         self._bar.show(self.count, self._expected(), what)
         where = f"evaluation {self.count}, with {what}"
         before = quarantined()
-        with self._upkeep.around(), many_compilations():
+        with self._state.kept(), many_compilations():
             try:
                 answer = self._metric(self._model)
             except Exception as error:
@@ -102,7 +102,7 @@ class Evaluations:
         return reading
 
     def _check_model(self, where: str, paths: Sequence[str]) -> None:
-        changed = self._upkeep.changed_parameters()
+        changed = self._state.changed_parameters()
         if changed:
             raise BisectError(
                 f"At {where}, the metric changed {len(changed)} parameters of the model, such as {changed[0]!r}, and "

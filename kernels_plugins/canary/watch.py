@@ -15,12 +15,10 @@ import torch
 from torch import nn
 
 from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, quarantine
-from kernels_core.torch_internals import is_watched
+from kernels_core.replay import Call, Outcome, is_observed, mapped, same_numbers
 
 from ..oracle.comparison import Comparison, compare
 from ..oracle.quick_comparison import alike
-from ..oracle.replay import Call, Run, same_numbers
-from ..oracle.tree import mapped
 from .settings import Settings
 
 Forward = Callable[..., Any]
@@ -53,18 +51,11 @@ def watched(resolution: Resolution, forward: Forward, settings: Settings) -> For
     @functools.wraps(forward)
     def watched_forward(*args: Any, **kwargs: Any) -> Any:
         number = next(numbers)
-        if not settings.wants(number) or _comparing.get() or _is_elsewhere():
+        if not settings.wants(number) or _comparing.get() or is_observed():
             return forward(*args, **kwargs)
         return watch.compared(number, args, kwargs)
 
     return watched_forward
-
-
-def _is_elsewhere() -> bool:
-    """Whether somebody traces, transforms or captures this call, so that nothing else may run in it."""
-    if is_watched():
-        return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class _Watch:
@@ -112,7 +103,7 @@ class _Watch:
         pairs = [(part(output), part(expected.outputs))]
         wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]
 
-        def gradients(run: Run) -> dict[str, Any]:
+        def gradients(run: Outcome) -> dict[str, Any]:
             return {name: part(run.gradients[name]) for name in wanted}
 
         if wanted:
@@ -135,7 +126,9 @@ class _Watch:
             self._say(f"its outputs cannot be compared with those of its reference: {type(error).__name__}: {error}")
             return None
 
-    def _differs(self, what: str, actual: Any, expected: Run, of: Callable[[Run], Any], before: Call) -> str | None:
+    def _differs(
+        self, what: str, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call
+    ) -> str | None:
         """Compare a part of what was done; a suspicion is looked into with a reference in float64."""
         comparison = compare(actual, of(expected), quick=True)
         if comparison.ok:
@@ -145,7 +138,7 @@ class _Watch:
         return None if comparison.ok else f"{what}{comparison}"
 
     def _looked_into(
-        self, suspicion: Comparison, actual: Any, expected: Run, of: Callable[[Run], Any], before: Call
+        self, suspicion: Comparison, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call
     ) -> Comparison:
         try:
             exact = of(before.run(self.layer.reference, dtype=torch.float64))
@@ -153,7 +146,7 @@ class _Watch:
             return compare(actual, of(expected))
         return compare(actual, of(expected), exact=exact)
 
-    def _changed(self, state: Mapping[str, torch.Tensor], before: Call, expected: Run) -> str | None:
+    def _changed(self, state: Mapping[str, torch.Tensor], before: Call, expected: Outcome) -> str | None:
         """Compare what was changed in place: arguments and buffers."""
         for name, was in before.state(parameters=False).items():
             now, wanted = state.get(name), expected.after.get(name)

@@ -13,8 +13,8 @@ from torch import nn
 
 from kernels_core import ArgumentError
 from kernels_core.cli import Json, made, print_found, printing_aside
+from kernels_core.replay import mapped
 
-from .tree import mapped
 from .verify import verify
 
 

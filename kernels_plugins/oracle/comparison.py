@@ -8,15 +8,14 @@ looked at, too: rounding goes either way, and a mean over many numbers must be n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
 from kernels_core import ArgumentTypeError
-
-from .tree import containers, leaves
+from kernels_core.replay import leaves, nodes
 
 Tolerance = tuple[float, float]
 Tolerances = Tolerance | Mapping[torch.dtype, Tolerance]
@@ -217,7 +216,7 @@ def compare(
 
 def structure_mismatches(actual: object, expected: object) -> list[str]:
     """Say where two nested values hold other things."""
-    ours, theirs = list(containers(actual)), list(containers(expected))
+    ours, theirs = list(_containers(actual)), list(_containers(expected))
     if ours == theirs:
         return []
     for (path, kind, keys), (other, expected_kind, expected_keys) in zip(ours, theirs, strict=False):
@@ -226,6 +225,10 @@ def structure_mismatches(actual: object, expected: object) -> list[str]:
         if path == other and keys != expected_keys:
             return [f"{path or 'output'}: holds {_listed(keys)} instead of {_listed(expected_keys)}"]
     return [f"output: {_listed(p for p, _ in leaves(actual))} instead of {_listed(p for p, _ in leaves(expected))}"]
+
+
+def _containers(value: object) -> Iterator[tuple[str, type, tuple[str, ...]]]:
+    return ((path, type(node), keys) for path, node, keys in nodes(value) if keys is not None)
 
 
 def _listed(keys: Any) -> str:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from kernels_core import Layer, Resolution, hookimpl, plugin_manager
-
-from .replay import Call
+from kernels_core.replay import Call
 
 Forward = Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,11 +18,11 @@ from kernels_core import (
     Resolution,
     source_label,
 )
+from kernels_core.replay import Call
 
 from .comparison import Tolerances
 from .inputs import Recorded, layer_of
 from .probe import ProbeReport, implementation_of, probe
-from .replay import Call
 
 
 def check_kernel(

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from kernels_core import Resolution
+from kernels_core.replay import Call, mapped
 
 from .comparison import Tolerances, compare
 from .inputs import Recorded, with_gradients
-from .replay import Call
 from .report import VerifyRow
-from .tree import mapped
 from .verify import stop_if_broken, tried
 
 Forward = Callable[..., Any]

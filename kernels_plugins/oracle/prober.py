@@ -159,10 +159,11 @@ def _refusal(report: Any, mode: Mode) -> str | None:
 
 def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
     """Return a forward that tries the kernel before its first call."""
+    from kernels_core.replay import Call, is_observed
+
     from . import probe_cache
     from .inputs import Recorded
     from .probe import probe
-    from .replay import Call, is_elsewhere
 
     layer = resolution.request.layer
     assert layer is not None
@@ -171,7 +172,7 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
     @functools.wraps(forward)
     def first(*args: Any, **kwargs: Any) -> Any:
         nonlocal done
-        if done or _busy.get() or is_elsewhere():
+        if done or _busy.get() or is_observed():
             return forward(*args, **kwargs)
         done = True
         module, given = (None, args) if layer.is_function else (args[0], args[1:])

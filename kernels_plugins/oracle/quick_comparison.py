@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from kernels_core.replay import leaves
+
 from .comparison import Yardstick, metadata_mismatch, norm, structure_mismatches, tolerance_of, value_mismatches
-from .tree import leaves
 
 
 def alike(pairs: Iterable[tuple[object, object]], same: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()) -> bool:

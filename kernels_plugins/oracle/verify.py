@@ -20,14 +20,13 @@ from kernels_core import (
     plugin_manager,
     source_label,
 )
+from kernels_core.replay import Call, ModelState, Outcome, mapped
 from kernels_core.torch_internals import dynamo_is_imported
 
 from .comparison import Comparison, Tolerances, compare
 from .inputs import Case, Recorded, cases, decorated, layer_of, record, with_gradients
-from .replay import Call, Run, preserved
 from .report import VerifyReport, VerifyRow
 from .selection import decided, offers, references
-from .tree import mapped
 
 NAME = "oracle"
 """The plugin that makes references run alone; without it nothing can be verified."""
@@ -87,7 +86,7 @@ def verify(
     _check_devices(call)
     rows: list[VerifyRow] = []
     known: set[object] = set()
-    with references(), preserved(module, call.devices) if module is not None else contextlib.nullcontext():
+    with references(), ModelState(module).kept() if module is not None else contextlib.nullcontext():
         if module is None and layer is not None:
             recorded = [Recorded(layer.qualname.rpartition(".")[2], layer, call)]
         else:
@@ -191,8 +190,8 @@ class _Kernel:
 class _Expected:
     """What the reference does with a case."""
 
-    run: Run
-    exact: Run | None
+    run: Outcome
+    exact: Outcome | None
 
 
 class _Subject:
@@ -314,7 +313,7 @@ class _Subject:
             for kernel in serving:
                 yield from self._judge(self._row(kernel, mode, case), case, mode, kernel.decisions[mode], expected)
 
-    def _run(self, case: Case, forward: Callable[..., Any], mode: Mode, dtype: torch.dtype | None = None) -> Run:
+    def _run(self, case: Case, forward: Callable[..., Any], mode: Mode, dtype: torch.dtype | None = None) -> Outcome:
         training = mode is Mode.TRAINING
         call = with_gradients(case.call) if training else case.call
         cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -389,7 +388,7 @@ def _gradient(
     return compare(found, expected, exact=exact, tolerances=tolerances)
 
 
-def _changes(run: Run, expected: Run, tolerances: Tolerances | None) -> str:
+def _changes(run: Outcome, expected: Outcome, tolerances: Tolerances | None) -> str:
     """Return what a kernel changes otherwise than the reference does; empty if nothing."""
     told = [f"it changes {name}, which the reference leaves as it is" for name in run.mutated.keys() - expected.mutated]
     told += [f"it does not change {name}, as the reference does" for name in expected.mutated.keys() - run.mutated]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kernels_core
+import kernels_core.replay
 
 ROOT = Path(__file__).parents[2]
 CORE = sorted((ROOT / "kernels_core").rglob("*.py"))
@@ -93,13 +94,17 @@ def test_core_knows_neither_plugins_nor_hub(path: Path) -> None:
 def test_plugins_use_public_names_alone(path: Path) -> None:
     """Plugins use names of kernels_core.__all__, as a third party would; tests also the kit, commands the printing.
 
-    Any plugin may use `kernels_core.torch_internals`, a public module that may change with every PyTorch.
+    Any plugin may use the public modules `kernels_core.replay` and `kernels_core.torch_internals`; the latter may
+    change with every PyTorch.
     """
     for module, names in imports(path):
         if module == "kernels_core":
             assert set(names) <= set(kernels_core.__all__), names
             assert names, "import names, so that this test can see them"
         elif module.startswith("kernels_core."):
+            if module == "kernels_core.replay":
+                assert set(names) <= set(kernels_core.replay.__all__), names
+                continue
             allowed = {"kernels_core.testing": "testing", "kernels_core.cli": "command"}
             assert module == "kernels_core.torch_internals" or allowed.get(module) == path.stem, module
             assert not [name for name in names if name.startswith("_")], names

@@ -28,6 +28,7 @@ import pytest
 import torch
 
 import kernels_core
+import kernels_core.replay
 import kernels_plugins
 from kernels_core import PluginManager, dispatch, errors, hookimpl, hookspecs, use_kernel_forward_from_hub
 
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 PACKAGES = (kernels_core, kernels_plugins)
+PUBLIC = (*PACKAGES, kernels_core.replay)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -173,7 +175,7 @@ def test_a_page_leaves_out_no_example_and_misspells_no_fence(page: Path) -> None
 @functools.cache
 def public_namespace() -> dict[str, object]:
     """Return what examples in docstrings may use without importing it."""
-    names = {name: getattr(package, name) for package in PACKAGES for name in package.__all__}
+    names = {name: getattr(package, name) for package in PUBLIC for name in package.__all__}
     return {**names, "torch": torch, "Path": Path}
 
 
@@ -274,7 +276,7 @@ def test_the_reference_is_current(capsys: pytest.CaptureFixture[str]) -> None:
     text = (DOCS / "reference.md").read_text(encoding="utf-8")
     again = {f"kernels_plugins.{name}" for name in kernels_core.__all__}
     assert {line.removeprefix("::: ") for line in text.splitlines() if line.startswith(":::")} == {
-        f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__
+        f"{package.__name__}.{name}" for package in PUBLIC for name in package.__all__
     } - again
 
 

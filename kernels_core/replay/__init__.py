@@ -1,0 +1,36 @@
+"""A call made again, on copies, with any forward, and without a trace.
+
+For plugins that compare a kernel with the reference, or look at a kernel before it serves. Arguments, parameters,
+buffers, attributes, random generators, gradients and hooks are afterwards as they were before.
+"""
+
+from .ambient import (
+    RandomStates,
+    is_observed,
+    kept_random_states,
+    random_states,
+    same_random_states,
+    set_random_states,
+)
+from .call import CONSTANTS, Call, Outcome, Replay
+from .copies import same_numbers
+from .model_state import ModelState
+from .tree import leaves, mapped, nodes
+
+__all__ = [
+    "CONSTANTS",
+    "Call",
+    "ModelState",
+    "Outcome",
+    "RandomStates",
+    "Replay",
+    "is_observed",
+    "kept_random_states",
+    "leaves",
+    "mapped",
+    "nodes",
+    "random_states",
+    "same_numbers",
+    "same_random_states",
+    "set_random_states",
+]

@@ -1,0 +1,91 @@
+"""The state around a call besides its arguments: random generators, modes, and hooks of autograd."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from ..torch_internals import has_saved_tensors_hooks, is_watched, no_dispatch_modes
+
+RandomStates = Mapping[torch.device, torch.Tensor]
+"""The state of each random generator, by device."""
+
+
+def random_states(devices: Iterable[torch.device]) -> RandomStates:
+    """Return the states of the generators of the CPU and of some devices.
+
+    Example:
+        >>> before = random_states([torch.device("cpu")])
+        >>> x = torch.rand(1)
+        >>> same_random_states(before, random_states(before))
+        False
+    """
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            module = torch.get_device_module(device.type)
+            states[device] = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: RandomStates) -> None:
+    """Set generators to states that `random_states` returned."""
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            module = torch.get_device_module(device.type)
+            module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
+
+
+def same_random_states(states: RandomStates, others: RandomStates) -> bool:
+    """Return whether no random number was drawn between two calls of `random_states`."""
+    return all(torch.equal(state, others[device]) for device, state in states.items() if device in others)
+
+
+@contextlib.contextmanager
+def kept_random_states(devices: Iterable[torch.device], start: RandomStates | None = None) -> Iterator[RandomStates]:
+    """Restore the random generators afterwards.
+
+    Args:
+        devices: The devices whose generators are restored, besides the CPU.
+        start: The states to begin with; None for those of now.
+
+    Yields:
+        The states at the start of the block.
+    """
+    before = random_states(devices)
+    try:
+        if start is not None:
+            set_random_states(start)
+        yield before if start is None else start
+    finally:
+        set_random_states(before)
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """Run a block without gradients, hidden from dispatch modes, inference mode, and hooks for saved tensors."""
+    cached = torch.is_autocast_cache_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_dispatch_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if has_saved_tensors_hooks():  # autograd calls the innermost pair only, and this one does nothing
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
+        torch.set_autocast_cache_enabled(False)  # the cache would keep casts of parameters that are copies
+        stack.callback(torch.set_autocast_cache_enabled, cached)
+        yield
+
+
+def is_observed() -> bool:
+    """Return whether a tracer, transform, dispatch mode or CUDA graph records this call: nothing else may run in it."""
+    if torch.compiler.is_compiling() or is_watched():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

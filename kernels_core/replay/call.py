@@ -1,0 +1,366 @@
+"""A call made again: on copies, with any forward, and without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import enum
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
+from .copies import attributes_of, copies_of, replica_of, same_numbers, tensors_of
+from .gradients import computed, gradients_of
+from .precision import converted, only
+from .tree import leaves, mapped, nodes
+
+Forward = Callable[..., Any]
+
+CONSTANTS = (
+    type(None),
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    enum.Enum,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+"""Types of arguments that a forward cannot change."""
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results of a run, and its changes.
+
+    Attributes:
+        outputs: The value that the forward returned, detached.
+        gradients: Gradient of each input and each tensor of the module that requires grad, by name; None where no
+            gradient arrives. Empty if no gradients were asked for.
+        after: Inputs and buffers after the run, by name.
+        mutated: Inputs, buffers and parameters that the run changed in place.
+        attributes: Attributes of modules, and items of lists and dicts, that the run set or deleted.
+        random: Whether the run drew random numbers.
+    """
+
+    outputs: Any
+    gradients: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
+    after: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    mutated: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    attributes: tuple[str, ...] = ()
+    random: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call: a module or none, and the arguments.
+
+    Attributes:
+        module: The module that a forward takes first; None for a function.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        signature: Of the forward as a caller writes it, to name inputs by; they are numbered without.
+        random: States of the random generators at the start of the call, by device; None to take the states at the
+            start of each run.
+
+    Example:
+        >>> call = Call(None, (torch.ones(2, requires_grad=True),))
+        >>> outcome = call.run(lambda x: x.mul(3))
+        >>> outcome.outputs, list(outcome.gradients), list(outcome.mutated)
+        (tensor([3., 3.]), ['input argument 1'], [])
+    """
+
+    module: nn.Module | None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    signature: inspect.Signature | None = None
+    random: RandomStates | None = None
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The tensors among the arguments, by name."""
+        found = (leaf for name, value in self._arguments() for leaf in leaves(value, name))
+        return {name: leaf for name, leaf in found if isinstance(leaf, torch.Tensor)}
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices of all tensors of the call, in order."""
+        found = [*self.inputs.values()]
+        if self.module is not None:
+            found += [*self.module.parameters(), *self.module.buffers()]
+        return list(dict.fromkeys(tensor.device for tensor in found))
+
+    @property
+    def records(self) -> bool:
+        """Whether an input, or a tensor of the module, requires grad."""
+        return any(tensor.requires_grad for tensor in self.tensors.values())
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the call, by name: inputs, and the parameters, buffers and attributes of the module."""
+        tensors = {f"input {name}": tensor for name, tensor in self.inputs.items()}
+        return tensors | (tensors_of(self.module) if self.module is not None else {})
+
+    def state(self, *, parameters: bool = True) -> dict[str, torch.Tensor]:
+        """Return every tensor that a run may change in place, by name: inputs, buffers, parameters."""
+        state = {f"input {name}": tensor for name, tensor in self.inputs.items()}
+        if self.module is not None:
+            state |= {f"buffer {name}": buffer for name, buffer in self.module.named_buffers()}
+            if parameters:
+                state |= {f"parameter {name}": parameter for name, parameter in self.module.named_parameters()}
+        return state
+
+    # --- Other calls ------------------------------------------------------------------------------
+
+    def replaced(self, function: Callable[[str, Any], Any]) -> Call:
+        """Return the same call with `function(name, leaf)` in place of each leaf of the arguments."""
+        args = tuple(mapped(value, function, name) for name, value in zip(self._names, self.args, strict=True))
+        kwargs = {name: mapped(value, function, name) for name, value in self.kwargs.items()}
+        return replace(self, args=args, kwargs=kwargs)
+
+    def snapshot(self, *, state: bool = False) -> Call:
+        """Return the call as it is now, on copies of its inputs and with the random states of now.
+
+        Strides, memory that arguments share, and requires_grad are kept.
+
+        Args:
+            state: Whether to copy the tensors of the module, too.
+        """
+        with unobserved():
+            copies = copies_of(self.tensors.values() if state else self.inputs.values())
+            copied = self.replaced(
+                lambda _, leaf: (
+                    copies[id(leaf)].detach().requires_grad_(leaf.requires_grad)
+                    if isinstance(leaf, torch.Tensor)
+                    else leaf
+                )
+            )
+            module = self.module
+            if module is not None and state:
+                module = replica_of(module, lambda tensor, _: copies[id(tensor)].detach())
+        return replace(copied, module=module, random=random_states(self.devices))
+
+    def converted(self, old: torch.dtype, new: torch.dtype) -> Call:
+        """Return the same call with all tensors of one dtype, also of the module, in another."""
+
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().to(new) if tensor.dtype is old else tensor.detach().clone()
+
+        with unobserved():
+            module = replica_of(self.module, lambda tensor, _: convert(tensor)) if self.module is not None else None
+            call = self.replaced(
+                lambda _, leaf: (
+                    convert(leaf).requires_grad_(leaf.requires_grad)
+                    if isinstance(leaf, torch.Tensor) and leaf.dtype is old
+                    else leaf
+                )
+            )
+        return replace(call, module=module)
+
+    # --- Runs -------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        forward: Forward,
+        *,
+        gradients: bool | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        parameters: bool = True,
+        mutations: bool = True,
+        contiguous: bool = True,
+    ) -> Outcome:
+        """Make the call with a forward, on copies of everything that it could change.
+
+        Runs of one call start with the same random numbers and get the same gradients of the outputs, so that
+        their results can be compared. Autocast applies as around the call. The run is hidden from hooks for saved
+        tensors (such as those of activation checkpointing) and from dispatch modes, and fills no `.grad`. Hooks of
+        the modules stay on the copies.
+
+        Args:
+            forward: Called with the module, if there is one, and the arguments.
+            gradients: Whether to compute gradients; None to do so where autograd would record the call.
+            seed: Chooses the gradients of the outputs.
+            dtype: Run with all floating numbers in this dtype, without autocast: `torch.float64` for numbers to
+                measure errors from. Casts to a dtype at least as fine as the inputs go to this dtype, too.
+            parameters: Whether to copy parameters; without, a forward that writes to parameters changes the module.
+            mutations: Whether to look for changes in place, which waits for the device.
+            contiguous: Whether the gradients of the outputs are contiguous; the backward of a sum passes on gradients
+                that are not.
+
+        Returns:
+            Outputs, gradients and changes. An exception of the forward is passed on.
+        """
+        with self.replayed(forward, gradients=gradients, dtype=dtype, parameters=parameters) as replay:
+            return Outcome(
+                mapped(replay.outputs, lambda _, leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf),
+                gradients_of(replay.outputs, replay.sources, seed, contiguous),
+                replay.after(),
+                replay.mutated() if mutations else {},
+                replay.attributes(),
+                replay.drew,
+            )
+
+    @contextlib.contextmanager
+    def replayed(
+        self,
+        forward: Forward,
+        *,
+        gradients: bool | None = None,
+        dtype: torch.dtype | None = None,
+        parameters: bool = True,
+        objects: bool = False,
+    ) -> Iterator[Replay]:
+        """Make the call as `run` does, and give access to its outputs as the forward returned them.
+
+        Args:
+            forward: See `run`, as for the other arguments.
+            gradients: See `run`; here, whether autograd records the run.
+            dtype: See `run`.
+            parameters: See `run`.
+            objects: Whether to copy arguments that are neither tensors nor constants, too, with `copy.deepcopy`.
+
+        Yields:
+            The outputs and the copies. Random numbers are restored at the end of the block.
+        """
+        recording = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        wanted = self.records and (recording if gradients is None else gradients)
+        inference = gradients is None and not wanted and torch.is_inference_mode_enabled()
+        records = wanted or (gradients is None and recording)
+        with unobserved(), kept_random_states(self.devices, self.random) as random:
+            replay = self._copied(dtype, parameters, objects)
+            replay.random = random
+            if wanted:
+                replay.ask_for_gradients()
+            types = {device.type for device in self.devices}
+            one_dtype = only(dtype, self.inputs.values(), types)
+            with torch.inference_mode(inference), torch.set_grad_enabled(records), one_dtype:
+                replay.run(forward)
+            yield replay
+
+    def _copied(self, dtype: torch.dtype | None, parameters: bool, objects: bool) -> Replay:
+        module = self.module
+        kept: set[int] = set()
+        if module is not None and not parameters and not any(p.is_inference() for p in module.parameters()):
+            kept = {id(parameter) for parameter in module.parameters()}  # autograd saves no inference tensors
+        state = tensors_of(module).values() if module is not None else ()
+        copies = copies_of([*self.inputs.values(), *(tensor for tensor in state if id(tensor) not in kept)])
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            return converted(copies.get(id(tensor), tensor).detach(), dtype)
+
+        def argument(_: str, leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return copied(leaf)
+            return copy.deepcopy(leaf) if objects and not isinstance(leaf, (nn.Module, *CONSTANTS)) else leaf
+
+        call = replace(self.replaced(argument), module=None)
+        if module is not None:
+            call = replace(call, module=replica_of(module, lambda tensor, _: copied(tensor)))
+        return Replay(self, call, dtype)
+
+    @property
+    def _names(self) -> list[str]:
+        """A name for each positional argument."""
+        names: list[str] = []
+        for parameter in self.signature.parameters.values() if self.signature is not None else ():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                names += [f"{parameter.name}[{number}]" for number in range(len(self.args) - len(names))]
+            elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                names.append(parameter.name)
+        names += [f"argument {number + 1}" for number in range(len(names), len(self.args))]
+        return names[: len(self.args)]
+
+    def _arguments(self) -> Iterator[tuple[str, Any]]:
+        yield from zip(self._names, self.args, strict=True)
+        yield from self.kwargs.items()
+
+
+class Replay:
+    """A run of a call, while its copies exist: see `Call.replayed`.
+
+    Attributes:
+        outputs: The value that the forward returned.
+        call: The call on copies.
+        originals: Each tensor of the call that requires grad, by name, if autograd records the run.
+        sources: The copy of each of these tensors.
+        random: The states of the random generators at the start.
+    """
+
+    def __init__(self, original: Call, call: Call, dtype: torch.dtype | None) -> None:
+        """Take a call, and the same call on copies."""
+        self.outputs: Any = None
+        self.call = call
+        self.originals: dict[str, torch.Tensor] = {}
+        self.sources: dict[str, torch.Tensor] = {}
+        self.random: RandomStates = {}
+        self._original, self._dtype = original, dtype
+        self._objects: dict[str, object] = {}
+
+    def ask_for_gradients(self) -> None:
+        """Let autograd record the run from every copy whose original requires grad."""
+        self.originals = {name: t for name, t in self._original.tensors.items() if t.requires_grad}
+        copies = self.call.tensors
+        inputs = {name: copies[name].detach() for name in self.originals if name.startswith("input ")}
+        self.sources = {name: inputs.get(name, copies[name]).requires_grad_() for name in self.originals}
+        # A leaf that requires grad cannot be written to, and an input of a layer in a model is no leaf.
+        passed = {name.removeprefix("input "): computed(self.sources[name]) for name in inputs}
+        self.call = self.call.replaced(lambda name, leaf: passed.get(name, leaf))
+
+    def run(self, forward: Forward) -> None:
+        """Run the forward."""
+        self._objects = _objects(self.call)
+        module = () if self.call.module is None else (self.call.module,)
+        self.outputs = forward(*module, *self.call.args, **self.call.kwargs)
+
+    @property
+    def drew(self) -> bool:
+        """Whether the run drew random numbers."""
+        return not same_random_states(random_states(self._original.devices), self.random)
+
+    def after(self) -> dict[str, torch.Tensor]:
+        """Return inputs and buffers as they are now, by name."""
+        return {name: tensor.detach() for name, tensor in self.call.state(parameters=False).items()}
+
+    def mutated(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that the run changed; compares numbers, for kernels write past autograd's counters."""
+        before, now = self._original.state(), self.call.state()
+        pairs = (
+            (name, converted(before[name].detach(), self._dtype), now[name].detach()) for name in before if name in now
+        )
+        return {name: now for name, before, now in pairs if not same_numbers(before, now)}
+
+    def attributes(self) -> tuple[str, ...]:
+        """Return attributes of modules, and items of lists and dicts, that the run set or deleted."""
+        before, now = self._objects, _objects(self.call)
+        names = before.keys() | now.keys()
+        return tuple(sorted(n for n in names if before.get(n, _ABSENT) is not now.get(n, _ABSENT)))
+
+
+def _objects(call: Call) -> dict[str, object]:
+    """Return everything that the arguments and the attributes of the modules hold, by path."""
+    values = [(f"input {name}", value) for name, value in call._arguments()]
+    held: dict[str, object] = {}
+    for path, value in attributes_of(call.module) if call.module is not None else ():
+        if isinstance(value, list | dict) or dataclasses.is_dataclass(value):
+            values.append((path, value))
+        else:
+            held[path] = value
+    return held | {where: node for path, value in values for where, node, _ in nodes(value, path)}

@@ -1,0 +1,155 @@
+"""Copies of tensors and modules that lie in memory, and share it, as the originals do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .tree import leaves, mapped
+
+_ALIGNMENT = 256
+"""Copies start at an address as round as that of their originals: kernels take another path for others."""
+
+_INSIDE = ("_parameters", "_buffers", "_modules")
+"""The attributes in which a module keeps its tensors and modules."""
+
+Make = Callable[[torch.Tensor, bool], torch.Tensor]
+
+
+def copies_of(originals: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Copy tensors, by the `id` of the original.
+
+    Strides are kept; tensors that share memory share it in their copies. A tensor that is more than a view of memory
+    (sparse, quantized, a subclass) is cloned by its own `clone`.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    spans: dict[object, list[tuple[int, int, torch.Tensor]]] = {}
+    for tensor in originals:
+        if id(tensor) in copies:
+            continue
+        if not _is_plain(tensor):
+            copies[id(tensor)] = tensor.detach().clone()
+            continue
+        copies[id(tensor)] = tensor  # keeps its place in the order until it is copied below
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start = int(tensor.storage_offset()) * tensor.itemsize
+        end = start + (int(reach) + 1) * tensor.itemsize
+        spans.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), []).append((start, end, tensor))
+    for group in spans.values():
+        group.sort(key=lambda span: span[:2])
+        while group:
+            together = [group.pop(0)]
+            end = together[0][1]
+            while group and group[0][0] < end:
+                together.append(group.pop(0))
+                end = max(end, together[-1][1])
+            copies.update(_copied_span(together, end))
+    return copies
+
+
+def _copied_span(span: list[tuple[int, int, torch.Tensor]], end: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Copy a stretch of memory, and yield each tensor in it as a view of the copy."""
+    start, _, first = span[0]
+    start -= start % _ALIGNMENT
+    memory = torch.empty(0, dtype=torch.uint8, device=first.device)
+    memory = memory.set_(first.untyped_storage(), start, (end - start,), (1,)).clone()
+    for at, _, tensor in span:
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        offset = (at - start) // tensor.itemsize
+        yield id(tensor), empty.set_(memory.untyped_storage(), offset, tensor.shape, tensor.stride())
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a view of memory and nothing else."""
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type not in ("meta", "xla")
+        and tensor.numel() > 0
+        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+    )
+
+
+def replica_of(module: nn.Module, make: Make) -> nn.Module:
+    """Copy a module and every module in it, with `make(tensor, is_parameter)` in place of its tensors.
+
+    Lists and dicts in attributes are copied, too; hooks and other objects are shared.
+    """
+    made: dict[int, Any] = {}
+
+    def tensor(original: torch.Tensor | None, is_parameter: bool) -> torch.Tensor | None:
+        if original is None:
+            return None
+        if id(original) not in made:
+            copied = make(original, is_parameter)
+            if is_parameter:
+                copied = nn.Parameter(copied, original.requires_grad)
+            made[id(original)] = copied.requires_grad_(original.requires_grad)
+        return cast(torch.Tensor, made[id(original)])
+
+    def other(_: str, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return tensor(leaf, isinstance(leaf, nn.Parameter))
+        return made.get(id(leaf), leaf) if isinstance(leaf, nn.Module) else leaf
+
+    originals = list(module.modules())
+    for original in originals:
+        kind = type(original)
+        made[id(original)] = kind.__new__(kind)
+    for original in originals:
+        state = dict(original.__dict__)
+        state["_parameters"] = {name: tensor(p, True) for name, p in original._parameters.items()}
+        state["_buffers"] = {name: tensor(b, False) for name, b in original._buffers.items()}
+        state["_modules"] = {name: made.get(id(child), child) for name, child in original._modules.items()}
+        for name, value in _attributes(original):
+            if isinstance(value, list | dict | torch.Tensor):
+                state[name] = mapped(value, other)
+        made[id(original)].__dict__.update(state)
+    return cast(nn.Module, made[id(module)])
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Yield the attributes of a module and of every module in it, by path, without those that PyTorch manages."""
+    for path, inner in module.named_modules():
+        for name, value in _attributes(inner):
+            yield f"{path}.{name}" if path else name, value
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
+    return ((name, value) for name, value in module.__dict__.items() if name not in _INSIDE and "_hooks" not in name)
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module by kind and path, each once: parameters, buffers, and those in attributes."""
+    named: list[tuple[str, torch.Tensor]] = [
+        (f"parameter {name}", parameter) for name, parameter in module.named_parameters()
+    ]
+    named += [(f"buffer {name}", buffer) for name, buffer in module.named_buffers()]
+    for path, value in attributes_of(module):
+        if isinstance(value, list | dict | torch.Tensor):
+            named += [
+                (f"attribute {where}", leaf) for where, leaf in leaves(value, path) if isinstance(leaf, torch.Tensor)
+            ]
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in named:
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors hold the same numbers; NaN counts as equal to NaN.
+
+    Example:
+        >>> same_numbers(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+        True
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    with torch.no_grad():
+        if one.itemsize == 1 and one.layout == torch.strided and not one.is_quantized:
+            # PyTorch compares few of the dtypes of 8 bits, but the bits of each.
+            return bool(torch.equal(one.view(torch.uint8), other.view(torch.uint8)))
+        return bool(torch.equal(one, other) or ((one == other) | ((one != one) & (other != other))).all())

@@ -1,0 +1,57 @@
+"""Gradients of a run, for gradients of its outputs that are the same in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from .tree import leaves
+
+
+class _Computed(torch.autograd.Function):
+    """The same numbers, as the result of a computation."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.data  # no view: a view of a leaf cannot be written to
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def computed(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a tensor that is no leaf, so that it can be written to while autograd records."""
+    with torch.enable_grad():
+        return cast(torch.Tensor, cast(Any, _Computed).apply(tensor))
+
+
+def gradients_of(
+    outputs: Any, sources: Mapping[str, torch.Tensor], seed: int, contiguous: bool
+) -> dict[str, torch.Tensor | None]:
+    """Return the gradients of the sources, for fixed gradients of the outputs."""
+    reached: list[torch.Tensor] = []
+    pushed: list[torch.Tensor] = []
+    tensors = [leaf for _, leaf in leaves(outputs) if isinstance(leaf, torch.Tensor)] if sources else []
+    for number, output in enumerate(tensors):
+        if output.requires_grad:
+            reached.append(output)
+            pushed.append(_output_gradient(output, seed + 1009 * number, contiguous))
+    if not reached:
+        return dict.fromkeys(sources)
+    found = torch.autograd.grad(reached, list(sources.values()), pushed, allow_unused=True)
+    return {name: g.detach() if g is not None else None for name, g in zip(sources, found, strict=True)}
+
+
+def _output_gradient(output: torch.Tensor, seed: int, contiguous: bool) -> torch.Tensor:
+    """Make numbers that are the same in every dtype: bfloat16 holds all of them."""
+    generator = torch.Generator(output.device).manual_seed(seed)
+    shape = (*output.shape, 2) if output.is_complex() else tuple(output.shape)
+    numbers = torch.randn(shape, generator=generator, device=output.device, dtype=torch.float32)
+    numbers = numbers.to(torch.bfloat16).float()
+    gradient = (torch.view_as_complex(numbers) if output.is_complex() else numbers).to(output.dtype)
+    if contiguous or gradient.dim() == 0:
+        return gradient
+    return torch.stack([gradient, torch.full_like(gradient, torch.nan)], -1)[..., 0]

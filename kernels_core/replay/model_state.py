@@ -1,0 +1,121 @@
+"""Everything of a model that a run may change, to be restored."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..torch_internals import version
+from .ambient import unobserved
+from .copies import same_numbers
+
+
+class ModelState:
+    """The state of a model, as it is when this is made.
+
+    Buffers, gradients, training modes, and the attributes of its modules. Buffers are copied, for layers change them;
+    parameters are not, so changes of their numbers are noticed (`changed_parameters`), and stay.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> model = torch.nn.BatchNorm1d(2)
+        >>> with ModelState(model).kept():
+        ...     y = model(torch.randn(3, 2)) + torch.rand(1)
+        >>> model.running_mean
+        tensor([0., 0.])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Look at the model."""
+        modules = list(model.modules())
+        self._attributes = [(module, dict(module.__dict__)) for module in modules]
+        held = [value for _, state in self._attributes for value in state.values() if isinstance(value, list | dict)]
+        self._held = [(value, value.copy()) for value in held]
+        with unobserved():
+            self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self._parameters = [
+            (name, parameter, version(parameter), parameter.grad, parameter.data, parameter.requires_grad)
+            for name, parameter in model.named_parameters()
+        ]
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Begin a block with these random numbers and without gradients, and restore everything after it."""
+        for _, parameter, *_ in self._parameters:
+            parameter.grad = None
+        try:
+            with _kept_generators():
+                yield
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Restore the model."""
+        for module, state in self._attributes:
+            if not _is_same(module.__dict__, state):
+                module.__dict__.clear()
+                module.__dict__.update(state)
+        for held, content in self._held:
+            if not _is_same(held, content):
+                held.clear()
+                held.update(content) if isinstance(held, dict) else held.extend(content)
+        for _, parameter, _, gradient, data, requires_grad in self._parameters:
+            if not _has_data(parameter, data):  # `half()`, `to()` and others put other data into the same parameter
+                parameter.grad = None
+                parameter.data = data
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        with unobserved():  # compared by value: batch normalization changes its buffers without counting that
+            for buffer, before in self._buffers:
+                if not buffer.is_meta and not same_numbers(buffer.detach(), before):
+                    with torch.inference_mode(buffer.is_inference()):
+                        buffer.detach().copy_(before)
+
+    def changed_parameters(self) -> list[str]:
+        """Return the names of the parameters that were changed in place since, which `restore` cannot undo."""
+        return [name for name, parameter, count, *_ in self._parameters if version(parameter) != count]
+
+
+def _is_same(held: Any, content: Any) -> bool:
+    """Whether a list or dict holds the same objects as before, in the same order."""
+    if len(held) != len(content):
+        return False
+    if isinstance(held, dict):
+        return all(a is b and held[a] is content[b] for a, b in zip(held, content, strict=True))
+    return all(a is b for a, b in zip(held, content, strict=True))
+
+
+def _has_data(tensor: torch.Tensor, data: torch.Tensor) -> bool:
+    """Whether a tensor still has its data; some subclasses cannot tell."""
+    with contextlib.suppress(RuntimeError):
+        return (tensor.data_ptr(), tensor.dtype, tensor.device) == (data.data_ptr(), data.dtype, data.device)
+    return True
+
+
+@contextlib.contextmanager
+def _kept_generators() -> Iterator[None]:
+    """Restore the random generators of Python, PyTorch, its devices in use, and NumPy if it is imported."""
+    numpy: Any = sys.modules.get("numpy.random")
+    kept = random.getstate(), numpy.get_state() if numpy else None
+    kind = next((kind for kind in ("cuda", "xpu") if _is_in_use(kind)), None)
+    devices = list(range(getattr(torch, kind).device_count())) if kind else []
+    try:
+        with torch.random.fork_rng(devices, device_type=kind or "cuda"):
+            yield
+    finally:
+        random.setstate(kept[0])
+        if numpy:
+            numpy.set_state(kept[1])
+
+
+def _is_in_use(kind: str) -> bool:
+    device: Any = getattr(torch, kind, None)
+    return device is not None and bool(device.is_available() and device.is_initialized())
