@@ -3,84 +3,78 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from source_tree import CORE, FILES, PLUGINS, ROOT, has_code, imports
 
 import kernels_core
 import kernels_core.replay
 
-ROOT = Path(__file__).parents[2]
-CORE = sorted((ROOT / "kernels_core").rglob("*.py"))
-PLUGINS = sorted(p for p in (ROOT / "kernels_plugins").rglob("*.py") if "demo/hub" not in p.as_posix())
 
-
-def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each module that a file imports when it runs, with the names taken from it."""
-    tree = ast.parse(path.read_text())
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in _executed(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, []) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            yield module, [alias.name for alias in node.names]
-
-
-def _executed(tree: ast.AST) -> Iterator[ast.AST]:
-    """Walk everything but what stands under `if TYPE_CHECKING`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from _executed(node)
-
-
-def order() -> dict[str, int]:
-    """Return the place of each module of the core in the import order that docs/house.md gives."""
-    page = (ROOT / "docs" / "house.md").read_text()
-    (listed,) = re.findall(r'title="Import order of kernels_core"\n(.*?)\n```', page, re.DOTALL)
-    return {f"kernels_core.{name.strip()}": index for index, name in enumerate(listed.split("<"))}
+@functools.cache
+def order(package: str) -> dict[str, int]:
+    """Return the place of each module of a package in the import order that docs/house.md gives."""
+    page = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(rf'title="Import order of {package}"\n(.*?)\n```', page, re.DOTALL)
+    names = [name.strip() for name in listed.split("<")]
+    assert len(set(names)) == len(names), "a module is listed twice"
+    return {f"{package}.{name}": index for index, name in enumerate(names)}
 
 
 def module_name(path: Path) -> str:
-    """Return the dotted name of a file's module; that of a folder within the core is the folder's."""
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    return name if name == "kernels_core.__init__" else name.removesuffix(".__init__")
+    """Return the dotted name of a file's module; that of a folder within a package is the folder's."""
+    *folders, name = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(folders if name == "__init__" and len(folders) > 1 else [*folders, name])
 
 
-def core_modules(path: Path) -> Iterator[str]:
-    """Yield the modules of kernels_core that a file imports."""
-    places = order()
-    for module, names in imports(path):
-        if module == "kernels_core" or module.startswith("kernels_core."):
+def modules_imported(path: Path, *, typing: bool = False) -> Iterator[str]:
+    """Yield the modules that a file imports from its own package, as the import order names them."""
+    package = path.relative_to(ROOT).parts[0]
+    places = order(package)
+    for module, names in imports(path, typing=typing):
+        if module == package or module.startswith(f"{package}."):
             for name in names or [""]:
                 found = f"{module}.{name}" if f"{module}.{name}" in places else module
-                yield "kernels_core.__init__" if found == "kernels_core" else found
+                yield f"{package}.__init__" if found == package else found
 
 
-def test_each_module_has_a_place() -> None:
-    """The order in docs/house.md names each module of the core, and no other."""
-    assert order().keys() == {module_name(path) for path in CORE}
+UPWARD = {
+    # The values that travel name the errors which carry them: a circle of types, for annotations only.
+    ("kernels_core.errors", "kernels_core.resolution"),
+    ("kernels_core.errors", "kernels_core.models.receipt"),
+    # A source loads itself through its plugin.
+    ("kernels_plugins.hub.source", "kernels_plugins.hub.plugin"),
+}
+"""Imports against the order; an entry that no file needs any more is an error."""
 
 
-@pytest.mark.parametrize("path", CORE, ids=module_name)
-def test_core_imports_go_one_way(path: Path) -> None:
-    """A module of the core imports only modules that stand before it in docs/house.md, except to name types."""
-    places = order()
-    upward = [module for module in core_modules(path) if places[module] >= places[module_name(path)]]
-    assert upward == []
+@pytest.mark.parametrize("package", ["kernels_core", "kernels_plugins"])
+def test_each_module_has_a_place(package: str) -> None:
+    """The orders in docs/house.md name each module with code, and no other."""
+    assert order(package).keys() == {
+        module_name(p) for p in FILES if p.parts[len(ROOT.parts)] == package and has_code(p)
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_one_way(path: Path) -> None:
+    """A module imports only modules that stand before it in docs/house.md, to name types included."""
+    places = order(path.relative_to(ROOT).parts[0])
+    own = module_name(path)
+    upward = {m for m in modules_imported(path, typing=True) if places[m] >= places.get(own, -1)}
+    assert {(own, module) for module in upward} == {entry for entry in UPWARD if entry[0] == own}
 
 
 @pytest.mark.parametrize("path", CORE, ids=module_name)
 def test_nothing_imports_testing_or_cli(path: Path) -> None:
     """No module of the core imports the kit or the command line, except `python -m kernels_core`."""
     if path.stem != "__main__":
-        assert not {"kernels_core.testing", "kernels_core.cli"} & set(core_modules(path))
+        assert not {"kernels_core.testing", "kernels_core.cli"} & set(modules_imported(path))
 
 
 @pytest.mark.parametrize("path", CORE, ids=module_name)

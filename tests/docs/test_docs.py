@@ -307,15 +307,3 @@ def test_every_environment_variable_is_in_the_table() -> None:
     names = {name for file in files for name in read.findall(file.read_text(encoding="utf-8"))}
     page = (DOCS / "hub.md").read_text(encoding="utf-8")
     assert names and all(f"`{name}`" in page for name in names)
-
-
-def test_every_file_is_in_the_house() -> None:
-    """house.md names each file of the two packages, and no file that is not there."""
-    page = (DOCS / "house.md").read_text(encoding="utf-8")
-    for package in ("kernels_core", "kernels_plugins"):
-        section = page.partition(f"\n## {package}\n")[2].partition("\n## ")[0]
-        rows = "\n".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))
-        named = set(re.findall(r"`([\w/]+\.py)`", rows))
-        folder = ROOT / package
-        files = {file.relative_to(folder).as_posix() for file in folder.rglob("*.py")}
-        assert named == {file for file in files if not file.startswith("demo/hub/")}
