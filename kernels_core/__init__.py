@@ -36,8 +36,7 @@ from .mode import STAND_INS, Mode, check_registered_mode
 from .models.counting import count_calls
 from .models.frozen import FrozenChoice, frozen_choice
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
-from .models.receipt import Receipt, ReceiptDiff, ReceiptRow
-from .models.survey import receipt
+from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
 from .plugins import PluginManager, PluginMapping, plugin_manager
 from .resolution import (
     Candidate,
@@ -50,6 +49,7 @@ from .resolution import (
 )
 from .resolver import forget, resolve
 from .scope import Scope
+from .table import Table, TableRow, Tabular, as_json, visible
 from .warning import WarnOnce, warn_once
 
 __version__ = "0.1.0"
@@ -94,10 +94,14 @@ __all__ = [
     "SavedTensors",
     "Scope",
     "ScopeError",
+    "Table",
+    "TableRow",
+    "Tabular",
     "UntrustedError",
     "VerificationError",
     "WarnOnce",
     "__version__",
+    "as_json",
     "check_registered_mode",
     "count_calls",
     "decorated_layer",
@@ -122,5 +126,6 @@ __all__ = [
     "unkernelize",
     "use_kernel_forward_from_hub",
     "use_kernelized_func",
+    "visible",
     "warn_once",
 ]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import json
 import os
 import sys
 import traceback
@@ -30,17 +29,17 @@ import importlib_metadata
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from . import __version__, hookspecs
 from .errors import ArgumentError, KernelsError, KernelsWarning, PluginError, RequirementError
 from .layer import find_layer
 from .mode import Mode
-from .models.survey import receipt
+from .models.receipt import receipt
 from .plugins import ENTRY_POINT_GROUP, plugin_manager
 from .resolution import Refusal, Resolution
 from .resolver import resolve
+from .table import Table, TableRow, visible
+from .table import as_json as to_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Row = dict[str, Any]
@@ -58,7 +57,7 @@ def main() -> None:
     try:
         command_line()()
     except KernelsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)
     except Exception:  # or Python would exit with 1, which is an answer
         traceback.print_exc()
@@ -119,8 +118,8 @@ def _print_version(wanted: bool) -> None:
 
 
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    """Tell a warning in a line, without the source line that raised it."""
-    print(f"warning: {message}", file=sys.stderr)
+    """Print a warning on a line, without the source line that raised it."""
+    print(f"warning: {visible(str(message))}", file=sys.stderr)
 
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -176,10 +175,10 @@ def resolve_layer(
     wanted = Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
     resolution = resolve(imported(layer) if ":" in layer else layer, device=device, mode=wanted)
     if as_json:
-        print(json.dumps(_resolution(resolution), indent=2))
+        print(to_json(_resolution(resolution)))
     else:
         Console(markup=False, highlight=False, soft_wrap=True).print(
-            resolution.explain(), style="yellow" if resolution.is_reference else "green"
+            visible(resolution.explain()), style="yellow" if resolution.is_reference else "green"
         )
     if resolution.is_reference:
         raise typer.Exit(1)
@@ -216,7 +215,7 @@ def explain(
         for pattern in require or ():
             found.require(pattern, origin)
     except RequirementError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         raise typer.Exit(1) from error
 
 
@@ -269,66 +268,54 @@ def _module(plugin: object) -> str:
 # --- Printing ------------------------------------------------------------------------------------
 
 
-_NARROW = 12
-"""Fewer characters than this for a column make no table that can be read."""
-
-
-def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[Row], str | None] | None = None) -> None:
-    """Print rows that have the same columns; also for the commands of plugins.
-
-    A table on a terminal, a list on one that is too narrow for it; elsewhere aligned columns, one row a line,
-    however long; or JSON.
+def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[Row], str] | None = None) -> None:
+    """Print rows that have the same columns, as `Table` shows them, or as JSON; also for the commands of plugins.
 
     Args:
-        rows: The rows; of no row, not even the columns are printed.
+        rows: The rows; without any, nothing is printed, or an empty list.
         as_json: Whether to print them as JSON, lists and numbers as such.
         style: Gives the style of a row on a terminal, such as `red`.
 
     Example:
         >>> print_rows([{"name": "silu", "variants": ["torch-cpu", "torch-cuda"]}])
-        name variants
-        silu torch-cpu torch-cuda
+        name  variants
+        silu  torch-cpu torch-cuda
     """
     if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    console = Console(markup=False, highlight=False)
-    if rows and console.is_terminal and console.width < _NARROW * len(rows[0]):
-        for row in rows:
-            for column, cell in row.items():
-                told = ", ".join(cell) if isinstance(cell, list) else str(cell)
-                console.print(f"{column}: {told}", style=style(row) if style else None)
-            console.print()
-        return
-    table = Table(header_style="bold")
-    for column in rows[0] if rows else ():
-        table.add_column(column, overflow="fold")
-    between = "\n" if console.is_terminal else " "
-    for row in rows:
-        cells = (between.join(cell) if isinstance(cell, list) else str(cell) for cell in row.values())
-        table.add_row(*cells, style=style(row) if style else None)
-    if not console.is_terminal:  # for grep and cut: no box, no wrapping
-        table.box, console.width = None, 10_000
-    if rows:
-        console.print(table)
+        print(to_json(rows))
+    elif rows:
+        styled = (TableRow(tuple(row.values()), style(row) if style else "") for row in rows)
+        print_found(Table(tuple(rows[0]), tuple(styled)))
 
 
 def print_found(found: Any, as_json: bool = False) -> None:
-    """Print a receipt, or what else has `to_json()`, `__str__` and `__rich__`; also for the commands of plugins.
+    """Print a `Table`, or a result that is shown as one, such as a receipt; also for the commands of plugins.
 
     Args:
-        found: What was found.
-        as_json: Whether to print it as JSON.
+        found: The result: it has `__str__`, and `__rich__` or `__rich_console__`.
+        as_json: Whether to print `found.to_json()` instead.
 
     Example:
         >>> print_found(receipt(torch.nn.Linear(2, 2)))
         no decorated layer
     """
-    if as_json:
-        print(found.to_json())
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(found if console.is_terminal else Text(str(found)))
+    console = Console(highlight=False)
+    if as_json or not console.is_terminal:  # for grep and cut: no wrapping
+        print(found.to_json() if as_json else found)
+    else:
+        console.print(found)
+
+
+def print_error(error: object) -> None:
+    """Print an error on standard error, as a line that begins with `error:`; also for the commands of plugins.
+
+    Args:
+        error: The error, or a message.
+
+    Example:
+        >>> print_error("There is no such kernel.")
+    """
+    print(f"error: {visible(str(error))}", file=sys.stderr)
 
 
 # --- What users name -----------------------------------------------------------------------------

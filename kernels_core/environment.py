@@ -22,7 +22,7 @@ def setting(name: str) -> bool | str:
         name: The variable.
 
     Example:
-        >>> setting("ACME_KERNELS_TUNING")
+        >>> setting("ACME_TUNING")
         False
     """
     text = os.environ.get(name, "").strip()
@@ -39,7 +39,7 @@ def switch(name: str) -> bool:
         ArgumentError: If its text is neither on nor off.
 
     Example:
-        >>> switch("ACME_KERNELS_TUNING")
+        >>> switch("ACME_TUNING")
         False
     """
     value = setting(name)

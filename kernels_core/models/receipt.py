@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import html
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import ArgumentTypeError, RequirementError
+import torch
+from torch import nn
+
+from ..device import Device, as_torch_device
+from ..dispatch import dispatched_layer
+from ..errors import ArgumentError, ArgumentTypeError, RequirementError
+from ..layer import Layer
+from ..mode import Mode, check_call_mode
 from ..resolution import Resolution
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ..resolver import peek
+from ..table import Table, TableRow, Tabular, as_json, indented
+from .counting import calls_of
+from .frozen import frozen_choice
+from .modules import device_of, functions_of, locate, paths
 
 REFERENCE = "reference"
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
@@ -116,7 +123,7 @@ def _name(function: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Receipt:
+class Receipt(Tabular):
     """What serves each decorated layer of a model.
 
     `str` gives a plain table, `rich.print` one with colours.
@@ -160,7 +167,7 @@ class Receipt:
         wanted = "a kernel" if origin is None else f"origin {origin!r}"
         failing = [row for row in matching if not _is_met(row, origin)]
         if failing:
-            lines = [line for row in failing for line in (f"  {row.path}: {row.origin}", *_indented(row.remarks))]
+            lines = [line for row in failing for line in (f"  {row.path}: {row.origin}", *indented(row.remarks))]
             raise RequirementError(
                 f"{len(failing)} of {len(matching)} layers that match {pattern!r} are not served by {wanted}:\n"
                 + "\n".join(lines),
@@ -196,57 +203,18 @@ class Receipt:
             >>> Receipt(()).to_json()
             '[]'
         """
-        return json.dumps([_plain(row) for row in self.rows], indent=indent)
+        return as_json([{**vars(row), **_reasons(row)} for row in self.rows], indent=indent)
 
-    def to_html(self) -> str:
-        """Return a table for a page or a notebook, complete in itself.
-
-        Example:
-            >>> Receipt(()).to_html().startswith("<table")
-            True
-        """
-        head = "".join(f"<th style='text-align:left'>{column}</th>" for column in COLUMNS)
-        body = "".join(
-            f"<tr style='color:{'#a15c00' if row.is_reference else '#0a7d33'}'>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells)
-            + "</tr>"
-            + "".join(f"<tr><td></td><td colspan='6'>{html.escape(line)}</td></tr>" for line in row.remarks)
+    def as_table(self) -> Table:
+        """Return the rows with their reasons: green where a kernel serves, yellow where the reference does."""
+        if not self.rows:
+            return Table(COLUMNS, summary="no decorated layer")
+        shown = len(COLUMNS) - all(row.calls is None for row in self.rows)  # the last column is that of calls
+        rows = (
+            TableRow(row.cells[:shown], "yellow" if row.is_reference else "green", tuple(row.remarks))
             for row in self.rows
         )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-    _repr_html_ = to_html
-
-    def __str__(self) -> str:
-        """A plain table, with reasons below the rows that they concern."""
-        if not self.rows:
-            return "no decorated layer"
-        used = [
-            i for i, column in enumerate(COLUMNS) if column != "calls" or any(r.calls is not None for r in self.rows)
-        ]
-        table = [tuple(COLUMNS[i] for i in used), *(tuple(row.cells[i] for i in used) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table
-        ]
-        text = [lines[0]]
-        for line, row in zip(lines[1:], self.rows, strict=True):
-            text += [line, *_indented(row.remarks)]
-        return "\n".join(text)
-
-    def __rich__(self) -> Table:
-        """A table with colours: green where a kernel serves, yellow where the reference does."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(header_style="bold")
-        for column in COLUMNS:
-            table.add_column(column, overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(Text, row.cells), style="yellow" if row.is_reference else "green")
-            for line in row.remarks:
-                table.add_row("", "", "", "", Text(line), "", "", style="dim")
-        return table
+        return Table(COLUMNS[:shown], tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -271,7 +239,7 @@ class ReceiptDiff:
         """A line for each difference."""
         lines = []
         for before, after in self.changed:
-            lines += [f"~ {before.path}: {_served(before)} -> {_served(after)}", *_indented(after.remarks)]
+            lines += [f"~ {before.path}: {_served(before)} -> {_served(after)}", *indented(after.remarks)]
         lines += [f"+ {row.path}: {_served(row)}" for row in self.added]
         lines += [f"- {row.path}: {_served(row)}" for row in self.removed]
         return "\n".join(lines) or "no difference"
@@ -285,14 +253,89 @@ def _is_met(row: ReceiptRow, origin: str | None) -> bool:
     return not row.is_reference if origin is None else fnmatchcase(row.origin, origin)
 
 
-def _indented(lines: Iterable[str]) -> Iterator[str]:
-    return ("    " + line.replace("\n", "\n    ") for line in lines)
+def _reasons(row: ReceiptRow) -> dict[str, list[dict[str, str]]]:
+    return {
+        kind: [{"candidate": candidate, "reason": reason} for candidate, reason in getattr(row, kind)]
+        for kind in ("refusals", "misfits")
+    }
 
 
-def _plain(row: ReceiptRow) -> dict[str, Any]:
-    plain = dict(vars(row))
-    plain["refusals"] = [{"candidate": candidate, "reason": reason} for candidate, reason in row.refusals]
-    plain["misfits"] = [{"candidate": candidate, "reason": reason} for candidate, reason in row.misfits]
-    plain["checked"] = dict(row.checked)
-    plain["calls"] = dict(row.calls) if row.calls is not None else None
-    return plain
+# --- Looking at a model --------------------------------------------------------------------------
+
+
+def receipt(
+    model: nn.Module,
+    *,
+    device: str | torch.device | Device | None = None,
+    mode: Mode | None = None,
+) -> Receipt:
+    """Tell what serves each decorated layer of a model, where it comes from, and why nothing else does.
+
+    Decides as a call would, without running anything: it may download and import kernels.
+
+    Args:
+        model: The model; it is not changed.
+        device: The device of the calls, such as `"cuda"`; by default, that of each module's own
+            parameters.
+        mode: The mode of the calls; by default `Mode.TRAINING` for a model in training mode, else
+            `Mode.INFERENCE`. What `kernelize` has chosen is told as it was chosen.
+
+    Returns:
+        A row for each decorated layer, and for each decorated function that `use_kernelized_func` names.
+
+    Raises:
+        ArgumentError: If device or mode cannot be those of a call, or the device cannot be told.
+        ArgumentTypeError: If `model` is no module.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("Identity")
+        ... class Identity(nn.Module):
+        ...     def forward(self, x):
+        ...         return x
+        >>> (row,) = receipt(nn.Sequential(Identity()), device="cpu").rows
+        >>> row.path, row.layer_name, row.origin
+        ('0', 'Identity', 'reference')
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"receipt takes an nn.Module, not {model!r}.")
+    given = as_torch_device(device) if device is not None else None
+    inferred = given or device_of(model)
+    chosen = check_call_mode(mode) if mode is not None else Mode.TRAINING if model.training else Mode.INFERENCE
+    where = locate(model, inferred) if given is None and inferred is not None else {}
+    known: dict[tuple[Layer, torch.device], Resolution] = {}
+
+    def decide(layer: Layer, module: nn.Module) -> Resolution:
+        here = given if given is not None else where.get(id(module))
+        if here is None:
+            raise ArgumentError(
+                "The device of the model cannot be told, for it has no parameters: say it with "
+                "receipt(..., device='cuda')."
+            )
+        key = (layer, here)
+        if key not in known:
+            known[key] = peek(layer, here, chosen)
+        return known[key]
+
+    return Receipt(tuple(row for module, places in paths(model).items() for row in _rows(places, module, decide)))
+
+
+def _rows(
+    places: Sequence[str], module: nn.Module, decide: Callable[[Layer, nn.Module], Resolution]
+) -> Iterator[ReceiptRow]:
+    """Yield what serves one module, and the functions that it calls."""
+    frozen = frozen_choice(module)
+    original = type(module) if frozen is None else frozen.original
+    if frozen is not None and not frozen.serves(module):
+        frozen = None
+    layer = dispatched_layer(original.forward)
+    if layer is not None:
+        resolution = frozen.resolution if frozen is not None else None
+        if resolution is None and layer.condition is not None and not layer.condition(module):
+            resolution = replace(decide(layer, module), implementation=None, candidate=None, origin="reference")
+            resolution = replace(resolution, refusals=(), misfits=(), checked={}, note="its condition is not met")
+        row = ReceiptRow.of(resolution or decide(layer, module), *places, frozen=frozen is not None)
+        yield replace(row, calls=calls_of(module))
+    for function in functions_of(original):
+        chosen = frozen.functions[function] if frozen is not None else decide(function, module)
+        names = [f"{place}:{function.reference.__name__}" for place in places]
+        yield replace(ReceiptRow.of(chosen, *names, frozen=frozen is not None), calls=calls_of(function))

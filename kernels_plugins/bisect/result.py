@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+
+from kernels_core import Table, TableRow, Tabular, as_json
 
 from .measure import Plain, Reading
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 COLUMNS = ("path", "layer", "origin", "metric", "change")
 
@@ -54,7 +50,7 @@ class CulpritSet:
 
 
 @dataclass(frozen=True)
-class BisectResult:
+class BisectResult(Tabular):
     """Which kernels of a model change a metric beyond a tolerance.
 
     `str` gives a plain table, `rich.print` one with colours.
@@ -102,41 +98,13 @@ class BisectResult:
             >>> BisectResult((), (), 1.0, 1.0, 0.0, 1.0, True, "0.1", 0.0, 3, 4).to_json(indent=None)[:35]
             '{"culprits": [], "sets": [], "basel'
         """
-        plain = {
-            **vars(self),
-            "culprits": [vars(culprit) for culprit in self.culprits],
-            "sets": [vars(group) for group in self.sets],
-            "ok": self.ok,
-        }
-        return json.dumps(_finite(plain), indent=indent)
+        return as_json({**vars(self), "ok": self.ok}, indent=indent)
 
-    def __str__(self) -> str:
-        """The culprits as a plain table, and a summary."""
-        lines = list(self._summary())
-        if self.culprits:
-            rows = [COLUMNS, *map(_cells, self.culprits)]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines[1:1] = [
-                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-            ]
-        return "\n".join(lines)
-
-    def __rich__(self) -> Group:
-        """A table with colours."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
+    def as_table(self) -> Table:
+        """Return the culprits, between the finding and the other numbers."""
         first, *rest = self._summary()
-        summary = Text(first, style="red" if self.culprits else "green"), Text("\n".join(rest))
-        if not self.culprits:
-            return Group(*summary)
-        table = Table(header_style="bold")
-        for column in COLUMNS:
-            table.add_column(column, overflow="fold")
-        for culprit in self.culprits:
-            table.add_row(*map(Text, _cells(culprit)))
-        return Group(summary[0], table, summary[1])
+        rows = tuple(TableRow(_cells(culprit)) for culprit in self.culprits)
+        return Table(COLUMNS, rows, first, "\n".join(rest), "green" if self.ok else "red")
 
     def _summary(self) -> Iterator[str]:
         baseline, suspect = Reading(self.baseline), Reading(self.suspect)
@@ -158,12 +126,3 @@ class BisectResult:
 def _cells(culprit: Culprit) -> tuple[str, ...]:
     path = " = ".join((culprit.path or "(the model)", *culprit.also))
     return path, culprit.layer, culprit.origin, str(Reading(culprit.metric)), f"{culprit.change:.3g}"
-
-
-def _finite(value: Any) -> Any:
-    """Write NaN and infinity as text: JSON has neither."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,14 +21,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from kernels_core import ArgumentError, KernelsError
+from kernels_core import ArgumentError, KernelsError, Table, TableRow
+from kernels_core.cli import Json, print_found
 from kernels_plugins.local_hub.server import LocalHub
 
 BUNDLE = Path(__file__).with_name("hub")
 OWNER = "kernels-demo"
+
+_TEXTS = ("module", "layer", "mode", "implementation")
+_NUMBERS = ("forward", "gradients", "reference", "kernel", "ratio")
 
 
 class DType(str, Enum):
@@ -41,7 +43,7 @@ class DType(str, Enum):
 def demo(
     device: Annotated[str, typer.Option(help="Such as cpu or cuda; by default, a GPU if there is one.")] = "",
     dtype: Annotated[DType, typer.Option(help="Type of weights and inputs.")] = DType.float32,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: Json = False,
     keep: Annotated[Path | None, typer.Option(help="Keep the cache of the Hub's client here.")] = None,
     repository: Annotated[Path, typer.Option(hidden=True, help="Folder of <owner>/<name> to serve.")] = BUNDLE,
 ) -> None:
@@ -112,21 +114,11 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    console = Console(markup=False, highlight=False)
-    table = Table(header_style="bold")
-    for name in ("module", "layer", "mode", "implementation"):
-        table.add_column(name, overflow="fold")
-    for name in ("forward", "gradients", "reference", "kernel", "ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in result["rows"]:
-        style = None if row["served"] and row["is_right"] else "red"
-        table.add_row(*_cells(row), style=style)
-    if not console.is_terminal:  # for grep and cut: no box, no wrapping
-        table.box, console.width = None, 10_000
-    console.print(table)
+    rows = [TableRow(_cells(row), "" if row["served"] and row["is_right"] else "red") for row in result["rows"]]
+    print_found(Table((*_TEXTS, *_NUMBERS), rows, right=_NUMBERS))
     for refusal in result["refusals"]:
-        console.print(f"refused {refusal}", style="red", soft_wrap=True)
-    console.print(_summary(result), soft_wrap=True)
+        print_found(Table((), title=f"refused {refusal}", style="red"))
+    print(_summary(result))
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

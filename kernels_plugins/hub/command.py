@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from kernels_core import ArgumentError, KernelsError, KernelsWarning, LoadError, ResolutionError
-from kernels_core.cli import Json, Row, print_rows
+from kernels_core import ArgumentError, KernelsError, KernelsWarning, LoadError, ResolutionError, visible
+from kernels_core.cli import Json, Row, print_error, print_rows
 
 from .builds.metadata import METADATA, Metadata
 from .builds.variants import Machine, choose_variants, parse_variant
@@ -83,7 +83,7 @@ def download(
             for installed in _fetch(request, all_variants):
                 rows.append({**_named(kernel), "variant": installed.location.variant, **_checked(installed)})
         except KernelsError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
             code = max(code, 1 if isinstance(error, AbsentError) else 2)
     print_rows(rows, as_json)
     raise typer.Exit(code)
@@ -115,7 +115,7 @@ def info(
     for key, value in described.items():
         told = ", ".join(map(str, value)) if isinstance(value, list) else value
         console.print(f"{_TITLES[key]}:", style="bold", end=" ")
-        console.print("-" if told in (None, "") else str(told))
+        console.print("-" if told in (None, "") else visible(str(told)))
 
 
 def versions(repo_id: Repository, as_json: Json = False) -> None:

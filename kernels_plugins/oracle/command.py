@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from torch import nn
 
 from kernels_core import ArgumentError
-from kernels_core.cli import Json, made, print_found, printing_aside
+from kernels_core.cli import Json, made, print_error, print_found, printing_aside
 from kernels_core.replay import mapped
 
 from .verify import verify
@@ -49,7 +48,7 @@ def verify_command(
     print_found(report, as_json)
     if complete and (report.gaps or not report.rows):
         lines = "\n".join(f"  {row}" for row in report.gaps)
-        print(f"error: not everything was compared:\n{lines or f'  {report}'}", file=sys.stderr)
+        print_error(f"not everything was compared:\n{lines or f'  {report}'}")
         raise typer.Exit(1)
     if not report.ok:
         raise typer.Exit(1)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from kernels_core import KernelsError, VerificationError
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from kernels_core import KernelsError, Table, TableRow, Tabular, VerificationError, as_json
 
 Verdict = Literal["ok", "wrong", "failed", "undecided", "refused", "skipped", "no kernel", "not called"]
 
@@ -85,7 +80,7 @@ class VerifyRow:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Tabular):
     """What `verify` found.
 
     `str` gives a plain table, `rich.print` one with colours.
@@ -148,8 +143,8 @@ class VerifyReport:
             >>> VerifyReport().to_json()
             '{"ok": true, "rows": []}'
         """
-        rows = [{**{k: _plain(v) for k, v in vars(row).items()}, "ok": row.ok} for row in self.rows]
-        return json.dumps({"ok": self.ok, "rows": rows}, indent=2 if rows else None)
+        rows = [{**vars(row), "ok": row.ok} for row in self.rows]
+        return as_json({"ok": self.ok, "rows": rows}, indent=2 if rows else None)
 
     def plot(self, path: str | Path) -> Path:
         """Draw how the errors are distributed, in units of what is allowed, per kernel and dtype.
@@ -187,32 +182,11 @@ class VerifyReport:
         figure.savefig(Path(path))
         return Path(path)
 
-    def __str__(self) -> str:
-        """A plain table: a line for each layer, kernel, mode and dtype, with what is wrong below it."""
+    def as_table(self) -> Table:
+        """Return a row for each layer, kernel, mode and dtype, with its faults as notes."""
         if not self.rows:
-            return "no decorated layer was called"
-        groups = list(self._groups())
-        table = [COLUMNS, *(cells for cells, _, _ in groups)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = []
-        for number, cells in enumerate(table):
-            lines.append("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip())
-            lines += ["    " + remark for remark in groups[number - 1][2]] if number else []
-        return "\n".join([*lines, self.summary])
-
-    def __rich__(self) -> Table:
-        """A table with colours."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(header_style="bold", caption=self.summary)
-        for column in COLUMNS:
-            table.add_column(column, overflow="fold")
-        for cells, verdict, remarks in self._groups():
-            table.add_row(*map(Text, cells), style=_STYLES.get(verdict, "yellow"))
-            for remark in remarks:
-                table.add_row("", "", Text(remark), *[""] * (len(COLUMNS) - 3), style="dim")
-        return table
+            return Table(COLUMNS, summary="no decorated layer was called")
+        return Table(COLUMNS, tuple(self._groups()), summary=self.summary)
 
     @property
     def summary(self) -> str:
@@ -226,18 +200,19 @@ class VerifyReport:
             return f"no kernel was compared{f': {told}' if told else ''}"
         return f"{len(compared)} {'kernel' if len(compared) == 1 else 'kernels'} compared: {told}"
 
-    def _groups(self) -> Iterator[tuple[tuple[str, ...], Verdict, list[str]]]:
-        """Yield cells, verdict and remarks for all rows of one layer, kernel, mode and dtype."""
+    def _groups(self) -> Iterator[TableRow]:
+        """Yield a row for all comparisons of one layer, kernel, mode and dtype."""
         groups: dict[tuple[str, ...], list[VerifyRow]] = {}
         for row in self.rows:
             if row.verdict != "skipped":
                 group = (row.path, row.layer, row.origin or row.kernel, row.mode, row.dtype)
                 groups.setdefault(group, []).append(row)
         for key, rows in groups.items():
-            worst = max(rows, key=lambda row: FAILURES[::-1].index(row.verdict) + 1 if not row.ok else 0)
+            worst = max(rows, key=lambda row: FAILURES[::-1].index(row.verdict) + 1 if not row.ok else 0).verdict
             numbers = [_largest(getattr(row, name) for row in rows) for name in ("max_abs", "mean_abs", "max_ulps")]
-            tried = str(len({row.case for row in rows if row.case}))
-            yield (*key, tried, *numbers, worst.verdict), worst.verdict, list(_remarks(rows))
+            tried = len({row.case for row in rows if row.case})
+            label = " ".join(filter(None, key))
+            yield TableRow((*key, tried, *numbers, worst), _STYLES.get(worst, "yellow"), tuple(_remarks(rows)), label)
 
 
 def _remarks(rows: list[VerifyRow]) -> Iterator[str]:
@@ -256,7 +231,3 @@ def _remarks(rows: list[VerifyRow]) -> Iterator[str]:
 def _largest(values: Iterator[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{max(known):.3g}" if known else ""
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,261 @@
+"""Tables: aligned columns in a pipe, colours on a terminal, HTML on a page; and JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+_FOLDED = 12
+"""A column that is folded to fewer characters than this cannot be read."""
+
+_LONGEST = 2_000
+"""Characters of a cell or a note that are shown."""
+
+_COLOURS = {"green": "#0a7d33", "yellow": "#a15c00", "red": "#b00020", "dim": "#666666"}
+
+
+def visible(text: str, limit: int | None = None) -> str:
+    r"""Return a text with its control characters written out, so that it cannot drive a terminal or forge a line.
+
+    For text from elsewhere: names and metadata of repositories, messages of other libraries. Line ends stay.
+
+    Args:
+        text: The text.
+        limit: The number of characters to cut it to; None for all of it.
+
+    Example:
+        >>> print(visible("v1\x1b[2J\rv2"))
+        v1\x1b[2J\rv2
+        >>> visible("a long story", 7)
+        'a long…'
+    """
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def as_json(value: Any, *, indent: int | None = 2) -> str:
+    """Return a value as JSON: dataclasses as objects, numbers that are not finite as text.
+
+    Args:
+        value: Dataclasses, mappings, sequences, texts and numbers, within each other.
+        indent: As in `json.dumps`.
+
+    Example:
+        >>> as_json({"largest error": float("inf")}, indent=None)
+        '{"largest error": "inf"}'
+    """
+    return json.dumps(_plain(value), indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row of a table.
+
+    Attributes:
+        cells: A text or a list of texts for each column; anything else is shown as `str` shows it.
+        style: Its style on a terminal, such as `"red"`.
+        notes: Remarks about it, each of one or more lines.
+        label: Its name where notes are listed apart from the row; by default the first cell.
+    """
+
+    cells: Sequence[object]
+    style: str = ""
+    notes: Sequence[str] = ()
+    label: str = ""
+
+    def texts(self, between: str) -> list[str]:
+        """Return a text for each cell, with `between` between the items of a list."""
+        return [
+            between.join(map(_one_line, cell)) if isinstance(cell, list | tuple) else _one_line(cell)
+            for cell in self.cells
+        ]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the same columns, for each place where people read.
+
+    `str` gives aligned columns, each row on one line however long, for `grep` and `cut`. `rich.print` draws a table
+    that fits the terminal, or a list where the terminal is too narrow for one.
+
+    Attributes:
+        columns: The names of the columns.
+        rows: The rows; without any, the columns are not shown either.
+        title: Text above the table.
+        summary: Text below it.
+        style: The style of the title on a terminal.
+        right: The names of columns that are aligned to the right.
+
+    Example:
+        >>> print(Table(("name", "calls"), [TableRow(("norm", 12)), TableRow(("mlp", 1))], right=["calls"]))
+        name  calls
+        norm     12
+        mlp       1
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[TableRow] = ()
+    title: str = ""
+    summary: str = ""
+    style: str = ""
+    right: Collection[str] = ()
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, object]], **more: Any) -> Table:
+        """Make a table of mappings that have the same keys, which become the columns.
+
+        Example:
+            >>> print(Table.of([{"name": "silu", "variants": ["torch-cpu", "torch-cuda"]}]))
+            name  variants
+            silu  torch-cpu torch-cuda
+        """
+        columns = tuple(records[0]) if records else ()
+        return cls(columns, tuple(TableRow(tuple(record.values())) for record in records), **more)
+
+    def __str__(self) -> str:
+        """Aligned columns, with the notes of a row below it."""
+        lines = [visible(self.title)] if self.title else []
+        if self.rows:
+            table = [list(self.columns), *(row.texts(" ") for row in self.rows)]
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            notes: list[Sequence[str]] = [(), *(row.notes for row in self.rows)]
+            for cells, remarks in zip(table, notes, strict=True):
+                aligned = (
+                    cell.rjust(width) if column in self.right else cell.ljust(width)
+                    for cell, width, column in zip(cells, widths, self.columns, strict=True)
+                )
+                lines += ["  ".join(aligned).rstrip(), *indented(remarks)]
+        return "\n".join([*lines, visible(self.summary)] if self.summary else lines)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """A table with colours and the notes below it; a list where columns would be too narrow to read."""
+        from rich.padding import Padding
+        from rich.text import Text
+
+        if self.title:
+            yield Text(visible(self.title), style=self.style)
+        if self.rows and self._narrowest() <= options.max_width:
+            yield from self._drawn()
+        else:
+            for row in self.rows:
+                named = zip(self.columns, row.texts(", "), strict=True)
+                yield Text("\n".join(f"{column}: {cell}" for column, cell in named if cell), style=row.style)
+                notes = Text("\n".join(visible(note, _LONGEST) for note in row.notes), style="dim")
+                yield Padding(notes, (0, 0, 1, 4)) if row.notes else Text()
+        if self.summary:
+            yield Text(visible(self.summary))
+
+    def _drawn(self) -> Iterator[RenderableType]:
+        """Yield the table, and below it each note with the rows that have it."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        drawn = RichTable(header_style="bold")
+        for column in self.columns:
+            right = column in self.right
+            drawn.add_column(column, overflow="fold", justify="right" if right else "left", no_wrap=right)
+        notes: dict[str, list[str]] = {}
+        for row in self.rows:
+            cells = row.texts("\n")
+            drawn.add_row(*map(Text, cells), style=row.style or None)
+            for note in row.notes:
+                notes.setdefault(note, []).append(row.label or cells[0])
+        yield drawn
+        for note, labels in notes.items():
+            named = dict.fromkeys(labels)
+            more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+            yield Text(f"{', '.join(list(named)[:3])}{more}: {visible(note, _LONGEST)}", style="dim")
+
+    def _narrowest(self) -> int:
+        """Return how many characters of a line the table needs, folded as far as it can be read."""
+        table = [self.columns, *(row.texts("\n") for row in self.rows)]
+        widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*table, strict=True)]
+        folded = [
+            width if column in self.right else min(width, _FOLDED)
+            for width, column in zip(widths, self.columns, strict=True)
+        ]
+        return sum(folded) + 3 * len(folded) + 1  # lines and blanks between the columns
+
+    def to_html(self) -> str:
+        """Return the table for a page or a notebook, complete in itself.
+
+        Example:
+            >>> Table(("name",), [TableRow(("<norm>",))]).to_html()[-42:]
+            '<tr><td>&lt;norm&gt;</td></tr></tbody></table>'
+        """
+        caption = "<br>".join(
+            html.escape(visible(text)).replace("\n", "<br>") for text in (self.title, self.summary) if text
+        )
+        head = "".join(f"<th style='text-align:left'>{html.escape(column)}</th>" for column in self.columns)
+        body = "".join(self._html_rows())
+        return (
+            "<table>"
+            + (f"<caption style='text-align:left'>{caption}</caption>" if caption else "")
+            + f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
+
+    def _html_rows(self) -> Iterator[str]:
+        for row in self.rows:
+            colour = f" style='color:{_COLOURS.get(row.style, 'inherit')}'" if row.style else ""
+            yield f"<tr{colour}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row.texts(', '))}</tr>"
+            for note in row.notes:
+                shown = _escaped(visible(note, _LONGEST))
+                yield f"<tr><td></td><td colspan='{max(1, len(self.columns) - 1)}'>{shown}</td></tr>"
+
+
+class Tabular(ABC):
+    """A result that is shown as a table: as text, on a terminal, in a notebook, on a page."""
+
+    @abstractmethod
+    def as_table(self) -> Table:
+        """Return the table that shows it."""
+
+    def __str__(self) -> str:
+        """Its table as plain text."""
+        return str(self.as_table())
+
+    def __rich__(self) -> Table:
+        """Its table with colours, for `rich.print`."""
+        return self.as_table()
+
+    def to_html(self) -> str:
+        """Return its table for a page or a notebook, complete in itself."""
+        return self.as_table().to_html()
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+
+def indented(notes: Iterable[str]) -> Iterator[str]:
+    """Yield notes as they stand below a row, also those of several lines."""
+    return ("    " + visible(note, _LONGEST).replace("\n", "\n    ") for note in notes)
+
+
+def _escaped(text: str) -> str:
+    return html.escape(visible(text)).replace("\n", "<br>")
+
+
+def _one_line(cell: object) -> str:
+    return visible(str(cell), _LONGEST).replace("\n", "\\n")
