@@ -28,6 +28,7 @@ from .errors import (
     UntrustedError,
     VerificationError,
 )
+from .exports import set_module
 from .guards.quarantine import Quarantined, quarantine, quarantined, release
 from .guards.saved_tensors import SavedTensors, held_back
 from .hookspecs import hookimpl
@@ -119,6 +120,7 @@ __all__ = [
     "release",
     "replace_kernel_forward_from_hub",
     "resolve",
+    "set_module",
     "setting",
     "source_label",
     "strict",
@@ -129,3 +131,5 @@ __all__ = [
     "visible",
     "warn_once",
 ]
+
+set_module(__name__, globals(), __all__)

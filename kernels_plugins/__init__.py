@@ -1,53 +1,94 @@
 """The plugins that come with kernels-core: the mapping registry and the loader of Hub repositories.
 
-They are found through entry points like anybody's, and use nothing but the public names of
-`kernels_core`. Here are the names of the library `kernels` too, for programs that used it:
-`import kernels_plugins as kernels`.
+They are found through entry points as those of any package, and use only the public names of `kernels_core`.
+Here are the names of the library `kernels` too, for programs that used it: `import kernels_plugins as kernels`.
+
+A name is imported when it is first used: importing this package imports neither `torch` nor any plugin.
 """
 
-from kernels_core import (
-    CUDAProperties,
-    Device,
-    KernelizeFallback,
-    Mode,
-    ROCMProperties,
-    __version__,
-    kernelize,
-    replace_kernel_forward_from_hub,
-    unkernelize,
-    use_kernel_forward_from_hub,
-    use_kernelized_func,
-)
+from __future__ import annotations
 
-from .adapters.source import opaque, reference_backward
-from .bisect.bisection import bisect
-from .bisect.errors import BisectError
-from .bisect.result import BisectResult, Culprit, CulpritSet
-from .canary.plugin import canary
-from .hub.builds.metadata import Metadata
-from .hub.builds.variants import VariantAccepted, VariantRejected
-from .hub.dependency import get_kernel_dep
-from .hub.deprecated import FuncRepository, LocalFuncRepository, LockedFuncRepository, use_kernel_func_from_hub
-from .hub.functions import (
-    get_kernel,
-    get_kernel_variants,
-    get_loaded_kernels,
-    get_local_kernel,
-    has_kernel,
-    install_kernel,
-)
-from .hub.kernel import LoadedKernel, RepoInfo
-from .hub.locking.locked import LockedLayerRepository, get_locked_kernel, load_kernel
-from .hub.source import LayerRepository, LocalLayerRepository
-from .mapping import register_kernel_mapping, use_kernel_mapping
-from .observe.counters import PrometheusCounters
-from .observe.log import LogResolutions
-from .observe.ranges import ProfileRanges
-from .oracle.kit import check_kernel
-from .oracle.probe import Probe, ProbeReport
-from .oracle.prober import probing
-from .oracle.report import VerifyReport, VerifyRow
-from .oracle.verify import verify
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from kernels_core import (
+        CUDAProperties,
+        Device,
+        KernelizeFallback,
+        Mode,
+        ROCMProperties,
+        __version__,
+        kernelize,
+        replace_kernel_forward_from_hub,
+        unkernelize,
+        use_kernel_forward_from_hub,
+        use_kernelized_func,
+    )
+
+    from .adapters.source import opaque, reference_backward
+    from .bisect.bisection import bisect
+    from .bisect.errors import BisectError
+    from .bisect.result import BisectResult, Culprit, CulpritSet
+    from .canary.plugin import canary
+    from .hub.builds.metadata import Metadata
+    from .hub.builds.variants import VariantAccepted, VariantRejected
+    from .hub.dependency import get_kernel_dep
+    from .hub.deprecated import FuncRepository, LocalFuncRepository, LockedFuncRepository, use_kernel_func_from_hub
+    from .hub.functions import (
+        get_kernel,
+        get_kernel_variants,
+        get_loaded_kernels,
+        get_local_kernel,
+        has_kernel,
+        install_kernel,
+    )
+    from .hub.kernel import LoadedKernel, RepoInfo
+    from .hub.locking.locked import LockedLayerRepository, get_locked_kernel, load_kernel
+    from .hub.source import LayerRepository, LocalLayerRepository
+    from .mapping import register_kernel_mapping, use_kernel_mapping
+    from .observe.counters import PrometheusCounters
+    from .observe.log import LogResolutions
+    from .observe.ranges import ProfileRanges
+    from .oracle.kit import check_kernel
+    from .oracle.probe import Probe, ProbeReport
+    from .oracle.prober import probing
+    from .oracle.report import VerifyReport, VerifyRow
+    from .oracle.verify import verify
+
+_NAMES = {
+    "kernels_core": (
+        "CUDAProperties Device KernelizeFallback Mode ROCMProperties __version__ kernelize unkernelize "
+        "replace_kernel_forward_from_hub use_kernel_forward_from_hub use_kernelized_func"
+    ),
+    ".adapters.source": "opaque reference_backward",
+    ".bisect.bisection": "bisect",
+    ".bisect.errors": "BisectError",
+    ".bisect.result": "BisectResult Culprit CulpritSet",
+    ".canary.plugin": "canary",
+    ".hub.builds.metadata": "Metadata",
+    ".hub.builds.variants": "VariantAccepted VariantRejected",
+    ".hub.dependency": "get_kernel_dep",
+    ".hub.deprecated": "FuncRepository LocalFuncRepository LockedFuncRepository use_kernel_func_from_hub",
+    ".hub.functions": ("get_kernel get_kernel_variants get_loaded_kernels get_local_kernel has_kernel install_kernel"),
+    ".hub.kernel": "LoadedKernel RepoInfo",
+    ".hub.locking.locked": "LockedLayerRepository get_locked_kernel load_kernel",
+    ".hub.source": "LayerRepository LocalLayerRepository",
+    ".mapping": "register_kernel_mapping use_kernel_mapping",
+    ".observe.counters": "PrometheusCounters",
+    ".observe.log": "LogResolutions",
+    ".observe.ranges": "ProfileRanges",
+    ".oracle.kit": "check_kernel",
+    ".oracle.probe": "Probe ProbeReport",
+    ".oracle.prober": "probing",
+    ".oracle.report": "VerifyReport VerifyRow",
+    ".oracle.verify": "verify",
+}
+"""The public names by the module that defines them."""
+
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "BisectError",
@@ -103,3 +144,36 @@ __all__ = [
     "use_kernelized_func",
     "verify",
 ]
+
+
+class _Package(types.ModuleType):
+    """This package: it imports a public name on first use, and keeps its names from its sub-packages.
+
+    A class and no `__getattr__` of the module: for that, type checkers would take any name to exist, and only a
+    class has a say when `import kernels_plugins.bisect.plugin` puts the sub-package where the function `bisect` is.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        """Import a public name; threads that do so together get one and the same object."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=self)
+        value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+        from kernels_core import set_module
+
+        for home, names in _NAMES.items():  # the modules that came with it, too: with `verify`, that of its report
+            if module := sys.modules.get(f"{__name__}{home}"):
+                set_module(__name__, vars(module), names.split())
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute, unless the import system is about to set a sub-package in place of a public name."""
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        """List what is here, and what would be imported."""
+        return sorted({*vars(self), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

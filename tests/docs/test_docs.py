@@ -188,13 +188,24 @@ def find_modules() -> Iterator[str]:
                 yield module.name
 
 
+class Finder(doctest.DocTestFinder):
+    """Finds the examples of public names in the files that define them, although their `__module__` is the package."""
+
+    def _from_module(self, module: types.ModuleType, object: object) -> bool:
+        if getattr(object, "__module__", None) not in {package.__name__ for package in PACKAGES}:
+            return super()._from_module(module, object)  # type: ignore[misc, no-any-return]
+        if isinstance(object, type):
+            return re.search(rf"^class {object.__name__}\b", inspect.getsource(module), re.MULTILINE) is not None
+        return inspect.unwrap(object).__globals__ is vars(module)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", list(find_modules()))
 def test_examples_in_docstrings_run(name: str) -> None:
     """Every example in the docstrings of a module runs and prints what it says."""
     module = importlib.import_module(name)
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     report: list[str] = []
-    for test in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs=public_namespace()):
+    for test in Finder(exclude_empty=True).find(module, extraglobs=public_namespace()):
         runner.run(test, out=report.append)
     assert runner.summarize(verbose=False).failed == 0, "".join(report)
 

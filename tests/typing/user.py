@@ -32,7 +32,15 @@ from kernels_core import (
     resolve,
     use_kernel_forward_from_hub,
 )
-from kernels_plugins import LayerRepository, LocalLayerRepository, register_kernel_mapping, use_kernel_mapping
+from kernels_plugins import (
+    BisectResult,
+    LayerRepository,
+    LocalLayerRepository,
+    bisect,
+    canary,
+    register_kernel_mapping,
+    use_kernel_mapping,
+)
 
 # --- Decorated things keep their types ---------------------------------------------------------------
 
@@ -90,6 +98,14 @@ try:
 except NoKernelError as error:
     assert_type(error.refusals, tuple[Refusal, ...])
     caught: KernelsError = error
+
+# --- Names that are imported on first use --------------------------------------------------------------
+
+assert_type(bisect(norm, lambda model: 0.0, tolerance=0.1), BisectResult)
+with canary(first=1) as watching:
+    assert_type(watching, canary)
+print(kernels_plugins.get_kernal)  # type: ignore[attr-defined]
+assert_type(kernels_plugins.LayerRepository("acme/kernels", layer_name="RMSNorm", version=1), LayerRepository)
 
 # --- A plugin --------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def read_dependencies(folder: Path) -> tuple[Dependency, ...]:
         >>> read_dependencies(Path("/nowhere"))
         Traceback (most recent call last):
         ...
-        kernels_core.errors.ArgumentError: There is no /nowhere/pyproject.toml: name the folder of the project.
+        kernels_core.ArgumentError: There is no /nowhere/pyproject.toml: name the folder of the project.
     """
     path = folder / PYPROJECT
     table = _table(path)

@@ -1,0 +1,50 @@
+"""Where public names come from: the package that exports them, not the file that defines them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, ForwardRef
+
+
+def set_module(package: str, namespace: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Make classes and functions say that they come from the package that exports them.
+
+    Reprs, tracebacks and pickles then name the import path that is promised, and pickles survive a move of the
+    defining file. Names that are missing, come from another package, or are an alias of another name stay as they are.
+
+    Args:
+        package: The package, which has each of the names as an attribute.
+        namespace: Where the names are found now: `globals()` of the package, or `vars()` of a defining module.
+        names: The public names.
+
+    Example:
+        >>> Mode.__module__, resolve.__module__
+        ('kernels_core', 'kernels_core')
+    """
+    for name in names:
+        value = namespace.get(name)
+        defined_in = str(getattr(value, "__module__", ""))
+        if not defined_in.startswith(f"{package}.") or getattr(value, "__qualname__", "") != name:
+            continue
+        for cls in getattr(value, "__mro__", ()):
+            if cls.__module__.startswith(f"{package}."):
+                _bind_annotations(cls)
+        value.__module__ = package
+
+
+def _bind_annotations(cls: type) -> None:
+    """Bind annotations that are text to the module that defines their names.
+
+    `typing.get_type_hints` would otherwise look these names up in the package, as would libraries that read the types
+    of dataclass fields.
+    """
+    hints = {
+        name: ForwardRef(hint, is_argument=False, module=cls.__module__, is_class=True)
+        for name, hint in inspect.get_annotations(cls).items()
+        if isinstance(hint, str)
+    }
+    if hints:
+        cls.__annotations__ |= hints
+    for name, field in getattr(cls, "__dataclass_fields__", {}).items():
+        field.type = hints.get(name, field.type)
