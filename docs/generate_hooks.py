@@ -1,4 +1,4 @@
-"""Write what the documentation says about hooks and modes from the code.
+"""Write the page of hooks and the table of modes from the code.
 
 `hooks.md` comes from the docstrings in `kernels_core/hookspecs.py`; the table of stand-ins in
 `mapping.md` from `kernels_core.STAND_INS`. Run without arguments to write them, or with `--check` to
@@ -24,18 +24,19 @@ HEAD = """\
 
 # Hooks
 
-A plugin implements any of these hooks, with any of their arguments, by name. How to make one is told in
-[write a plugin](write-a-plugin.md); when each is called, in [the path of a call](path-of-a-call.md#cold-one-decision).
+A plugin implements any of these hooks, with any of their arguments, by name. How to write one:
+[write a plugin](write-a-plugin.md). When each is called: [the path of a call](path-of-a-call.md#cold-one-decision).
 
 | Kind | Means |
 |---|---|
 | first result | The first plugin that answers decides. |
-| collect | All answers count. |
+| collect | All answers are used. |
 | veto | A reason refuses; None lets pass. |
-| tell | No answer is wanted. |
+| tell | The answer is ignored. |
 
 An exception in a hook names the plugin and does not stop the others. In a veto, also in a wrapper of one, and in
-`kernels_load_layer`, it refuses the candidate. In any other hook it is warned of once; `KERNELS_STRICT=1` raises it.
+`kernels_load_layer`, it refuses the candidate. For any other hook a warning reports it once;
+`KERNELS_STRICT=1` raises it.
 
 The examples need these names:
 
@@ -86,7 +87,7 @@ def render_block(block: str) -> list[str]:
 
 
 def kind(spec: Callable[..., Any]) -> str:
-    """Return the kind of a hook, as its card says it."""
+    """Return the kind of a hook, from its card."""
     found = re.search(r"Kind: ([a-z ]+)", spec.__doc__ or "")
     if found is None:
         raise ValueError(f"the card of {spec.__name__} does not say its kind: write 'Kind: ...'")
@@ -105,7 +106,7 @@ def render_stand_ins() -> str:
 
 
 def mode_text(mode: Mode) -> str:
-    """Return a mode as one writes it."""
+    """Return a mode as users write it."""
     return "`" + " | ".join(str(flag.name) for flag in Mode if flag in mode).replace("|", "\\|") + "`"
 
 

@@ -1,7 +1,7 @@
 """Write `reference.md`: every public name, in groups, to be filled in by mkdocstrings.
 
 Run without arguments to write it, or with `--check` to exit with 1 where it is not current. A public
-name that no group claims is an error: say where it belongs.
+name that is in no group is an error: add it to one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.replace_kernel_forward_from_hub",
         ],
     ),
-    "Say which kernel serves": (
-        "For users. Forms and rules are told in [mappings](mapping.md).",
+    "Map kernels to layers": (
+        "For users. Forms and rules: [mappings](mapping.md).",
         [
             "kernels_plugins.register_kernel_mapping",
             "kernels_plugins.use_kernel_mapping",
@@ -39,14 +39,14 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Adapt a kernel": (
-        "What they do, and what they refuse, is told in [adapters](adapters.md).",
+        "What they do, and which kernels they refuse: [adapters](adapters.md).",
         [
             "kernels_plugins.opaque",
             "kernels_plugins.reference_backward",
         ],
     ),
     "Load a kernel": (
-        "How they are found, trusted and checked is told in [the Hub](hub.md#kernels-by-name).",
+        "How they are found, trusted and checked: [the Hub](hub.md#kernels-by-name).",
         [
             "kernels_plugins.get_kernel",
             "kernels_plugins.get_local_kernel",
@@ -63,14 +63,14 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Load a kernel that is locked": (
-        "How a project locks its kernels is told in [locking](locking.md).",
+        "How a project locks its kernels: [locking](locking.md).",
         [
             "kernels_plugins.get_locked_kernel",
             "kernels_plugins.load_kernel",
         ],
     ),
     "Kernelize a model": (
-        "What it does and notices is told in [kernelize a model](kernelize.md).",
+        "What it does and notices: [kernelize a model](kernelize.md).",
         [
             "kernels_core.kernelize",
             "kernels_core.unkernelize",
@@ -81,7 +81,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Ask what serves": (
-        "How to read the answer is told [here](mapping.md#reading-a-resolution).",
+        "How to read the answer: [reading a resolution](mapping.md#reading-a-resolution).",
         [
             "kernels_core.resolve",
             "kernels_core.Resolution",
@@ -91,7 +91,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Look at a model": (
-        "How to read, require and compare is told in [receipt](receipt.md).",
+        "How to read, require and compare receipts: [receipt](receipt.md).",
         [
             "kernels_core.receipt",
             "kernels_core.Receipt",
@@ -101,7 +101,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Verify a kernel": (
-        "What is tried, and how numbers are judged, is told in [verify](verify.md).",
+        "The trials, and how numbers are judged: [verify](verify.md).",
         [
             "kernels_plugins.verify",
             "kernels_plugins.VerifyReport",
@@ -113,7 +113,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Take a kernel out": (
-        "What gets kernels there is told in [quarantine](quarantine.md).",
+        "Why kernels are put there: [quarantine](quarantine.md).",
         [
             "kernels_plugins.canary",
             "kernels_core.quarantine",
@@ -123,7 +123,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Find the kernel to blame": (
-        "The algorithm and its guarantees are told in [bisect](bisect.md).",
+        "The algorithm and its guarantees: [bisect](bisect.md).",
         [
             "kernels_plugins.bisect",
             "kernels_plugins.BisectResult",
@@ -133,7 +133,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Observe": (
-        "What they tell, and how to switch them on, is told in [observe](observe.md).",
+        "Their records, and how to switch them on: [observe](observe.md).",
         [
             "kernels_plugins.LogResolutions",
             "kernels_plugins.ProfileRanges",
@@ -194,7 +194,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Errors": (
-        "What to do about each is told in [errors](errors.md).",
+        "What to do about each: [errors](errors.md).",
         [
             "kernels_core.KernelsError",
             "kernels_core.KernelsWarning",
@@ -233,14 +233,14 @@ HEAD = """\
 
 # Reference
 
-Every public name of `kernels_core` and `kernels_plugins`. What is not listed may change without notice. In the
-examples, `torch` and the public names are imported. `kernels_plugins` has those names of `kernels_core` too that the
-library `kernels` has.
+Every public name of `kernels_core` and `kernels_plugins`. All other names may change without notice. The examples
+assume that `torch` and the public names are imported. `kernels_plugins` also exports the names of `kernels_core` that
+the library `kernels` has.
 """
 
 
 def public_names() -> set[str]:
-    """Return the names that both packages promise; those of the core are not listed again for the plugins."""
+    """Return the public names of both packages; those of the core are not listed again for the plugins."""
     replay = {f"kernels_core.replay.{name}" for name in kernels_core.replay.__all__}
     own = set(kernels_plugins.__all__) - set(kernels_core.__all__)
     core = {f"kernels_core.{name}" for name in kernels_core.__all__} | replay
