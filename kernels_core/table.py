@@ -202,7 +202,7 @@ class Table:
         """Return the table for a page or a notebook, complete in itself.
 
         Example:
-            >>> Table(("name",), [TableRow(("<norm>",))]).to_html()[-42:]
+            >>> Table(("name",), [TableRow(("<norm>",))]).to_html()[-46:]
             '<tr><td>&lt;norm&gt;</td></tr></tbody></table>'
         """
         caption = "<br>".join(
