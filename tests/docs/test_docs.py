@@ -205,7 +205,8 @@ def test_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(name)
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     report: list[str] = []
-    for test in Finder(exclude_empty=True).find(module, extraglobs=public_namespace()):
+    names = {**public_namespace(), **vars(module)}  # a module may have a name of its own that is public elsewhere
+    for test in Finder(exclude_empty=True).find(module, globs=names):
         runner.run(test, out=report.append)
     assert runner.summarize(verbose=False).failed == 0, "".join(report)
 
