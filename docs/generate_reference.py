@@ -84,10 +84,17 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         "How to read the answer: [reading a resolution](mapping.md#reading-a-resolution).",
         [
             "kernels_core.resolve",
+            "kernels_core.find_candidates",
             "kernels_core.Resolution",
             "kernels_core.Refusal",
             "kernels_core.Cause",
             "kernels_core.forget",
+        ],
+    ),
+    "Run without kernels": (
+        "For comparisons; to switch kernels off in a whole process, set `DISABLE_KERNEL_MAPPING=1`.",
+        [
+            "kernels_core.references",
         ],
     ),
     "Look at a model": (

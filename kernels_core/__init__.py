@@ -38,6 +38,7 @@ from .models.counting import count_calls
 from .models.frozen import FrozenChoice, frozen_choice
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
+from .models.references import references
 from .plugins import PluginManager, PluginMapping, plugin_manager
 from .resolution import (
     Candidate,
@@ -48,7 +49,7 @@ from .resolution import (
     Refusal,
     Resolution,
 )
-from .resolver import forget, resolve
+from .resolver import find_candidates, forget, resolve
 from .scope import Scope
 from .table import Table, TableRow, Tabular, as_json, visible
 from .warning import WarnOnce, warn_once
@@ -107,6 +108,7 @@ __all__ = [
     "count_calls",
     "decorated_layer",
     "device_capability",
+    "find_candidates",
     "find_layer",
     "forget",
     "frozen_choice",
@@ -117,6 +119,7 @@ __all__ = [
     "quarantine",
     "quarantined",
     "receipt",
+    "references",
     "release",
     "replace_kernel_forward_from_hub",
     "resolve",

@@ -56,6 +56,7 @@ def resolve(
     *,
     device: torch.device | Device | str,
     mode: Mode,
+    candidate: Candidate | None = None,
 ) -> Resolution:
     """Decide what would serve a layer here and now, without running it.
 
@@ -65,6 +66,7 @@ def resolve(
         layer_or_name: A layer name, a `Layer`, or something decorated: module, class or function.
         device: Device of the call, such as `"cuda:1"`; without an index, the current device.
         mode: `Mode.INFERENCE` or `Mode.TRAINING`, alone or with `Mode.TORCH_COMPILE`.
+        candidate: The only candidate to try, in place of those that plugins offer.
 
     Returns:
         The decision, with every refusal. It never raises for want of a kernel.
@@ -77,11 +79,55 @@ def resolve(
         >>> resolve("no such layer", device="cpu", mode=Mode.INFERENCE).origin
         'reference'
     """
+    request = _public_request(layer_or_name, device, mode)
+    if scope.resolving.get():  # a plugin asks while it is asked
+        return Resolution(request, note="asked while a layer is being resolved")
+    with _alone():
+        if candidate is None or mapping_disabled():
+            return _ask(request)
+        outcome = _consider(request, candidate)
+        return outcome if isinstance(outcome, Resolution) else Resolution(request, refusals=(outcome,))
+
+
+def find_candidates(
+    layer_or_name: str | Layer | torch.nn.Module | type[torch.nn.Module] | Callable[..., Any],
+    *,
+    device: torch.device | Device | str,
+    mode: Mode,
+) -> tuple[list[Candidate], list[Refusal]]:
+    """Return every candidate for calls of a layer, best first, and nothing loaded.
+
+    Args:
+        layer_or_name: As for `resolve`, as are the others.
+        device: See there.
+        mode: See there.
+
+    Returns:
+        The candidates, and the refusals of kernels that are offered for other devices or modes, and of plugins
+        that failed.
+
+    Raises:
+        ArgumentError: If device or mode cannot be those of a call.
+        ArgumentTypeError: If the first argument is not decorated.
+
+    Example:
+        >>> find_candidates("no such layer", device="cpu", mode=Mode.INFERENCE)
+        ([], [])
+    """
+    request = _public_request(layer_or_name, device, mode)
+    if mapping_disabled():
+        return [], []
+    with _alone():
+        candidates, failures, misfits = _ranked(request)
+    return candidates, failures + misfits
+
+
+def _public_request(layer_or_name: Any, device: torch.device | Device | str, mode: Mode) -> LayerRequest:
     layer = layer_or_name if isinstance(layer_or_name, Layer) else None
     if layer is None and not isinstance(layer_or_name, str):
         layer = decorated_layer(layer_or_name)
     where = as_torch_device(device)
-    request = LayerRequest(
+    return LayerRequest(
         layer_name=layer.name if layer else str(layer_or_name),
         device=where,
         mode=check_call_mode(mode),
@@ -89,10 +135,6 @@ def resolve(
         capability=device_capability(where),
         scopes=scope.root.active.payloads(),
     )
-    if scope.resolving.get():  # a plugin asks while it is asked
-        return Resolution(request, note="asked while a layer is being resolved")
-    with _alone():
-        return _ask(request)
 
 
 @contextlib.contextmanager
@@ -215,16 +257,37 @@ class Pins:
 
     choices: Mapping[Layer, Resolution]
 
-
-def _pinned(request: LayerRequest) -> Resolution | None:
-    """Return what was decided beforehand, in the innermost scope that says so."""
-    for payload in request.scopes:
-        choice = payload.choices.get(request.layer) if isinstance(payload, Pins) and request.layer else None
+    def decision(self, request: LayerRequest) -> Resolution | None:
+        """Return the decision for a request, unless it is for another device or its kernel is in quarantine."""
+        choice = self.choices.get(request.layer) if request.layer else None
         if choice is None or choice.request.device != request.device:
-            continue
+            return None
         if choice.implementation is None or find_quarantined(request, choice.implementation) is None:
             return replace(choice, request=request)
-    return None
+        return None
+
+
+@dataclass(frozen=True)
+class References:
+    """The payload of a scope in which layers run on their references.
+
+    Attributes:
+        layers: The numbers of these layers; None for all.
+    """
+
+    layers: frozenset[int] | None = None
+
+    def decision(self, request: LayerRequest) -> Resolution | None:
+        """Return the decision for the reference, None for other layers."""
+        if self.layers is None or (request.layer is not None and request.layer.number in self.layers):
+            return Resolution(request, note="references() is open")
+        return None
+
+
+def _pinned(request: LayerRequest) -> Resolution | None:
+    """Return the decision that was made beforehand, by the innermost scope that has one."""
+    payloads = (payload for payload in request.scopes if isinstance(payload, Pins | References))
+    return next(filter(None, (payload.decision(request) for payload in payloads)), None)
 
 
 def choose(layer: Layer, device: torch.device, mode: Mode) -> Resolution:

@@ -1,0 +1,56 @@
+"""`references`: decorated layers run on their references, in a `with` block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..layer import Layer
+from ..resolver import References
+from ..scope import Scope
+from .frozen import frozen_choice
+
+_everywhere = Scope(References())
+
+
+@contextmanager
+def references(*models: nn.Module, layers: Collection[Layer] | None = None) -> Iterator[None]:
+    """Run decorated layers on their references in this thread or task, whatever mappings are open.
+
+    Calls of kernelized modules read no scope, so the models that have some must be named. While the block is open,
+    their kernelized modules decide by themselves in every thread.
+
+    Args:
+        *models: Models whose kernelized modules run on their references, too.
+        layers: The layers that run on their references; None for all.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("Double")
+        ... def double(x):
+        ...     return x + x
+        >>> with use_kernel_mapping({"Double": {"cpu": lambda x: x * 3}}):
+        ...     with references():
+        ...         y = double(torch.ones(1))
+        ...     y, double(torch.ones(1))
+        (tensor([2.]), tensor([3.]))
+    """
+    scope = _everywhere if layers is None else Scope(References(frozenset(layer.number for layer in layers)))
+    thawed = [
+        (module, choice)
+        for module in dict.fromkeys(inner for model in models for inner in model.modules())
+        if (choice := frozen_choice(module)) is not None
+        and "forward" not in module.__dict__
+        and (layers is None or choice.layer in layers)
+    ]
+    try:
+        for module, choice in thawed:  # no method: `eval()` would take it for one that `train()` has put there
+            module.__dict__["forward"] = functools.partial(choice.original.forward, module)
+        with scope:
+            yield
+    finally:
+        for module, choice in thawed:
+            module.__dict__.pop("forward", None)
+            choice.notice_train(module, module.training)
