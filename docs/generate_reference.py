@@ -85,6 +85,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         [
             "kernels_core.resolve",
             "kernels_core.find_candidates",
+            "kernels_core.serving_forward",
             "kernels_core.Resolution",
             "kernels_core.Refusal",
             "kernels_core.Cause",

@@ -49,7 +49,7 @@ from .resolution import (
     Refusal,
     Resolution,
 )
-from .resolver import find_candidates, forget, resolve
+from .resolver import find_candidates, forget, resolve, serving_forward
 from .scope import Scope
 from .table import Table, TableRow, Tabular, as_json, visible
 from .warning import WarnOnce, warn_once
@@ -123,6 +123,7 @@ __all__ = [
     "release",
     "replace_kernel_forward_from_hub",
     "resolve",
+    "serving_forward",
     "set_module",
     "setting",
     "source_label",

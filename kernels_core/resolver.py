@@ -208,6 +208,25 @@ def no_kernel(resolution: Resolution) -> NoKernelError:
     )
 
 
+def serving_forward(resolution: Resolution) -> Callable[..., Any]:
+    """Return the forward that serves calls by a decision: that of the kernel, else the reference.
+
+    Raises:
+        NoKernelError: If the reference must not serve.
+
+    Example:
+        >>> @use_kernel_forward_from_hub("double")
+        ... def double(x):
+        ...     return x + x
+        >>> serving_forward(resolve(double, device="cpu", mode=Mode.INFERENCE))(2)
+        4
+    """
+    if must_raise(resolution):
+        raise no_kernel(resolution)
+    assert resolution.request.layer is not None
+    return resolution.implementation or resolution.request.layer.reference
+
+
 def _request(layer: Layer, device: torch.device, frame: Frame, mode: Mode) -> LayerRequest:
     return LayerRequest(
         layer_name=layer.name,

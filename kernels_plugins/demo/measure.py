@@ -11,6 +11,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from kernels_core import (
     Resolution,
     Scope,
     decorated_layer,
+    find_layer,
     hookimpl,
     plugin_manager,
+    references,
     resolve,
 )
 from kernels_plugins import LayerRepository, use_kernel_mapping
@@ -197,9 +200,8 @@ def _parts(block: nn.Module, x: Tensor) -> Iterator[Part]:
 
 def _compare(part: Part, mode: str, call: Callable[..., Any], kernels: Scope, recorder: Recorder) -> Row:
     """Compare a part, called with kernels, with its reference."""
-    reference = use_kernel_mapping({}, inherit_mapping=False)
     step = part.step(call)
-    with reference:
+    with references():
         expected = part.step(part.module)()  # eager also where `call` is compiled
     with kernels:
         actual = step()
@@ -218,7 +220,7 @@ def _compare(part: Part, mode: str, call: Callable[..., Any], kernels: Scope, re
     )
     if not (row.served and row.is_right):
         return row
-    reference_ms, kernel_ms = _times(step, reference, kernels)
+    reference_ms, kernel_ms = _times(step, references, lambda: kernels)
     return replace(row, reference_ms=reference_ms, kernel_ms=kernel_ms)
 
 
@@ -232,20 +234,20 @@ def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
-def _times(step: Step, *scopes: Scope) -> list[float]:
+def _times(step: Step, *scopes: Callable[[], AbstractContextManager[object]]) -> list[float]:
     """Return the median milliseconds of a step in each scope, taken in turns: a busy machine slows all alike."""
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     rounds: list[list[float]] = []
     for _ in range(ROUNDS):
         rounds.append([])
         for scope in scopes:
-            with scope:
+            with scope():
                 rounds[-1].append(timer.blocked_autorange(min_run_time=0.01).median * 1e3)
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def _is_decorated(module: nn.Module) -> bool:
-    return isinstance(getattr(module.forward, "kernels_layer", None), Layer)
+    return find_layer(module) is not None
 
 
 def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels_core import Layer, Resolution, hookimpl, plugin_manager
+from kernels_core import Layer, Resolution, find_layer, hookimpl, plugin_manager
 from kernels_core.replay import Call
 
 Forward = Callable[..., Any]
@@ -106,22 +106,10 @@ def record(model: nn.Module) -> Iterator[list[Recorded]]:
         yield calls
 
 
-def layer_of(decorated: object) -> Layer | None:
-    """Return the layer of a module or function that is decorated, also where `kernelize` has made its choice."""
-    frozen = getattr(type(decorated), "kernels_frozen", None)
-    if frozen is not None:
-        layer = frozen.layer
-    elif isinstance(decorated, nn.Module):
-        layer = getattr(type(decorated).forward, "kernels_layer", None)
-    else:
-        layer = getattr(decorated, "kernels_layer", None)
-    return layer if isinstance(layer, Layer) else None
-
-
 def decorated(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     """Yield the paths of the decorated layers of a model."""
     for path, module in model.named_modules():
-        layer = layer_of(module)
+        layer = find_layer(module)
         if layer is not None:
             yield path, layer
 

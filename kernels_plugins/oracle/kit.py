@@ -16,12 +16,13 @@ from kernels_core import (
     LayerRequest,
     Mode,
     Resolution,
+    find_layer,
     source_label,
 )
 from kernels_core.replay import Call
 
 from .comparison import Tolerances
-from .inputs import Recorded, layer_of
+from .inputs import Recorded
 from .probe import ProbeReport, implementation_of, probe
 
 
@@ -68,7 +69,7 @@ def check_kernel(
     if not is_function and not isinstance(kernel, type):
         raise ArgumentTypeError(f"A kernel for a module is a class with a forward, not {source_label(kernel)}.")
     module = reference if isinstance(reference, nn.Module) else None
-    decorated = layer_of(reference)
+    decorated = find_layer(reference)
     forward: Any = type(module).forward if module is not None else reference
     layer = decorated or Layer(
         type(module).__name__ if module else forward.__name__, _place(forward), forward, is_function

@@ -1,28 +1,13 @@
-"""Plugin `oracle`: lets references or single kernels run alone while they are compared; the command `verify`."""
+"""Plugin `oracle`: the command `kernels-core verify`."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kernels_core import LayerRequest, Resolution, hookimpl
-
-from .selection import only_reference, only_selected
+from kernels_core import hookimpl
 
 if TYPE_CHECKING:
     import typer
-
-
-@hookimpl(tryfirst=True)
-def kernels_resolve_forward(request: LayerRequest) -> Resolution | None:
-    """Answer where only references are to run."""
-    return only_reference(request)
-
-
-@hookimpl(wrapper=True)
-def kernels_find_candidates(request: LayerRequest) -> Generator[None, Any, Any]:
-    """Leave out candidates where only one is to be tried."""
-    return (yield from only_selected(request))
 
 
 @hookimpl

@@ -6,22 +6,19 @@ While it is off, which is the default, nothing is put around anything and nothin
 from __future__ import annotations
 
 import functools
-import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from kernels_core import (
     Candidate,
     KernelLayer,
-    KernelsWarning,
     LayerRequest,
     Mode,
     PluginError,
@@ -32,9 +29,11 @@ from kernels_core import (
     hookimpl,
     plugin_manager,
     quarantine,
+    resolve,
+    serving_forward,
+    setting,
+    warn_once,
 )
-
-from .selection import decide
 
 Forward = Callable[..., Any]
 
@@ -42,7 +41,6 @@ VARIABLE = "KERNELS_PROBE"
 _lock = threading.Lock()
 _open = 0
 _busy: ContextVar[bool] = ContextVar("kernels_plugins_oracle_prober_busy", default=False)
-_said: set[str] = set()
 _kernels: weakref.WeakKeyDictionary[Any, KernelLayer] = weakref.WeakKeyDictionary()
 """The class or function behind what is called, for what it declares."""
 
@@ -85,12 +83,10 @@ def _setting() -> str:
     """Return `"on"`, `"cached"` or `"off"`."""
     if _open:
         return "on"
-    text = os.environ.get("KERNELS_PROBE", "").strip().lower()
-    if text in ("", "0", "false", "no", "off"):
-        return "off"
-    if text in ("1", "true", "yes", "on"):
-        return "on"
-    if text == "cached":
+    text = setting(VARIABLE)
+    if isinstance(text, bool):
+        return "on" if text else "off"
+    if text.lower() == "cached":
         return "cached"
     message = f"{VARIABLE}={text!r} is not understood, so nothing is probed: write 1, 0 or cached."
     plugin_manager().report(PluginError(message, plugin="probe"))  # raised here, it would refuse every kernel
@@ -183,11 +179,10 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
         except VerificationError:  # the device is broken
             raise
         except Exception as error:
-            warnings.warn(
+            warn_once(
                 f"{resolution.origin} for {resolution.request.place} could not be probed: "
                 f"{type(error).__name__}: {error}",
-                KernelsWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
             return forward(*args, **kwargs)
         finally:
@@ -198,23 +193,16 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
         mode = Mode.TRAINING if torch.is_grad_enabled() and call.records else Mode.INFERENCE
         if _refusal(report, mode) is None:
             return forward(*args, **kwargs)
-        return _next(resolution, module, mode, forward)(*args, **kwargs)
+        return _next(resolution, mode)(*args, **kwargs)
 
     return first
 
 
-def _next(resolution: Resolution, module: torch.nn.Module | None, mode: Mode, forward: Forward) -> Forward:
-    """Return what serves the call for which a kernel was tried, and is out: as it is decided anew."""
-    layer = resolution.request.layer
-    assert layer is not None
-    for cls in type(module).__mro__:
-        dispatching = vars(cls).get("forward")
-        if getattr(dispatching, "kernels_layer", None) is layer:
-            return cast(Forward, dispatching)
-    decided = decide(layer, resolution.request.device, mode)
-    if decided.implementation is not None:
-        return decided.implementation
-    return layer.reference if layer.use_fallback else forward
+def _next(resolution: Resolution, mode: Mode) -> Forward:
+    """Return what serves the call on which a kernel was refused; the next kernel is probed, too."""
+    assert resolution.request.layer is not None
+    decided = resolve(resolution.request.layer, device=resolution.request.device, mode=mode)
+    return plugin_manager().wrap_forward(decided, serving_forward(decided))
 
 
 def _take_out(resolution: Resolution, report: Any) -> None:
@@ -244,12 +232,8 @@ def _tell(resolution: Resolution, report: Any) -> None:
         remarks.append(f"it declares can_torch_compile = True, and cannot be traced: {report.failed['compile']}")
     if compiles and not declares["can_torch_compile"]:
         remarks.append("it does not declare can_torch_compile = True, and can be traced")
-    message = f"{resolution.origin} for {resolution.request.place} was probed: " + "; ".join(remarks)
-    with _lock:
-        if not remarks or message in _said:
-            return
-        _said.add(message)
-    warnings.warn(message, KernelsWarning, stacklevel=4)
+    if remarks:
+        warn_once(f"{resolution.origin} for {resolution.request.place} was probed: {'; '.join(remarks)}", stacklevel=3)
 
 
 def _declared(resolution: Resolution, name: str) -> bool:

@@ -17,19 +17,19 @@ from kernels_core import (
     Mode,
     Resolution,
     VerificationError,
-    plugin_manager,
+    find_candidates,
+    find_layer,
+    frozen_choice,
+    references,
+    resolve,
     source_label,
 )
 from kernels_core.replay import Call, ModelState, Outcome, mapped
 from kernels_core.torch_internals import dynamo_is_imported
 
 from .comparison import Comparison, Tolerances, compare
-from .inputs import Case, Recorded, cases, decorated, layer_of, record, with_gradients
+from .inputs import Case, Recorded, cases, decorated, record, with_gradients
 from .report import VerifyReport, VerifyRow
-from .selection import decided, offers, references
-
-NAME = "oracle"
-"""The plugin that makes references run alone; without it nothing can be verified."""
 
 
 def verify(
@@ -72,9 +72,8 @@ def verify(
         ...     verify(double, torch.randn(4, 8)).ok
         True
     """
-    _check_plugin()
     _check_tolerances(tolerances)
-    layer = layer_of(model_or_layer)
+    layer = find_layer(model_or_layer)
     is_function = not isinstance(model_or_layer, nn.Module)
     if is_function and (layer is None or isinstance(model_or_layer, type)):
         raise ArgumentTypeError(
@@ -86,7 +85,7 @@ def verify(
     _check_devices(call)
     rows: list[VerifyRow] = []
     known: set[object] = set()
-    with references(), ModelState(module).kept() if module is not None else contextlib.nullcontext():
+    with ModelState(module).kept() if module is not None else contextlib.nullcontext():
         if module is None and layer is not None:
             recorded = [Recorded(layer.qualname.rpartition(".")[2], layer, call)]
         else:
@@ -118,16 +117,7 @@ def tried(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances 
         mode: replace(resolution, request=replace(resolution.request, mode=mode))
         for mode in (Mode.INFERENCE, Mode.TRAINING)
     }
-    with references():
-        return list(_Subject(recorded, True, tolerances).tried([_Kernel(candidate, decisions)], derived=True))
-
-
-def _check_plugin() -> None:
-    if NAME not in plugin_manager().plugins():
-        raise ArgumentError(
-            f"The plugin {NAME!r} is not active, and verify needs it to run references alone: take it off the list "
-            "in KERNELS_PLUGINS, or register kernels_plugins.oracle.plugin."
-        )
+    return list(_Subject(recorded, True, tolerances).tried([_Kernel(candidate, decisions)], derived=True))
 
 
 def _check_tolerances(tolerances: Any) -> None:
@@ -161,7 +151,7 @@ def _check_devices(call: Call) -> None:
 
 def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
     """Run the model once, and return the calls of its layers."""
-    with record(model) as calls, contextlib.ExitStack() as stack:
+    with record(model) as calls, references(model), contextlib.ExitStack() as stack:
         if gradients:
             stack.enter_context(torch.enable_grad())
         if dynamo_is_imported():  # what was compiled, or is a part of it, runs as it was written
@@ -244,25 +234,27 @@ class _Subject:
         """Yield each candidate once, with what would be decided about it."""
         found: list[tuple[Candidate, dict[Mode, Resolution]]] = []
         for mode in self.modes:
-            for candidate in offers(self.layer, self.device, mode).candidates:
+            for candidate in find_candidates(self.layer, device=self.device, mode=mode)[0]:
                 decisions = next((d for c, d in found if c == candidate), None)
                 if decisions is None:
                     decisions = {}
                     found.append((candidate, decisions))
                 if mode not in decisions:
-                    decisions[mode] = decided(self.layer, candidate, self.device, mode)
-        frozen = getattr(getattr(type(self.call.module), "kernels_frozen", None), "resolution", None)
+                    decisions[mode] = resolve(self.layer, device=self.device, mode=mode, candidate=candidate)
+        choice = frozen_choice(self.call.module) if self.call.module is not None else None
+        frozen = choice.resolution if choice is not None else None
         if frozen is not None and not frozen.is_reference:
             known = {id(r.implementation) for _, decisions in found for r in decisions.values()}
             if id(frozen.implementation) not in known:  # chosen from a mapping that is not open any more
                 chosen = {mode: frozen for mode in self.modes if mode in frozen.request.mode}
-                found.append((frozen.candidate, chosen or {Mode.INFERENCE: frozen}))
+                found.append((frozen.candidate or Candidate(frozen.implementation), chosen or {Mode.INFERENCE: frozen}))
         yield from (_Kernel(candidate, decisions) for candidate, decisions in found)
 
     def _why_none(self) -> str:
-        found = [offers(self.layer, self.device, mode) for mode in self.modes]
-        misfits = {str(misfit) for offer in found for misfit in offer.misfits}
-        return found[0].note or "; ".join(sorted(misfits)) or "none is offered"
+        found = (find_candidates(self.layer, device=self.device, mode=mode)[1] for mode in self.modes)
+        refusals = {str(refusal) for refused in found for refusal in refused}
+        note = resolve(self.layer, device=self.device, mode=self.modes[0]).note
+        return note or "; ".join(sorted(refusals)) or "none is offered"
 
     def _refused(self, kernel: _Kernel, mode: Mode, resolution: Resolution) -> VerifyRow:
         reason = "; ".join(refusal.reason for refusal in resolution.refusals) or resolution.note
@@ -319,7 +311,7 @@ class _Subject:
         cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if case.autocast is not None:
             cast = torch.autocast(self.device.type, dtype=case.autocast)
-        with cast:
+        with references(), cast:
             return call.run(forward, gradients=training, dtype=dtype, contiguous=case.contiguous)
 
     def _expected(self, case: Case, mode: Mode) -> _Expected:

@@ -47,7 +47,6 @@ def _scene(
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KERNELS_PROBE", raising=False)
     probe_cache.forget_known()
-    prober._said.clear()
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
