@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from kernels_core.dispatch import dispatched_layer
+from kernels_plugins.local_hub.testing import kernel_metadata
 
 DEMO = Path(__file__).resolve().parents[2] / "kernels_plugins" / "demo"
 BUILD = DEMO / "hub" / "kernels-demo" / "llama-layers" / "build"
@@ -110,14 +112,24 @@ def test_layers_are_stateless(name: str) -> None:
 
 @pytest.mark.parametrize("variant", ["torch-cpu", "torch-cuda"])
 def test_seal_covers_every_file(variant: str) -> None:
-    """The checked-in metadata names every file of the variant with its current digest."""
-    metadata = json.loads((BUILD / variant / "metadata.json").read_text())
-    found = {
-        path.relative_to(BUILD / variant).as_posix(): base64.b64encode(
-            hashlib.sha256(path.read_bytes()).digest()
-        ).decode()
-        for path in (BUILD / variant).rglob("*")
+    """The checked-in metadata names every file of the variant with its current digest; `SEAL=1` writes it anew."""
+    folder, backend = BUILD / variant, variant.removeprefix("torch-")
+    digests = {
+        path.relative_to(folder).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+        for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "metadata.json"
     }
-    assert metadata["digest"] == {"algorithm": "sha256", "files": found}
-    assert metadata["backend"]["type"] == variant.removeprefix("torch-")
+    content = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:12]
+    metadata = kernel_metadata(
+        "llama-layers",
+        {},
+        changes={
+            "id": f"_llama_layers_{backend}_{content}",
+            "backend": {"type": backend},
+            "digest": {"algorithm": "sha256", "files": digests},
+        },
+    )
+    text = json.dumps(metadata, indent=2) + "\n"
+    if os.environ.get("SEAL"):
+        (folder / "metadata.json").write_text(text)
+    assert (folder / "metadata.json").read_text() == text

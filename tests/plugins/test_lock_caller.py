@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if Version(packaging.__version__) < Version("24.2"):
         pytest.skip("setuptools cannot read a licence expression with this packaging: it wants 24.2 to build with")
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "kernels_lock_writer.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("kernels_core", "kernels_plugins"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -109,6 +110,18 @@ def test_a_package_in_place_finds_the_lock_of_now(tmp_path: Path, site: Path, as
     assert ask("-c", code, where=tmp_path) == OTHER
 
 
+def test_the_writer_imports_nothing_heavy(tmp_path: Path) -> None:
+    """Builds of all projects import the writer: it brings neither torch, nor the Hub's client, nor any plugin."""
+    entries = re.findall(r'^"kernels\.\w+" = "([\w.:]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert entries == ["kernels_plugins.hub.locking.writer:write_metadata"] * 2
+    program = "import sys; before = set(sys.modules); import kernels_plugins.hub.locking.writer as writer; "
+    program += "print(*sorted(set(sys.modules) - before))"
+    done = run("-c", program, where=tmp_path, path=str(ROOT))
+    loaded = [name for name in done.stdout.split() if name.partition(".")[0] not in {*sys.stdlib_module_names, "tomli"}]
+    packages = ["kernels_plugins", "kernels_plugins.hub", "kernels_plugins.hub.locking"]
+    assert loaded == [*packages, "kernels_plugins.hub.locking.writer"], done.stderr
+
+
 @pytest.mark.slow
 def test_builds_of_other_projects_are_left_alone(tmp_path: Path, site: Path) -> None:
     """A project without kernels, and one without pyproject.toml, are built as ever; torch is not imported."""
@@ -120,8 +133,10 @@ def test_builds_of_other_projects_are_left_alone(tmp_path: Path, site: Path) -> 
         "import sys, setuptools; sys.argv = ['setup.py', '-q', 'egg_info']; setuptools.setup(name='tiny', version='1')"
     )
     for folder in (plain, tmp_path / "bare"):
-        done = run("-c", f"{probe}; print('torch' in sys.modules)", where=folder, path=str(site))
-        assert done.stdout.strip() == "False", done.stderr
+        done = run(
+            "-c", f"{probe}; print({{'torch', 'kernels_core'}} & set(sys.modules))", where=folder, path=str(site)
+        )
+        assert done.stdout.strip() == "set()", done.stderr
         assert not list(folder.rglob("*.egg-info/kernels.*"))
 
 
