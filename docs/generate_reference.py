@@ -167,6 +167,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.LayerRequest",
             "kernels_core.Candidate",
             "kernels_core.KernelLayer",
+            "kernels_core.Exclusive",
             "kernels_core.LoadedLayer",
             "kernels_core.Layer",
             "kernels_core.decorated_layer",

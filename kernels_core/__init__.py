@@ -43,6 +43,7 @@ from .plugins import PluginManager, PluginMapping, plugin_manager
 from .resolution import (
     Candidate,
     Cause,
+    Exclusive,
     KernelLayer,
     LayerRequest,
     LoadedLayer,
@@ -66,6 +67,7 @@ __all__ = [
     "Cause",
     "ContractError",
     "Device",
+    "Exclusive",
     "FrozenChoice",
     "IntegrityError",
     "KernelLayer",

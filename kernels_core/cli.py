@@ -79,7 +79,7 @@ def command_line() -> typer.Typer:
     cli.command()(explain)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KernelsWarning)  # told below, where and as the command wants
-        plugin_manager().register_commands(cli)
+        plugin_manager().hook.kernels_register_commands(cli=cli)
         _drop_second_ones(cli)
     return cli
 

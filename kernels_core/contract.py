@@ -1,4 +1,4 @@
-"""May this kernel layer stand in for that layer? Returns the reason why not."""
+"""The contract: whether a kernel may serve a layer, and calls of a mode, with the reason where it may not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .resolution import KernelLayer, LayerRequest, attribute
 
 _DECLARATIONS = {"can_torch_compile", "has_backward"}
 BOUND = "_kernels_bound"
-"""Where a kernel class keeps the method that serves a function layer."""
+"""The attribute in which a kernel class keeps the method that serves a function layer."""
 
 _BENIGN = {
     BOUND,
@@ -41,19 +41,20 @@ _BY_NAME = (inspect.Parameter.KEYWORD_ONLY,)
 
 def check_mode(request: LayerRequest, layer: KernelLayer) -> str | None:
     """Return why a kernel layer does not serve calls of this mode, or None."""
-    if Mode.TRAINING in request.mode and not attribute(layer, "has_backward", True):
+    # The mode of the request is read last: reading it limits the decision to one mode.
+    if not attribute(layer, "has_backward", True) and Mode.TRAINING in request.mode:
         return "it declares has_backward = False, and autograd records this call"
-    if Mode.TORCH_COMPILE in request.mode and not attribute(layer, "can_torch_compile", False):
+    if request.is_traced and not attribute(layer, "can_torch_compile", False):
         return "it does not declare can_torch_compile = True, and this call is being traced"
     return None
 
 
 def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
-    """Return why `kernel` may not stand in for `layer`, or None.
+    """Return why `kernel` may not serve `layer`, or None.
 
     A kernel layer borrows the module that it serves: its `forward` runs with `self` being an
     instance of the decorated class. So it can have no state and no methods of its own, and must
-    take the same number and kinds of arguments. `layer` None checks what can be checked alone.
+    take the same number and kinds of arguments. With `layer` None, only the kernel itself is checked.
     """
     if isinstance(kernel, type):
         reason = _check_class(kernel)
@@ -94,7 +95,7 @@ def _check_class(kernel: type[Any]) -> str | None:
 
 
 def _passes_on(layer: Layer) -> bool:
-    """Whether the reference shows another signature than it has, as a decorator with *args does."""
+    """Return whether the reference shows another signature than it has, as a decorator with *args does."""
     return inspect.signature(layer.reference) != inspect.signature(layer.reference, follow_wrapped=False)
 
 
@@ -109,7 +110,7 @@ def _check_signature(ours: inspect.Signature, theirs: inspect.Signature, *, as_c
 
 
 def _check_order(ours: inspect.Signature, theirs: inspect.Signature) -> str | None:
-    """Arguments are passed by position: equal names in another order would be swapped in silence."""
+    """Refuse equal names in another order: arguments are passed by position, and would be swapped in silence."""
     mine, other = [name for name, _ in _names(ours)], [name for name, _ in _names(theirs)]
     if mine != other and sorted(mine) == sorted(other) and _positional(ours) != _positional(theirs):
         return (
@@ -124,7 +125,7 @@ def _positional(signature: inspect.Signature) -> list[str]:
 
 
 def _shape(signature: inspect.Signature) -> list[tuple[object, str]]:
-    """What must be equal: the kind of each parameter, and the name where calls use it."""
+    """Return the kind of each parameter, and its name where calls use it: these must be equal."""
     return sorted(
         ((p.kind, p.name if p.kind in _BY_NAME else "") for p in signature.parameters.values()),
         key=lambda item: (item[0], item[1]),
@@ -132,7 +133,7 @@ def _shape(signature: inspect.Signature) -> list[tuple[object, str]]:
 
 
 def _names(signature: inspect.Signature) -> list[tuple[str, bool]]:
-    """What must be equal, too, where arguments reach the kernel as the caller wrote them."""
+    """Return names and defaults, which must be equal, too, where the kernel gets arguments as the caller wrote them."""
     return [(p.name, p.default is p.empty) for p in signature.parameters.values() if p.kind not in _VARIABLE]
 
 

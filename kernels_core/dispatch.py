@@ -34,16 +34,17 @@ from typing import Any, cast
 
 import torch
 
+from .answer import ModesDiffer
 from .environment import mapping_disabled
 from .errors import NoKernelError
 from .forward_source import Source
 from .guards.breaker import stand_in
 from .guards.gradients import keeps_gradients, needs_proof, records_autograd, try_gradients
 from .layer import Layer
-from .mode import Mode
+from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import Resolution
-from .resolver import decide, must_raise, no_kernel, peek, ready, settle
+from .resolver import Notify, decide, must_raise, no_kernel, ready
 from .scope import PATIENCE, Frame, Table, active_frame, publish, republish, resolving, root, withdraw
 from .torch_internals import (
     EXPRESSION_NAMES,
@@ -100,10 +101,6 @@ def _untraced(function: Forward, *, reason: str) -> Forward:
     disable: Any = torch.compiler.disable
     known = "reason" in inspect.signature(disable).parameters
     return cast(Forward, disable(function, reason=reason) if known else disable(function))
-
-
-EAGER_MODES = (Mode.INFERENCE, Mode.TRAINING)
-TRACED_MODES = (Mode.INFERENCE | Mode.TORCH_COMPILE, Mode.TRAINING | Mode.TORCH_COMPILE)
 
 
 def make_forward(layer: Layer) -> Forward:
@@ -255,13 +252,14 @@ class _Dispatcher:
 
     def _settle(self, modes: tuple[Mode, Mode], device: torch.device, frame: Frame) -> Forward:
         """Return what serves: one function for both modes, or one that asks for the mode."""
-        resolution = settle(self.layer, device, frame, modes)
-        if resolution is not None:
-            return self._forward_of(resolution, modes)
-        return self._selector(modes, device)
+        try:
+            resolution = decide(self.layer, device, modes, frame=frame, notify=Notify.ALL)
+        except ModesDiffer:
+            return self._selector(modes, device)
+        return self._forward_of(resolution, modes)
 
     def _decide(self, mode: Mode, modes: tuple[Mode, Mode], device: torch.device, frame: Frame) -> Forward:
-        return self._forward_of(decide(self.layer, device, frame, mode), modes)
+        return self._forward_of(decide(self.layer, device, (mode,), frame=frame, notify=Notify.ALL), modes)
 
     def _forward_of(self, resolution: Resolution, modes: tuple[Mode, Mode]) -> Forward:
         if must_raise(resolution):
@@ -412,7 +410,7 @@ class _Dispatcher:
         if device is None or resolving.get():
             return None
         records = torch.is_grad_enabled() and records_autograd(module, values)
-        judge = stand_in(peek(self.layer, device, Mode.TRAINING if records else Mode.INFERENCE), error, values)
+        judge = stand_in(decide(self.layer, device, (Mode.TRAINING if records else Mode.INFERENCE,)), error, values)
         if judge is None:
             return None
 

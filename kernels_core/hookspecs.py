@@ -2,7 +2,7 @@
 
 Mark an implementation with `hookimpl`. It may take any of the listed arguments, by name. What
 kind of hook each one is stands in its card: *first result* (the first that answers decides),
-*collect* (all answers count), *veto* (a reason refuses, None lets pass), *tell* (no answer).
+*collect* (all answers are used), *veto* (a reason refuses, None lets pass), *tell* (no answer).
 An exception in a hook names the plugin and does not stop the others: it refuses the candidate
 (*veto*, `kernels_load_layer`), or is warned of once (all others; `KERNELS_STRICT=1` raises it).
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from .resolution import Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
+from .resolution import Candidate, Exclusive, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
 
 if TYPE_CHECKING:
     import typer
@@ -31,12 +31,14 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 def kernels_resolve_forward(request: LayerRequest) -> Resolution | None:
     """Answer the whole question: layer name, device and mode in, implementation out.
 
-    Kind: first result. Called: once per layer, device, mode and scope, off the hot path. The core's
-    own answer comes last and runs the stages below (find, authorize, load, check); a downstream
-    library overrides it with `hookimpl(tryfirst=True)` or wraps it with `hookimpl(wrapper=True)`.
+    Kind: first result. Called: once per layer, device and scope, off the hot path, for both modes of a call
+    (`request.modes`); once per mode where the answer depends on it. The core's own answer comes last and
+    runs the stages below (find, authorize, load, check); a downstream library overrides it with
+    `hookimpl(tryfirst=True)` or wraps it with `hookimpl(wrapper=True)`.
 
     Args:
-        request: The question.
+        request: The question. Where it is about two modes, reading `request.mode` tells the core that the
+            answer depends on the mode: it is for that mode only, and the question is asked again for the other.
 
     Returns:
         The decision, or None to leave it to the next plugin. It may depend on nothing but the
@@ -56,19 +58,20 @@ def kernels_resolve_forward(request: LayerRequest) -> Resolution | None:
 
 
 @hookspec
-def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate | Refusal] | None:
+def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate | Refusal | Exclusive] | None:
     """Offer implementations for a layer.
 
-    Kind: collect. Called: while resolving, several times. No I/O here: that is what
-    `kernels_load_layer` is for.
+    Kind: collect. Called: once per decision; once more for each mode where an answer depends on it. No I/O here:
+    `kernels_load_layer` is for that.
 
     Args:
-        request: The question; `request.scopes` tells what the open scopes carry.
+        request: The question. `request.scopes` are the payloads of the open scopes. Where it is about two
+            modes (`request.modes`), reading `request.mode` tells the core that the answer depends on the mode.
 
     Returns:
         Candidates, best first, or None. They are ranked with those of other plugins by tier, then
-        priority, then plugin name. What is offered for this layer, but not for such a call, may be told
-        with a `Refusal` of its candidate, so that the user learns why it does not serve.
+        priority, then plugin name. A `Refusal` of a candidate reports one that is for other devices or modes, so that
+        the user learns why it does not serve. An `Exclusive` leaves out the offers of lower tiers.
 
     Example:
         ```python

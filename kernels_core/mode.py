@@ -40,13 +40,11 @@ class Mode(Flag):
         return union
 
 
-CALL_MODES = (
-    Mode.INFERENCE,
-    Mode.TRAINING,
-    Mode.INFERENCE | Mode.TORCH_COMPILE,
-    Mode.TRAINING | Mode.TORCH_COMPILE,
-)
-"""The modes that a call can have."""
+EAGER_MODES = (Mode.INFERENCE, Mode.TRAINING)
+"""The modes that an eager call can have."""
+
+TRACED_MODES = (Mode.INFERENCE | Mode.TORCH_COMPILE, Mode.TRAINING | Mode.TORCH_COMPILE)
+"""The modes that a call can have while it is traced."""
 
 STAND_INS: dict[Mode, tuple[Mode, ...]] = {
     Mode.INFERENCE: (

@@ -20,17 +20,16 @@ from . import hookspecs
 from .environment import plugin_choice, strict
 from .errors import ArgumentError, KernelsWarning, LoadError, PluginConflictError, PluginError, PluginLoadError
 from .hookspecs import PROJECT
-from .resolution import TIERS, Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
+from .resolution import TIERS, Candidate, Exclusive, Refusal, Resolution
 
 if TYPE_CHECKING:
     import importlib_metadata
-    import typer
 
 ENTRY_POINT_GROUP = "kernels_core"
 PATIENCE = 60.0
 """Seconds to wait for another thread that looks for plugins."""
 
-_FAULTS = (Exception, SystemExit)
+FAULTS = (Exception, SystemExit)
 """What a plugin may raise without harm to others; an interrupt goes on."""
 
 _VETO = ("kernels_authorize", "kernels_check_layer")
@@ -79,12 +78,13 @@ class PluginManager:
 
     # --- Registration ------------------------------------------------------------------------
 
-    def register(self, plugin: object, name: str | None = None) -> str:
+    def register(self, plugin: object, name: str | None = None, *, isolated: bool = True) -> str:
         """Add a plugin: a module, an object, or a class that takes no arguments.
 
         Args:
             plugin: Has functions marked with `hookimpl`.
             name: Defaults to the name of the module, class or object.
+            isolated: Whether the core reports exceptions of its hooks, and wrong answers, and goes on.
 
         Returns:
             The name.
@@ -102,10 +102,9 @@ class PluginManager:
                 plugin=name,
             )
         hooks = _checked_hooks(plugin, name)
-        guarded = types.SimpleNamespace(
-            **{hook: self._guard(hook, name, plugin, function) for hook, function in hooks.items()}
-        )
-        self._pluggy.register(guarded, name)
+        if isolated:
+            hooks = {hook: self._guard(hook, name, plugin, function) for hook, function in hooks.items()}
+        self._pluggy.register(types.SimpleNamespace(**hooks), name)
         self._originals[name] = plugin
         self._changed()
         return name
@@ -202,7 +201,7 @@ class PluginManager:
             self.register(entry_point.load(), name)
         except PluginError as error:
             self.report(error)
-        except _FAULTS as error:
+        except FAULTS as error:
             fault = PluginLoadError(
                 f"Plugin {name!r} of distribution {_distribution(entry_point)!r} cannot be imported from "
                 f"{entry_point.value!r}: {type(error).__name__}: {error}. Mend or uninstall it, or block it "
@@ -224,6 +223,10 @@ class PluginManager:
             self._reported.add(told)
             self.faults.append(fault)
 
+    def report_raised(self, hook: str, name: str, error: BaseException) -> None:
+        """Report that a hook of a plugin raised."""
+        self.report(self._raised(hook, name, error))
+
     def _raised(self, hook: str, name: str, error: BaseException) -> PluginError:
         told = f"{type(error).__name__}: {error}".rstrip(".: ")
         fault = PluginError(f"Plugin {name!r} raised in {hook}: {told}.", plugin=name)
@@ -242,7 +245,7 @@ class PluginManager:
                 return _attributed(hook, name, priority, function(*args))
             except PluginError as fault:
                 error, reason = fault, str(fault)
-            except _FAULTS as raised:
+            except FAULTS as raised:
                 if hook == "kernels_load_layer":  # a loader says why it cannot load by raising
                     _blame(raised, name)
                     if isinstance(raised, SystemExit):
@@ -272,7 +275,7 @@ class PluginManager:
             generator = function(*args)
             try:
                 next(generator)
-            except _FAULTS as raised:
+            except FAULTS as raised:
                 return failed(raised, (yield))
             inner: BaseException | None = None
             answer: Any = None
@@ -290,7 +293,7 @@ class PluginManager:
                 fault = _wrapped_fault(hook, name, stop.value)
                 return stop.value if fault is None else failed(fault, answer)
             except BaseException as raised:
-                if raised is inner or not isinstance(raised, _FAULTS):
+                if raised is inner or not isinstance(raised, FAULTS):
                     raise
                 if inner is None:
                     return failed(raised, answer)
@@ -304,51 +307,18 @@ class PluginManager:
     # --- One method per hook -----------------------------------------------------------------
 
     @property
-    def _hook(self) -> Any:
-        self._discover()
+    def hook(self) -> Any:
+        """The hooks, to be called with keywords: `plugin_manager().hook.kernels_resolved(resolution=resolution)`."""
+        if not self._discovered:
+            self._discover()
         return self._pluggy.hook
-
-    def resolve_forward(self, request: LayerRequest) -> Resolution | None:
-        """Ask for the whole decision."""
-        answer = self._hook.kernels_resolve_forward(request=request)
-        if answer is not None and not isinstance(answer, Resolution):
-            raise PluginError(
-                f"A wrapper of kernels_resolve_forward returned {answer!r}, not a Resolution.",
-                plugin="unknown",
-            )
-        return answer
-
-    def find_candidates(self, request: LayerRequest) -> tuple[list[Candidate], list[Refusal], list[Refusal]]:
-        """Collect the candidates of all plugins, the plugins that failed to offer any, and what does not fit."""
-        answers = [item for offer in self._hook.kernels_find_candidates(request=request) for item in offer]
-        candidates = [item for item in answers if isinstance(item, Candidate)]
-        refusals = [item for item in answers if isinstance(item, Refusal)]
-        failures = [refusal for refusal in refusals if refusal.candidate is None]
-        return candidates, failures, [refusal for refusal in refusals if refusal.candidate is not None]
-
-    def authorize(self, request: LayerRequest, candidate: Candidate) -> list[str]:
-        """Collect the reasons not to fetch a candidate."""
-        return list(self._hook.kernels_authorize(request=request, candidate=candidate))
-
-    def load_layer(self, request: LayerRequest, source: object) -> KernelLayer | LoadedLayer | None:
-        """Turn a source into a layer."""
-        answer: KernelLayer | LoadedLayer | None = self._hook.kernels_load_layer(request=request, source=source)
-        return answer
-
-    def check_layer(self, request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> list[str]:
-        """Collect the reasons not to use a loaded layer."""
-        return list(self._hook.kernels_check_layer(request=request, candidate=candidate, layer=layer))
-
-    def resolved(self, resolution: Resolution) -> None:
-        """Tell what was decided."""
-        self._hook.kernels_resolved(resolution=resolution)
 
     def wrap_forward(self, resolution: Resolution, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Let plugins put something around the calls of a forward."""
-        for name, wrap in self._hook.kernels_wrap_forward(resolution=resolution):
+        for name, wrap in self.hook.kernels_wrap_forward(resolution=resolution):
             try:
                 wrapped = wrap(forward)
-            except _FAULTS as error:
+            except FAULTS as error:
                 self.report(self._raised("what kernels_wrap_forward returned", name, error))
                 continue
             if callable(wrapped):
@@ -358,18 +328,10 @@ class PluginManager:
                 self.report(PluginError(told, plugin=name))
         return forward
 
-    def kernel_failed(self, request: LayerRequest, candidate: Candidate, error: BaseException) -> None:
-        """Tell that a kernel failed."""
-        self._hook.kernels_kernel_failed(request=request, candidate=candidate, error=error)
-
     def mappings(self) -> list[PluginMapping]:
         """Collect the mappings of plugin packages, best first."""
-        answers: list[PluginMapping] = self._hook.kernels_mapping()
+        answers: list[PluginMapping] = self.hook.kernels_mapping()
         return sorted(answers, key=lambda offer: (-offer.priority, offer.plugin))
-
-    def register_commands(self, cli: typer.Typer) -> None:
-        """Let plugins add subcommands."""
-        self._hook.kernels_register_commands(cli=cli)
 
 
 _manager = PluginManager()
@@ -459,7 +421,7 @@ def _attributed(hook: str, name: str, priority: int, answer: Any) -> Any:
     return _checked_answer(hook, name, answer)
 
 
-def _signed(offer: Candidate | Refusal, name: str) -> Candidate | Refusal:
+def _signed(offer: Candidate | Refusal | Exclusive, name: str) -> Candidate | Refusal | Exclusive:
     """Put the name of a plugin on what it offers."""
     if isinstance(offer, Refusal) and offer.candidate is not None:
         candidate = replace(offer.candidate, plugin=offer.candidate.plugin or name)
@@ -477,6 +439,8 @@ def _rankable(item: object) -> bool:
     """Whether an offer is a candidate that has a place among the others, or tells why one does not fit."""
     if isinstance(item, Refusal):
         return item.candidate is not None
+    if isinstance(item, Exclusive):
+        return item.tier in TIERS
     return isinstance(item, Candidate) and item.tier in TIERS and type(item.priority) is int
 
 

@@ -1,8 +1,8 @@
-"""The values that travel between dispatcher and plugins: request, candidate, refusal, resolution."""
+"""The values that core and plugins exchange: request, candidate, refusal, loaded layer, resolution."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Literal, cast
@@ -10,27 +10,31 @@ from typing import Any, Literal, cast
 import torch
 
 from .layer import Layer, source_label
-from .mode import Mode
+from .mode import EAGER_MODES, TRACED_MODES, Mode
 
 Tier = Literal["scope", "user", "plugin"]
 TIERS: tuple[Tier, ...] = ("scope", "user", "plugin")
-"""Who offers a candidate, first to be asked first: an open scope, the user, a plugin package."""
+"""Where a candidate was specified, first to be tried first: in an open scope, by the user, by a plugin package."""
 
 KernelLayer = type[torch.nn.Module] | Callable[..., Any]
-"""What a source is turned into: an `nn.Module` class whose `forward` serves, or a function."""
+"""A loaded kernel: an `nn.Module` class whose `forward` serves, or a function."""
 
 
 @dataclass(frozen=True)
 class LayerRequest:
-    """The question: which implementation serves this layer, on this device, called like this?
+    """The question: which implementation serves this layer, on this device, in this mode?
+
+    A request may be about the two modes of one call, with and without gradients (`modes`): then one answer serves
+    both, unless a plugin reads `mode`, which tells the core that the answer depends on it. Such a plugin is asked
+    again, for each mode.
 
     Attributes:
         layer_name: The name that the layer was decorated with.
         device: Device of the call, with its index.
-        mode: One of the four modes that a call can have.
-        layer: The decorated class or function; None if only a name is asked about.
+        mode: The mode of the call, one of four.
+        layer: The decorated class or function; None if the request is about a layer name only.
         capability: Compute capability of the device, 90 for 9.0; None where there is none.
-        scopes: What the open scopes carry, innermost first (see `Scope`).
+        scopes: The payloads of the open scopes, innermost first (see `Scope`).
     """
 
     layer_name: str
@@ -40,6 +44,22 @@ class LayerRequest:
     capability: int | None = None
     scopes: tuple[object, ...] = ()
 
+    depends_on_mode = False  # not a field: only a request about several modes finds out
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that the answer is to serve: one, or the two of a call."""
+        return (self.mode,)
+
+    def in_mode(self, mode: Mode) -> LayerRequest:
+        """Return the same request about one mode."""
+        return LayerRequest(self.layer_name, self.device, mode, self.layer, self.capability, self.scopes)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether the call is being traced."""
+        return Mode.TORCH_COMPILE in self.modes[0]
+
     def __str__(self) -> str:
         """Name layer, device and mode."""
         return f"{self.place} for {self.mode_text}"
@@ -47,7 +67,8 @@ class LayerRequest:
     @property
     def mode_text(self) -> str:
         """The mode in words: `"training + compile"`."""
-        return " + ".join(str(flag.name).lower() for flag in Mode if flag in self.mode).replace("torch_", "")
+        words = (" + ".join(str(flag.name).lower() for flag in Mode if flag in mode) for mode in self.modes)
+        return " or ".join(words).replace("torch_", "")
 
     @property
     def place(self) -> str:
@@ -55,15 +76,34 @@ class LayerRequest:
         return f"layer {self.layer_name!r} on {self.device}"
 
 
+class JointRequest(LayerRequest):
+    """A request about both modes of a call, which notices whether the answer may depend on the mode."""
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of the call; reading it is noticed."""
+        vars(self)["depends_on_mode"] = True
+        return cast(Mode, vars(self)["mode"])
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        vars(self)["mode"] = mode
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Both modes of the call."""
+        return TRACED_MODES if Mode.TORCH_COMPILE in vars(self)["mode"] else EAGER_MODES
+
+
 @dataclass(frozen=True)
 class Candidate:
     """An offer: this source might serve.
 
     Attributes:
-        source: Whatever a `kernels_load_layer` hook can turn into a layer.
-        plugin: Who offers it; filled in with the plugin's name where left empty.
-        tier: `"plugin"` for plugin packages; `"scope"` and `"user"` go before, for what was said
-            in an open scope or registered by the user.
+        source: Anything that a `kernels_load_layer` hook can turn into a layer.
+        plugin: The plugin that offers it; filled in by the core where left empty.
+        tier: `"plugin"` for plugin packages; `"scope"` and `"user"` go before, for sources that were
+            specified in an open scope or registered by the user.
         priority: Among plugins, the larger goes first; then the plugin's name decides.
     """
 
@@ -78,8 +118,21 @@ class Candidate:
         return source_label(self.source)
 
 
+@dataclass(frozen=True)
+class Exclusive:
+    """Offered besides candidates: offers of the tiers after this one are left out.
+
+    Attributes:
+        tier: The last tier that applies: `"scope"` leaves out `"user"` and `"plugin"`.
+        plugin: The plugin that offers it; filled in by the core where left empty.
+    """
+
+    tier: Tier
+    plugin: str = ""
+
+
 class Cause(Enum):
-    """What kind of reason keeps a kernel from serving, in the order in which it is looked at.
+    """The kind of reason that keeps a kernel from serving, in the order in which it is looked at.
 
     Attributes:
         DEVICE: It is for another type of device.
@@ -96,14 +149,14 @@ class Cause(Enum):
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why one candidate, or everything a plugin had to offer, does not serve.
+    """The reason why one candidate, or all that a plugin may have to offer, does not serve.
 
     Attributes:
         reason: A sentence that ends in what to do, where something can be done.
         candidate: The candidate; None if the plugin failed before it offered one.
-        plugin: Who offered it.
+        plugin: The plugin that offered it.
         error: The exception behind it, if any.
-        cause: What kind of reason it is.
+        cause: The kind of reason.
     """
 
     reason: str
@@ -126,9 +179,9 @@ class LoadedLayer:
     Attributes:
         layer: The `nn.Module` class or function.
         origin: Where it came from: repository, commit and build variant.
-        checked: What was verified on the way, and what was not: `{"digest": "12 files", ...}`.
-        adapt: Makes what serves one decorated layer, for kernels that must know it; called once for each.
-            Where only a name is asked about, `layer` stands for all of them.
+        checked: The checks that were made on the way, or were left out: `{"digest": "12 files", ...}`.
+        adapt: Makes the kernel for one decorated layer, where a kernel must know the layer; called once for each.
+            For a request about a layer name only, `layer` is used for all of them.
     """
 
     layer: KernelLayer
@@ -139,18 +192,18 @@ class LoadedLayer:
 
 @dataclass(frozen=True)
 class Resolution:
-    """The answer: what serves, where it came from, and why everything before it does not.
+    """The answer: the implementation, its origin, and the refusals of all candidates before it.
 
     Attributes:
         request: The question.
-        implementation: What is called in place of the forward; None stands for the reference.
+        implementation: The function that is called in place of the forward; None for the reference.
         candidate: The offer that was taken; None for the reference.
         origin: Where the implementation came from; `"reference"` for the reference.
         refusals: Candidates that were refused, in the order in which they were tried.
-        checked: What was verified about the kernel, and what was not.
-        note: Why no candidate was even asked for, where that is so.
+        checked: The checks that were made on the kernel, or were left out.
+        note: Why no candidate was asked for, where that is so.
         every_mode: Whether the decision is the same for training and inference.
-        misfits: What is offered for this layer, but not for such a device or mode, so that it was never tried.
+        misfits: Inapplicable candidates: offered for this layer, but for other devices or modes, so never tried.
     """
 
     request: LayerRequest
@@ -165,7 +218,7 @@ class Resolution:
 
     @property
     def subject(self) -> str:
-        """What was decided about: layer, device, and the mode where that makes a difference."""
+        """Layer and device, and the mode where the decision depends on it."""
         return self.request.place if self.every_mode else str(self.request)
 
     @property
@@ -175,11 +228,11 @@ class Resolution:
 
     @property
     def plugin(self) -> str:
-        """Name of the plugin that offered what serves; empty for the reference."""
+        """Name of the plugin that offered the kernel; empty for the reference."""
         return self.candidate.plugin if self.candidate else ""
 
     def explain(self) -> str:
-        """Tell the whole decision, a line for each candidate."""
+        """Return the whole decision as text, a line for each candidate."""
         lines = [f"{self.subject}: {self.origin}" + (f" ({self.note})" if self.note else "")]
         lines += [f"  refused {refusal}" for refusal in self.refusals]
         lines += [f"  not for this call: {misfit}" for misfit in self.misfits if self.is_reference]
@@ -187,6 +240,56 @@ class Resolution:
         return "\n".join(lines)
 
     __str__ = explain
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The offers for one request, sorted.
+
+    Attributes:
+        candidates: First to be tried first: by tier, priority, and the name of the plugin.
+        misfits: Inapplicable candidates: those for other devices or modes.
+        failures: Refusals of plugins that failed before they offered anything.
+    """
+
+    candidates: tuple[Candidate, ...]
+    misfits: tuple[Refusal, ...]
+    failures: tuple[Refusal, ...]
+
+    @property
+    def rivals(self) -> list[str]:
+        """Names of the plugins that share the top with an equal priority, the one that is tried first at the front."""
+        best = self.candidates[0] if self.candidates else None
+        if best is None or best.tier != "plugin":
+            return []
+        return sorted({c.plugin for c in self.candidates if (c.tier, c.priority) == (best.tier, best.priority)})
+
+
+def rank_offers(offers: Iterable[Candidate | Refusal | Exclusive]) -> Ranking:
+    """Sort the offers of `kernels_find_candidates`, without those that an `Exclusive` leaves out.
+
+    Example:
+        >>> offers = [Candidate("theirs"), Candidate("mine", tier="user"), Exclusive("user")]
+        >>> [candidate.source for candidate in rank_offers(offers).candidates]
+        ['mine']
+    """
+    candidates: list[Candidate] = []
+    misfits: list[Refusal] = []
+    failures: list[Refusal] = []
+    last = len(TIERS)
+    for offer in offers:
+        if isinstance(offer, Candidate):
+            candidates.append(offer)
+        elif isinstance(offer, Exclusive):
+            last = min(last, TIERS.index(offer.tier))
+        else:
+            (misfits if offer.candidate is not None else failures).append(offer)
+    if last < len(TIERS):
+        tiers = TIERS[: last + 1]
+        candidates = [candidate for candidate in candidates if candidate.tier in tiers]
+        misfits = [refusal for refusal in misfits if refusal.candidate and refusal.candidate.tier in tiers]
+    candidates.sort(key=lambda c: (TIERS.index(c.tier), -c.priority, c.plugin if c.tier == "plugin" else ""))
+    return Ranking(tuple(candidates), tuple(misfits), tuple(failures))
 
 
 def attribute(layer: KernelLayer, name: str, default: bool) -> bool:

@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from . import plugins, resolver, scope
+from . import loading, plugins, resolver, scope
+from .answer import CorePlugin
 from .plugins import PluginManager
 from .warning import warn_once
 
@@ -118,7 +119,7 @@ def isolated_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginManager]
     _start_anew()
     manager = PluginManager(discover=False)
     manager.on_change.append(resolver.forget)
-    manager.register(resolver.CorePlugin(), "core")
+    manager.register(CorePlugin(), "core", isolated=False)
     monkeypatch.setattr(plugins, "_manager", manager)
     yield manager
     monkeypatch.undo()
@@ -145,5 +146,4 @@ def _start_anew() -> None:
     """Forget what was resolved, loaded and warned about, without resolving anything again."""
     scope.forget()
     warn_once.forget()
-    resolver._said.clear()
-    resolver._loads = resolver._Loads()
+    loading.loads.forget()

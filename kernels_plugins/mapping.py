@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from kernels_core import (
     Candidate,
     Cause,
     Device,
+    Exclusive,
     KernelLayer,
     KernelsError,
     LayerRequest,
@@ -57,31 +58,39 @@ class Level:
     sources: Mapping[str, Mapping[tuple[Device, Mode], tuple[object, ...]]]
     inherit: bool = True
 
-    def find(self, request: LayerRequest) -> Iterator[object]:
-        """Yield the sources that fit a request: narrowest device first, then the best mode."""
-        stand_ins = STAND_INS[request.mode]
-        fitting = [
-            (_width(device), stand_ins.index(mode), sources)
-            for (device, mode), sources in self.sources.get(request.layer_name, {}).items()
-            if mode in stand_ins and device.matches(request.device, capability=request.capability)
-        ]
-        for _, _, sources in sorted(fitting, key=lambda entry: entry[:2]):
-            yield from sources
+    def offers(self, request: LayerRequest, like: Candidate) -> list[Candidate | Refusal]:
+        """Return the candidates for a request, and a refusal for each source that is for other devices or modes.
 
-    def misfits(self, request: LayerRequest) -> Iterator[tuple[object, Cause, str]]:
-        """Yield the sources of this layer that do not fit a request, with the reason."""
+        Args:
+            request: The question.
+            like: A candidate with the plugin, tier and priority of those that are made here.
+
+        Returns:
+            Candidates for the narrowest device first, then by mode; refusals after them.
+        """
+        fitting: list[tuple[float, int, tuple[object, ...]]] = []
+        unfit: list[tuple[tuple[object, ...], Cause, str]] = []
         for (device, mode), sources in self.sources.get(request.layer_name, {}).items():
-            if not Device(device.type).matches(request.device):
-                cause, reason = Cause.DEVICE, f"it is mapped for {device.type}, and this call is on {request.device}"
-            elif not device.matches(request.device, capability=request.capability):
-                capability = "one that is not known here" if request.capability is None else request.capability
-                reason = f"it is mapped for {device.properties}, and the capability of {request.device} is {capability}"
-                cause = Cause.PROPERTIES
-            elif mode not in STAND_INS[request.mode]:
-                cause, reason = Cause.MODE, f"it is mapped for {mode}, and this call is {request.mode}"
-            else:
+            if not device.matches(request.device, capability=request.capability):
+                unfit.append((sources, *_why_not(device, request)))
                 continue
-            yield from ((source, cause, reason) for source in sources)
+            serving = [mode in STAND_INS[served] for served in request.modes]
+            if any(serving) != all(serving):  # reading `mode` tells the core that the answer depends on it
+                serving = [mode in STAND_INS[request.mode]]
+            if all(serving):
+                fitting.append((_width(device), STAND_INS[request.modes[0]].index(mode), sources))
+            else:
+                asked = " or ".join(map(str, request.modes))
+                unfit.append((sources, Cause.MODE, f"it is mapped for {mode}, and this call is {asked}"))
+        fitting.sort(key=lambda entry: entry[:2])
+        offered = [source for _, _, sources in fitting for source in sources]
+        refused = [
+            Refusal(reason, replace(like, source=source), like.plugin, cause=cause)
+            for sources, cause, reason in unfit
+            for source in sources
+            if source not in offered  # one that is mapped for several devices
+        ]
+        return [*(replace(like, source=source) for source in offered), *refused]
 
     def updated(self, other: Level) -> Level:
         """Return this level with the entries of `other` added; those for an equal layer and device are replaced."""
@@ -91,6 +100,15 @@ class Level:
             kept = {key: sources for key, sources in merged.get(name, {}).items() if key[0] not in said}
             merged[name] = {**kept, **entries}
         return Level(merged, other.inherit)
+
+
+def _why_not(device: Device, request: LayerRequest) -> tuple[Cause, str]:
+    """Return why a source that is mapped for a device does not serve a call on another."""
+    if not Device(device.type).matches(request.device):
+        return Cause.DEVICE, f"it is mapped for {device.type}, and this call is on {request.device}"
+    capability = "one that is not known here" if request.capability is None else request.capability
+    where = f"the capability of {request.device} is {capability}"
+    return Cause.PROPERTIES, f"it is mapped for {device.properties}, and {where}"
 
 
 def _width(device: Device) -> float:
@@ -317,52 +335,28 @@ def _offered_levels() -> list[tuple[str, int, Level]]:
     return _offered[1]
 
 
-@hookimpl(wrapper=True, trylast=True)  # other wrappers see what is offered here, too
-def kernels_find_candidates(request: LayerRequest) -> Generator[None, Any, Any]:
-    """Offer what open scopes say, then what the user registered, then what plugin packages bring.
+@hookimpl(tryfirst=True)  # of one tier, sources of mappings go before the offers of other plugins
+def kernels_find_candidates(request: LayerRequest) -> list[Candidate | Refusal | Exclusive]:
+    """Offer the sources of open scopes, innermost first, then the registered ones, then those of plugin packages.
 
-    Around the offers of all other plugins: where a mapping does not inherit, those said further out do not count.
+    A mapping that does not inherit leaves out those after it, and by an `Exclusive` also what other plugins offer.
     """
-    answers: list[Sequence[Candidate | Refusal]] = yield
-    further_out = _further_out(request)
-    kept = [[offer for offer in answer if _tier(offer) not in further_out] for answer in answers]
-    found: list[Candidate | Refusal] = []
-    for level, like in _levels(request):
-        like = replace(like, plugin=like.plugin or "mapping")
-        offered = list(level.find(request))
-        found += [replace(like, source=source) for source in offered]
-        found += [
-            Refusal(reason, replace(like, source=source), like.plugin, cause=cause)
-            for source, cause, reason in level.misfits(request)
-            if source not in offered  # one that is mapped for several devices
-        ]
-    return [found, *kept]
-
-
-def _further_out(request: LayerRequest) -> tuple[str, ...]:
-    """Return the tiers that do not count because a mapping further in does not inherit."""
-    if any(isinstance(level, Level) and not level.inherit for level in request.scopes):
-        return ("user", "plugin")
-    return () if _registered.inherit else ("plugin",)
-
-
-def _tier(offer: Candidate | Refusal) -> str:
-    """Return the tier of an offer; a plugin that failed to make one has none."""
-    candidate = offer.candidate if isinstance(offer, Refusal) else offer
-    return candidate.tier if candidate is not None else ""
-
-
-def _levels(request: LayerRequest) -> Iterator[tuple[Level, Candidate]]:
-    """Yield the mappings that count, innermost first, each with what its candidates look like."""
+    offers: list[Candidate | Refusal | Exclusive] = []
     for level in request.scopes:
         if isinstance(level, Level):
-            yield level, Candidate(None, tier="scope")
+            offers += level.offers(request, _FROM_SCOPE)
             if not level.inherit:
-                return
-    yield _registered, Candidate(None, tier="user")
-    if _registered.inherit:
-        for plugin, priority, level in _offered_levels():
-            yield level, Candidate(None, plugin, "plugin", priority)
+                return [*offers, Exclusive("scope")]
+    offers += _registered.offers(request, _FROM_USER)
+    if not _registered.inherit:
+        return [*offers, Exclusive("user")]
+    for plugin, priority, level in _offered_levels():
+        offers += level.offers(request, Candidate(None, plugin, "plugin", priority))
+    return offers
+
+
+_FROM_SCOPE = Candidate(None, "mapping", "scope")
+_FROM_USER = Candidate(None, "mapping", "user")
 
 
 @hookimpl

@@ -27,7 +27,7 @@ from ..layer import Layer
 from ..mode import Mode
 from ..plugins import plugin_manager
 from ..resolution import Resolution
-from ..resolver import Pins, choose
+from ..resolver import Notify, Pins, decide
 from ..scope import Scope, listeners
 from ..torch_internals import constant_result, current_transform
 from .modules import own_device
@@ -179,7 +179,9 @@ def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
     def tell() -> None:
         """Run at trace time, outside of the graph."""
         for layer, choice in functions.items():
-            found = choose(layer, choice.request.device, choice.request.mode | Mode.TORCH_COMPILE)
+            found = decide(
+                layer, choice.request.device, (choice.request.mode | Mode.TORCH_COMPILE,), notify=Notify.PLUGINS
+            )
             if found.implementation is not choice.implementation:
                 warnings.warn(
                     f"Function {layer.qualname} was kernelized with {choice.origin}, but code that is compiled gets "

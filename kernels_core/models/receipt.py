@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import resolver
 from ..device import Device, as_torch_device
 from ..dispatch import dispatched_layer
 from ..errors import ArgumentError, ArgumentTypeError, RequirementError
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..resolution import Resolution
-from ..resolver import peek
 from ..table import Table, TableRow, Tabular, as_json, indented
 from .counting import calls_of
 from .frozen import frozen_choice
@@ -313,7 +313,7 @@ def receipt(
             )
         key = (layer, here)
         if key not in known:
-            known[key] = peek(layer, here, chosen)
+            known[key] = resolver.decide(layer, here, (chosen,))
         return known[key]
 
     return Receipt(tuple(row for module, places in paths(model).items() for row in _rows(places, module, decide)))

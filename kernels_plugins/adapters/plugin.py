@@ -30,7 +30,7 @@ def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | N
     """Load what is inside, and say how it is made to fit a layer."""
     if not isinstance(source, Adapted):
         return None
-    inner = plugin_manager().load_layer(request, source.source)
+    inner = plugin_manager().hook.kernels_load_layer(request=request, source=source.source)
     if inner is None:
         raise LoadError(f"{source!r}: no plugin knows how to load a {type(source.source).__name__}")
     loaded = inner if isinstance(inner, LoadedLayer) else LoadedLayer(inner, source_label(inner))
@@ -55,7 +55,7 @@ def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None
     if not isinstance(candidate.source, Adapted):
         return None
     inner = replace(candidate, source=candidate.source.source)
-    return "; ".join(plugin_manager().authorize(request, inner)) or None
+    return "; ".join(plugin_manager().hook.kernels_authorize(request=request, candidate=inner)) or None
 
 
 @hookimpl
@@ -65,7 +65,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
         return None
     inner = replace(candidate, source=candidate.source.source)
     kernel = layer.__mro__[1] if isinstance(layer, type) else getattr(layer, "kernels_inside", layer)
-    return "; ".join(plugin_manager().check_layer(request, inner, cast(Any, kernel))) or None
+    return "; ".join(plugin_manager().hook.kernels_check_layer(request=request, candidate=inner, layer=kernel)) or None
 
 
 def _declared(layer: KernelLayer, source: Adapted) -> KernelLayer:

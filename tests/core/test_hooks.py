@@ -272,7 +272,7 @@ def test_kernels_register_commands(isolated_plugins: PluginManager) -> None:
     isolated_plugins.register(plugin(kernels_register_commands=breaks), "breaks")
     isolated_plugins.register(plugin(kernels_register_commands=register), "greets")
     cli = typer.Typer()
-    isolated_plugins.register_commands(cli)
+    isolated_plugins.hook.kernels_register_commands(cli=cli)
     assert CliRunner().invoke(cli, ["greet"]).output == "hello\n"
     assert [fault.plugin for fault in isolated_plugins.faults] == ["breaks"]
 

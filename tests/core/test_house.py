@@ -26,7 +26,6 @@ MAX_LINES = 400
 LONGER = {
     "kernels_core/dispatch.py",
     "kernels_core/plugins.py",
-    "kernels_core/resolver.py",
     "kernels_plugins/adapters/operator.py",
     "kernels_plugins/adapters/structure.py",
     "kernels_plugins/hub/builds/variants.py",
@@ -37,7 +36,7 @@ LONGER = {
 """Files that are still to be split; a file that has become short enough is an error here."""
 
 MAX_FILES = 12
-LARGER = {"kernels_core": 22}
+LARGER = {"kernels_core": 25}
 """Folders with more files, and how many at most: docs/house.md says why."""
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels_core import KernelsWarning, resolver, scope, use_kernel_forward_from_hub
+from kernels_core import KernelsWarning, scope, use_kernel_forward_from_hub, warn_once
 from kernels_plugins import register_kernel_mapping, use_kernel_mapping
 
 Make = Callable[..., Any]
@@ -49,7 +49,7 @@ def test_transient_sources_are_warned_of_once(make_layer: Make) -> None:
         for _ in range(5):
             with use_kernel_mapping({"Add": {"cpu": Fails()}}):
                 layer(X)
-    assert len(caught) == 1 and len(resolver._said) == 1
+    assert len(caught) == 1 and len(warn_once._issued) == 1
 
 
 def test_dropped_layers_leave_no_names_and_no_source() -> None:

@@ -123,7 +123,7 @@ def test_tables_of_transformers(name: str) -> None:
     form, expected = TRANSFORMERS[name]
     level = parse_mapping({"Layer": form})
     request = LayerRequest("Layer", torch.device("cpu"), Mode.INFERENCE)
-    assert next(level.find(request)) == expected
+    assert level.offers(request, Candidate(None))[0] == Candidate(expected)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,8 @@ def test_narrowest_device_goes_before_best_mode() -> None:
     from kernels_core import LayerRequest
 
     request = LayerRequest("Layer", torch.device("cuda", 0), Mode.INFERENCE, capability=86)
-    assert list(level.find(request)) == [B, A, C, A]
+    offers = level.offers(request, Candidate(None))
+    assert offers == [Candidate(source) for source in (B, A, C, A)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""The core's own answer: find and rank candidates, then authorize, load and check each in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .contract import check_contract, check_mode
+from .errors import ContractError, ResolutionError, UntrustedError
+from .guards.quarantine import Quarantined, find_quarantined
+from .hookspecs import hookimpl
+from .loading import implementation_of, load, source_key
+from .plugins import plugin_manager
+from .resolution import Candidate, Cause, KernelLayer, LayerRequest, Ranking, Refusal, Resolution, rank_offers
+from .warning import warn_once
+
+
+class ModesDiffer(BaseException):
+    """One decision cannot serve all modes that were asked about: decide for each, when a call of that mode comes.
+
+    It passes through the hooks in between. It is no `Exception`, because it is no fault that a wrapper of a hook, or
+    the isolation of plugins, should handle.
+    """
+
+
+class CorePlugin:
+    """Answers `kernels_resolve_forward` where no other plugin does."""
+
+    def __init__(self, only: Candidate | None = None) -> None:
+        """Try the candidates that plugins offer, or only the one given."""
+        self._only = only
+
+    @hookimpl(trylast=True)
+    def kernels_resolve_forward(self, request: LayerRequest) -> Resolution:
+        """Try the candidates in order: authorize, load, check. The first without a refusal serves."""
+        hook = plugin_manager().hook
+        answers = hook.kernels_find_candidates(request=request) if self._only is None else [[self._only]]
+        ranking = rank_offers(offer for answer in answers for offer in answer)
+        if request.depends_on_mode and _differ_by_mode(request, ranking):
+            raise ModesDiffer
+        _warn_of_rivals(request, ranking)
+        refusals = list(ranking.failures)
+        for candidate in ranking.candidates:
+            vetoes = hook.kernels_authorize(request=request, candidate=candidate)
+            if vetoes:
+                refusals.append(_refusal(UntrustedError, request, candidate, vetoes))
+                continue
+            loaded = load(request, candidate)
+            if isinstance(loaded, Refusal):
+                refusals.append(loaded)
+                continue
+            unfit = _unfit(request, candidate, loaded.layer)
+            if unfit is not None:
+                refusals.append(unfit)
+                continue
+            vetoes = hook.kernels_check_layer(request=request, candidate=candidate, layer=loaded.layer)
+            if vetoes:
+                refusals.append(_refusal(ContractError, request, candidate, vetoes))
+                continue
+            return Resolution(
+                request,
+                implementation=implementation_of(request.layer, loaded.layer),
+                candidate=candidate,
+                origin=loaded.origin,
+                checked=loaded.checked,
+                refusals=tuple(refusals),
+                misfits=ranking.misfits,
+            )
+        return Resolution(request, refusals=tuple(refusals), misfits=ranking.misfits)
+
+
+def ranked_offers(request: LayerRequest) -> Ranking:
+    """Ask plugins for candidates, and return them in the order in which they are tried."""
+    answers = plugin_manager().hook.kernels_find_candidates(request=request)
+    return rank_offers(offer for answer in answers for offer in answer)
+
+
+def _differ_by_mode(request: LayerRequest, ranking: Ranking) -> bool:
+    """Return whether the candidates for another mode are not those for the first one."""
+    first, *others = (
+        [(source_key(candidate.source), candidate.tier, candidate.plugin) for candidate in found.candidates]
+        for found in (ranking, *(ranked_offers(request.in_mode(mode)) for mode in request.modes[1:]))
+    )
+    return any(other != first for other in others)
+
+
+def _warn_of_rivals(request: LayerRequest, ranking: Ranking) -> None:
+    if len(ranking.rivals) > 1:
+        first, *others = ranking.rivals
+        warn_once(
+            f"Plugins {', '.join(ranking.rivals)} offer kernels for layer {request.layer_name!r} with equal "
+            f"priority: {first!r} goes first, by name. Give one of them a larger kernels_priority, block one "
+            f"with KERNELS_PLUGINS=-{others[0]}, or register the one that you want."
+        )
+
+
+def _unfit(request: LayerRequest, candidate: Candidate, kernel: KernelLayer) -> Refusal | None:
+    """Return the refusal of a kernel that breaks the contract, does not serve the mode, or is in quarantine."""
+    reason = check_contract(request.layer, kernel)
+    if reason is not None:
+        return _refusal(ContractError, request, candidate, [reason])
+    reason = check_mode(request, kernel)
+    if reason is not None:
+        return replace(_refusal(ContractError, request, candidate, [reason]), cause=Cause.MODE)
+    entry = find_quarantined(request, implementation_of(request.layer, kernel))
+    return quarantine_refusal(entry, candidate) if entry is not None else None
+
+
+def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Candidate, reasons: list[str]) -> Refusal:
+    reason = "; ".join(reasons)
+    return Refusal(reason, candidate, candidate.plugin, kind(f"{candidate.label}: {reason}", request=request))
+
+
+def quarantine_refusal(entry: Quarantined, candidate: Candidate) -> Refusal:
+    """Return the refusal of a candidate whose kernel is in quarantine."""
+    cause = Cause.LOAD if entry.mode is None else Cause.MODE
+    return Refusal(f"it is in quarantine: {entry.reason}", candidate, candidate.plugin, cause=cause)
