@@ -27,6 +27,7 @@ KERNELS = "kernels==0.17.2"
 RUFF = "ruff==0.17.6"
 MYPY = "mypy==2.4.1"
 
+NEWEST_TORCH = "torch==2.15.0"
 MINIMUM_TORCH = "torch==2.6.0"
 MINIMUMS = (
     "huggingface_hub==1.10.*",
@@ -46,6 +47,15 @@ def install(session: nox.Session, *requirements: str) -> None:
     """Install PyTorch first, then this project in place, then the rest."""
     session.install(TORCH)
     session.install("-e", ".", *requirements)
+
+
+def test_with(session: nox.Session, torch: str, *others: str) -> None:
+    """Run the tests with another PyTorch, and other versions of the rest."""
+    session.install(torch)
+    session.install("-e", ".", *TEST_TOOLS)
+    if others:
+        session.install(*others)  # on top: the tools ask for newer ones, but run with these
+    session.run("pytest", "-n", "2", *session.posargs)
 
 
 @nox.session
@@ -107,10 +117,13 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def minimums(session: nox.Session) -> None:
     """Run the tests on the oldest dependencies: gigabytes, for old versions of PyTorch come with those of CUDA."""
-    session.install(MINIMUM_TORCH)
-    session.install("-e", ".", *TEST_TOOLS)
-    session.install(*MINIMUMS)  # on top: the tools ask for newer ones, but run with these
-    session.run("pytest", "-n", "2", *session.posargs)
+    test_with(session, MINIMUM_TORCH, *MINIMUMS)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run the tests on the newest PyTorch: gigabytes, for it comes with those of CUDA."""
+    test_with(session, NEWEST_TORCH)
 
 
 @nox.session

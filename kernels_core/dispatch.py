@@ -53,7 +53,8 @@ from .torch_internals import (
     TraceError,
     constant_result,
     current_transform,
-    not_traced,
+    disabled,
+    disabled_lazily,
     on_cuda_start,
 )
 
@@ -94,13 +95,6 @@ if _ACCELERATOR == "cuda" and not on_cuda_start(_hardware.count):
 
 _ABSENT = (AttributeError, IndexError, TraceError)
 """What the short way raises where nothing is published, or the first argument is missing or no tensor."""
-
-
-def _untraced(function: Forward, *, reason: str) -> Forward:
-    """Keep Dynamo out of a function; from PyTorch 2.7 on, it tells the reason where that is an error."""
-    disable: Any = torch.compiler.disable
-    known = "reason" in inspect.signature(disable).parameters
-    return cast(Forward, disable(function, reason=reason) if known else disable(function))
 
 
 def make_forward(layer: Layer) -> Forward:
@@ -216,7 +210,7 @@ class _Dispatcher:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             raise NoKernelError(error)
 
-        return not_traced(refuse, reason=error)
+        return disabled_lazily(refuse, reason=error)
 
     # --- Traced calls ---------------------------------------------------------------------------
 
@@ -269,7 +263,7 @@ class _Dispatcher:
 
             if modes is EAGER_MODES:
                 return refuse
-            return _untraced(refuse, reason=str(no_kernel(resolution)))
+            return disabled(refuse, reason=str(no_kernel(resolution)))
         forward: Forward = resolution.implementation or self.layer.reference
         if modes is not EAGER_MODES:
             return forward

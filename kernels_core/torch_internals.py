@@ -15,10 +15,13 @@ Unless an entry says otherwise, its name was tried with PyTorch 2.6 to 2.13.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import inspect
 import pkgutil
 import re
 import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -64,9 +67,10 @@ class _Compiling:
 
 
 class _ForwardLevel:
-    """Stands in for the level of forward-mode differentiation: slower, and always 0 for Dynamo, which guards on it."""
+    """Stands in for the level of forward-mode differentiation: slower, and 0 for Dynamo, which cannot guard on it."""
 
-    _probe = torch.empty(())
+    def __init__(self) -> None:
+        self._probe = torch.empty((), device="cpu")
 
     @property
     def level(self) -> int:
@@ -125,15 +129,11 @@ def in_forward_ad() -> bool:
 # --- Who looks at a call -------------------------------------------------------------------------------
 
 
-def _find_transform() -> Callable[[], object]:
-    peek = _find("torch._C._functorch:peek_interpreter_stack")
-    if peek is not None:
-        return cast(Callable[[], object], peek)
-    level = _find("torch._C._functorch:maybe_current_level")
-    return level if level is not None else lambda: True
-
-
-current_transform: Callable[[], object] = _find_transform()
+current_transform: Callable[[], object] = (
+    _find("torch._C._functorch:peek_interpreter_stack")
+    or _find("torch._C._functorch:maybe_current_level")
+    or (lambda: "unknown")
+)
 """Return the innermost transform of `torch.func` that runs, such as `grad` or `vmap`; None outside of them.
 
 Without either name, some transform is assumed: no kernel is tried or compared, so none is taken out for what a
@@ -141,17 +141,12 @@ transform did.
 """
 
 
-def _find_mode_count() -> Callable[[], int]:
-    count = _find("torch._C:_len_torch_dispatch_stack")
-    if count is not None:
-        return cast(Callable[[], int], count)
+def _count_dispatch_modes() -> int:
     stack = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack")
-    if stack is not None:
-        return lambda: len(stack())
-    return lambda: int(type(torch.empty(0)) is not torch.Tensor)
+    return len(stack()) if stack is not None else int(type(torch.empty(0, device="cpu")) is not torch.Tensor)
 
 
-dispatch_mode_count: Callable[[], int] = _find_mode_count()
+dispatch_mode_count: Callable[[], int] = _find("torch._C:_len_torch_dispatch_stack") or _count_dispatch_modes
 """Return how many dispatch modes are active, such as those of `torch.export`.
 
 Without either name, a new tensor shows modes that make tensors of their own (fake tensors); others are missed.
@@ -163,18 +158,15 @@ def is_watched() -> bool:
     return bool(cast(Any, torch.jit).is_tracing() or current_transform() is not None or dispatch_mode_count())
 
 
-@contextlib.contextmanager
-def no_dispatch_modes() -> Iterator[None]:
+def no_dispatch_modes() -> AbstractContextManager[object]:
     """Leave all dispatch modes. Without the names, they stay: a kernel that is imported then may fail to load."""
-    disable = _find("torch.utils._python_dispatch:_disable_current_modes") or _find("torch._C:_DisableTorchDispatch")
-    with disable() if disable is not None else contextlib.nullcontext():
-        yield
+    leave = _find("torch.utils._python_dispatch:_disable_current_modes") or _find("torch._C:_DisableTorchDispatch")
+    return cast("AbstractContextManager[object]", (leave or contextlib.nullcontext)())
 
 
 def no_torch_function() -> AbstractContextManager[object]:
     """Leave modes such as that of `with torch.device(...)`. Without the name, they stay."""
-    disable = _find("torch._C:DisableTorchFunction")
-    return cast("AbstractContextManager[object]", disable() if disable is not None else contextlib.nullcontext())
+    return cast("AbstractContextManager[object]", (_find("torch._C:DisableTorchFunction") or contextlib.nullcontext)())
 
 
 _top_hooks = _find("torch._C._autograd:_top_saved_tensors_default_hooks")
@@ -235,26 +227,38 @@ _tree_leaves = _find("torch.utils._pytree:tree_leaves")
 _registered = _find("torch.utils._pytree:SUPPORTED_NODES")
 
 
+def _opened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """Return the children of a container, and what makes another of as many; None for a leaf."""
+    kind = type(tree)
+    if kind in (dict, OrderedDict, defaultdict):
+
+        def filled(new: list[Any]) -> Any:
+            made = copy.copy(tree)
+            made.update(zip(tree, new, strict=True))
+            return made
+
+        return list(tree.values()), filled
+    if kind in (list, tuple, deque):
+        return list(tree), kind
+    if isinstance(tree, tuple) and hasattr(kind, "_fields"):
+        return list(tree), lambda new: kind(*new)
+    return None
+
+
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """Return a nested value with each leaf replaced. The fallback does not open registered classes."""
     if _tree_map is not None:
         return _tree_map(function, tree)
-    if isinstance(tree, dict):
-        changed = {key: tree_map(function, child) for key, child in tree.items()}
-        return changed if type(tree) is dict else type(tree)(changed)
-    if isinstance(tree, (list, tuple)):
-        children = [tree_map(function, child) for child in tree]
-        return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
-    return function(tree)
+    opened = _opened(tree)
+    return function(tree) if opened is None else opened[1]([tree_map(function, child) for child in opened[0]])
 
 
 def tree_leaves(tree: Any) -> list[Any]:
     """Return the leaves of a nested value. The fallback does not open registered classes."""
     if _tree_leaves is not None:
         return cast("list[Any]", _tree_leaves(tree))
-    if isinstance(tree, (dict, list, tuple)):
-        return [leaf for child in (tree.values() if isinstance(tree, dict) else tree) for leaf in tree_leaves(child)]
-    return [tree]
+    opened = _opened(tree)
+    return [tree] if opened is None else [leaf for child in opened[0] for leaf in tree_leaves(child)]
 
 
 def registered_node(kind: type[Any]) -> Any:
@@ -311,9 +315,7 @@ def forget_operators(namespace: Any, *names: str) -> None:
 
 def destroy_library(library: Any) -> None:
     """Withdraw the operators of a `torch.library.Library`; without the name, it does so when it is collected."""
-    destroy = getattr(library, "_destroy", None)
-    if destroy is not None:
-        destroy()
+    getattr(library, "_destroy", lambda: None)()
 
 
 # --- Dynamo ----------------------------------------------------------------------------------------------
@@ -340,18 +342,22 @@ def constant_result(function: AnyFunction) -> AnyFunction:
     return function
 
 
-def not_traced(function: AnyFunction, *, reason: str) -> AnyFunction:
-    """Let Dynamo call a function without tracing it; where that is an error, it shows the reason.
+def disabled(function: AnyFunction, *, reason: str) -> AnyFunction:
+    """Keep Dynamo out of a function; from PyTorch 2.7 on, it shows the reason where that is an error."""
+    disable: Any = torch.compiler.disable
+    known = "reason" in inspect.signature(disable).parameters
+    return cast(AnyFunction, disable(function, reason=reason) if known else disable(function))
 
-    The same as `torch.compiler.disable` without importing Dynamo now, unless Dynamo reads another attribute.
-    """
+
+def disabled_lazily(function: AnyFunction, *, reason: str) -> AnyFunction:
+    """Do the same without importing Dynamo now, unless Dynamo reads another attribute."""
     if not _dynamo_reads("_torchdynamo_disable"):
-        return cast(AnyFunction, cast(Any, torch.compiler).disable(function))
+        return disabled(function, reason=reason)
     function.__dict__.update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
     return function
 
 
-def not_traced_inside(function: AnyFunction) -> AnyFunction:
+def disabled_when_called(function: AnyFunction) -> AnyFunction:
     """Keep Dynamo out of a function and all that it calls; imports Dynamo at the first call, else now."""
     disable = _find("torch:_disable_dynamo") or cast(Any, torch.compiler).disable
     return cast(AnyFunction, disable(function))
@@ -364,12 +370,17 @@ def dynamo_is_imported() -> bool:
 
 def many_compilations() -> AbstractContextManager[object]:
     """Let Dynamo compile as often as code changes: beyond its limit, it would run eagerly. Else, its limit stands."""
-    config = _find("torch._dynamo.config") if dynamo_is_imported() else None
-    for kind in ("recompile", "cache_size"):  # the second before PyTorch 2.7
-        limits = {f"{kind}_limit": 1_000_000, f"accumulated_{kind}_limit": 1_000_000}
-        if all(hasattr(config, name) for name in limits):
-            return cast("AbstractContextManager[object]", cast(Any, config).patch(limits))
-    return contextlib.nullcontext()
+    if not dynamo_is_imported():
+        return contextlib.nullcontext()
+    limits = {
+        "recompile_limit": _find("torch._dynamo.config:recompile_limit"),
+        "accumulated_recompile_limit": _find("torch._dynamo.config:accumulated_recompile_limit"),
+        "cache_size_limit": _find("torch._dynamo.config:cache_size_limit"),  # these two before PyTorch 2.7
+        "accumulated_cache_size_limit": _find("torch._dynamo.config:accumulated_cache_size_limit"),
+    }
+    known = {name: 1_000_000 for name, limit in limits.items() if limit is not None}
+    patch = _find("torch._dynamo.config:patch")
+    return cast("AbstractContextManager[object]", patch(known) if patch and known else contextlib.nullcontext())
 
 
 # --- Devices ---------------------------------------------------------------------------------------------

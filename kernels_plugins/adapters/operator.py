@@ -26,10 +26,10 @@ from kernels_core import KernelsWarning, Layer, Mode, NoKernelError, Quarantined
 from kernels_core.torch_internals import (
     constant_result,
     destroy_library,
+    disabled_when_called,
     dispatch_mode_count,
     fake_copies,
     forget_operators,
-    not_traced_inside,
 )
 
 from .ambient import (
@@ -166,7 +166,7 @@ class Operator:
             (self.name, lambda *a: alive()._forward(*a), lambda *a: alive()._shape(*a)),
             (backward, lambda *a: alive()._backward(*a), lambda *a: _shape_of_gradients(*a)),
         ):
-            library.impl(name, not_traced_inside(real), "CompositeExplicitAutograd")
+            library.impl(name, disabled_when_called(real), "CompositeExplicitAutograd")
             torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
         namespace = getattr(torch.ops, _NAMESPACE)
         gradients = getattr(namespace, backward).default
