@@ -1,12 +1,12 @@
-"""The command line `kernels-core`: which plugins are here, and what would serve a layer.
+"""The command line `kernels-core`: lists plugins and hooks, and shows which kernels serve a layer or a model.
 
-Tables where a person reads, plain aligned columns in a pipe, `--json` for programs. Exit codes:
+Tables on a terminal, aligned columns in a pipe, `--json` for programs. Exit codes:
 
 | code | meaning |
 |---|---|
-| 0 | it is as hoped for |
-| 1 | an answer, but not the one hoped for: the reference would run, or a plugin is at fault |
-| 2 | the question could not be answered: a wrong argument, a `KernelsError`, or any other error |
+| 0 | success |
+| 1 | an answer, but a bad one: the reference would run, a requirement fails, or a plugin is at fault |
+| 2 | no answer: a wrong argument, a `KernelsError`, or any other error |
 
 Plugins add commands with the hook `kernels_register_commands`.
 """
@@ -20,7 +20,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +38,7 @@ from .models.receipt import receipt
 from .plugins import ENTRY_POINT_GROUP, plugin_manager
 from .resolution import Refusal, Resolution
 from .resolver import resolve
-from .table import Table, TableRow, visible
+from .table import Table, visible
 from .table import as_json as to_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 class CallMode(str, Enum):
-    """How a call is made, as said on the command line."""
+    """How a call is made: the values of `--mode`."""
 
     inference = "inference"
     training = "training"
@@ -78,14 +78,14 @@ def command_line() -> typer.Typer:
     cli.command("resolve")(resolve_layer)
     cli.command()(explain)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)  # told below, where and as the command wants
+        warnings.simplefilter("ignore", KernelsWarning)  # `_start` issues them, once the command is known
         plugin_manager().hook.kernels_register_commands(cli=cli)
-        _drop_second_ones(cli)
+        _remove_duplicates(cli)
     return cli
 
 
-def _drop_second_ones(cli: typer.Typer) -> None:
-    """Leave out commands whose name is taken, so that no plugin changes what another command does, and say so."""
+def _remove_duplicates(cli: typer.Typer) -> None:
+    """Remove and report commands whose name is taken: no plugin may replace the command of another."""
     taken: dict[str, str] = {}
     for command in list(cli.registered_commands):
         name = command.name or str(getattr(command.callback, "__name__", "")).replace("_", "-")
@@ -104,7 +104,7 @@ def _start(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it, and exit.")
     ] = False,
 ) -> None:
-    """See which kernels serve which layers here, and why."""
+    """Show which kernels serve which layers on this machine, and why."""
     warnings.showwarning = _show_warning
     if context.invoked_subcommand != "plugins":
         for fault in plugin_manager().faults:
@@ -126,7 +126,7 @@ def _show_warning(message: Warning | str, *where: object, **more: object) -> Non
 
 
 def plugins(as_json: Json = False) -> None:
-    """List the plugins, their hooks and what they did wrong.
+    """List the plugins, their hooks and their faults.
 
     Exits with 1 where a plugin is at fault.
     """
@@ -161,19 +161,18 @@ def hooks(as_json: Json = False) -> None:
 
 
 def resolve_layer(
-    layer: Annotated[str, typer.Argument(help="A layer name, or something decorated as package.module:Class.")],
+    layer: Annotated[str, typer.Argument(help="A layer name, or a decorated object as package.module:name.")],
     device: Annotated[str, typer.Option(help="Device of the call, such as cuda:1.")] = "cpu",
     mode: Annotated[CallMode, typer.Option(help="Whether autograd records the call.")] = CallMode.inference,
     traced: Annotated[bool, typer.Option("--compile", help="The call is traced by torch.compile.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Decide what would serve a layer, and tell why everything else does not.
+    """Show which kernel would serve a layer, and why each other one would not.
 
     Fetches and imports kernels, as the first call of the layer would. Exits with 1 where the
     layer's own forward, the reference, would run.
     """
-    wanted = Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
-    resolution = resolve(imported(layer) if ":" in layer else layer, device=device, mode=wanted)
+    resolution = resolve(imported(layer) if ":" in layer else layer, device=device, mode=_mode(mode, traced))
     if as_json:
         print(to_json(_resolution(resolution)))
     else:
@@ -185,7 +184,7 @@ def resolve_layer(
 
 
 def explain(
-    factory: Annotated[str, typer.Argument(help="A module, or what makes one, as package.module:name.")],
+    factory: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
     device: Annotated[str | None, typer.Option(help="Device of the calls, such as cuda.")] = None,
     mode: Annotated[CallMode | None, typer.Option(help="Whether autograd records the calls.")] = None,
     traced: Annotated[bool, typer.Option("--compile", help="The calls are traced by torch.compile.")] = False,
@@ -194,22 +193,19 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Write a table for a browser, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what serves each layer of a model, where it comes from, and why nothing else does.
+    """Show which kernel serves each layer of a model, where it comes from, and why each other one does not.
 
     Exits with 1 if a requirement fails.
     """
     if origin is not None and not require:
-        raise ArgumentError("--origin says where required kernels must come from: say which, with --require GLOB.")
+        raise ArgumentError("--origin restricts the layers that --require GLOB names: add that option.")
     model = made(factory)
     if mode is None:  # as the model is
         mode = CallMode.training if getattr(model, "training", False) else CallMode.inference
-    wanted = Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
-    found = receipt(model, device=device, mode=wanted)
+    found = receipt(model, device=device, mode=_mode(mode, traced))
     if html is not None:
-        try:
+        with writing(html):
             html.write_text(found.to_html(), encoding="utf-8")
-        except OSError as error:
-            raise ArgumentError(f"Cannot write {str(html)!r}: {error}") from error
     print_found(found, as_json)
     try:
         for pattern in require or ():
@@ -219,7 +215,11 @@ def explain(
         raise typer.Exit(1) from error
 
 
-# --- What they tell ------------------------------------------------------------------------------
+# --- Their answers -------------------------------------------------------------------------------
+
+
+def _mode(mode: CallMode, traced: bool) -> Mode:
+    return Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
 
 
 def _resolution(resolution: Resolution) -> Row:
@@ -252,7 +252,7 @@ def _first_line(spec: object) -> str:
 
 
 def _distributions() -> dict[str, str]:
-    """Return the distribution of each entry point: of several with one name, the one that is used."""
+    """Return the distribution of each entry point; of several with one name, the first by name, which is used."""
     found = [
         (entry_point.dist.name, entry_point.dist.version, entry_point.name)
         for entry_point in importlib_metadata.entry_points(group=ENTRY_POINT_GROUP)
@@ -284,8 +284,7 @@ def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[R
     if as_json:
         print(to_json(rows))
     elif rows:
-        styled = (TableRow(tuple(row.values()), style(row) if style else "") for row in rows)
-        print_found(Table(tuple(rows[0]), tuple(styled)))
+        print_found(Table.of(rows, style))
 
 
 def print_found(found: Any, as_json: bool = False) -> None:
@@ -307,31 +306,24 @@ def print_found(found: Any, as_json: bool = False) -> None:
 
 
 def print_error(error: object) -> None:
-    """Print an error on standard error, as a line that begins with `error:`; also for the commands of plugins.
-
-    Args:
-        error: The error, or a message.
-
-    Example:
-        >>> print_error("There is no such kernel.")
-    """
+    """Print an error on standard error, as a line that begins with `error:`; also for the commands of plugins."""
     print(f"error: {visible(str(error))}", file=sys.stderr)
 
 
-# --- What users name -----------------------------------------------------------------------------
+# --- Arguments -----------------------------------------------------------------------------------
 
 
 def imported(place: str) -> Any:
-    """Import what an argument names, also from the current directory; also for the commands of plugins.
+    """Import the object that an argument names, also from the current directory; also for the commands of plugins.
 
-    The current directory stays on `sys.path`, as with `python -m`: what is imported may import more when it is
-    called. Meanwhile, what is printed goes to standard error.
+    The current directory stays on `sys.path`, as with `python -m`: a function may import more when it is called.
+    The output of the import goes to standard error.
 
     Args:
         place: `package.module:name`.
 
     Raises:
-        ArgumentError: If there is no such thing, or its import fails.
+        ArgumentError: If there is no such object, or its import fails.
 
     Example:
         >>> imported("torch.nn:Linear").__name__
@@ -341,7 +333,7 @@ def imported(place: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if not qualname:
-        raise ArgumentError(f"Cannot import {place!r}: say what is meant in it, as package.module:name.")
+        raise ArgumentError(f"Cannot import {place!r}: add the name of an object in it, as package.module:name.")
     try:
         with printing_aside():
             found: Any = importlib.import_module(module_name)
@@ -353,13 +345,13 @@ def imported(place: str) -> Any:
 
 
 def made(place: str, what: str = "model") -> Any:
-    """Import what an argument names, and call it if it makes what is wanted; also for the commands of plugins.
+    """Import the object that an argument names, and call it if it is a factory; also for the commands of plugins.
 
-    Modules, decorated functions, and what cannot be called are returned as they are.
+    Modules, decorated functions, and objects that cannot be called are returned as they are.
 
     Args:
         place: `package.module:name`.
-        what: What it is to make, for messages.
+        what: The object that a factory makes, for messages.
 
     Raises:
         ArgumentError: If it cannot be imported, or raises.
@@ -380,10 +372,25 @@ def made(place: str, what: str = "model") -> Any:
 
 
 def printing_aside() -> contextlib.AbstractContextManager[object]:
-    """Send what users' code prints to standard error: standard output is for the answer.
-
-    Example:
-        >>> with printing_aside():
-        ...     print("loading weights")
-    """
+    """Send the output of users' code to standard error: standard output is for the answer of a command."""
     return contextlib.redirect_stdout(sys.stderr)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into one that names the path; for the commands of plugins, too."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError(f"Cannot write {str(path)!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def using_device(name: str) -> Iterator[torch.device]:
+    """Yield a device, and turn errors of its use into one that names it; for the commands of plugins, too."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        yield device
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
+        raise ArgumentError(f"The device {name!r} cannot be used here: {error}") from error

@@ -23,7 +23,7 @@ TORCH_DEVICE_TYPES = {
 """Device names that a mapping may use, with the type that PyTorch gives to their tensors."""
 
 _BROUGHT_BY_PACKAGES = ("neuron", "npu", "tpu")
-"""Device types that PyTorch itself does not have."""
+"""Device types that packages beside PyTorch add."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ class Device:
     properties: CUDAProperties | ROCMProperties | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no tensor will ever be on."""
+        """Refuse a type on which there can be no tensor."""
         if not isinstance(self.type, str):
             raise ArgumentTypeError(f"A device type is a string such as 'cuda', not {self.type!r}.")
         kind, colon, _ = self.type.partition(":")
         if colon and kind in TORCH_DEVICE_TYPES:
             raise ArgumentError(
-                f"Device type {self.type!r} has an index: what is mapped serves all devices of a type. Write "
+                f"Device type {self.type!r} has an index, and a mapping is for all devices of a type. Write "
                 f"{kind!r}, and narrow it by capability if need be."
             )
         if self.type not in TORCH_DEVICE_TYPES:
@@ -130,7 +130,7 @@ class Device:
 
 @cache
 def device_capability(device: torch.device) -> int | None:
-    """Return the compute capability of one device, 90 for 9.0, or None where there is no such thing.
+    """Return the compute capability of one device, 90 for 9.0, or None for devices without one.
 
     Cached per device index: two GPUs of one machine may differ.
     """
@@ -141,7 +141,7 @@ def device_capability(device: torch.device) -> int | None:
 
 
 def as_torch_device(device: torch.device | Device | str) -> torch.device:
-    """Turn any way to name a device into a `torch.device` with an index where there can be one.
+    """Turn any name of a device into a `torch.device`, with an index where there are several.
 
     Raises:
         ArgumentError: If PyTorch knows no such device.
@@ -164,7 +164,7 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
             "there are several ('cuda:1')."
         ) from error
     index = device.partition(":")[2] if isinstance(device, str) else ""
-    if index and int(index) != found.index:  # PyTorch keeps eight bits of it, and says nothing
+    if index and int(index) != found.index:  # PyTorch silently keeps only the last eight bits
         raise ArgumentError(f"No machine has a device {device!r}: indices are small numbers, as in 'cuda:1'.")
     if found.index is None and found.type == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

@@ -20,7 +20,7 @@ KernelsError
     └── IntegrityError                the bytes are not those that were promised
 ```
 
-Of the kinds of `ResolutionError`, a call raises `NoKernelError` alone; the others are found in
+Of the kinds of `ResolutionError`, a call raises only `NoKernelError`; the others are found in
 `Refusal.error`, and are raised where a source is loaded directly.
 
 `KernelsWarning` is the category of every warning: filter it to silence or to raise.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class KernelsWarning(UserWarning):
-    """Something was not done as asked; the reference, or the rest, goes on."""
+    """A request was not met in full: the reference serves, or a part is left out."""
 
 
 class KernelsError(Exception):
@@ -58,7 +58,7 @@ class ScopeError(KernelsError, RuntimeError):
 
 
 class CanaryError(KernelsError):
-    """A canary saw a kernel disagree with its reference."""
+    """A canary found that a kernel disagrees with its reference."""
 
 
 class RequirementError(KernelsError):
@@ -69,29 +69,29 @@ class RequirementError(KernelsError):
     """
 
     def __init__(self, message: str, *, rows: Sequence[ReceiptRow]) -> None:
-        """Say which layers are served otherwise, and why."""
+        """List the layers that fail, and why."""
         super().__init__(message)
         self.rows = tuple(rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Survive a trip between processes: the constructor takes a keyword."""
+        """Pickle with the keyword that the constructor needs."""
         return functools.partial(type(self), rows=self.rows), self.args
 
 
 class VerificationError(KernelsError):
-    """A kernel does not do what its reference does.
+    """A kernel disagrees with its reference.
 
     Attributes:
-        rows: The rows of the report that say so.
+        rows: The rows of the report in which it does.
     """
 
     def __init__(self, message: str, *, rows: Sequence[Any]) -> None:
-        """Say which kernels are wrong, where, and how much."""
+        """List the kernels that are wrong, where, and by how much."""
         super().__init__(message)
         self.rows = tuple(rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Survive a trip between processes: the constructor takes a keyword."""
+        """Pickle with the keyword that the constructor needs."""
         return functools.partial(type(self), rows=self.rows), self.args
 
 
@@ -103,17 +103,17 @@ class PluginError(KernelsError):
     """
 
     def __init__(self, message: str, *, plugin: str) -> None:
-        """Say what is wrong with which plugin."""
+        """Describe the fault of a plugin."""
         super().__init__(message)
         self.plugin = plugin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Survive a trip between processes: the constructor takes a keyword."""
+        """Pickle with the keyword that the constructor needs."""
         return functools.partial(type(self), plugin=self.plugin), self.args
 
 
 class PluginLoadError(PluginError):
-    """A plugin could not be imported, or what was imported is no plugin."""
+    """A plugin could not be imported, or the imported object is no plugin."""
 
 
 class PluginConflictError(PluginError):
@@ -124,7 +124,7 @@ class ResolutionError(KernelsError):
     """A kernel could not be used.
 
     Attributes:
-        request: The question that was asked, where known.
+        request: The request that was being resolved, where known.
         refusals: Every candidate that was refused on the way, with its reason.
     """
 
@@ -135,7 +135,7 @@ class ResolutionError(KernelsError):
         request: LayerRequest | None = None,
         refusals: Sequence[Refusal] = (),
     ) -> None:
-        """Say what was asked and why every answer was refused."""
+        """Describe the request, and why each candidate was refused."""
         super().__init__(message)
         self.request = request
         self.refusals = tuple(refusals)
@@ -154,7 +154,7 @@ class LoadError(ResolutionError):
 
 
 class ContractError(ResolutionError):
-    """A kernel layer may not stand in for a layer: members or signature differ."""
+    """A kernel layer may not serve a layer: members or signature differ."""
 
 
 class UntrustedError(ResolutionError):
@@ -162,4 +162,4 @@ class UntrustedError(ResolutionError):
 
 
 class IntegrityError(ResolutionError):
-    """Files on disk are not the ones that were promised."""
+    """Files on disk differ from the ones that were announced."""

@@ -1,4 +1,4 @@
-"""How a layer is being called, and which kernels may stand in for that."""
+"""Modes of calls, and the registered modes that may serve each of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .errors import ArgumentError
 
 
 class Mode(Flag):
-    """How a layer is called, or what a source in a mapping is meant for.
+    """The mode of a call, or the calls that a source in a mapping is registered for.
 
     A call is `TRAINING` when autograd records it, `INFERENCE` when it does not, combined with
     `TORCH_COMPILE` while it is traced. `FALLBACK` occurs in mappings only: the source that serves
@@ -69,13 +69,12 @@ def check_call_mode(mode: Mode) -> Mode:
     """Return `mode` if a call can have it.
 
     Raises:
-        ArgumentError: For `FALLBACK`, or where neither training nor inference is said.
+        ArgumentError: For `FALLBACK`, or for a mode with neither training nor inference.
     """
     if mode not in STAND_INS:
-        told = mode if isinstance(mode, Mode) else repr(mode)
         raise ArgumentError(
-            f"{told} is not the mode of a call: use Mode.INFERENCE or Mode.TRAINING, "
-            "alone or combined with Mode.TORCH_COMPILE."
+            f"{mode if isinstance(mode, Mode) else repr(mode)} is not the mode of a call: use Mode.INFERENCE or "
+            "Mode.TRAINING, alone or combined with Mode.TORCH_COMPILE."
         )
     return mode
 
@@ -84,11 +83,11 @@ def check_registered_mode(mode: Mode) -> Mode:
     """Return `mode` if a mapping may register a source for it.
 
     Raises:
-        ArgumentError: For `TORCH_COMPILE` alone.
+        ArgumentError: For `TORCH_COMPILE` without training or inference.
     """
     if mode != Mode.FALLBACK and mode not in STAND_INS:
         raise ArgumentError(
-            f"{mode} cannot be registered on its own: say whether it is for training or inference, "
+            f"{mode} cannot be registered on its own: combine it with training or inference, "
             "for instance Mode.INFERENCE | Mode.TORCH_COMPILE."
         )
     return mode

@@ -7,7 +7,7 @@ import html
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,16 +123,20 @@ class Table:
     right: Collection[str] = ()
 
     @classmethod
-    def of(cls, records: Sequence[Mapping[str, object]], **more: Any) -> Table:
-        """Make a table of mappings that have the same keys, which become the columns.
+    def of(cls, records: Sequence[dict[str, Any]], style: Callable[[dict[str, Any]], str] | None = None) -> Table:
+        """Make a table of records that have the same keys, which become the columns.
+
+        Args:
+            records: The rows.
+            style: Gives the style of a row on a terminal, such as `red`.
 
         Example:
             >>> print(Table.of([{"name": "silu", "variants": ["torch-cpu", "torch-cuda"]}]))
             name  variants
             silu  torch-cpu torch-cuda
         """
-        columns = tuple(records[0]) if records else ()
-        return cls(columns, tuple(TableRow(tuple(record.values())) for record in records), **more)
+        rows = (TableRow(tuple(record.values()), style(record) if style else "") for record in records)
+        return cls(tuple(records[0]) if records else (), tuple(rows))
 
     def __str__(self) -> str:
         """Aligned columns, with the notes of a row below it."""

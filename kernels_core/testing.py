@@ -29,13 +29,13 @@ from .warning import warn_once
 
 @dataclass
 class HookCall:
-    """One call of one hook, whoever implements it.
+    """One call of one hook, with the answers of all plugins.
 
     Attributes:
         hook: Name of the hook.
-        arguments: What it was called with, by name.
-        answer: What the caller got: one answer for hooks of the kind *first result*, else a list.
-        error: What was raised instead, if anything.
+        arguments: Its arguments, by name.
+        answer: The result of the call: one answer for hooks of the kind *first result*, else a list.
+        error: The exception that it raised instead, if any.
         done: Whether the call is over; the calls that it made in turn come after it in the record.
     """
 
@@ -83,7 +83,7 @@ class HookRecorder:
         """Record the calls of `manager` from now on.
 
         Args:
-            manager: Whose hook calls to record.
+            manager: The plugin manager that calls the hooks.
 
         Returns:
             A function without arguments that ends it.
@@ -108,8 +108,8 @@ def isolated_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginManager]
     """Put a plugin manager without discovery in place of that of the process, for one test.
 
     It knows the core's own plugin and no other: not those that are installed, and not `mapping`
-    either (`isolated_plugins.register(kernels_plugins.mapping, "mapping")` adds that one). What was
-    resolved, loaded and warned about before is forgotten, and again afterwards.
+    either (`isolated_plugins.register(kernels_plugins.mapping, "mapping")` adds that one). Before and
+    after the test, decisions, loaded kernels and issued warnings are forgotten.
 
     Example:
         >>> def test_plugin(isolated_plugins):
@@ -143,7 +143,7 @@ def hook_recorder(isolated_plugins: PluginManager) -> Iterator[HookRecorder]:
 
 
 def _start_anew() -> None:
-    """Forget what was resolved, loaded and warned about, without resolving anything again."""
+    """Forget decisions, loaded kernels and issued warnings, without resolving anything again."""
     scope.forget()
     warn_once.forget()
     loading.loads.forget()

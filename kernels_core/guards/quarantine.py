@@ -1,4 +1,4 @@
-"""Kernels that proved wrong in this process: out for the layers and devices where they did, until released."""
+"""Kernels that proved wrong in this process: excluded for the layers and devices concerned, until released."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True, eq=False)
 class Quarantined:
-    """A kernel that is out for a layer.
+    """A kernel that must not serve a layer.
 
     Attributes:
         layer_name: The name that the layer was decorated with.
         layer: Where the layer is defined.
-        kernel: Where the kernel came from.
-        device: The device for which it is out; None for all.
+        kernel: The origin of the kernel.
+        device: The device on which it must not; None for all.
         mode: `Mode.TRAINING` if it still serves inference; None if it serves nothing.
-        reason: What it did.
+        reason: Its fault.
     """
 
     layer_name: str
@@ -42,7 +42,7 @@ class Quarantined:
     _implementation: weakref.ref[Forward] = field(repr=False)
 
     def concerns(self, request: LayerRequest, implementation: Forward) -> bool:
-        """Whether it keeps an implementation from serving a request."""
+        """Whether this entry excludes an implementation for a request."""
         return (
             self._implementation() is implementation
             and request.layer is not None
@@ -66,7 +66,7 @@ class Quarantined:
 _lock = threading.Lock()
 _entries: list[Quarantined] = []
 on_change: list[Callable[[], None]] = []
-"""Called after the list has changed; the resolver decides anew then."""
+"""Called after the list has changed: the resolver drops its decisions then."""
 
 
 def quarantine(
@@ -78,13 +78,13 @@ def quarantine(
     device: str | torch.device | None = None,
     mode: Mode | None = None,
 ) -> Quarantined:
-    """Keep a kernel from serving a layer, from the next call on.
+    """Exclude a kernel from serving a layer, from the next call on.
 
     Args:
         layer: The layer that it must not serve any more.
-        implementation: What must not be called, as in `Resolution.implementation`.
-        kernel: Where it came from, as in `Resolution.origin`.
-        reason: What it did; ends in what to do.
+        implementation: The function that must not be called, as in `Resolution.implementation`.
+        kernel: Its origin, as in `Resolution.origin`.
+        reason: Its fault, and what to do about it.
         device: The device for which that holds; None for all.
         mode: `Mode.TRAINING` to let it serve inference; None for all.
 
@@ -92,7 +92,7 @@ def quarantine(
         The entry, for `release`.
 
     Raises:
-        ArgumentTypeError: If it is no layer, or nothing that a layer could call.
+        ArgumentTypeError: If `layer` is no layer, or `implementation` is a class or cannot be called.
 
     Example:
         >>> layer = decorated_layer(use_kernel_forward_from_hub("f")(lambda x: x))
@@ -106,8 +106,8 @@ def quarantine(
         raise ArgumentTypeError(f"quarantine takes a layer, not {layer!r}: decorated_layer(...) returns it.")
     if isinstance(implementation, type) or not callable(implementation):
         raise ArgumentTypeError(
-            f"quarantine takes what is called, not {implementation!r}: it is resolve(...).implementation, and the "
-            "forward of a class."
+            f"quarantine takes the function that is called, not {implementation!r}: resolve(...).implementation, or "
+            "the forward of a class."
         )
     if device is not None:
         device = as_torch_device(device)
@@ -121,7 +121,7 @@ def quarantine(
 
 
 def quarantined() -> list[Quarantined]:
-    """Return the kernels that are out in this process, oldest first.
+    """Return the kernels in quarantine in this process, oldest first.
 
     Example:
         >>> quarantined()
@@ -136,7 +136,7 @@ def release(entries: Quarantined | Iterable[Quarantined] | None = None) -> int:
     """Let kernels serve again, from the next call on.
 
     Args:
-        entries: What `quarantined` returned, or a part of it; None for all.
+        entries: Entries that `quarantined` returned; None for all.
 
     Returns:
         How many were released.
@@ -151,14 +151,13 @@ def release(entries: Quarantined | Iterable[Quarantined] | None = None) -> int:
     wanted = [entries] if isinstance(entries, Quarantined) else list(entries) if entries is not None else None
     for entry in wanted or ():
         if not isinstance(entry, Quarantined):
-            raise ArgumentTypeError(f"release takes what quarantined() returned, or a part of it, not {entry!r}.")
+            raise ArgumentTypeError(f"release takes entries that quarantined() returned, not {entry!r}.")
     with _lock:
-        going = _entries if wanted is None else wanted
-        going = [entry for entry in _entries if any(entry is other for other in going)]
-        _entries[:] = [entry for entry in _entries if not any(entry is other for other in going)]
-    if going:
+        released = [entry for entry in _entries if wanted is None or any(entry is other for other in wanted)]
+        _entries[:] = [entry for entry in _entries if entry not in released]  # entries are equal only to themselves
+    if released:
         _changed()
-    return len(going)
+    return len(released)
 
 
 def _changed() -> None:
@@ -167,5 +166,5 @@ def _changed() -> None:
 
 
 def find_quarantined(request: LayerRequest, implementation: Forward) -> Quarantined | None:
-    """Return the entry that keeps an implementation from serving a request, None if there is none."""
+    """Return the entry that excludes an implementation for a request, None if there is none."""
     return next((entry for entry in _entries if entry.concerns(request, implementation)), None)

@@ -1,4 +1,4 @@
-"""What autograd saves of a run that may turn out not to count."""
+"""Tensors that autograd saves during a run whose result may be dropped."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..torch_internals import Hooks, saved_tensors_hooks
 
 
 class SavedTensors:
-    """What autograd has saved of a run, out of sight of the hooks around, such as those of activation checkpointing."""
+    """Tensors saved during a run, hidden from hooks of an outer block, such as those of activation checkpointing."""
 
     def __init__(self, hooks: Hooks | None) -> None:
-        """Stand between autograd and the hooks around, if there are any."""
+        """Keep the hooks of the outer block, if there are any, until `hand_over` calls them."""
         self._hooks = hooks
         self._packed: list[list[Any]] = []
 
@@ -25,11 +25,11 @@ class SavedTensors:
         return self._packed[-1]
 
     def unpack(self, packed: list[Any]) -> Any:
-        """Give a tensor back, as the hooks around do."""
+        """Return a tensor, as the hooks of the outer block do."""
         return self._hooks[1](packed[0]) if self._hooks is not None else packed[0]
 
     def hand_over(self) -> None:
-        """Show the hooks what they were not shown, in the same order: the run counts."""
+        """Pass the saved tensors to the hooks of the outer block, in the same order: the result is used."""
         if self._hooks is not None:
             for packed in self._packed:
                 packed[0] = self._hooks[0](packed[0])
@@ -38,13 +38,13 @@ class SavedTensors:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[SavedTensors]:
-    """Keep what autograd saves of a run from the hooks around, until `hand_over` says that the run counts.
+    """Hide the tensors that autograd saves from the hooks of an outer block, until `hand_over` is called.
 
-    Activation checkpointing counts what is saved, and a run that is void must not count. Versions of PyTorch that do
-    not tell which hooks there are (before 2.7) show them everything.
+    Activation checkpointing counts saved tensors, and must not count those of a run whose result is dropped. With
+    versions of PyTorch that have no way to ask for the hooks (before 2.7), nothing is hidden.
 
     Yields:
-        What was saved.
+        The tensors saved so far.
 
     Example:
         >>> x, seen = torch.ones(2, requires_grad=True), []

@@ -1,1 +1,1 @@
-"""Whole models: walk them, freeze their choices, count their calls, and report what serves each layer."""
+"""Whole models: walk them, freeze their choices, count their calls, and report the kernel that serves each layer."""

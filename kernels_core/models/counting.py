@@ -1,4 +1,4 @@
-"""What really ran: counts of eager calls, per module and origin, while somebody counts."""
+"""Counts of eager calls, per module and origin, while `count_calls` is open."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _counts: weakref.WeakKeyDictionary[torch.nn.Module | Layer, Counter[str]] | None
 def count_calls() -> Iterator[None]:
     """Count the eager calls of decorated layers, in all threads, for the receipts that are made afterwards.
 
-    Counts start at zero each time, and stay until the next. Calls in compiled code are not counted. Costs
-    nothing where it is not used.
+    Counts start at zero each time, and stay until the next. Calls in compiled code are not counted. While no
+    block is open, calls cost nothing extra.
 
     Example:
         >>> @use_kernel_forward_from_hub("Identity")
@@ -61,7 +61,7 @@ def count_calls() -> Iterator[None]:
 
 
 def calls_of(counted: torch.nn.Module | Layer) -> Mapping[str, int] | None:
-    """Return how often what ran for a module, or for a decorated function; None if nobody ever counted."""
+    """Return the number of calls per origin for a module or a decorated function; None if calls were never counted."""
     if _counts is None:
         return None
     with _lock:
@@ -69,7 +69,7 @@ def calls_of(counted: torch.nn.Module | Layer) -> Mapping[str, int] | None:
 
 
 class _Counter:
-    """Counts, as a plugin."""
+    """A plugin that wraps each forward to count its calls."""
 
     @hookimpl
     def kernels_wrap_forward(self, resolution: Resolution) -> Callable[[Forward], Forward] | None:

@@ -1,4 +1,4 @@
-"""Freeze the choices of a whole model, so that its calls decide nothing any more; and undo that."""
+"""Freeze the kernels of a whole model, so that its calls no longer choose one; and undo that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..mode import Mode, check_call_mode
 from ..resolution import Cause, Resolution
 from ..resolver import Notify, decide
 from .frozen import Run, freeze_class, frozen_choice, original_class, swap
-from .modules import device_of, functions_of, locate, own_device, walk
+from .modules import functions_of, locate, own_device, required_device, walk
 
 Model = TypeVar("Model", bound=nn.Module)
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -34,8 +34,8 @@ class KernelizeFallback(Flag):
         NO_LAYER: No kernel is offered for the layer name.
         NO_DEVICE: None is offered for this type of device.
         NO_COMPATIBLE_PROPERTIES: None is offered for a device with these properties.
-        NO_COMPATIBLE_MODE: None is offered for this mode, or what is offered cannot do what it needs.
-        CANNOT_LOAD: What is offered cannot be used: not allowed, not there, broken, or of another signature.
+        NO_COMPATIBLE_MODE: None is offered for this mode, or those that are lack gradients or tracing.
+        CANNOT_LOAD: The offered kernels cannot be used: not allowed, missing, broken, or of another signature.
         DEFAULT: In all of these cases but `CANNOT_LOAD`.
         ALL: In all of them.
 
@@ -76,27 +76,27 @@ def kernelize(
     device: str | torch.device | Device | None = None,
     use_fallback: bool | KernelizeFallback = True,
 ) -> Model:
-    """Choose now what serves each decorated layer of a model, and keep to it.
+    """Choose a kernel for each decorated layer of a model now, and keep it.
 
-    Without this, each call decides by itself, at the price of one look-up. A kernelized model keeps its
+    Without this, each call chooses by itself, at the price of one look-up. A kernelized model keeps its
     kernels when the scope is left in which it was kernelized, and no other model is changed.
 
     Args:
         model: The model, changed in place.
-        mode: What it will be used for: `Mode.INFERENCE` or `Mode.TRAINING`, alone or with
+        mode: The mode of its calls: `Mode.INFERENCE` or `Mode.TRAINING`, each also combined with
             `Mode.TORCH_COMPILE`.
         device: The device that it will run on, such as `"cuda"`; by default, that of each module's
             own parameters.
         use_fallback: Whether layers may keep their reference where nothing better is offered. `True`
-            stands for `KernelizeFallback.DEFAULT`, `False` for `KernelizeFallback.NONE`. Which layers
-            do, and why, is said in one warning.
+            stands for `KernelizeFallback.DEFAULT`, `False` for `KernelizeFallback.NONE`. One warning lists
+            these layers, with the reasons.
 
     Returns:
         The model.
 
     Raises:
-        ArgumentError: If no call has that mode, PyTorch knows no such device, or the device cannot be
-            told from the model.
+        ArgumentError: If no call has that mode, PyTorch knows no such device, or no device is given and the
+            model has none.
         KernelizeError: If a layer would keep its reference where that is not allowed. Nothing is
             changed then.
 
@@ -119,23 +119,18 @@ def kernelize(
     check_call_mode(mode)
     freeze = _Freeze(Run(mode), _flags(use_fallback))
     given = as_torch_device(device) if device is not None else None
-    inferred = given or device_of(model)
-    if inferred is None:
-        raise ArgumentError(
-            "The device of the model cannot be told, for it has no parameters: say it with "
-            "kernelize(..., device='cuda')."
-        )
+    inferred = given or required_device(model, "kernelize")
     modules, classes = freeze.plan(model, inferred, given=given, exact=_names_index(device))
-    freeze.tell()
+    freeze.warn()
     swap(modules, classes)
     return model
 
 
 def unkernelize(model: Model) -> Model:
-    """Undo `kernelize`: each call decides by itself again.
+    """Undo `kernelize`: each call chooses by itself again.
 
     Args:
-        model: The model, changed in place; modules that are not kernelized are left alone.
+        model: The model, changed in place; modules that are not kernelized are not touched.
 
     Returns:
         The model.
@@ -166,7 +161,7 @@ def unkernelize(model: Model) -> Model:
 
 
 def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], Class]:
-    """Tell `kernelize` which decorated functions the forward of a class calls.
+    """Declare to `kernelize` the decorated functions that the forward of a class calls.
 
     Calls of a decorated function are dispatched with or without this; with it, `kernelize` freezes them
     for this model, and for no other.
@@ -217,9 +212,9 @@ class _Freeze:
     """One run of `kernelize`.
 
     Attributes:
-        run: What frozen classes remember of it.
-        allowed: Where layers may keep their reference.
-        kept: Those that do although a kernel is offered, with the decision.
+        run: The value that identifies this run to the frozen classes.
+        allowed: The cases in which layers may keep their reference.
+        kept: Layers that keep it although a kernel is offered, with the decision.
     """
 
     run: Run
@@ -232,12 +227,12 @@ class _Freeze:
         """Return modules, and the class that each is to have; raise where a reference must not be kept.
 
         Args:
-            model: What is kernelized.
+            model: The model to kernelize.
             inferred: The device of modules that have none.
-            given: The device that the user said, if any.
+            given: The device that the caller named, if any.
             exact: Whether that is one device, not a type of devices.
         """
-        modules: list[nn.Module] = []  # two lists: ten thousand pairs would wake the garbage collector
+        modules: list[nn.Module] = []  # two lists: ten thousand pairs would start the garbage collector
         classes: list[type[nn.Module]] = []
         kinds: dict[type[nn.Module], _Kind | None] = {}
         where: dict[int, torch.device] = {}
@@ -247,7 +242,7 @@ class _Freeze:
                 kind = kinds[cls]
             except KeyError:
                 kind = kinds[cls] = _kind(module)
-            # A forward that somebody else put on the module, such as a hook of another library, stays.
+            # A forward that another library put on the module, such as a hook, stays.
             if kind is None or ("forward" in module.__dict__ and frozen_choice(module) is None):
                 continue
             device = inferred
@@ -259,7 +254,7 @@ class _Freeze:
                 if given is None or own.type == given.type:
                     device = own
             if device.type == "meta":
-                continue  # where it will run is not known yet
+                continue  # the device of its calls is not known yet
             known = kind.frozen if kind.condition is None or kind.condition(module) else kind.unwanted
             frozen = known.get(device)
             if frozen is None:
@@ -294,12 +289,12 @@ class _Freeze:
                 request=resolution.request,
                 refusals=resolution.refusals,
             )
-        if want is not KernelizeFallback.NO_LAYER:  # nobody offers anything, so nothing is other than it was asked for
+        if want is not KernelizeFallback.NO_LAYER:  # without any offer, the reference is the expected result
             self.kept[layer] = resolution
         return resolution
 
-    def tell(self) -> None:
-        """Say which layers keep their reference, and why."""
+    def warn(self) -> None:
+        """Warn of the layers that keep their reference, with the reasons."""
         if not self.kept:
             return
         lines = []
@@ -315,7 +310,7 @@ class _Freeze:
 
 
 def _names_index(device: object) -> bool:
-    """Whether the user said one device, such as `cuda:1`, or one of a kind that there is one of."""
+    """Whether the caller named a single device, such as `cuda:1` or `cpu`, and not a type of devices."""
     if isinstance(device, torch.device):
         return device.index is not None or device.type == "cpu"
     return isinstance(device, str) and (":" in device or device == "cpu")
@@ -330,7 +325,7 @@ def _flags(use_fallback: object) -> KernelizeFallback:
 
 
 def _want(resolution: Resolution) -> KernelizeFallback:
-    """What is missing: what came nearest to serving tells."""
+    """Return the case of a layer without a kernel, by the candidate that came nearest to serving."""
     causes = [refusal.cause for refusal in (*resolution.refusals, *resolution.misfits)]
     return _FALLBACKS[max(causes, key=list(Cause).index)] if causes else KernelizeFallback.NO_LAYER
 
@@ -344,12 +339,12 @@ def _why(resolution: Resolution) -> str:
 
 @dataclass
 class _Kind:
-    """What the modules of one class have in common.
+    """The modules of one class.
 
     Attributes:
-        original: The class, without what an earlier run made of it.
-        layer: What its forward is decorated as, if it is.
-        functions: Decorated functions that its forward is said to call.
+        original: The class, or the one from which an earlier run derived it.
+        layer: The layer of its forward, if that is decorated.
+        functions: Decorated functions that `use_kernelized_func` names for it.
         condition: Decides per module whether kernels may serve it.
         frozen: The classes of this run, per device.
         unwanted: The same for modules whose condition is not met.
@@ -364,7 +359,7 @@ class _Kind:
 
 
 def _kind(module: nn.Module) -> _Kind | None:
-    """Return what there is to freeze about modules of this class, None if nothing."""
+    """Return the kind of a module, None if neither its forward is decorated nor a function that it calls."""
     original = original_class(module)
     layer, functions = dispatched_layer(original.forward), functions_of(original)
     if layer is None and not functions:

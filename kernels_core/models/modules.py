@@ -1,4 +1,4 @@
-"""Walks over the modules of a model: where they are, and what they call."""
+"""Walks over the modules of a model: their paths, their devices, and the decorated functions that they call."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import cast
 import torch
 from torch import nn
 
+from ..errors import ArgumentError
 from ..layer import Layer
 
 
 def walk(model: nn.Module) -> list[nn.Module]:
-    """Return each module once, in order; many times as quick as `modules()`, which makes names."""
+    """Return each module once, in order; many times as fast as `modules()`, which also makes names."""
     found: dict[int, nn.Module] = {}
     stack: list[nn.Module | None] = [model]
     while stack:
@@ -27,13 +28,13 @@ def walk(model: nn.Module) -> list[nn.Module]:
 
 
 def paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return where each module is, in order: at several places if it is shared."""
+    """Return the paths of each module, in order: several if it is shared."""
     found: dict[nn.Module, list[str]] = {}
 
     def visit(module: nn.Module, path: str, around: tuple[nn.Module, ...]) -> None:
         found.setdefault(module, []).append(path)
         for name, child in module._modules.items():
-            if child is not None and child not in around:  # a child may hold what holds it
+            if child is not None and child not in around:  # a module may contain its parent
                 visit(child, f"{path}.{name}" if path else name, (*around, child))
 
     visit(model, "", (model,))
@@ -54,8 +55,22 @@ def device_of(module: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
 
 
+def required_device(model: nn.Module, asking: str) -> torch.device:
+    """Return the device of a model.
+
+    Raises:
+        ArgumentError: If it has neither parameters nor buffers; `asking` is the function to call with a device.
+    """
+    device = device_of(model)
+    if device is None:
+        raise ArgumentError(
+            f"The device of the model is unknown, for it has no parameters: name one with {asking}(..., device='cuda')."
+        )
+    return device
+
+
 def locate(model: nn.Module, inferred: torch.device) -> dict[int, torch.device]:
-    """Return for each module, by id, where its first tensor is, or else where that of the module around it is."""
+    """Return a device for each module, by id: that of its first tensor, or else that of the module around it."""
     where: dict[int, torch.device] = {}
     stack = [(model, inferred)]
     while stack:
@@ -76,5 +91,5 @@ def _first_below(module: nn.Module) -> torch.device | None:
 
 
 def functions_of(cls: type[nn.Module]) -> Sequence[Layer]:
-    """Return the decorated functions that the forward of a class is said to call."""
+    """Return the decorated functions that `use_kernelized_func` names for a class."""
     return cast(Sequence[Layer], getattr(cls, "kernels_functions", ()))

@@ -1,4 +1,4 @@
-"""A receipt: what serves each layer of a model, where it comes from, and why nothing else does."""
+"""A receipt: the kernel that serves each layer of a model, its origin, and why each other one does not."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import nn
 from .. import resolver
 from ..device import Device, as_torch_device
 from ..dispatch import dispatched_layer
-from ..errors import ArgumentError, ArgumentTypeError, RequirementError
+from ..errors import ArgumentTypeError, RequirementError
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..resolution import Resolution
 from ..table import Table, TableRow, Tabular, as_json, indented
 from .counting import calls_of
 from .frozen import frozen_choice
-from .modules import device_of, functions_of, locate, paths
+from .modules import device_of, functions_of, locate, paths, required_device
 
 REFERENCE = "reference"
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
@@ -40,14 +40,14 @@ class ReceiptRow:
         mode: The mode of the decision.
         implementation: The function that is called.
         origin: Where it comes from: repository and commit, class, or `"reference"`.
-        plugin: Who offered it.
+        plugin: The plugin that offered it.
         refusals: Candidate and reason, for each that was tried and refused.
-        misfits: Candidate and reason, for each that is not offered for such a call.
-        checked: What was verified about it.
-        note: Why no candidate was asked for, where that is so.
+        misfits: Candidate and reason, for each that is offered only for other calls.
+        checked: The checks that it passed, with their results.
+        note: Why no plugin was asked for candidates, where that is so.
         frozen: Whether `kernelize` made the decision.
-        calls: What really ran, per origin, while calls were counted; None if they never were.
-        aliases: Where else it is, if it is shared.
+        calls: The number of calls per origin, while calls were counted; None if they never were.
+        aliases: The other paths of a shared layer.
     """
 
     path: str
@@ -73,7 +73,7 @@ class ReceiptRow:
 
     @property
     def remarks(self) -> Iterator[str]:
-        """Why it is as it is, a line each."""
+        """The reasons for the decision, a line each."""
         if self.note:
             yield self.note
         yield from (f"refused {candidate}: {reason}" for candidate, reason in self.refusals)
@@ -124,7 +124,7 @@ def _name(function: Any) -> str:
 
 @dataclass(frozen=True)
 class Receipt(Tabular):
-    """What serves each decorated layer of a model.
+    """The kernel or reference that serves each decorated layer of a model.
 
     `str` gives a plain table, `rich.print` one with colours.
 
@@ -176,7 +176,7 @@ class Receipt(Tabular):
         return self
 
     def diff(self, other: Receipt) -> ReceiptDiff:
-        """Return what is otherwise in another receipt.
+        """Return the differences of another receipt from this one.
 
         Example:
             >>> bool(Receipt(()).diff(Receipt(())))
@@ -219,12 +219,12 @@ class Receipt(Tabular):
 
 @dataclass(frozen=True)
 class ReceiptDiff:
-    """What is otherwise in a second receipt.
+    """The differences between two receipts.
 
     Attributes:
-        changed: Rows of one path that are served otherwise, before and after.
-        added: Rows of paths that are new.
-        removed: Rows of paths that are gone.
+        changed: Rows of one path whose origin, device or mode differs, before and after.
+        added: Rows of paths that only the second one has.
+        removed: Rows of paths that only the first one has.
     """
 
     changed: tuple[tuple[ReceiptRow, ReceiptRow], ...]
@@ -232,7 +232,7 @@ class ReceiptDiff:
     removed: tuple[ReceiptRow, ...]
 
     def __bool__(self) -> bool:
-        """Whether anything is otherwise."""
+        """Whether there is any difference."""
         return bool(self.changed or self.added or self.removed)
 
     def __str__(self) -> str:
@@ -269,7 +269,7 @@ def receipt(
     device: str | torch.device | Device | None = None,
     mode: Mode | None = None,
 ) -> Receipt:
-    """Tell what serves each decorated layer of a model, where it comes from, and why nothing else does.
+    """Return the kernel that serves each decorated layer of a model, its origin, and why each other one does not.
 
     Decides as a call would, without running anything: it may download and import kernels.
 
@@ -278,13 +278,13 @@ def receipt(
         device: The device of the calls, such as `"cuda"`; by default, that of each module's own
             parameters.
         mode: The mode of the calls; by default `Mode.TRAINING` for a model in training mode, else
-            `Mode.INFERENCE`. What `kernelize` has chosen is told as it was chosen.
+            `Mode.INFERENCE`. Choices of `kernelize` keep the mode and device that they were made for.
 
     Returns:
         A row for each decorated layer, and for each decorated function that `use_kernelized_func` names.
 
     Raises:
-        ArgumentError: If device or mode cannot be those of a call, or the device cannot be told.
+        ArgumentError: If device or mode cannot be those of a call, or the model has no tensor on any device.
         ArgumentTypeError: If `model` is no module.
 
     Example:
@@ -305,15 +305,9 @@ def receipt(
     known: dict[tuple[Layer, torch.device], Resolution] = {}
 
     def decide(layer: Layer, module: nn.Module) -> Resolution:
-        here = given if given is not None else where.get(id(module))
-        if here is None:
-            raise ArgumentError(
-                "The device of the model cannot be told, for it has no parameters: say it with "
-                "receipt(..., device='cuda')."
-            )
-        key = (layer, here)
+        key = (layer, given or where.get(id(module)) or required_device(model, "receipt"))
         if key not in known:
-            known[key] = resolver.decide(layer, here, (chosen,))
+            known[key] = resolver.decide(*key, (chosen,))
         return known[key]
 
     return Receipt(tuple(row for module, places in paths(model).items() for row in _rows(places, module, decide)))
@@ -322,11 +316,11 @@ def receipt(
 def _rows(
     places: Sequence[str], module: nn.Module, decide: Callable[[Layer, nn.Module], Resolution]
 ) -> Iterator[ReceiptRow]:
-    """Yield what serves one module, and the functions that it calls."""
+    """Yield the row of a module, if it is decorated, and those of the functions that it calls."""
     frozen = frozen_choice(module)
     original = type(module) if frozen is None else frozen.original
     if frozen is not None and not frozen.serves(module):
-        frozen = None
+        frozen = None  # suspended, or its kernel is in quarantine: calls decide by themselves
     layer = dispatched_layer(original.forward)
     if layer is not None:
         resolution = frozen.resolution if frozen is not None else None

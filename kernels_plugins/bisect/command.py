@@ -1,4 +1,4 @@
-"""The command `kernels-core bisect`: which kernels change a number that a model gives."""
+"""The command `kernels-core bisect`: finds the kernels that change a number computed from a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .bisection import bisect
 
 
 def bisect_model(
-    model: Annotated[str, typer.Argument(help="A module, or what makes one, as package.module:name.")],
+    model: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
     metric: Annotated[str, typer.Argument(help="A function of the model that returns a number, in the same form.")],
     tolerance: Annotated[float, typer.Option(help="How far the number may be from that on references.")],
-    relative: Annotated[float, typer.Option(help="What share of it is allowed besides.")] = 0.0,
+    relative: Annotated[float, typer.Option(help="A share of that number that is allowed besides.")] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Find the kernels that change a metric of a model beyond a tolerance.

@@ -1,4 +1,4 @@
-"""What a bisection found."""
+"""The result of a bisection."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ COLUMNS = ("path", "layer", "origin", "metric", "change")
 
 @dataclass(frozen=True)
 class Culprit:
-    """A kernel that changes the metric, alone or with others.
+    """A kernel that changes the metric, by itself or with others.
 
     Attributes:
         path: Its module, as in `named_modules`; for a decorated function, that of the calling module, a colon, and
             its name (`*:name` for all calls in compiled code).
         layer: The name of the layer in mappings.
-        origin: Where the kernel comes from.
+        origin: The origin of the kernel: repository and commit, or class.
         metric: The metric with only this kernel on, and every other layer on its reference.
-        change: How far that is from the baseline.
+        change: The difference from the baseline.
         also: Other paths of the same module.
     """
 
@@ -39,9 +39,9 @@ class CulpritSet:
     """Kernels that change the metric beyond the tolerance together, and no fewer of them do.
 
     Attributes:
-        paths: Of the culprits; a single one for a kernel that is enough by itself.
+        paths: The paths of the culprits; a single one for a kernel that is enough by itself.
         metric: The metric with only these kernels on.
-        change: How far that is from the baseline.
+        change: The difference from the baseline.
     """
 
     paths: tuple[str, ...]
@@ -57,16 +57,16 @@ class BisectResult(Tabular):
 
     Attributes:
         culprits: The kernels, in the order of the model; none if the suspect is within the tolerance.
-        sets: Which of them do it alone, and which together.
+        sets: The culprits in minimal sets: those of one set change the metric together.
         baseline: The metric with every decorated layer on its reference.
         suspect: The metric of the model as it is.
-        change: How far the suspect is from the baseline.
+        change: The difference between suspect and baseline.
         mended: The metric with all culprits on their reference, and the other kernels on.
         is_mended: Whether that is within the tolerance.
-        tolerance: How far the metric may change, in words.
-        noise: The largest difference that was seen between two evaluations of the same thing.
-        kernels: How many kernels were in use.
-        evaluations: How often the metric was evaluated.
+        tolerance: The change that is allowed, in words.
+        noise: The largest difference between two evaluations of the same kernels.
+        kernels: The number of kernels in use.
+        evaluations: The number of evaluations of the metric.
     """
 
     culprits: tuple[Culprit, ...]
@@ -88,11 +88,11 @@ class BisectResult(Tabular):
 
     @property
     def origins(self) -> tuple[str, ...]:
-        """Where the culprits come from, each kernel once."""
+        """The origins of the culprits, each once."""
         return tuple(dict.fromkeys(culprit.origin for culprit in self.culprits))
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """Return everything as JSON; what is no finite number is text.
+        """Return everything as JSON; numbers that are not finite are text.
 
         Example:
             >>> BisectResult((), (), 1.0, 1.0, 0.0, 1.0, True, "0.1", 0.0, 3, 4).to_json(indent=None)[:35]

@@ -22,8 +22,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from kernels_core import ArgumentError, KernelsError, Table, TableRow
-from kernels_core.cli import Json, print_found
+from kernels_core import KernelsError, Table, TableRow
+from kernels_core.cli import Json, print_found, using_device
 from kernels_plugins.local_hub.server import LocalHub
 
 BUNDLE = Path(__file__).with_name("hub")
@@ -52,7 +52,8 @@ def demo(
     Exits with 1 where a layer is not served or a number is off.
     """
     start = time.perf_counter()
-    where = _device(device)
+    with using_device(device or ("cuda" if torch.cuda.is_available() else "cpu")) as where:
+        pass  # before anything is started
     with _folder(keep) as folder, LocalHub(repository) as hub:
         hub.organization(OWNER, trusted=True)
         report = folder / "report.json"
@@ -88,16 +89,6 @@ class _Child:
         if done.returncode:
             raise KernelsError(f"The demo's process ended with {done.returncode}: its message is above.")
         return self.hub.count() - before
-
-
-def _device(name: str) -> torch.device:
-    """Return the device, if there is one of that name."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-        raise ArgumentError(f"The device {name!r} cannot be used here: {error}") from error
-    return device
 
 
 @contextmanager

@@ -11,15 +11,15 @@ import typer
 from torch import nn
 
 from kernels_core import ArgumentError
-from kernels_core.cli import Json, made, print_error, print_found, printing_aside
+from kernels_core.cli import Json, made, print_error, print_found, printing_aside, using_device, writing
 from kernels_core.replay import mapped
 
 from .verify import verify
 
 
 def verify_command(
-    factory: Annotated[str, typer.Argument(help="A module, what makes one, or a decorated function.")],
-    inputs: Annotated[str, typer.Option(help="What returns the inputs, as package.module:name.")] = "",
+    factory: Annotated[str, typer.Argument(help="A module, a function that makes one, or a decorated function.")],
+    inputs: Annotated[str, typer.Option(help="A function that returns the inputs, as package.module:name.")] = "",
     device: Annotated[str, typer.Option(help="Move model and inputs there first, such as cuda.")] = "",
     gradients: Annotated[bool, typer.Option(help="Whether to compare training, too.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw how the errors are distributed; needs matplotlib.")] = None,
@@ -36,15 +36,15 @@ def verify_command(
     model = made(factory)
     given = _given(model, inputs)
     if device:
-        model, given = _moved(model, given, device)
+        with using_device(device) as where:
+            given = mapped(given, lambda _, leaf: leaf.to(where) if isinstance(leaf, torch.Tensor) else leaf)
+            model = model.to(where) if isinstance(model, nn.Module) else model
     args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
     with printing_aside():
         report = verify(model, *(args if isinstance(args, tuple | list) else (args,)), gradients=gradients, **kwargs)
     if plot is not None:
-        try:
+        with writing(plot):
             report.plot(plot)
-        except OSError as error:
-            raise ArgumentError(f"Cannot write {str(plot)!r}: {error}") from error
     print_found(report, as_json)
     if complete and (report.gaps or not report.rows):
         lines = "\n".join(f"  {row}" for row in report.gaps)
@@ -60,17 +60,7 @@ def _given(model: Any, place: str) -> Any:
     dummy = getattr(model, "dummy_inputs", None)
     if dummy is None:
         raise ArgumentError(
-            "What the model is called with is not known, for it has no dummy_inputs: name a function that returns "
-            "its inputs, with --inputs package.module:function."
+            "The inputs of the model are not known, for it has no dummy_inputs: name a function that returns them, "
+            "with --inputs package.module:function."
         )
     return dummy
-
-
-def _moved(model: Any, given: Any, device: str) -> tuple[Any, Any]:
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-        moved = mapped(given, lambda _, leaf: leaf.to(where) if isinstance(leaf, torch.Tensor) else leaf)
-        return (model.to(where) if isinstance(model, nn.Module) else model), moved
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-        raise ArgumentError(f"The device {device!r} cannot be used here: {error}") from error

@@ -1,4 +1,4 @@
-"""What `verify` found: a row for each comparison."""
+"""The report of `verify`: a row for each comparison."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ _STYLES = {"ok": "green", "wrong": "red", "failed": "red", "undecided": "red"}
 
 @dataclass(frozen=True)
 class VerifyRow:
-    """One comparison of a kernel with its reference, or why there is none.
+    """One comparison of a kernel with its reference, or the reason why there is none.
 
     Attributes:
-        path: Where the layer is in the model.
+        path: The path of the layer in the model.
         layer: Its name in mappings.
-        kernel: The candidate; empty where it is about the layer.
-        origin: Where the candidate came from, once it was loaded: repository and commit, or class.
-        plugin: Who offers it.
+        kernel: The candidate; empty for a row that is about the layer.
+        origin: The origin of the candidate, once it was loaded: repository and commit, or class.
+        plugin: The plugin that offers it.
         device: Device of the call.
-        dtype: Of the first input with floating numbers.
+        dtype: That of the first input with floating numbers.
         mode: `"inference"` or `"training"`.
-        case: What is special about the inputs; `"as given"` for those that were given or recorded.
-        subject: What was compared: `"forward"`, `"gradient of parameter weight"`, `"changes"`.
+        case: The variation of the inputs; `"as given"` for those that were given or recorded.
+        subject: The result that was compared: `"forward"`, `"gradient of parameter weight"`, `"changes"`.
         verdict: `"ok"`; `"wrong"`; `"failed"` where the kernel raised and the reference did not; `"undecided"`
-            where the reference cannot tell; `"refused"` for a kernel that would not serve such calls;
+            where the reference itself fails or varies; `"refused"` for a kernel that would not serve such calls;
             `"skipped"` for a case that does not apply; `"no kernel"` where none is offered; `"not called"` for a
             layer that the model did not call.
-        reason: Why; empty for `"ok"`.
+        reason: The reason for the verdict; empty for `"ok"`.
         max_abs: The largest error; measured from a float64 reference, where the layer allows one.
         mean_abs: The mean error.
         max_rel: The largest relative error.
         max_ulps: The largest error, in units in the last place.
-        excess: The largest error, or their mean, in units of what is allowed.
+        excess: The largest error, or their mean, as a multiple of the tolerance.
         own_error: The largest error of the reference in this dtype; None without a float64 reference.
     """
 
@@ -68,11 +68,11 @@ class VerifyRow:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong with it."""
+        """Whether the verdict is no failure."""
         return self.verdict not in FAILURES
 
     def __str__(self) -> str:
-        """One line: where, what, and why."""
+        """One line: layer, kernel, inputs, verdict and reason."""
         where = f"{self.path or '(the layer)'} ({self.layer})"
         how = ", ".join(part for part in (self.mode, self.dtype, self.case, self.subject) if part)
         kernel = f", {self.origin or self.kernel}" if self.kernel else ""
@@ -81,7 +81,7 @@ class VerifyRow:
 
 @dataclass(frozen=True)
 class VerifyReport(Tabular):
-    """What `verify` found.
+    """The comparisons that `verify` made.
 
     `str` gives a plain table, `rich.print` one with colours.
 
@@ -93,17 +93,17 @@ class VerifyReport(Tabular):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong, no kernel failed, and no reference was unable to tell."""
+        """Whether no row is a failure: wrong, failed or undecided."""
         return all(row.ok for row in self.rows)
 
     @property
     def failures(self) -> tuple[VerifyRow, ...]:
-        """The rows that say what is wrong."""
+        """The rows whose verdict is a failure."""
         return tuple(row for row in self.rows if not row.ok)
 
     @property
     def gaps(self) -> tuple[VerifyRow, ...]:
-        """The rows of kernels and layers of which nothing was compared: refused for every mode, none there, not called.
+        """The rows of kernels and layers without any comparison: refused in every mode, no kernel, or not called.
 
         Example:
             >>> VerifyReport((VerifyRow("mlp", "Mlp", "not called"),)).gaps[0].path
@@ -113,13 +113,13 @@ class VerifyReport(Tabular):
         return tuple(row for row in self.rows if row.verdict in GAPS and (row.path, row.kernel) not in compared)
 
     def raise_for_failures(self) -> VerifyReport:
-        """Raise if anything is wrong.
+        """Raise if any row is a failure.
 
         Returns:
             The report itself.
 
         Raises:
-            VerificationError: With the rows that say so.
+            VerificationError: With the rows that are.
 
         Example:
             >>> VerifyReport().raise_for_failures().ok
@@ -131,7 +131,7 @@ class VerifyReport(Tabular):
             more = f"\n  and {len(failures) - 20} more" if len(failures) > 20 else ""
             raise VerificationError(
                 f"{len(failures)} of {len(self.rows)} checks failed:\n{lines}{more}\n"
-                "Do not use these kernels for such calls: mend them, or take them out of the mapping.",
+                "Do not use these kernels for such calls: fix them, or take them out of the mapping.",
                 rows=failures,
             )
         return self
@@ -147,7 +147,7 @@ class VerifyReport(Tabular):
         return as_json({"ok": self.ok, "rows": rows}, indent=2 if rows else None)
 
     def plot(self, path: str | Path) -> Path:
-        """Draw how the errors are distributed, in units of what is allowed, per kernel and dtype.
+        """Draw the distribution of the errors, as multiples of the tolerance, per kernel and dtype.
 
         Args:
             path: Where to write the picture; its ending chooses the format.
@@ -176,7 +176,7 @@ class VerifyReport(Tabular):
             axes.scatter(shown, [place] * len(shown), c=colours, alpha=0.6, s=18)
         axes.axvline(1.0, color="black", linewidth=1)
         axes.set_xscale("log")
-        axes.set_xlabel("largest error, or mean of the errors, in units of what is allowed")
+        axes.set_xlabel("largest error, or mean of the errors, as a multiple of the tolerance")
         axes.set_yticks(range(len(groups)), sorted(groups), fontsize=8)
         axes.set_ylim(len(groups) - 0.5, -0.5)
         figure.savefig(Path(path))
@@ -193,12 +193,12 @@ class VerifyReport(Tabular):
         """One line: how many comparisons of how many kernels, and how they ended."""
         compared = {row.origin for row in self.rows if row.verdict in COMPARED}
         counts = Counter(row.verdict for row in self.rows)
-        told = ", ".join(
+        verdicts = ", ".join(
             f"{count} {verdict}" for verdict, count in counts.items() if verdict not in ("no kernel", "not called")
         )
         if not compared:
-            return f"no kernel was compared{f': {told}' if told else ''}"
-        return f"{len(compared)} {'kernel' if len(compared) == 1 else 'kernels'} compared: {told}"
+            return f"no kernel was compared{f': {verdicts}' if verdicts else ''}"
+        return f"{len(compared)} {'kernel' if len(compared) == 1 else 'kernels'} compared: {verdicts}"
 
     def _groups(self) -> Iterator[TableRow]:
         """Yield a row for all comparisons of one layer, kernel, mode and dtype."""
@@ -216,16 +216,16 @@ class VerifyReport(Tabular):
 
 
 def _remarks(rows: list[VerifyRow]) -> Iterator[str]:
-    """Yield a line for each thing that is wrong, with the first case in which it is."""
-    told: dict[tuple[str, str], list[VerifyRow]] = {}
+    """Yield a line for each fault, with the first case that shows it."""
+    faults: dict[tuple[str, str], list[VerifyRow]] = {}
     for row in rows:
         if row.reason:
-            told.setdefault((row.verdict, row.subject), []).append(row)
-    for (_, subject), alike in told.items():
+            faults.setdefault((row.verdict, row.subject), []).append(row)
+    for (_, subject), alike in faults.items():
         count = len(alike) - 1
         others = f", and in {count} other {'case' if count == 1 else 'cases'}" if count else ""
-        what = ", ".join(part for part in (alike[0].case, subject) if part)
-        yield f"{what}{others}: {alike[0].reason}" if what else alike[0].reason
+        place = ", ".join(part for part in (alike[0].case, subject) if part)
+        yield f"{place}{others}: {alike[0].reason}" if place else alike[0].reason
 
 
 def _largest(values: Iterator[float | None]) -> str:

@@ -295,7 +295,7 @@ def test_explain_prints_json_alone(run: Run) -> None:
         (["cli_models:wants"], "'cli_models:wants' makes no model: TypeError"),
         (["cli_models:number"], "receipt takes an nn.Module, not 3"),
         (["cli_models:mine"], "receipt takes an nn.Module, not <function mine"),
-        (["cli_models"], "error: Cannot import 'cli_models': say what is meant in it, as package.module:name."),
+        (["cli_models"], "error: Cannot import 'cli_models': add the name of an object in it, as package.module:name."),
         (["cli_models:make", "--device", "cpu", "--html", "nowhere/x.html"], "Cannot write 'nowhere/x.html'"),
         (["cli_models:make", "--origin", "acme/*"], "--require GLOB"),
     ],

@@ -147,7 +147,7 @@ def test_what_a_model_prints_is_no_part_of_the_answer(capsys: pytest.CaptureFixt
 
 def test_what_cannot_be_answered_says_why() -> None:
     """Unknown modules, inputs and devices are errors of ours, which the command line turns into exit code 2."""
-    with pytest.raises(ArgumentError, match="What the model is called with is not known"):
+    with pytest.raises(ArgumentError, match="The inputs of the model are not known"):
         run("oracle_models:right")
     with pytest.raises(ArgumentError, match="'oracle_models:fails' makes no model: OSError: no data"):
         run("oracle_models:fails")
