@@ -107,7 +107,7 @@ class Device:
         kind, colon, _ = self.type.partition(":")
         if colon and kind in TORCH_DEVICE_TYPES:
             raise ArgumentError(
-                f"Device type {self.type!r} has an index, and a mapping is for all devices of a type. Write "
+                f"Device type {self.type!r} has an index: a mapping is for all devices of a type. Write "
                 f"{kind!r}, and narrow it by capability if need be."
             )
         if self.type not in TORCH_DEVICE_TYPES:
