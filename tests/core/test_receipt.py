@@ -93,9 +93,9 @@ def test_device_is_that_of_each_module() -> None:
     assert [row.device for row in receipt(model).rows] == ["cpu", "meta"]
 
 
-def test_device_that_cannot_be_told(make_layer: Make) -> None:
+def test_a_model_without_a_device(make_layer: Make) -> None:
     """A model without parameters needs a device, and one without decorated layers nothing."""
-    with pytest.raises(ArgumentError, match="say it with receipt"):
+    with pytest.raises(ArgumentError, match="name one with receipt"):
         receipt(model_of(make_layer()))
     assert receipt(nn.Sequential(nn.ReLU())).rows == ()
     assert str(receipt(nn.ReLU())) == "no decorated layer"
