@@ -1,4 +1,4 @@
-"""What starting costs: the import, and the search for plugins among many distributions."""
+"""The price of a start: imports, and the search for plugins among many distributions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,36 @@ from typing import Any
 from measure import Row
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-IMPORT_LIMIT_MS, DISCOVERY_LIMIT_MS = 40.0, 100.0
+IMPORT_LIMIT_MS, PLUGINS_LIMIT_MS, DISCOVERY_LIMIT_MS = 40.0, 15.0, 100.0
+MODULES_LIMIT = 5
 DISTRIBUTIONS = 500
 STARTS = 9
 
 IMPORT = """
 import gc, json, time
 import torch
-gc.collect()  # what importing torch left to collect falls due at any time: count it for nobody
+gc.collect()  # torch's import leaves garbage that is collected at any time: not within the measurement
 before = time.perf_counter()
 import kernels_core
-print(json.dumps({"ms": (time.perf_counter() - before) * 1e3}))
+core = time.perf_counter()
+import kernels_plugins
+print(json.dumps({"core": (core - before) * 1e3, "plugins": (time.perf_counter() - core) * 1e3}))
+"""
+
+MAPPING = """
+import json, sys, torch
+from kernels_core import use_kernel_forward_from_hub
+from kernels_plugins import register_kernel_mapping
+@use_kernel_forward_from_hub("bench")
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        return x
+class Kernel(torch.nn.Module):
+    def forward(self, x):
+        return x + 1
+register_kernel_mapping({"bench": {"cpu": Kernel}})
+assert Layer()(torch.zeros(1)) == 1
+print(json.dumps({"modules": sum(name.split(".")[0] == "kernels_plugins" for name in sys.modules)}))
 """
 
 DECORATE = """
@@ -59,7 +78,7 @@ def audit(event, args):
 choice = sys.argv[2]
 if choice == "count":  # the hook costs time: count in one process, time in others
     sys.addaudithook(audit)
-if choice != "debt":  # what importing torch left to collect falls due at any time: count it for nobody
+if choice != "debt":  # torch's import leaves garbage that is collected at any time: not within the measurement
     gc.collect()
 before = time.perf_counter()
 plugin_manager().plugins()
@@ -77,10 +96,12 @@ print(json.dumps(answer))
 
 def run() -> Iterator[Row]:
     """Start fresh interpreters: with bytecode caches, after one start that is not counted."""
-    imports = [_start(IMPORT)["ms"] for _ in range(STARTS + 1)][1:]
-    yield Row(
-        "startup", "import kernels_core after import torch", statistics.median(imports), "ms", limit=IMPORT_LIMIT_MS
-    )
+    imports = [_start(IMPORT) for _ in range(STARTS + 1)][1:]
+    core, plugins = (statistics.median(times[name] for times in imports) for name in ("core", "plugins"))
+    yield Row("startup", "import kernels_core after import torch", core, "ms", limit=IMPORT_LIMIT_MS)
+    yield Row("startup", "import kernels_plugins after import kernels_core", plugins, "ms", limit=PLUGINS_LIMIT_MS)
+    modules = _start(MAPPING, KERNELS_PLUGINS="mapping")["modules"]
+    yield Row("startup", "modules of kernels_plugins that a mapped call loads", modules, "modules", limit=MODULES_LIMIT)
     decorating = [_start(DECORATE)["ms"] for _ in range(3)]
     yield Row("startup", "decorating the first class", statistics.median(decorating), "ms")
     with tempfile.TemporaryDirectory() as folder:
@@ -129,8 +150,9 @@ def make_distributions(folder: Path) -> None:
         (info / "INSTALLER").write_text("pip\n")
 
 
-def _start(program: str, *arguments: str, path: str = "") -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+def _start(program: str, *arguments: str, path: str = "", **variables: str) -> dict[str, Any]:
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environment = {**kept, **variables}
     paths = [path, str(REPOSITORY), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-W", "ignore", "-c", program, *arguments]

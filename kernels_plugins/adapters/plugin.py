@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -22,12 +22,15 @@ from kernels_core import (
     source_label,
 )
 
-from .source import Adapted
+if TYPE_CHECKING:
+    from .source import Adapted
 
 
 @hookimpl(tryfirst=True)
 def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | None:
-    """Load what is inside, and say how it is made to fit a layer."""
+    """Load the source inside, and return how its kernel is made to fit a layer."""
+    from .source import Adapted
+
     if not isinstance(source, Adapted):
         return None
     inner = plugin_manager().hook.kernels_load_layer(request=request, source=source.source)
@@ -51,7 +54,9 @@ def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | N
 
 @hookimpl
 def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None:
-    """Ask for what is inside."""
+    """Ask about the source inside."""
+    from .source import Adapted
+
     if not isinstance(candidate.source, Adapted):
         return None
     inner = replace(candidate, source=candidate.source.source)
@@ -60,7 +65,9 @@ def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None
 
 @hookimpl
 def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> str | None:
-    """Ask for what is inside."""
+    """Ask about the source inside."""
+    from .source import Adapted
+
     if not isinstance(candidate.source, Adapted):
         return None
     inner = replace(candidate, source=candidate.source.source)

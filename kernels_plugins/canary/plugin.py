@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kernels_core import Resolution, ScopeError, forget, hookimpl
 
-from .settings import Settings, settings_of_environment
+if TYPE_CHECKING:
+    from .settings import Settings
 
 Forward = Callable[..., Any]
 
@@ -44,6 +45,8 @@ class canary:  # noqa: N801 - a context manager that reads like a statement
 
     def __init__(self, first: int = 3, every: int = 100, action: str = "quarantine") -> None:
         """Check the settings; nothing changes before the block is entered."""
+        from .settings import Settings
+
         self.settings = Settings(first, every, action)
 
     def __enter__(self) -> canary:
@@ -74,6 +77,8 @@ _open: list[canary] = []
 
 def active_settings() -> Settings | None:
     """Return what counts now: the innermost canary, or `KERNELS_CANARY`."""
+    from .settings import settings_of_environment
+
     with _lock:
         if _open:
             return _open[-1].settings

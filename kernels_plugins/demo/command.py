@@ -17,14 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
 from kernels_core import KernelsError, Table, TableRow
 from kernels_core.cli import Json, print_found, using_device
-from kernels_plugins.local_hub.server import LocalHub
+
+if TYPE_CHECKING:
+    from kernels_plugins.local_hub.server import LocalHub
 
 BUNDLE = Path(__file__).with_name("hub")
 OWNER = "kernels-demo"
@@ -51,6 +53,8 @@ def demo(
 
     Exits with 1 where a layer is not served or a number is off.
     """
+    from kernels_plugins.local_hub.server import LocalHub
+
     start = time.perf_counter()
     with using_device(device or ("cuda" if torch.cuda.is_available() else "cpu")) as where:
         pass  # before anything is started

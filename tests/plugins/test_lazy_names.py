@@ -14,6 +14,7 @@ import typing
 from pathlib import Path
 from types import ModuleType
 
+import importlib_metadata
 import pytest
 
 import kernels_core
@@ -39,6 +40,48 @@ def run(program: str, **variables: str) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+# --- What is loaded ------------------------------------------------------------------------------
+
+LOADED = "print(*sorted(name for name in sys.modules if name.partition('.')[0] == 'kernels_plugins'))"
+ENTRY_POINTS = [
+    point.module
+    for point in importlib_metadata.entry_points(group="kernels_core")
+    if point.module.startswith("kernels_plugins.")
+]
+
+
+def test_importing_the_package_loads_nothing_else() -> None:
+    """`import kernels_plugins` loads no other module of its own, no torch, and nothing else that is not Python's."""
+    program = "import sys; before = set(sys.modules); import kernels_plugins; "
+    program += "print({name.partition('.')[0] for name in sys.modules.keys() - before} - set(sys.stdlib_module_names))"
+    assert run(program) == "{'kernels_plugins'}"
+
+
+def test_a_mapping_loads_one_plugin() -> None:
+    """With `KERNELS_PLUGINS=mapping`, a registered mapping and a call that it serves load two modules."""
+    program = """
+import sys, torch, kernels_core, kernels_plugins as kernels
+@kernels_core.use_kernel_forward_from_hub("Scale")
+class Scale(torch.nn.Module):
+    def forward(self, x):
+        return x * 2
+class Fast(torch.nn.Module):
+    def forward(self, x):
+        return x + x + 1
+kernels.register_kernel_mapping({"Scale": {"cpu": Fast}})
+assert Scale()(torch.ones(1)).item() == 3
+"""
+    assert run(program + LOADED, KERNELS_PLUGINS="mapping") == "kernels_plugins kernels_plugins.mapping"
+
+
+def test_discovery_loads_entry_points_only() -> None:
+    """Finding all plugins loads the modules that are entry points, and the packages that these are in."""
+    found = run(f"import sys, kernels_core; kernels_core.plugin_manager().plugins(); {LOADED}").split()
+    packages = {".".join(place.split(".")[:count]) for place in ENTRY_POINTS for count in (1, 2)}
+    assert len(ENTRY_POINTS) == 9
+    assert set(found) == {*ENTRY_POINTS, *packages}
 
 
 # --- The table -----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from kernels_plugins import (
     use_kernel_mapping,
 )
 from kernels_plugins.observe import plugin as observe
-from kernels_plugins.observe.settings import observed
+from kernels_plugins.observe.plugin import observed
 
 
 @use_kernel_forward_from_hub("Scale")
