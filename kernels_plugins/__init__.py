@@ -172,7 +172,7 @@ class _Package(types.ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        """List what is here, and what would be imported."""
+        """List the attributes, and the public names that are not imported yet."""
         return sorted({*vars(self), *__all__})
 
 

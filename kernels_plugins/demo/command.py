@@ -86,7 +86,7 @@ class _Child:
     def run(self, *more: str) -> int:
         """Run it to its end, and return how many requests it made."""
         environment = {**os.environ, **self.hub.environment(self.home), "KERNELS_CACHE": ""}
-        environment["PYTHONWARNINGS"] = "ignore::UserWarning"  # the report says what was refused
+        environment["PYTHONWARNINGS"] = "ignore::UserWarning"  # the report has the refusals
         before = self.hub.count()
         command = [sys.executable, "-m", "kernels_plugins.demo.measure", *self.arguments, *more]
         done = subprocess.run(command, env=environment, stdout=sys.stderr)

@@ -1,4 +1,4 @@
-"""The demo's layers in eager torch: the reference that every kernel stands in for."""
+"""The demo's layers in eager torch: the reference forward of every kernel."""
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalises in float32, rounds to the input's dtype, then scales by the weight."""
+        """Normalise in float32, round to the input's dtype, then scale by the weight."""
         dtype = hidden_states.dtype
         hidden_states = hidden_states.to(torch.float32)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
@@ -37,7 +37,7 @@ class SiluAndMul(nn.Module):
     """SiLU of the first half of the last dimension, times the second half."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns `silu(a) * b` for `x = [a, b]`."""
+        """Return `silu(a) * b` for `x = [a, b]`."""
         half = x.shape[-1] // 2
         return functional.silu(x[..., :half]) * x[..., half:]
 
@@ -47,7 +47,7 @@ class GeluAndMul(nn.Module):
     """Exact GELU of the first half of the last dimension, times the second half."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns `gelu(a) * b` for `x = [a, b]`."""
+        """Return `gelu(a) * b` for `x = [a, b]`."""
         half = x.shape[-1] // 2
         return functional.gelu(x[..., :half]) * x[..., half:]
 
@@ -57,7 +57,7 @@ class RotaryEmbedding(nn.Module):
     """Rotary position embedding of queries and keys, pairing each channel with the one half a head away."""
 
     def forward(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotates queries and keys by their positions' angles.
+        """Rotate queries and keys by their positions' angles.
 
         Args:
             query: [batch, heads, seq, dim].

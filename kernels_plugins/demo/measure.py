@@ -81,7 +81,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """A layer of the block, or the whole, and what it is called with."""
+    """A layer of the block, or the whole block, with its inputs."""
 
     path: str
     module: nn.Module
@@ -183,7 +183,7 @@ def _block(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Tensor]
 
 
 def _parts(block: nn.Module, x: Tensor) -> Iterator[Part]:
-    """Yield every decorated layer with what the block calls it with, then the block."""
+    """Yield every decorated layer with the inputs that the block passes to it, then the block."""
     called: dict[nn.Module, tuple[Tensor, ...]] = {}
     layers = {module: path for path, module in block.named_modules() if _is_decorated(module)}
     hooks = [
@@ -225,7 +225,7 @@ def _compare(part: Part, mode: str, call: Callable[..., Any], kernels: Scope, re
 
 
 def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Return the largest difference in units of the tolerance; NaN counts as infinitely far off."""
+    """Return the largest difference in units of the tolerance; NaN is infinitely large."""
     worst = 0.0
     for a, e in zip(actual, expected, strict=True):
         relative, absolute = TOLERANCES[e.dtype]

@@ -1,1 +1,1 @@
-"""What dispatch decides and calls, for logs, profilers and metrics; quiet until switched on."""
+"""Decisions and calls of the dispatcher, for logs, profilers and metrics; off until switched on."""

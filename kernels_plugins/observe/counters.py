@@ -19,10 +19,10 @@ Forward = Callable[..., Any]
 
 LABELS = ("layer", "device", "origin")
 COUNTERS = {
-    "resolutions": "Decisions that were put to use, by what serves.",
+    "resolutions": "Decisions that were put to use, by the origin of the serving kernel.",
     "refusals": "Kernels that were refused on the way to a decision.",
     "failures": "Kernels that could not be loaded.",
-    "calls": "Eager calls of decorated layers, by what ran.",
+    "calls": "Eager calls of decorated layers, by the origin of the kernel that ran.",
 }
 
 _making = threading.Lock()
@@ -36,7 +36,7 @@ class PrometheusCounters:
     `kernels_core_calls_total`. Calls in compiled code are not counted.
 
     Args:
-        registry: Where to count; by default, what the client serves.
+        registry: The registry of the counters; by default, the one that the client serves.
 
     Raises:
         PluginLoadError: If the package prometheus-client is not installed.

@@ -14,7 +14,8 @@ class LogResolutions:
 
     The logger is `kernels_core`: decisions have the level `INFO`, refusals `WARNING`. All records have the fields
     `event` (`"resolution"` or `"refusal"`), `layer`, `device`, `mode`, `origin` and `plugin`; refusals also
-    `candidate`, `reason` and `cause`. There `origin` is what serves instead, and `plugin` who offered the candidate.
+    `candidate`, `reason` and `cause`. There `origin` is the origin of the kernel that serves instead,
+    and `plugin` the one that offered the candidate.
 
     Example:
         >>> plugin_manager().register(LogResolutions(), "log")

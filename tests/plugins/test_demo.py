@@ -1,4 +1,4 @@
-"""The demo, from the command line as anybody runs it."""
+"""The demo, from the command line, as users run it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_demo_serves_every_layer(tmp_path: Path) -> None:
 
 
 def test_demo_refuses_changed_bytes(tmp_path: Path) -> None:
-    """One byte that its publisher did not sign off: nothing is served, the reason is told, and the exit code is 1."""
+    """One byte that its publisher did not sign off: no kernel serves, the reason is printed, the exit code is 1."""
     served = repository_with(tmp_path, {"layers.py": b"#"})
     done = run("--repository", str(served))
     assert done.returncode == 1, done.stderr
@@ -67,7 +67,7 @@ def test_demo_refuses_changed_bytes(tmp_path: Path) -> None:
 
 
 def test_demo_finds_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that is served but wrong is told from one that is right."""
+    """A kernel that is served but wrong is distinguished from one that is right."""
 
     class Wrong(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

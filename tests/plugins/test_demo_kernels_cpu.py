@@ -42,7 +42,7 @@ def load(name: str, path: Path) -> Any:
 
 
 def load_reference(name: str) -> Any:
-    """The demo's layers as `name`, undecorated: no installed plugin may serve what is compared against."""
+    """The demo's layers as `name`, undecorated: no installed plugin may serve the layers of the comparison."""
     module = load(name, DEMO / "layers.py")
     for cls in (getattr(module, layer) for layer in module.__all__):
         layer = dispatched_layer(cls.forward)

@@ -1,4 +1,4 @@
-"""Observers: quiet until switched on, by name or by registering; then they tell what is decided and called."""
+"""Observers: quiet until switched on, by name or by registering; then they report decisions and calls."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def samples(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
 
 
 def test_off_nothing_is_around_a_call(manager: PluginManager, caplog: pytest.LogCaptureFixture) -> None:
-    """What warm calls find is the kernel itself, and nothing is logged."""
+    """The forward of warm calls is the kernel itself, and nothing is logged."""
     caplog.set_level(logging.DEBUG, "kernels_core")
     mapping = use_kernel_mapping({"Scale": {"cpu": FastScale}})
     with mapping:
@@ -123,7 +123,7 @@ def test_names_are_read_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", ["logs", "log,nvtx", "1"])
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch, manager: PluginManager, value: str) -> None:
-    """An error of ours says what there is: a warning, once, and raised in strict mode; the model runs."""
+    """An error of ours lists the valid names: a warning, once, and raised in strict mode; the model runs."""
     monkeypatch.setenv("KERNELS_OBSERVE", value)
     with pytest.raises(ArgumentError, match="Write any of log, ranges, prometheus"):
         observed()
@@ -137,7 +137,7 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch, manager: PluginManager, 
 
 
 def test_switched_on_by_the_environment_and_found_by_the_entry_point() -> None:
-    """In a process of its own, with the installed plugins: all three tell of a call."""
+    """In a process of its own, with the installed plugins: all three report a call."""
     code = """
 import logging, sys, torch
 from prometheus_client import generate_latest
@@ -174,7 +174,7 @@ print("calls", line in generate_latest().decode())
 
 
 def test_records_have_fields(isolated_plugins: PluginManager, mapping_plugin: Any, caplog: Any) -> None:
-    """A decision is INFO, a refusal is WARNING; both carry what they are about."""
+    """A decision is INFO, a refusal is WARNING; both have the fields of their layer."""
     isolated_plugins.register(LogResolutions(), "log")
     caplog.set_level(logging.INFO, "kernels_core")
     with pytest.warns(KernelsWarning):
@@ -207,7 +207,7 @@ def test_a_decision_for_every_mode_is_one_record(isolated_plugins: Any, mapping_
 
 
 def test_a_trace_names_layer_and_implementation(isolated_plugins: PluginManager, mapping_plugin: Any) -> None:
-    """Kernels and references are ranges in the trace, around what they run; a range ends where a call raises."""
+    """Kernels and references are ranges in the trace, around their operators; a range ends where a call raises."""
     isolated_plugins.register(ProfileRanges(), "ranges")
     with torch.profiler.profile() as profile:
         call(FastScale)
@@ -221,7 +221,7 @@ def test_a_trace_names_layer_and_implementation(isolated_plugins: PluginManager,
 
 
 def test_kernelized_models_have_ranges(isolated_plugins: PluginManager, mapping_plugin: Any) -> None:
-    """What `kernelize` froze is named as well."""
+    """A frozen kernel of `kernelize` is named as well."""
     isolated_plugins.register(ProfileRanges(), "ranges")
     with use_kernel_mapping({"Scale": {"cpu": FastScale}}):
         model = kernelize(nn.Sequential(Scale()), mode=Mode.INFERENCE, device="cpu")
@@ -284,7 +284,7 @@ def test_a_registry_is_used_twice() -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, manager: PluginManager) -> None:
-    """The error says what to install; by name it is a warning, and the other observers go on."""
+    """The error names the package to install; by name it is a warning, and the other observers run."""
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(PluginLoadError, match=r"pip install 'kernels-core\[prometheus\]'"):
         PrometheusCounters()
