@@ -4,6 +4,7 @@ For plugins that compare a kernel with the reference, or look at a kernel before
 buffers, attributes, random generators, gradients and hooks are afterwards as they were before.
 """
 
+from ..exports import set_module
 from .ambient import (
     RandomStates,
     is_observed,
@@ -34,3 +35,5 @@ __all__ = [
     "same_random_states",
     "set_random_states",
 ]
+
+set_module(__name__, globals(), __all__)

@@ -55,7 +55,7 @@ class Outcome:
         gradients: Gradient of each input and each tensor of the module that requires grad, by name; None where no
             gradient arrives. Empty if no gradients were asked for.
         after: Inputs and buffers after the run, by name.
-        mutated: Inputs, buffers and parameters that the run changed in place.
+        mutated: Inputs and tensors of the module that the run changed in place.
         attributes: Attributes of modules, and items of lists and dicts, that the run set or deleted.
         random: Whether the run drew random numbers.
     """
@@ -118,13 +118,12 @@ class Call:
         tensors = {f"input {name}": tensor for name, tensor in self.inputs.items()}
         return tensors | (tensors_of(self.module) if self.module is not None else {})
 
-    def state(self, *, parameters: bool = True) -> dict[str, torch.Tensor]:
-        """Return every tensor that a run may change in place, by name: inputs, buffers, parameters."""
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors that a layer may change in place, by name: inputs and buffers."""
         state = {f"input {name}": tensor for name, tensor in self.inputs.items()}
         if self.module is not None:
             state |= {f"buffer {name}": buffer for name, buffer in self.module.named_buffers()}
-            if parameters:
-                state |= {f"parameter {name}": parameter for name, parameter in self.module.named_parameters()}
         return state
 
     # --- Other calls ------------------------------------------------------------------------------
@@ -173,6 +172,10 @@ class Call:
                 )
             )
         return replace(call, module=module)
+
+    def make(self, forward: Forward) -> Any:
+        """Make the call itself, with a forward and without copies."""
+        return forward(*(() if self.module is None else (self.module,)), *self.args, **self.kwargs)
 
     # --- Runs -------------------------------------------------------------------------------------
 
@@ -304,10 +307,10 @@ class Replay:
         random: The states of the random generators at the start.
     """
 
-    def __init__(self, original: Call, call: Call, dtype: torch.dtype | None) -> None:
-        """Take a call, and the same call on copies."""
+    def __init__(self, original: Call, copied: Call | None = None, dtype: torch.dtype | None = None) -> None:
+        """Take a call, and the same call on copies; without, it runs on its own arguments."""
         self.outputs: Any = None
-        self.call = call
+        self.call = copied or original
         self.originals: dict[str, torch.Tensor] = {}
         self.sources: dict[str, torch.Tensor] = {}
         self.random: RandomStates = {}
@@ -327,8 +330,7 @@ class Replay:
     def run(self, forward: Forward) -> None:
         """Run the forward."""
         self._objects = _objects(self.call)
-        module = () if self.call.module is None else (self.call.module,)
-        self.outputs = forward(*module, *self.call.args, **self.call.kwargs)
+        self.outputs = self.call.make(forward)
 
     @property
     def drew(self) -> bool:
@@ -337,11 +339,11 @@ class Replay:
 
     def after(self) -> dict[str, torch.Tensor]:
         """Return inputs and buffers as they are now, by name."""
-        return {name: tensor.detach() for name, tensor in self.call.state(parameters=False).items()}
+        return {name: tensor.detach() for name, tensor in self.call.state.items()}
 
     def mutated(self) -> dict[str, torch.Tensor]:
         """Return the tensors that the run changed; compares numbers, for kernels write past autograd's counters."""
-        before, now = self._original.state(), self.call.state()
+        before, now = self._original.tensors, self.call.tensors
         pairs = (
             (name, converted(before[name].detach(), self._dtype), now[name].detach()) for name in before if name in now
         )
@@ -357,7 +359,8 @@ class Replay:
 def _objects(call: Call) -> dict[str, object]:
     """Return everything that the arguments and the attributes of the modules hold, by path."""
     values = [(f"input {name}", value) for name, value in call._arguments()]
-    held: dict[str, object] = {}
+    modules = call.module.named_modules() if call.module is not None else ()
+    held: dict[str, object] = {f"module {path}": module for path, module in modules}
     for path, value in attributes_of(call.module) if call.module is not None else ():
         if isinstance(value, list | dict) or dataclasses.is_dataclass(value):
             values.append((path, value))

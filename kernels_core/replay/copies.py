@@ -149,7 +149,9 @@ def same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     with torch.no_grad():
-        if one.itemsize == 1 and one.layout == torch.strided and not one.is_quantized:
+        if one.layout != torch.strided:  # PyTorch compares no sparse tensors
+            one, other = one.to_dense(), other.to_dense()
+        if one.itemsize == 1 and not one.is_quantized:
             # PyTorch compares few of the dtypes of 8 bits, but the bits of each.
             return bool(torch.equal(one.view(torch.uint8), other.view(torch.uint8)))
         return bool(torch.equal(one, other) or ((one == other) | ((one != one) & (other != other))).all())

@@ -1,8 +1,7 @@
 """A kernel as a custom operator: one for each decorated layer and kernel.
 
-Its schema is `(Tensor[] tensors, SymInt[] ints, float[] floats, str call) -> Tensor[]`. The lists hold what a call
-consists of, the tensors of the module among it; `call` names the rest (`structure`). What it returns is shaped as what
-the reference returns, and always contiguous, since nobody can know the strides that a kernel will choose.
+Its result is shaped as that of the reference, and always contiguous: the strides that a kernel will choose are unknown
+while code is compiled.
 """
 
 from __future__ import annotations
@@ -14,116 +13,33 @@ import secrets
 import threading
 import types
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from kernels_core import KernelsWarning, Layer, Mode, NoKernelError, Quarantined, quarantine, quarantined, strict
-from kernels_core.torch_internals import (
-    constant_result,
-    destroy_library,
-    disabled_when_called,
-    dispatch_mode_count,
-    fake_copies,
-    forget_operators,
-)
+from kernels_core import KernelsWarning, Mode, Quarantined, quarantine, quarantined, references
+from kernels_core.replay import Call, Replay
+from kernels_core.torch_internals import constant_result, dispatch_mode_count, fake_copies
 
-from .ambient import (
-    Autocast,
-    autocast_now,
-    drew,
-    is_capturing,
-    is_transformed,
-    random_states,
-    set_random_states,
-    under,
-)
-from .structure import (
-    Builder,
-    Call,
-    Parts,
-    Structure,
-    Unfit,
-    find_problem,
-    find_unmade,
-    learn_names,
-    object_key,
-    result_code,
-    take_call,
-)
-from .trial import Watch, apart, check_alike, check_run, check_state, copies_of, fresh, on_references
+from .ambient import autocast_now, is_capturing, is_transformed, under
+from .registration import register
+from .results import Unfit, result_code
+from .structure import Parts, Structure, find_problem, find_unmade, learn_names, object_key, take_call
+from .trial import OperatorWatch, check_alike, check_attributes, check_replay, fresh
+from .work import Spec, Work, apart, gradients_of
 
 Forward = Callable[..., Any]
 
-_NAMESPACE = "kernels_opaque"
 _PROCESS = secrets.token_hex(4)
-"""In every name: what compilers keep on disk must not be taken for that of another kernel."""
+"""In every name: a compiler's cache on disk must not take an operator of another process for this one."""
 
 _numbers = itertools.count()
-_SCHEMA = "(Tensor[] tensors, SymInt[] ints, float[] floats, str call) -> Tensor[]"
-_BACKWARD = "(Tensor[] grads, Tensor[] tensors, SymInt[] ints, float[] floats, str call, bool[] needs) -> Tensor[]"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What calls of one structure have in common.
-
-    Attributes:
-        structure: See `structure.take_call`.
-        objects: What is no tensor, number or constant.
-        autocast: How autocast was set where the call was traced.
-    """
-
-    structure: Structure
-    objects: tuple[Any, ...]
-    autocast: Autocast
-
-    def call(self, tensors: Sequence[torch.Tensor], ints: Sequence[int], floats: Sequence[float]) -> Call:
-        """Put a call together."""
-        return Builder(tensors, ints, floats, self.objects).call(self.structure)
 
 
 class Results:
     """Functions that put results together, as attributes: Dynamo reads those, and guards them."""
-
-
-@dataclass(eq=False)
-class Work:
-    """What an operator does.
-
-    Attributes:
-        layer: The decorated layer.
-        kernel: The kernel's forward.
-        origin: Where the kernel came from.
-        own_backward: Whether gradients are the kernel's own, or those of the reference.
-    """
-
-    layer: Layer
-    kernel: Forward
-    origin: str
-    own_backward: bool
-
-    def reference(self, call: Call) -> Any:
-        """Run the reference, all the way down."""
-        with on_references():
-            return call.run(self.layer.reference)
-
-    def fall_back(self, why: str) -> None:
-        """Do nothing if the reference may serve in place of the kernel.
-
-        Raises:
-            NoKernelError: If it may not.
-        """
-        if strict() or not self.layer.use_fallback:
-            rule = "KERNELS_STRICT is on" if strict() else "the layer was decorated with use_fallback=False"
-            raise NoKernelError(
-                f"Layer {self.layer.name!r}: {self.origin} {why}, and {rule}. Register a kernel that fits, or allow "
-                "the reference."
-            )
 
 
 class Operator:
@@ -145,62 +61,7 @@ class Operator:
         plain = re.sub(r"\W+", "_", work.layer.name, flags=re.ASCII)
         self.name = f"{plain}_{next(_numbers)}_{_PROCESS}"
         learn_names(work.kernel, work.layer.reference)
-        self.target = self._register()
-
-    def _register(self) -> Callable[..., list[torch.Tensor]]:
-        """Register forward and backward, which refer to this object weakly, or it would never go."""
-        me = weakref.ref(self)
-
-        def alive() -> Operator:
-            operator = me()
-            if operator is None:
-                raise RuntimeError("The kernel behind this operator is gone: keep its layer and its mapping.")
-            return operator
-
-        library: Any = cast(Any, torch.library).Library(_NAMESPACE, "FRAGMENT")
-        tags = (torch.Tag.pt2_compliant_tag,)
-        backward = f"{self.name}_backward"
-        library.define(self.name + _SCHEMA, tags=tags)
-        library.define(backward + _BACKWARD, tags=tags)
-        for name, real, fake in (
-            (self.name, lambda *a: alive()._forward(*a), lambda *a: alive()._shape(*a)),
-            (backward, lambda *a: alive()._backward(*a), lambda *a: _shape_of_gradients(*a)),
-        ):
-            library.impl(name, disabled_when_called(real), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
-        namespace = getattr(torch.ops, _NAMESPACE)
-        gradients = getattr(namespace, backward).default
-
-        def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            tensors, ints, floats, call = inputs
-            ctx.save_for_backward(*tensors)
-            ctx.rest = (ints, floats, call, [tensor.requires_grad for tensor in tensors])
-
-        def derive(ctx: Any, grads: list[torch.Tensor]) -> Any:
-            ints, floats, call, needs = ctx.rest
-            found = iter(gradients(grads, list(ctx.saved_tensors), ints, floats, call, needs))
-            return [next(found) if need else None for need in needs], None if ints else [], None if floats else [], None
-
-        def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            return None
-
-        def derive_nothing(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(
-                "The backward of an opaque kernel cannot be differentiated again in compiled code: call the layer "
-                "outside of torch.compile for that."
-            )
-
-        register = torch.library.register_autograd
-        register(f"{_NAMESPACE}::{self.name}", derive, setup_context=save, lib=library)
-        register(f"{_NAMESPACE}::{backward}", derive_nothing, setup_context=save_nothing, lib=library)
-        # PyTorch keeps what it has seen of an operator so far: what graphs get is another object, which holds the
-        # kernel as long as one of them does, and is held by nobody else.
-        forget_operators(namespace, self.name)
-        target = getattr(namespace, self.name).default
-        target.kernels_operator = self
-        forget_operators(namespace, self.name, backward)
-        weakref.finalize(self, _withdraw, library, namespace, self.name, backward).atexit = False
-        return cast(Callable[..., list[torch.Tensor]], target)
+        self.target = register(self)
 
     # --- While traced ----------------------------------------------------------------------------
 
@@ -218,7 +79,7 @@ class Operator:
             name = self._names.get(key)
             if name is None:
                 name = self._names[key] = f"call{len(self._names)}"
-                self._specs[name] = Spec(structure, objects, autocast)
+                self._specs[name] = Spec(self.work.layer, structure, objects, autocast)
             return name
 
     def outcome(self, call: str) -> str:
@@ -236,9 +97,7 @@ class Operator:
         names: dict[str, Any] = {}
         self._last.outcome = (call, self._result(result_code(structure, parts, names), names))
 
-    def _shape(
-        self, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
-    ) -> list[torch.Tensor]:
+    def shape(self, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str) -> list[torch.Tensor]:
         """Return what outputs look like: the reference tells, run with tensors that have no data."""
         self._last.outcome = (name, "")
         try:
@@ -259,11 +118,12 @@ class Operator:
         """
         spec = self._specs[name]
         plain = [tensor.detach() for tensor in tensors]
-        watch = Watch(plain)
         call = spec.call(plain, ints, floats)
+        named = {id(tensor): path for path, tensor in call.tensors.items()}
+        watch, replay = OperatorWatch(plain), Replay(call)
         try:
-            with torch.no_grad(), under(spec.autocast), _forgetting_symbols(tensors), watch:
-                output = self.work.reference(call)
+            with torch.no_grad(), under(spec.autocast), references(), _forgetting_symbols(tensors), watch:
+                replay.run(self.work.layer.reference)
         except Exception as error:  # whatever keeps it from being run without data is the reason
             if isinstance(error, (MemoryError, RecursionError)):
                 raise
@@ -271,13 +131,13 @@ class Operator:
                 f"the reference cannot be run without data: {type(error).__name__}: {_first_line(error)}"
             ) from None
         if watch.written:
-            raise Unfit(f"the reference changes {call.names[min(watch.written)]} in place")
+            raise Unfit(f"the reference changes {named[id(plain[min(watch.written)])]} in place")
         if watch.draws:
             raise Unfit("the reference draws random numbers, and would draw others for the gradients")
-        check_state(call)
-        structure, parts = apart(output)
+        check_attributes(replay)
+        structure, parts = apart(replay.outputs)
         if any(_depends_on_data(tensor) for tensor in parts.tensors):
-            raise Unfit("the shape of what it returns depends on the data")
+            raise Unfit("the shape of its result depends on the data")
         return structure, parts
 
     def _result(self, code: str, names: dict[str, Any]) -> str:
@@ -309,19 +169,20 @@ class Operator:
 
     # --- With data -------------------------------------------------------------------------------
 
-    def _forward(
+    def forward(
         self, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
     ) -> list[torch.Tensor]:
+        """Run the kernel, the first time on copies."""
         spec = self._specs[name]
         with torch.no_grad(), under(spec.autocast):
+            call = spec.call([tensor.detach() for tensor in tensors], ints, floats)
             key = (name, tuple((tensor.dtype, tensor.device) for tensor in tensors))
-            if self._is_out(Mode.TORCH_COMPILE):  # what is compiled may go on calling, until its guards are asked
-                structure, parts = apart(self.work.reference(spec.call(copies_of(tensors), ints, floats)))
+            if self._is_out(Mode.TORCH_COMPILE):  # compiled code may go on calling, until its guards are asked
+                structure, parts, _ = self.work.reference_on_copies(call)
             elif key in self._tried or is_capturing(tensors):
-                plain = [tensor.detach() for tensor in tensors]
-                structure, parts = apart(spec.call(plain, ints, floats).run(self.work.kernel))
+                structure, parts = apart(call.make(self.work.kernel))
             else:
-                structure, parts = self._try(spec, tensors, ints, floats, name)
+                structure, parts = self._try(call, tensors, ints, floats, name)
                 self._tried.add(key)
             try:
                 self._keep_outcome(name, structure, parts)
@@ -330,24 +191,21 @@ class Operator:
             return fresh(parts.tensors)
 
     def _try(
-        self, spec: Spec, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
+        self, call: Call, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
     ) -> tuple[Structure, Parts]:
-        """Run the kernel on copies; where it does what it must not, the reference answers, and it is out."""
-        copies = copies_of(tensors)
-        call = spec.call(copies, ints, floats)
-        before = random_states(tensors)
-        structure, parts = apart(call.run(self.work.kernel))
+        """Run the kernel on copies; if an operator must not do as it does, it is out, and the reference answers."""
         try:
-            check_run(call, copies, tensors, parts.tensors)
-            if drew(before, random_states(tensors)):
-                raise Unfit("it draws random numbers, and an operator may be run once for two calls, or again")
+            with call.replayed(self.work.kernel) as replay:
+                structure, parts = apart(replay.outputs)
+                check_replay(replay, parts.tensors)
+                if replay.drew:
+                    raise Unfit("it draws random numbers, and an operator may be run once for two calls, or again")
             with fake_copies(tensors) as fakes:
                 expected = self._expected(fakes, ints, floats, name)
             check_alike((structure, parts), expected)
         except Unfit as problem:
-            set_random_states(before)
             self._quarantine(str(problem), Mode.TORCH_COMPILE)
-            return apart(self.work.reference(spec.call(copies_of(tensors), ints, floats)))
+            structure, parts, _ = self.work.reference_on_copies(call)
         return structure, parts
 
     def _quarantine(self, reason: str, mode: Mode) -> None:
@@ -370,7 +228,7 @@ class Operator:
             entry = None
         return entry is not None
 
-    def _backward(
+    def backward(
         self,
         grads: list[torch.Tensor],
         tensors: list[torch.Tensor],
@@ -386,7 +244,7 @@ class Operator:
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             call = spec.call(leaves, ints, floats)
             by_kernel = self.work.own_backward and not any(map(self._is_out, (Mode.TORCH_COMPILE, Mode.TRAINING)))
-            _, parts = apart(call.run(self.work.kernel) if by_kernel else self.work.reference(call))
+            _, parts = apart(call.make(self.work.kernel)) if by_kernel else self.work.reference(call)
             found = gradients_of(parts.tensors, wanted, grads)
             key = (name, tuple(needs))
             if by_kernel and key not in self._derived and any(gradient is None for gradient in found):
@@ -407,7 +265,7 @@ class Operator:
         grads: Sequence[torch.Tensor],
     ) -> Sequence[torch.Tensor | None]:
         """Return the reference's gradients, if it has some that the kernel has not; the kernel is out then."""
-        _, parts = apart(self.work.reference(call))
+        _, parts = self.work.reference(call)
         right = gradients_of(parts.tensors, wanted, grads)
         lost = sum(mine is None and other is not None for mine, other in zip(found, right, strict=True))
         if not lost:
@@ -416,41 +274,6 @@ class Operator:
             f"it loses {lost} of {len(wanted)} gradients, and does not declare has_backward = False", Mode.TRAINING
         )
         return right
-
-
-def gradients_of(
-    outputs: Sequence[torch.Tensor],
-    wanted: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor | None],
-    *,
-    again: bool = False,
-) -> Sequence[torch.Tensor | None]:
-    """Derive outputs with respect to what is wanted."""
-    pairs = [
-        (output, grad.to(output.dtype))
-        for output, grad in zip(outputs, grads, strict=True)
-        if output.requires_grad and grad is not None
-    ]
-    if not pairs or not wanted:
-        return [None] * len(wanted)
-    return torch.autograd.grad(
-        [output for output, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True, create_graph=again
-    )
-
-
-def _shape_of_gradients(
-    grads: list[torch.Tensor],
-    tensors: list[torch.Tensor],
-    ints: list[int],
-    floats: list[float],
-    name: str,
-    needs: list[bool],
-) -> list[torch.Tensor]:
-    return [
-        torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
-        for tensor, need in zip(tensors, needs, strict=True)
-        if need
-    ]
 
 
 def _forgetting_symbols(fakes: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[object]:
@@ -466,11 +289,6 @@ def _depends_on_data(tensor: torch.Tensor) -> bool:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     return bool(free_unbacked_symbols(tensor))
-
-
-def _withdraw(library: Any, namespace: Any, *names: str) -> None:
-    destroy_library(library)
-    forget_operators(namespace, *names)
 
 
 def _first_line(error: Exception) -> str:

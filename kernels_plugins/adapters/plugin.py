@@ -93,8 +93,9 @@ def _declared(layer: KernelLayer, source: Adapted) -> KernelLayer:
 
 def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: Layer) -> KernelLayer:
     """Make what serves one layer; what cannot serve any stays as it is, for the contract to say so."""
-    from .operator import Operator, Work, make_forward  # what makes operators is imported where one is made
+    from .operator import Operator, make_forward  # what makes operators is imported where one is made
     from .recompute import Recompute
+    from .work import Work
 
     kernel: Any = loaded.adapt(layer) if loaded.adapt is not None else loaded.layer
     is_class = isinstance(kernel, type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -10,35 +11,19 @@ import torch
 from torch import nn
 
 from kernels_core import Mode, quarantine
+from kernels_core.replay import RandomStates, kept_random_states, random_states
 
-from .ambient import (
-    RandomStates,
-    autocast_now,
-    drew,
-    is_capturing,
-    is_transformed,
-    random,
-    random_states,
-    set_random_states,
-    under,
-)
-from .operator import Spec, Work, gradients_of
-from .structure import (
-    Builder,
-    Parts,
-    Structure,
-    Unfit,
-    find_problem,
-    object_key,
-    take_call,
-)
-from .trial import apart, check_alike, check_run, copies_of
+from .ambient import autocast_now, is_capturing, is_transformed, under
+from .results import Unfit
+from .structure import Parts, Structure, find_problem, object_key, take_call
+from .trial import check_alike, check_replay
+from .work import Builder, Spec, Work, apart, gradients_of
 
 Forward = Callable[..., Any]
 
 
 @dataclass(eq=False)
-class Recorded:
+class RecordedCall:
     """One recorded call, for forward and backward.
 
     Attributes:
@@ -88,20 +73,20 @@ class Recompute:
         structure = take_call(module, args, kwargs, parts)
         if not any(tensor.requires_grad for tensor in parts.tensors):
             return self.work.kernel(*given, **kwargs)
-        spec = Spec(structure, tuple(parts.objects), autocast_now())
+        spec = Spec(self.work.layer, structure, tuple(parts.objects), autocast_now())
         try:
             draws = self._draws(spec, parts)
         except Unfit as problem:
             self._refuse(str(problem))
             return self.work.layer.reference(*given, **kwargs)
         # Whether numbers are drawn may depend on others, so only a capture, which allows no look, believes the trial.
-        states = random_states(parts.tensors) if draws or not is_capturing(parts.tensors) else ()
-        recorded = Recorded(spec, parts, states)
+        states = _states_of(parts) if draws or not is_capturing(parts.tensors) else {}
+        recorded = RecordedCall(spec, parts, states)
         # Autograd keeps no inference tensors, so those are copied.
         kept = [tensor.clone() if tensor.is_inference() else tensor for tensor in parts.tensors]
         tensors = cast(Any, _Recompute).apply(self.work, recorded, given, kwargs, *kept)
         result = recorded.result
-        return Builder(tensors, result.ints, result.floats, result.objects).build(recorded.structure, "")
+        return Builder(tensors, result.ints, result.floats, result.objects).build(recorded.structure)
 
     def _draws(self, spec: Spec, parts: Parts) -> bool:
         """Whether random numbers are drawn; runs kernel and reference on copies, once per kind of call.
@@ -119,23 +104,18 @@ class Recompute:
             return known
         if is_capturing(parts.tensors):
             return False  # nobody may look at data now; warm up before a capture, as ever
-        before = random_states(parts.tensors)
-        try:
-            with torch.no_grad():
-                copies = copies_of(parts.tensors)
-                call = spec.call(copies, parts.ints, parts.floats)
-                ours = apart(call.run(self.work.kernel))
-                check_run(call, copies, parts.tensors, ours[1].tensors)
-                problem = find_problem([ours[0]], ours[1].objects)
-                if problem is not None:
-                    raise Unfit(f"what it returns: {problem}")
-                draws = drew(before, random_states(parts.tensors))
-                set_random_states(before)
-                again = spec.call(copies_of(parts.tensors), parts.ints, parts.floats)
-                check_alike(ours, apart(self.work.reference(again)))
-                draws = draws or drew(before, random_states(parts.tensors))
-        finally:
-            set_random_states(before)
+        call = spec.call(parts.tensors, parts.ints, parts.floats)
+        with torch.no_grad():
+            with call.replayed(self.work.kernel) as replay:
+                ours = apart(replay.outputs)
+                check_replay(replay, ours[1].tensors)
+                draws = replay.drew
+            problem = find_problem([ours[0]], ours[1].objects)
+            if problem is not None:
+                raise Unfit(f"what it returns: {problem}")
+            structure, theirs, drew = self.work.reference_on_copies(call)
+        check_alike(ours, (structure, theirs))
+        draws = draws or drew
         self._tried[key] = draws
         return draws
 
@@ -158,7 +138,7 @@ class _Recompute(torch.autograd.Function):
     def forward(
         ctx: Any,
         work: Work,
-        recorded: Recorded,
+        recorded: RecordedCall,
         given: tuple[Any, ...],
         kwargs: dict[str, Any],
         *tensors: torch.Tensor,
@@ -178,13 +158,22 @@ class _Recompute(torch.autograd.Function):
         spec, parts = ctx.recorded.spec, ctx.recorded.parts
         again = torch.is_grad_enabled()
         needs: Sequence[bool] = ctx.needs_input_grad[4:]
-        with torch.enable_grad(), under(spec.autocast), random(ctx.recorded.states):
+        with torch.enable_grad(), under(spec.autocast), _random(ctx.recorded.states):
             # Each place has a tensor of its own, or one that is given twice would get both gradients in each.
             leaves = [
                 tensor.detach() if not need else tensor.view_as(tensor) if again else tensor.detach().requires_grad_()
                 for tensor, need in zip(ctx.saved_tensors, needs, strict=True)
             ]
-            _, result = apart(ctx.work.reference(spec.call(leaves, parts.ints, parts.floats)))
+            _, result = ctx.work.reference(spec.call(leaves, parts.ints, parts.floats))
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             found = iter(gradients_of(result.tensors, wanted, grads, again=again))
         return None, None, None, None, *(next(found) if need else None for need in needs)
+
+
+def _states_of(parts: Parts) -> RandomStates:
+    return random_states(dict.fromkeys(tensor.device for tensor in parts.tensors))
+
+
+def _random(states: RandomStates) -> contextlib.AbstractContextManager[object]:
+    """Draw the same random numbers again, and restore the generators after that."""
+    return kept_random_states(states, states) if states else contextlib.nullcontext()

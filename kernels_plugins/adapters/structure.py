@@ -10,7 +10,6 @@ import enum
 import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -217,126 +216,16 @@ def _has_hooks(module: nn.Module) -> bool:
     return False
 
 
-# --- Together again ------------------------------------------------------------------------------
-
-
-@dataclass
-class Call:
-    """A call, put together.
-
-    Attributes:
-        module: A stand-in for the module: of its class, with its attributes; None for a function.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        names: Where each tensor is, for messages: `"inner.weight"`, `"argument[0]"`, `"argument['mask']"`.
-    """
-
-    module: nn.Module | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    names: list[str] = field(default_factory=list, repr=False)
-    _containers: list[tuple[str, Any, Any]] = field(default_factory=list, repr=False)
-
-    def run(self, forward: Callable[..., Any]) -> Any:
-        """Make the call."""
-        given = self.args if self.module is None else (self.module, *self.args)
-        return forward(*given, **self.kwargs)
-
-    def changed(self) -> list[str]:
-        """Name what was set, replaced or removed since: attributes of modules, items of lists and dictionaries."""
-        return [name for name, container, before in self._containers if not _is_same(container, before)]
-
-
-def _is_same(container: Any, before: Any) -> bool:
-    if isinstance(container, dict):
-        return container.keys() == before.keys() and all(container[key] is value for key, value in before.items())
-    return len(container) == len(before) and all(a is b for a, b in zip(container, before, strict=True))
-
-
-class Builder:
-    """Puts things together from their parts, in the order in which they were taken apart."""
-
-    def __init__(
-        self, tensors: Iterable[torch.Tensor], ints: Iterable[int], floats: Iterable[float], objects: Iterable[Any]
-    ) -> None:
-        """Hold the parts."""
-        self._tensors = iter(tensors)
-        self._ints = iter(ints)
-        self._floats = iter(floats)
-        self._objects = iter(objects)
-        self._names: list[str] = []
-        self._containers: list[tuple[str, Any, Any]] = []
-
-    def call(self, structure: Structure) -> Call:
-        """Put a call together."""
-        paths = ("", "argument", "argument")
-        module, args, kwargs = (self.build(part, path) for part, path in zip(structure, paths, strict=True))
-        return Call(module, args, kwargs, self._names, self._containers)
-
-    def build(self, structure: Structure, path: str) -> Any:
-        """Put a value together."""
-        kind = structure[0]
-        if kind in ("tensor", "special"):
-            self._names.append(path)
-            return next(self._tensors)
-        if kind == "constant":
-            return structure[1]
-        if kind == "int":
-            return next(self._ints)
-        if kind == "float":
-            return next(self._floats)
-        if kind == "object":
-            return next(self._objects)
-        if kind == "module":
-            return self._module(structure, path)
-        if kind == "instance":
-            cls = next(self._objects)
-            instance = cls.__new__(cls)
-            for name, child in structure[1]:
-                instance.__dict__[name] = self.build(child, f"{path}.{name}")
-            self._watched(path, instance.__dict__)
-            return instance
-        if kind == "dict":
-            made = {key: self.build(child, f"{path}[{key!r}]") for key, child in structure[1]}
-            return self._watched(path, made)
-        children = [self.build(child, f"{path}[{index}]") for index, child in enumerate(structure[1])]
-        if kind == "tuple":
-            return tuple(children)
-        if kind == "list":
-            return self._watched(path, children)
-        made_by = next(self._objects)
-        return made_by(*children) if kind == "named" else made_by(children)
-
-    def _watched(self, path: str, container: Any) -> Any:
-        self._containers.append((path, container, container.copy()))
-        return container
-
-    def _module(self, structure: Structure, path: str) -> nn.Module:
-        cls = next(self._objects)
-        module: nn.Module = cls.__new__(cls)
-        nn.Module.__init__(module)  # the upkeep of every module, without hooks
-        attributes, parameters, buffers, modules = structure[1:5]
-        for container, entries in (
-            (module.__dict__, attributes),
-            (module._parameters, parameters),
-            (module._buffers, buffers),
-            (module._modules, modules),
-        ):
-            for name, child in entries:
-                container[name] = self.build(child, f"{path}.{name}" if path else name)
-            self._containers.append((f"attributes of {path or 'the module'}", container, dict(container)))
-        return module
-
-
 # --- What cannot be taken apart ------------------------------------------------------------------
 
 
 def find_problem(nodes: Iterable[Structure], objects: Iterable[Any]) -> str | None:
     """Return why what has these structures, in a call or in a result, cannot be made from its parts; or None."""
-    return _problem_of_structure(nodes) or next(filter(None, map(_problem_of_object, objects)), None)
+    return problem_of_structures(nodes) or next(filter(None, map(_problem_of_object, objects)), None)
 
 
-def _problem_of_structure(nodes: Iterable[Structure]) -> str | None:
+def problem_of_structures(nodes: Iterable[Structure]) -> str | None:
+    """Return why values with these structures cannot be put together from their parts, or None."""
     for entry in itertools.chain.from_iterable(map(_entries, nodes)):
         if entry[0] == "deep":
             return "an argument or attribute is nested too deep, or refers to itself"
@@ -405,62 +294,3 @@ def object_key(value: Any, other: Callable[[Any], object] = id) -> object:
     if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, type)):
         return value
     return other(value)
-
-
-# --- Results -------------------------------------------------------------------------------------
-
-
-class Unfit(Exception):  # noqa: N818 - it is the reason, and never reaches a user as an error
-    """Why a layer or kernel cannot be an operator."""
-
-
-def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> str:
-    """Return an expression that puts a result together from the list `t` of its tensors.
-
-    Raises:
-        Unfit: If there is something in it that changes from call to call, and is no tensor.
-    """
-    problem = _problem_of_structure([structure])
-    if problem is not None:
-        raise Unfit(f"what it returns: {problem}")
-    tensors, ints = iter(range(len(parts.tensors))), iter(parts.ints)
-    floats, objects = iter(parts.floats), iter(parts.objects)
-
-    def named(value: Any) -> str:
-        name = f"_{len(names)}"
-        names[name] = value
-        return name
-
-    def code(node: Structure) -> str:
-        kind = node[0]
-        if kind == "tensor":
-            return f"t[{next(tensors)}]"
-        if kind == "constant":
-            return repr(node[1])
-        if kind == "int":
-            number = next(ints)
-            if isinstance(number, torch.SymInt):
-                raise Unfit("it returns a number that depends on the sizes of its inputs")
-            return repr(number)
-        if kind == "float":
-            real = next(floats)
-            if isinstance(real, torch.SymFloat):
-                raise Unfit("it returns a number that depends on its inputs")
-            return f"float({str(real)!r})"  # NaN and infinity have no other way to be written
-        if kind == "dict":
-            if not all(isinstance(key, str | int) for key, _ in node[1]):
-                raise Unfit("it returns a dictionary with other keys than texts and integers")
-            return "{" + ", ".join(f"{key!r}: {code(child)}" for key, child in node[1]) + "}"
-        if kind in ("tuple", "list"):
-            inside = "".join(code(child) + ", " for child in node[1])
-            return f"({inside})" if kind == "tuple" else f"[{inside}]"
-        if kind in ("named", "sequence"):
-            inside = "".join(code(child) + ", " for child in node[1])
-            made_by = named(next(objects))
-            return f"{made_by}({inside})" if kind == "named" else f"{made_by}([{inside}])"
-        value = next(objects)
-        if isinstance(value, (torch.dtype, torch.device)):
-            return named(value)
-        raise Unfit(f"it returns a {(type(value) if kind == 'object' else value).__name__}")
-
-    return code(structure)

@@ -113,7 +113,7 @@ class _Watch:
             if missing:
                 return f"no gradient reaches {', '.join(missing)}, as it does from the reference"
             pairs.append((gradients(again), gradients(expected)))
-        state = live.state(parameters=False)
+        state = live.state
         try:
             if alike(pairs, [(state[name], left) for name, left in expected.after.items() if name in state]):
                 return None
@@ -148,7 +148,7 @@ class _Watch:
 
     def _changed(self, state: Mapping[str, torch.Tensor], before: Call, expected: Outcome) -> str | None:
         """Compare what was changed in place: arguments and buffers."""
-        for name, was in before.state(parameters=False).items():
+        for name, was in before.state.items():
             now, wanted = state.get(name), expected.after.get(name)
             if now is None or wanted is None or same_numbers(wanted, now.detach()):
                 continue

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from kernels_core.replay import Call
+from kernels_core.replay import Call, ModelState, is_observed, same_numbers
 from kernels_plugins.oracle.comparison import compare
 
 
@@ -255,3 +258,210 @@ def test_gradients_that_are_not_contiguous_are_the_same_numbers() -> None:
     one, two = call.run(Look.apply), call.run(Look.apply, contiguous=False)
     assert strides == [(4, 1), (8, 2)]
     assert compare(dict(one.gradients), dict(two.gradients)).ok
+
+
+# --- Each user's way ------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """Keeps a weight that is no parameter, a buffer, and objects that a forward may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.weight = torch.ones(2, requires_grad=True)
+        self.weights = {"other": torch.ones(2, requires_grad=True)}
+        self.register_buffer("cache", torch.zeros(2))
+        self.log: list[int] = []
+        self.options = Options()
+
+
+@dataclass
+class Options:
+    """Options of a layer."""
+
+    scale: float = 1.0
+
+
+CHANGES: dict[str, Callable[[Odd, list[int]], Any]] = {
+    "log[0]": lambda m, items: m.log.append(1),
+    "input argument 2[1]": lambda m, items: items.append(1),
+    "input argument 2[0]": lambda m, items: items.clear(),
+    "options.scale": lambda m, items: setattr(m.options, "scale", 1.5),
+    "options": lambda m, items: setattr(m, "options", m.options),
+    "module inner": lambda m, items: setattr(m, "inner", nn.Linear(2, 2)),
+    "training": lambda m, items: m.eval(),
+    "new": lambda m, items: setattr(m, "new", 3),
+    "weights['other']": lambda m, items: m.weights.update(other=torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_attributes_and_items_are_named(name: str) -> None:
+    """Also those of lists, dicts and dataclasses; setting the same object again changes nothing."""
+    module, items = Odd(), [5]
+    options = module.options
+    run = Call(module, (torch.ones(2), items)).run(lambda m, x, items: CHANGES[name](m, items))
+    assert (name in run.attributes) is (name != "options")
+    assert items == [5] and module.log == [] and module.training and not hasattr(module, "new")
+    options.scale = 1.0  # an object that a module keeps is shared, and only noticed
+
+
+def test_every_tensor_that_requires_grad_has_a_gradient() -> None:
+    """Weights in attributes and dicts, too, as some wrappers keep them; the originals get none."""
+    module = Odd()
+    run = Call(module, (torch.ones(2),)).run(lambda m, x: x * m.weight * m.weights["other"])
+    reached = {name for name, gradient in run.gradients.items() if gradient is not None}
+    assert reached == {"attribute weight", "attribute weights['other']"}
+    assert run.gradients["parameter inner.weight"] is None and module.weight.grad is None
+
+
+def test_memory_that_inputs_share_with_a_module_is_shared_in_the_copies() -> None:
+    """A view of a buffer among the arguments is a view of the copied buffer."""
+    module = Odd()
+
+    def forward(m: Odd, view: torch.Tensor) -> torch.Tensor:
+        view.fill_(7)
+        return m.cache.clone()
+
+    run = Call(module, (module.cache[:1],)).run(forward)
+    assert run.outputs.tolist() == [7.0, 0.0] and set(run.mutated) == {"input argument 1", "buffer cache"}
+    assert not module.cache.any()
+
+
+def test_parameters_may_stay_where_they_are() -> None:
+    """Without a copy of parameters, only these are shared; one that is an argument, too, is copied."""
+    module = nn.Linear(2, 2)
+
+    def forward(m: nn.Linear, weight: torch.Tensor) -> Any:
+        return m.bias.data_ptr(), weight.data_ptr(), m.weight.data_ptr()
+
+    kept = Call(module, (module.weight,)).run(forward, parameters=False, gradients=False).outputs
+    assert kept[0] == module.bias.data_ptr() and module.weight.data_ptr() not in kept
+    assert module.bias.data_ptr() not in Call(module, (module.weight,)).run(forward, gradients=False).outputs
+
+
+def test_objects_are_copied_where_that_is_asked_for() -> None:
+    """For a caller whose arguments must not remember anything; a generator cannot be copied, and that raises."""
+    counter: Any = type("Counter", (), {"count": 0})()
+
+    def forward(x: torch.Tensor, counter: Any) -> torch.Tensor:
+        counter.count = counter.count + 1
+        return x * counter.count
+
+    with Call(None, (torch.ones(1), counter)).replayed(forward, objects=True) as replay:
+        assert replay.outputs == 1
+    assert counter.count == 0
+    Call(None, (torch.ones(1), counter)).run(forward)
+    assert counter.count == 1
+    with pytest.raises(TypeError), Call(None, ((n for n in [1]),)).replayed(next, objects=True):
+        pass
+
+
+def test_a_replay_shows_outputs_as_they_were_returned() -> None:
+    """Recorded by autograd from the copies, so that a path to each can be looked for."""
+    x, state = torch.ones(2, requires_grad=True), torch.get_rng_state()
+    call = Call(None, (x, x))
+    with call.replayed(lambda a, b: a * torch.rand(2)) as replay:
+        found = torch.autograd.grad(replay.outputs, list(replay.sources.values()), torch.ones(2), allow_unused=True)
+        assert [gradient is None for gradient in found] == [False, True] and replay.drew
+        assert all(original is x for original in replay.originals.values())
+        assert not torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and x.grad is None
+    with torch.no_grad(), call.replayed(torch.add) as replay:
+        assert replay.sources == {} and not replay.outputs.requires_grad
+
+
+def test_hooks_of_modules_are_as_they_are() -> None:
+    """A hook of a module inside runs on the copy, and stays on the original."""
+    module, seen = nn.Sequential(nn.Linear(2, 2)), []
+    handle = module[0].register_forward_hook(lambda inner, args, output: seen.append(inner))
+    Call(module, (torch.ones(2),)).run(nn.Sequential.forward)
+    assert len(seen) == 1 and seen[0] is not module[0]
+    handle.remove()
+    module(torch.ones(2))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn_x2", "uint8", "bool", "complex64"])
+def test_same_numbers_in_every_dtype(name: str) -> None:
+    """PyTorch compares few of the small ones, and NaN with nothing."""
+    dtype = getattr(torch, name, torch.int8)
+    if dtype.itemsize == 1:
+        one, other = (torch.tensor([0, 1, n], dtype=torch.uint8).view(dtype) for n in (0, 1))
+    else:
+        one, other = (torch.tensor([0, torch.nan, n], dtype=dtype) for n in (0, 1))
+    assert same_numbers(one, one.clone()) and not same_numbers(one, other)
+    assert not same_numbers(one, one[:2]) and not same_numbers(one, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(2).to_sparse(),
+        lambda: torch.nn.Parameter(torch.ones(2)).as_subclass(type("Sub", (torch.Tensor,), {})),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        lambda: torch.ones(2, dtype=torch.complex64).conj(),
+        lambda: torch.ones(2, device="meta"),
+        lambda: torch.ones(0, 3),
+    ],
+    ids=["sparse", "subclass", "quantized", "conjugated", "meta", "empty"],
+)
+def test_tensors_that_are_more_than_memory(make: Callable[[], torch.Tensor]) -> None:
+    """They are copied as they are."""
+    tensor = make()
+    (copied,) = Call(None, (tensor,)).snapshot().inputs.values()
+    assert copied is not tensor and type(copied) is type(tensor)
+    assert (copied.layout, copied.is_quantized, copied.shape) == (tensor.layout, tensor.is_quantized, tensor.shape)
+    assert not Call(None, (tensor,)).run(lambda x: x, mutations=not tensor.is_meta).mutated
+
+
+def test_what_is_observed_is_told(compiled: Any) -> None:
+    """Transforms, modes that see operators, and tracers; not autograd, autocast or inference mode."""
+    found = []
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        found.append(is_observed())
+        return x
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        ask(torch.ones(1))
+    assert found == [False]
+    torch.func.vmap(ask)(torch.ones(2))
+    torch.func.grad(lambda x: ask(x).sum())(torch.ones(2))
+    torch.jit.trace(ask, (torch.ones(1),), check_trace=False)
+    with FlopCounterMode(display=False):
+        ask(torch.ones(1))
+    assert found == [False, True, True, True, True]
+    assert compiled(lambda x: x + 1 if is_observed() else x)[0](torch.ones(1)) == 2
+
+
+def test_a_model_is_restored() -> None:
+    """Attributes, hooks, lists, gradients, data of parameters, buffers and random numbers, also after an error."""
+    model = nn.Sequential(Odd(), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False))
+    gradient = model[1].weight.grad = torch.ones(2)
+    state = ModelState(model)
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    random = torch.get_rng_state()
+    for _ in range(2):
+        with pytest.raises(KeyError), state.kept():
+            assert model[1].weight.grad is None
+            model[1](torch.randn(3, 2)).sum().backward()
+            model[0].log.append(1)
+            model[0].extra = model[0].inner = nn.Linear(1, 1)
+            model.half().requires_grad_().eval()
+            model[2].register_forward_hook(print)
+            model[2].weight = nn.Parameter(torch.zeros(1))
+            del model[0].options
+            raise KeyError
+        assert model[1].weight.grad is gradient and model[1].bias.grad is None
+        assert model[0].log == [] and not hasattr(model[0], "extra") and model[0].options.scale == 1
+        assert model[0].inner.weight.shape == (2, 2) and not model[2]._forward_hooks
+        assert all(module.training for module in model.modules()) and not model[2].weight.requires_grad
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            was, numbers = before[name]
+            assert tensor is was and tensor.dtype == numbers.dtype and torch.equal(tensor, numbers)
+        assert torch.equal(torch.get_rng_state(), random) and state.changed_parameters() == []
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    assert state.changed_parameters() == ["1.weight"]

@@ -1,0 +1,105 @@
+"""Registers a kernel as a custom operator of PyTorch, with a backward that is an operator, too.
+
+The schema is `(Tensor[] tensors, SymInt[] ints, float[] floats, str call) -> Tensor[]`. The lists hold the parts of a
+call, the tensors of the module among them; `call` names the rest (`structure`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from kernels_core.torch_internals import destroy_library, disabled_when_called, forget_operators
+
+Target = Callable[..., list[torch.Tensor]]
+
+_NAMESPACE = "kernels_opaque"
+_SCHEMA = "(Tensor[] tensors, SymInt[] ints, float[] floats, str call) -> Tensor[]"
+_BACKWARD = "(Tensor[] grads, Tensor[] tensors, SymInt[] ints, float[] floats, str call, bool[] needs) -> Tensor[]"
+
+
+def register(operator: Any) -> Target:
+    """Register an operator until it is collected, for PyTorch refers to it weakly.
+
+    Args:
+        operator: Has a `name`, and the methods `forward`, `shape` (the forward for tensors without data) and
+            `backward`, each with the arguments of its schema.
+
+    Returns:
+        The operator as graphs call it.
+    """
+    me = weakref.ref(operator)
+
+    def alive() -> Any:
+        found = me()
+        if found is None:
+            raise RuntimeError("The kernel behind this operator is gone: keep its layer and its mapping.")
+        return found
+
+    library: Any = cast(Any, torch.library).Library(_NAMESPACE, "FRAGMENT")
+    tags = (torch.Tag.pt2_compliant_tag,)
+    backward = f"{operator.name}_backward"
+    library.define(operator.name + _SCHEMA, tags=tags)
+    library.define(backward + _BACKWARD, tags=tags)
+    for name, real, fake in (
+        (operator.name, lambda *a: alive().forward(*a), lambda *a: alive().shape(*a)),
+        (backward, lambda *a: alive().backward(*a), lambda *a: _shape_of_gradients(*a)),
+    ):
+        library.impl(name, disabled_when_called(real), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
+    namespace = getattr(torch.ops, _NAMESPACE)
+    gradients = getattr(namespace, backward).default
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors, ints, floats, call = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.rest = (ints, floats, call, [tensor.requires_grad for tensor in tensors])
+
+    def derive(ctx: Any, grads: list[torch.Tensor]) -> Any:
+        ints, floats, call, needs = ctx.rest
+        found = iter(gradients(grads, list(ctx.saved_tensors), ints, floats, call, needs))
+        return [next(found) if need else None for need in needs], None if ints else [], None if floats else [], None
+
+    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        return None
+
+    def derive_nothing(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "The backward of an opaque kernel cannot be differentiated again in compiled code: call the layer "
+            "outside of torch.compile for that."
+        )
+
+    register_autograd = torch.library.register_autograd
+    register_autograd(f"{_NAMESPACE}::{operator.name}", derive, setup_context=save, lib=library)
+    register_autograd(f"{_NAMESPACE}::{backward}", derive_nothing, setup_context=save_nothing, lib=library)
+    # PyTorch keeps every operator that it has looked up. Graphs get another object for the same operator, which holds
+    # the kernel as long as one of them lives, and which only graphs hold.
+    forget_operators(namespace, operator.name)
+    target = getattr(namespace, operator.name).default
+    target.kernels_operator = operator
+    forget_operators(namespace, operator.name, backward)
+    weakref.finalize(operator, _withdraw, library, namespace, operator.name, backward).atexit = False
+    return cast(Target, target)
+
+
+def _shape_of_gradients(
+    grads: list[torch.Tensor],
+    tensors: list[torch.Tensor],
+    ints: list[int],
+    floats: list[float],
+    name: str,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    return [
+        torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        for tensor, need in zip(tensors, needs, strict=True)
+        if need
+    ]
+
+
+def _withdraw(library: Any, namespace: Any, *names: str) -> None:
+    destroy_library(library)
+    forget_operators(namespace, *names)

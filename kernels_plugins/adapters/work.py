@@ -1,0 +1,163 @@
+"""The work of an operator: a layer, a kernel, and calls that are put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels_core import Layer, NoKernelError, references, strict
+from kernels_core.replay import Call
+
+from .ambient import Autocast
+from .structure import Parts, Structure, take
+
+Forward = Callable[..., Any]
+
+
+class Builder:
+    """Puts values together from their parts, in the order in which `take` met them."""
+
+    def __init__(
+        self, tensors: Iterable[torch.Tensor], ints: Iterable[int], floats: Iterable[float], objects: Iterable[Any]
+    ) -> None:
+        """Hold the parts."""
+        self._tensors = iter(tensors)
+        self._ints = iter(ints)
+        self._floats = iter(floats)
+        self._objects = iter(objects)
+
+    def build(self, structure: Structure) -> Any:
+        """Put a value together."""
+        kind = structure[0]
+        if kind in ("tensor", "special"):
+            return next(self._tensors)
+        if kind == "constant":
+            return structure[1]
+        if kind == "int":
+            return next(self._ints)
+        if kind == "float":
+            return next(self._floats)
+        if kind == "object":
+            return next(self._objects)
+        if kind == "module":
+            return self._module(structure)
+        if kind == "instance":
+            cls = next(self._objects)
+            instance = cls.__new__(cls)
+            instance.__dict__.update(self._items(structure[1]))
+            return instance
+        if kind == "dict":
+            return dict(self._items(structure[1]))
+        children = [self.build(child) for child in structure[1]]
+        if kind in ("tuple", "list"):
+            return tuple(children) if kind == "tuple" else children
+        made_by = next(self._objects)
+        return made_by(*children) if kind == "named" else made_by(children)
+
+    def _items(self, entries: Iterable[tuple[Any, Structure]]) -> Iterator[tuple[Any, Any]]:
+        return ((name, self.build(child)) for name, child in entries)
+
+    def _module(self, structure: Structure) -> nn.Module:
+        """Put a module together: of its class, with its attributes and tensors, and without hooks."""
+        cls = next(self._objects)
+        module: nn.Module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        attributes, parameters, buffers, modules = structure[1:5]
+        module.__dict__.update(self._items(attributes))
+        module._parameters.update(self._items(parameters))
+        module._buffers.update(self._items(buffers))
+        module._modules.update(self._items(modules))
+        return module
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The parts that calls of one structure share.
+
+    Attributes:
+        layer: The layer that is called.
+        structure: See `structure.take_call`.
+        objects: The arguments and attributes that are neither tensors nor numbers nor constants.
+        autocast: How autocast was set where the call was traced.
+    """
+
+    layer: Layer
+    structure: Structure
+    objects: tuple[Any, ...]
+    autocast: Autocast
+
+    def call(self, tensors: Sequence[torch.Tensor], ints: Sequence[int], floats: Sequence[float]) -> Call:
+        """Put a call together, on a module that is rebuilt."""
+        builder = Builder(tensors, ints, floats, self.objects)
+        module, args, kwargs = (builder.build(part) for part in self.structure)
+        return Call(module, args, kwargs, self.layer.signature)
+
+
+@dataclass(eq=False)
+class Work:
+    """A kernel that serves a layer.
+
+    Attributes:
+        layer: The decorated layer.
+        kernel: The kernel's forward.
+        origin: Where the kernel came from.
+        own_backward: Whether gradients are the kernel's own, or those of the reference.
+    """
+
+    layer: Layer
+    kernel: Forward
+    origin: str
+    own_backward: bool
+
+    def reference(self, call: Call) -> tuple[Structure, Parts]:
+        """Run the reference, with the references of all layers inside of it, and take its result apart."""
+        with references():
+            return apart(call.make(self.layer.reference))
+
+    def reference_on_copies(self, call: Call) -> tuple[Structure, Parts, bool]:
+        """Do the same on copies; the last value tells whether random numbers were drawn."""
+        with references(), call.replayed(self.layer.reference) as replay:
+            return *apart(replay.outputs), replay.drew
+
+    def fall_back(self, why: str) -> None:
+        """Do nothing if the reference may serve in place of the kernel.
+
+        Raises:
+            NoKernelError: If it may not.
+        """
+        if strict() or not self.layer.use_fallback:
+            rule = "KERNELS_STRICT is on" if strict() else "the layer was decorated with use_fallback=False"
+            raise NoKernelError(
+                f"Layer {self.layer.name!r}: {self.origin} {why}, and {rule}. Register a kernel that fits, or allow "
+                "the reference."
+            )
+
+
+def apart(output: Any) -> tuple[Structure, Parts]:
+    """Take the result of a forward apart."""
+    parts = Parts()
+    return take(output, parts), parts
+
+
+def gradients_of(
+    outputs: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None],
+    *,
+    again: bool = False,
+) -> Sequence[torch.Tensor | None]:
+    """Derive outputs with respect to what is wanted."""
+    pairs = [
+        (output, grad.to(output.dtype))
+        for output, grad in zip(outputs, grads, strict=True)
+        if output.requires_grad and grad is not None
+    ]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    return torch.autograd.grad(
+        [output for output, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True, create_graph=again
+    )
