@@ -75,6 +75,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.kernelize",
             "kernels_core.unkernelize",
             "kernels_core.frozen_choice",
+            "kernels_core.functions_of",
             "kernels_core.FrozenChoice",
             "kernels_core.KernelizeFallback",
             "kernels_core.use_kernelized_func",

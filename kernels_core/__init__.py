@@ -37,6 +37,7 @@ from .mode import STAND_INS, Mode, check_registered_mode
 from .models.counting import count_calls
 from .models.frozen import FrozenChoice, frozen_choice
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
+from .models.modules import functions_of
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
 from .models.references import references
 from .plugins import PluginManager, PluginMapping, plugin_manager
@@ -114,6 +115,7 @@ __all__ = [
     "find_layer",
     "forget",
     "frozen_choice",
+    "functions_of",
     "held_back",
     "hookimpl",
     "kernelize",

@@ -219,13 +219,16 @@ class References:
 
     Attributes:
         layers: The numbers of these layers; None for all.
+        mode: The mode of these calls; None for all.
     """
 
     layers: frozenset[int] | None = None
+    mode: Mode | None = None
 
     def decision(self, request: LayerRequest) -> Resolution | None:
-        """Return the decision for the reference, None for other layers."""
-        if self.layers is None or (request.layer is not None and request.layer.number in self.layers):
+        """Return the decision for the reference, None for other layers and calls."""
+        named = self.layers is None or (request.layer is not None and request.layer.number in self.layers)
+        if named and (self.mode is None or self.mode in request.mode):
             return Resolution(request, note="references() is open")
         return None
 

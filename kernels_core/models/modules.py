@@ -91,5 +91,10 @@ def _first_below(module: nn.Module) -> torch.device | None:
 
 
 def functions_of(cls: type[nn.Module]) -> Sequence[Layer]:
-    """Return the decorated functions that `use_kernelized_func` names for a class."""
+    """Return the layers of the decorated functions that a class declares with `use_kernelized_func`.
+
+    Example:
+        >>> functions_of(torch.nn.Linear)
+        ()
+    """
     return cast(Sequence[Layer], getattr(cls, "kernels_functions", ()))

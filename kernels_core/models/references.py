@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..layer import Layer
+from ..mode import Mode
 from ..resolver import References
 from ..scope import Scope
 from .frozen import frozen_choice
@@ -17,7 +18,7 @@ _everywhere = Scope(References())
 
 
 @contextmanager
-def references(*models: nn.Module, layers: Collection[Layer] | None = None) -> Iterator[None]:
+def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode: Mode | None = None) -> Iterator[None]:
     """Run decorated layers on their references in this thread or task, whatever mappings are open.
 
     Calls of kernelized modules read no scope, so the models that have some must be named. While the block is open,
@@ -26,6 +27,7 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None) -> I
     Args:
         *models: Models whose kernelized modules run on their references, too.
         layers: The layers that run on their references; None for all.
+        mode: The mode of the calls that do, such as `Mode.TORCH_COMPILE`; None for all.
 
     Example:
         >>> @use_kernel_forward_from_hub("Double")
@@ -37,7 +39,10 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None) -> I
         ...     y, double(torch.ones(1))
         (tensor([2.]), tensor([3.]))
     """
-    scope = _everywhere if layers is None else Scope(References(frozenset(layer.number for layer in layers)))
+    scope = _everywhere
+    if layers is not None or mode is not None:
+        numbers = frozenset(layer.number for layer in layers) if layers is not None else None
+        scope = Scope(References(numbers, mode))
     thawed = [
         (module, choice)
         for module in dict.fromkeys(inner for model in models for inner in model.modules())

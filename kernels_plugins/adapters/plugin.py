@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +25,9 @@ from kernels_core import (
 
 if TYPE_CHECKING:
     from .source import Adapted
+
+_kernels: weakref.WeakKeyDictionary[Any, KernelLayer] = weakref.WeakKeyDictionary()
+"""The kernel inside of each class or function that was made here, for plugins that check it."""
 
 
 @hookimpl(tryfirst=True)
@@ -71,7 +75,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
     if not isinstance(candidate.source, Adapted):
         return None
     inner = replace(candidate, source=candidate.source.source)
-    kernel = layer.__mro__[1] if isinstance(layer, type) else getattr(layer, "kernels_inside", layer)
+    kernel = _kernels.get(layer, layer)
     return "; ".join(plugin_manager().hook.kernels_check_layer(request=request, candidate=inner, layer=kernel)) or None
 
 
@@ -87,7 +91,8 @@ def _declared(layer: KernelLayer, source: Adapted) -> KernelLayer:
 
     if isinstance(layer, types.FunctionType):
         functools.update_wrapper(declared, layer)
-    declared.__dict__.update(_declarations(layer, source), kernels_inside=layer)
+    declared.__dict__.update(_declarations(layer, source))
+    _kernels[declared] = layer
     return declared
 
 
@@ -122,7 +127,8 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
         recompute.implementation = made
     if is_class and not layer.is_function:
         return _subclass(kernel, source, {"forward": made})
-    made.__dict__.update(_declarations(kernel, source), kernels_inside=kernel)
+    made.__dict__.update(_declarations(kernel, source))
+    _kernels[made] = kernel
     return cast(KernelLayer, made)
 
 
@@ -134,4 +140,6 @@ def _declarations(layer: KernelLayer, source: Adapted) -> dict[str, Any]:
 def _subclass(kernel: type[Any], source: Adapted, members: dict[str, Any]) -> type[Any]:
     """Return a class like a kernel's, so that the contract sees all that the kernel's has."""
     place = {name: getattr(kernel, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kernel.__name__, (kernel,), {**place, **_declarations(kernel, source), **members})
+    made = type(kernel.__name__, (kernel,), {**place, **_declarations(kernel, source), **members})
+    _kernels[made] = kernel
+    return made

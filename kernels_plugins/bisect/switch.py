@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from kernels_core import (
-    ArgumentTypeError,
     Layer,
-    LayerRequest,
     Mode,
     Resolution,
-    Scope,
-    decorated_layer,
+    find_layer,
+    frozen_choice,
+    functions_of,
     hookimpl,
     plugin_manager,
+    references,
 )
 
 from .caller import find_caller
@@ -67,17 +67,6 @@ class Kernel:
         return ", ".join(self.origins)
 
 
-@dataclass(frozen=True)
-class Off:
-    """The payload of a scope in which compiled functions run on their reference.
-
-    Attributes:
-        numbers: Those of their layers.
-    """
-
-    numbers: frozenset[int]
-
-
 class Switch:
     """A plugin that knows the kernels of one model, and switches them.
 
@@ -103,9 +92,8 @@ class Switch:
     @property
     def has_layers(self) -> bool:
         """Whether anything of the model is known to be decorated."""
-        marks = "kernels_frozen", "kernels_functions"
         return any(
-            _layer_of(module) is not None or any(hasattr(type(module), mark) for mark in marks)
+            find_layer(module) is not None or frozen_choice(module) is not None or functions_of(type(module))
             for module in self._modules.values()
         )
 
@@ -137,13 +125,12 @@ class Switch:
         """Let some kernels be on, and every other decorated layer of the model run its reference."""
         bound = [(self._modules[key[0]], layer) for key, layer in self._bound.items() if key not in on]
         before = [(module, module.__dict__.get("forward", _ABSENT)) for module, _ in bound]
-        numbers = (layer.number for layer in self._traced if layer.is_function)
-        functions = frozenset(number for number in numbers if (0, number) not in on)
+        functions = [layer for layer in self._traced if layer.is_function and (0, layer.number) not in on]
         self._on = on
         try:
             for module, layer in bound:  # no method: `kernelize` would take one for its own
                 module.__dict__["forward"] = functools.partial(layer.reference, module)
-            with Scope(Off(functions)) if functions else contextlib.nullcontext():
+            with references(layers=functions, mode=Mode.TORCH_COMPILE) if functions else contextlib.nullcontext():
                 yield
         finally:
             self._on = None
@@ -203,19 +190,10 @@ class Switch:
         if Mode.TORCH_COMPILE in resolution.request.mode:
             self._traced[layer] = resolution.origin
 
-    @hookimpl(tryfirst=True)
-    def kernels_resolve_forward(self, request: LayerRequest) -> Resolution | None:
-        """Leave compiled functions to their reference, in the scopes that say so."""
-        if request.layer is None or Mode.TORCH_COMPILE not in request.mode:
-            return None
-        if any(isinstance(payload, Off) and request.layer.number in payload.numbers for payload in request.scopes):
-            return Resolution(request, note="a bisection runs the reference")
-        return None
-
     def _note_frozen(self) -> None:
         """Note what `kernelize` froze: if such a model is compiled, nobody is told."""
         for key, module in self._modules.items():
-            frozen = getattr(type(module), "kernels_frozen", None)
+            frozen = frozen_choice(module)
             if frozen is None or frozen.layer is None or frozen.resolution is None or frozen.resolution.is_reference:
                 continue
             if type(module).forward is frozen.original.forward:
@@ -227,8 +205,8 @@ class Switch:
             if traced.is_function:
                 self._note((0, traced.number), traced, origin)
         for key, module in self._modules.items():
-            layer = _layer_of(module)
-            if layer is not None and layer in self._traced and not hasattr(type(module), "kernels_frozen"):
+            layer = find_layer(module)
+            if layer is not None and layer in self._traced and frozen_choice(module) is None:
                 self._bind(key, module, layer, self._traced[layer], type(module))
 
     def _bind(self, key: int, module: nn.Module, layer: Layer, origin: str, original: type[nn.Module]) -> None:
@@ -241,10 +219,3 @@ class Switch:
             )
         self._bound[(key, layer.number)] = layer
         self._note((key, layer.number), layer, origin)
-
-
-def _layer_of(module: nn.Module) -> Layer | None:
-    try:
-        return decorated_layer(type(module))
-    except ArgumentTypeError:  # not decorated
-        return None

@@ -49,11 +49,14 @@ def test_every_layer_runs_its_reference(make_layer: Make, make_kernel: Make) -> 
         assert (layer(X), double(X)) == (10, 20)
 
 
-def test_only_some_layers(make_layer: Make, make_kernel: Make) -> None:
+def test_only_some_layers_or_calls(make_layer: Make, make_kernel: Make, compiled: Make) -> None:
     """Others are served as without."""
     one, other = make_layer()(), make_layer()()
     with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}), references(layers=[type(one).forward.kernels_layer]):
         assert (one(X), other(X)) == (1, 10)
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10, can_torch_compile=True)}}):
+        with references(mode=Mode.TORCH_COMPILE):
+            assert (one(X), compiled(one)[0](X)) == (10, 1)
 
 
 def test_warm_calls_are_as_they_were(make_layer: Make, make_kernel: Make, hook_recorder: Any) -> None:
