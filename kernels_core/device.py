@@ -1,13 +1,16 @@
-"""Devices in mappings and in calls: one table of names, one notion of capability."""
+"""Devices in mappings and in calls: one table of names, one notion of capability, and the device of a call."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
 from .errors import ArgumentError, ArgumentTypeError
+from .torch_internals import on_cuda_start
 
 TORCH_DEVICE_TYPES = {
     "cpu": "cpu",
@@ -169,3 +172,59 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
     if found.index is None and found.type == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return found
+
+
+# --- Devices of calls -----------------------------------------------------------------------------
+
+ACCELERATOR = (
+    "cuda"
+    if torch.version.cuda or torch.version.hip
+    else "xpu"
+    if getattr(torch.version, "xpu", None)
+    else "mps"
+    if torch.backends.mps.is_built()
+    else None
+)
+"""Type of the accelerators that this PyTorch is built for: they are read directly, other types by the cold path."""
+
+MAX_INDEX = 8
+"""How many accelerators are read directly."""
+
+
+class _Hardware:
+    """The number of accelerators: with one, calls need not ask for its index; with none, only whether it is the CPU."""
+
+    __slots__ = ("accelerators",)
+
+    def __init__(self) -> None:
+        self.accelerators = 0 if ACCELERATOR in ("cuda", None) else 1 if ACCELERATOR == "mps" else MAX_INDEX
+
+    def count(self) -> None:
+        """Count; run when CUDA starts, before which there is no tensor on it."""
+        self.accelerators = torch.cuda.device_count()
+
+
+hardware = _Hardware()
+if ACCELERATOR == "cuda" and not on_cuda_start(hardware.count):
+    hardware.accelerators = MAX_INDEX  # right for any number, one question slower
+
+
+def find_device(module: torch.nn.Module | None, values: Iterable[Any]) -> torch.device | None:
+    """Return the device of a call.
+
+    That of the first tensor among the arguments, also one level inside a list, tuple or dict; then
+    that of the module's first parameter or buffer; else None.
+    """
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value.device
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        for item in inner:
+            if isinstance(item, torch.Tensor):
+                return item.device
+    if module is not None:
+        for parameter in module.parameters():
+            return parameter.device
+        for buffer in module.buffers():
+            return buffer.device
+    return None

@@ -1,139 +1,301 @@
-"""Pieces of source for generated functions that take what a layer's forward takes, and pass it on."""
+"""The text of generated functions, as a function of the signature that they take.
+
+Nothing here knows a layer, a device or PyTorch: the same signature gives the same text. All names that a text uses
+besides the parameters start with `_kernel`; a signature with such a parameter is passed on as `*args, **kwargs`.
+"""
 
 from __future__ import annotations
 
 import inspect
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .layer import Layer
+PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis)})
+"""Types of values that cannot hold a tensor."""
 
-Forward = Callable[..., Any]
+_IN_CALL: dict[Any, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*{0}",
+    inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
+    inspect.Parameter.VAR_KEYWORD: "**{0}",
+}
+_IN_VALUES: dict[Any, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*{0}",
+    inspect.Parameter.VAR_KEYWORD: "*{0}.values()",
+}
+"""How a parameter is written, if not as its name: in a call that passes it on, and in a tuple of all values."""
 
-_TAKEN = ("_name", "_records", "_error", "_index")
-"""Local names of generated functions, besides those that start with `_kernel`."""
+_FORWARD = """\
+def forward{signature}:
+    {condition}
+    if {is_traced}:
+        return _kernels_traced({module}, {values})({call})
+    {find}
+    try:
+        return _kernel({call})
+    except _kernels_exception as _kernel_error:
+        _kernel = _kernels_failed(_kernel_error, {module}, {values})
+        if _kernel is None:
+            raise
+    return _kernel({call})
+"""
+"""The forward of a layer; `docs/path-of-a-call.md` explains it."""
 
-_PACKED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_CONDITION = """\
+if not _kernels_condition({condition}):
+    return _kernels_reference({call})
+"""
+
+_FIND = """\
+try:
+    {answer}
+    if _kernels_unproven and {records}:
+        _kernel = _kernels_proving(_kernel)
+except _kernels_absent:
+    _kernel = _kernels_cold({module}, {values})
+"""
+
+_FIND_WITHOUT_ARGUMENTS = """\
+_kernel = _kernels_cold({module}, {values})
+"""
+
+_ON_CPU = """\
+_kernel = _kernels_frame().{layer}_cpu
+if not {first}.is_cpu:
+    _kernel = _kernels_cold({module}, {values})
+"""
+
+_ON_ACCELERATOR = """\
+if not _kernels_hardware.accelerators:
+    {on_cpu}
+elif _kernels_hardware.accelerators == 1:
+    if {first}.is_{accelerator}:
+        _kernel = _kernels_frame().{layer}_{accelerator}_0
+    else:
+        {on_cpu}
+else:
+    _kernel_index = {first}.get_device()
+    if _kernel_index >= 0:
+        _kernel = _kernels_getattr(_kernels_frame(), _kernels_names[_kernel_index])
+    else:
+        {on_cpu}
+"""
+"""With one accelerator, no tensor is asked for its index; with none, only whether it is on the CPU."""
+
+_PROVED = """\
+def proved{signature}:
+    if not ({is_traced}) and {records}:
+        return _kernels_proving({call})
+    return _kernels_kernel({call})
+"""
+
+_SELECT = """\
+def select{signature}:
+    _kernel_recorded = {forward_level} >= 0 or {records}
+    _kernel_name = {training!r} if _kernel_recorded else {inference!r}
+    _kernel = _kernels_getattr(_kernels_frame(), _kernel_name, None) or _kernels_published(_kernel_name)
+    if _kernel_recorded and _kernels_unproven:
+        _kernel = _kernels_proving(_kernel)
+    return _kernel({call})
+"""
+
+_SELECT_TRACED = """\
+def select_traced{signature}:
+    if {forward_level} >= 0 or _kernels_grad() and ({records}):
+        return _kernels_root.active.{training}({call})
+    return _kernels_root.active.{inference}({call})
+"""
+
+_ADAPTED = """\
+def adapted{signature}:
+    return _kernels_kernel({call})
+"""
 
 
-class Source:
-    """The parameters of a layer's reference, as source.
+@dataclass(frozen=True)
+class ForwardSource:
+    """Writes the functions of a layer.
 
     Attributes:
-        is_flat: Whether `inner_call` differs from `call`: what is called with it is made by `flattened`.
+        parameters: What the reference takes, `self` included; None if all is to be passed on packed.
+        is_function: Whether there is no `self`.
+        reads_module: Whether the reference may use tensors of the module.
+        is_traced: Expression that is true while a call is traced.
+        forward_level: Expression for the level of forward-mode differentiation, negative outside of it.
     """
 
-    def __init__(self, layer: Layer) -> None:
-        """Read the parameters; where they cannot be read, or passed on by name, all are packed."""
-        self._is_function = layer.is_function
-        self._parameters = _parameters(layer.reference)
-        kinds = {parameter.kind for parameter in self._parameters or ()}
-        self.is_flat = inspect.Parameter.KEYWORD_ONLY in kinds and not kinds.intersection(_PACKED)
+    parameters: tuple[inspect.Parameter, ...] | None
+    is_function: bool
+    reads_module: bool = True
+    is_traced: str = "False"
+    forward_level: str = "-1"
+
+    # --- The functions --------------------------------------------------------------------------
+
+    def forward(self, layer: str, *, accelerator: str | None = None, has_condition: bool = False) -> str:
+        """Write the function that stands where a decorated forward stood.
+
+        Args:
+            layer: Prefix of the attributes of a frame in which the answers for this layer are found.
+            accelerator: Type of the accelerators that this PyTorch is built for, such as `"cuda"`.
+            has_condition: Whether `_kernels_condition` decides first whether kernels may serve.
+        """
+        pieces = {**self._pieces, "layer": layer, "accelerator": accelerator, "first": self._first}
+        pieces["on_cpu"] = _ON_CPU.format(**pieces)
+        pieces["answer"] = pieces["on_cpu"] if accelerator is None else _fill(_ON_ACCELERATOR, pieces)
+        pieces["records"] = self._records(exact=self.reads_module, first_is_tensor=True)
+        pieces["find"] = _fill(_FIND if self._first is not None else _FIND_WITHOUT_ARGUMENTS, pieces)
+        pieces["condition"] = ""
+        if has_condition:
+            pieces["condition"] = _CONDITION.format(
+                condition=self.call if self.is_function else self.module, call=self.call
+            )
+        return _fill(_FORWARD, pieces)
+
+    def proved(self) -> str:
+        """Write the function that calls a kernel, or `_kernels_proving` where autograd may record the call."""
+        return _fill(_PROVED, {**self._pieces, "records": self._records(exact=self.reads_module)})
+
+    def select(self, inference: str, training: str) -> str:
+        """Write the function that calls one of two kernels, by mode; the arguments are attributes of a frame."""
+        pieces = {**self._pieces, "inference": inference, "training": training}
+        return _fill(_SELECT, {**pieces, "records": self._records(exact=True)})
+
+    def select_traced(self, inference: str, training: str) -> str:
+        """Write the same for calls that are traced."""
+        records = f"_kernels_records({self.module}, {self.values})"
+        if self._first is not None and self._first.isidentifier():  # Dynamo need not guard on all tensors then
+            records = f"_kernels_getattr({self._first}, 'requires_grad', False) is True or {records}"
+        pieces = {**self._pieces, "inference": inference, "training": training}
+        return _fill(_SELECT_TRACED, {**pieces, "records": records})
+
+    def adapted(self) -> str:
+        """Write the function that calls another one, with these parameters."""
+        return _fill(_ADAPTED, self._pieces)
+
+    # --- Pieces ---------------------------------------------------------------------------------
+
+    @cached_property
+    def _pieces(self) -> dict[str, Any]:
+        return {
+            "signature": self.signature,
+            "call": self.call,
+            "module": self.module,
+            "values": self.values,
+            "is_traced": self.is_traced,
+            "forward_level": self.forward_level,
+        }
 
     @cached_property
     def signature(self) -> str:
-        """What follows the name of a function that takes them, without annotations and defaults."""
-        if self._parameters is None:
+        """All parameters, without annotations; defaults are set on the function (`set_defaults`)."""
+        if self.parameters is None:
             return "(*args, **kwargs)"
         bare = [
             p.replace(annotation=p.empty, default=None if p.default is not p.empty else p.empty)
-            for p in self._parameters
+            for p in self.parameters
         ]
         return str(inspect.Signature(bare))
 
     @cached_property
     def call(self) -> str:
-        """What stands in a call that passes them on, keywords as keywords."""
-        if self._parameters is None:
+        """The arguments of a call that passes everything on."""
+        if self.parameters is None:
             return "*args, **kwargs"
-        form: dict[Any, str] = {
-            inspect.Parameter.VAR_POSITIONAL: "*{0}",
-            inspect.Parameter.VAR_KEYWORD: "**{0}",
-            inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
-        }
-        return ", ".join(form.get(p.kind, "{0}").format(p.name) for p in self._parameters)
-
-    @cached_property
-    def inner_call(self) -> str:
-        """The same inside of an eager forward: keywords as positions, where nothing is packed; a third quicker."""
-        return ", ".join(p.name for p in self._parameters or ()) if self.is_flat else self.call
+        return ", ".join(_IN_CALL.get(p.kind, "{0}").format(p.name) for p in self.parameters)
 
     @cached_property
     def module(self) -> str:
-        """The module, `None` for a function."""
-        if self._is_function:
+        """The module; `None` for a function."""
+        if self.is_function:
             return "None"
-        if self._parameters is None:
+        if self.parameters is None:
             return "args[0]"
-        return self._parameters[0].name + ("[0]" if self._self_is_packed else "")
+        return self.parameters[0].name + ("[0]" if self._self_is_packed else "")
 
     @cached_property
     def values(self) -> str:
         """A tuple of all arguments, without the module, in the order of the signature."""
-        if self._parameters is None:
-            return "(*args, *kwargs.values())" if self._is_function else "(*args[1:], *kwargs.values())"
-        form: dict[Any, str] = {
-            inspect.Parameter.VAR_POSITIONAL: "*{0}",
-            inspect.Parameter.VAR_KEYWORD: "*{0}.values()",
-        }
+        start = "" if self.is_function else "[1:]"
+        if self.parameters is None:
+            return f"(*args{start}, *kwargs.values())"
+        written = [_IN_VALUES.get(p.kind, "{0}").format(p.name) for p in self._arguments]
         if self._self_is_packed:
-            form[inspect.Parameter.VAR_POSITIONAL] = "*{0}[1:]"
-        inside = "".join(form.get(p.kind, "{0}").format(p.name) + ", " for p in self._arguments)
-        return f"({inside})"
+            written[0] += start
+        return "(" + "".join(f"{each}, " for each in written) + ")"
 
     @cached_property
-    def first(self) -> str | None:
-        """The first argument, which is mostly the tensor that says where the call is; None without one."""
-        if self._parameters is None:
-            return "args[0]" if self._is_function else "args[1]"
-        for parameter in self._arguments:
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                return f"{parameter.name}[{int(self._self_is_packed)}]"
-            return None if parameter.kind is parameter.VAR_KEYWORD else parameter.name
-        return None
-
-    def give_defaults(self, function: Forward) -> None:
-        """Give a function with `signature` the defaults of the reference."""
-        if self._parameters is None:
-            return
-        given = [p for p in self._parameters if p.default is not p.empty]
-        function.__defaults__ = tuple(p.default for p in given if p.kind is not p.KEYWORD_ONLY)
-        function.__kwdefaults__ = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
-
-    def flattened(self, function: Forward) -> Forward | None:
-        """Return a function of the same code that is called with `inner_call`; None if there cannot be one."""
-        if type(function) is not types.FunctionType:
+    def _first(self) -> str | None:
+        """The first argument, which is mostly the tensor that shows the device of a call; None without one."""
+        skipped = int(self._self_is_packed)
+        if self.parameters is None:
+            return f"args[{int(not self.is_function)}]"
+        if not self._arguments or self._arguments[0].kind is inspect.Parameter.VAR_KEYWORD:
             return None
-        code, names = function.__code__, tuple(p.name for p in self._parameters or ())
-        count = code.co_argcount + code.co_kwonlyargcount
-        keywords = code.co_varnames[code.co_argcount : count]
-        packed = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-        if packed or count != len(names) or keywords != names[code.co_argcount :]:
-            return None
-        flat = code.replace(co_argcount=count, co_kwonlyargcount=0)
-        return types.FunctionType(flat, function.__globals__, function.__name__, None, function.__closure__)
+        first = self._arguments[0]
+        return f"{first.name}[{skipped}]" if first.kind is first.VAR_POSITIONAL else first.name
+
+    def _records(self, *, exact: bool, first_is_tensor: bool = False) -> str:
+        """Write a test whether autograd records a call, cheapest questions first.
+
+        Where it need not be exact, the arguments decide, and the gradient mode is not asked if that takes longer.
+        """
+        packed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if self.parameters is None or self._first is None or any(p.kind in packed for p in self.parameters):
+            return f"_kernels_is_recorded({self.module}, {self.values})"
+        tests: list[str] = []
+        for p in self._arguments:
+            if first_is_tensor and not tests:
+                tests.append(f"{p.name}.requires_grad")
+            elif type(p.default) in PLAIN:
+                tests.append(f"{p.name}.__class__ not in _kernels_plain and _kernels_requires_grad({p.name})")
+            else:
+                asked = f"{p.name}.requires_grad if {p.name}.__class__ is _kernels_tensor"
+                tests.append(f"({asked} else _kernels_requires_grad({p.name}))")
+        if exact and not self.is_function:
+            tests.append(f"_kernels_has_trainable({self.module})")
+        only_first = all(type(p.default) in PLAIN and p.default is not None for p in self._arguments[1:])
+        mode = "" if only_first and not exact else "_kernels_grad() and "
+        joined = "\n    or ".join(tests)
+        return f"{mode}(\n    {joined}\n)"
 
     @property
-    def _arguments(self) -> list[inspect.Parameter]:
+    def _arguments(self) -> tuple[inspect.Parameter, ...]:
         """The parameters that a caller fills: all but `self`."""
-        return list(self._parameters or ())[0 if self._self_is_packed or self._is_function else 1 :]
+        return (self.parameters or ())[0 if self._self_is_packed or self.is_function else 1 :]
 
     @property
     def _self_is_packed(self) -> bool:
         """Whether a method takes its `self` as the first of `*args`."""
-        if self._is_function or not self._parameters:
+        if self.is_function or not self.parameters:
             return False
-        return self._parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+        return self.parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
 
 
-def _parameters(reference: Forward) -> tuple[inspect.Parameter, ...] | None:
-    """Return the parameters that the reference really has, or None where there is nothing to read."""
+def _fill(template: str, pieces: Mapping[str, Any]) -> str:
+    """Fill a template; a piece of several lines gets the indentation of its place, and an empty one leaves no line."""
+    lines = []
+    for line in template.splitlines():
+        filled = line.strip().format_map(pieces)
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += [f"{indent}{each}\n" for each in filled.splitlines()]
+    return "".join(lines)
+
+
+def read_parameters(reference: Callable[..., Any]) -> tuple[inspect.Parameter, ...] | None:
+    """Return the parameters that a reference really has; None where they cannot be read, or not be passed on."""
     try:
         signature = inspect.signature(reference, follow_wrapped=False)
     except (TypeError, ValueError):
         return None
     parameters = tuple(signature.parameters.values())
-    taken = any(p.name.startswith("_kernel") or p.name in _TAKEN for p in parameters)
-    return None if taken else parameters
+    return None if any(p.name.startswith("_kernel") for p in parameters) else parameters
+
+
+def set_defaults(function: Callable[..., Any], parameters: tuple[inspect.Parameter, ...] | None) -> None:
+    """Give a function the defaults of parameters, the same objects."""
+    given = [p for p in parameters or () if p.default is not p.empty]
+    changed: Any = function
+    changed.__defaults__ = tuple(p.default for p in given if p.kind is not p.KEYWORD_ONLY)
+    changed.__kwdefaults__ = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}

@@ -200,21 +200,12 @@ def generation() -> int:
     return _generation
 
 
-def publish(frame: Frame, name: str, forward: Forward, before: int) -> None:
-    """Let warm eager calls find what was resolved, unless something changed since generation `before`."""
+def publish(frame: Frame, name: str, answer: object, before: int) -> None:
+    """Let warm eager calls find an answer, unless something changed since generation `before`."""
     with _lock:
         if before == _generation:
-            setattr(frame, name, forward)
+            setattr(frame, name, answer)
             frame.published.add(name)
-
-
-def republish(old: Forward, new: Forward) -> None:
-    """Let warm eager calls find `new` wherever they find `old`."""
-    with _lock:
-        for frame in list(_frames):
-            for name in frame.published:
-                if getattr(frame, name) is old:
-                    setattr(frame, name, new)
 
 
 def forget() -> None:

@@ -8,6 +8,7 @@ the output, where the reference has one.
 
 from __future__ import annotations
 
+import collections
 import functools
 import gc
 import warnings
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 
 from ..errors import KernelsWarning
+from ..forward_source import PLAIN
 from ..layer import Layer
 from ..mode import Mode
 from ..resolution import Resolution
-from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, tree_leaves, tree_map, version
+from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, in_forward_ad, tree_leaves, tree_map, version
 from .quarantine import quarantine
 from .saved_tensors import held_back
 
@@ -49,25 +51,35 @@ _proven: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionar
 _MAX_NODES = 100_000
 """How far a graph is searched: one that is larger belongs to more than a layer."""
 
+_HOLD_NO_TENSOR = PLAIN | {set, type, collections.OrderedDict}
+"""Types of attributes that are not searched for tensors; a module has about 15 of them."""
+
+
+def is_recorded(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
+    """Whether autograd records a call: forward-mode differentiation counts, whatever the gradient mode."""
+    return (torch.is_grad_enabled() and records_autograd(module, values)) or in_forward_ad()
+
 
 def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
     """Whether an argument, or a parameter, buffer or other tensor of the module, requires grad."""
     for value in values:
-        for item in _items(value):
-            if isinstance(item, torch.Tensor) and item.requires_grad:
-                return True
-    return module is not None and _has_trainable(module)
+        if requires_grad(value):
+            return True
+    return module is not None and has_trainable(module)
 
 
-def _items(value: Any) -> Iterable[Any]:
-    """What is looked at of an argument: itself, or what is one level inside."""
-    return value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+def requires_grad(value: Any) -> bool:
+    """Whether an argument is a tensor that requires grad, or a list, tuple or dict that holds one."""
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, torch.Tensor) and item.requires_grad:
+            return True
+    return False
 
 
-def _has_trainable(module: torch.nn.Module) -> bool:
+def has_trainable(module: torch.nn.Module) -> bool:
     """Whether a tensor of a module requires grad; asks the dictionaries, for `parameters()` takes microseconds.
 
-    Some wrappers keep weights as plain attributes, so these count, but for versions of Dynamo that cannot look there.
+    Some wrappers keep weights as plain attributes, so these are searched, except by versions of Dynamo that cannot.
     """
     for tensors in (module._parameters, module._buffers):
         for tensor in tensors.values():
@@ -80,19 +92,21 @@ def _has_trainable(module: torch.nn.Module) -> bool:
         for tensor in module.__dict__.values():
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 return True
-    return any(_has_trainable(child) for child in module._modules.values() if child is not None)
+    return any(child is not None and has_trainable(child) for child in module._modules.values())
 
 
 def _has_trainable_attribute(module: torch.nn.Module) -> bool:
     """Whether a plain attribute of a module, or an item of a dictionary in one, is a tensor that requires grad.
 
-    Asks the garbage collector what the module refers to. From Python 3.11 on, to ask for `__dict__` would make one,
-    and whoever reads an attribute of the module would be slower ever after.
+    Asks the garbage collector for what the module refers to. From Python 3.11 on, to ask for `__dict__` would make one,
+    and reading an attribute of the module would be slower ever after.
     """
     for held in gc.get_referents(module):
-        for value in held.values() if type(held) is dict else (held,):
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                return True
+        kind = type(held)
+        if kind not in _HOLD_NO_TENSOR:
+            for value in held.values() if kind is dict else (held,):
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    return True
     return False
 
 
@@ -141,8 +155,6 @@ def try_gradients(
         on and the call can be made anew, None where it is refused but has changed what it was given,
         so that its output has to do.
     """
-    if not records_autograd(module, values):  # quickly told
-        return call(implementation), True
     candidates = dict(_candidates(layer, module, values))
     sources = {name: tensor for name, tensor in candidates.items() if tensor is not None and tensor.requires_grad}
     seen = _seen.setdefault(implementation, {}).setdefault(layer.number, _Seen())

@@ -19,9 +19,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..dispatch import adapted
+from ..dispatch import adapted, proved
 from ..errors import KernelizeError, KernelsWarning
-from ..guards.gradients import keeps_gradients, needs_proof, try_gradients
+from ..guards.gradients import needs_proof
+from ..guards.proof import until_proven
 from ..guards.quarantine import find_quarantined
 from ..layer import Layer
 from ..mode import Mode
@@ -29,7 +30,7 @@ from ..plugins import plugin_manager
 from ..resolution import Resolution
 from ..resolver import Notify, Pins, decide
 from ..scope import Scope, listeners
-from ..torch_internals import constant_result, current_transform
+from ..torch_internals import constant_result
 from .modules import own_device
 
 Forward = Callable[..., Any]
@@ -77,6 +78,7 @@ class FrozenChoice:
     functions: Mapping[Layer, Resolution]
     run: Run = field(repr=False)
     chosen: Forward = field(init=False, repr=False)
+    unproven: Forward | None = field(init=False, default=None, repr=False)
 
     def serves(self, module: nn.Module) -> bool:
         """Whether calls of a module run the choice: not while it trains after `train()`, nor in quarantine."""
@@ -156,7 +158,8 @@ def _refresh(cls: Any) -> None:
             forward = frozen.original.forward  # decides by itself, and says why
         else:
             if kernel is not None and needs_proof(resolution):
-                forward = _until_proven(cls, frozen, forward, kernel)
+                frozen.unproven = frozen.unproven or _until_proven(cls, frozen, resolution, kernel)
+                forward = frozen.unproven
             if Mode.TORCH_COMPILE not in frozen.mode:
                 forward = plugin_manager().wrap_forward(resolution, forward)
     if vars(cls)["forward"] is not forward:
@@ -202,40 +205,27 @@ def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
     return pinned
 
 
-def _until_proven(cls: Any, frozen: FrozenChoice, forward: Forward, kernel: Forward) -> Forward:
-    """Look at recorded calls, and let the class have the forward itself once all gradients were seen to be kept."""
+def _until_proven(cls: Any, frozen: FrozenChoice, resolution: Resolution, kernel: Forward) -> Forward:
+    """Return a forward that checks recorded calls, until the class can have the chosen forward itself."""
     layer = cast(Layer, frozen.layer)
 
-    @functools.wraps(forward)
-    def unproven(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or current_transform() is not None:
-            return forward(self, *args, **kwargs)
-        bound = layer.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        values = tuple(bound.arguments.values())
-        if not keeps_gradients(layer, kernel):
-            output, kept = try_gradients(
-                layer,
-                kernel,
-                self,
-                values,
-                lambda f: (forward if f is kernel else f)(self, *args, **kwargs),
-                kernel=cast(Resolution, frozen.resolution).origin,
-            )
-            if keeps_gradients(layer, kernel):
-                _refresh(cls)
-            if kept is not False:
-                return output
-            # The mapping that it came from may count no more, so that what is decided now says nothing.
-            frozen.run.say(
-                f"Layer {layer.name!r} was kernelized with {cast(Resolution, frozen.resolution).origin}, which loses "
-                "gradients that the reference has: it is in quarantine, and each call decides by itself."
-            )
-            return frozen.original.forward(self, *args, **kwargs)
-        _refresh(cls)
-        return forward(self, *args, **kwargs)
+    def decide_anew(module: nn.Module | None, values: tuple[Any, ...]) -> Forward:
+        # The mapping that it came from may be gone, so that the decision of this call gives no reason.
+        frozen.run.say(
+            f"Layer {layer.name!r} was kernelized with {resolution.origin}, which loses "
+            "gradients that the reference has: it is in quarantine, and each call decides by itself."
+        )
+        return frozen.original.forward
 
-    return unproven
+    proving = until_proven(
+        layer,
+        kernel,
+        frozen.chosen,
+        origin=resolution.origin,
+        when_proven=lambda: _refresh(cls),
+        decide_anew=decide_anew,
+    )
+    return proved(layer, frozen.chosen, proving)
 
 
 def _train(self: nn.Module, mode: bool = True) -> nn.Module:

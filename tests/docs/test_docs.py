@@ -32,7 +32,7 @@ from source_tree import FILES
 import kernels_core
 import kernels_core.replay
 import kernels_plugins
-from kernels_core import PluginManager, dispatch, errors, hookimpl, hookspecs, use_kernel_forward_from_hub
+from kernels_core import PluginManager, device, errors, hookimpl, hookspecs, use_kernel_forward_from_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -138,7 +138,7 @@ def test_examples_of_a_page_run_and_print_what_it_shows(page: Path, tmp_path: Pa
             assert matches, f"{page.name}, line {block.line} prints:\n{text}\nthe page shows:\n{shown.text}"
 
 
-@pytest.mark.skipif(dispatch._ACCELERATOR is not None, reason="the page shows what a build for the CPU only generates")
+@pytest.mark.skipif(device.ACCELERATOR is not None, reason="the page shows what a build for the CPU only generates")
 def test_the_generated_forward_is_the_one_on_the_page() -> None:
     """path-of-a-call.md shows the source that the dispatcher generates."""
 

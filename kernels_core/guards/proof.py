@@ -1,0 +1,103 @@
+"""A kernel that was not yet proven to keep gradients: the first calls that autograd records are checked."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..layer import Layer
+from ..torch_internals import current_transform
+from .gradients import keeps_gradients, records_autograd, try_gradients
+
+Forward = Callable[..., Any]
+
+_FINDS_LOCALS = {"super", "locals", "vars", "eval", "exec"}
+"""Functions that read the first argument of their caller without being given it."""
+
+
+def until_proven(
+    layer: Layer,
+    kernel: Forward,
+    forward: Forward,
+    *,
+    origin: str,
+    when_proven: Callable[[], None],
+    decide_anew: Callable[[torch.nn.Module | None, tuple[Any, ...]], Forward],
+) -> Forward:
+    """Return a function that calls `forward`, and checks the calls that autograd records until the kernel is proven.
+
+    Args:
+        layer: The layer that the kernel serves.
+        kernel: The implementation, as in `Resolution.implementation`.
+        forward: What calls the kernel; often the kernel itself.
+        origin: Where the kernel came from, for messages.
+        when_proven: Called when nothing is left to prove: replaces the function that is returned here.
+        decide_anew: Returns the function that serves a call of which the kernel has lost a gradient; takes the module
+            and the arguments of that call.
+    """
+
+    @functools.wraps(forward)
+    def proving(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or current_transform() is not None or torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        if keeps_gradients(layer, kernel):  # proven by another call meanwhile
+            when_proven()
+            return forward(*args, **kwargs)
+        module, values = _arguments(layer, args, kwargs)
+        if not records_autograd(module, values):
+            return forward(*args, **kwargs)
+
+        def call(function: Forward) -> Any:
+            return (forward if function is kernel else function)(*args, **kwargs)
+
+        output, kept = try_gradients(layer, kernel, module, values, call, kernel=origin)
+        if keeps_gradients(layer, kernel):
+            when_proven()
+        return decide_anew(module, values)(*args, **kwargs) if kept is False else output
+
+    return proving
+
+
+def _arguments(
+    layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.nn.Module | None, tuple[Any, ...]]:
+    """Return the module, and all arguments in the order of the signature, as generated functions have them."""
+    module, args = (None, args) if layer.is_function else (args[0], args[1:])
+    try:
+        bound = layer.signature.bind(*args, **kwargs)
+    except (TypeError, ValueError):  # the kernel raises its own error, or its signature cannot be read
+        return module, (*args, *kwargs.values())
+    bound.apply_defaults()
+    values: list[Any] = []
+    for name, value in bound.arguments.items():
+        kind = layer.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            values += value
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            values += value.values()
+        else:
+            values.append(value)
+    return module, tuple(values)
+
+
+def reads_module(layer: Layer) -> bool:
+    """Whether the reference of a layer may read tensors of its module.
+
+    Where it does not, only the arguments of a call have gradients that a kernel could lose.
+    """
+    if layer.is_function:
+        return False
+    if type(layer.reference) is not types.FunctionType or layer.reference.__code__.co_argcount == 0:
+        return True
+    code = layer.reference.__code__
+    if _FINDS_LOCALS.intersection(code.co_names):
+        return True
+    first = code.co_varnames[0]  # a closure over it makes it a cell, which is loaded, too
+    loaded = (each.argval for each in dis.get_instructions(code))
+    return any(first == name or (isinstance(name, tuple) and first in name) for name in loaded)
