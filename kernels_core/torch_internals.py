@@ -4,7 +4,8 @@ PyTorch may rename or drop a private name in any release. So each stands here, i
 fallback that is slower or more cautious, and never raises. `_find` asks for a name: the argument is always a
 literal, so that the tests can list all names and delete one at a time.
 
-*Private* is what starts with an underscore in or under `torch`, and what PyTorch does not document (`TraceError`).
+*Private* is a name that starts with an underscore in or under `torch`, or that PyTorch does not document
+(`TraceError`).
 The dictionaries of `nn.Module` (`_parameters`, `_buffers`, `_modules`, `_forward_hooks` and their kin) and `_apply`
 are not: they stand in every pickled module, and subclasses override them, so PyTorch cannot rename them. Other files
 may use them.
@@ -77,7 +78,7 @@ class _ForwardLevel:
         """0 or more within `forward_ad.dual_level`, or where that cannot be found out: a training kernel serves."""
         if torch.compiler.is_dynamo_compiling():
             return 0
-        try:  # outside of all levels, this returns what it was given
+        try:  # outside of all levels, this returns its argument
             return -1 if cast(Any, forward_ad).unpack_dual(self._probe).primal is self._probe else 0
         except (AttributeError, NameError):
             return 0
@@ -136,8 +137,8 @@ current_transform: Callable[[], object] = (
 )
 """Return the innermost transform of `torch.func` that runs, such as `grad` or `vmap`; None outside of them.
 
-Without either name, some transform is assumed: no kernel is tried or compared, so none is taken out for what a
-transform did.
+Without either name, some transform is assumed: no kernel is tried or compared, so none goes into quarantine for the
+effect of a transform.
 """
 
 
@@ -228,7 +229,7 @@ _registered = _find("torch.utils._pytree:SUPPORTED_NODES")
 
 
 def _opened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
-    """Return the children of a container, and what makes another of as many; None for a leaf."""
+    """Return the children of a container, and a function that makes one of others; None for a leaf."""
     kind = type(tree)
     if kind in (dict, OrderedDict, defaultdict):
 
@@ -270,7 +271,7 @@ def registered_node(kind: type[Any]) -> Any:
 
 
 class _NoDispatchMode:
-    """Refuses to watch, so that what would be watched is not trusted."""
+    """Refuses to watch: a reference that cannot be watched is not trusted."""
 
     def __enter__(self) -> Any:
         raise RuntimeError("operators cannot be watched with this version of PyTorch")

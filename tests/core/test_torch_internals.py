@@ -249,7 +249,7 @@ DEPENDS = {
 
 
 def check(outcomes: Outcomes, path: str) -> None:
-    """Compare what happened with what should, and skip where there is no such name."""
+    """Compare outcomes with those expected, and skip where this PyTorch has no such name."""
     if "absent" in outcomes:
         pytest.skip(f"this PyTorch has no {outcomes['absent']}")
     expected = EXPECTED | CAUTIOUS.get(path, {})
@@ -271,7 +271,7 @@ def test_without_a_name(renamed: Callable[[str], Outcomes], path: str) -> None:
 
 
 def test_without_any_name(renamed: Callable[[str], Outcomes]) -> None:
-    """The same where all names are gone at once, but for what PyTorch needs itself."""
+    """The same where all names are gone at once, except those that PyTorch itself needs."""
     outcomes = renamed(" ".join(path for path in PATHS if path not in DEPENDS and is_there(path)))
     assert {outcomes[name] for name in ("import", "eager", "modes", "checkpointed")} == {"ok"}
 
@@ -283,7 +283,7 @@ def test_other_versions(renamed: Callable[[str], Outcomes], version: str) -> Non
 
 
 def test_nothing_is_lost_without_changes(renamed: Callable[[str], Outcomes]) -> None:
-    """Without a change, everything goes well: what is lost above is lost by the change."""
+    """Without a change, each use succeeds: a use that is lost above is lost by the change."""
     outcomes = renamed("")
     check(outcomes, "")
     assert not [outcome for outcome in outcomes.values() if outcome.startswith("PyTorch")]

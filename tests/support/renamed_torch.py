@@ -112,7 +112,7 @@ def is_there(path: str) -> bool:
 
 
 def _rename_member(cls: type[Any], old: str) -> None:
-    """Rename a method, what a class of C offers, or an attribute of instances."""
+    """Rename a method, a descriptor of a class written in C, or an attribute of instances."""
     member = inspect.getattr_static(cls, old, None)
     if old in vars(cls):
         setattr(cls, new(old), member)
@@ -200,7 +200,7 @@ PLAIN: dict[str, Callable[[], object]] = {
 
 
 def right(output: torch.Tensor, *served: float) -> None:
-    """Raise unless an output is right, and came from one of the forwards named by what they add."""
+    """Raise unless an output is right, and came from one of the forwards, each known by the number that it adds."""
     added = round(float((output.detach() - x() * torch.tensor([1.0, 2.0, 3.0]))[0]))
     torch.testing.assert_close(output.detach(), x() * torch.tensor([1.0, 2.0, 3.0]) + added)
     assert added in served, f"{added} was added, not one of {served}"
@@ -218,7 +218,7 @@ def make_layer(name: str, **kernels: Any) -> nn.Module:
 
 
 def make_kernel(added: float, *, backward: bool = True, compiles: bool = True) -> type[nn.Module]:
-    """Make a kernel that can be told from others by what it adds; without backward, it computes outside autograd."""
+    """Make a kernel that adds a number of its own; without backward, it computes outside autograd."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return x * self.weight + added
@@ -387,7 +387,7 @@ USES: dict[str, tuple[Callable[[], object], str | None]] = {
     "forward mode": (forward_mode, "forward mode"),
     "checkpointed": (checkpointed, "checkpointed"),
 }
-"""By name: what is done, and what PyTorch has to be able to do for it."""
+"""By name: a use of ours, and the plain use that PyTorch must be capable of for it."""
 
 PROTECTED = ("breaking", "losing")
 """Uses in which one warning has to be given; in others, none."""
@@ -398,14 +398,14 @@ PROTECTED = ("breaking", "losing")
 
 def attempt(use: Callable[[], object]) -> str:
     """Return "ok", or how it failed, warnings of ours included."""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             use()
             outcome = "ok"
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
-    ours = [str(entry.message) for entry in said if entry.category.__name__ == "KernelsWarning"]
+    ours = [str(entry.message) for entry in caught if entry.category.__name__ == "KernelsWarning"]
     return outcome if not ours else f"{outcome}; {len(ours)} warnings: {ours}"
 
 
@@ -429,7 +429,7 @@ def run(path: str) -> dict[str, str]:
 
 def serve() -> None:
     """Fork a process for each line of standard input."""
-    for use in PLAIN.values():  # also what PyTorch imports when it needs it
+    for use in PLAIN.values():  # so that PyTorch has imported all modules that it imports late
         use()
     assert "kernels_core" not in sys.modules
     _functions.extend(
