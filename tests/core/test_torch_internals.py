@@ -198,6 +198,7 @@ def renamed() -> Iterator[Callable[[str], Outcomes]]:
         pytest.skip("needs fork")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KERNELS_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # CUDA does not survive a fork
     script = ROOT / "tests" / "support" / "renamed_torch.py"
     with subprocess.Popen(
         [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
