@@ -68,14 +68,10 @@ class RequirementError(KernelsError):
         rows: The rows of the receipt that fail.
     """
 
-    def __init__(self, message: str, *, rows: Sequence[ReceiptRow]) -> None:
+    def __init__(self, message: str, *, rows: Sequence[ReceiptRow] = ()) -> None:
         """List the layers that fail, and why."""
         super().__init__(message)
         self.rows = tuple(rows)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the keyword that the constructor needs."""
-        return functools.partial(type(self), rows=self.rows), self.args
 
 
 class VerificationError(KernelsError):
@@ -85,14 +81,10 @@ class VerificationError(KernelsError):
         rows: The rows of the report in which it does.
     """
 
-    def __init__(self, message: str, *, rows: Sequence[Any]) -> None:
+    def __init__(self, message: str, *, rows: Sequence[Any] = ()) -> None:
         """List the kernels that are wrong, where, and by how much."""
         super().__init__(message)
         self.rows = tuple(rows)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the keyword that the constructor needs."""
-        return functools.partial(type(self), rows=self.rows), self.args
 
 
 class PluginError(KernelsError):

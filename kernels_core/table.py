@@ -209,24 +209,17 @@ class Table:
             >>> Table(("name",), [TableRow(("<norm>",))]).to_html()[-46:]
             '<tr><td>&lt;norm&gt;</td></tr></tbody></table>'
         """
-        caption = "<br>".join(
-            html.escape(visible(text)).replace("\n", "<br>") for text in (self.title, self.summary) if text
-        )
+        caption = _escaped("\n".join(filter(None, (self.title, self.summary))))
         head = "".join(f"<th style='text-align:left'>{html.escape(column)}</th>" for column in self.columns)
-        body = "".join(self._html_rows())
-        return (
-            "<table>"
-            + (f"<caption style='text-align:left'>{caption}</caption>" if caption else "")
-            + f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
-
-    def _html_rows(self) -> Iterator[str]:
+        body = ""
         for row in self.rows:
             colour = f" style='color:{_COLOURS.get(row.style, 'inherit')}'" if row.style else ""
-            yield f"<tr{colour}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row.texts(', '))}</tr>"
+            body += f"<tr{colour}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row.texts(', '))}</tr>"
             for note in row.notes:
-                shown = _escaped(visible(note, _LONGEST))
-                yield f"<tr><td></td><td colspan='{max(1, len(self.columns) - 1)}'>{shown}</td></tr>"
+                span = max(1, len(self.columns) - 1)
+                body += f"<tr><td></td><td colspan='{span}'>{_escaped(visible(note, _LONGEST))}</td></tr>"
+        caption = caption and f"<caption style='text-align:left'>{caption}</caption>"
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 class Tabular(ABC):
