@@ -42,8 +42,8 @@ def leaves(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of a nested value, with the path to each.
 
     Example:
-        >>> list(leaves({"a": [1, 2], "b": (3,)}))
-        [("['a'][0]", 1), ("['a'][1]", 2), ("['b'][0]", 3)]
+        >>> [leaf for _, leaf in leaves({"a": [1, 2], "b": (3,)})]
+        [1, 2, 3]
     """
     return ((where, node) for where, node, keys in nodes(value, path) if keys is None)
 
