@@ -21,7 +21,7 @@ def forward(self, x, eps=1e-6):
 ```
 
 Only Dynamo finds the first condition true, so eager and traced calls never meet: `cold` resolves
-and publishes, `traced_kernel` reads a property that resolves by itself (`scope.Table`).
+and publishes, `traced_kernel` reads a property that resolves by itself (`scope.FrameTable`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import Resolution
 from .resolver import Notify, decide, must_raise, no_kernel, ready
-from .scope import PATIENCE, Frame, Table, active_frame, publish, resolving, root, withdraw
+from .scope import PATIENCE, Frame, FrameTable, active_frame, publish, resolving, root, withdraw
 from .torch_internals import (
     EXPRESSION_NAMES,
     FORWARD_LEVEL,
@@ -131,7 +131,7 @@ class _Dispatcher:
             read_parameters(layer.reference), layer.is_function, reads_module(layer), IS_TRACED, FORWARD_LEVEL
         )
         self._names: dict[torch.device, str] = {}
-        self._tables: dict[str, Table] = {}
+        self._tables: dict[str, FrameTable] = {}
         self._selectors: dict[str, Forward] = {}
         self._unproven: dict[int, weakref.ref[Forward]] = {}  # by kernel; frames hold the functions that prove them
         self._busy = threading.RLock()
@@ -308,7 +308,7 @@ class _Dispatcher:
     def _table(self, name: str, resolve: Callable[[Frame], Forward]) -> str:
         with self._busy:  # two tables of one name would each answer a part of the reads
             if name not in self._tables:
-                self._tables[name] = Table(name, self.layer.reference, resolve)
+                self._tables[name] = FrameTable(name, self.layer.reference, resolve)
                 self.names.add(name)
         return name
 

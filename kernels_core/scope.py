@@ -34,7 +34,7 @@ class Frame:
 
     - Eager calls read an attribute of the frame, one per decorated layer and device (`publish`).
       Without `__slots__`, and without defaults on the class, that is the quickest read there is.
-    - Traced calls read a property of the class that is backed by a `Table`.
+    - Traced calls read a property of the class that is backed by a `FrameTable`.
     """
 
     active: Any
@@ -47,7 +47,7 @@ class Frame:
         self.children: dict[int, Frame] = {}  # by the id of their scope, whose finalizer removes them
         self.finalizer: weakref.finalize[[weakref.ref[Frame]], Scope] | None = None
         self.published: set[str] = set()
-        self.tables: set[Table] = set()
+        self.tables: set[FrameTable] = set()
         self.orphaned = False
 
     def payloads(self) -> tuple[object, ...]:
@@ -74,7 +74,7 @@ _lock = threading.RLock()
 listeners: list[Callable[[], None]] = []
 """Called when every resolution was dropped."""
 
-_tables: weakref.WeakSet[Table] = weakref.WeakSet()
+_tables: weakref.WeakSet[FrameTable] = weakref.WeakSet()
 _frames: weakref.WeakSet[Frame] = weakref.WeakSet([root])
 _generation = 0
 
@@ -150,7 +150,7 @@ def _drop(reference: weakref.ref[Frame]) -> None:
             table.pop(frame, None)
 
 
-class Table(dict[Frame, Forward]):
+class FrameTable(dict[Frame, Forward]):
     """What serves traced calls of one layer on one device, per frame; resolves where it does not know.
 
     It is read as a property of the class `Frame` whose getter is this table's `__getitem__`. Dynamo
