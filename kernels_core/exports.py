@@ -12,6 +12,7 @@ def set_module(package: str, namespace: Mapping[str, Any], names: Iterable[str])
 
     Reprs, tracebacks and pickles then name the import path that is promised, and pickles survive a move of the
     defining file. Names that are missing, come from another package, or are an alias of another name stay as they are.
+    `inspect.getsource` no longer finds the source of such a class; it does that of its methods, and of functions.
 
     Args:
         package: The package, which has each of the names as an attribute.

@@ -193,7 +193,7 @@ class Finder(doctest.DocTestFinder):
     """Finds the examples of public names in the files that define them, although their `__module__` is the package."""
 
     def _from_module(self, module: types.ModuleType, object: object) -> bool:
-        if getattr(object, "__module__", None) not in {package.__name__ for package in PACKAGES}:
+        if not hasattr(sys.modules.get(getattr(object, "__module__", "")), "__path__"):  # not of a package
             return super()._from_module(module, object)  # type: ignore[misc, no-any-return]
         if isinstance(object, type):
             return re.search(rf"^class {object.__name__}\b", inspect.getsource(module), re.MULTILINE) is not None

@@ -18,14 +18,15 @@ import importlib_metadata
 import pytest
 
 import kernels_core
+import kernels_core.replay
 import kernels_plugins
 
 SOURCE = Path(kernels_plugins.__file__)
 OWN = sorted(set(kernels_plugins.__all__) - set(kernels_core.__all__))
 PUBLIC = [
     (package, name)
-    for package, names in ((kernels_core, kernels_core.__all__), (kernels_plugins, OWN))
-    for name in names
+    for package in (kernels_core, kernels_core.replay, kernels_plugins)
+    for name in (OWN if package is kernels_plugins else package.__all__)
     for value in [inspect.unwrap(getattr(package, name))]
     if isinstance(value, type) or inspect.isroutine(value)
 ]
