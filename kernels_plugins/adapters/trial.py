@@ -10,6 +10,7 @@ import torch
 from kernels_core.replay import Replay
 from kernels_core.torch_internals import DispatchMode, storage_key, written_arguments
 
+from ..comparison import metadata_mismatch
 from .results import Unfit
 from .structure import Parts, Structure
 
@@ -72,14 +73,9 @@ def check_alike(ours: tuple[Structure, Parts], theirs: tuple[Structure, Parts]) 
     if ours[0] != theirs[0]:
         raise Unfit("its result is not built as that of the reference")
     for index, (one, other) in enumerate(zip(ours[1].tensors, theirs[1].tensors, strict=True)):
-        mine, expected = _look(one), _look(other)
-        if mine != expected:
-            raise Unfit(f"output {index + 1} is {mine}, and that of the reference is {expected}")
-
-
-def _look(tensor: torch.Tensor) -> str:
-    shape = "x".join(str(int(size)) for size in tensor.shape) or "scalar"
-    return f"{str(tensor.dtype).removeprefix('torch.')} {shape} on {tensor.device}"
+        mismatch = metadata_mismatch(f"output {index + 1}", one, other)
+        if mismatch is not None:
+            raise Unfit(mismatch)
 
 
 def fresh(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

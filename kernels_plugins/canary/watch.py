@@ -17,8 +17,7 @@ from torch import nn
 from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, quarantine
 from kernels_core.replay import Call, Outcome, is_observed, mapped, same_numbers
 
-from ..oracle.comparison import Comparison, compare
-from ..oracle.quick_comparison import alike
+from ..comparison import Comparison, alike, compare
 from .settings import Settings
 
 Forward = Callable[..., Any]

@@ -21,7 +21,7 @@ from kernels_core import (
 )
 from kernels_core.replay import Call
 
-from .comparison import Tolerances
+from ..comparison import Tolerances
 from .inputs import Recorded
 from .probe import ProbeReport, implementation_of, probe
 

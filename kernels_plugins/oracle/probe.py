@@ -12,10 +12,10 @@ import torch
 from kernels_core import Resolution
 from kernels_core.replay import Call, mapped
 
-from .comparison import Tolerances, compare
+from ..comparison import Tolerances, compare
 from .inputs import Recorded, with_gradients
 from .report import VerifyRow
-from .verify import stop_if_broken, tried
+from .subject import stop_if_broken, tried
 
 Forward = Callable[..., Any]
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels_core.replay import Call, ModelState, is_observed, same_numbers
-from kernels_plugins.oracle.comparison import compare
+from kernels_plugins.comparison import compare
 
 
 class Layer(nn.Module):

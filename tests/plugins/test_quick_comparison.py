@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_plugins.oracle.comparison import compare
-from kernels_plugins.oracle.quick_comparison import alike
+from kernels_plugins.comparison import alike, compare
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

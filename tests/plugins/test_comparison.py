@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_core import ArgumentTypeError
-from kernels_plugins.oracle.comparison import compare
+from kernels_plugins.comparison import compare
 
 Pair = namedtuple("Pair", "first second")
 

@@ -14,7 +14,8 @@ import torch
 
 from kernels_core.replay import leaves
 
-from .comparison import Yardstick, metadata_mismatch, norm, structure_mismatches, tolerance_of, value_mismatches
+from .structure import metadata_mismatch, structure_mismatches, value_mismatches
+from .tolerance import Yardstick, norm, tolerance_of
 
 
 def alike(pairs: Iterable[tuple[object, object]], same: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()) -> bool:

@@ -1,48 +1,17 @@
-"""Are these outputs those that were expected, within what the dtype allows?
-
-Tolerances are those of `torch.testing`. They say how far a single number may be off. That alone would let a
-kernel pass that is off by one percent in bfloat16, always to the same side; so the mean of the errors is
-looked at, too: rounding goes either way, and a mean over many numbers must be near zero.
-"""
+"""`compare`: the differences of an output from the expected one, in numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 
 from kernels_core import ArgumentTypeError
-from kernels_core.replay import leaves, nodes
+from kernels_core.replay import leaves
 
-Tolerance = tuple[float, float]
-Tolerances = Tolerance | Mapping[torch.dtype, Tolerance]
-
-TOLERANCES: Mapping[torch.dtype, Tolerance] = {
-    torch.float16: (4e-3, 1e-5),
-    torch.bfloat16: (1.6e-2, 1e-5),
-    torch.float32: (1.3e-6, 1e-5),
-    torch.float64: (1e-7, 1e-7),
-    torch.complex32: (4e-3, 1e-5),
-    torch.complex64: (1.3e-6, 1e-5),
-    torch.complex128: (1e-7, 1e-7),
-}
-"""Relative and absolute, as in `torch.testing.assert_close`; other floating dtypes: their eps; integers: none.
-
-But for float16, the relative one there is a single unit in the last place. Two right kernels differ by more,
-where one keeps an intermediate result in float32 and the other does not: it is four here.
-"""
-
-OWN_RMS, OWN_MAX = 8.0, 3.0
-"""How many times the root mean square, or the largest, of the reference's own errors a number may be off, besides."""
-
-LOW_EPS = 1e-4
-"""Dtypes with a larger eps round so much that both sides are allowed their error, where only both are known."""
-
-SIGNIFICANT = 6.0
-"""How many times its own uncertainty the mean of the errors must be, to be told from chance."""
+from .structure import metadata_mismatch, structure_mismatches, value_mismatches
+from .tolerance import OWN_MAX, OWN_RMS, Tolerance, Tolerances, Yardstick, norm, tolerance_of
 
 
 @dataclass(frozen=True)
@@ -211,129 +180,8 @@ def compare(
     return Comparison(tuple(mismatches), tuple(measured.difference() for measured in found))
 
 
-# --- What is not a number -------------------------------------------------------------------------
-
-
-def structure_mismatches(actual: object, expected: object) -> list[str]:
-    """Say where two nested values hold other things."""
-    ours, theirs = list(_containers(actual)), list(_containers(expected))
-    if ours == theirs:
-        return []
-    for (path, kind, keys), (other, expected_kind, expected_keys) in zip(ours, theirs, strict=False):
-        if path == other and kind is not expected_kind:
-            return [f"{path or 'output'}: {kind.__name__} instead of {expected_kind.__name__}"]
-        if path == other and keys != expected_keys:
-            return [f"{path or 'output'}: holds {_listed(keys)} instead of {_listed(expected_keys)}"]
-    return [f"output: {_listed(p for p, _ in leaves(actual))} instead of {_listed(p for p, _ in leaves(expected))}"]
-
-
-def _containers(value: object) -> Iterator[tuple[str, type, tuple[str, ...]]]:
-    return ((path, type(node), keys) for path, node, keys in nodes(value) if keys is not None)
-
-
-def _listed(keys: Any) -> str:
-    return ", ".join(key or "one value" for key in keys) or "nothing"
-
-
-def value_mismatches(path: str, ours: object, theirs: object) -> list[str]:
-    """Compare what is no tensor: by value where it has one, else by type."""
-    if type(ours) is not type(theirs):
-        return [f"{path}: {type(ours).__name__} instead of {type(theirs).__name__}"]
-    if isinstance(ours, float) and isinstance(theirs, float):
-        rtol, atol = TOLERANCES[torch.float64]
-        both_nan = math.isnan(ours) and math.isnan(theirs)
-        same = both_nan or math.isclose(ours, theirs, rel_tol=rtol, abs_tol=atol)
-    elif isinstance(ours, str | bytes | int | complex | torch.Size | torch.dtype | torch.device):
-        same = bool(ours == theirs)
-    else:
-        return []  # objects that nobody can look into
-    return [] if same else [f"{path}: {ours!r} instead of {theirs!r}"]
-
-
-def metadata_mismatch(path: str, ours: object, theirs: torch.Tensor) -> str | None:
-    """Say why two tensors cannot be compared number by number, None if they can."""
-    if not isinstance(ours, torch.Tensor):
-        return f"{path}: {type(ours).__name__} instead of a tensor"
-    if ours.shape != theirs.shape:
-        return f"{path}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
-    if ours.dtype != theirs.dtype:
-        return f"{path}: {ours.dtype} instead of {theirs.dtype}"
-    if ours.device != theirs.device:
-        return f"{path}: on {ours.device} instead of {theirs.device}"
-    return None
-
-
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def tolerance_of(dtype: torch.dtype, tolerances: Tolerances | None = None) -> Tolerance:
-    """Return the relative and absolute tolerance of a dtype."""
-    if isinstance(tolerances, tuple):
-        return tolerances
-    if tolerances is not None and dtype in tolerances:
-        return tolerances[dtype]
-    if dtype in TOLERANCES:
-        return TOLERANCES[dtype]
-    return (torch.finfo(dtype).eps, 1e-5) if dtype.is_floating_point else (0.0, 0.0)
-
-
-# --- Numbers --------------------------------------------------------------------------------------
-
-
-class Yardstick:
-    """What is allowed between two tensors of a dtype and shape.
-
-    Attributes:
-        dtype: Of both.
-        shape: Of both.
-        rtol: What a number may be off, relative to its size.
-        atol: And besides.
-        eps: Of the dtype; 0 for integers.
-        rows: How many rows there are: errors of a row may go one way.
-    """
-
-    def __init__(self, tensor: torch.Tensor, tolerance: Tolerance) -> None:
-        """Measure for tensors like this one."""
-        self.dtype, self.shape = tensor.dtype, tuple(tensor.shape)
-        self.rtol, self.atol = tolerance
-        self.eps = torch.finfo(tensor.dtype).eps if tensor.dtype.is_floating_point or tensor.is_complex() else 0.0
-        self.rows = max(1, tensor.numel() // max(1, tensor.shape[-1] if tensor.dim() else 1))
-
-    def relative(self, *, exact: bool) -> float:
-        """Return the relative tolerance, from numbers that are exact, or err themselves."""
-        return self.rtol * (2 if not exact and self.eps > LOW_EPS else 1)
-
-    def bias(
-        self,
-        count: float,
-        bias: float,
-        along: float,
-        size: float,
-        rms: float,
-        own: tuple[float, float, float] | None = None,
-    ) -> tuple[float, str]:
-        """Return how far the errors go to one side, in units of what is allowed, and to which.
-
-        Up, down, away from zero or towards it. What is shared by a row, such as a norm that was rounded, moves all
-        of the row to one side; with many rows, that goes either way, too. What the reference's own errors do is
-        known with a float64 reference.
-        """
-        if not self.eps:
-            return 0.0, ""
-        step = max(0.75 * self.eps, self.rtol / 4) * (1 + (1.5 if own is None else 0.5) / math.sqrt(self.rows))
-        own_bias, own_along, own_rms = own or (0.0, 0.0, 0.0)
-        found = []
-        for mean, reference, sides in (
-            (bias, own_bias, ("high", "low")),
-            (along, own_along, ("large in magnitude", "small in magnitude")),
-        ):
-            spread = max(math.sqrt(max(rms * rms - mean * mean, 0.0)), own_rms)
-            chance = SIGNIFICANT * spread / math.sqrt(count)
-            allowed = step * size + self.atol + 2 * abs(reference) + chance
-            told = f"biased: too {sides[mean < 0]} by {abs(mean):.3g} on average, where rounding goes either way"
-            found.append((abs(mean) / allowed if mean and allowed else math.inf if mean else 0.0, told))
-        return max(found, key=lambda one: one[0])
 
 
 class _Measured(Yardstick):
@@ -472,12 +320,6 @@ def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.to(dtype)
-
-
-def norm(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the root of the sum of squares, in double where there is one, without a copy."""
-    dtype = tensor.dtype if tensor.device.type == "mps" else torch.float64
-    return cast(torch.Tensor, torch.linalg.vector_norm(tensor, dtype=dtype))
 
 
 def _ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

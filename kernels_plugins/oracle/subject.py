@@ -1,0 +1,317 @@
+"""One layer on one of its calls: every kernel that is offered for it, compared with its reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kernels_core import (
+    Candidate,
+    Mode,
+    Resolution,
+    VerificationError,
+    find_candidates,
+    frozen_choice,
+    references,
+    resolve,
+)
+from kernels_core.replay import Call, Outcome, mapped
+
+from ..comparison import Comparison, Tolerances, compare
+from .inputs import Case, Recorded, cases, with_gradients
+from .report import VerifyRow
+
+
+def tried(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances | None = None) -> list[VerifyRow]:
+    """Try one kernel on a call and on others like it, whatever would serve; for inference and for training.
+
+    Args:
+        recorded: The layer, and the call.
+        resolution: The kernel, as if it were to serve both.
+        tolerances: As for `verify`.
+    """
+    candidate = resolution.candidate or Candidate(resolution.implementation)
+    decisions = {
+        mode: replace(resolution, request=replace(resolution.request, mode=mode))
+        for mode in (Mode.INFERENCE, Mode.TRAINING)
+    }
+    return list(Subject(recorded, True, tolerances).tried([_Kernel(candidate, decisions)], derived=True))
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A candidate, with what is decided about it for each mode."""
+
+    candidate: Candidate
+    decisions: Mapping[Mode, Resolution]
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the reference does with a case."""
+
+    run: Outcome
+    exact: Outcome | None
+
+
+class Subject:
+    """A layer that is being verified on one of its calls."""
+
+    def __init__(self, recorded: Recorded, gradients: bool, tolerances: Tolerances | None) -> None:
+        self.path, self.layer, self.call = recorded.path, recorded.layer, recorded.call
+        self.modes = (Mode.INFERENCE, Mode.TRAINING) if gradients else (Mode.INFERENCE,)
+        self.tolerances = tolerances
+        self.device = (self.call.devices or [torch.device("cpu")])[0]
+        self.blank = VerifyRow(self.path, self.layer.name, "ok", device=str(self.device))
+
+    def rows(self, *, derived: bool) -> Iterator[VerifyRow]:
+        """Yield what is found, with inputs derived from the given ones or without."""
+        if not self._condition():
+            yield replace(self.blank, verdict="no kernel", reason="its condition is not met, so none may serve it")
+            return
+        kernels = list(self._kernels())
+        if not kernels:
+            yield replace(self.blank, verdict="no kernel", reason=self._why_none())
+            return
+        for kernel in kernels:
+            for mode, resolution in kernel.decisions.items():
+                if resolution.is_reference:
+                    yield self._refused(kernel, mode, resolution)
+        serving = [k for k in kernels if not all(r.is_reference for r in k.decisions.values())]
+        if not serving:
+            yield replace(self.blank, verdict="undecided", reason="none of the kernels that are offered can be used")
+            return
+        yield from self.tried(serving, derived=derived)
+
+    def tried(self, kernels: list[_Kernel], *, derived: bool) -> Iterator[VerifyRow]:
+        """Yield how kernels do with the given inputs, and with those derived from them."""
+        given = Case("as given", self.call, given=True)
+        reason = self._undecided(given)
+        if reason is not None:
+            yield replace(self.blank, verdict="undecided", case=given.name, dtype=_dtype(self.call), reason=reason)
+            return
+        for case in (given, *(cases(self.call) if derived else ())):
+            yield from self._try(case, kernels)
+
+    def _condition(self) -> bool:
+        condition = self.layer.condition
+        if condition is None:
+            return True
+        arguments = self.call.args if self.layer.is_function else (self.call.module,)
+        return bool(condition(*arguments, **(self.call.kwargs if self.layer.is_function else {})))
+
+    def _kernels(self) -> Iterator[_Kernel]:
+        """Yield each candidate once, with what would be decided about it."""
+        found: list[tuple[Candidate, dict[Mode, Resolution]]] = []
+        for mode in self.modes:
+            for candidate in find_candidates(self.layer, device=self.device, mode=mode)[0]:
+                decisions = next((d for c, d in found if c == candidate), None)
+                if decisions is None:
+                    decisions = {}
+                    found.append((candidate, decisions))
+                if mode not in decisions:
+                    decisions[mode] = resolve(self.layer, device=self.device, mode=mode, candidate=candidate)
+        choice = frozen_choice(self.call.module) if self.call.module is not None else None
+        frozen = choice.resolution if choice is not None else None
+        if frozen is not None and not frozen.is_reference:
+            known = {id(r.implementation) for _, decisions in found for r in decisions.values()}
+            if id(frozen.implementation) not in known:  # chosen from a mapping that is not open any more
+                chosen = {mode: frozen for mode in self.modes if mode in frozen.request.mode}
+                found.append((frozen.candidate or Candidate(frozen.implementation), chosen or {Mode.INFERENCE: frozen}))
+        yield from (_Kernel(candidate, decisions) for candidate, decisions in found)
+
+    def _why_none(self) -> str:
+        found = (find_candidates(self.layer, device=self.device, mode=mode)[1] for mode in self.modes)
+        refusals = {str(refusal) for refused in found for refusal in refused}
+        note = resolve(self.layer, device=self.device, mode=self.modes[0]).note
+        return note or "; ".join(sorted(refusals)) or "none is offered"
+
+    def _refused(self, kernel: _Kernel, mode: Mode, resolution: Resolution) -> VerifyRow:
+        reason = "; ".join(refusal.reason for refusal in resolution.refusals) or resolution.note
+        return replace(self._row(kernel, mode), verdict="refused", reason=reason)
+
+    def _row(self, kernel: _Kernel, mode: Mode, case: Case | None = None) -> VerifyRow:
+        resolution = kernel.decisions[mode]
+        return replace(
+            self.blank,
+            kernel=kernel.candidate.label,
+            origin="" if resolution.is_reference else resolution.origin,
+            plugin=kernel.candidate.plugin,
+            mode=resolution.request.mode_text if mode in resolution.request.mode else str(mode.name).lower(),
+            case=case.name if case is not None else "",
+            dtype=_dtype(case.call) if case is not None else "",
+        )
+
+    # --- Cases ----------------------------------------------------------------------------------
+
+    def _undecided(self, case: Case) -> str | None:
+        """Return why the reference cannot tell what is right, None if it can."""
+        try:
+            first, second = (self._run(case, self.layer.reference, Mode.INFERENCE) for _ in range(2))
+        except Exception as error:
+            stop_if_broken(error)
+            return f"the reference fails: {_told(error)}"
+        difference = compare(second.outputs, first.outputs)
+        if difference.ok:
+            return None
+        return (
+            "the layer is not deterministic: its reference ran twice on equal inputs, from the same random numbers, "
+            f"and the second time differs from the first: {difference}"
+        )
+
+    def _try(self, case: Case, kernels: list[_Kernel]) -> Iterator[VerifyRow]:
+        for mode in self.modes:
+            serving = [k for k in kernels if mode in k.decisions and not k.decisions[mode].is_reference]
+            if not serving:
+                continue
+            try:
+                expected = self._expected(case, mode)
+            except Exception as error:
+                stop_if_broken(error)
+                reason = f"the reference fails: {_told(error)}"
+                row = replace(self.blank, mode=str(mode.name).lower(), case=case.name, dtype=_dtype(case.call))
+                yield replace(row, verdict="undecided" if case.given else "skipped", reason=reason)
+                continue
+            for kernel in serving:
+                yield from self._judge(self._row(kernel, mode, case), case, mode, kernel.decisions[mode], expected)
+
+    def _run(self, case: Case, forward: Callable[..., Any], mode: Mode, dtype: torch.dtype | None = None) -> Outcome:
+        training = mode is Mode.TRAINING
+        call = with_gradients(case.call) if training else case.call
+        cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if case.autocast is not None:
+            cast = torch.autocast(self.device.type, dtype=case.autocast)
+        with references(), cast:
+            return call.run(forward, gradients=training, dtype=dtype, contiguous=case.contiguous)
+
+    def _expected(self, case: Case, mode: Mode) -> _Expected:
+        run = self._run(case, self.layer.reference, mode)
+        try:
+            exact = self._run(case, self.layer.reference, mode, torch.float64)
+        except Exception as error:  # many a layer insists on its dtype
+            stop_if_broken(error)
+            return _Expected(run, None)
+        if not run.random:
+            return _Expected(run, exact)
+        near = _is_near(run.outputs, exact.outputs) and _is_near(dict(run.gradients), dict(exact.gradients))
+        return _Expected(run, exact if near else None)
+
+    def _judge(
+        self, row: VerifyRow, case: Case, mode: Mode, resolution: Resolution, expected: _Expected
+    ) -> Iterator[VerifyRow]:
+        """Yield how a kernel does with a case."""
+        implementation: Any = resolution.implementation
+        try:
+            run = self._run(case, implementation, mode)
+            again = self._run(case, implementation, mode) if case.given else None
+        except Exception as error:
+            stop_if_broken(error)
+            yield replace(row, verdict="failed", reason=f"it raises {_told(error)}")
+            return
+        draws = (
+            "; the reference draws random numbers: a kernel that draws others differs" if expected.run.random else ""
+        )
+        exact = expected.exact.outputs if expected.exact is not None else None
+        forward = compare(run.outputs, expected.run.outputs, exact=exact, tolerances=self.tolerances)
+        yield _with(replace(row, subject="forward"), forward, draws)
+        if again is not None:
+            second = compare(again.outputs, run.outputs, tolerances=self.tolerances)
+            if not second.ok:
+                reason = f"a second call on equal inputs differs from the first: {second}"
+                yield replace(_with(replace(row, subject="second call"), second), reason=reason)
+        for name, gradient in expected.run.gradients.items():
+            found = run.gradients.get(name)
+            own = expected.exact.gradients.get(name) if expected.exact is not None else None
+            yield _with(
+                replace(row, subject=f"gradient of {name}"), _gradient(found, gradient, own, self.tolerances), draws
+            )
+        reason = _changes(run, expected.run, self.tolerances)
+        if reason:
+            yield replace(row, subject="changes", verdict="wrong", reason=reason)
+
+
+def _told(error: Exception) -> str:
+    """Name an error; PyTorch may list every kernel of an operator below an empty line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10) * 2)[0] or 'no message'}"
+
+
+def _gradient(
+    found: torch.Tensor | None, expected: torch.Tensor | None, exact: torch.Tensor | None, tolerances: Tolerances | None
+) -> Comparison:
+    """Compare gradients; none at all is as good as zeros, if nothing else was expected."""
+    if found is None and expected is None:
+        return Comparison()
+    if found is None and expected is not None:
+        if not expected.count_nonzero():
+            return Comparison()
+        return Comparison(("no gradient, where the reference has one",))
+    if expected is None and found is not None:
+        return compare(found, torch.zeros_like(found), tolerances=tolerances)
+    return compare(found, expected, exact=exact, tolerances=tolerances)
+
+
+def _changes(run: Outcome, expected: Outcome, tolerances: Tolerances | None) -> str:
+    """Return what a kernel changes otherwise than the reference does; empty if nothing."""
+    told = [f"it changes {name}, which the reference leaves as it is" for name in run.mutated.keys() - expected.mutated]
+    told += [f"it does not change {name}, as the reference does" for name in expected.mutated.keys() - run.mutated]
+    for name in run.mutated.keys() & expected.mutated.keys():
+        difference = compare(run.mutated[name], expected.mutated[name], tolerances=tolerances)
+        if not difference.ok:
+            told.append(f"it changes {name} otherwise: {difference}")
+    kept = set(run.attributes) - set(expected.attributes)
+    told += [f"it keeps something on the module, which the reference does not: {name}" for name in kept]
+    return "; ".join(sorted(told))
+
+
+def _with(row: VerifyRow, comparison: Comparison, remark: str = "") -> VerifyRow:
+    """Put numbers and a verdict into a row."""
+    worst = comparison.worst
+    row = replace(
+        row,
+        verdict="ok" if comparison.ok else "wrong",
+        reason="" if comparison.ok else f"{comparison}{remark}",
+    )
+    if worst is None:
+        return row
+    return replace(
+        row,
+        max_abs=comparison.max_abs,
+        mean_abs=comparison.mean_abs,
+        max_rel=comparison.max_rel,
+        max_ulps=comparison.max_ulps,
+        excess=worst.excess,
+        own_error=worst.own_error,
+    )
+
+
+def _is_near(outputs: Any, exact: Any) -> bool:
+    """Whether what came out in float64 is the same but for rounding: a layer may draw other random numbers in it."""
+    dtypes = []
+    mapped(outputs, lambda _, leaf: dtypes.append(getattr(leaf, "dtype", None)))
+    remaining = iter(dtypes)
+
+    def rounded(_: str, leaf: Any) -> Any:
+        dtype = next(remaining, None)
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and dtype is not None else leaf
+
+    return compare(mapped(exact, rounded), outputs, tolerances=(0.25, 1e-2)).ok
+
+
+def _dtype(call: Call) -> str:
+    found = next((t.dtype for t in call.inputs.values() if t.is_floating_point()), None)
+    return str(found).removeprefix("torch.") if found is not None else ""
+
+
+def stop_if_broken(error: Exception) -> None:
+    """Stop where the device is in a state in which no result means anything."""
+    broken = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+    if broken and not isinstance(error, torch.OutOfMemoryError):
+        raise VerificationError(
+            f"The device failed, and what runs on it afterwards means nothing: {error}. Start a new process; with "
+            "CUDA_LAUNCH_BLOCKING=1, it tells which kernel it was.",
+            rows=(),
+        ) from error
