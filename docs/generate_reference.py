@@ -197,6 +197,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.replay.same_random_states",
             "kernels_core.replay.kept_random_states",
             "kernels_core.replay.is_observed",
+            "kernels_core.replay.is_capturing",
             "kernels_core.replay.leaves",
             "kernels_core.replay.mapped",
             "kernels_core.replay.nodes",

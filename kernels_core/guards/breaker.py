@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import enum
 import traceback
 import types
 import warnings
@@ -15,36 +13,18 @@ from torch.utils.checkpoint import CheckpointError
 
 from ..environment import strict
 from ..errors import KernelsError, KernelsWarning
+from ..replay import CONSTANTS, Call
 from ..resolution import Resolution
-from ..torch_internals import dispatch_mode_count, tree_leaves, tree_map, version
+from ..torch_internals import dispatch_mode_count, tree_leaves, version
 from .quarantine import quarantine
 
 Forward = Callable[..., Any]
 
 _NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError)
-"""What is not the kernel's fault, or not for us to judge."""
+"""Errors that are not the fault of a kernel, or not for a guard to judge."""
 
-
-_CONSTANT = (
-    torch.Tensor,  # which counts its changes
-    type(None),
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    slice,
-    enum.Enum,
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-"""Arguments that a kernel cannot have changed in silence."""
+_UNCHANGED = (torch.Tensor, *CONSTANTS)
+"""Arguments that a kernel cannot have changed in silence: a tensor counts its changes."""
 
 
 def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) -> Forward | None:
@@ -62,8 +42,12 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
 
     def judge(*args: Any, **kwargs: Any) -> Any:
         try:
-            taken, named = (args, kwargs) if safe else tree_map(_copied, (args, kwargs))
-            output = layer.reference(*taken, **named)
+            if safe:
+                output = layer.reference(*args, **kwargs)
+            else:
+                module, given = (None, args) if layer.is_function else (args[0], args[1:])
+                with Call(module, given, kwargs).replayed(layer.reference, objects=True):
+                    output = None
         except Exception:
             raise error from None
         told = str(error).partition("\n\n")[0].rstrip(".")  # PyTorch may list every kernel of an operator below
@@ -120,7 +104,7 @@ def _may_be_changed(values: list[Any]) -> bool:
     """Whether a tensor among the arguments was ever changed in place, or anything among them does not count that."""
     if any(version(tensor) != 0 for tensor in _tensors(values)):
         return True
-    return not all(isinstance(item, _CONSTANT) for value in values for item in _inside(value))
+    return not all(isinstance(item, _UNCHANGED) for value in values for item in _inside(value))
 
 
 def _inside(value: Any) -> Iterable[Any]:
@@ -136,9 +120,3 @@ def _tensors(values: Iterable[Any]) -> Iterable[Any]:
     """Tensors among the arguments, and what stands for them while somebody traces."""
     kinds = (torch.Tensor, torch.fx.Proxy)
     return (leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, kinds))
-
-
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-    return leaf if isinstance(leaf, (torch.nn.Module, *_CONSTANT)) else copy.deepcopy(leaf)

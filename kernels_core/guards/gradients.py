@@ -9,7 +9,6 @@ the output, where the reference has one.
 from __future__ import annotations
 
 import collections
-import functools
 import gc
 import warnings
 import weakref
@@ -23,8 +22,9 @@ from ..errors import KernelsWarning
 from ..forward_source import PLAIN
 from ..layer import Layer
 from ..mode import Mode
+from ..replay import Call, random_states, set_random_states
 from ..resolution import Resolution
-from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, in_forward_ad, tree_leaves, tree_map, version
+from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, in_forward_ad, tree_leaves, version
 from .quarantine import quarantine
 from .saved_tensors import held_back
 
@@ -166,7 +166,7 @@ def try_gradients(
     touched = [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
     touched += [*module.parameters(), *module.buffers()] if module is not None else []
     versions = [version(tensor) for tensor in touched]
-    random_states = _random_states(touched)
+    drawn = random_states(tensor.device for tensor in touched)
     with held_back() as saved:
         output = call(implementation)
     untouched = -1 not in versions and versions == [version(tensor) for tensor in touched]
@@ -188,8 +188,7 @@ def try_gradients(
     )
     quarantine(layer, implementation, kernel=kernel, reason=reason, mode=Mode.TRAINING)
     if untouched:
-        for set_state, state in random_states:
-            set_state(state)
+        set_random_states(drawn)
         return output, False
     saved.hand_over()
     warnings.warn(
@@ -240,24 +239,13 @@ def _missing_in_reference(
     sources: dict[str, torch.Tensor],
     call: Callable[[Forward], Any],
 ) -> list[str]:
-    """Which gradients the reference does not have either; leaves arguments, buffers and random numbers as they were."""
-    copies: dict[int, torch.Tensor] = {}
-
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        copy = copies.setdefault(id(leaf), leaf.detach().clone().requires_grad_(leaf.requires_grad))
-        return copy.clone() if copy.requires_grad else copy  # a leaf must not be changed in place
-
-    def on_copies(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map(copied, (args, kwargs))
-        return layer.reference(*args, **kwargs)
-
-    buffers = [(b, b.clone(), version(b)) for b in module.buffers()] if module is not None else []
-    random_states = _random_states(sources.values())
+    """Return the names of the gradients that the reference lacks, too; it runs on copies."""
+    args, kwargs = call(lambda *args, **kwargs: (args, kwargs))
+    if module is not None:
+        args = args[1:]
     try:
-        with held_back():
-            expected = call(on_copies)
+        with Call(module, args, kwargs, layer.signature).replayed(layer.reference, parameters=False) as replay:
+            lost = _unreached(replay.sources, replay.outputs)
     except Exception as error:  # the kernel serves where the reference cannot: nothing to compare with
         warnings.warn(
             f"Layer {layer.name!r}: {', '.join(missing)} gets no gradient from its kernel, and whether that is "
@@ -266,26 +254,8 @@ def _missing_in_reference(
             stacklevel=3,
         )
         return missing
-    finally:
-        for set_state, state in random_states:
-            set_state(state)
-        with torch.no_grad():
-            for buffer, before, count in buffers:
-                if count != version(buffer) or count < 0:  # autograd may have saved one that did not change
-                    buffer.copy_(before)
-    return _unreached({name: copies.get(id(sources[name]), sources[name]) for name in missing}, expected)
-
-
-def _random_states(tensors: Iterable[torch.Tensor]) -> list[tuple[Callable[[torch.Tensor], object], torch.Tensor]]:
-    """Return the states of the generators that a call with some tensors may use, with what sets them."""
-    states: list[tuple[Callable[[torch.Tensor], object], torch.Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-    if devices and not torch.cuda.is_current_stream_capturing():
-        states += [
-            (functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device))
-            for device in devices
-        ]
-    return states
+    reached = {id(original) for name, original in replay.originals.items() if name not in lost}
+    return [name for name in missing if id(sources[name]) not in reached]
 
 
 def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:

@@ -7,6 +7,7 @@ buffers, attributes, random generators, gradients and hooks are afterwards as th
 from ..exports import set_module
 from .ambient import (
     RandomStates,
+    is_capturing,
     is_observed,
     kept_random_states,
     random_states,
@@ -25,6 +26,7 @@ __all__ = [
     "Outcome",
     "RandomStates",
     "Replay",
+    "is_capturing",
     "is_observed",
     "kept_random_states",
     "leaves",

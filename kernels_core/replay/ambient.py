@@ -16,6 +16,8 @@ RandomStates = Mapping[torch.device, torch.Tensor]
 def random_states(devices: Iterable[torch.device]) -> RandomStates:
     """Return the states of the generators of the CPU and of some devices.
 
+    While a CUDA graph is captured, only that of the CPU: the others cannot be read then.
+
     Example:
         >>> before = random_states([torch.device("cpu")])
         >>> x = torch.rand(1)
@@ -23,7 +25,7 @@ def random_states(devices: Iterable[torch.device]) -> RandomStates:
         False
     """
     states = {torch.device("cpu"): torch.get_rng_state()}
-    for device in devices:
+    for device in dict.fromkeys(devices) if not is_capturing() else ():
         if device.type not in ("cpu", "meta"):
             module = torch.get_device_module(device.type)
             states[device] = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
@@ -84,6 +86,11 @@ def is_observed() -> bool:
     """Return whether a tracer, transform, dispatch mode or CUDA graph records this call: nothing else may run in it."""
     if torch.compiler.is_compiling() or is_watched():
         return True
+    return is_capturing()
+
+
+def is_capturing() -> bool:
+    """Return whether a CUDA graph is being captured, in which no number of a tensor can be read."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -49,8 +49,3 @@ def under(autocast: Autocast) -> Iterator[None]:
 def is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation transforms this call: tensors do not show that."""
     return current_transform() is not None or in_forward_ad()
-
-
-def is_capturing(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether a CUDA graph is being captured, in which no number of a tensor can be read."""
-    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from kernels_core import KernelsWarning, Mode, Quarantined, quarantine, quarantined, references
-from kernels_core.replay import Call, Replay
+from kernels_core.replay import Call, Replay, is_capturing
 from kernels_core.torch_internals import constant_result, dispatch_mode_count, fake_copies
 
-from .ambient import autocast_now, is_capturing, is_transformed, under
+from .ambient import autocast_now, is_transformed, under
 from .registration import register
 from .results import Unfit, result_code
 from .structure import Parts, Structure, find_problem, find_unmade, learn_names, object_key, take_call
@@ -179,7 +179,7 @@ class Operator:
             key = (name, tuple((tensor.dtype, tensor.device) for tensor in tensors))
             if self._is_out(Mode.TORCH_COMPILE):  # compiled code may go on calling, until its guards are asked
                 structure, parts, _ = self.work.reference_on_copies(call)
-            elif key in self._tried or is_capturing(tensors):
+            elif key in self._tried or is_capturing():
                 structure, parts = apart(call.make(self.work.kernel))
             else:
                 structure, parts = self._try(call, tensors, ints, floats, name)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from kernels_core import Mode, quarantine
-from kernels_core.replay import RandomStates, kept_random_states, random_states
+from kernels_core.replay import RandomStates, is_capturing, kept_random_states, random_states
 
-from .ambient import autocast_now, is_capturing, is_transformed, under
+from .ambient import autocast_now, is_transformed, under
 from .results import Unfit
 from .structure import Parts, Structure, find_problem, object_key, take_call
 from .trial import check_alike, check_replay
@@ -79,8 +79,11 @@ class Recompute:
         except Unfit as problem:
             self._refuse(str(problem))
             return self.work.layer.reference(*given, **kwargs)
+        if draws and is_capturing():
+            self.work.fall_back("draws random numbers, which cannot be drawn again where a CUDA graph is captured")
+            return self.work.layer.reference(*given, **kwargs)
         # Whether numbers are drawn may depend on others, so only a capture, which allows no look, believes the trial.
-        states = _states_of(parts) if draws or not is_capturing(parts.tensors) else {}
+        states = random_states(tensor.device for tensor in parts.tensors) if not is_capturing() else {}
         recorded = RecordedCall(spec, parts, states)
         # Autograd keeps no inference tensors, so those are copied.
         kept = [tensor.clone() if tensor.is_inference() else tensor for tensor in parts.tensors]
@@ -102,7 +105,7 @@ class Recompute:
             raise Unfit(problem)
         if known is not None:
             return known
-        if is_capturing(parts.tensors):
+        if is_capturing():
             return False  # nobody may look at data now; warm up before a capture, as ever
         call = spec.call(parts.tensors, parts.ints, parts.floats)
         with torch.no_grad():
@@ -168,10 +171,6 @@ class _Recompute(torch.autograd.Function):
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             found = iter(gradients_of(result.tensors, wanted, grads, again=again))
         return None, None, None, None, *(next(found) if need else None for need in needs)
-
-
-def _states_of(parts: Parts) -> RandomStates:
-    return random_states(dict.fromkeys(tensor.device for tensor in parts.tensors))
 
 
 def _random(states: RandomStates) -> contextlib.AbstractContextManager[object]:

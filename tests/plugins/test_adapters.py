@@ -1217,6 +1217,27 @@ def test_random_numbers_are_the_same_backward() -> None:
             assert torch.equal(torch.rand(2), after)
 
 
+def test_random_numbers_in_a_capture_have_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators cannot be read while a CUDA graph is captured, so a kernel that draws does not serve there."""
+    ran: list[bool] = []
+
+    @use_kernel_forward_from_hub("drop")
+    def drop(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(x, 0.5) * 1.0
+
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        ran.append(True)
+        return torch.nn.functional.dropout(x, 0.5) * 1.0
+
+    with serving(reference_backward(kernel), "drop"):
+        x = torch.ones(64, requires_grad=True)
+        drop(x)
+        ran.clear()
+        monkeypatch.setattr("kernels_plugins.adapters.recompute.is_capturing", lambda: True)
+        y = drop(x)
+        assert not ran and torch.equal(torch.autograd.grad(y.sum(), x)[0], y.detach())
+
+
 def test_whether_random_numbers_are_drawn_may_change() -> None:
     """A rate that was zero at first, and is not later, has the right gradients."""
 
