@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 
 from kernels_core import Candidate, KernelLayer, LayerRequest, LoadedLayer, ResolutionError, hookimpl
 
-from .builds.archs import find_mismatch
-from .builds.importing import find_function, find_layer
-from .kernel import LoadedKernel, load, load_folder
-from .request import Terms
-from .source import KernelSource, LocalLayerRepository
-
 if TYPE_CHECKING:
     import typer
+
+    from .kernel import LoadedKernel
+    from .source import KernelSource, LocalLayerRepository
 
 _kernels: dict[tuple[object, bool], LoadedKernel] = {}
 """The kernel of each source that was loaded, for the CPU and for the rest: it is asked for again for each device."""
@@ -22,15 +19,20 @@ _kernels: dict[tuple[object, bool], LoadedKernel] = {}
 
 @hookimpl(tryfirst=True)
 def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | None:
-    """Load repositories; leave everything else to others."""
+    """Load repositories; leave all other sources to other plugins."""
+    from .source import KernelSource, LocalLayerRepository
+
     # Whether there is code for a device is for `kernels_check_layer`, which is called for each device.
     on_cpu = request.device.type == "cpu"
+    if not isinstance(source, KernelSource | LocalLayerRepository):
+        return None
+    from .kernel import load, load_folder
+    from .request import Terms
+
     if isinstance(source, KernelSource):
         kernel = load(replace(source.kernel_request(), check_arch=False, on_cpu=on_cpu))
-    elif isinstance(source, LocalLayerRepository):
-        kernel = load_folder(source.path, Terms(check_arch=False, on_cpu=on_cpu))
     else:
-        return None
+        kernel = load_folder(source.path, Terms(check_arch=False, on_cpu=on_cpu))
     loaded = _layer(kernel, source)
     _kernels[source, on_cpu] = kernel
     return loaded
@@ -39,6 +41,8 @@ def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | N
 @hookimpl
 def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> str | None:
     """Refuse a build that has no code for the device of the call."""
+    from .source import KernelSource, LocalLayerRepository
+
     if not isinstance(candidate.source, KernelSource | LocalLayerRepository):
         return None
     kernel = _kernels.get((candidate.source, request.device.type == "cpu"))
@@ -46,6 +50,8 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
 
 
 def _find_mismatch(kernel: LoadedKernel, request: LayerRequest) -> str | None:
+    from .builds.archs import find_mismatch
+
     mismatch = find_mismatch(kernel.metadata.backend, request.device)
     if mismatch is not None:
         return f"{kernel.place}: {mismatch}"
@@ -67,6 +73,8 @@ def load_source(source: KernelSource) -> LoadedLayer:
     Raises:
         ResolutionError: One of its kinds, naming repository, revision, variant and what to do.
     """
+    from .kernel import load
+
     return _layer(load(source.kernel_request()), source)
 
 
@@ -76,10 +84,15 @@ def load_local(source: LocalLayerRepository) -> LoadedLayer:
     Raises:
         ResolutionError: One of its kinds, naming folder, variant and what to do.
     """
+    from .kernel import load_folder
+    from .request import Terms
+
     return _layer(load_folder(source.path, Terms(check_arch=False)), source)
 
 
 def _layer(kernel: LoadedKernel, source: KernelSource | LocalLayerRepository) -> LoadedLayer:
+    from .builds.importing import find_function, find_layer
+
     try:
         if source.is_function:
             layer = find_function(kernel.module, source.layer_name)
