@@ -32,6 +32,7 @@ from .exports import set_module
 from .guards.quarantine import Quarantined, quarantine, quarantined, release
 from .guards.saved_tensors import SavedTensors, held_back
 from .hookspecs import hookimpl
+from .isolation import PluginMapping
 from .layer import Layer, decorated_layer, find_layer, source_label
 from .mode import STAND_INS, Mode, check_registered_mode
 from .models.counting import count_calls
@@ -40,7 +41,7 @@ from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_ker
 from .models.modules import functions_of
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
 from .models.references import references
-from .plugins import PluginManager, PluginMapping, plugin_manager
+from .plugins import PluginManager, plugin_manager
 from .resolution import (
     Candidate,
     Cause,

@@ -111,8 +111,8 @@ def _check_signature(ours: inspect.Signature, theirs: inspect.Signature, *, as_c
 
 def _check_order(ours: inspect.Signature, theirs: inspect.Signature) -> str | None:
     """Refuse equal names in another order: arguments are passed by position, and would be swapped in silence."""
-    mine, other = [name for name, _ in _names(ours)], [name for name, _ in _names(theirs)]
-    if mine != other and sorted(mine) == sorted(other) and _positional(ours) != _positional(theirs):
+    mine, other = dict(_names(ours)), dict(_names(theirs))
+    if list(mine) != list(other) and mine.keys() == other.keys() and _positional(ours) != _positional(theirs):
         return (
             "its forward takes the parameters of this layer's in another order\n"
             f"    layer:  {_bare(ours)}\n    kernel: {_bare(theirs)}"
@@ -124,12 +124,9 @@ def _positional(signature: inspect.Signature) -> list[str]:
     return [p.name for p in signature.parameters.values() if p.kind not in (*_VARIABLE, *_BY_NAME)]
 
 
-def _shape(signature: inspect.Signature) -> list[tuple[object, str]]:
+def _shape(signature: inspect.Signature) -> list[tuple[int, str]]:
     """Return the kind of each parameter, and its name where calls use it: these must be equal."""
-    return sorted(
-        ((p.kind, p.name if p.kind in _BY_NAME else "") for p in signature.parameters.values()),
-        key=lambda item: (item[0], item[1]),
-    )
+    return sorted((p.kind, p.name if p.kind in _BY_NAME else "") for p in signature.parameters.values())
 
 
 def _names(signature: inspect.Signature) -> list[tuple[str, bool]]:

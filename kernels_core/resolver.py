@@ -20,10 +20,11 @@ from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
 from .errors import NoKernelError, PluginError
 from .guards.quarantine import find_quarantined, on_change
+from .isolation import FAULTS, raised_in
 from .layer import Layer, decorated_layer
 from .loading import loads
 from .mode import Mode, check_call_mode
-from .plugins import FAULTS, plugin_manager
+from .plugins import plugin_manager
 from .resolution import Candidate, JointRequest, LayerRequest, Refusal, Resolution
 from .scope import Frame
 from .warning import warn_once
@@ -166,7 +167,7 @@ def decide(
             except PluginError:  # which is raised in strict mode only
                 raise
             except FAULTS as error:
-                plugin_manager().report_raised("kernels_resolve_forward", "core", error)
+                plugin_manager().report(raised_in("kernels_resolve_forward", "core", error))
                 resolution = Resolution(request)
             resolution = _unless_quarantined(resolution)
         if request.depends_on_mode:
@@ -324,4 +325,4 @@ def forget() -> None:
 
 plugin_manager().on_change.append(forget)
 on_change.append(scope.forget)
-plugin_manager().register(CorePlugin(), "core", isolated=False)
+plugin_manager().register(CorePlugin(), "core", trusted=True)

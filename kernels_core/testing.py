@@ -119,7 +119,7 @@ def isolated_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginManager]
     _start_anew()
     manager = PluginManager(discover=False)
     manager.on_change.append(resolver.forget)
-    manager.register(CorePlugin(), "core", isolated=False)
+    manager.register(CorePlugin(), "core", trusted=True)
     monkeypatch.setattr(plugins, "_manager", manager)
     yield manager
     monkeypatch.undo()

@@ -33,6 +33,7 @@ from kernels_core import (
     LoadedLayer,
     Mode,
     PluginError,
+    PluginMapping,
     Refusal,
     Scope,
     check_registered_mode,
@@ -320,11 +321,11 @@ def _offered_levels() -> list[tuple[str, int, Level]]:
     """Return the parsed mappings of plugin packages, best first; parsed once per set of plugins."""
     global _offered
     manager = plugin_manager()
-    manager.plugins()  # discovery may still change the generation
     key = (manager, manager.generation)
     if _offered[0] != key:
         levels = []
-        for offer in manager.mappings():
+        offers: list[PluginMapping] = manager.hook.kernels_mapping()
+        for offer in sorted(offers, key=lambda offer: (-offer.priority, offer.plugin)):
             try:
                 levels.append((offer.plugin, offer.priority, parse_mapping(offer.mapping)))
             except KernelsError as error:

@@ -31,6 +31,7 @@ from ..resolution import Resolution
 from ..resolver import Notify, Pins, decide
 from ..scope import Scope, listeners
 from ..torch_internals import constant_result
+from ..warning import WarnOnce, warn_once
 from .modules import own_device
 
 Forward = Callable[..., Any]
@@ -42,19 +43,13 @@ class Run:
 
     Attributes:
         mode: What the model is kernelized for.
-        said: What was said already about models that came from this run.
-        token: Tells this run from others, also in a pickle.
+        warn: Issues each warning about the models of this run once.
+        token: Identifies this run, also in a pickle.
     """
 
     mode: Mode
-    said: set[str] = field(default_factory=set)
+    warn: WarnOnce = field(default_factory=WarnOnce)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    def say(self, message: str) -> None:
-        """Say something about the model, once."""
-        if message not in self.said:
-            self.said.add(message)
-            warnings.warn(message, KernelsWarning, stacklevel=4)
 
 
 @dataclass(eq=False)
@@ -85,7 +80,7 @@ class FrozenChoice:
         return "forward" not in module.__dict__ and type(module).forward is not self.original.forward
 
     def notice_train(self, module: nn.Module, training: bool) -> None:
-        """Fall asleep when a model that was frozen for inference is to be trained, and wake up after."""
+        """Suspend the frozen kernel while a model that was frozen for inference trains; restore it on `eval()`."""
         if Mode.INFERENCE not in self.mode:
             return
         if not training:
@@ -93,21 +88,23 @@ class FrozenChoice:
                 del module.__dict__["forward"]
         elif "forward" not in module.__dict__:
             module.__dict__["forward"] = types.MethodType(self.original.forward, module)
-            self.run.say(
-                f"train() on a model that was kernelized for {self.mode}: what was chosen for inference rests until "
-                "eval(), and each call decides by itself. To freeze for training: kernelize(model, mode=Mode.TRAINING)."
+            self.run.warn(
+                f"train() on a model that was kernelized for {self.mode}: its kernels are suspended until eval(), and "
+                "each call decides by itself. To freeze for training: kernelize(model, mode=Mode.TRAINING).",
+                stacklevel=3,
             )
 
     def notice_move(self, module: nn.Module, device: torch.device) -> None:
-        """Thaw when the module was moved to another device."""
+        """Drop the choice when the module was moved to another device."""
         if device.type == "meta" or (device.type, device.index) == (self.device.type, self.device.index):
             return
         if device.type == self.device.type and None in (device.index, self.device.index):
             return
         swap([module], [original_class(module)])
-        self.run.say(
+        self.run.warn(
             f"A model that was kernelized for {self.device} was moved to {device}: what was chosen is dropped, and "
-            "each call decides by itself. To freeze again: kernelize(model, mode=...)."
+            "each call decides by itself. To freeze again: kernelize(model, mode=...).",
+            stacklevel=3,
         )
 
 
@@ -211,9 +208,10 @@ def _until_proven(cls: Any, frozen: FrozenChoice, resolution: Resolution, kernel
 
     def decide_anew(module: nn.Module | None, values: tuple[Any, ...]) -> Forward:
         # The mapping that it came from may be gone, so that the decision of this call gives no reason.
-        frozen.run.say(
+        frozen.run.warn(
             f"Layer {layer.name!r} was kernelized with {resolution.origin}, which loses "
-            "gradients that the reference has: it is in quarantine, and each call decides by itself."
+            "gradients that the reference has: it is in quarantine, and each call decides by itself.",
+            stacklevel=4,
         )
         return frozen.original.forward
 
@@ -338,17 +336,12 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return (_restored, (make, arguments, frozen.run.token, f"{frozen.mode} on {frozen.device}"), *rest)
 
 
-_restored_tokens: set[str] = set()
-
-
 def _restored(make: Callable[..., nn.Module], arguments: tuple[Any, ...], token: str, kernelized: str) -> nn.Module:
     """Make an unpickled module, and say once per kernelized model that it has to be kernelized again."""
-    if token not in _restored_tokens:
-        _restored_tokens.add(token)
-        warnings.warn(
-            f"This model was saved while kernelized for {kernelized}. Choices are not saved: each call decides by "
-            "itself, by the mappings that count here. To freeze again: kernelize(model, mode=...).",
-            KernelsWarning,
-            stacklevel=2,
-        )
+    warn_once(
+        f"This model was saved while kernelized for {kernelized}. Choices are not saved: each call decides by "
+        "itself, by the mappings that are active here. To freeze again: kernelize(model, mode=...).",
+        ("restored", token),
+        stacklevel=2,
+    )
     return make(*arguments)

@@ -24,7 +24,6 @@ PAGE = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
 
 MAX_LINES = 400
 LONGER = {
-    "kernels_core/plugins.py",
     "kernels_plugins/hub/builds/variants.py",
     "kernels_plugins/hub/kernel.py",
 }

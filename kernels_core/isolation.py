@@ -1,0 +1,240 @@
+"""Plugins in isolation: hook implementations are checked when registered, and their faults stop at the hook."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+from . import hookspecs
+from .errors import LoadError, PluginError, PluginLoadError
+from .hookspecs import PROJECT
+from .resolution import TIERS, Candidate, Exclusive, Refusal, Resolution
+
+FAULTS = (Exception, SystemExit)
+"""The exceptions of a plugin that stop at its hook; an interrupt of the user passes."""
+
+Report = Callable[[PluginError], None]
+
+_VETO = ("kernels_authorize", "kernels_check_layer")
+_HOOKS: dict[str, tuple[str, ...]] = {
+    name: tuple(inspect.signature(spec).parameters)
+    for name, spec in vars(hookspecs).items()
+    if name.startswith("kernels_")
+}
+
+
+@dataclass(frozen=True)
+class PluginMapping:
+    """A mapping that a plugin package offers, with its rank."""
+
+    plugin: str
+    priority: int
+    mapping: Mapping[str, Mapping[Any, Any]]
+
+
+def raised_in(hook: str, plugin: str, error: BaseException) -> PluginError:
+    """Make the error for an exception that a hook of a plugin raised."""
+    text = f"{type(error).__name__}: {error}".rstrip(".: ")
+    fault = PluginError(f"Plugin {plugin!r} raised in {hook}: {text}.", plugin=plugin)
+    fault.__cause__ = error
+    return fault
+
+
+def isolated(hook: str, name: str, plugin: object, function: Callable[..., Any], report: Report) -> Callable[..., Any]:
+    """Wrap one hook implementation so that its exceptions and wrong answers are reported in the plugin's name."""
+    if getattr(function, f"{PROJECT}_impl").get("wrapper"):
+        return _isolated_wrapper(hook, name, function, report)
+    priority = getattr(plugin, "kernels_priority", 0)
+
+    @wraps(function)
+    def guarded(*args: Any) -> Any:
+        try:
+            answer = function(*args)
+            return None if answer is None else _accepted(hook, name, priority, answer)
+        except PluginError as fault:
+            error, reason = fault, str(fault)
+        except FAULTS as raised:
+            if hook == "kernels_load_layer":  # a loader raises the reason why it cannot load
+                _blame(raised, name)
+                if isinstance(raised, SystemExit):
+                    raise LoadError(f"it would end the process: SystemExit: {raised}") from raised
+                raise
+            error = raised_in(hook, name, raised)
+            reason = str(error)
+        if hook in _VETO:
+            return reason
+        report(error)
+        return [Refusal(reason, plugin=name, error=error)] if hook == "kernels_find_candidates" else None
+
+    return guarded
+
+
+def _isolated_wrapper(hook: str, name: str, function: Callable[..., Any], report: Report) -> Callable[..., Any]:
+    """Wrap a wrapper: where it raises by itself, the answer that it wraps stands."""
+
+    def failed(raised: BaseException, answer: Any) -> Any:
+        fault = raised if isinstance(raised, PluginError) else raised_in(hook, name, raised)
+        if hook in _VETO:  # a policy that fails stops
+            return [*answer, str(fault)]
+        report(fault)
+        return answer
+
+    @wraps(function)
+    def guarded(*args: Any) -> Any:
+        generator = function(*args)
+        try:
+            next(generator)
+        except FAULTS as raised:
+            return failed(raised, (yield))
+        inner: BaseException | None = None
+        answer: Any = None
+        try:
+            answer = yield
+        except BaseException as raised:
+            inner = raised
+        try:
+            if inner is None:
+                generator.send(answer)
+                raise RuntimeError("a wrapper yields once, this one did twice")
+            else:
+                generator.throw(inner)
+        except StopIteration as stop:
+            fault = _wrapped_fault(hook, name, stop.value)
+            return stop.value if fault is None else failed(fault, answer)
+        except BaseException as raised:
+            if raised is inner or not isinstance(raised, FAULTS):
+                raise
+            if inner is None:
+                return failed(raised, answer)
+            report(raised_in(hook, name, raised))
+        if inner is not None:
+            raise inner
+        return answer
+
+    return guarded
+
+
+# --- Answers ---------------------------------------------------------------------------------------
+
+
+def _is_offer(item: object) -> bool:
+    if isinstance(item, Refusal):
+        return item.candidate is not None
+    if isinstance(item, Exclusive):
+        return item.tier in TIERS
+    return isinstance(item, Candidate) and item.tier in TIERS and type(item.priority) is int
+
+
+def _is_reason(answer: object) -> bool:
+    return isinstance(answer, str) and bool(answer.strip())
+
+
+_ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "kernels_resolve_forward": ("a Resolution or None", lambda answer: isinstance(answer, Resolution)),
+    "kernels_find_candidates": (
+        "a sequence of Candidate (and of Refusal and Exclusive) or None",
+        lambda answer: isinstance(answer, Sequence) and all(map(_is_offer, answer)),
+    ),
+    "kernels_authorize": ("None or a reason (a string)", _is_reason),
+    "kernels_check_layer": ("None or a reason (a string)", _is_reason),
+    "kernels_wrap_forward": ("a decorator or None", callable),
+    "kernels_mapping": ("a mapping or None", lambda answer: isinstance(answer, Mapping)),
+}
+
+
+def _accepted(hook: str, name: str, priority: int, answer: Any) -> Any:
+    """Check the type of an answer, and put the plugin's name on it."""
+    if hook in _ANSWERS:
+        expected, fits = _ANSWERS[hook]
+        if not fits(answer):
+            raise PluginError(f"Plugin {name!r}: {hook} returned {answer!r}, not {expected}.", plugin=name)
+    if hook == "kernels_find_candidates":
+        return [_signed(offer, name) for offer in answer]
+    if hook == "kernels_mapping":
+        return PluginMapping(name, priority, answer)
+    return (name, answer) if hook == "kernels_wrap_forward" else answer
+
+
+def _signed(offer: Candidate | Refusal | Exclusive, name: str) -> Candidate | Refusal | Exclusive:
+    """Put the name of a plugin on an offer."""
+    if isinstance(offer, Refusal) and offer.candidate is not None:
+        candidate = replace(offer.candidate, plugin=offer.candidate.plugin or name)
+        return replace(offer, candidate=candidate, plugin=offer.plugin or candidate.plugin)
+    return offer if offer.plugin else replace(offer, plugin=name)
+
+
+def _blame(error: BaseException, name: str) -> None:
+    """Note on an exception of a loader which plugin raised it."""
+    with contextlib.suppress(AttributeError, TypeError):  # of a class that takes no attributes
+        error.kernels_plugin = name  # type: ignore[attr-defined]
+
+
+def _wrapped_fault(hook: str, name: str, answer: Any) -> PluginError | None:
+    """Return the error for a wrong answer of a wrapper, which is the answer of the whole call."""
+    expected = {"kernels_resolve_forward": Resolution}.get(hook, list)
+    if hook == "kernels_load_layer" or isinstance(answer, expected):
+        return None
+    return PluginError(
+        f"Plugin {name!r}: its wrapper of {hook} returned {answer!r}, not a {expected.__name__}: "
+        "return the answer that yield gave, or another of its kind.",
+        plugin=name,
+    )
+
+
+# --- Registration ----------------------------------------------------------------------------------
+
+
+def checked_hooks(plugin: object, name: str) -> dict[str, Callable[..., Any]]:
+    """Return the hook implementations of a plugin; raise where one would silently never be called."""
+    hooks: dict[str, Callable[..., Any]] = {}
+    for attribute in dir(plugin):
+        function = getattr(plugin, attribute, None)
+        marked = isinstance(getattr(function, f"{PROJECT}_impl", None), dict)
+        if marked and attribute not in _HOOKS:
+            close = difflib.get_close_matches(attribute, _HOOKS, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(_HOOKS)}."
+            raise PluginLoadError(f"Plugin {name!r} implements an unknown hook {attribute}: {hint}", plugin=name)
+        if attribute in _HOOKS and not marked:
+            raise PluginLoadError(
+                f"Plugin {name!r} has a function {attribute} that is not marked: put @hookimpl on it.",
+                plugin=name,
+            )
+        if marked and callable(function):
+            options = getattr(function, f"{PROJECT}_impl")
+            if options.get("hookwrapper"):
+                raise PluginLoadError(
+                    f"Plugin {name!r}: {attribute} is an old hookwrapper: use wrapper=True.", plugin=name
+                )
+            if options.get("wrapper") and not inspect.isgeneratorfunction(function):
+                raise PluginLoadError(f"Plugin {name!r}: {attribute} is a wrapper without a yield.", plugin=name)
+            _check_arguments(attribute, function, name)
+            hooks[attribute] = function
+    if not hooks:
+        raise PluginLoadError(
+            f"Plugin {name!r} ({plugin!r}) implements no hook: mark at least one function with @hookimpl.",
+            plugin=name,
+        )
+    priority = getattr(plugin, "kernels_priority", 0)
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise PluginLoadError(f"Plugin {name!r}: kernels_priority is {priority!r}, not an integer.", plugin=name)
+    return hooks
+
+
+def _check_arguments(hook: str, function: Callable[..., Any], name: str) -> None:
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name not in _HOOKS[hook]:
+            problem = "which the hook does not have"
+        elif parameter.default is not parameter.empty:
+            problem = "with a default, which pluggy would never fill"
+        else:
+            continue
+        raise PluginLoadError(
+            f"Plugin {name!r}: {hook}{inspect.signature(function)} takes {parameter.name!r}, {problem}. "
+            f"It may take any of ({', '.join(_HOOKS[hook])}).",
+            plugin=name,
+        )
