@@ -104,6 +104,47 @@ def test_plugins_use_public_names_alone(path: Path) -> None:
             assert not [name for name in names if name.startswith("_")], names
 
 
+REACHING = {"kernels_plugins/bisect/switch.py"}
+"""Plugins that still reach for marks of the core; a file that does so no more is an error here."""
+
+
+def words(path: Path) -> Iterator[str]:
+    """Yield each text, attribute and keyword that stands in the code of a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.keyword) and node.arg is not None:
+            yield node.arg
+
+
+def marks() -> set[str]:
+    """Return the names of attributes that the core puts on classes, functions and frames of others."""
+    found = {word for path in CORE for word in words(path) if re.fullmatch(r"_?kernels?_[a-z_]+", word)}
+    hooks = {name for name in vars(kernels_core.hookspecs) if name.startswith("kernels_")}
+    return found - hooks - {"kernels_core", "kernels_plugins", "kernels_priority"}  # the last is for plugins to set
+
+
+def attributes_by_literal(path: Path) -> Iterator[str]:
+    """Yield the attributes that a file reaches by `getattr` and the like with a literal name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+            if len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+                yield str(node.args[1].value)
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_plugins_reach_no_attribute_of_the_core_by_its_name(path: Path) -> None:
+    """Plugins neither name a mark of the core, as a text, attribute or keyword, nor get a public one by its text."""
+    classes = [value for name in kernels_core.__all__ if isinstance(value := getattr(kernels_core, name), type)]
+    public = {name for cls in classes for name in (*vars(cls), *getattr(cls, "__annotations__", {}))}
+    public = {name for name in public if not name.startswith("_")} - {"name"}  # which modules and errors have, too
+    assert {"kernels_layer", "kernels_frozen", "kernels_functions"} <= marks() and "resolution" in public
+    reached = marks() & set(words(path)) | public & set(attributes_by_literal(path))
+    assert bool(reached) == (path.relative_to(ROOT).as_posix() in REACHING), reached
+
+
 def test_third_party_plugin_uses_public_names_alone() -> None:
     """The example of a third party needs nothing but public names."""
     (path,) = (ROOT / "tests" / "third_party").rglob("acme_kernels.py")
