@@ -166,7 +166,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
 
 @hookspec
 def kernels_resolved(resolution: Resolution) -> None:
-    """Learn what was decided.
+    """Learn of a decision.
 
     Kind: tell. Called: when a decision is put to use, once per layer, device and scope (and mode,
     where that makes a difference).
@@ -189,17 +189,17 @@ def kernels_resolved(resolution: Resolution) -> None:
 def kernels_wrap_forward(resolution: Resolution) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """Put something around the calls that a decision is used for: count, time, compare, name.
 
-    Kind: collect; what is returned is applied in turn. Called: when a decision is put to use for eager
+    Kind: collect; the decorators are applied in turn. Called: when a decision is put to use for eager
     calls, also one for the reference, and not again before something changes: call `forget()` when you
-    want to wrap, or do not any more. Costs nothing where nobody answers. Compiled calls are not wrapped.
+    want to wrap, or do not any more. Costs nothing where no plugin answers. Compiled calls are not wrapped.
 
     Args:
         resolution: The decision.
 
     Returns:
         A decorator for the forward, or None. What it makes is called as the forward is: with the module
-        first, if the layer is a class. It must return what the forward returns. What it raises by itself
-        goes on to the caller, and is not held against the kernel.
+        first, if the layer is a class. It must return what the forward returns. An exception of its own
+        reaches the caller, and the kernel is not blamed for it.
 
     Example:
         ```python

@@ -30,7 +30,7 @@ class Layer:
             called with the function's own arguments.
         use_fallback: Whether the reference may run when no kernel serves.
         number: Unique in this process.
-        adapted: Kernels that were made to fit this layer alone; they go with it.
+        adapted: Kernels that were adapted to this layer; they are dropped with it.
     """
 
     name: str

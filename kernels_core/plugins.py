@@ -33,7 +33,7 @@ class PluginManager:
 
     Attributes:
         faults: The faults of plugins so far, each once.
-        generation: Counts registrations, for plugins that remember what others offer.
+        generation: Counts registrations, for plugins that remember the offers of others.
         on_change: Called after a plugin was registered or unregistered.
     """
 
@@ -126,7 +126,7 @@ class PluginManager:
             self._discovering.release()
 
     def _scan(self) -> None:
-        """Load what entry points offer and `KERNELS_PLUGINS` allows."""
+        """Load the plugins of entry points that `KERNELS_PLUGINS` allows."""
         allowed, blocked = plugin_choice()
         found = self._unique(_entry_points())
         for unknown in sorted(((allowed or frozenset()) | blocked) - found.keys()):
@@ -143,7 +143,7 @@ class PluginManager:
         if allowed is not None and _MAPPING in found.keys() - self._originals.keys() - blocked:
             self.report(
                 PluginLoadError(
-                    f"KERNELS_PLUGINS leaves out the plugin {_MAPPING!r}, without which no mapping counts: neither "
+                    f"KERNELS_PLUGINS leaves out the plugin {_MAPPING!r}, without which no mapping is used: neither "
                     "those of plugin packages, nor those of register_kernel_mapping and use_kernel_mapping. Name it, "
                     f"too, or say -{_MAPPING} if that is what you want.",
                     plugin=_MAPPING,

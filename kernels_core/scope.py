@@ -1,4 +1,4 @@
-"""What is active here: scopes, and what was resolved in each of them.
+"""Scopes, and the frames that keep the decisions made in each of them.
 
 A `Scope` is a context manager that plugins make. Entering it under another scope makes a `Frame`,
 which is what the dispatcher reads. The innermost frame of this thread or task is a context variable.
@@ -20,8 +20,8 @@ Forward = Callable[..., Any]
 PATIENCE = 60.0
 """Seconds to wait for another thread that resolves or loads the same.
 
-Such a thread may itself wait for an import that this thread is in the middle of, which nobody could
-tell from a long download: after this time, calls go on without it."""
+Such a thread may itself wait for an import that this thread is in the middle of, which looks
+the same as a long download from here: after this time, calls go on without it."""
 
 resolving: ContextVar[bool] = ContextVar("kernels_core_resolving", default=False)
 """Whether this thread or task is resolving a layer: decorated layers then run on their reference."""
@@ -30,7 +30,7 @@ resolving: ContextVar[bool] = ContextVar("kernels_core_resolving", default=False
 class Frame:
     """One scope, entered under another: a node of the tree whose root is the whole process.
 
-    What was resolved here stands in two places, because two kinds of calls read it:
+    Forwards that were decided here are kept in two places, because two kinds of calls read them:
 
     - Eager calls read an attribute of the frame, one per decorated layer and device (`publish`).
       Without `__slots__`, and without defaults on the class, that is the quickest read there is.
@@ -51,7 +51,7 @@ class Frame:
         self.orphaned = False
 
     def payloads(self) -> tuple[object, ...]:
-        """Return what the open scopes carry, innermost first."""
+        """Return the payloads of the open scopes, innermost first."""
         here, found = self, []
         while here.parent is not None:
             found.append(here.payload)
@@ -82,10 +82,9 @@ _generation = 0
 class Scope:
     """A context manager in which dispatch may decide otherwise.
 
-    What it carries is shown to plugins as `LayerRequest.scopes`, innermost scope first. Scopes
-    nest, are seen by the thread or asyncio task that entered them alone, and can be entered any
-    number of times, also by several threads at once: what was resolved inside is kept as long as
-    the object lives.
+    Plugins find its payload in `LayerRequest.scopes`, innermost scope first. Scopes nest, are active only in
+    the thread or asyncio task that entered them, and can be entered any number of times, also by several
+    threads at once: decisions made inside are kept as long as the object lives.
 
     Args:
         payload: Anything a plugin wants to find in `LayerRequest.scopes`; must not refer to the
@@ -201,7 +200,7 @@ def generation() -> int:
 
 
 def publish(frame: Frame, name: str, answer: object, before: int) -> None:
-    """Let warm eager calls find an answer, unless something changed since generation `before`."""
+    """Let warm eager calls find an answer, unless a mapping or plugin changed since generation `before`."""
     with _lock:
         if before == _generation:
             setattr(frame, name, answer)
@@ -213,7 +212,7 @@ def forget() -> None:
     global _generation
     with _lock:
         _generation += 1
-        for table in list(_tables):  # a list: what is dropped here may be the last to refer to a layer
+        for table in list(_tables):  # a list: dropping a forward may drop its layer, and with that its table
             table.clear()
         for frame in list(_frames):
             frame.tables.clear()
@@ -224,7 +223,7 @@ def forget() -> None:
 
 
 def unpublish(frame: Frame, name: str) -> None:
-    """Take back what eager calls find under a name."""
+    """Take back the forward that eager calls find under a name."""
     with _lock:
         if name in frame.published:
             frame.published.discard(name)
@@ -232,7 +231,7 @@ def unpublish(frame: Frame, name: str) -> None:
 
 
 def withdraw(names: Iterable[str]) -> None:
-    """Take back names from all frames, published ones and tables: nobody can call the layer any more."""
+    """Take back names from all frames, published ones and tables, of a layer that cannot be called any more."""
     with _lock:
         for name in list(names):
             for frame in list(_frames):

@@ -3,7 +3,7 @@
 A mapping is `{layer name: {device: source | [sources in order] | {Mode: source}}}`. The tables of the
 library transformers are mappings, too: a source may be `"owner/name:Layer"` or `("owner/name:Layer",
 {"version": 2})`, and may stand without a dictionary of devices, for all of them. There are three places
-to say a mapping: an open `use_kernel_mapping` scope, `register_kernel_mapping`, and the hook
+for a mapping: an open `use_kernel_mapping` scope, `register_kernel_mapping`, and the hook
 `kernels_mapping` of a plugin package; they are asked in that order.
 """
 
@@ -52,8 +52,8 @@ class Level:
     """A parsed mapping: sources in order, per layer name, device and mode.
 
     Attributes:
-        sources: What serves.
-        inherit: Whether mappings said further out count, too.
+        sources: The sources per layer name, device and mode, in order.
+        inherit: Whether mappings further out apply, too.
     """
 
     sources: Mapping[str, Mapping[tuple[Device, Mode], tuple[object, ...]]]
@@ -97,8 +97,8 @@ class Level:
         """Return this level with the entries of `other` added; those for an equal layer and device are replaced."""
         merged = dict(self.sources)
         for name, entries in other.sources.items():
-            said = {device for device, _ in entries}
-            kept = {key: sources for key, sources in merged.get(name, {}).items() if key[0] not in said}
+            replaced = {device for device, _ in entries}
+            kept = {key: sources for key, sources in merged.get(name, {}).items() if key[0] not in replaced}
             merged[name] = {**kept, **entries}
         return Level(merged, other.inherit)
 
@@ -121,14 +121,14 @@ _registered = Level({})
 
 
 def register_kernel_mapping(mapping: KernelMapping, inherit_mapping: bool = True) -> None:
-    """Say which kernels serve which layers, for the whole process, from the next call on.
+    """Register which kernels serve which layers, for the whole process, from the next call on.
 
     Args:
         mapping: `{layer name: {device: source | [sources in order] | {Mode: source}}}`. A device is
             a name such as `"cuda"` or a `Device`; a source is a repository, an object with
             `load()`, an `nn.Module` class, or a function.
-        inherit_mapping: Whether to add to what was registered before (an equal layer and device is
-            replaced, with all its modes) and to the mappings of plugin packages, or to stand instead of them.
+        inherit_mapping: Whether to add to the mappings registered before (an equal layer and device is
+            replaced, with all its modes) and to those of plugin packages, or to replace them.
 
     Raises:
         ArgumentError: For an unknown device or an impossible mode (a `ValueError`).
@@ -148,14 +148,14 @@ def register_kernel_mapping(mapping: KernelMapping, inherit_mapping: bool = True
 
 
 class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads like a statement
-    """Say which kernels serve which layers inside a `with` block.
+    """Choose which kernels serve which layers inside a `with` block.
 
-    Counts for the thread or asyncio task that enters it. The object can be entered again and again,
-    and remembers what was resolved inside.
+    Applies to the thread or asyncio task that enters it. The object can be entered again and again,
+    and keeps the decisions made inside.
 
     Args:
         mapping: As for `register_kernel_mapping`.
-        inherit_mapping: Whether mappings said outside of the block count, too, after this one.
+        inherit_mapping: Whether mappings from outside of the block apply, too, after this one.
 
     Raises:
         ArgumentError: As `register_kernel_mapping`, as does `ArgumentTypeError`.
@@ -306,9 +306,9 @@ def _source_problem(source: object) -> str | None:
     return None if loads or callable(source) else "cannot serve a layer"
 
 
-def _expect_mapping(value: object, what: str, form: str) -> None:
+def _expect_mapping(value: object, subject: str, form: str) -> None:
     if not isinstance(value, Mapping):
-        raise ArgumentTypeError(f"{what} has the form {form}, not {value!r}.")
+        raise ArgumentTypeError(f"{subject} has the form {form}, not {value!r}.")
 
 
 # --- Hooks ---------------------------------------------------------------------------------------

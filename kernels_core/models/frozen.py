@@ -211,7 +211,7 @@ def _until_proven(cls: Any, frozen: FrozenChoice, resolution: Resolution, kernel
         frozen.run.warn(
             f"Layer {layer.name!r} was kernelized with {resolution.origin}, which loses "
             "gradients that the reference has: it is in quarantine, and each call decides by itself.",
-            stacklevel=4,
+            stacklevel=3,
         )
         return frozen.original.forward
 

@@ -129,9 +129,9 @@ def marks() -> set[str]:
 def attributes_by_literal(path: Path) -> Iterator[str]:
     """Yield the attributes that a file reaches by `getattr` and the like with a literal name."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
-            if len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
-                yield str(node.args[1].value)
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) and len(node.args) > 1 else ""
+        if called in ("getattr", "hasattr", "setattr", "delattr") and isinstance(node.args[1], ast.Constant):
+            yield str(node.args[1].value)
 
 
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.relative_to(ROOT).as_posix())

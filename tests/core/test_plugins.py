@@ -640,7 +640,7 @@ def test_leaving_out_what_asks_for_mappings_is_told(python: Make, distribution: 
     code = RUN + "\n    tell(value=run())"
     alone = told(python(code, {"KERNELS_PLUGINS": "acme"}))
     assert alone["value"] == 1 and len(alone["warnings"]) == 1
-    assert "leaves out the plugin 'mapping', without which no mapping counts" in alone["warnings"][0]
+    assert "leaves out the plugin 'mapping', without which no mapping is used" in alone["warnings"][0]
     for meant in ("acme,-mapping", "-mapping", "-acme"):
         assert told(python(code, {"KERNELS_PLUGINS": meant}))["warnings"] == []
 
