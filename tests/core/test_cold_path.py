@@ -68,13 +68,17 @@ PRICE = """
     def profile(frame, event, argument):
         global deepest
         code = frame.f_code
-        if event == "call" and ("/kernels_core/" in code.co_filename or "/kernels_plugins/" in code.co_filename
-                                or code.co_filename.startswith("<kernels_core")):
-            calls.append(code.co_name)
-            depth = 0
-            while frame is not None and frame is not top:
-                depth, frame = depth + (not frame.f_code.co_filename.endswith("nn/modules/module.py")), frame.f_back
-            deepest = max(deepest, depth)
+        ours = "/kernels_core/" in code.co_filename or "/kernels_plugins/" in code.co_filename
+        if event != "call" or not (ours or code.co_filename.startswith("<kernels_core")):
+            return
+        files = []
+        while frame is not top:
+            files.append(frame.f_code.co_filename)
+            frame = frame.f_back
+        if any(file.startswith("<frozen importlib") for file in files):
+            return  # plugins import modules of theirs when they first need them
+        calls.append(code.co_name)
+        deepest = max(deepest, sum(not file.endswith("nn/modules/module.py") for file in files))
 
 
     top = sys._getframe()

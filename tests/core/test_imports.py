@@ -104,10 +104,6 @@ def test_plugins_use_public_names_alone(path: Path) -> None:
             assert not [name for name in names if name.startswith("_")], names
 
 
-REACHING = {"kernels_plugins/bisect/switch.py"}
-"""Plugins that still reach for marks of the core; a file that does so no more is an error here."""
-
-
 def words(path: Path) -> Iterator[str]:
     """Yield each text, attribute and keyword that stands in the code of a file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -142,7 +138,7 @@ def test_plugins_reach_no_attribute_of_the_core_by_its_name(path: Path) -> None:
     public = {name for name in public if not name.startswith("_")} - {"name"}  # which modules and errors have, too
     assert {"kernels_layer", "kernels_frozen", "kernels_functions"} <= marks() and "resolution" in public
     reached = marks() & set(words(path)) | public & set(attributes_by_literal(path))
-    assert bool(reached) == (path.relative_to(ROOT).as_posix() in REACHING), reached
+    assert reached == set()
 
 
 def test_third_party_plugin_uses_public_names_alone() -> None:
