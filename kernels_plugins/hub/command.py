@@ -1,4 +1,4 @@
-"""The commands of the plugin `hub`: lock and download kernels, and look at what there is."""
+"""The commands of the plugin `hub`: lock and download kernels, and list versions and builds."""
 
 from __future__ import annotations
 
@@ -15,18 +15,28 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from kernels_core import ArgumentError, KernelsError, KernelsWarning, LoadError, ResolutionError, visible
+from kernels_core import ArgumentError, KernelsError, KernelsWarning, LoadError, visible
 from kernels_core.cli import Json, Row, print_error, print_rows
 
 from .builds.metadata import METADATA, Metadata
-from .builds.variants import Machine, choose_variants, parse_variant
+from .builds.selection import choose_here, local_builds
+from .builds.variants import parse_variant
 from .dependency import Dependency
 from .errors import AbsentError
-from .kernel import Found, Installed, Location, fetch, find, locate, locked_request, read_metadata
+from .fetching import (
+    FetchedBuild,
+    ResolvedKernel,
+    SelectedBuild,
+    fetch_build,
+    naming,
+    read_metadata,
+    resolve_kernel,
+    select_build,
+)
 from .locking.lockfile import LOCK, Lock, LockedKernel, read_lock, write_lock
 from .locking.maker import make_lock
 from .locking.project import PYPROJECT, read_dependencies
-from .request import KernelRequest
+from .request import KernelRequest, locked_request
 
 Project = Annotated[Path, typer.Argument(metavar="PROJECT_DIR", help="The project's folder.")]
 Repository = Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository, as owner/name.")]
@@ -37,7 +47,7 @@ Trust = Annotated[
     typer.Option(
         "--trust-remote-code",
         metavar="REPO_ID",
-        help="Take this repository though its publisher is not trusted; may be said several times.",
+        help="Allow this repository though its publisher is not trusted; may be repeated.",
     ),
 ]
 
@@ -45,13 +55,13 @@ Trust = Annotated[
 def lock(project_dir: Project, trust_remote_code: Trust = None, as_json: Json = False) -> None:
     """Lock the kernels that a project depends on, and those that they depend on.
 
-    Reads [tool.kernels.dependencies] in pyproject.toml, asks the Hub which commits those versions are now, and
+    Reads [tool.kernels.dependencies] in pyproject.toml, asks the Hub for the commits of those versions, and
     writes kernels.lock and kernels.hashes: all build variants, for every machine.
     """
     _keep_client_quiet()
     wanted = read_dependencies(project_dir)
     with _Bars() as bars:
-        made = make_lock(wanted, trust=trust_remote_code or (), tell=bars.tell)
+        made = make_lock(wanted, trust=trust_remote_code or (), report=bars.report)
     write_lock(project_dir / LOCK, made)
     rows = [{**_named(kernel), "variants": [name for name, _ in kernel.hashes]} for kernel in made.kernels]
     print_rows(rows, as_json)
@@ -67,8 +77,8 @@ def download(
 ) -> None:
     """Download the kernels that a project has locked, and check them, for a start without network.
 
-    Exits with 1 where a kernel has no build for this machine, with 2 where one cannot be had or is not the one that
-    was locked; the others are downloaded all the same.
+    Exits with 1 where a kernel has no build for this machine, with 2 where one cannot be downloaded or is not the one
+    that was locked; the others are downloaded all the same.
     """
     _keep_client_quiet()
     locked = read_lock(project_dir / LOCK)
@@ -76,12 +86,13 @@ def download(
     rows: list[Row] = []
     code = 0
     for kernel in locked.kernels:
-        _tell(f"downloading {kernel.dependency} ({kernel.commit[:12]})")
+        _note(f"downloading {kernel.dependency} ({kernel.commit[:12]})")
         try:
-            # Each counts for itself, so what one depends on is not followed: it has an entry of its own.
+            # Dependencies are not followed: each has an entry of its own in the lock.
             request = locked_request(locked, kernel, trust_remote_code=trust_remote_code or ())
-            for installed in _fetch(request, all_variants):
-                rows.append({**_named(kernel), "variant": installed.location.variant, **_checked(installed)})
+            for fetched in _fetch(request, all_variants):
+                checked = {"files": len(fetched.build.files), "lock": fetched.checked.get("lock", "")}
+                rows.append({**_named(kernel), "variant": fetched.selected.variant, **checked})
         except KernelsError as error:
             print_error(error)
             code = max(code, 1 if isinstance(error, AbsentError) else 2)
@@ -113,9 +124,9 @@ def info(
         return
     console = Console(markup=False, highlight=False, soft_wrap=True)
     for key, value in described.items():
-        told = ", ".join(map(str, value)) if isinstance(value, list) else value
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
         console.print(f"{_TITLES[key]}:", style="bold", end=" ")
-        console.print("-" if told in (None, "") else visible(str(told)))
+        console.print("-" if text in (None, "") else visible(str(text)))
 
 
 def versions(repo_id: Repository, as_json: Json = False) -> None:
@@ -131,7 +142,7 @@ def versions(repo_id: Repository, as_json: Json = False) -> None:
         nothing: list[Row] = [{"variant": "", "fits": False, "reason": "it has no builds"}]
         print_rows([{"version": n, **row} for n, _, rows in known for row in rows or nothing], style=_style)
     if not known:
-        _tell(f"{repo_id} has no versions, which are branches such as v1: name a revision instead.", always=True)
+        _note(f"{repo_id} has no versions, which are branches such as v1: name a revision instead.", always=True)
         raise typer.Exit(1)
 
 
@@ -141,31 +152,31 @@ def variants(repo_id: Repository, revision: Revision = None, version: Version = 
     By default, of the newest version. Exits with 1 where none is for this machine.
     """
     _keep_client_quiet()
-    rows = _builds(_find(repo_id, *_chosen(repo_id, revision, version)))
+    rows = _builds(_resolve(repo_id, *_chosen(repo_id, revision, version)))
     print_rows(rows, as_json, style=_style)
     if not any(row["fits"] for row in rows):
         raise typer.Exit(1)
 
 
-# --- What they ask -------------------------------------------------------------------------------
+# --- Requests ------------------------------------------------------------------------------------
 
 
-def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[Installed]:
+def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[FetchedBuild]:
     """Fetch the best build of a kernel, or each."""
     from .client.download import variant_folder
 
     if not all_variants:
-        return [fetch(locate(request))]
-    found = find(request)
-    builds = [name for name in found.variants if parse_variant(name) is not None]
-    return [fetch(Location(name, variant_folder(found.pin, name), found)) for name in builds]
+        return [fetch_build(select_build(request))]
+    resolved = resolve_kernel(request)
+    builds = [name for name in resolved.variants if parse_variant(name) is not None]
+    return [fetch_build(SelectedBuild(name, variant_folder(resolved.pin, name), resolved)) for name in builds]
 
 
 def _warn_of_old_lock(folder: Path, locked: Lock) -> None:
-    """Tell which kernels the project names, and the lock does not have."""
+    """Warn of kernels that the project names, and the lock does not have."""
     try:
         missing = [str(wanted) for wanted in read_dependencies(folder) if locked.find(wanted) is None]
-    except ArgumentError:  # what is wrong with the table is for `lock` to tell: here, the lock counts
+    except ArgumentError:  # `lock` reports a malformed table; here, the lock is used
         return
     if missing:
         warnings.warn(
@@ -176,13 +187,13 @@ def _warn_of_old_lock(folder: Path, locked: Lock) -> None:
         )
 
 
-def _find(repo_id: str, revision: str | None, version: int | None) -> Found:
-    """Find out what there is of a kernel; nobody needs to be trusted for that, as nothing of it is run."""
-    return find(KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True))
+def _resolve(repo_id: str, revision: str | None, version: int | None) -> ResolvedKernel:
+    """Find a kernel to look at; its publisher need not be trusted, as no code of it is run."""
+    return resolve_kernel(KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True))
 
 
 def _chosen(repo_id: str, revision: str | None, version: int | None) -> tuple[str | None, int | None]:
-    """Return the revision and the version to look at: where none is said, the newest version, or main."""
+    """Return the revision and the version to look at: by default the newest version, or main."""
     if revision is not None or version is not None:
         return revision, version
     known = _list(repo_id)
@@ -193,16 +204,14 @@ def _list(repo_id: str) -> dict[int, str]:
     """Return the commit of each version."""
     from .client.download import Client
 
-    KernelRequest(repo_id, revision="main")  # refuses what is no name
-    try:
+    KernelRequest(repo_id, revision="main")  # refuses a malformed name
+    with naming(repo_id):
         return Client().list_versions(repo_id)
-    except ResolutionError as error:
-        raise type(error)(f"{repo_id}: {error}") from error
 
 
 def _describe_repository(repo_id: str, revision: str | None, version: int | None) -> Row:
     revision, version = _chosen(repo_id, revision, version)
-    found = _find(repo_id, revision, version)
+    found = _resolve(repo_id, revision, version)
     builds = {name: files for name, files in found.variants.items() if parse_variant(name) is not None}
     if not builds:
         raise LoadError(f"{found.request}: it has no builds. Name another revision, or ask the publisher for builds.")
@@ -213,15 +222,13 @@ def _describe_repository(repo_id: str, revision: str | None, version: int | None
 
 
 def _describe_folder(folder: Path) -> Row:
-    base = folder / "build" if (folder / "build").is_dir() else folder
-    builds = sorted(f.name for f in base.iterdir() if f.is_dir() and parse_variant(f.name) is not None)
-    if (folder / METADATA).is_file():
-        base, builds = folder.resolve().parent, [folder.resolve().name]
-    if not builds:
+    single = (folder / METADATA).is_file()
+    places = [folder.resolve()] if single else [p for p in local_builds(folder) if parse_variant(p.name) is not None]
+    if not places:
         raise LoadError(f"{folder} has no builds: name the folder of a kernel, which has a folder `build`.")
-    described = next((base / name / METADATA for name in builds if (base / name / METADATA).is_file()), None)
+    described = next((place / METADATA for place in places if (place / METADATA).is_file()), None)
     metadata = Metadata.read_from_file(described) if described is not None else None
-    return {"path": str(folder), **_describe(metadata, builds)}
+    return {"path": str(folder), **_describe(metadata, [place.name for place in places])}
 
 
 _TITLES = {
@@ -242,7 +249,7 @@ _TITLES = {
 
 
 def _describe(metadata: Metadata | None, builds: Iterable[str]) -> Row:
-    """Describe a kernel by one of its builds: they differ in what they were built for alone."""
+    """Describe a kernel by one of its builds: they differ only in the backend they were built for."""
     kinds = {variant.backend for name in builds if (variant := parse_variant(name)) is not None}
     known: Row = {}
     if metadata is not None:
@@ -261,43 +268,39 @@ def _describe(metadata: Metadata | None, builds: Iterable[str]) -> Row:
 
 def _builds_at(repo_id: str, commit: str) -> list[Row]:
     try:
-        return _builds(_find(repo_id, commit, None))
+        return _builds(_resolve(repo_id, commit, None))
     except AbsentError:  # no folder `build`
         return []
 
 
-def _builds(found: Found) -> list[Row]:
+def _builds(found: ResolvedKernel) -> list[Row]:
     """Return a row per build, those that fit first."""
-    choice = choose_variants(found.variants, Machine.here())
+    choice = choose_here(found.variants)
     fitting: list[Row] = [{"variant": str(variant), "fits": True, "reason": ""} for variant in choice.accepted]
     return fitting + [{"variant": name, "fits": False, "reason": reason} for name, reason in choice.rejected]
 
 
-# --- What they tell ------------------------------------------------------------------------------
+# --- Output --------------------------------------------------------------------------------------
 
 
 def _named(kernel: LockedKernel) -> Row:
     wanted = kernel.dependency
-    said = f"version {wanted.version}" if wanted.version is not None else wanted.revision or ""
-    return {"kernel": wanted.repo_id, "wanted": said, "commit": kernel.commit[:12]}
-
-
-def _checked(installed: Installed) -> Row:
-    return {"files": len(installed.variant.files), "lock": installed.checked.get("lock", "")}
+    pin = f"version {wanted.version}" if wanted.version is not None else wanted.revision or ""
+    return {"kernel": wanted.repo_id, "wanted": pin, "commit": kernel.commit[:12]}
 
 
 def _style(row: Row) -> str:
     return "green" if row["fits"] else "dim"
 
 
-def _tell(message: str, *, always: bool = False) -> None:
-    """Tell a person what is going on; the output of a pipe is the answer alone."""
+def _note(message: str, *, always: bool = False) -> None:
+    """Print a note for a person: nothing but the result is printed into a pipe."""
     if always or sys.stderr.isatty():
         print(message, file=sys.stderr)
 
 
 def _keep_client_quiet() -> None:
-    """Have the Hub's client draw its bars on a terminal alone; it asks for this once, when it is imported."""
+    """Let the Hub's client draw its bars only on a terminal; it reads this variable once, when it is imported."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -320,7 +323,7 @@ class _Bars(AbstractContextManager["_Bars"]):
         if self._shown:  # one that is not prints a line's end with rich 13.0
             self._progress.stop()
 
-    def tell(self, dependency: Dependency, done: int, total: int) -> None:
+    def report(self, dependency: Dependency, done: int, total: int) -> None:
         """Draw how far the locking of a kernel is."""
         if dependency not in self._tasks:
             self._tasks[dependency] = self._progress.add_task(str(dependency), total=total)

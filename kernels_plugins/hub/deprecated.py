@@ -1,26 +1,34 @@
-"""Older names, for programs that still use them: a function at the top of a kernel, not in its `layers`."""
+"""Older names of the library `kernels`: a function at the top of a kernel, not in its `layers`."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from kernels_core import use_kernel_forward_from_hub
 
 from .locking.locked import LockedLayerRepository
-from .request import KernelRequest
-from .source import KernelSource, LocalLayerRepository
+from .source import KernelSource, LayerRepository, LocalLayerRepository
 
 
-def _deprecate(old: str, new: str, why: str) -> None:
-    warnings.warn(f"{old} is deprecated, as in `kernels`: {why} {new}.", DeprecationWarning, stacklevel=4)
+def _deprecate(old: str, new: str, why: str = "offer the function in the kernel's `layers`, and use") -> None:
+    warnings.warn(f"{old} is deprecated, as in `kernels`: {why} {new}.", DeprecationWarning, stacklevel=3)
 
 
-@dataclass(frozen=True)
-class FuncRepository(KernelSource):
+class _Function(KernelSource):
+    """A function at the top of a kernel."""
+
+    is_function: ClassVar[bool] = True
+
+    @property
+    def func_name(self) -> str:
+        """Name of the function."""
+        return self.layer_name
+
+
+class FuncRepository(_Function, LayerRepository):
     """A function at the top of a kernel on the Hub. Deprecated: use `LayerRepository`, and name it in `layers`.
 
     Args:
@@ -31,40 +39,33 @@ class FuncRepository(KernelSource):
         trust_remote_code: As for `LayerRepository`.
 
     Raises:
-        ArgumentError: If not exactly one of revision and version is given, or one is malformed.
+        ArgumentError: Not exactly one of revision and version is given, or one is malformed.
 
     Example:
         >>> import warnings
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore")
-        ...     FuncRepository("acme/silu", func_name="silu", version=1).func_name
-        'silu'
+        ...     FuncRepository("acme/silu", func_name="silu", version=1)
+        FuncRepository('acme/silu', func_name='silu', version=1)
     """
 
-    repo_id: str
-    func_name: str = field(kw_only=True)
-    revision: str | None = field(default=None, kw_only=True)
-    version: int | None = field(default=None, kw_only=True)
-    trust_remote_code: bool | Sequence[str] = field(default=False, kw_only=True)
-    is_function: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Say that it is deprecated, and refuse what names no repository."""
-        _deprecate("FuncRepository", "LayerRepository", "offer the function in the kernel's `layers`, and use")
-        object.__setattr__(self, "trust_remote_code", self.kernel_request().trust_remote_code)
-        object.__setattr__(self, "layer_name", self.func_name)
-
-    def kernel_request(self) -> KernelRequest:
-        """Return which kernel the function is in."""
-        return KernelRequest(
-            self.repo_id,
-            revision=self.revision,
-            version=self.version,
-            trust_remote_code=self.trust_remote_code,
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        func_name: str,
+        revision: str | None = None,
+        version: int | None = None,
+        trust_remote_code: bool | Sequence[str] = False,
+    ) -> None:
+        """Warn that it is deprecated, and check the arguments."""
+        _deprecate("FuncRepository", "LayerRepository")
+        super().__init__(
+            repo_id, layer_name=func_name, revision=revision, version=version, trust_remote_code=trust_remote_code
         )
 
 
-class LocalFuncRepository(LocalLayerRepository):
+class LocalFuncRepository(_Function, LocalLayerRepository):
     """A function at the top of a kernel on disk. Deprecated: use `LocalLayerRepository`, and name it in `layers`.
 
     Args:
@@ -75,30 +76,17 @@ class LocalFuncRepository(LocalLayerRepository):
         >>> import warnings
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore")
-        ...     LocalFuncRepository("kernels/silu", func_name="silu").func_name
-        'silu'
+        ...     LocalFuncRepository("kernels/silu", func_name="silu")
+        LocalFuncRepository('kernels/silu', func_name='silu')
     """
 
-    is_function: ClassVar[bool] = True
-
     def __init__(self, repo_path: str | Path, *, func_name: str) -> None:
-        """Say that it is deprecated, and turn the path into a `Path`."""
-        _deprecate(
-            "LocalFuncRepository", "LocalLayerRepository", "offer the function in the kernel's `layers`, and use"
-        )
+        """Warn that it is deprecated, and check the arguments."""
+        _deprecate("LocalFuncRepository", "LocalLayerRepository")
         super().__init__(repo_path, layer_name=func_name)
 
-    @property
-    def func_name(self) -> str:
-        """Name of the function."""
-        return self.layer_name
 
-    def __repr__(self) -> str:
-        """Show what was said."""
-        return f"LocalFuncRepository({str(self.repo_path)!r}, func_name={self.layer_name!r})"
-
-
-class LockedFuncRepository(LockedLayerRepository):
+class LockedFuncRepository(_Function, LockedLayerRepository):
     """A function at the top of a locked kernel. Deprecated: use `LockedLayerRepository`, and name it in `layers`.
 
     Args:
@@ -108,14 +96,15 @@ class LockedFuncRepository(LockedLayerRepository):
         trust_remote_code: As for `LockedLayerRepository`.
 
     Raises:
-        ArgumentError: If there is no lock, it is malformed, or the kernel is not in it.
+        ArgumentError: There is no lock, it is malformed, or the kernel is not in it.
 
     Example:
-        >>> LockedFuncRepository.__base__.__name__
-        'LockedLayerRepository'
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     LockedFuncRepository("acme/silu", func_name="silu", lockfile="kernels.lock").func_name
+        'silu'
     """
-
-    is_function: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -125,19 +114,9 @@ class LockedFuncRepository(LockedLayerRepository):
         func_name: str,
         trust_remote_code: bool | Sequence[str] = False,
     ) -> None:
-        """Say that it is deprecated, and read the lock."""
-        why = "offer the function in the kernel's `layers`, and use"
-        _deprecate("LockedFuncRepository", "LockedLayerRepository", why)
+        """Warn that it is deprecated, and read the lock."""
+        _deprecate("LockedFuncRepository", "LockedLayerRepository")
         super().__init__(repo_id, lockfile=lockfile, layer_name=func_name, trust_remote_code=trust_remote_code)
-
-    @property
-    def func_name(self) -> str:
-        """Name of the function."""
-        return self.layer_name
-
-    def __repr__(self) -> str:
-        """Show what was said; asks nobody."""
-        return super().__repr__().replace("LockedLayer", "LockedFunc", 1).replace("layer_name=", "func_name=", 1)
 
 
 def use_kernel_func_from_hub(func_name: str) -> Callable[[Any], Any]:

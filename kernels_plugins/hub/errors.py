@@ -1,6 +1,6 @@
-"""What can go wrong with a kernel, by the kind of exception that Python has for it.
+"""Errors of loading a kernel, by the kind of exception that Python has for them.
 
-All are kinds of `LoadError` or `UntrustedError`: catch those. The second base is for code that asks for a
+All are kinds of `LoadError` or `UntrustedError`: catch those. The second base is for code that requests a
 kernel as it would open a file or import a module.
 """
 
@@ -10,15 +10,23 @@ from kernels_core import LoadError, UntrustedError
 
 
 class UnreachableError(LoadError, ConnectionError):
-    """The Hub could not be asked, or had no time to answer: what is in the cache may serve."""
+    """The Hub did not answer, or not in time: the cache is used where it has the kernel."""
 
 
 class AbsentError(LoadError, FileNotFoundError):
-    """There is no kernel for this machine, or none in the cache where nothing else may be asked."""
+    """There is no kernel for this machine, or it is not in the cache and no request may be sent."""
+
+
+class RepositoryError(LoadError, OSError):
+    """The Hub has no such repository, or forbids access to it."""
 
 
 class UnknownError(LoadError, ValueError):
-    """What was asked for does not exist, or what describes it makes no sense."""
+    """The requested version or layer does not exist, or a file that describes the kernel is malformed."""
+
+
+class RevisionError(RepositoryError, UnknownError):
+    """A repository has no such version, branch, tag or commit."""
 
 
 class PackageError(LoadError, ImportError):
@@ -26,11 +34,11 @@ class PackageError(LoadError, ImportError):
 
 
 class UnsuitableError(LoadError, RuntimeError):
-    """A kernel asks for more than this process has: a newer library, another device."""
+    """A kernel needs a newer library or another device."""
 
 
 class DependencyError(LoadError, RuntimeError):
-    """A kernel that another one depends on is not to be had here."""
+    """A kernel that another one depends on is not available."""
 
 
 class PublisherError(UntrustedError, ValueError):

@@ -1,32 +1,25 @@
-"""Kernels by name: the functions that programs call."""
+"""Kernels by name: the functions that programs call.
+
+Their arguments have the names of those of `KernelRequest`, which checks them: so it takes `locals()`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .builds.machine import this_machine
 from .builds.metadata import METADATA, Metadata
 from .builds.requirements import check_device
-from .builds.variants import VariantAccepted, VariantRejected, choose_variants, parse_variant
-from .client.overrides import find_override
+from .builds.selection import choose_here, local_builds, local_variant
+from .builds.variants import VariantAccepted, VariantRejected, parse_variant
+from .client.overrides import VARIABLE, find_override
 from .errors import AbsentError, UnsuitableError
-from .kernel import (
-    LoadedKernel,
-    find,
-    install,
-    load,
-    load_folder,
-    loaded_kernels,
-    local_builds,
-    local_variant,
-    locate,
-    machine,
-    read_metadata,
-)
-from .request import KernelRequest
+from .fetching import install, naming, read_metadata, resolve_kernel, select_build
+from .kernel import LoadedKernel, load, load_folder, loaded_kernels
+from .request import KernelRequest, RequestOptions
 
 
 def get_kernel(
@@ -46,34 +39,29 @@ def get_kernel(
         revision: Branch, tag or commit. Exactly one of `revision` and `version` is given.
         version: Number of the kernel version: the branch `v<version>`.
         backend: `cpu`, or the backend that torch was built for, which is the default.
-        user_agent: What to tell the Hub about the caller in each request, a text or a mapping.
+        user_agent: Information about the caller for each request to the Hub, a text or a mapping.
         trust_remote_code: Whether code of a publisher that the Hub does not list as trusted may
-            run: True, or a sequence of the `owner/name` that may. It counts for dependencies, too.
+            run: True, or a sequence of the `owner/name` that may. It applies to dependencies, too.
         check_arch: Whether a build without code for the current device is refused.
 
     Returns:
-        The module. It is the same for all that ask for the same commit.
+        The module. It is the same for all callers that request the same commit.
 
     Raises:
-        ArgumentError: If not exactly one of revision and version is given, or an argument is malformed.
-        ResolutionError: If it cannot be loaded; names repository, commit, variant and what to do.
+        ArgumentError: Not exactly one of revision and version is given, or an argument is malformed.
+        ResolutionError: It cannot be loaded; names repository, commit, variant and what to do.
 
     Example:
-        >>> get_kernel("acme/silu")
+        >>> silu = get_kernel("acme/silu", version=1)
+        >>> silu.layers.Silu()(torch.zeros(2))
+        tensor([0., 0.])
+        >>> get_kernel("acme/silu", version=9)
         Traceback (most recent call last):
         ...
-        kernels_core.ArgumentError: Repository 'acme/silu' needs exactly one of revision='<branch, tag or ...
+        kernels_plugins.hub.errors.UnknownError: acme/silu at v9: it has no version 9: versions that exist are 1
     """
-    request = KernelRequest(
-        repo_id,
-        revision=revision,
-        version=version,
-        backend=backend,
-        user_agent=user_agent,
-        trust_remote_code=trust_remote_code,
-        check_arch=check_arch,
-    )
-    machine(backend)
+    request = KernelRequest(**locals())
+    this_machine(backend)
     return load(request).module
 
 
@@ -87,30 +75,28 @@ def get_local_kernel(
     """Load a kernel from a folder on disk; kernels that it depends on come from the Hub.
 
     Args:
-        repo_path: A folder with `build/`, with builds, or a build itself.
+        repo_path: A folder with `build/`, with builds, or a build itself. Its code is trusted.
         backend: `cpu`, or the backend that torch was built for, which is the default.
-        trust_remote_code: Whether code of other publishers than the trusted ones may run, as for
-            `get_kernel`; for the dependencies. What lies in the folder is trusted.
-        user_agent: What to tell the Hub about the caller in each request, a text or a mapping.
+        trust_remote_code: As for `get_kernel`, for the dependencies.
+        user_agent: As for `get_kernel`.
 
     Returns:
         The module.
 
     Raises:
-        ArgumentError: If an argument is malformed.
-        ResolutionError: If it cannot be loaded; names folder, variant and what to do.
+        ArgumentError: An argument is malformed.
+        ResolutionError: It cannot be loaded; names folder, variant and what to do.
 
     Example:
-        >>> get_local_kernel("nowhere")
-        Traceback (most recent call last):
-        ...
-        kernels_plugins.hub.errors.AbsentError: nowhere: there is no such folder: check the path
+        >>> folder = install_kernel("acme/silu", version=1)
+        >>> get_local_kernel(folder).layers.Silu()(torch.zeros(2))
+        tensor([0., 0.])
     """
-    # What is malformed is refused as it would be in a request.
-    checked = KernelRequest("local/kernel", version=0, trust_remote_code=trust_remote_code, user_agent=user_agent)
-    machine(backend)
-    terms = replace(checked.terms, backend=backend, check_arch=False)
-    return load_folder(Path(repo_path), terms).module
+    options = RequestOptions(
+        backend=backend, trust_remote_code=trust_remote_code, user_agent=user_agent, check_arch=False
+    )
+    this_machine(backend)
+    return load_folder(Path(repo_path), options).module
 
 
 def has_kernel(
@@ -122,40 +108,31 @@ def has_kernel(
     trust_remote_code: bool | Sequence[str] = False,
     check_arch: bool = True,
 ) -> bool:
-    """Say whether there is a build of a kernel, and of all that it depends on, for this machine.
+    """Return whether there is a build of a kernel, and of all that it depends on, for this machine.
 
-    Downloads metadata at most. That a repository cannot be asked for, is not trusted, or does not have the version
-    is an error, and no answer.
+    Downloads only metadata. A repository that cannot be reached or is not trusted, and a version that does not exist,
+    is an error, not False.
 
     Args:
         repo_id: `owner/name` of the repository.
-        revision: Branch, tag or commit. Exactly one of `revision` and `version` is given.
-        version: Number of the kernel version: the branch `v<version>`.
-        backend: `cpu`, or the backend that torch was built for, which is the default.
+        revision: As for `get_kernel`.
+        version: As for `get_kernel`.
+        backend: As for `get_kernel`.
         trust_remote_code: As for `get_kernel`.
-        check_arch: Whether a build without code for the current device counts as none.
+        check_arch: Whether a build without code for the current device is no build.
 
     Raises:
-        ArgumentError: If not exactly one of revision and version is given, or an argument is malformed.
-        ResolutionError: If that cannot be found out; a network error says so, and is a `ConnectionError`.
+        ArgumentError: Not exactly one of revision and version is given, or an argument is malformed.
+        ResolutionError: The Hub has no answer; a network error says so, and is a `ConnectionError`.
 
     Example:
-        >>> has_kernel("acme/silu")
-        Traceback (most recent call last):
-        ...
-        kernels_core.ArgumentError: Repository 'acme/silu' needs exactly one of revision='<branch, tag or ...
+        >>> has_kernel("acme/silu", version=1)
+        True
     """
-    request = KernelRequest(
-        repo_id,
-        revision=revision,
-        version=version,
-        backend=backend,
-        trust_remote_code=trust_remote_code,
-        check_arch=check_arch,
-    )
-    machine(backend)
+    request = KernelRequest(**locals())
+    this_machine(backend)
     try:
-        for metadata in _described(request, ()):
+        for metadata in _metadata(request, ()):
             if check_arch:
                 check_device(metadata)
     except (AbsentError, UnsuitableError):
@@ -163,22 +140,21 @@ def has_kernel(
     return True
 
 
-def _described(request: KernelRequest, seen: tuple[KernelRequest, ...]) -> Iterator[Metadata]:
-    """Yield the metadata of what would be loaded."""
+def _metadata(request: KernelRequest, passed: tuple[KernelRequest, ...]) -> Iterator[Metadata]:
+    """Yield the metadata of the builds that would be loaded."""
     folder = find_override(request.repo_id)
     if folder is None:
-        location = locate(request, suggest=False)
-        assert location.found is not None
-        metadata = read_metadata(location.found, location.variant)
-    elif not folder.is_dir():
-        raise AbsentError(f"{folder}: there is no such folder: check LOCAL_KERNELS")
+        selected = select_build(request, suggest=False)
+        assert selected.resolved is not None
+        metadata = read_metadata(selected.resolved, selected.variant)
     else:
-        metadata = Metadata.read_from_file(local_variant(folder, request.terms) / METADATA)
+        with naming(f"{request.repo_id} ({VARIABLE}): {folder}"):
+            metadata = Metadata.read_from_file(local_variant(folder, request.backend, request.on_cpu) / METADATA)
     yield metadata
     for dependency in metadata.kernel_depends:
-        needed = request.terms.ask(dependency)
-        if needed not in (*seen, request):  # a circle is for loading to tell
-            yield from _described(needed, (*seen, request))
+        needed = request.for_dependency(dependency)
+        if needed not in (*passed, request):  # loading refuses a circle, and names it
+            yield from _metadata(needed, (*passed, request))
 
 
 def install_kernel(
@@ -195,37 +171,27 @@ def install_kernel(
 
     Args:
         repo_id: `owner/name` of the repository.
-        revision: Branch, tag or commit. Exactly one of `revision` and `version` is given.
-        version: Number of the kernel version: the branch `v<version>`.
-        backend: `cpu`, or the backend that torch was built for, which is the default.
-        local_files_only: Whether to ask nothing of the Hub: it must be in the cache then.
-        user_agent: What to tell the Hub about the caller in each request, a text or a mapping.
+        revision: As for `get_kernel`.
+        version: As for `get_kernel`.
+        backend: As for `get_kernel`.
+        local_files_only: Whether to send no request to the Hub: the kernel must be in the cache then.
+        user_agent: As for `get_kernel`.
         trust_remote_code: As for `get_kernel`.
 
     Returns:
         The folder of the build.
 
     Raises:
-        ArgumentError: If not exactly one of revision and version is given, or an argument is malformed.
-        ResolutionError: If it cannot be had; names repository, commit, variant and what to do.
+        ArgumentError: Not exactly one of revision and version is given, or an argument is malformed.
+        ResolutionError: It cannot be installed; names repository, commit, variant and what to do.
 
     Example:
-        >>> install_kernel("acme/silu")
-        Traceback (most recent call last):
-        ...
-        kernels_core.ArgumentError: Repository 'acme/silu' needs exactly one of revision='<branch, tag or ...
+        >>> sorted(path.name for path in install_kernel("acme/silu", version=1).iterdir())
+        ['__init__.py', 'layers.py', 'metadata.json']
     """
-    request = KernelRequest(
-        repo_id,
-        revision=revision,
-        version=version,
-        backend=backend,
-        user_agent=user_agent,
-        trust_remote_code=trust_remote_code,
-        local_files_only=local_files_only,
-    )
-    machine(backend)
-    return install(request).location.folder
+    request = KernelRequest(**locals())
+    this_machine(backend)
+    return install(request).selected.folder
 
 
 def get_kernel_variants(
@@ -238,29 +204,27 @@ def get_kernel_variants(
     """List the builds of a kernel: which fit this machine, and why the others do not. Downloads nothing.
 
     Args:
-        repo_id: `owner/name` of the repository; whether its publisher is trusted does not matter here.
-        revision: Branch, tag or commit. Exactly one of `revision` and `version` is given.
-        version: Number of the kernel version: the branch `v<version>`.
-        backend: `cpu`, or the backend that torch was built for, which is the default.
+        repo_id: `owner/name` of the repository; its publisher need not be trusted.
+        revision: As for `get_kernel`.
+        version: As for `get_kernel`.
+        backend: As for `get_kernel`.
 
     Returns:
         Those that fit, the best first, then the others by name. Folders that are no builds are left out.
 
     Raises:
-        ArgumentError: If not exactly one of revision and version is given, or an argument is malformed.
-        ResolutionError: If that cannot be found out.
+        ArgumentError: Not exactly one of revision and version is given, or an argument is malformed.
+        ResolutionError: The Hub has no answer.
 
     Example:
-        >>> get_kernel_variants("acme/silu")
-        Traceback (most recent call last):
-        ...
-        kernels_core.ArgumentError: Repository 'acme/silu' needs exactly one of revision='<branch, tag or ...
+        >>> [decision.variant.variant_str for decision in get_kernel_variants("acme/silu", version=1)]
+        ['torch-universal']
     """
-    request = KernelRequest(repo_id, revision=revision, version=version, backend=backend, trust_remote_code=True)
-    here = machine(backend)
+    request = KernelRequest(**locals(), trust_remote_code=True)
+    this_machine(backend)
     folder = find_override(repo_id)
-    names: Any = find(request).variants if folder is None else [build.name for build in local_builds(folder)]
-    choice = choose_variants(names, here)
+    names: Any = resolve_kernel(request).variants if folder is None else [build.name for build in local_builds(folder)]
+    choice = choose_here(names, backend)
     rejected = ((parse_variant(name), reason) for name, reason in choice.rejected)
     return [
         *map(VariantAccepted, choice.accepted),
@@ -272,7 +236,8 @@ def get_loaded_kernels() -> list[LoadedKernel]:
     """Return every kernel that was imported in this process, oldest first, each build once.
 
     Example:
-        >>> {kernel.metadata.name for kernel in get_loaded_kernels()} >= set()
-        True
+        >>> silu = get_kernel("acme/silu", version=1)
+        >>> [kernel.module is silu for kernel in get_loaded_kernels() if kernel.repo_info.repo_id == "acme/silu"]
+        [True]
     """
     return loaded_kernels()

@@ -1,4 +1,4 @@
-"""What is asked for: a kernel, as a plain value. Making one costs nothing."""
+"""Requests for kernels, as plain values: making one costs nothing."""
 
 from __future__ import annotations
 
@@ -10,34 +10,57 @@ from kernels_core import ArgumentError, ArgumentTypeError
 
 from .dependency import Dependency
 from .errors import DependencyError
-from .locking.lockfile import Lock
-
-LockedVariants = tuple[tuple[str, str], ...]
-"""Build variant and the hash that a lock promises for it, as `LockedKernel.hashes`."""
+from .locking.lockfile import Lock, LockedKernel
+from .names import is_repo_id, is_revision, is_version
 
 
-@dataclass(frozen=True)
-class Terms:
-    """How kernels are asked for: the same for a kernel and all that it depends on.
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """How kernels are requested: the same for a kernel and for all that it depends on.
 
-    Attributes are those of `KernelRequest`.
+    Args:
+        trust_remote_code: Whether code of a publisher that the Hub does not list as trusted may
+            run: True, or a sequence of the `owner/name` that may. It applies to dependencies, too.
+        backend: `cpu`, or the backend that torch was built for, which is the default.
+        user_agent: Information about the caller for each request to the Hub, unless telemetry is switched off.
+        check_arch: Whether a build without code for the current device is refused.
+        local_files_only: Whether to send no request to the Hub, as with `HF_HUB_OFFLINE`.
+        lock: The lock with the commits and hashes of dependencies; without one, any commit of them is accepted.
+        on_cpu: Whether the kernel is for a call on the CPU: with a torch that was built for an accelerator, builds for
+            the CPU come first then.
+
+    Raises:
+        ArgumentError: An argument is malformed.
+        ArgumentTypeError: An argument has the wrong type.
     """
 
     trust_remote_code: bool | Sequence[str] = False
     backend: str | None = None
-    user_agent: str | Mapping[str, str] | None = None
+    user_agent: str | Mapping[str, str] | None = field(default=None, compare=False)
     check_arch: bool = True
     local_files_only: bool = False
-    lock: Lock | None = None
+    lock: Lock | None = field(default=None, repr=False)
     on_cpu: bool = False
 
-    def ask(self, wanted: Dependency) -> KernelRequest:
-        """Ask for a kernel that another one depends on; where there is a lock, for what that says.
+    def __post_init__(self) -> None:
+        """Check the values, and replace lists and mappings by values that can be hashed."""
+        if self.backend is not None:
+            require_type(self.backend, str, "backend")
+        object.__setattr__(self, "trust_remote_code", _trust(self.trust_remote_code))
+        object.__setattr__(self, "user_agent", _agent(self.user_agent))
+
+    def trusts(self, repo_id: str) -> bool:
+        """Whether the user allows code of this repository to run, whoever published it."""
+        allowed = self.trust_remote_code
+        return allowed is True or (isinstance(allowed, tuple) and repo_id in allowed)
+
+    def for_dependency(self, wanted: Dependency) -> KernelRequest:
+        """Request a kernel that another one depends on: the locked one, where there is a lock.
 
         Raises:
-            LoadError: If there is a lock, and it is not in it.
+            LoadError: There is a lock, and the kernel is not in it.
         """
-        options: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        options: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(RequestOptions)}
         if self.lock is None:
             return KernelRequest(wanted.repo_id, revision=wanted.revision, version=wanted.version, **options)
         locked = self.lock.find(wanted)
@@ -46,39 +69,24 @@ class Terms:
                 f"it depends on {wanted}, which is not locked in {self.lock.origin}. Lock anew with "
                 "`kernels-core lock <project>`"
             )
-        return KernelRequest(
-            wanted.repo_id,
-            revision=wanted.revision,
-            version=wanted.version,
-            commit=locked.commit,
-            locked=locked.hashes,
-            **options,
-        )
+        return _locked(wanted, locked, options)
 
 
 @dataclass(frozen=True)
-class KernelRequest:
-    """A kernel on the Hub that is asked for.
+class KernelRequest(RequestOptions):
+    """A request for a kernel on the Hub.
 
     Args:
         repo_id: `owner/name` of the repository.
         revision: Branch, tag or commit. Exactly one of `revision` and `version` is given.
         version: Number of the kernel version: the branch `v<version>`.
-        trust_remote_code: Whether code of a publisher that the Hub does not list as trusted may
-            run: True, or a sequence of the `owner/name` that may. It counts for dependencies, too.
-        backend: `cpu`, or the backend that torch was built for, which is the default.
-        user_agent: What to tell the Hub about the caller in each request, unless telemetry is switched off.
-        check_arch: Whether a build without code for the current device is refused.
-        local_files_only: Whether to ask nothing of the Hub, as with `HF_HUB_OFFLINE`.
-        commit: The commit that a lock says: revision or version are then not asked for.
-        locked: Hash of each build variant that a lock says; None or empty if it says none.
-        lock: The lock that commits and hashes of dependencies are looked up in; without it they are free.
-        on_cpu: Whether it is for a call on the CPU: with a torch that was built for an accelerator, builds for the
-            CPU then come first.
+        commit: The commit in a lock: revision or version are not looked up then.
+        locked: Pairs of build variant and hash in a lock; None or empty if it has none.
+        options: Those of `RequestOptions`.
 
     Raises:
-        ArgumentError: If not exactly one of revision and version is given, or one is malformed.
-        ArgumentTypeError: If an argument has the wrong type.
+        ArgumentError: Not exactly one of revision and version is given, or an argument is malformed.
+        ArgumentTypeError: An argument has the wrong type.
 
     Example:
         >>> KernelRequest("acme/silu", version=1).wanted
@@ -88,21 +96,13 @@ class KernelRequest:
     repo_id: str
     revision: str | None = field(default=None, kw_only=True)
     version: int | None = field(default=None, kw_only=True)
-    trust_remote_code: bool | Sequence[str] = field(default=False, kw_only=True)
-    backend: str | None = field(default=None, kw_only=True)
-    user_agent: str | Mapping[str, str] | None = field(default=None, kw_only=True, compare=False)
-    check_arch: bool = field(default=True, kw_only=True)
-    local_files_only: bool = field(default=False, kw_only=True)
     commit: str | None = field(default=None, kw_only=True)
-    locked: LockedVariants | None = field(default=None, kw_only=True)
-    lock: Lock | None = field(default=None, kw_only=True, repr=False)
-    on_cpu: bool = field(default=False, kw_only=True)
+    locked: tuple[tuple[str, str], ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse what names no kernel, and turn what would not hash into what does."""
-        _expect(self.repo_id, str, "repo_id")
-        owner, slash, name = self.repo_id.partition("/")
-        if not (owner and slash and name) or "/" in name:
+        """Check the values, and replace lists and mappings by values that can be hashed."""
+        require_type(self.repo_id, str, "repo_id")
+        if not is_repo_id(self.repo_id):
             raise ArgumentError(f"repo_id is {self.repo_id!r}: write 'owner/name'.")
         if (self.revision is None) == (self.version is None) and self.commit is None:
             raise ArgumentError(
@@ -110,15 +110,12 @@ class KernelRequest:
                 f"version=<number>, got revision={self.revision!r} and version={self.version!r}."
             )
         if self.revision is not None:
-            _expect(self.revision, str, "revision")
-            if not self.revision:
-                raise ArgumentError("revision is '': name a branch, tag or commit.")
-        if self.version is not None and (type(self.version) is not int or self.version < 0):
+            require_type(self.revision, str, "revision")
+            if not is_revision(self.revision):
+                raise ArgumentError(f"revision is {self.revision!r}: name a branch, tag or commit.")
+        if self.version is not None and not is_version(self.version):
             raise ArgumentError(f"version is {self.version!r}: kernel versions are whole numbers such as 1.")
-        if self.backend is not None:
-            _expect(self.backend, str, "backend")
-        object.__setattr__(self, "trust_remote_code", _trust(self.trust_remote_code))
-        object.__setattr__(self, "user_agent", _agent(self.user_agent))
+        super().__post_init__()
 
     @property
     def wanted(self) -> str:
@@ -128,22 +125,47 @@ class KernelRequest:
         return f"v{self.version}" if self.revision is None else self.revision
 
     @property
-    def terms(self) -> Terms:
-        """How it is asked for."""
-        return Terms(**{field.name: getattr(self, field.name) for field in fields(Terms)})
-
-    def trusts(self, repo_id: str) -> bool:
-        """Whether the user allows code of this repository to run, whoever published it."""
-        return self.trust_remote_code is True or (
-            isinstance(self.trust_remote_code, tuple) and repo_id in self.trust_remote_code
-        )
+    def ref(self) -> str:
+        """The revision as git spells it out, where it is a version: a tag of that name is none."""
+        return f"refs/heads/v{self.version}" if self.commit is None and self.version is not None else self.wanted
 
     def __str__(self) -> str:
         """Name repository and revision, for messages."""
         if self.commit is None:
             return f"{self.repo_id} at {self.wanted}"
-        said = self.revision or (f"v{self.version}" if self.version is not None else self.commit[:12])
-        return f"{self.repo_id} at {said}, locked"
+        revision = self.revision or (f"v{self.version}" if self.version is not None else self.commit[:12])
+        return f"{self.repo_id} at {revision}, locked"
+
+
+def locked_request(lock: Lock, locked: LockedKernel | str, **options: Any) -> KernelRequest:
+    """Request the commit that a lock has, and the same for its dependencies.
+
+    Args:
+        lock: The lock.
+        locked: One of its kernels, or the name of a repository.
+        options: As for `KernelRequest`.
+
+    Raises:
+        ArgumentError: The kernel is not locked.
+    """
+    if isinstance(locked, str):
+        locked = lock.require(locked)
+    return _locked(locked.dependency, locked, {**options, "lock": lock})
+
+
+def _locked(wanted: Dependency, locked: LockedKernel, options: dict[str, Any]) -> KernelRequest:
+    named: dict[str, Any] = {"revision": wanted.revision, "version": wanted.version}
+    return KernelRequest(wanted.repo_id, commit=locked.commit, locked=locked.hashes, **named, **options)
+
+
+def require_type(value: object, kind: type, name: str) -> None:
+    """Refuse an argument of another type.
+
+    Raises:
+        ArgumentTypeError: The value is of another type.
+    """
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(f"{name} is a {kind.__name__}, not {value!r}.")
 
 
 def _trust(trusted: Any) -> bool | tuple[str, ...]:
@@ -156,7 +178,7 @@ def _trust(trusted: Any) -> bool | tuple[str, ...]:
 
 
 def _agent(agent: Any) -> str | None:
-    """Return the text that travels: a mapping as `key/value; key/value`."""
+    """Return the text that is sent: a mapping as `key/value; key/value`."""
     if agent is None:
         return None
     if isinstance(agent, Mapping):
@@ -164,10 +186,5 @@ def _agent(agent: Any) -> str | None:
     if not isinstance(agent, str):
         raise ArgumentTypeError(f"user_agent is a text or a mapping of names to values, not {agent!r}.")
     if not agent.isascii() or not agent.isprintable():
-        raise ArgumentError(f"user_agent is {agent!r}: a header holds printable ASCII characters alone.")
+        raise ArgumentError(f"user_agent is {agent!r}: a header holds only printable ASCII characters.")
     return agent.strip() or None
-
-
-def _expect(value: object, kind: type, name: str) -> None:
-    if not isinstance(value, kind):
-        raise ArgumentTypeError(f"{name} is a {kind.__name__}, not {value!r}.")

@@ -1,26 +1,29 @@
-"""Layers in repositories, as plain frozen values: naming one costs nothing, loading it happens on the first call."""
+"""Layers in kernel repositories, as plain frozen values: making one costs nothing, the first call loads it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from kernels_core import ArgumentTypeError, KernelLayer
+from kernels_core import ArgumentTypeError, KernelLayer, LoadedLayer, ResolutionError
 
-from .request import KernelRequest
+from .request import KernelRequest, RequestOptions, require_type
+
+if TYPE_CHECKING:
+    from .kernel import LoadedKernel
 
 
 class KernelSource:
-    """A layer of a kernel on the Hub: what the plugin `hub` loads."""
+    """A layer of a kernel: the sources that the plugin `hub` loads."""
 
     layer_name: str
     is_function: ClassVar[bool] = False
-    """Whether it is a function at the top of the kernel, and no member of its `layers`."""
+    """Whether the layer is a function at the top of the kernel, not a member of its `layers`."""
 
     def kernel_request(self) -> KernelRequest:
-        """Return which kernel the layer is in."""
+        """Return the request for the kernel that has the layer."""
         raise NotImplementedError
 
     @property
@@ -32,14 +35,41 @@ class KernelSource:
         """Whether the user allows code of this repository to run, whoever published it."""
         return self.kernel_request().trusts(repo_id)
 
+    def load_kernel(self, **options: Any) -> LoadedKernel:
+        """Fetch, check and import the kernel.
+
+        Args:
+            options: Those of `RequestOptions` that replace those of the source.
+        """
+        from .kernel import load  # imports what a mapping that is only written down does not need
+
+        return load(replace(self.kernel_request(), **options))
+
     def load(self) -> KernelLayer:
-        """Fetch, check and import the layer; raises what the dispatcher would give as the reason."""
-        from .plugin import load_source
+        """Fetch, check and import the layer."""
+        return self.find_layer(self.load_kernel()).layer
 
-        return load_source(self).layer
+    def find_layer(self, kernel: LoadedKernel) -> LoadedLayer:
+        """Return the layer in its kernel, which was loaded.
+
+        Raises:
+            LoadError: The kernel has no such layer; names those that exist.
+        """
+        from .builds.importing import find_function, find_layer
+
+        find = find_function if self.is_function else find_layer
+        try:
+            return LoadedLayer(find(kernel.module, self.layer_name), kernel.origin, kernel.checked)
+        except ResolutionError as error:
+            raise type(error)(f"{kernel.place}: {error}") from error
+
+    @property
+    def layer_label(self) -> str:
+        """The argument that names the layer, as it is written."""
+        return f"{'func' if self.is_function else 'layer'}_name={self.layer_name!r}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerRepository(KernelSource):
     """A layer in a kernel repository on the Hub.
 
@@ -50,15 +80,19 @@ class LayerRepository(KernelSource):
         version: Number of the kernel version: the branch `v<version>`.
         trust_remote_code: Whether code of a publisher that the Hub does not list as trusted may
             run: True, or a sequence of the `owner/name` that may.
-        user_agent: What to tell the Hub about the caller in each request, a text or a mapping.
+        user_agent: Information about the caller for each request to the Hub, a text or a mapping.
 
     Raises:
-        ArgumentError: If not exactly one of revision and version is given, or one is malformed.
-        ArgumentTypeError: If an argument has the wrong type.
+        ArgumentError: Not exactly one of revision and version is given, or one is malformed.
+        ArgumentTypeError: An argument has the wrong type.
 
     Example:
-        >>> LayerRepository("kernels-community/activation", layer_name="SiluAndMul", version=1)
-        LayerRepository('kernels-community/activation', layer_name='SiluAndMul', version=1)
+        >>> repository = LayerRepository("acme/silu", layer_name="Silu", version=1)
+        >>> repository
+        LayerRepository('acme/silu', layer_name='Silu', version=1)
+        >>> silu = repository.load()
+        >>> silu()(torch.zeros(2))
+        tensor([0., 0.])
     """
 
     repo_id: str
@@ -69,31 +103,26 @@ class LayerRepository(KernelSource):
     user_agent: str | Mapping[str, str] | None = field(default=None, kw_only=True, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse what names no repository, and turn what would not hash into what does."""
-        _expect(self.layer_name, str, "layer_name")
+        """Check the arguments, and replace lists and mappings by values that can be hashed."""
+        require_type(self.layer_name, str, "layer_name")
         request = self.kernel_request()
         object.__setattr__(self, "trust_remote_code", request.trust_remote_code)
         object.__setattr__(self, "user_agent", request.user_agent)
 
     def kernel_request(self) -> KernelRequest:
-        """Return which kernel the layer is in."""
-        return KernelRequest(
-            self.repo_id,
-            revision=self.revision,
-            version=self.version,
-            trust_remote_code=self.trust_remote_code,
-            user_agent=self.user_agent,
-        )
+        """Return the request for the kernel that has the layer."""
+        pin: dict[str, Any] = {"revision": self.revision, "version": self.version}
+        return KernelRequest(self.repo_id, trust_remote_code=self.trust_remote_code, user_agent=self.user_agent, **pin)
 
     def __repr__(self) -> str:
-        """Show what was said; never asks the Hub."""
-        said = f"revision={self.revision!r}" if self.version is None else f"version={self.version}"
+        """Show the arguments."""
+        pin = f"revision={self.revision!r}" if self.version is None else f"version={self.version}"
         trust = f", trust_remote_code={self.trust_remote_code!r}" if self.trust_remote_code else ""
-        return f"LayerRepository({self.repo_id!r}, layer_name={self.layer_name!r}, {said}{trust})"
+        return f"{type(self).__name__}({self.repo_id!r}, {self.layer_label}, {pin}{trust})"
 
 
-@dataclass(frozen=True)
-class LocalLayerRepository:
+@dataclass(frozen=True, repr=False)
+class LocalLayerRepository(KernelSource):
     """A layer in a kernel repository on disk: a folder with `build/`, with variants, or one variant itself.
 
     Code that the user points to is trusted; its digest is checked where it has one.
@@ -103,7 +132,7 @@ class LocalLayerRepository:
         layer_name: Name of the layer class or function in the kernel's `layers`.
 
     Raises:
-        ArgumentTypeError: If an argument has the wrong type.
+        ArgumentTypeError: An argument has the wrong type.
 
     Example:
         >>> LocalLayerRepository("kernels/activation", layer_name="SiluAndMul")
@@ -112,13 +141,12 @@ class LocalLayerRepository:
 
     repo_path: str | Path
     layer_name: str = field(kw_only=True)
-    is_function: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Turn the path into a `Path`."""
+        """Replace a text by a `Path`."""
         if not isinstance(self.repo_path, str | Path):
             raise ArgumentTypeError(f"repo_path is a path, not {self.repo_path!r}.")
-        _expect(self.layer_name, str, "layer_name")
+        require_type(self.layer_name, str, "layer_name")
         object.__setattr__(self, "repo_path", Path(self.repo_path))
 
     @property
@@ -126,17 +154,16 @@ class LocalLayerRepository:
         """The folder as a `Path`."""
         return Path(self.repo_path)
 
-    def load(self) -> KernelLayer:
-        """Check and import the layer; raises what the dispatcher would give as the reason."""
-        from .plugin import load_local
+    def load_kernel(self, **options: Any) -> LoadedKernel:
+        """Check and import the kernel.
 
-        return load_local(self).layer
+        Args:
+            options: Those of `RequestOptions`.
+        """
+        from .kernel import load_folder
+
+        return load_folder(self.path, RequestOptions(**{"check_arch": False, **options}))
 
     def __repr__(self) -> str:
-        """Show what was said."""
-        return f"LocalLayerRepository({str(self.repo_path)!r}, layer_name={self.layer_name!r})"
-
-
-def _expect(value: object, kind: type, name: str) -> None:
-    if not isinstance(value, kind):
-        raise ArgumentTypeError(f"{name} is a {kind.__name__}, not {value!r}.")
+        """Show the arguments."""
+        return f"{type(self).__name__}({str(self.repo_path)!r}, {self.layer_label})"

@@ -1,4 +1,4 @@
-"""Requests as a local Hub saw them, and what it lets go wrong with them."""
+"""Requests to a local Hub, and the faults that it applies to their responses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
-from kernels_plugins.local_hub.routes import Answer, as_json
+from .routes import Response, json_response
 
 
 @dataclass(frozen=True)
 class Request:
     """One request as it came in: `path` is undecoded and has the query, header names are lower case.
 
-    `status` is what was answered, 0 while that is not known yet and when the connection was dropped.
+    `status` is that of the response, 0 while there is none yet and when the connection was dropped.
     """
 
     method: str
@@ -40,7 +40,7 @@ Pattern = str | re.Pattern[str] | Callable[[Request], bool]
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match (None: with all of them)."""
+    """A fault of the next `times` requests that match, of all if None; `LocalHub.fail` describes each kind."""
 
     match: Pattern
     status: int | None = None
@@ -54,40 +54,32 @@ class Fault:
     times: int | None = 1
 
     def concerns(self, request: Request) -> bool:
-        """Tell whether this fault is still due and is about this request."""
+        """Return whether this fault is still due and applies to this request."""
         if self.times == 0 or (request.method == "HEAD" and self._is_about_bytes):
             return False
         return request.matches(self.match)
 
     @property
     def _is_about_bytes(self) -> bool:
-        """Whether only the body is damaged, which the answer to a HEAD request does not have."""
+        """Whether only the body is damaged, which the response to a HEAD request does not have."""
         return (self.truncate is not None or self.flip is not None) and self.status is None and not self.drop
 
-    def spoil(self, answer: Answer) -> Answer:
-        """Put this fault's status, body and headers in place of the right ones, and flip its byte."""
-        body, headers = answer.body, dict(answer.headers)
+    def apply(self, response: Response) -> Response:
+        """Put the status, body and headers of this fault in place of the right ones, and flip its byte."""
+        status, body, headers = response.status, response.body, dict(response.headers)
         if self.status is not None:
-            error = as_json({"error": f"fault on demand: {self.status}"})
-            body, headers = error.body, dict(error.headers)
+            error = json_response({"error": f"fault on demand: {self.status}"})
+            status, body, headers = self.status, error.body, dict(error.headers)
         if self.body is not None:
             body = self.body.encode() if isinstance(self.body, str) else self.body
-            headers = {"Content-Type": "text/html; charset=utf-8"}
+            status, headers = self.status or 200, {"Content-Type": "text/html; charset=utf-8"}
         if self.content_type is not None:
             headers["Content-Type"] = self.content_type
         if self.flip is not None and body:
-            damaged = bytearray(body)
-            damaged[self.flip % len(body)] ^= 0xFF
-            body = bytes(damaged)
-        return Answer(self._status(answer), body, _merged(headers, self.headers or {}))
-
-    def _status(self, answer: Answer) -> int:
-        if self.status is not None:
-            return self.status
-        return 200 if self.body is not None else answer.status
-
-
-def _merged(headers: dict[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
-    names = {name.lower() for name in changes}
-    kept = {name: value for name, value in headers.items() if name.lower() not in names}
-    return {**kept, **{name: value for name, value in changes.items() if value is not None}}
+            at = self.flip % len(body)
+            body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
+        for name, value in (self.headers or {}).items():
+            headers = {known: text for known, text in headers.items() if known.lower() != name.lower()}
+            if value is not None:
+                headers[name] = value
+        return Response(status, body, headers)

@@ -7,8 +7,10 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Literal, get_args
+
+from ..hub.names import is_repo_id
 
 RepoType = Literal["kernel", "model", "dataset", "space"]
 Tree = Mapping[str, str | bytes]
@@ -17,7 +19,7 @@ _SHORT_COMMIT = re.compile(r"[0-9a-f]{5,40}")
 
 
 def git_blob_id(data: bytes) -> str:
-    """Name `data` as git does: the sha1 of a blob header and the bytes.
+    """Return the name that git gives to bytes: the sha1 of a blob header and the bytes.
 
     Example:
         >>> git_blob_id(b"")
@@ -27,21 +29,15 @@ def git_blob_id(data: bytes) -> str:
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    """Read every file under `folder`, keyed by its path relative to it.
-
-    Example:
-        >>> read_tree(Path("build/torch-universal"))  # doctest: +SKIP
-        {'__init__.py': b'...', 'metadata.json': b'...'}
-    """
+    """Read every file under `folder`, keyed by its path relative to it."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    # Importing from a served folder writes bytecode into it; that must not make a new commit.
-    kept = (name for name in names if "__pycache__" not in name.parts)
-    return {name.as_posix(): (folder / name).read_bytes() for name in kept}
+    # Importing from a served folder writes byte code into it; that must not make a new commit.
+    return {name.as_posix(): (folder / name).read_bytes() for name in names if "__pycache__" not in name.parts}
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One immutable tree; its id follows from its parent and its contents alone."""
+    """One immutable tree; its id follows from its parent and its contents."""
 
     files: Mapping[str, bytes]
     parent: str = ""
@@ -56,14 +52,8 @@ class Commit:
         return digest.hexdigest()
 
     def folders(self) -> set[str]:
-        """List the folders that hold at least one file.
-
-        Example:
-            >>> sorted(Commit({"build/cpu/a.py": b""}).folders())
-            ['build', 'build/cpu']
-        """
-        parts = [path.split("/")[:-1] for path in self.files]
-        return {"/".join(names[:depth]) for names in parts for depth in range(1, len(names) + 1)}
+        """Return the folders that contain at least one file, such as `build` and `build/cpu`."""
+        return {str(folder) for path in self.files for folder in PurePosixPath(path).parents} - {"."}
 
 
 @dataclass
@@ -82,7 +72,7 @@ class Repository:
     private: bool = False
     gated: bool = False
     disabled: bool = False
-    source: Path | None = None
+    folder: Path | None = None
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -114,7 +104,7 @@ class Repository:
         return self._at(revision)[1].files
 
     def find(self, revision: str) -> tuple[str, Commit] | None:
-        """Resolve a branch, a tag, also as git spells them out, a commit or the first digits of one; else None."""
+        """Return the commit of a branch or tag, also by its full name in git, or by its first digits; else None."""
         with self._lock:
             branch, tag = revision.removeprefix("refs/heads/"), revision.removeprefix("refs/tags/")
             commit_id = self.branches.get(branch) or self.tags.get(tag)
@@ -124,10 +114,10 @@ class Repository:
             return (commit_id, self.commits[commit_id]) if commit_id else None
 
     def refresh(self) -> None:
-        """Read a repository that is a folder again, so that an edited file shows as a new commit."""
-        if self.source is None:
+        """Read a repository that is a folder again, so that an edited file makes a new commit."""
+        if self.folder is None:
             return
-        commit = Commit(read_tree(self.source))
+        commit = Commit(read_tree(self.folder))
         with self._lock:
             self._store(commit, "main")
 
@@ -150,40 +140,40 @@ class Repository:
         return found
 
 
-class Shelf:
+class Repositories:
     """All repositories of one Hub, added by call or found as `<owner>/<name>` folders of a directory.
 
     Example:
-        >>> shelf = Shelf()
-        >>> shelf.add(Repository("acme/kernels"))
-        >>> shelf.rename("acme/kernels", "acme/layers")
-        >>> shelf.moved("kernel", "acme/kernels")
+        >>> repositories = Repositories()
+        >>> repositories.add(Repository("acme/kernels"))
+        >>> repositories.rename("acme/kernels", "acme/layers")
+        >>> repositories.moved("kernel", "acme/kernels")
         'acme/layers'
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         """Serve the folders of `directory`, if one is given, as kernel repositories."""
-        self.directory = directory
-        self._repositories: dict[tuple[str, str], Repository] = {}
+        self._directory = directory
+        self._known: dict[tuple[str, str], Repository] = {}
         self._moved: dict[tuple[str, str], str] = {}
         self._lock = threading.RLock()
 
     def add(self, repository: Repository) -> None:
-        """Put a repository on the shelf; its id must be free."""
+        """Add a repository; its id must be free."""
         with self._lock:
             if self.find(repository.repo_type, repository.id) is not None:
                 raise ValueError(f"there is already a {repository.repo_type} repository {repository.id!r}")
-            self._repositories[repository.repo_type, repository.id] = repository
+            self._known[repository.repo_type, repository.id] = repository
 
     def find(self, repo_type: str, repo_id: str) -> Repository | None:
-        """Return the repository that goes by this id now, or None."""
+        """Return the repository that has this id now, or None."""
         with self._lock:
-            known = self._repositories.get((repo_type, repo_id))
-            if known is None and (repo_type, repo_id) not in self._moved:
-                known = self._open(repo_type, repo_id)
-        if known is not None:
-            known.refresh()
-        return known
+            found = self._known.get((repo_type, repo_id))
+            if found is None and (repo_type, repo_id) not in self._moved and repo_type == "kernel":
+                found = self._open(repo_id)
+        if found is not None:
+            found.refresh()
+        return found
 
     def moved(self, repo_type: str, repo_id: str) -> str | None:
         """Return the new id of a renamed repository, or None."""
@@ -193,23 +183,19 @@ class Shelf:
     def rename(self, old_id: str, new_id: str) -> None:
         """Give the repositories called `old_id`, of whatever type, the name `new_id`."""
         with self._lock:
-            types = [kind for kind in ("kernel", "model", "dataset", "space") if self.find(kind, old_id)]
+            types = [kind for kind in get_args(RepoType) if self.find(kind, old_id)]
             if not types:
                 raise KeyError(f"there is no repository {old_id!r}")
             for repo_type in types:
-                repository = self._repositories.pop((repo_type, old_id))
+                repository = self._known.pop((repo_type, old_id))
                 repository.id = new_id
-                self._repositories[repo_type, new_id] = repository
+                self._known[repo_type, new_id] = repository
                 self._moved[repo_type, old_id] = new_id
                 self._moved.pop((repo_type, new_id), None)
 
-    def _open(self, repo_type: str, repo_id: str) -> Repository | None:
-        if self.directory is None or repo_type != "kernel":
-            return None
-        folder = self.directory / repo_id
+    def _open(self, repo_id: str) -> Repository | None:
         # An id is two plain names, so that no request can climb out of the directory.
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id) or not folder.is_dir():
+        if self._directory is None or not is_repo_id(repo_id) or not (self._directory / repo_id).is_dir():
             return None
-        repository = Repository(repo_id, source=folder)
-        self._repositories[repo_type, repo_id] = repository
+        self._known["kernel", repo_id] = repository = Repository(repo_id, folder=self._directory / repo_id)
         return repository

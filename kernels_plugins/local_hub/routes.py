@@ -1,4 +1,4 @@
-"""What a local Hub answers: the routes, the status codes and the headers of the real one."""
+"""The responses of a local Hub: the routes, the status codes and the headers of the real one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from kernels_plugins.local_hub.repositories import Commit, Repository, Shelf, git_blob_id
+from .repositories import Commit, Repositories, Repository, git_blob_id
 
 _KINDS = {"kernels": "kernel", "models": "model", "datasets": "dataset", "spaces": "space"}
 Query = dict[str, list[str]]
@@ -18,8 +18,8 @@ _DATE = "2025-01-01T00:00:00.000Z"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One HTTP answer, before any fault is applied to it."""
+class Response:
+    """One HTTP response, before any fault is applied to it."""
 
     status: int
     body: bytes = b""
@@ -27,51 +27,51 @@ class Answer:
 
 
 class RefusedError(Exception):
-    """A request the Hub turns down, with the code and the message the client looks for."""
+    """A request that the Hub refuses, with the code and the message that the client looks for."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
-        """Keep the answer: the code and message travel as headers, the message also as JSON."""
+        """Keep the response: the code and message travel as headers, the message also as JSON."""
         super().__init__(message)
         named = {"X-Error-Code": code, "X-Error-Message": message} if code else {"X-Error-Message": message}
         named.update({name.replace("_", "-"): value for name, value in headers.items()})
-        self.answer = as_json({"error": message}, status, named)
+        self.response = json_response({"error": message}, status, named)
 
 
-def as_json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
-    """Answer with `value` as JSON.
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a response with `value` as JSON.
 
     Example:
-        >>> as_json([]).body
+        >>> json_response([]).body
         b'[]'
     """
     kind = {"Content-Type": "application/json; charset=utf-8"}
-    return Answer(status, json.dumps(value).encode(), {**kind, **(headers or {})})
+    return Response(status, json.dumps(value).encode(), {**kind, **(headers or {})})
 
 
-@dataclass
-class Desk:
-    """Answers requests from a shelf of repositories; holds what the Hub knows beside them.
+@dataclass(eq=False, repr=False)
+class Router:
+    """Responses requests from repositories and organizations.
 
     Example:
-        >>> Desk(Shelf()).answer("GET", "/api/organizations/acme/overview", {}, b"").status
+        >>> Router(Repositories()).respond("GET", "/api/organizations/acme/overview", {}, b"").status
         404
     """
 
-    shelf: Shelf
-    organizations: Mapping[str, bool] = field(default_factory=dict)
+    repositories: Repositories
+    organizations: dict[str, bool] = field(default_factory=dict)
     token: str = "hf_local_member"
     stranger_token: str = "hf_local_stranger"
     page_size: int = 1000
     lfs_threshold: int | None = None
 
-    def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Answer one request; `target` is the request path as sent, `headers` have lower-case names."""
+    def respond(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response:
+        """Response one request; `target` is the request path as sent, `headers` have lower-case names."""
         try:
             return self._route(method, target, headers, body)
         except RefusedError as refusal:
-            return refusal.answer
+            return refusal.response
 
-    def _route(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    def _route(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response:
         url = urlsplit(target)
         query = parse_qs(body.decode() if method == "POST" else url.query)
         user = self._user(headers)
@@ -80,7 +80,7 @@ class Desk:
         if parts == ["api", "whoami-v2"]:
             return _whoami(user)
         if parts == ["api", "agent-harnesses"]:  # newer clients ask once a day, unless telemetry is switched off
-            return as_json({"standardEnvVars": ["AI_AGENT", "AGENT"], "harnesses": {}})
+            return json_response({"standardEnvVars": ["AI_AGENT", "AGENT"], "harnesses": {}})
         if parts[:2] == ["api", "organizations"] and parts[3:] == ["overview"]:
             return self._organization(parts[2])
         if parts[0] == "api" and len(parts) >= 4 and parts[1] in _KINDS:
@@ -103,39 +103,39 @@ class Desk:
             raise RefusedError(401, "Invalid credentials in Authorization header")
         return names[authorization]
 
-    def _organization(self, name: str) -> Answer:
+    def _organization(self, name: str) -> Response:
         if name not in self.organizations:
             raise RefusedError(404, "This organization does not exist")
         trusted = self.organizations[name]
         overview = {"name": name, "fullname": name, "avatarUrl": "", "isVerified": trusted, "numUsers": 1}
-        return as_json({**overview, "trustedKernelPublisher": trusted})
+        return json_response({**overview, "trustedKernelPublisher": trusted})
 
     def _repository(self, kind: str, repo_id: str, target: str, user: str | None) -> Repository:
-        repository = self.shelf.find(kind, repo_id)
-        new_id = None if repository else self.shelf.moved(kind, repo_id)
+        repository = self.repositories.find(kind, repo_id)
+        new_id = None if repository else self.repositories.moved(kind, repo_id)
         if new_id is not None:
             location = target.replace(quote(repo_id), quote(new_id), 1)
             raise RefusedError(307, f"Temporary Redirect. Redirecting to {location}", Location=location)
         if repository is None or (repository.private and user != "member"):
-            if user is None:  # The real Hub does not tell a visitor what exists and what does not.
+            if user is None:  # The real Hub does not reveal to a visitor which private repositories exist.
                 raise RefusedError(401, "Invalid username or password.", "RepoNotFound")
             raise RefusedError(404, "Repository not found", "RepoNotFound")
         if repository.disabled:
             raise RefusedError(403, "Access to this resource is disabled.")
         return repository
 
-    def _api(self, repository: Repository, rest: list[str], query: Query, page: str) -> Answer:
+    def _api(self, repository: Repository, rest: list[str], query: Query, page: str) -> Response:
         if rest == ["refs"]:
-            return as_json(_refs(repository))
+            return json_response(_refs(repository))
         verb, revision = [*rest, "main"][:2] if rest else ("revision", "main")
         commit_id, commit = _revision(repository, revision)
         if verb == "revision":
-            return as_json(self._info(repository, commit_id, commit, query))
+            return json_response(self._info(repository, commit_id, commit, query))
         if verb == "tree":
             return self._tree(commit, "/".join(rest[2:]), revision, query, page)
         if verb == "paths-info":
             wanted = set(query.get("paths", []))
-            return as_json([entry for entry in self._entries(commit) if entry["path"] in wanted])
+            return json_response([entry for entry in self._entries(commit) if entry["path"] in wanted])
         raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
 
     def _info(self, repository: Repository, commit_id: str, commit: Commit, query: Query) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class Desk:
             sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
         return sibling
 
-    def _tree(self, commit: Commit, folder: str, revision: str, query: Query, page: str) -> Answer:
+    def _tree(self, commit: Commit, folder: str, revision: str, query: Query, page: str) -> Response:
         if folder and folder not in commit.folders():
             raise RefusedError(404, f'{folder} does not exist on "{revision}"', "EntryNotFound")
         inside = f"{folder}/" if folder else ""
@@ -181,7 +181,7 @@ class Desk:
         headers = {}
         if end < len(entries):
             headers["Link"] = f'<{page}?recursive={str(recursive).lower()}&cursor={end}>; rel="next"'
-        return as_json(entries[start:end], headers=headers)
+        return json_response(entries[start:end], headers=headers)
 
     def _entries(self, commit: Commit) -> list[dict[str, Any]]:
         folders = [
@@ -205,9 +205,9 @@ class Desk:
 
     def _file(
         self, repository: Repository, revision: str, path: str, headers: Mapping[str, str], user: str | None
-    ) -> Answer:
+    ) -> Response:
         if repository.gated and user != "member":
-            # As on the real Hub, what a gated repository is called and lists is public; its files are not.
+            # As on the real Hub, the name and the list of files of a gated repository are public; its files are not.
             status = 401 if user is None else 403
             raise RefusedError(status, f"Access to {repository.id} is restricted.", "GatedRepo")
         commit_id, commit = _revision(repository, revision)
@@ -221,12 +221,12 @@ class Desk:
         return _ranged(data, headers.get("range", ""), {"Content-Type": "application/octet-stream", **named})
 
 
-def _whoami(user: str | None) -> Answer:
+def _whoami(user: str | None) -> Response:
     if user is None:
         raise RefusedError(401, "Invalid username or password.")
     access = {"displayName": "local", "role": "read"}
     auth = {"type": "access_token", "accessToken": access}
-    return as_json({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": auth})
+    return json_response({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": auth})
 
 
 def _refs(repository: Repository) -> dict[str, list[dict[str, str]]]:
@@ -247,14 +247,14 @@ def _revision(repository: Repository, revision: str) -> tuple[str, Commit]:
     return found
 
 
-def _ranged(data: bytes, wanted: str, headers: Mapping[str, str]) -> Answer:
+def _ranged(data: bytes, wanted: str, headers: Mapping[str, str]) -> Response:
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted)
     if match is None or not any(match.groups()):
-        return Answer(200, data, headers)
+        return Response(200, data, headers)
     first, last = match.groups()
     start = int(first) if first else max(len(data) - int(last), 0)
     end = min(int(last), len(data) - 1) if first and last else len(data) - 1
     if start > end:
         raise RefusedError(416, "Range Not Satisfiable", Content_Range=f"bytes */{len(data)}")
     part = {**headers, "Content-Range": f"bytes {start}-{end}/{len(data)}"}
-    return Answer(206, data[start : end + 1], part)
+    return Response(206, data[start : end + 1], part)

@@ -26,14 +26,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kernels_plugins.local_hub.faults import Fault, Pattern, Request
-from kernels_plugins.local_hub.repositories import Repository, RepoType, Shelf, Tree
-from kernels_plugins.local_hub.routes import Answer, Desk, as_json
+from .faults import Fault, Pattern, Request
+from .repositories import Repositories, Repository, RepoType, Tree
+from .routes import Response, Router, json_response
 
 __all__ = ["LocalHub", "Repository", "Request"]
 
 
-class LocalHub:
+class LocalHub(Router):
     """A Hub that serves repositories added by call and the `<owner>/<name>` folders of a directory.
 
     Attributes:
@@ -50,11 +50,8 @@ class LocalHub:
 
     def __init__(self, directory: Path | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
         """Prepare a Hub; it listens from `start()`, or from entering it as a context manager."""
-        self.token, self.stranger_token = Desk.token, Desk.stranger_token
-        self.page_size, self.lfs_threshold = Desk.page_size, Desk.lfs_threshold
+        super().__init__(Repositories(None if directory is None else Path(directory)))
         self._address = (host, port)
-        self._shelf = Shelf(None if directory is None else Path(directory))
-        self._organizations: dict[str, bool] = {}
         self._faults: list[Fault] = []
         self._log: list[Request] = []
         self._lock = threading.Lock()
@@ -112,20 +109,20 @@ class LocalHub:
         """Create a repository with one commit; `files` maps paths to contents or is a folder to copy."""
         repository = Repository(repo_id, repo_type, private, gated, disabled)
         repository.commit(files, branch=branch)
-        self._shelf.add(repository)
+        self.repositories.add(repository)
         return repository
 
     def repository(self, repo_id: str, *, repo_type: RepoType = "kernel") -> Repository | None:
         """Return a repository that was added or lies in the directory, or None."""
-        return self._shelf.find(repo_type, repo_id)
+        return self.repositories.find(repo_type, repo_id)
 
     def organization(self, name: str, *, trusted: bool) -> None:
-        """Make an organisation known, as a trusted publisher of kernels or as any other."""
-        self._organizations[name] = trusted
+        """Add an organisation, as a trusted publisher of kernels or as any other."""
+        self.organizations[name] = trusted
 
     def rename(self, old_id: str, new_id: str) -> None:
         """Rename a repository; requests for the old id are redirected."""
-        self._shelf.rename(old_id, new_id)
+        self.repositories.rename(old_id, new_id)
 
     def fail(
         self,
@@ -141,7 +138,7 @@ class LocalHub:
         headers: Mapping[str, str | None] | None = None,
         times: int | None = 1,
     ) -> None:
-        """Let the next `times` requests that match go wrong; None is for ever. See `Request.matches`.
+        """Apply a fault to the next `times` requests that match; None is to all. See `Request.matches`.
 
         Args:
             match: a text, a regular expression or a function that picks the requests.
@@ -149,8 +146,8 @@ class LocalHub:
             truncate: promise the whole body and hang up after this many bytes of it.
             flip: invert the byte at this offset of the body.
             delay: wait this many seconds before answering.
-            drop: hang up without an answer.
-            body: answer with this, as an HTML page with status 200 unless told otherwise.
+            drop: hang up without an response.
+            body: answer with this, by default as an HTML page with status 200.
             content_type: replaces the content type.
             headers: headers to set, or, where the value is None, to leave out.
             times: how many requests this happens to.
@@ -166,7 +163,7 @@ class LocalHub:
 
     @property
     def requests(self) -> list[Request]:
-        """The requests answered so far, oldest first."""
+        """The requests so far, oldest first."""
         with self._lock:
             return list(self._log)
 
@@ -194,31 +191,23 @@ class LocalHub:
         places |= {"HF_ASSETS_CACHE": str(home / "assets"), "HF_XET_CACHE": str(home / "xet")}
         places |= {"HF_ENDPOINT": self.url, "HF_TOKEN_PATH": str(home / "token")}
         # The client takes an empty token for none at all.
-        nobody = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"), "")
+        tokens = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"), "")
         quiet = ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")
         switches = {f"HF_HUB_DISABLE_{name}": "1" for name in quiet}
         switches |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
-        return {**places, **nobody, **switches, "NO_PROXY": direct, "no_proxy": direct}
+        return {**places, **tokens, **switches, "NO_PROXY": direct, "no_proxy": direct}
 
-    def _answer(self, request: Request, body: bytes) -> tuple[Answer | None, Fault | None]:
-        """Answer a request as its fault, if it has one, would have it; None is to hang up."""
-        desk = Desk(
-            self._shelf,
-            self._organizations,
-            self.token,
-            self.stranger_token,
-            self.page_size,
-            self.lfs_threshold,
-        )
-        answer: Answer | None = desk.answer(request.method, request.path, request.headers, body)
+    def _answer(self, request: Request, body: bytes) -> tuple[Response | None, Fault | None]:
+        """Return the response to a request with its fault, if it has one; None is to close the connection."""
+        response: Response | None = self.respond(request.method, request.path, request.headers, body)
         fault = self._take_fault(request)
-        if fault is not None and answer is not None:
+        if fault is not None and response is not None:
             self._stopping.wait(fault.delay or 0)
-            answer = None if fault.drop else fault.spoil(answer)
+            response = None if fault.drop else fault.apply(response)
         with self._lock:
-            # Noted before it is sent: a client that has its answer finds its request here.
-            self._log.append(replace(request, status=0 if answer is None else answer.status))
-        return answer, fault
+            # Noted before it is sent: a client that has its response finds its request here.
+            self._log.append(replace(request, status=0 if response is None else response.status))
+        return response, fault
 
     def _take_fault(self, request: Request) -> Fault | None:
         with self._lock:
@@ -242,28 +231,28 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(headers.get("content-length", 0)))
         fault = None
         try:
-            answer, fault = self.server.hub._answer(Request(self.command, self.path, headers), body)
+            response, fault = self.server.hub._answer(Request(self.command, self.path, headers), body)
         except Exception:
-            # A mistake of ours, or of a test's own match function: the client shows it.
-            answer = as_json({"error": traceback.format_exc()}, 500)
-        if answer is None:
+            # A fault of this server, or of a test's own match function: the client shows it.
+            response = json_response({"error": traceback.format_exc()}, 500)
+        if response is None:
             self.close_connection = True
         else:
-            self._send(answer, None if fault is None else fault.truncate)
+            self._send(response, None if fault is None else fault.truncate)
 
     do_GET = do_HEAD = do_POST = _reply  # noqa: N815 (names that http.server looks for)
 
-    def _send(self, answer: Answer, truncate: int | None) -> None:
-        self.send_response(answer.status)
-        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+    def _send(self, response: Response, truncate: int | None) -> None:
+        self.send_response(response.status)
+        for name, value in {"Content-Length": str(len(response.body)), **response.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body[:truncate])
+            self.wfile.write(response.body[:truncate])
             self.close_connection = self.close_connection or truncate is not None
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing; the Hub keeps its own list of requests."""
+        """Log nothing; the Hub keeps its own list of requests."""
 
 
 class _Server(ThreadingHTTPServer):

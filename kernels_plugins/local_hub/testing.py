@@ -19,7 +19,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,18 +27,16 @@ import pytest
 from huggingface_hub import constants, file_download, hf_api
 from huggingface_hub.utils import _http
 
-from kernels_plugins.local_hub.server import LocalHub, Repository
+from ..hub.builds.integrity import is_byte_code
+from ..hub.builds.metadata import METADATA, SIGNATURE
+from .server import LocalHub, Repository
 
 KernelRepository = Callable[..., Repository]
 
-# What the client read from its environment when it was imported, and would read from that of this Hub.
+# The client read these from its environment when it was imported.
 _PLACES = (
-    "HF_HOME",
-    "HF_HUB_CACHE",
-    "HUGGINGFACE_HUB_CACHE",
-    "HF_ASSETS_CACHE",
-    "HF_XET_CACHE",
-    "HF_TOKEN_PATH",
+    *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"),
+    *("HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH"),
 )
 _SWITCHES = {
     "HF_HUB_OFFLINE": False,
@@ -183,10 +181,5 @@ def file_digests(files: Mapping[str, str | bytes]) -> dict[str, str]:
     return {
         path: base64.b64encode(hashlib.sha256(contents[path]).digest()).decode()
         for path in sorted(contents)
-        if _is_hashed(PurePosixPath(path))
+        if path not in (METADATA, SIGNATURE) and not is_byte_code(path)
     }
-
-
-def _is_hashed(path: PurePosixPath) -> bool:
-    described = str(path) in ("metadata.json", "metadata.json.sigstore")
-    return not described and path.suffix != ".pyc" and "__pycache__" not in path.parts[:-1]

@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +18,7 @@ import torch
 
 from kernels_core import Layer, device_capability, source_label
 
+from ..files import write_file
 from .probe import Probe, ProbeReport
 
 FORMAT = 1
@@ -47,7 +47,7 @@ def keep(key: str, report: ProbeReport) -> None:
     if key.startswith(_HERE):
         return
     with contextlib.suppress(OSError):  # a cache may be read-only: it is probed again then
-        _write(_folder() / f"{key}.json", {"format": FORMAT, **asdict(report)})
+        write_file(_folder() / f"{key}.json", json.dumps({"format": FORMAT, **asdict(report)}, indent=2))
 
 
 def forget_known() -> None:
@@ -120,15 +120,3 @@ def _read(path: Path) -> ProbeReport | None:
             probes = {str(name): Probe(**value) for name, value in data.pop("probes").items()}
             return ProbeReport(**data, probes=probes)
     return None
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(data, file, indent=2)
-        os.replace(temporary, path)  # whole or not at all, also with two processes at it
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -47,8 +47,6 @@ UPWARD = {
     # The values that travel name the errors which carry them: a circle of types, for annotations only.
     ("kernels_core.errors", "kernels_core.resolution"),
     ("kernels_core.errors", "kernels_core.models.receipt"),
-    # A source loads itself through its plugin.
-    ("kernels_plugins.hub.source", "kernels_plugins.hub.plugin"),
 }
 """Imports against the order; an entry that no file needs any more is an error."""
 

@@ -33,6 +33,11 @@ import kernels_core
 import kernels_core.replay
 import kernels_plugins
 from kernels_core import PluginManager, device, errors, hookimpl, hookspecs, use_kernel_forward_from_hub
+from kernels_plugins.hub.dependency import Dependency
+from kernels_plugins.hub.locking.lockfile import Lock, LockedKernel, write_lock
+from kernels_plugins.local_hub.server import LocalHub
+
+pytest_plugins = ["kernels_plugins.hub.testing"]
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -200,9 +205,28 @@ class Finder(doctest.DocTestFinder):
         return inspect.unwrap(object).__globals__ is vars(module)  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def kernels_on_a_hub(local_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publish the kernels that examples load, and lock one in the current folder."""
+    from kernels_plugins.local_hub.testing import publish_kernels
+
+    silu = "import torch\n\nclass Silu(torch.nn.Module):\n    def forward(self, x):\n        return x * x.sigmoid()\n"
+    repository = publish_kernels(local_hub, "acme/silu", silu)
+    repository.branch("v1")
+    publish_kernels(local_hub, "acme/base", {"__init__.py": "FACTOR = 3\n"}).branch("v1")
+    top = 'from kernels_plugins import get_kernel_dep\n\nFACTOR = 2 * get_kernel_dep("acme/base").FACTOR\n'
+    needs = {"kernel-depends": [{"repo-id": "acme/base", "version": 1}]}
+    publish_kernels(local_hub, "acme/top", {"__init__.py": top}, metadata=needs).branch("v1")
+    monkeypatch.chdir(tmp_path)
+    locked = LockedKernel(Dependency("acme/silu", version=1), repository.head())
+    write_lock(tmp_path / "kernels.lock", Lock((locked,)))
+
+
 @pytest.mark.parametrize("name", list(find_modules()))
-def test_examples_in_docstrings_run(name: str) -> None:
+def test_examples_in_docstrings_run(name: str, request: pytest.FixtureRequest) -> None:
     """Every example in the docstrings of a module runs and prints what it says."""
+    if name.startswith("kernels_plugins.hub"):
+        request.getfixturevalue("kernels_on_a_hub")
     module = importlib.import_module(name)
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     report: list[str] = []

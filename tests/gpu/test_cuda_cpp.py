@@ -21,7 +21,8 @@ from torch import nn
 
 from kernels_core import IntegrityError, Mode, Resolution, resolve, use_kernel_forward_from_hub
 from kernels_plugins import LayerRepository, use_kernel_mapping
-from kernels_plugins.hub.builds.variants import Machine, Variant, choose_variants
+from kernels_plugins.hub.builds.machine import Machine
+from kernels_plugins.hub.builds.variants import Variant, choose_variants
 from kernels_plugins.local_hub.server import LocalHub, Repository
 from kernels_plugins.local_hub.testing import kernel_metadata, point_client_at, publish_kernels
 

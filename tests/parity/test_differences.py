@@ -696,10 +696,10 @@ def test_metadata_without_a_licence(both: Both) -> None:
 
 def test_calls_on_the_cpu(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch was built for CUDA, theirs runs the build for CUDA on the CPU; ours the one for the CPU."""
-    from kernels_plugins.hub.kernel import machine
+    from kernels_plugins.hub.builds.machine import this_machine
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    machine.cache_clear()
+    this_machine.cache_clear()
     for variant, factor in {"torch-cuda": 5, "torch-cpu": 3}.items():
         write_kernel(both.home / "kernel", kernel_source(factor), variant=variant, changes={"id": f"_{factor}"})
 
@@ -711,7 +711,7 @@ def test_calls_on_the_cpu(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         pair = both.run(scenario)
     finally:
-        machine.cache_clear()
+        this_machine.cache_clear()
     assert (pair.theirs.get(), pair.ours.get()) == (5.0, 3.0)
 
 

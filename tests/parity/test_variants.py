@@ -17,7 +17,8 @@ from kernels.backends import CANN, CPU, CUDA, TPU, XPU, Metal, Neuron, ROCm
 from packaging.version import Version
 from parity_scene import Both, Side, write_kernel
 
-from kernels_plugins.hub.builds.variants import Choice, Machine, choose_variants, parse_variant
+from kernels_plugins.hub.builds.machine import Machine
+from kernels_plugins.hub.builds.variants import Choice, choose_variants, parse_variant
 
 BACKENDS: dict[str, Any] = {
     "cpu": CPU,

@@ -32,7 +32,7 @@ from hub_scene import (
 )
 from huggingface_hub import constants
 
-from kernels_core import NoKernelError, use_kernel_forward_from_hub
+from kernels_core import ArgumentError, NoKernelError, use_kernel_forward_from_hub
 from kernels_plugins import LayerRepository, register_kernel_mapping
 from kernels_plugins.local_hub.server import LocalHub
 from kernels_plugins.local_hub.testing import kernel_metadata
@@ -82,10 +82,11 @@ def test_unknown_version(kernel_repository: Publish) -> None:
 
 
 def test_unknown_version_and_no_answer(local_hub: LocalHub, kernel_repository: Publish) -> None:
-    """Where the Hub does not say which versions exist, the answer is still that this one does not."""
+    """Where the Hub does not list its branches, a missing revision is still missing, and a version is not denied."""
     kernel_repository(layers=kernel())
     local_hub.fail("/refs", status=500, times=None)
-    refused(scale(version=3), "^acme/kernels at v3: .*no revision 'v3'.*could not be asked")
+    refused(scale(revision="v3"), "^acme/kernels at v3: .*no revision 'v3'.*could not be asked")
+    refused(scale(version=3), "^acme/kernels at v3: the Hub is in trouble")
 
 
 def test_unknown_revision_of_model(local_hub: LocalHub, kernel_repository: Publish) -> None:
@@ -111,9 +112,16 @@ def test_layer_that_is_none(kernel_repository: Publish, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("repo_id", ["../x", "a b/c", "acme/..", "acme/x\0", "acme/" + "x" * 200, "-/-"])
-def test_impossible_repository(local_hub: LocalHub, repo_id: str, tmp_path: Path) -> None:
-    """A name that no repository can have is refused, and nothing is written outside of the cache."""
+@pytest.mark.parametrize("repo_id", ["../x", "a b/c", "acme/..", "acme/x\0", "-/-", "a:b/c", "acme/x\\y", "/a"])
+def test_impossible_repository(repo_id: str) -> None:
+    """A name that no repository can have is refused where it is written; it would become a part of paths."""
+    with pytest.raises(ArgumentError, match=r"repo_id is .*: write 'owner/name'"):
+        scale(repo_id)
+
+
+@pytest.mark.parametrize("repo_id", ["acme/" + "x" * 200, "acme/x--y", "acme/x..y"])
+def test_repository_that_the_client_refuses(local_hub: LocalHub, repo_id: str, tmp_path: Path) -> None:
+    """A name of the right form that the Hub allows nowhere is refused, and nothing is written outside of the cache."""
     before = {path for path in tmp_path.rglob("*") if "hub-home" not in path.parts}
     refused(scale(repo_id), f"^{re.escape(repo_id)} at main: ")
     assert {path for path in tmp_path.rglob("*") if "hub-home" not in path.parts} == before

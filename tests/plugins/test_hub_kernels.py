@@ -7,9 +7,12 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import urllib.request
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from kernels_core import (
 )
 from kernels_plugins import (
     FuncRepository,
+    LayerRepository,
     LoadedKernel,
     LocalFuncRepository,
     LocalLayerRepository,
@@ -45,12 +49,13 @@ from kernels_plugins import (
     use_kernel_func_from_hub,
     use_kernel_mapping,
 )
-from kernels_plugins.hub.builds.variants import Machine
+from kernels_plugins.hub.builds.machine import Machine
 from kernels_plugins.hub.client import overrides
 from kernels_plugins.hub.client.overrides import parse_overrides
 from kernels_plugins.hub.client.redirect import parse_status
 from kernels_plugins.hub.locking.lockfile import Dependency, Lock, LockedKernel
-from kernels_plugins.local_hub.server import LocalHub, Repository
+from kernels_plugins.local_hub.server import LocalHub, Repository, Request
+from kernels_plugins.locks import KeyedLocks
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 
@@ -325,7 +330,7 @@ def test_dependencies_of_layers(
     local_hub.forget()
     new_process()
     assert served(scale(revision=commit)) == 3
-    assert [r.path for r in local_hub.requests] == ["/api/kernels/acme/base/revision/v1"]
+    assert [r.path for r in local_hub.requests] == ["/api/kernels/acme/base/refs"]
 
 
 def test_two_versions_of_a_dependency(kernel_repository: Publish) -> None:
@@ -404,7 +409,8 @@ def test_get_kernel_dep_elsewhere(kernel_repository: Publish) -> None:
     late = "from kernels import get_kernel_dep\n\n\ndef late():\n    return get_kernel_dep('acme/base')\n"
     publish(kernel_repository, "late", {"__init__.py": late}, metadata=depends(base=1))
     module = get_kernel("acme/late", version=1)
-    with pytest.raises((LoadError, ImportError)):
+    # Of the library `kernels`, which says so itself, where it is installed; else there is none.
+    with pytest.raises((LoadError, ImportError) if find_spec("kernels") is None else RuntimeError):
         module.late()
 
 
@@ -423,7 +429,8 @@ def test_local_kernel_with_dependencies(local_hub: LocalHub, kernel_repository: 
 
 def test_locked_dependencies(kernel_repository: Publish) -> None:
     """With a lock, dependencies are the commits that it says; one that it does not have is an error."""
-    from kernels_plugins.hub.kernel import load, locked_request
+    from kernels_plugins.hub.kernel import load
+    from kernels_plugins.hub.request import locked_request
 
     base = publish(kernel_repository, "base", 3)
     old = base.head()
@@ -468,7 +475,7 @@ def test_redirect(
     assert logged(caplog) == [f"acme/old at v1 is redirected to {wanted}: name that instead."]
     assert local_hub.count("acme/old/resolve") == 2  # the file that says so
     for pin, paths in (
-        ({"version": 1}, ["old/revision/v1", f"new/revision/{revision or 'main'}"]),
+        ({"version": 1}, ["old/refs", f"new/revision/{revision or 'main'}"]),
         ({"revision": commit}, []),
     ):
         factor(get_kernel("acme/old", **pin))
@@ -534,7 +541,9 @@ def test_redirects_in_a_row(kernel_repository: Publish) -> None:
         ("", "it has no kind"),
         ('kind = "gone"', "its kind is 'gone', and 'redirect' is known"),
         ('kind = "redirect"', "its destination is None"),
-        ('kind = "redirect"\ndestination = "../up"\nrevision = 3', "its revision is 3"),
+        ('kind = "redirect"\ndestination = "../up"', "its destination is '../up'"),
+        ('kind = "redirect"\ndestination = "a/b"\nrevision = 3', "its revision is 3"),
+        ('kind = "redirect"\ndestination = "a/b"\nrevision = ".."', "its revision is '..'"),
         ('kind = "redirect"\ndestination = "a/b/c"', "its destination is 'a/b/c'"),
         ('kind = "redirect"\ndestination = "a/b"\nrevision = ""', "its revision is ''"),
     ],
@@ -640,15 +649,150 @@ def test_newer_version(
 
 
 def test_versions_cannot_be_asked(
-    local_hub: LocalHub, kernel_repository: Publish, caplog: pytest.LogCaptureFixture
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]
 ) -> None:
-    """A Hub that does not tell its versions serves all the same."""
+    """A Hub that does not list its branches serves no version, but one from the cache; the next attempt asks again."""
     kernel_repository(layers=kernel()).branch("v1")
     local_hub.fail("/refs", status=500, times=None)
-    with caplog.at_level(logging.DEBUG, "kernels_plugins.hub"):
-        assert factor(get_kernel("acme/kernels", version=1)) == 3
-    (said,) = logged(caplog)
-    assert "could not be asked" in said
+    with pytest.raises(ConnectionError, match="acme/kernels at v1: the Hub is in trouble"):
+        get_kernel("acme/kernels", version=1)
+    local_hub.heal()
+    assert factor(get_kernel("acme/kernels", version=1)) == 3
+    new_process()
+    local_hub.fail("/refs", status=500, times=None)
+    assert factor(get_kernel("acme/kernels", version=1)) == 3
+
+
+def test_a_version_is_a_branch(
+    local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
+) -> None:
+    """A tag of that name is no version: not alone, not beside the branch, and not offline; a revision may be one."""
+    repository = kernel_repository(layers=kernel(3))
+    tagged = repository.tag("v7")
+    repository.branch("v1")
+    with pytest.raises(LoadError, match="acme/kernels at v7: it has no version 7: versions that exist are 1") as caught:
+        get_kernel("acme/kernels", version=7)
+    assert isinstance(caught.value, OSError) and isinstance(caught.value, ValueError)
+    assert factor(get_kernel("acme/kernels", revision="v7")) == 3
+    kernel_repository(layers=kernel(5))
+    repository.branch("v8")
+    repository.tag("v8", tagged)
+    assert factor(get_kernel("acme/kernels", version=8)) == 5
+    new_process()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="not in the cache"):
+        get_kernel("acme/kernels", version=7)
+    assert factor(get_kernel("acme/kernels", version=8)) == 5
+
+
+@pytest.mark.parametrize("revision", ["..", "../main", "a/../b", "/main", ".hidden", "a b", "a\0b", "main.", "a:b", ""])
+def test_revisions_that_are_paths(revision: str) -> None:
+    """What git takes for no name is refused before anything is asked, and so it becomes no part of a path."""
+    with pytest.raises(ArgumentError, match="name a branch, tag or commit"):
+        get_kernel("acme/kernels", revision=revision)
+    with pytest.raises(ArgumentError, match="name a branch, tag or commit"):
+        LayerRepository("acme/kernels", layer_name="Silu", revision=revision)
+
+
+def test_kinds_of_errors(local_hub: LocalHub, kernel_repository: Publish) -> None:
+    """A missing or gated repository is an OSError; the error of a kernel's own code is the cause of ours."""
+    with pytest.raises(OSError, match="no such repository"):
+        get_kernel("acme/nowhere", revision="main")
+    with pytest.raises(OSError, match="it has no revision 'other': branches and tags are main"):
+        kernel_repository("acme/there", kernel())
+        get_kernel("acme/there", revision="other")
+    tree = kernel_repository("acme/open", kernel()).files()
+    local_hub.add("acme/closed", tree, gated=True)
+    with pytest.raises(OSError, match="access to it is gated"):
+        get_kernel("acme/closed", revision="main")
+    kernel_repository("acme/wrong", {"__init__.py": "def f(:\n"})
+    with pytest.raises(LoadError, match="its import fails: SyntaxError") as caught:
+        get_kernel("acme/wrong", revision="main")
+    assert isinstance(caught.value.__cause__, SyntaxError)
+
+
+# --- A Hub that stalls, or lists something wrong -------------------------------------------------
+
+
+def test_a_silent_hub_is_not_waited_for(
+    local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
+) -> None:
+    """A Hub that never answers is given up, and the cache serves; without it, the error is a ConnectionError."""
+    kernel_repository(layers=kernel()).branch("v1")
+    assert factor(get_kernel("acme/kernels", version=1)) == 3
+    new_process()
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.05)
+    local_hub.fail("/api/", delay=600, times=None)
+    assert factor(get_kernel("acme/kernels", version=1)) == 3
+    with pytest.raises(ConnectionError, match=r"did not answer in 0\.3 seconds.*HF_HUB_ETAG_TIMEOUT"):
+        get_kernel("acme/kernels", version=2)
+
+
+def test_a_stalled_repository_blocks_no_other(local_hub: LocalHub, kernel_repository: Publish) -> None:
+    """While the answer about one repository is awaited, another one loads."""
+    kernel_repository("acme/slow", kernel(3))
+    kernel_repository("acme/fast", kernel(4))
+    asked = threading.Event()
+
+    def concerns_slow(request: Request) -> bool:
+        if concerned := "acme/slow/revision" in request.path:
+            asked.set()
+        return concerned
+
+    local_hub.fail(concerns_slow, delay=600, times=None)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(get_kernel, "acme/slow", revision="main")
+        assert asked.wait(60)
+        assert factor(get_kernel("acme/fast", revision="main")) == 4 and not slow.done()
+        local_hub.stop()
+        with pytest.raises(ConnectionError):
+            slow.result(120)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
+    """A lock that a thread of the parent holds is free in the child."""
+    locks, held, done = KeyedLocks(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locks.hold("acme/kernels"):
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(60)
+    child = os.fork()
+    if child == 0:
+        with locks.hold("acme/kernels"):
+            os._exit(7)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 7
+
+
+@pytest.mark.parametrize("wrong", ["missing", "oid", "size"])
+def test_a_wrong_listing_is_not_kept(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], wrong: str
+) -> None:
+    """A listing that the files contradict refuses the kernel once; the next attempt lists again, in any process."""
+    repository = kernel_repository(layers=kernel())
+    tree = f"{local_hub.url}/api/kernels/acme/kernels/tree/{repository.head()}?recursive=true"
+    entries = json.loads(urllib.request.urlopen(tree).read())
+    (layers,) = (entry for entry in entries if entry["path"].endswith("layers.py"))
+    if wrong == "missing":
+        entries.remove(layers)
+    elif wrong == "oid":
+        layers["oid"] = "0" * 40
+    else:
+        layers["size"] += 1
+    local_hub.fail("/tree/", body=json.dumps(entries), content_type="application/json")
+    with pytest.raises(IntegrityError, match=r"layers\.py"):
+        get_kernel("acme/kernels", revision="main")
+    assert factor(get_kernel("acme/kernels", revision="main")) == 3
+    new_process()
+    assert factor(get_kernel("acme/kernels", revision="main")) == 3
 
 
 def test_version_that_fits(local_hub: LocalHub, kernel_repository: Publish) -> None:

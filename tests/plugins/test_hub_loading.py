@@ -32,11 +32,11 @@ from hub_scene import (
 )
 from huggingface_hub import constants
 
-from kernels_core import Mode, resolve, use_kernel_forward_from_hub
+from kernels_core import IntegrityError, Mode, resolve, use_kernel_forward_from_hub
 from kernels_core.testing import _start_anew
 from kernels_plugins import LayerRepository, LocalLayerRepository, register_kernel_mapping, use_kernel_mapping
+from kernels_plugins.hub.builds.machine import this_machine
 from kernels_plugins.hub.client import revision
-from kernels_plugins.hub.kernel import machine
 from kernels_plugins.local_hub.server import LocalHub, Repository, Request
 from kernels_plugins.local_hub.testing import kernel_metadata
 
@@ -228,7 +228,7 @@ def test_only_the_chosen_variant(local_hub: LocalHub) -> None:
 def built_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a torch that was built for CUDA, as most are, whether or not there is such a device."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    machine.cache_clear()
+    this_machine.cache_clear()
 
 
 @pytest.mark.usefixtures("built_for_cuda")
@@ -264,7 +264,7 @@ def test_a_build_for_cuda_alone_does_not_serve_the_cpu(local_hub: LocalHub) -> N
     variants(local_hub, torch_cuda=kernel(5))
     outcome = call(scale())
     assert outcome.value == REFERENCE
-    assert "torch-cuda: for CUDA alone, and this call is on the CPU" in outcome.why
+    assert "torch-cuda: only for CUDA, and this call is on the CPU" in outcome.why
 
 
 def test_no_fitting_variant(local_hub: LocalHub) -> None:
@@ -321,12 +321,16 @@ def test_requests(local_hub: LocalHub, kernel_repository: Publish, new_process: 
     source = scale(**options)
     assert served(source) == 3
     cold = seen(local_hub)
-    assert cold[0] == f"GET /api/kernels/acme/kernels/revision/{source.kernel_request().wanted}"
-    assert cold[1] == f"GET /api/kernels/acme/kernels/tree/{commit}"
-    assert cold[2] == "GET /api/organizations/acme/overview"
-    newer = ["GET /api/kernels/acme/kernels/refs"] if kind == "version" else []
-    assert cold[3 : 3 + len(newer)] == newer
-    assert all("/resolve/" in request and commit in request for request in cold[3 + len(newer) :])
+    versions = ["GET /api/kernels/acme/kernels/refs"] if kind == "version" else []
+    revision = commit if kind == "version" else source.kernel_request().wanted
+    questions = [
+        *versions,
+        f"GET /api/kernels/acme/kernels/revision/{revision}",
+        f"GET /api/kernels/acme/kernels/tree/{commit}",
+        "GET /api/organizations/acme/overview",
+    ]
+    assert cold[: len(questions)] == questions
+    assert all("/resolve/" in request and commit in request for request in cold[len(questions) :])
     assert served(source) == 3 and seen(local_hub) == []
     new_process()
     assert served(source) == 3
@@ -438,7 +442,7 @@ def test_not_known_as_trusted(local_hub: LocalHub, kernel_repository: Publish, u
     """A user, and an organisation of which nothing is said, are no trusted publishers."""
     kernel_repository("eve/kernels", kernel(), trusted=True)
     if unknown == "user":
-        local_hub._organizations.clear()
+        local_hub.organizations.clear()
     else:
         body = json.dumps({"name": "eve", "fullname": "eve", "avatarUrl": "", "isVerified": True})
         local_hub.fail("organizations", body=body, content_type="application/json", times=None)
@@ -679,6 +683,8 @@ NOTES = [
         *NOTES,
         b'{"repo_id": "a/b", "repo_type": "kernel", "commit": "../../x"}',
         b'{"variants": {"x": [{"y": 1}]}, "publisher_trusted": true}',
+        b'{"variants": {"x": [{"path": "a", "size": "3", "blob": "0"}]}, "publisher_trusted": true, "redirect": []}',
+        b'{"variants": {}, "publisher_trusted": true, "redirect": ["acme/other", ".."]}',
     ],
 )
 def test_damaged_notes(kernel_repository: Publish, new_process: Callable[[], None], note: bytes) -> None:
@@ -693,6 +699,44 @@ def test_damaged_notes(kernel_repository: Publish, new_process: Callable[[], Non
     new_process()
     assert served(scale()) == 3
     assert {path: path.read_bytes() for path in notes} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+def test_a_pipe_or_a_folder_in_place_of_a_note(kernel_repository: Publish, new_process: Callable[[], None]) -> None:
+    """Neither is read for ever: the kernel is served, and the pipe becomes a note again."""
+    kernel_repository(layers=kernel())
+    assert served(scale()) == 3
+    notes = sorted(Path(constants.HF_HUB_CACHE).rglob("kernels-core/**/*.json"))
+    for number, path in enumerate(notes):
+        path.unlink()
+        path.mkdir() if number else os.mkfifo(path)
+    for _ in range(2):
+        new_process()
+        assert served(scale()) == 3
+    assert [path.is_file() for path in notes] == [True, False, False]
+
+
+def test_tampering_in_a_read_only_cache(
+    kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong bytes that cannot be removed are reported as wrong bytes, with the place to remove."""
+    repository = kernel_repository(layers=kernel())
+    assert served(scale()) == 3
+    layers = cached(repository) / "layers.py"
+    layers.write_text(layers.read_text() + "# changed\n")
+    new_process()
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    (refusal,) = call(scale()).resolution.refusals
+    assert isinstance(refusal.error, IntegrityError)
+    assert "the files on disk are not those on the Hub: layers.py" in refusal.reason
+    assert f"They cannot be removed from the cache (PermissionError: {PermissionError(13, 'Permission denied')})" in (
+        refusal.reason
+    )
+    assert f"remove {cached(repository)} and try again" in refusal.reason
 
 
 def test_notes_cannot_be_written(kernel_repository: Publish, new_process: Callable[[], None]) -> None:

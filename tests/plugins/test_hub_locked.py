@@ -290,6 +290,6 @@ def test_builds_that_nobody_can_load_are_passed_over(published: Repository) -> N
     published.commit({**published.files(), **files})
     published.branch("v1")
     told: list[tuple[str, int, int]] = []
-    (kernel,) = make_lock([WANTED], tell=lambda wanted, done, total: told.append((str(wanted), done, total))).kernels
+    (kernel,) = make_lock([WANTED], report=lambda wanted, done, total: told.append((str(wanted), done, total))).kernels
     assert [name for name, _ in kernel.hashes] == ["docs", "torch-cuda", "torch-universal"]
     assert told[0] == ("acme/kernels version 1", 0, 1) and told[-1] == ("acme/kernels version 1", 1, 1)

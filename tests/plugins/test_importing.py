@@ -21,8 +21,8 @@ import pytest
 
 from kernels_core import LoadError
 from kernels_plugins.hub.builds import importing
-from kernels_plugins.hub.builds.importing import find_layer, import_variant
-from kernels_plugins.hub.builds.integrity import Variant, as_variant, read_files
+from kernels_plugins.hub.builds.importing import find_layer, import_build
+from kernels_plugins.hub.builds.integrity import Build, as_build, read_files
 
 Files = dict[str, "str | bytes"]
 METADATA = '{"id": "_x", "name": "fast-layers", "version": 1, "backend": {"type": "cpu"}, "python-depends": []}'
@@ -38,17 +38,17 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
-def build(folder: Path, files: Files) -> Variant:
+def build(folder: Path, files: Files) -> Build:
     """Write the files of a variant and read them back, as a load does."""
     for path, content in {"metadata.json": METADATA, **files}.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content.encode() if isinstance(content, str) else content)
-    return as_variant(folder, read_files(folder))
+    return as_build(folder, read_files(folder))
 
 
 def load(folder: Path, files: Files) -> Any:
     """Write and import a variant."""
-    return import_variant(build(folder, files))
+    return import_build(build(folder, files))
 
 
 def leftovers() -> list[str]:
@@ -209,7 +209,7 @@ def test_poisoned_byte_code(tmp_path: Path, where: str) -> None:
     variant = build(tmp_path, files)
     poisoned = poison(tmp_path / where, "value = 666\nlayers = leaf = None\n")
     before = poisoned.read_bytes()
-    module: Any = import_variant(variant)
+    module: Any = import_build(variant)
     assert (module.value, module.layers.value, module.leaf.value) == (1, 1, 1)
     assert poisoned.read_bytes() == before
     assert [path for path in tmp_path.rglob("*.pyc") if path != poisoned] == []
@@ -219,7 +219,7 @@ def test_no_byte_code_written(tmp_path: Path) -> None:
     """An import leaves the folder as it was."""
     variant = build(tmp_path, {"__init__.py": "from . import layers\n", "layers.py": ""})
     before = sorted(tmp_path.rglob("*"))
-    import_variant(variant)
+    import_build(variant)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -236,7 +236,7 @@ def test_unverified_files(tmp_path: Path, name: str) -> None:
         py_compile.compile(str(tmp_path / "text"), cfile=str(target), doraise=True)
     else:
         target.write_text("value = 666\n")
-    module: Any = import_variant(variant)
+    module: Any = import_build(variant)
     assert module.value is None
     with pytest.raises(ModuleNotFoundError):
         importlib.util.find_spec(f"{module.__name__}.extra")
@@ -247,7 +247,7 @@ def test_changed_after_check(tmp_path: Path) -> None:
     variant = build(tmp_path, {"__init__.py": "from . import layers\n", "layers.py": "value = 1\n"})
     (tmp_path / "layers.py").write_text("value = 666\n")
     (tmp_path / "__init__.py").write_text("class layers:\n    value = 666\n")
-    assert import_variant(variant).layers.value == 1
+    assert import_build(variant).layers.value == 1
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -259,7 +259,7 @@ def test_link_to_the_outside(tmp_path: Path, kind: str) -> None:
     link, target = ("evil.py", "evil.py") if kind == "file" else ("link", ".")
     (tmp_path / "kernel" / link).symlink_to(tmp_path / "outside" / target)
     with pytest.raises(LoadError, match="No module named"):
-        import_variant(variant)
+        import_build(variant)
 
 
 def test_linked_folder_is_no_part(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_linked_folder_is_no_part(tmp_path: Path) -> None:
     variant = build(tmp_path / "kernel", {"__init__.py": "from .link import evil\n"})
     assert sorted(variant.files) == ["__init__.py", "metadata.json"]
     with pytest.raises(LoadError, match="No module named"):
-        import_variant(variant)
+        import_build(variant)
 
 
 # Failures
@@ -300,10 +300,10 @@ def test_failed_import(tmp_path: Path, source: str | bytes, message: str) -> Non
     )
     finders = len(sys.meta_path)
     with pytest.raises(LoadError, match=message):
-        import_variant(variant)
+        import_build(variant)
     assert leftovers() == [] and importing._finder.roots == {} and len(sys.meta_path) <= finders + 1
     with pytest.raises(LoadError, match=message):
-        import_variant(variant)
+        import_build(variant)
     assert load(tmp_path, {"layers.py": "value = 1\n"}).layers.value == 1
 
 
@@ -387,4 +387,4 @@ def test_copied_variant(tmp_path: Path) -> None:
     """A variant that is moved before its import is imported from the bytes that were read."""
     variant = build(tmp_path / "one", {"__init__.py": "from . import layers\n", "layers.py": "value = 1\n"})
     shutil.rmtree(tmp_path / "one")
-    assert import_variant(variant).layers.value == 1
+    assert import_build(variant).layers.value == 1

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from kernels_core import IntegrityError, LoadError
 from kernels_plugins.hub.builds.integrity import (
+    Build,
     RemoteFile,
-    Variant,
-    as_variant,
+    as_build,
     check_digest,
     check_transfer,
     is_byte_code,
@@ -37,13 +37,13 @@ FILES = {
 }
 
 
-def described(files: dict[str, bytes], algorithm: str | None = "sha256") -> Variant:
+def described(files: dict[str, bytes], algorithm: str | None = "sha256") -> Build:
     """Make a variant whose metadata has the digests of its files; without them for None."""
     data: dict[str, Any] = kernel_metadata("fast-layers", {}, digest=False)
     if algorithm:
         hashes = {p: base64.b64encode(hashlib.new(algorithm, c).digest()).decode() for p, c in files.items()}
         data["digest"] = {"algorithm": algorithm, "files": hashes}
-    return as_variant(Path("nowhere"), {**files, "metadata.json": json.dumps(data).encode()})
+    return as_build(Path("nowhere"), {**files, "metadata.json": json.dumps(data).encode()})
 
 
 def listed(files: dict[str, bytes], large: int = 10**9) -> list[RemoteFile]:
@@ -57,7 +57,7 @@ def listed(files: dict[str, bytes], large: int = 10**9) -> list[RemoteFile]:
     return [entry(path, content) for path, content in files.items()]
 
 
-def with_files(variant: Variant, files: dict[str, bytes]) -> Variant:
+def with_files(variant: Build, files: dict[str, bytes]) -> Build:
     """Give a variant other files, but the metadata it has."""
     return dataclasses.replace(variant, files={**files, "metadata.json": variant.files["metadata.json"]})
 
@@ -191,7 +191,7 @@ def test_read_files(tmp_path: Path) -> None:
 def test_no_metadata(tmp_path: Path) -> None:
     """A variant without metadata says so, and what to do."""
     with pytest.raises(LoadError, match=r"no metadata.json. Rebuild"):
-        as_variant(tmp_path, {"__init__.py": b""})
+        as_build(tmp_path, {"__init__.py": b""})
 
 
 # Discarding

@@ -582,3 +582,60 @@ def test_kernel_repository_files(local_hub: LocalHub, kernel_repository: Callabl
     assert kernel_repository("eve/kernels", "new", trusted=False) is first
     assert first.head() != head and "build/torch-cpu/layers.py" not in first.files()
     assert not vars(HfApi().get_organization_overview("eve"))["trustedKernelPublisher"]
+
+
+# --- Import paths --------------------------------------------------------------------------------
+
+PATHS = ("kernels_plugins.hub.testing", "kernels_plugins.local_hub.testing")
+TEST_OF_A_PLUGIN = """
+def test_fixtures(request, local_hub, kernel_repository):
+    kernel_repository("acme/kernels", "class Silu: ...")
+    local_hub.fail("/resolve/", status=500)
+    find = request.session._fixturemanager.getfixturedefs
+    assert [len(find(name, request.node)) for name in ("local_hub", "kernel_repository")] == [1, 1]
+"""
+
+
+@pytest.mark.parametrize("paths", [PATHS[:1], PATHS[1:], PATHS, PATHS[::-1]], ids=",".join)
+def test_a_pytest_plugin_by_either_path_gives_the_fixtures_once(paths: tuple[str, ...], tmp_path: Path) -> None:
+    """The path of the documentation and the path of the file give the same fixtures; both together, no second ones."""
+    (tmp_path / "conftest.py").write_text(f"pytest_plugins = {list(paths)}\n")
+    (tmp_path / "test_plugin.py").write_text(TEST_OF_A_PLUGIN)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_names_of_the_documented_path() -> None:
+    """`kernels_plugins.hub.testing` has every name that the file has, with the fixtures."""
+    from kernels_plugins.hub import testing as documented
+    from kernels_plugins.local_hub import testing as real
+
+    for name in (*documented.__all__, "local_hub", "kernel_repository"):
+        assert getattr(documented, name) is getattr(real, name)
+    with pytest.raises(AttributeError):
+        documented.nothing_of_that_name  # noqa: B018
+
+
+def test_nothing_imports_the_local_hub_unasked(kernel_repository: Any, local_hub: LocalHub, tmp_path: Path) -> None:
+    """A program that discovers all plugins, loads a kernel and asks for its receipt imports no testing tool."""
+    source = "import torch\n\n\nclass Silu(torch.nn.Module):\n    def forward(self, x):\n        return x\n"
+    kernel_repository("acme/kernels", source).branch("v1")
+    program = (
+        "import sys, torch, kernels_core.cli, kernels_plugins\n"
+        "from kernels_core import Mode, plugin_manager, receipt, resolve, use_kernel_forward_from_hub\n"
+        "from kernels_plugins import LayerRepository, register_kernel_mapping\n"
+        "Silu = use_kernel_forward_from_hub('Silu')(type('Silu', (torch.nn.Module,), {'forward': lambda s, x: x}))\n"
+        "repository = LayerRepository('acme/kernels', layer_name='Silu', version=1)\n"
+        "register_kernel_mapping({'Silu': {'cpu': repository}})\n"
+        "assert {'hub', 'demo', 'oracle'} <= set(plugin_manager().plugins())\n"
+        "assert not resolve(Silu, device='cpu', mode=Mode.INFERENCE).is_reference\n"
+        "receipt(torch.nn.Sequential(Silu()), device='cpu', mode=Mode.INFERENCE)\n"
+        "assert [name for name in dir(kernels_plugins) if getattr(kernels_plugins, name, None) is None] == []\n"
+        "print([name for name in sys.modules if 'local_hub' in name or name in ('pytest', 'http.server')])\n"
+    )
+    environment = {**os.environ, **local_hub.environment(tmp_path / "home")}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -25,6 +25,7 @@ from kernels_plugins.hub.locking.lockfile import (
     read_lock,
     write_lock,
 )
+from kernels_plugins.hub.names import REPO_ID, is_revision
 
 COMMIT, OTHER = "0a" * 20, "1b" * 20
 HASH = f"sha256-{'ab' * 32}"
@@ -32,12 +33,12 @@ HASH = f"sha256-{'ab' * 32}"
 # --- Round trips ---------------------------------------------------------------------------------
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="/", exclude_categories=("Z", "C")), min_size=1)
-repo_ids = st.builds("{}/{}".format, words, words)
+repo_ids = st.from_regex(REPO_ID, fullmatch=True)
 digits = st.integers(0, 16**40 - 1).map(lambda number: f"{number:040x}")
 hashes = st.dictionaries(words, st.integers(0, 16**64 - 1).map(lambda number: f"sha256-{number:064x}"), max_size=3)
 dependencies = st.one_of(
     st.builds(Dependency, repo_ids, version=st.integers(0, 2**64 - 1)),
-    st.builds(Dependency, repo_ids, revision=st.text(st.characters(codec="utf-8"), min_size=1)),
+    st.builds(Dependency, repo_ids, revision=st.text(st.characters(codec="utf-8"), min_size=1).filter(is_revision)),
 )
 
 
@@ -204,20 +205,21 @@ def sealed(**said: Any) -> dict[str, Any]:
         (changed(GOOD, lock={}), "commit: None is not a commit"),
         (changed(GOOD, lock={"commit": "main"}), "'main' is not a commit of 40 or 64 hexadecimal digits"),
         (changed(GOOD, lock={"commit": COMMIT, "hash": HASH}), "lock: 'hash' is not known"),
-        (wanting(version=1), "repo-id: None is not 'owner/name'"),
-        (wanting(repo_id="silu", version=1), "repo-id: 'silu' is not 'owner/name'"),
-        (wanting(repo_id="../../silu", version=1), "repo-id: '../../silu' is not"),
-        (wanting(repo_id="acme/silu"), "dependency has neither version nor revision"),
-        (wanting(repo_id="acme/silu", version=1, revision="main"), "dependency has both version nor revision"),
+        (wanting(version=1), "dependency: its repo-id is None, not 'owner/name'"),
+        (wanting(repo_id="silu", version=1), "dependency: its repo-id is 'silu', not 'owner/name'"),
+        (wanting(repo_id="../../silu", version=1), "dependency: its repo-id is '../../silu', not"),
+        (wanting(repo_id="acme/silu"), "dependency: it has neither version nor revision"),
+        (wanting(repo_id="acme/silu", version=1, revision="main"), "dependency: it has both version and revision"),
         (wanting(repo_id="acme/silu", version="1"), "version is '1', not a whole number"),
         (wanting(repo_id="acme/silu", version=True), "version is True, not a whole number"),
         (wanting(repo_id="acme/silu", version=-1), "version is -1, not a whole number"),
-        (wanting(repo_id="acme/silu", revision=""), "'' is no name"),
-        (wanting(repo_id="acme/silu", revision="\ud800"), "cannot be written as UTF-8"),
+        (wanting(repo_id="acme/silu", revision=""), "dependency: its revision is '', not a branch"),
+        (wanting(repo_id="acme/silu", revision=".."), "its revision is '..', not a branch, tag or commit"),
+        (wanting(repo_id="acme/silu", revision="\ud800"), "its revision is '\\ud800', not a branch"),
         (wanting(repo_id="acme/silu", version=1, extra=1), "dependency: 'extra' is not known"),
         (changed(OLDER, sha="main"), "sha: 'main' is not a commit"),
         (changed(OLDER, variants=...), "variants is None, not an object"),
-        (changed(OLDER, variants=...) | {"files": []}, "nobody reads any more"),
+        (changed(OLDER, variants=...) | {"files": []}, "neither library reads any more"),
         (changed(OLDER, more=1), "'more' is not known"),
         (sealed(), "{} is not hash and hash_type"),
         (sealed(hash="abc"), "hash is 'abc', not sha256- and 64 hexadecimal digits"),
@@ -241,7 +243,7 @@ def test_a_malformed_entry_is_told_with_its_place(entry: Any, problem: str) -> N
         ("[", "it is no JSON"),
         ("{}", "it holds dict, not a list"),
         ("[" * 100_000, "it is no JSON"),
-        ('[{"lock": 1, "lock": 2}]', "a key is said twice among lock, lock"),
+        ('[{"lock": 1, "lock": 2}]', "a key is repeated among lock, lock"),
         (json.dumps([GOOD, GOOD]), "entry 2: acme/silu version 1 is locked twice"),
         (json.dumps([OLDER, OLDER]), "entry 2: acme/silu is locked twice"),
     ],

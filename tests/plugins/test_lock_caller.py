@@ -221,7 +221,7 @@ def test_dependencies_are_read(tmp_path: Path) -> None:
     ("text", "problem"),
     [
         (None, "There is no .*pyproject.toml: name the folder of the project"),
-        ("[tool", "Cannot read .*Mend it"),
+        ("[tool", "Cannot read .*Correct the file"),
         ("", "names no kernels. Write"),
         ("tool = 1", "names no kernels. Write"),
         ("[tool.kernels]", "names no kernels. Write"),

@@ -20,7 +20,6 @@ from kernels_plugins.hub.builds.metadata import (
     KernelName,
     Metadata,
     Provenance,
-    parse_metadata,
 )
 from kernels_plugins.hub.dependency import Dependency
 
@@ -66,7 +65,7 @@ def test_good() -> None:
         digest=Digest("sha256", GOOD["digest"]["files"]),
         provenance=Provenance(BuilderInfo("1.2", GitStatus("a" * 40, False)), GitStatus("b" * 64, True)),
     )
-    assert parse_metadata(changed()) == expected and expected.name.python_name == "fast_layers"
+    assert Metadata.from_bytes(changed()) == expected and expected.name.python_name == "fast_layers"
 
 
 def test_two_ways_to_read(tmp_path: Path) -> None:
@@ -86,7 +85,7 @@ def test_least() -> None:
     """Everything else may be left out, or be null."""
     rest = {key: None for key in GOOD if key not in LEAST and key != "something"}
     nulls = json.dumps({**GOOD, **rest, "backend": {"type": "cuda", "archs": None}}).encode()
-    for read in (parse_metadata(changed(**rest)), parse_metadata(nulls)):
+    for read in (Metadata.from_bytes(changed(**rest)), Metadata.from_bytes(nulls)):
         assert (read.license, read.upstream, read.source, read.kernels_minver) == (None,) * 4
         assert (read.digest, read.provenance, read.kernel_depends) == (None, None, ())
 
@@ -103,14 +102,14 @@ def test_provenance() -> None:
         ({"kernel-builder": {"version": "1", "git": git}}, ()),
     ]
     for provenance, sources in table:
-        read = parse_metadata(changed(provenance=provenance)).provenance
+        read = Metadata.from_bytes(changed(provenance=provenance)).provenance
         assert read is not None and (read.dirty_sources, read.dirty) == (sources, bool(sources))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8-sig"])
 def test_encodings(encoding: str) -> None:
     """JSON in any of its encodings is read."""
-    assert parse_metadata(changed().decode().encode(encoding)).name == "fast-layers"
+    assert Metadata.from_bytes(changed().decode().encode(encoding)).name == "fast-layers"
 
 
 @pytest.mark.parametrize("key", ["id", "name", "version", "backend", "python-depends"])
@@ -119,7 +118,7 @@ def test_incomplete(key: str, value: object) -> None:
     """A missing entry, or one of another type, is named, with what to do."""
     content = json.dumps({k: v for k, v in {**GOOD, key: value}.items() if v != "missing"}).encode()
     with pytest.raises(LoadError, match=key) as caught:
-        parse_metadata(content)
+        Metadata.from_bytes(content)
     assert str(caught.value).startswith("metadata.json") and "ebuild the kernel" in str(caught.value)
 
 
@@ -162,7 +161,7 @@ def test_incomplete(key: str, value: object) -> None:
 def test_wrong(changes: dict[str, Any], message: str) -> None:
     """What is wrong inside is named."""
     with pytest.raises(LoadError, match=message):
-        parse_metadata(changed(**changes))
+        Metadata.from_bytes(changed(**changes))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ def test_wrong(changes: dict[str, Any], message: str) -> None:
 def test_unreadable(content: bytes) -> None:
     """What is no JSON object is told as that, also JSON made to exhaust the stack."""
     with pytest.raises(LoadError, match=r"metadata.json (cannot be read|holds) .*Rebuild the kernel"):
-        parse_metadata(content)
+        Metadata.from_bytes(content)
 
 
 # --- Nothing but LoadError -----------------------------------------------------------------------
@@ -187,7 +186,7 @@ KEYS = st.sampled_from([*GOOD, "kernels-minver", "digest"])
 def parses_or_refuses(content: bytes) -> Metadata | None:
     """Parse, letting nothing but a LoadError count as a refusal."""
     try:
-        return parse_metadata(content)
+        return Metadata.from_bytes(content)
     except LoadError as error:
         assert "metadata.json" in str(error)
         return None

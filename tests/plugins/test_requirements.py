@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import kernels_core
-from kernels_core import KernelsWarning, LoadError
+from kernels_core import KernelsWarning, LoadError, warn_once
 from kernels_plugins.hub.builds import packages, requirements
 from kernels_plugins.hub.builds.archs import find_mismatch, runs_on_cuda, runs_on_rocm
 from kernels_plugins.hub.builds.metadata import BackendInfo, BuilderInfo, GitStatus, KernelName, Metadata, Provenance
@@ -237,4 +237,4 @@ def test_dirty_is_said_once() -> None:
         warnings.simplefilter("error")
         warn_dirty(build(), "elsewhere")
         warn_dirty(build(provenance=Provenance(BuilderInfo("1"), GitStatus("a" * 40, False))), "elsewhere")
-    requirements._said.clear()
+    warn_once.forget()

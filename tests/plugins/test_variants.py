@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_plugins.hub.builds.variants import Machine, Variant, choose_variants, parse_variant
+from kernels_plugins.hub.builds.machine import Machine
+from kernels_plugins.hub.builds.variants import Variant, choose_variants, parse_variant
 
 CUDA = Machine(torch=(2, 9), backend="cuda", backend_version=(12, 8))
 CPU = Machine(torch=(2, 9))
@@ -296,7 +297,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
         monkeypatch.setattr(torch.version, kind, versions.get(kind), raising=False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in versions)
     backend = "npu" if "npu" in versions else "privateuseone"
-    monkeypatch.setattr("kernels_plugins.hub.builds.variants.extension_backend", lambda: backend)
+    monkeypatch.setattr("kernels_plugins.hub.builds.machine.extension_backend", lambda: backend)
     for kind, module in (("tpu", torch.backends), ("neuron", torch)):
         monkeypatch.delattr(module, kind, raising=False)
         if kind in versions:

@@ -22,7 +22,8 @@ from kernels_core.testing import _start_anew
 from kernels_plugins import LayerRepository, register_kernel_mapping
 from kernels_plugins.hub import kernel as steps
 from kernels_plugins.hub import plugin
-from kernels_plugins.hub.builds import importing, requirements
+from kernels_plugins.hub.builds import importing
+from kernels_plugins.hub.builds.machine import this_machine
 from kernels_plugins.hub.client import revision
 from kernels_plugins.local_hub.server import LocalHub, Repository
 
@@ -46,14 +47,13 @@ def new_process() -> Iterator[Callable[[], None]]:
         importing._finder.roots.clear()
         for known in (
             revision._pins,
-            revision._said,
-            revision._cold,
-            requirements._said,
+            revision._listed,
             steps._loaded,
             plugin._kernels,
         ):
             known.clear()  # type: ignore[attr-defined]
-        steps.machine.cache_clear()
+        this_machine.cache_clear()
+
         if listings := sys.modules.get("huggingface_hub._tree_cache"):  # newer clients keep listings in memory
             listings.__dict__["_IN_MEMORY_TREE_CACHE"].clear()
         for name in [name for name in sys.modules if name.startswith("kernel_")]:

@@ -1,4 +1,4 @@
-"""Has a build code for this device? `backend.archs` in its metadata, against what PyTorch says of the device."""
+"""Architectures: compares `backend.archs` in the metadata of a build with the capability of a device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _CUDA = re.compile(r"(\d+)\.(\d+)([af]?)(\+PTX)?", re.ASCII)
 
 
 def find_mismatch(backend: BackendInfo, device: torch.device | None = None) -> str | None:
-    """Return why a build cannot run on a device; None if it can, or if nothing is known against it.
+    """Return why a build cannot run on a device; None if it can, or if its architectures are not known.
 
-    Each device is asked for itself: two GPUs of one machine may differ.
+    Two GPUs of one machine may differ.
 
     Args:
-        backend: What the build was made for.
+        backend: The backend of the build.
         device: The device, with its index; by default the current one.
 
     Example:
@@ -46,8 +46,8 @@ def find_mismatch(backend: BackendInfo, device: torch.device | None = None) -> s
 def runs_on_cuda(archs: Iterable[str], capability: tuple[int, int]) -> bool:
     """Whether code for some of these architectures runs on a GPU of this capability.
 
-    `9.0` runs on 9.0 and later minor versions, as `9.0f` does; `9.0a` on 9.0 alone; `9.0+PTX` on all that is
-    newer, too. If none is written like that, nothing is known, and it may run.
+    `9.0` runs on 9.0 and later minor versions, as `9.0f` does; `9.0a` only on 9.0; `9.0+PTX` on all newer
+    ones, too. If none is written like that, their meaning is not known, and it may run.
 
     Example:
         >>> runs_on_cuda(["8.0", "9.0a"], (8, 6)), runs_on_cuda(["8.0", "9.0a"], (10, 0))
@@ -58,7 +58,7 @@ def runs_on_cuda(archs: Iterable[str], capability: tuple[int, int]) -> bool:
 
 
 def runs_on_rocm(archs: Iterable[str], gfx: str) -> bool:
-    """Whether a GPU is one of these architectures; features after a colon do not count.
+    """Whether a GPU is one of these architectures; features after a colon are not compared.
 
     Example:
         >>> runs_on_rocm(["gfx90a"], "gfx90a:sramecc+:xnack-")

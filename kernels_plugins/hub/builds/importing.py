@@ -1,6 +1,6 @@
-"""Verified bytes to a uniquely named module, to a layer.
+"""Imports a verified build as a uniquely named module, and finds layers in it.
 
-Python source is run from the bytes that were checked, not from whatever lies on disk a moment later,
+Python source is run from the bytes that were checked, not from the file, which may have changed since,
 and byte code is neither read nor written. Extension modules, and files that a kernel opens itself, are
 read from disk, where they were checked just before. The module's name is unique per content, so that two
 revisions live side by side.
@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,21 +24,22 @@ from typing import Any, cast
 
 from kernels_core import KernelLayer, LoadError
 
+from ...locks import KeyedLocks
 from ..dependency import lend_kernels
 from ..errors import PackageError, UnknownError
-from ..shim import stand_in
-from .integrity import Variant
+from .integrity import Build
+from .shim import install_shim
 
-_importing = threading.RLock()
+_importing = KeyedLocks()
 
 
-class _Source(InspectLoader):
-    """Runs one source file of a verified variant."""
+class _FileLoader(InspectLoader):
+    """Runs one Python file of a verified build."""
 
-    def __init__(self, variant: Variant, path: str) -> None:
-        self._variant = variant
+    def __init__(self, build: Build, path: str) -> None:
+        self._build = build
         self._path = path
-        self.path = str(variant.folder / path)  # what a FileReader looks for
+        self.path = str(build.folder / path)  # FileReader reads this attribute
 
     def get_filename(self, fullname: str) -> str:
         return self.path
@@ -51,14 +51,14 @@ class _Source(InspectLoader):
         return self._path.rpartition("/")[2] == "__init__.py"
 
     def get_source(self, fullname: str) -> str:
-        return importlib.util.decode_source(self._variant.files[self._path])
+        return importlib.util.decode_source(self._build.files[self._path])
 
     def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self._variant.files[self._path], self.get_filename(fullname))
+        return self.source_to_code(self._build.files[self._path], self.get_filename(fullname))
 
 
-class _Folder(Loader):
-    """Stands for a folder of sources without `__init__.py`: there is nothing to run."""
+class _FolderLoader(Loader):
+    """Loads a folder of sources without `__init__.py`: there is nothing to run."""
 
     def __init__(self, folder: str) -> None:
         self.path = f"{folder}/__init__.py"  # a FileReader looks in the folder of this
@@ -74,7 +74,7 @@ class _Finder(MetaPathFinder):
     """Finds the modules of imported kernels among their verified files, and nothing else."""
 
     def __init__(self) -> None:
-        self.roots: dict[str, tuple[Variant, str]] = {}
+        self.roots: dict[str, tuple[Build, str]] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -82,23 +82,23 @@ class _Finder(MetaPathFinder):
         root, _, rest = fullname.partition(".")
         if root not in self.roots:
             return None
-        variant, prefix = self.roots[root]
+        build, prefix = self.roots[root]
         stem = prefix + rest.replace(".", "/")
         package = f"{stem}/__init__.py" if rest else f"{stem}__init__.py"
         for candidate in (package, f"{stem}.py") if rest else (package,):
-            if candidate in variant.files:
-                loader = _Source(variant, candidate)
-                return _spec(fullname, loader, str(variant.folder / candidate), loader.is_package(fullname))
+            if candidate in build.files:
+                loader = _FileLoader(build, candidate)
+                return _spec(fullname, loader, str(build.folder / candidate), loader.is_package(fullname))
         for suffix in EXTENSION_SUFFIXES if rest else ():
-            if stem + suffix in variant.files:
-                file = str(variant.folder / (stem + suffix))
+            if stem + suffix in build.files:
+                file = str(build.folder / (stem + suffix))
                 return _spec(fullname, ExtensionFileLoader(fullname, file), file, False)
-        folder = variant.folder / stem  # a folder of sources without __init__.py is a package, too
-        if rest and any(file.startswith(f"{stem}/") for file in variant.files):
-            spec = ModuleSpec(fullname, _Folder(str(folder)), is_package=True)
+        folder = build.folder / stem  # a folder of sources without __init__.py is a package, too
+        if rest and any(file.startswith(f"{stem}/") for file in build.files):
+            spec = ModuleSpec(fullname, _FolderLoader(str(folder)), is_package=True)
             spec.submodule_search_locations = [str(folder)]
             return spec
-        # The finders after this one would look on disk, and find what was not verified.
+        # The finders after this one would look on disk, and find files that were not verified.
         raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
@@ -113,32 +113,32 @@ def _spec(name: str, loader: Loader, file: str, is_package: bool) -> ModuleSpec:
 _finder = _Finder()
 
 
-def import_variant(variant: Variant, kernels: Mapping[str, ModuleType] | None = None) -> ModuleType:
-    """Import a verified variant under a name that is unique to its content, and to that of what it depends on.
+def import_build(build: Build, kernels: Mapping[str, ModuleType] | None = None) -> ModuleType:
+    """Import a verified build under a name that is unique to its content, and to that of its dependencies.
 
     Args:
-        variant: The build.
-        kernels: The kernels that it depends on, by repository: what `get_kernel_dep` gives it.
+        build: The build.
+        kernels: The kernels that it depends on, by repository, for `get_kernel_dep`.
 
     Raises:
-        LoadError: If it has no module, or its import fails; nothing is left in `sys.modules` then.
+        LoadError: It has no module, or its import fails; nothing is left in `sys.modules` then.
     """
-    python_name = variant.metadata.name.python_name
-    name = f"kernel_{python_name}_{_fingerprint(variant, kernels or {})}"
-    with _importing:
+    python_name = build.metadata.name.python_name
+    name = f"kernel_{python_name}_{_fingerprint(build, kernels or {})}"
+    with _importing.hold():
         if name in sys.modules and name in _finder.roots:
             return sys.modules[name]
         if _finder not in sys.meta_path:
             sys.meta_path.insert(0, _finder)  # the usual finders read from disk, byte code first
         inner = f"{python_name}/"
-        prefix = next((p for p in ("", inner) if f"{p}__init__.py" in variant.files), None)
+        prefix = next((p for p in ("", inner) if f"{p}__init__.py" in build.files), None)
         if prefix is None:
             raise LoadError(f"it has neither __init__.py nor {inner}__init__.py, so there is nothing to import")
         # Large libraries are mapped from disk: keep their names, not their bytes.
-        sources = {path: content if path.endswith(".py") else b"" for path, content in variant.files.items()}
-        _finder.roots[name] = (replace(variant, files=sources), prefix)
+        kept = {path: content if path.endswith(".py") else b"" for path, content in build.files.items()}
+        _finder.roots[name] = (replace(build, files=kept), prefix)
         try:
-            with lend_kernels(kernels or {}), stand_in() if kernels else nullcontext():
+            with lend_kernels(kernels or {}), install_shim() if kernels else nullcontext():
                 return importlib.import_module(name)
         except BaseException as error:
             del _finder.roots[name]
@@ -151,10 +151,10 @@ def import_variant(variant: Variant, kernels: Mapping[str, ModuleType] | None = 
             raise kind(_import_problem(error, name)) from error
 
 
-def _fingerprint(variant: Variant, kernels: Mapping[str, ModuleType]) -> str:
+def _fingerprint(build: Build, kernels: Mapping[str, ModuleType]) -> str:
     if not kernels:
-        return variant.fingerprint[:16]
-    parts = [variant.fingerprint, *(f"{repo_id}={module.__name__}" for repo_id, module in sorted(kernels.items()))]
+        return build.fingerprint[:16]
+    parts = [build.fingerprint, *(f"{repo_id}={module.__name__}" for repo_id, module in sorted(kernels.items()))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -168,10 +168,10 @@ def _import_problem(error: BaseException, name: str) -> str:
 
 
 def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
-    """Return the layer class or function that a kernel's `layers` holds.
+    """Return a layer class or function of a kernel's `layers`.
 
     Raises:
-        LoadError: If it has no `layers`, or none of that name; names those that exist.
+        LoadError: The kernel has no `layers`, or none of that name; names those that exist.
     """
     try:
         layers: Any = getattr(module, "layers", None)
@@ -192,7 +192,7 @@ def find_function(module: ModuleType, name: str) -> KernelLayer:
     """Return the function at the top of a kernel.
 
     Raises:
-        LoadError: If it has none of that name; names those that exist.
+        LoadError: The kernel has none of that name; names those that exist.
     """
     found = getattr(module, name, None)
     if not callable(found):
@@ -203,7 +203,7 @@ def find_function(module: ModuleType, name: str) -> KernelLayer:
 
 
 def _is_layer(name: str, value: object, layers: object) -> bool:
-    """Whether to name it to the user: the kernel's own, not what its layers import."""
+    """Whether to name it to the user: a layer of the kernel, not an import of its module `layers`."""
     if not callable(value) or name.startswith("_"):
         return False
     if not isinstance(layers, ModuleType):

@@ -1,4 +1,4 @@
-"""Are these the bytes that were promised? Reads a variant once; what was read is what is imported."""
+"""Integrity of a build: reads its files once, and compares these bytes, which are imported later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kernels_core import IntegrityError, LoadError
 
-from .metadata import METADATA, SIGNATURE, Metadata, parse_metadata
+from .metadata import METADATA, SIGNATURE, Metadata
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,21 @@ class RemoteFile:
     blob: str
     sha256: str | None = None
 
+    @property
+    def is_well_formed(self) -> bool:
+        """Whether all values have their types, which a file of the cache does not guarantee."""
+        texts = (self.path, self.blob, "" if self.sha256 is None else self.sha256)
+        return type(self.size) is int and all(isinstance(text, str) for text in texts)
+
 
 @dataclass(frozen=True)
-class Variant:
-    """A build variant in memory.
+class Build:
+    """A build in memory.
 
     Attributes:
         folder: Where it lies.
         files: Content per path relative to the folder, without byte code.
-        metadata: What it says about itself.
+        metadata: Its metadata.
     """
 
     folder: Path
@@ -55,20 +61,20 @@ class Variant:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Read all files of a variant; byte code does not count, for it is never used."""
+    """Read all files of a build but byte code, which is never used."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: path.read_bytes() for name, path in paths.items() if not is_byte_code(name)}
 
 
-def as_variant(folder: Path, files: Mapping[str, bytes]) -> Variant:
-    """Understand the files of a variant.
+def as_build(folder: Path, files: Mapping[str, bytes]) -> Build:
+    """Return the build that files make up, with its metadata.
 
     Raises:
-        LoadError: If `metadata.json` is missing, unreadable or incomplete.
+        LoadError: `metadata.json` is missing, malformed or incomplete.
     """
     if METADATA not in files:
         raise LoadError(f"it has no {METADATA}. Rebuild the kernel with a current kernel builder.")
-    return Variant(folder, files, parse_metadata(files[METADATA]))
+    return Build(folder, files, Metadata.from_bytes(files[METADATA]))
 
 
 def is_byte_code(path: str) -> bool:
@@ -77,13 +83,13 @@ def is_byte_code(path: str) -> bool:
 
 
 def check_transfer(files: Mapping[str, bytes], listed: Iterable[RemoteFile]) -> str:
-    """Compare the files of a variant with what the Hub listed for its commit.
+    """Compare the files of a build with the list of the Hub for its commit.
 
     Returns:
-        What was checked, in words.
+        The check, in words.
 
     Raises:
-        IntegrityError: If a file is missing, extra, or has other bytes.
+        IntegrityError: A file is missing, extra, or has other bytes.
     """
     expected = {file.path: file for file in listed}
     problems = _names(set(expected), set(files), "not on the Hub")
@@ -101,19 +107,19 @@ def check_transfer(files: Mapping[str, bytes], listed: Iterable[RemoteFile]) -> 
     return f"{len(expected)} files as listed by the Hub"
 
 
-def check_digest(variant: Variant) -> str:
-    """Compare a variant with the digests in its metadata.
+def check_digest(build: Build) -> str:
+    """Compare a build with the digests in its metadata.
 
     Returns:
-        What was checked, in words; that nothing was, where there are no digests.
+        The check, in words; that there was none, where there are no digests.
 
     Raises:
-        IntegrityError: If a file is wrong, missing or not listed.
+        IntegrityError: A file is wrong, missing or not listed.
     """
-    digest = variant.metadata.digest
+    digest = build.metadata.digest
     if digest is None:
         return "not checked: the kernel has no digests"
-    files = {path: content for path, content in variant.files.items() if path not in (METADATA, SIGNATURE)}
+    files = {path: content for path, content in build.files.items() if path not in (METADATA, SIGNATURE)}
     problems = _names(set(digest.files), set(files), "not in the digest")
     for path in sorted(digest.files.keys() & files.keys()):
         actual = hashlib.new(digest.algorithm, files[path]).digest()

@@ -1,4 +1,4 @@
-"""What a build says about itself: `metadata.json`."""
+"""The metadata of a build: `metadata.json`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from ..dependency import Dependency
+from ..dependency import Dependency, parse_dependency
 from ..errors import UnknownError
+from ..names import is_commit
 
 METADATA = "metadata.json"
 SIGNATURE = "metadata.json.sigstore"
 
 _NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]")
-_REPO_ID = re.compile(r"[^/\s]+/[^/\s]+")
-_OBJECT_ID = re.compile(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
+_REBUILD = "Rebuild the kernel."
 
 
 class KernelName(str):
@@ -41,11 +41,11 @@ class KernelName(str):
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What a build was made for.
+    """The backend of a build.
 
     Attributes:
         backend_type: The kind of backend, such as `cuda`.
-        archs: The architectures that it has code for, such as `9.0a` or `gfx942`; None if it does not say.
+        archs: The architectures that it has code for, such as `9.0a` or `gfx942`; None if that is not in the metadata.
     """
 
     backend_type: str
@@ -80,7 +80,7 @@ class GitStatus:
 
 @dataclass(frozen=True)
 class BuilderInfo:
-    """Who built a kernel.
+    """The builder of a kernel.
 
     Attributes:
         version: Version of the builder.
@@ -93,7 +93,7 @@ class BuilderInfo:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a build was made from.
+    """The sources of a build.
 
     Attributes:
         kernel_builder: The builder.
@@ -117,21 +117,21 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a build of a kernel says about itself.
+    """The metadata of a build of a kernel.
 
     Attributes:
         id: Identifies kernel, version and backend.
         name: Name of the kernel.
         version: Number of its version.
-        backend: What it was built for.
-        license: Name of its license; None if it does not say.
+        backend: The backend it was built for.
+        license: Name of its license.
         upstream: Where the kernel was first published.
         source: Where the sources of this build are.
-        python_depends: Python packages that it imports, by the names that metadata uses.
+        python_depends: Python packages that it imports, by their names in metadata.
         kernel_depends: Kernels that it depends on.
-        kernels_minver: Level of the kernel interface that it asks for.
+        kernels_minver: Level of the kernel interface that it needs.
         digest: Hashes of its files.
-        provenance: What it was built from.
+        provenance: The sources it was built from.
 
     Example:
         >>> text = b'{"id": "_x", "name": "x1", "version": 1, "python-depends": [], "backend": {"type": "cpu"}}'
@@ -157,9 +157,42 @@ class Metadata:
         """Read the content of a `metadata.json`.
 
         Raises:
-            LoadError: If it is no JSON, or lacks what is needed; says what. It is a `ValueError`, too.
+            LoadError: It is malformed or incomplete; says where. It is a `ValueError`, too.
+
+        Example:
+            >>> Metadata.from_bytes(b'{"id": "x"}')
+            Traceback (most recent call last):
+            ...
+            kernels_plugins.hub.errors.UnknownError: metadata.json is incomplete: backend is missing. Rebuild the ...
         """
-        return parse_metadata(content)
+        try:
+            data = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise UnknownError(f"{METADATA} cannot be read ({error}). {_REBUILD}") from error
+        if not isinstance(data, dict):
+            raise UnknownError(f"{METADATA} holds {type(data).__name__}, not an object. {_REBUILD}")
+        backend = _field(data, "backend", dict)
+        name = _field(data, "name", str)
+        if not _NAME.fullmatch(name):
+            raise UnknownError(f"{METADATA}: {name!r} is no kernel name ({_NAME.pattern}). Rename the kernel.")
+        archs = _field(backend, "archs", list, where="backend.", optional=True)
+        return cls(
+            id=_field(data, "id", str),
+            name=KernelName(name),
+            version=_field(data, "version", int),
+            backend=BackendInfo(
+                _field(backend, "type", str, where="backend."),
+                None if archs is None else _strings(archs, "backend.archs"),
+            ),
+            license=_field(data, "license", str, optional=True),
+            upstream=_field(data, "upstream", str, optional=True),
+            source=_field(data, "source", str, optional=True),
+            python_depends=_strings(_field(data, "python-depends", list), "python-depends"),
+            kernel_depends=_kernels(_field(data, "kernel-depends", list, optional=True) or []),
+            kernels_minver=_minver(_field(data, "kernels-minver", str, optional=True)),
+            digest=_digest(_field(data, "digest", dict, optional=True)),
+            provenance=_provenance(_field(data, "provenance", dict, optional=True)),
+        )
 
     @classmethod
     def read_from_file(cls, metadata_path: str | PathLike[str]) -> Metadata:
@@ -169,51 +202,9 @@ class Metadata:
             LoadError: As for `from_bytes`; also if the file cannot be read.
         """
         try:
-            return parse_metadata(Path(metadata_path).read_bytes())
+            return cls.from_bytes(Path(metadata_path).read_bytes())
         except OSError as error:
             raise UnknownError(f"{metadata_path} cannot be read ({error}). Check the path.") from error
-
-
-def parse_metadata(content: bytes) -> Metadata:
-    """Read `metadata.json`.
-
-    Raises:
-        LoadError: If it is no JSON, or lacks what is needed; says what.
-
-    Example:
-        >>> parse_metadata(b'{"id": "x"}')
-        Traceback (most recent call last):
-        ...
-        kernels_plugins.hub.errors.UnknownError: metadata.json is incomplete: backend is missing. Rebuild the kernel.
-    """
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UnknownError(f"{METADATA} cannot be read ({error}). Rebuild the kernel.") from error
-    if not isinstance(data, dict):
-        raise UnknownError(f"{METADATA} holds {type(data).__name__}, not an object. Rebuild the kernel.")
-    backend = _field(data, "backend", dict)
-    name = _field(data, "name", str)
-    if not _NAME.fullmatch(name):
-        raise UnknownError(f"{METADATA}: {name!r} is no kernel name ({_NAME.pattern}). Rename the kernel.")
-    archs = _field(backend, "archs", list, where="backend.", optional=True)
-    return Metadata(
-        id=_field(data, "id", str),
-        name=KernelName(name),
-        version=_field(data, "version", int),
-        backend=BackendInfo(
-            _field(backend, "type", str, where="backend."),
-            None if archs is None else _strings(archs, "backend.archs"),
-        ),
-        license=_field(data, "license", str, optional=True),
-        upstream=_field(data, "upstream", str, optional=True),
-        source=_field(data, "source", str, optional=True),
-        python_depends=_strings(_field(data, "python-depends", list), "python-depends"),
-        kernel_depends=_kernels(_field(data, "kernel-depends", list, optional=True) or []),
-        kernels_minver=_minver(_field(data, "kernels-minver", str, optional=True)),
-        digest=_digest(_field(data, "digest", dict, optional=True)),
-        provenance=_provenance(_field(data, "provenance", dict, optional=True)),
-    )
 
 
 def _field(data: Mapping[str, Any], key: str, kind: type, *, where: str = "", optional: bool = False) -> Any:
@@ -221,47 +212,34 @@ def _field(data: Mapping[str, Any], key: str, kind: type, *, where: str = "", op
     if value is None:
         if optional:
             return None
-        raise UnknownError(f"{METADATA} is incomplete: {where}{key} is missing. Rebuild the kernel.")
+        raise UnknownError(f"{METADATA} is incomplete: {where}{key} is missing. {_REBUILD}")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UnknownError(f"{METADATA}: {where}{key} is {value!r}, not {kind.__name__}. Rebuild the kernel.")
+        raise UnknownError(f"{METADATA}: {where}{key} is {value!r}, not {kind.__name__}. {_REBUILD}")
     return value
 
 
 def _strings(values: list[Any], key: str) -> tuple[str, ...]:
     if not all(isinstance(value, str) for value in values):
-        raise UnknownError(f"{METADATA}: {key} is {values!r}, not a list of names. Rebuild the kernel.")
+        raise UnknownError(f"{METADATA}: {key} is {values!r}, not a list of names. {_REBUILD}")
     return tuple(values)
 
 
 def _kernels(entries: list[Any]) -> tuple[Dependency, ...]:
     found: dict[str, Dependency] = {}
     for entry in entries:
-        dependency = _kernel(entry)
-        if dependency is None:
+        dependency = parse_dependency(entry)
+        if isinstance(dependency, str):
             raise UnknownError(
-                f"{METADATA}: kernel-depends has {entry!r}, not a repo-id (owner/name) with either version (a whole "
-                "number) or revision. Rebuild the kernel."
+                f"{METADATA}: kernel-depends has {entry!r}: {dependency}. An entry is a repo-id (owner/name) with "
+                f"either version (a whole number) or revision. {_REBUILD}"
             )
         if dependency.repo_id in found:
             raise UnknownError(
                 f"{METADATA}: kernel-depends names {dependency.repo_id} twice, and get_kernel_dep could not tell the "
-                "two apart. Rebuild the kernel."
+                f"two apart. {_REBUILD}"
             )
         found[dependency.repo_id] = dependency
     return tuple(found.values())
-
-
-def _kernel(entry: Any) -> Dependency | None:
-    if not isinstance(entry, dict) or entry.keys() - {"repo-id", "version", "revision"}:
-        return None
-    repo_id, version, revision = entry.get("repo-id"), entry.get("version"), entry.get("revision")
-    if not isinstance(repo_id, str) or not _REPO_ID.fullmatch(repo_id) or (version is None) == (revision is None):
-        return None
-    if version is not None and (type(version) is not int or version < 0):
-        return None
-    if revision is not None and (not isinstance(revision, str) or not revision):
-        return None
-    return Dependency(repo_id, version, revision)
 
 
 def _minver(text: str | None) -> Version | None:
@@ -270,7 +248,7 @@ def _minver(text: str | None) -> Version | None:
     try:
         return Version(text)
     except InvalidVersion as error:
-        raise UnknownError(f"{METADATA}: kernels-minver is {text!r}, not a version. Rebuild the kernel.") from error
+        raise UnknownError(f"{METADATA}: kernels-minver is {text!r}, not a version. {_REBUILD}") from error
 
 
 def _digest(digest: Mapping[str, Any] | None) -> Digest | None:
@@ -281,7 +259,7 @@ def _digest(digest: Mapping[str, Any] | None) -> Digest | None:
         raise UnknownError(f"{METADATA}: digest.algorithm is {algorithm!r}; sha256 and sha512 are known.")
     files = _field(digest, "files", dict, where="digest.")
     if not all(isinstance(value, str) for value in files.values()):
-        raise UnknownError(f"{METADATA}: digest.files does not map paths to digests. Rebuild the kernel.")
+        raise UnknownError(f"{METADATA}: digest.files does not map paths to digests. {_REBUILD}")
     return Digest(algorithm, files)
 
 
@@ -303,6 +281,6 @@ def _provenance(data: Mapping[str, Any] | None) -> Provenance | None:
 
 def _git(data: Mapping[str, Any], where: str) -> GitStatus:
     commit, dirty = _field(data, "commit", str, where=where), _field(data, "dirty", bool, where=where)
-    if not _OBJECT_ID.fullmatch(commit):
-        raise UnknownError(f"{METADATA}: {where}commit is {commit!r}, no commit. Rebuild the kernel.")
+    if not is_commit(commit.lower()):
+        raise UnknownError(f"{METADATA}: {where}commit is {commit!r}, no commit. {_REBUILD}")
     return GitStatus(commit.lower(), dirty)

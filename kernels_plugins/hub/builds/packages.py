@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from ..errors import PackageError, UnknownError
 
 Package = tuple[str, str | None]
-"""What to install, and the module to import; None if there is none, as for libraries that are not Python."""
+"""The name to install, and the module to import; None if there is none, as for libraries that are not Python."""
 
 _GENERAL: dict[str, Package] = {
     "einops": ("einops", "einops"),
@@ -26,11 +26,11 @@ def check_packages(names: Iterable[str], backends: Iterable[str]) -> None:
     """Refuse a kernel whose Python packages are not installed.
 
     Args:
-        names: What its metadata names.
+        names: The names in its metadata.
         backends: The kinds of backend that it is for: each has packages of its own.
 
     Raises:
-        LoadError: If a name is not known, or a package is missing; the first is a `ValueError`, the second an
+        LoadError: A name is not known, or a package is missing; the first is a `ValueError`, the second an
             `ImportError`, and ends in the command that installs it.
 
     Example:

@@ -1,14 +1,12 @@
-"""What a build requires of this process: a level of the kernel interface, Python packages, the right device."""
+"""Requirements of a build: a level of the kernel interface, Python packages, the right device."""
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Iterable
 
 from packaging.version import Version
 
-from kernels_core import KernelsWarning
+from kernels_core import warn_once
 
 from ..errors import UnsuitableError
 from .archs import find_mismatch
@@ -18,19 +16,16 @@ from .packages import check_packages
 INTERFACE_LEVEL = Version("0.17")
 """Level of the kernel interface that this package implements; `kernels-minver` is compared with it."""
 
-_saying = threading.Lock()
-_said: set[str] = set()
-
 
 def check_requirements(metadata: Metadata, backends: Iterable[str] = ()) -> None:
     """Refuse a build that this process cannot import.
 
     Args:
-        metadata: What the build says.
+        metadata: The metadata of the build.
         backends: Backends of this machine, beside that of the build: their packages may be needed, too.
 
     Raises:
-        LoadError: If it asks for a newer interface, or for Python packages that are not installed.
+        LoadError: It needs a newer interface, or Python packages that are not installed.
     """
     minver = metadata.kernels_minver
     if minver is not None and minver.release[:2] > INTERFACE_LEVEL.release[:2]:
@@ -45,7 +40,7 @@ def check_device(metadata: Metadata) -> None:
     """Refuse a build that has no code for the current device.
 
     Raises:
-        LoadError: If that is so; it is a `RuntimeError`, too.
+        LoadError: It has none; this is a `RuntimeError`, too.
     """
     mismatch = find_mismatch(metadata.backend)
     if mismatch is not None:
@@ -53,17 +48,11 @@ def check_device(metadata: Metadata) -> None:
 
 
 def warn_dirty(metadata: Metadata, place: str) -> None:
-    """Say once of a build that it was made from sources that nobody committed."""
-    if metadata.provenance is None or not metadata.provenance.dirty:
-        return
-    with _saying:
-        if place in _said:
-            return
-        warnings.warn(
+    """Warn once about a build from sources with changes that were not committed."""
+    if metadata.provenance is not None and metadata.provenance.dirty:
+        warn_once(
             f"{place}: {metadata.name} was built while sources of {' and '.join(metadata.provenance.dirty_sources)} "
-            "had changes that were not committed (dirty): nobody can tell from its commit what it was built from. Ask "
-            "the publisher for a build from committed sources.",
-            KernelsWarning,
+            "had changes that were not committed (dirty): its commit does not identify them. Ask the publisher for a "
+            "build from committed sources.",
             stacklevel=2,
         )
-        _said.add(place)

@@ -10,42 +10,13 @@ A kernel repository holds one folder per build, and the folder's name says what 
 
 from __future__ import annotations
 
-import importlib
-import platform
 import re
-import sys
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-from kernels_core import ArgumentError
-from kernels_core.torch_internals import extension_backend
+from .machine import BACKENDS, Machine, Release, digits, title
 
-Release = tuple[int, int]
-"""A major and a minor version."""
-
-
-class _Backend(NamedTuple):
-    """How one kind of backend is written: in a folder's name, and for people."""
-
-    tag: str
-    title: str
-    versioned: bool
-
-
-_BACKENDS = {
-    "cpu": _Backend("cpu", "the CPU backend", versioned=False),
-    "cuda": _Backend("cu", "CUDA", versioned=True),
-    "rocm": _Backend("rocm", "ROCm", versioned=True),
-    "xpu": _Backend("xpu", "XPU", versioned=True),
-    "npu": _Backend("cann", "CANN", versioned=True),
-    "metal": _Backend("metal", "Metal", versioned=False),
-    "neuron": _Backend("neuron", "Neuron", versioned=False),
-    "tpu": _Backend("tpu", "TPU", versioned=False),
-}
-_KIND_OF_TAG = {backend.tag: kind for kind, backend in _BACKENDS.items()}
-
+_KIND_OF_TAG = {backend.tag: kind for kind, backend in BACKENDS.items()}
 _UNIVERSAL = "universal"
 _STABLE = "torch-stable-abi"
 # What a compiled build can be made for, the preferred first.
@@ -67,94 +38,11 @@ _METAL_NEEDS_MACOS = (26, 0)
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What decides which build variants can be loaded.
-
-    Attributes:
-        torch: The version of torch.
-        backend: The kind of backend: cpu, cuda, rocm, xpu, npu, metal, neuron or tpu.
-        backend_version: The version of CUDA, ROCm, XPU or CANN; None for the other kinds.
-        cpu: The processor, such as x86_64 or aarch64.
-        os: The system: linux, darwin or windows.
-        cxx11_abi: Whether torch uses the C++11 ABI; None off Linux, where there is no choice.
-        tvm_ffi: The version of tvm-ffi, None if it is not installed.
-        macos: The version of macOS, None on another system.
-        abi3: Whether this Python loads extension modules for the stable ABI of CPython.
-
-    Example:
-        >>> Machine(torch=(2, 9), backend="cuda", backend_version=(12, 8)).cpu
-        'x86_64'
-    """
-
-    torch: Release
-    backend: str = "cpu"
-    backend_version: Release | None = None
-    cpu: str = "x86_64"
-    os: str = "linux"
-    cxx11_abi: bool | None = True
-    tvm_ffi: Release | None = None
-    macos: Release | None = None
-    abi3: bool = True
-
-    @classmethod
-    def here(cls, backend: str | None = None) -> Machine:
-        """Describe the machine of this process, importing torch.
-
-        Args:
-            backend: The kind of backend to use: cpu, or the one that torch was built for (the default).
-
-        Raises:
-            ArgumentError: If torch was not built for that backend; names those that there are.
-
-        Example:
-            >>> Machine.here("cpu").backend
-            'cpu'
-        """
-        import torch
-
-        wanted = "npu" if backend == "cann" else backend
-        kind, version = ("cpu", None) if wanted == "cpu" else _torch_backend()
-        if wanted not in (None, kind):
-            raise ArgumentError(
-                f"backend is {backend!r}, and this torch has {' and '.join(sorted({'cpu', kind}))}: take one of them, "
-                "or None for the one that it was built for."
-            )
-        cpu, system = platform.machine(), platform.system().lower()
-        return cls(
-            torch=_release(torch.__version__) or (0, 0),
-            backend=kind,
-            backend_version=version,
-            cpu={"AMD64": "x86_64", "ARM64": "aarch64", "arm64": "aarch64"}.get(cpu, cpu),
-            os=system,
-            cxx11_abi=torch.compiled_with_cxx11_abi() if system == "linux" else None,
-            tvm_ffi=_tvm_ffi_release(),
-            macos=_macos_release() if system == "darwin" else None,
-            # Free-threaded Python has a stable ABI from 3.15 on.
-            abi3=sys.version_info >= (3, 15) or not sysconfig.get_config_var("Py_GIL_DISABLED"),
-        )
-
-    @property
-    def backend_tag(self) -> str:
-        """The backend and its version, as in the name of a folder.
-
-        Example:
-            >>> Machine(torch=(2, 9), backend="cuda", backend_version=(12, 8)).backend_tag
-            'cu128'
-        """
-        return _BACKENDS[self.backend].tag + _digits(self.backend_version)
-
-    @property
-    def platform(self) -> str:
-        """The processor and the system, as in the name of a folder."""
-        return f"{self.cpu}-{self.os}"
-
-
-@dataclass(frozen=True)
 class Variant:
     """One build variant; `str` gives the name of its folder.
 
     Attributes:
-        framework: What it was compiled for: torch, torch-stable-abi or tvm-ffi; torch if not compiled.
+        framework: The framework it was compiled for: torch, torch-stable-abi or tvm-ffi; torch if not compiled.
         backend: The kind of backend, as in `Machine`; or universal, if not compiled.
         release: The version of the framework; None if not compiled.
         cxx11_abi: Whether it uses the C++11 ABI; None if the name does not say.
@@ -186,8 +74,8 @@ class Variant:
         """The name of the folder that holds this variant."""
         if self.release is None:
             return f"{self.framework}-{self.backend}"
-        backend = _BACKENDS[self.backend].tag + _digits(self.backend_version)
-        framework = f"{self.framework}{_digits(self.release)}{_ABI_TAGS[self.cxx11_abi]}"
+        backend = BACKENDS[self.backend].tag + digits(self.backend_version)
+        framework = f"{self.framework}{digits(self.release)}{_ABI_TAGS[self.cxx11_abi]}"
         return f"{framework}-{backend}-{self.cpu}-{self.os}"
 
 
@@ -197,10 +85,6 @@ class VariantAccepted:
 
     Attributes:
         variant: The variant; `variant.variant_str` is its name.
-
-    Example:
-        >>> VariantAccepted(Variant("torch", "cpu")).variant.variant_str
-        'torch-cpu'
     """
 
     variant: Variant
@@ -213,10 +97,6 @@ class VariantRejected:
     Attributes:
         variant: The variant; `variant.variant_str` is its name.
         reason: What it needs, and what the machine has.
-
-    Example:
-        >>> VariantRejected(Variant("torch", "xpu"), "built for XPU, this machine has CUDA 12.8").reason
-        'built for XPU, this machine has CUDA 12.8'
     """
 
     variant: Variant
@@ -225,15 +105,11 @@ class VariantRejected:
 
 @dataclass(frozen=True)
 class Choice:
-    """What `choose_variants` found.
+    """The variants of a repository, split by whether they fit a machine.
 
     Attributes:
         accepted: The variants that fit, best first.
         rejected: The name of each other folder and the reason, sorted by name.
-
-    Example:
-        >>> Choice(accepted=(), rejected=(("docs", "not the name of a build variant"),)).accepted
-        ()
     """
 
     accepted: tuple[Variant, ...]
@@ -250,16 +126,16 @@ def parse_variant(name: str) -> Variant | None:
         True
     """
     if match := _COMPILED.fullmatch(name):
-        framework, major, minor, abi, tag, digits, cpu, system = match.groups()
+        framework, major, minor, abi, tag, number, cpu, system = match.groups()
         kind = _KIND_OF_TAG.get(tag)
-        if kind is None or _BACKENDS[kind].versioned != bool(digits) or (abi and framework != "torch"):
+        if kind is None or BACKENDS[kind].versioned != bool(number) or (abi and framework != "torch"):
             return None
         # Names run major and minor together; the last digit is the minor version.
-        version = (int(digits[:-1]), int(digits[-1])) if digits else None
+        version = (int(number[:-1]), int(number[-1])) if number else None
         cxx11_abi = abi == "-cxx11" if abi else None
         return Variant(framework, kind, (int(major), int(minor)), cxx11_abi, version, cpu, system)
     framework, _, kind = name.partition("-")
-    if framework == "torch" and kind in (*_BACKENDS, _UNIVERSAL):
+    if framework == "torch" and kind in (*BACKENDS, _UNIVERSAL):
         return Variant(framework, kind)
     return None
 
@@ -268,7 +144,7 @@ def choose_variants(names: Iterable[str], machine: Machine) -> Choice:
     """Split the folders of a kernel repository into those that fit a machine and those that do not.
 
     Builds for torch's stable ABI come first (the newest ABI leading), then those for exactly this torch,
-    then those for tvm-ffi, then what is not compiled, universal last. Of two alike the one for the newer
+    then those for tvm-ffi, then those that are not compiled, universal last. Of two alike the one for the newer
     backend version leads.
 
     Example:
@@ -295,8 +171,8 @@ def choose_variants(names: Iterable[str], machine: Machine) -> Choice:
 def choose_for_cpu(names: Iterable[str], machine: Machine) -> Choice:
     """Split the folders of a kernel repository into those for calls on the CPU of a machine and the rest.
 
-    What torch was built for does not decide then: builds for the CPU come first. What was compiled for the machine's
-    accelerator may have code for the CPU, too, and comes after them; what is not compiled has not.
+    The backend that torch was built for does not decide then: builds for the CPU come first. A compiled build for the
+    machine's accelerator may have code for the CPU, too, and comes after them; one that is not compiled has none.
 
     Example:
         >>> names = ["torch-cpu", "torch-cuda", "torch29-cxx11-cu128-x86_64-linux"]
@@ -304,7 +180,7 @@ def choose_for_cpu(names: Iterable[str], machine: Machine) -> Choice:
         >>> [str(variant) for variant in choice.accepted]
         ['torch-cpu', 'torch29-cxx11-cu128-x86_64-linux']
         >>> choice.rejected
-        (('torch-cuda', 'for CUDA alone, and this call is on the CPU'),)
+        (('torch-cuda', 'only for CUDA, and this call is on the CPU'),)
     """
     names = list(names)
     here = choose_variants(names, machine)
@@ -313,7 +189,7 @@ def choose_for_cpu(names: Iterable[str], machine: Machine) -> Choice:
     first = choose_variants(names, replace(machine, backend="cpu", backend_version=None)).accepted
     accepted = first + tuple(one for one in here.accepted if one.release is not None and one not in first)
     rejected = {name: reason for name, reason in here.rejected if parse_variant(name) not in accepted} | {
-        str(one): f"for {_backend_title(one)} alone, and this call is on the CPU"
+        str(one): f"only for {_backend_title(one)}, and this call is on the CPU"
         for one in here.accepted
         if one not in accepted
     }
@@ -332,7 +208,7 @@ def _preference(variant: Variant) -> tuple[int, int, int, bool, int, int]:
 
 
 def _mismatches(variant: Variant, machine: Machine) -> Iterator[tuple[str, str]]:
-    """Everything that the variant needs and the machine lacks, each with what the machine has instead."""
+    """Yield pairs of text: a need of the variant that the machine does not meet, and what the machine has there."""
     if not _backend_fits(variant, machine):
         yield _backend_title(variant), _backend_title(machine)
     if variant.release is None:
@@ -343,16 +219,16 @@ def _mismatches(variant: Variant, machine: Machine) -> Iterator[tuple[str, str]]
         yield "a Python with the stable ABI", "a free-threaded Python without it"
     if variant.framework == _STABLE:
         if machine.torch < variant.release:
-            yield _title("torch", variant.release) + " or newer", _title("torch", machine.torch)
+            yield title("torch", variant.release) + " or newer", title("torch", machine.torch)
     else:
         have = machine.torch if variant.framework == "torch" else machine.tvm_ffi
         if have != variant.release:
-            title = variant.framework
-            yield _title(title, variant.release), _title(title if have else f"no {title}", have)
+            name = variant.framework
+            yield title(name, variant.release), title(name if have else f"no {name}", have)
     if variant.cxx11_abi not in (None, machine.cxx11_abi):
         yield _ABI_TITLES[variant.cxx11_abi], _ABI_TITLES[machine.cxx11_abi]
     if variant.backend == machine.backend == "metal" and (machine.macos or (0, 0)) < _METAL_NEEDS_MACOS:
-        yield _title("macOS", _METAL_NEEDS_MACOS) + " or newer", _title("macOS", machine.macos)
+        yield title("macOS", _METAL_NEEDS_MACOS) + " or newer", title("macOS", machine.macos)
 
 
 def _backend_fits(variant: Variant, machine: Machine) -> bool:
@@ -365,57 +241,8 @@ def _backend_fits(variant: Variant, machine: Machine) -> bool:
         # CUDA promises that a build runs with every later minor version; the others promise nothing.
         return built[0] == have[0] and built[1] <= have[1]
     # As they are spelled, since the name of ROCm 7.10 reads as if it were 71.0.
-    return _digits(built) == _digits(have)
+    return digits(built) == digits(have)
 
 
 def _backend_title(of: Variant | Machine) -> str:
-    return _title(_BACKENDS[of.backend].title, of.backend_version)
-
-
-def _title(what: str, version: Release | None) -> str:
-    return f"{what} {version[0]}.{version[1]}" if version else what
-
-
-def _digits(version: Release | None) -> str:
-    return f"{version[0]}{version[1]}" if version else ""
-
-
-def _release(text: str) -> Release | None:
-    """The major and minor version that a text starts with."""
-    match = re.match(r"(\d+)\.(\d+)", text)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def _torch_backend() -> tuple[str, Release | None]:
-    """The kind of backend that torch was built for, whether or not this machine has such a device."""
-    import torch
-
-    # These two plug into a torch that was built for something else, so they go first.
-    if hasattr(torch.backends, "tpu"):
-        return "tpu", None
-    if hasattr(torch, "neuron"):
-        return "neuron", None
-    for kind, version in (("cuda", torch.version.cuda), ("rocm", torch.version.hip)):
-        if version is not None:
-            return kind, _release(version)
-    if torch.backends.mps.is_available():
-        return "metal", None
-    if xpu := getattr(torch.version, "xpu", None):
-        # The compiler's version as a date-like number: 20250201 is 2025.2.
-        return "xpu", (int(xpu[:4]), int(xpu[5]))
-    if extension_backend() == "npu":
-        return "npu", _release(importlib.import_module("torch_npu.utils.collect_env").get_cann_version())
-    return "cpu", None
-
-
-def _tvm_ffi_release() -> Release | None:
-    try:
-        return _release(importlib.import_module("tvm_ffi").__version__)
-    except (ImportError, OSError):
-        return None  # not installed, or its library does not load
-
-
-def _macos_release() -> Release | None:
-    release = _release(platform.mac_ver()[0])
-    # macOS 26 calls itself 16 to a program that was linked against an older SDK; there is no real 16.
-    return (26, release[1]) if release and release[0] == 16 else release
+    return title(BACKENDS[of.backend].title, of.backend_version)

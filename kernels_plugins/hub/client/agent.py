@@ -1,30 +1,30 @@
-"""What each request tells the Hub about who asks, unless telemetry is switched off."""
+"""The user agent of each request, unless telemetry is switched off."""
 
 from __future__ import annotations
 
 from functools import cache
 
-from ..builds.variants import Machine
+from ..builds.machine import this_machine
 
 
 def describe(caller: str | None) -> str:
-    """Return what is added to the client's own words, which are library, client and Python.
+    """Return the parts that are added to those of the client, which are library, client and Python.
 
     Args:
-        caller: What the caller wants to be told, if anything.
+        caller: The part of the caller, if there is one.
 
     Example:
         >>> describe("my-app/7").split("; ")[::4]
         ['my-app/7', 'file_type/kernel']
     """
-    return "; ".join([*([caller] if caller else []), *_surroundings()])
+    return "; ".join([*([caller] if caller else []), *_parts()])
 
 
 @cache
-def _surroundings() -> tuple[str, ...]:
+def _parts() -> tuple[str, ...]:
     import torch
 
-    machine = Machine.here()
+    machine = this_machine()
     parts = [f"backend/{machine.backend_tag}", f"platform/{machine.platform}", f"torch/{torch.__version__}"]
     if machine.tvm_ffi:
         parts.append("tvm-ffi/{}.{}".format(*machine.tvm_ffi))

@@ -9,17 +9,19 @@ from pathlib import Path
 
 from kernels_core import ArgumentError
 
+from ..names import REPO_ID
+
 VARIABLE = "LOCAL_KERNELS"
-_NEXT = re.compile(r":(?=[^:=/\\]+/[^:=/\\]+=)")  # the colon of a drive is followed by no name
-_ENTRY = re.compile(r"(?P<repo_id>[^:=/\\\s]+/[^:=/\\\s]+)=(?P<path>.+)")
+_NEXT = re.compile(rf":(?={REPO_ID}=)")  # the colon of a drive is followed by no name
+_ENTRY = re.compile(rf"(?P<repo_id>{REPO_ID})=(?P<path>.+)")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def find_override(repo_id: str) -> Path | None:
-    """Return the folder that is to be taken instead of a repository; None if there is none.
+    """Return the folder that replaces a repository; None if there is none.
 
     Raises:
-        ArgumentError: If the variable is malformed.
+        ArgumentError: The variable is malformed.
     """
     return parse_overrides(os.environ.get(VARIABLE, "")).get(repo_id)
 
@@ -29,7 +31,7 @@ def parse_overrides(text: str) -> dict[str, Path]:
     r"""Read the variable.
 
     Raises:
-        ArgumentError: If an entry is malformed, or names a repository again; shows the form.
+        ArgumentError: An entry is malformed, or names a repository again; shows the form.
 
     Example:
         >>> sorted(parse_overrides(r"a/one=C:\kernels\one:a/two=/kernels/two"))
@@ -47,9 +49,9 @@ def parse_overrides(text: str) -> dict[str, Path]:
 
 
 def _has_loose_end(path: str) -> bool:
-    """Whether a path holds a colon, and so probably an entry that is none."""
+    """Whether a path contains a colon, and so probably a malformed entry."""
     return ":" in _DRIVE.sub("", path, count=1) and not Path(path).expanduser().exists()
 
 
-def _malformed(entry: str, what: str) -> ArgumentError:
-    return ArgumentError(f"{VARIABLE}: {entry!r} {what}. Write {VARIABLE}=owner/name=path:owner2/name2=path2")
+def _malformed(entry: str, problem: str) -> ArgumentError:
+    return ArgumentError(f"{VARIABLE}: {entry!r} {problem}. Write {VARIABLE}=owner/name=path:owner2/name2=path2")

@@ -1,29 +1,28 @@
-"""Repositories that say where their kernel is now: `kernel-status.toml` at the root of a revision."""
+"""Redirects of repositories: `kernel-status.toml` at the root of a revision."""
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnknownError
+from ..names import is_repo_id, is_revision
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+
 STATUS = "kernel-status.toml"
 LARGEST = 65536
 """Bytes that such a file may have."""
 
-_REPO_ID = re.compile(r"[^/\s]+/[^/\s]+")
-
 
 @dataclass(frozen=True)
 class Redirect:
-    """Where a kernel is now.
+    """The place that serves a kernel now.
 
     Attributes:
         repo_id: The other repository.
@@ -42,7 +41,7 @@ def parse_status(content: bytes) -> Redirect:
     r"""Read a status file.
 
     Raises:
-        LoadError: If it is malformed, or says something that is not known; says what.
+        LoadError: It is malformed, or of an unknown kind; says where.
 
     Example:
         >>> print(parse_status(b'kind = "redirect"\ndestination = "acme/silu"'))
@@ -56,12 +55,12 @@ def parse_status(content: bytes) -> Redirect:
     if kind != "redirect":
         raise _malformed(f"its kind is {kind!r}, and 'redirect' is known" if "kind" in data else "it has no kind")
     destination, revision = data.get("destination"), data.get("revision", "main")
-    if not isinstance(destination, str) or not _REPO_ID.fullmatch(destination):
+    if not is_repo_id(destination):
         raise _malformed(f"its destination is {destination!r}, not owner/name")
-    if not isinstance(revision, str) or not revision:
+    if not is_revision(revision):
         raise _malformed(f"its revision is {revision!r}, not a branch, tag or commit")
     return Redirect(destination, revision)
 
 
-def _malformed(what: str) -> UnknownError:
-    return UnknownError(f"its {STATUS} cannot be followed: {what}. Tell its publisher, or name another revision")
+def _malformed(problem: str) -> UnknownError:
+    return UnknownError(f"its {STATUS} cannot be followed: {problem}. Tell its publisher, or name another revision")

@@ -1,40 +1,45 @@
-"""Which commit is a revision, and of which repository: asked once, remembered, redirects followed."""
+"""The commit of a revision, and the repository that serves it: requested once, cached, redirects followed."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass, replace
 
-from kernels_core import LoadError
+from kernels_core import warn_once
 
-from ..errors import UnknownError, UnreachableError
+from ...locks import KeyedLocks
+from ..errors import RevisionError, UnknownError, UnreachableError
+from ..names import is_commit
 from ..request import KernelRequest
-from .cache import COMMIT, Pin, Record
-from .download import REPO_TYPES, Client, cache_folder, not_cached, notes
+from .download import REPO_TYPES, Client, cache_folder, metadata_cache, not_cached
+from .metadata_cache import Pin, Record
 from .redirect import Redirect, parse_status
 
 logger = logging.getLogger("kernels_plugins.hub")
-"""Tells what is worth knowing and no fault: these are no warnings, which may be errors."""
+"""For notes that are no faults: these are no warnings, which may be errors."""
 
 _MOST_REDIRECTS = 5
 _HUB = "from the Hub"
+_VERSION = "refs/heads/v"
+SERVED = "served/"
+"""Before a commit: its pin before redirects. Under the commit itself is that after redirects."""
 
-_asking = threading.Lock()
+_asking = KeyedLocks()
+"""One thread at a time asks for a repository."""
+
 _pins: dict[tuple[str, str], Pin] = {}
-"""What the Hub said in this process: the layers of one model come from one commit, whatever is pushed meanwhile."""
+"""Answers of the Hub in this process: the layers of one model come from one commit, also when somebody pushes."""
 
-_said: set[str] = set()
-_cold: set[Pin] = set()
-"""What was listed in this process."""
+_listed: dict[Pin, Record] = {}
+"""The commits whose files were listed in this process, and not verified yet."""
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """What a revision is.
+    """A revision that was resolved.
 
     Attributes:
-        first: The commit of the revision in the repository that was asked for.
+        first: The commit of the revision in the repository that was requested.
         pin: The commit that serves it, after redirects.
         how: How that is known, in words.
         redirect: Where it was redirected to, in words; empty if it was not.
@@ -47,17 +52,18 @@ class Pinned:
 
 
 def find_revision(request: KernelRequest, client: Client) -> Pinned:
-    """Return the commit of what is asked for; asks the Hub at most once in a process.
+    """Return the commit of a request; asks the Hub at most once in a process.
 
     Raises:
-        LoadError: If there is none, or a redirect leads nowhere.
-        UnreachableError: If the Hub does not answer, and it is not in the cache.
+        LoadError: There is none, or a redirect leads nowhere.
+        UnreachableError: The Hub does not answer, and the revision is not in the cache.
     """
-    first, how = _pin(client, request.repo_id, request.wanted)
+    first, how = _pin(client, request.repo_id, request.ref)
     pin, passed = first, [f"{request.repo_id} at {request.wanted}"]
     try:
-        # What is locked is that very commit, wherever its kernel is now.
-        while request.commit is None and (redirect := _redirect(pin, client)) is not None:
+        # A locked commit is that very commit, wherever its kernel is now.
+        while request.commit is None and (target := find_record(pin, client).redirect):
+            redirect = Redirect(*target)
             if str(redirect) in passed or len(passed) > _MOST_REDIRECTS:
                 why = "in a circle" if str(redirect) in passed else "too far"
                 raise UnknownError(
@@ -67,94 +73,100 @@ def find_revision(request: KernelRequest, client: Client) -> Pinned:
             passed.append(str(redirect))
             pin, how = _pin(client, redirect.repo_id, redirect.revision)
     except UnreachableError as error:
-        known = notes(request.repo_id).pin(request.wanted)
+        known = metadata_cache(request.repo_id).pin(request.ref)
         if known is None:
             raise
         pin, how = known, f"from the cache: {error}"
     if len(passed) == 1 and pin.repo_id == request.repo_id:
         return Pinned(first, pin, how)
     where = " -> ".join(passed[1:]) or pin.repo_id
-    say_once(f"{request.repo_id} at {request.wanted} is redirected to {where}: name that instead.")
+    warn_once(f"{request.repo_id} at {request.wanted} is redirected to {where}: name that instead.", logger=logger)
     return Pinned(first, pin, how, where)
 
 
-def look_for_newer(request: KernelRequest, pin: Pin, client: Client) -> None:
-    """Ask which versions there are, when a version is loaded for the first time, and remember the newest."""
-    if request.version is None or request.commit is not None or client.silence or pin not in _cold:
-        return
-    _cold.discard(pin)
-    try:
-        versions = client.list_versions(pin.repo_id, pin.repo_type)
-    except LoadError as error:  # it was not asked for: what was is served all the same
-        logger.debug("which versions of %s there are could not be asked: %s", request.repo_id, error)
-        return
-    notes(request.repo_id).write_newest(max(versions, default=request.version))
-
-
-def tell_newer(request: KernelRequest) -> None:
-    """Say once that there is a newer version, if that is known."""
+def report_newer(request: KernelRequest) -> None:
+    """Log once that there was a newer version, when the Hub was last asked for the versions."""
     if request.version is None or request.commit is not None:
         return
-    newest = notes(request.repo_id).newest()
+    newest = metadata_cache(request.repo_id).newest()
     if newest is not None and newest > request.version:
-        say_once(f"Version {request.version} of {request.repo_id} is used, and there is version {newest}.")
+        message = f"Version {request.version} of {request.repo_id} is used, and there is version {newest}."
+        warn_once(message, logger=logger)
 
 
-def say_once(message: str) -> None:
-    """Log a warning, unless that was done."""
-    with _asking:
-        if message in _said:
-            return
-        _said.add(message)
-    logger.warning(message)
-
-
-def _pin(client: Client, repo_id: str, wanted: str) -> tuple[Pin, str]:
-    key = (str(cache_folder(repo_id, REPO_TYPES[0])), wanted)
-    with _asking:
-        if key not in _pins:
-            pin, how = _find_pin(client, repo_id, wanted)
+def _pin(client: Client, repo_id: str, ref: str) -> tuple[Pin, str]:
+    folder = str(cache_folder(repo_id, REPO_TYPES[0]))
+    with _asking.hold(folder):
+        if (folder, ref) not in _pins:
+            pin, how = _find_pin(client, repo_id, ref)
             if how != _HUB:
                 return pin, how
-            _pins[key] = pin
-        return _pins[key], _HUB
+            _pins[folder, ref] = pin
+        return _pins[folder, ref], _HUB
 
 
-def _find_pin(client: Client, repo_id: str, wanted: str) -> tuple[Pin, str]:
-    known = notes(repo_id).pin(wanted)
-    if known is not None and COMMIT.fullmatch(wanted):
+def _find_pin(client: Client, repo_id: str, ref: str) -> tuple[Pin, str]:
+    known = metadata_cache(repo_id).pin(ref)
+    if known is not None and is_commit(ref):
         return known, "a commit that is in the cache"
     if client.silence:
         if known is None:
             raise not_cached(client.silence)
         return known, f"from the cache: {client.silence} is set"
+    if known is not None:
+        client = replace(client, patience=client.patience / 6)  # there is something to serve meanwhile
     try:
-        return client.find_pin(repo_id, wanted), _HUB
+        version = ref.removeprefix(_VERSION)
+        return client.find_pin(repo_id, ref) if version == ref else _find_version(client, repo_id, int(version)), _HUB
     except UnreachableError as error:
         if known is None:
             raise
         return known, f"from the cache: {error}"
 
 
-def _redirect(pin: Pin, client: Client) -> Redirect | None:
-    """Return where a commit is redirected to; asks the Hub if it was not asked before."""
-    record = find_record(pin, client)
-    return Redirect(*record.redirect) if record.redirect else None
+def _find_version(client: Client, repo_id: str, version: int) -> Pin:
+    """Return the pin of a version: the commit of that branch, which the name alone could mistake for a tag's."""
+    versions = client.list_versions(repo_id)
+    if version not in versions:
+        existing = ", ".join(map(str, sorted(versions))) or "none"
+        raise RevisionError(f"it has no version {version}: versions that exist are {existing}")
+    cache = metadata_cache(repo_id)
+    cache.write_newest(max(versions))
+    commit = versions[version]
+    return cache.pin(SERVED + commit) or client.find_pin(repo_id, commit)
 
 
 def find_record(pin: Pin, client: Client) -> Record:
-    """Return what a commit holds; asks the Hub if it was not asked before.
+    """Return the metadata of a commit; asks the Hub if they are not in the cache.
 
     Raises:
-        LoadError: If it cannot be listed, or says something malformed about where its kernel is.
-        UnreachableError: If the Hub does not answer.
+        LoadError: It cannot be listed, or its redirect is malformed.
+        UnreachableError: The Hub does not answer.
     """
-    record = notes(pin.repo_id).record(pin.commit) or Record()
-    if record.redirect is None and not record.variants:
+    cache = metadata_cache(pin.repo_id)
+    record = cache.record(pin.commit) or Record()
+    if record.redirect is not None or record.variants:
+        return record
+    if pin not in _listed:
         variants, status = client.list_files(pin)
         found = None if status is None else parse_status(client.read_status(pin, status))
-        record = replace(record, variants=variants, redirect=(found.repo_id, found.revision) if found else ())
-        if variants or found:  # an answer without either may be no answer of the Hub
-            notes(pin.repo_id).write_record(pin.commit, record)
-        _cold.add(pin)
-    return record
+        listed = replace(record, variants=variants, redirect=(found.repo_id, found.revision) if found else ())
+        if found:  # the file that says so was compared with the listing
+            cache.write_record(pin.commit, listed)
+        if not variants and not found:  # an answer without either may be no answer of the Hub
+            return listed
+        _listed[pin] = listed
+    return _listed[pin]
+
+
+def keep_record(pin: Pin) -> None:
+    """Keep the listing of a commit, whose files passed the checks, in the cache."""
+    if (listed := _listed.pop(pin, None)) is not None:
+        cache = metadata_cache(pin.repo_id)
+        trusted = (cache.record(pin.commit) or Record()).publisher_trusted
+        cache.write_record(pin.commit, replace(listed, publisher_trusted=trusted))
+
+
+def forget_record(pin: Pin) -> None:
+    """Forget the listing of a commit in this process, whose files did not pass the checks."""
+    _listed.pop(pin, None)

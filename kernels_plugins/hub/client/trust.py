@@ -1,26 +1,26 @@
-"""May this publisher's code run here? Asked before anything is fetched, remembered with the download."""
+"""Trust in publishers: checked before anything is fetched, kept in the cache with the download."""
 
 from __future__ import annotations
 
 from ..errors import PublisherError
 from ..request import KernelRequest
-from .cache import Pin
-from .download import Client, notes
+from .download import Client, metadata_cache
+from .metadata_cache import Pin
 
 
 def require_trust(request: KernelRequest, pin: Pin, client: Client) -> str:
-    """Return on what grounds the code of a repository may run.
+    """Return the grounds on which the code of a repository may run.
 
-    What counts is the repository that finally serves it: a trusted name that was moved into an
-    untrusted organisation is not trusted.
+    The repository that finally serves it decides: a trusted name that was moved into an untrusted organisation
+    is not trusted.
 
     Raises:
-        UntrustedError: If there are none; says how to allow it.
-        UnreachableError: If the Hub cannot be asked.
+        UntrustedError: There are none; says how to allow it.
+        UnreachableError: The Hub does not answer.
     """
     if request.trusts(pin.repo_id):
         return "allowed by trust_remote_code"
-    known = notes(pin.repo_id)
+    known = metadata_cache(pin.repo_id)
     record = known.record(pin.commit)
     owner = pin.repo_id.partition("/")[0]
     if record is not None and record.publisher_trusted:

@@ -1,4 +1,4 @@
-"""Who calls? Finds the lock of the package whose code asks for a locked kernel."""
+"""Finds the calling module, and the lock of the package that it belongs to."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Caller:
 
 
 def find_caller() -> Caller:
-    """Return the code that called, which is the nearest that is not of this library.
+    """Return the calling code: the nearest frame outside of this library.
 
     Example:
         >>> find_caller().module
@@ -54,13 +54,13 @@ def find_caller() -> Caller:
 
 
 def find_lock(caller: Caller) -> Lock:
-    """Return the lock of the package that code belongs to.
+    """Return the lock of the package that the calling code belongs to.
 
     A checkout, and a package that is installed in place, has it beside its `pyproject.toml`; any other
     package has it in its metadata, where setuptools put it when the package was built.
 
     Raises:
-        ArgumentError: If there is none, or it is malformed; says what to do.
+        ArgumentError: There is no lock, or it is malformed; says what to do.
     """
     looked = []
     distributions = _distributions(caller)
@@ -96,7 +96,7 @@ def _package(module: str) -> str:
 
 
 def _distributions(caller: Caller) -> list[importlib_metadata.Distribution]:
-    """Return the distributions that a module may be of: several may share a namespace."""
+    """Return the distributions that may contain a module: several may share a namespace."""
     names = importlib_metadata.packages_distributions().get(_package(caller.module), ())
     return [cast(Any, importlib_metadata.distribution(name)) for name in dict.fromkeys(names)]
 
@@ -115,7 +115,7 @@ def _editable(distribution: importlib_metadata.Distribution) -> Path | None:
     try:
         data = json.loads(distribution.read_text("direct_url.json") or "{}")
     except ValueError:
-        return None  # of no use to anybody: then the metadata counts
+        return None  # malformed: the metadata of the distribution is read then
     if not isinstance(data, dict) or not (data.get("dir_info") or {}).get("editable"):
         return None
     url = urlsplit(str(data.get("url", "")))

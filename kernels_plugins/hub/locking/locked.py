@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from ..kernel import load, locked_request
-from ..request import KernelRequest
-from ..source import KernelSource, _expect
+from ..kernel import load
+from ..request import KernelRequest, locked_request, require_type
+from ..source import KernelSource
 from .caller import find_caller, find_lock
 from .lockfile import Lock, read_lock
 
 
 @dataclass(frozen=True, repr=False)
 class LockedLayerRepository(KernelSource):
-    """A layer in a kernel repository that a project has locked: its lock says which commit.
+    """A layer in a kernel repository at the commit in a project's lock.
 
-    The lock is read when this is made. Two that say the same are equal, wherever their locks lie.
+    The lock is read when this is made. Two with equal content are equal, wherever their locks lie.
 
     Args:
         repo_id: `owner/name` of the repository.
@@ -28,14 +28,13 @@ class LockedLayerRepository(KernelSource):
             run: True, or a sequence of the `owner/name` that may.
 
     Raises:
-        ArgumentError: If there is no lock, it is malformed, or the kernel is not in it.
-        ArgumentTypeError: If an argument has the wrong type.
+        ArgumentError: There is no lock, it is malformed, or the kernel is not in it.
+        ArgumentTypeError: An argument has the wrong type.
 
     Example:
-        >>> LockedLayerRepository("acme/silu", layer_name="Silu", lockfile="nowhere/kernels.lock")
-        Traceback (most recent call last):
-        ...
-        kernels_core.ArgumentError: There is no lock 'nowhere/kernels.lock': run `kernels-core lock nowhere`...
+        >>> silu = LockedLayerRepository("acme/silu", layer_name="Silu", lockfile="kernels.lock").load()
+        >>> silu()(torch.zeros(2))
+        tensor([0., 0.])
     """
 
     repo_id: str
@@ -45,22 +44,21 @@ class LockedLayerRepository(KernelSource):
     lock: Lock = field(init=False)
 
     def __post_init__(self) -> None:
-        """Find and read the lock, and turn what would not hash into what does."""
-        _expect(self.repo_id, str, "repo_id")
-        _expect(self.layer_name, str, "layer_name")
+        """Find and read the lock, and replace a list by a value that can be hashed."""
+        require_type(self.repo_id, str, "repo_id")
+        require_type(self.layer_name, str, "layer_name")
         object.__setattr__(self, "lock", _lock(self.lockfile))
-        request = self.kernel_request()
-        object.__setattr__(self, "trust_remote_code", request.trust_remote_code)
+        object.__setattr__(self, "trust_remote_code", self.kernel_request().trust_remote_code)
 
     def kernel_request(self) -> KernelRequest:
-        """Return which kernel the layer is in."""
+        """Return the request for the kernel that has the layer."""
         return locked_request(self.lock, self.repo_id, trust_remote_code=self.trust_remote_code)
 
     def __repr__(self) -> str:
-        """Show what was said; asks nobody."""
+        """Show the arguments."""
         place = f", lockfile={str(self.lockfile)!r}" if self.lockfile is not None else ""
         trust = f", trust_remote_code={self.trust_remote_code!r}" if self.trust_remote_code else ""
-        return f"LockedLayerRepository({self.repo_id!r}{place}, layer_name={self.layer_name!r}{trust})"
+        return f"{type(self).__name__}({self.repo_id!r}{place}, {self.layer_label}{trust})"
 
 
 def get_locked_kernel(
@@ -70,37 +68,34 @@ def get_locked_kernel(
     trust_remote_code: bool | Sequence[str] = False,
     user_agent: str | Mapping[str, str] | None = None,
 ) -> ModuleType:
-    """Load the kernel that a project has locked; downloads what is not in the cache.
+    """Load the kernel that a project has locked; downloads the files that are not in the cache.
 
     Args:
         repo_id: `owner/name` of the repository.
         lockfile: The `kernels.lock`; None for that of the package whose code calls.
-        trust_remote_code: Whether code of a publisher that the Hub does not list as trusted may
-            run: True, or a sequence of the `owner/name` that may.
-        user_agent: What to tell the Hub about the caller in each request, a text or a mapping.
+        trust_remote_code: As for `get_kernel`.
+        user_agent: As for `get_kernel`.
 
     Returns:
         The module of the kernel.
 
     Raises:
-        ArgumentError: If there is no lock, it is malformed, or the kernel is not in it.
-        IntegrityError: If a file is not the one that was locked; names it.
-        ResolutionError: If it cannot be loaded; names repository, commit, variant and what to do.
+        ArgumentError: There is no lock, it is malformed, or the kernel is not in it.
+        IntegrityError: A file is not the locked one; names it.
+        ResolutionError: It cannot be loaded; names repository, commit, variant and what to do.
 
     Example:
-        >>> get_locked_kernel("acme/silu", lockfile="nowhere/kernels.lock")
-        Traceback (most recent call last):
-        ...
-        kernels_core.ArgumentError: There is no lock 'nowhere/kernels.lock': run `kernels-core lock nowhere`...
+        >>> get_locked_kernel("acme/silu", lockfile="kernels.lock").layers.Silu()(torch.zeros(1))
+        tensor([0.])
     """
     lock = _lock(lockfile)
     return load(locked_request(lock, repo_id, trust_remote_code=trust_remote_code, user_agent=user_agent)).module
 
 
 def load_kernel(repo_id: str, *, lockfile: str | Path | None, backend: str | None = None) -> ModuleType:
-    """Load the kernel that a project has locked, from the cache alone.
+    """Load the kernel that a project has locked, from the cache; sends no request to the Hub.
 
-    Asks nothing of the Hub: what is not in the cache is an error. `kernels-core download` puts it there.
+    A file that is not in the cache is an error. `kernels-core download` puts it there.
 
     Args:
         repo_id: `owner/name` of the repository.
@@ -111,15 +106,11 @@ def load_kernel(repo_id: str, *, lockfile: str | Path | None, backend: str | Non
         The module of the kernel.
 
     Raises:
-        ArgumentError: If there is no lock, it is malformed, or the kernel is not in it.
-        IntegrityError: If a file is not the one that was locked; names it.
-        ResolutionError: If it cannot be loaded; names repository, commit, variant and what to do.
+        ArgumentError, IntegrityError, ResolutionError: As for `get_locked_kernel`.
 
     Example:
-        >>> load_kernel("acme/silu", lockfile="nowhere/kernels.lock")
-        Traceback (most recent call last):
-        ...
-        kernels_core.ArgumentError: There is no lock 'nowhere/kernels.lock': run `kernels-core lock nowhere`...
+        >>> load_kernel("acme/silu", lockfile="kernels.lock").layers.Silu()(torch.zeros(1))
+        tensor([0.])
     """
     lock = _lock(lockfile)
     return load(locked_request(lock, repo_id, backend=backend, local_files_only=True)).module

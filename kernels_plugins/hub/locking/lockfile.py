@@ -1,9 +1,9 @@
-"""Locks: which commit each kernel of a project is, and the hash of each of its build variants.
+"""Locks: the commit of each kernel of a project, and the hash of each of its build variants.
 
-Two files say it. `kernels.lock` has the form of the library `kernels` 0.17, so that each reads what the other
-wrote. That form has no place for hashes, and tolerates nothing that it does not know; so they lie in
-`kernels.hashes` beside it, in the form of the `kernels.lock` of `kernels` before 0.17. That older form, which says
-both, is read as a `kernels.lock`, too.
+A lock has two files. `kernels.lock` has the form of the library `kernels` 0.17, so that each library reads the files
+of the other. That form has no place for hashes, and no unknown keys; so the hashes lie in `kernels.hashes` beside it,
+in the form of the `kernels.lock` of `kernels` before 0.17. That older form has both, and is read as a `kernels.lock`,
+too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,27 +19,27 @@ from typing import Any
 
 from kernels_core import ArgumentError, ArgumentTypeError
 
+from ...files import write_file
 from ..builds.integrity import RemoteFile
-from ..dependency import Dependency as Dependency
+from ..dependency import Dependency, parse_dependency
+from ..names import is_commit, is_repo_id
 
 LOCK = "kernels.lock"
 HASHES = "kernels.hashes"
 
 _HASH_TYPE = "git_lfs_concat"
 _HASH = re.compile(r"sha256-[0-9a-f]{64}")
-_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_REPO_ID = re.compile(r"[^/\s]+/[^/\s]+")
-_LARGEST = 2**64 - 1
+_AGAIN = "Restore the file, or write it anew with `kernels-core lock <project>`."
 
 
 @dataclass(frozen=True)
 class LockedKernel:
-    """What a lock says about one kernel.
+    """One kernel in a lock.
 
     Attributes:
-        dependency: What is asked for.
-        commit: What it is: 40 (or, with SHA-256, 64) hexadecimal digits.
-        hashes: Variant and hash, sorted; empty if the lock says none.
+        dependency: The repository, with the version or revision that was requested.
+        commit: Its commit: 40 (or, with SHA-256, 64) hexadecimal digits.
+        hashes: Variant and hash, sorted; empty if the lock has none.
     """
 
     dependency: Dependency
@@ -50,11 +49,11 @@ class LockedKernel:
 
 @dataclass(frozen=True)
 class Lock:
-    """What a project has locked.
+    """The locked kernels of a project.
 
     Attributes:
         kernels: First those that the project itself depends on, then those that kernels depend on.
-        origin: Where it was read, for messages; it does not count when locks are compared.
+        origin: Where it was read, for messages; locks are compared without it.
 
     Example:
         >>> lock = Lock((LockedKernel(Dependency("acme/silu", version=1), "c0ffee" * 6 + "c0de"),))
@@ -66,7 +65,7 @@ class Lock:
     origin: str = LOCK
 
     def __eq__(self, other: object) -> bool:
-        """Whether another lock says the same, wherever it lies."""
+        """Whether another lock has the same kernels, wherever it lies."""
         return isinstance(other, Lock) and self.kernels == other.kernels
 
     def __hash__(self) -> int:
@@ -77,12 +76,17 @@ class Lock:
         """Return the first entry of a repository: there is one version of each that a project depends on.
 
         Raises:
-            ArgumentError: If it is not locked; says how to.
+            ArgumentError: It is not locked; says how to lock it.
         """
         for kernel in self.kernels:
             if kernel.dependency.repo_id == repo_id:
                 return kernel
-        raise ArgumentError(self._missing(repo_id, f'"{repo_id}" = <version>'))
+        there = ", ".join(str(kernel.dependency) for kernel in self.kernels) or "nothing"
+        raise ArgumentError(
+            f'Kernel {repo_id!r} is not locked in {self.origin}, which locks {there}. Write "{repo_id}" = <version> '
+            "under [tool.kernels.dependencies] in pyproject.toml, run `kernels-core lock <project>`, and install the "
+            "project again."
+        )
 
     def find(self, dependency: Dependency) -> LockedKernel | None:
         """Return the entry of a kernel that another one depends on; None if it is not locked."""
@@ -92,19 +96,11 @@ class Lock:
                 return kernel
         return None
 
-    def _missing(self, repo_id: str, line: str) -> str:
-        there = ", ".join(str(kernel.dependency) for kernel in self.kernels) or "nothing"
-        return (
-            f"Kernel {repo_id!r} is not locked in {self.origin}, which locks {there}. Write {line} under "
-            "[tool.kernels.dependencies] in pyproject.toml, run `kernels-core lock <project>`, and install the project "
-            "again."
-        )
-
 
 def hash_variant(files: Iterable[RemoteFile]) -> str:
     """Hash a build variant from the files that the Hub lists for it, as `kernels` before 0.17 did.
 
-    What is hashed are the paths in order, each followed by the hash of its content: that of the git blob, or
+    The hash is over the paths in order, each followed by the hash of its content: that of the git blob, or
     the SHA-256 of a large file.
 
     Example:
@@ -121,23 +117,23 @@ def hash_variant(files: Iterable[RemoteFile]) -> str:
 
 
 def format_lock(lock: Lock) -> str:
-    """Write what belongs into `kernels.lock`: the text that `kernels` 0.17 writes, without hashes.
+    """Return the text of `kernels.lock`, as the library `kernels` 0.17 writes it.
 
     Raises:
-        ArgumentError: If an entry does not say which version or revision it is, as in the older form.
+        ArgumentError: An entry has neither version nor revision, as in the older form.
     """
     entries = []
     for kernel in lock.kernels:
         wanted = kernel.dependency
         if wanted.wanted is None:
             raise ArgumentError(f"{wanted.repo_id} has no version in {lock.origin}: run `kernels-core lock <project>`.")
-        said = {"revision": wanted.revision} if wanted.version is None else {"version": wanted.version}
-        entries.append({"dependency": {"repo-id": wanted.repo_id, **said}, "lock": {"commit": kernel.commit}})
+        pin = {"revision": wanted.revision} if wanted.version is None else {"version": wanted.version}
+        entries.append({"dependency": {"repo-id": wanted.repo_id, **pin}, "lock": {"commit": kernel.commit}})
     return json.dumps(entries, indent=2, ensure_ascii=False)
 
 
 def format_hashes(lock: Lock) -> str:
-    """Write what belongs into `kernels.hashes`: the commit and the hash of each variant, per kernel."""
+    """Return the text of `kernels.hashes`: the commit and the hash of each variant, per kernel."""
     found = {(kernel.dependency.repo_id, kernel.commit): kernel.hashes for kernel in lock.kernels}
     entries = [
         {
@@ -155,30 +151,18 @@ def write_lock(path: Path, lock: Lock) -> None:
 
     Args:
         path: The `kernels.lock`; the hashes are written beside it.
-        lock: What to write.
+        lock: The lock.
 
     Raises:
-        ArgumentError: If a file cannot be written.
+        ArgumentError: A file cannot be written.
     """
     lines = format_lock(lock)
     # The hashes first: if only they are written, they do not belong to the old lock, and reading it says so.
     for place, text in ((hashes_of(path), format_hashes(lock)), (path, lines)):
         try:
-            _write(place.resolve(), text)
+            write_file(place.resolve(), text)
         except OSError as error:
             raise ArgumentError(f"Cannot write {place}: {error}. Check the folder and its permissions.") from error
-
-
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
-    try:
-        with new.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -193,8 +177,8 @@ def read_lock(path: str | Path) -> Lock:
     """Read a lock, and its hashes if they lie beside it.
 
     Raises:
-        ArgumentError: If there is no such file, or one of the two is malformed; says where.
-        ArgumentTypeError: If that is no path.
+        ArgumentError: There is no such file, or one of the two is malformed; says where.
+        ArgumentTypeError: The argument is not a path.
     """
     if not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"lockfile is the path of a {LOCK}, not {path!r}.")
@@ -218,25 +202,22 @@ def _read(path: Path) -> str | None:
         raise ArgumentError(f"Cannot read {path}: {error}. {_AGAIN}") from error
 
 
-_AGAIN = "Restore the file, or write it anew with `kernels-core lock <project>`."
-
-
 def parse_lock(text: str, hashes: str | None = None, *, origin: str = LOCK) -> Lock:
     """Read the text of a lock, in the form of `kernels` 0.17 or in the older one.
 
     Args:
-        text: What `kernels.lock` holds.
-        hashes: What `kernels.hashes` holds, None if there is none.
+        text: The content of `kernels.lock`.
+        hashes: The content of `kernels.hashes`, None if there is none.
         origin: Where they were found, for messages.
 
     Raises:
-        ArgumentError: If it is malformed, names a kernel twice, or the hashes are those of another lock.
+        ArgumentError: It is malformed, names a kernel twice, or the hashes are those of another lock.
 
     Example:
         >>> parse_lock('[{"dependency": {"repo-id": "acme/silu"}, "lock": {}}]')
         Traceback (most recent call last):
         ...
-        kernels_core.ArgumentError: kernels.lock, entry 1: dependency has neither version nor revision...
+        kernels_core.ArgumentError: kernels.lock, entry 1: dependency: it has neither version nor revision...
     """
     kernels: dict[Dependency, LockedKernel] = {}
     for place, entry in _entries(text, origin):
@@ -245,16 +226,14 @@ def parse_lock(text: str, hashes: str | None = None, *, origin: str = LOCK) -> L
             raise _malformed(place, f"{kernel.dependency} is locked twice")
         kernels[kernel.dependency] = kernel
     if hashes is not None:
-        known = {}
-        for place, entry in _entries(hashes, f"{HASHES} beside {origin}"):
-            kernel = _older(entry, place)
-            known[kernel.dependency.repo_id, kernel.commit] = kernel.hashes
+        beside = f"{HASHES} beside {origin}"
+        older = [_older(entry, place) for place, entry in _entries(hashes, beside)]
+        known = {(kernel.dependency.repo_id, kernel.commit): kernel.hashes for kernel in older}
         for dependency, kernel in kernels.items():
             if (dependency.repo_id, kernel.commit) not in known:
                 raise ArgumentError(
-                    f"{HASHES} beside {origin} is of another lock: it has no {dependency.repo_id} at "
-                    f"{kernel.commit[:12]}. Write both anew with `kernels-core lock <project>`, or delete it to do "
-                    "without hashes."
+                    f"{beside} is of another lock: it has no {dependency.repo_id} at {kernel.commit[:12]}. Write both "
+                    "anew with `kernels-core lock <project>`, or delete it to do without hashes."
                 )
             kernels[dependency] = replace(kernel, hashes=known[dependency.repo_id, kernel.commit])
     return Lock(tuple(kernels.values()), origin)
@@ -278,43 +257,41 @@ def _entries(text: str, origin: str) -> list[tuple[str, Mapping[str, Any]]]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError(f"a key is said twice among {', '.join(key for key, _ in pairs)}")
+        raise ValueError(f"a key is repeated among {', '.join(key for key, _ in pairs)}")
     return found
 
 
 def _entry(entry: Mapping[str, Any], place: str) -> LockedKernel:
-    """Understand an entry as `kernels` 0.17 writes it."""
+    """Read an entry as `kernels` 0.17 writes it."""
     wanted, lock = _fields(entry, place, "dependency", "lock")
-    _only(wanted, f"{place}: dependency", {"repo-id", "version", "revision"})
-    version, revision = wanted.get("version"), wanted.get("revision")
-    if (version is None) == (revision is None):
-        raise _malformed(place, f"dependency has {'neither' if version is None else 'both'} version nor revision")
-    if version is not None and (type(version) is not int or not 0 <= version <= _LARGEST):
-        raise _malformed(place, f"version is {version!r}, not a whole number")
-    if revision is not None:
-        _text(revision, f"{place}: revision")
+    dependency = parse_dependency(wanted)
+    if isinstance(dependency, str):
+        raise _malformed(f"{place}: dependency", dependency)
     _only(lock, f"{place}: lock", {"commit"})
-    repo_id = _repo_id(wanted.get("repo-id"), f"{place}: repo-id")
-    return LockedKernel(Dependency(repo_id, version, revision), _commit(lock.get("commit"), f"{place}: commit"))
+    return LockedKernel(dependency, _commit(lock.get("commit"), f"{place}: commit"))
 
 
 def _older(entry: Mapping[str, Any], place: str) -> LockedKernel:
-    """Understand an entry as `kernels` before 0.17 wrote it, and as we write hashes."""
+    """Read an entry as `kernels` before 0.17 wrote it, and as we write hashes."""
     if "files" in entry:
-        raise _malformed(place, "it is of a form that nobody reads any more")
+        raise _malformed(place, "it is of a form that neither library reads any more")
     _only(entry, place, {"repo_id", "sha", "variants"})
     (variants,) = _fields({"variants": entry.get("variants")}, place, "variants")
     hashes = {}
-    for variant, said in variants.items():
+    for variant, value in variants.items():
         where = f"{place}: {variant}"
-        if not isinstance(said, dict) or not {"hash"} <= said.keys() <= {"hash", "hash_type"}:
-            raise _malformed(where, f"{said!r} is not hash and hash_type")
-        if said.get("hash_type", _HASH_TYPE) != _HASH_TYPE:
-            raise _malformed(where, f"hash_type is {said['hash_type']!r}, and {_HASH_TYPE!r} is known")
-        if not isinstance(said["hash"], str) or not _HASH.fullmatch(said["hash"]):
-            raise _malformed(where, f"hash is {said['hash']!r}, not sha256- and 64 hexadecimal digits")
-        hashes[_text(variant, where)] = said["hash"]
-    repo_id = _repo_id(entry.get("repo_id"), f"{place}: repo_id")
+        if not isinstance(value, dict) or not {"hash"} <= value.keys() <= {"hash", "hash_type"}:
+            raise _malformed(where, f"{value!r} is not hash and hash_type")
+        if value.get("hash_type", _HASH_TYPE) != _HASH_TYPE:
+            raise _malformed(where, f"hash_type is {value['hash_type']!r}, and {_HASH_TYPE!r} is known")
+        if not isinstance(value["hash"], str) or not _HASH.fullmatch(value["hash"]):
+            raise _malformed(where, f"hash is {value['hash']!r}, not sha256- and 64 hexadecimal digits")
+        if not variant.isprintable() or not variant:
+            raise _malformed(where, f"{variant!r} is no name of a variant")
+        hashes[variant] = value["hash"]
+    repo_id = entry.get("repo_id")
+    if not is_repo_id(repo_id):
+        raise _malformed(f"{place}: repo_id", f"{repo_id!r} is not 'owner/name'")
     return LockedKernel(Dependency(repo_id), _commit(entry.get("sha"), f"{place}: sha"), tuple(sorted(hashes.items())))
 
 
@@ -331,27 +308,12 @@ def _only(entry: Mapping[str, Any], place: str, known: set[str]) -> None:
         raise _malformed(place, f"{', '.join(map(repr, unknown))} is not known, {', '.join(sorted(known))} are")
 
 
-def _repo_id(value: object, place: str) -> str:
-    if not isinstance(value, str) or not _REPO_ID.fullmatch(value):
-        raise _malformed(place, f"{value!r} is not 'owner/name'")
-    return _text(value, place)
-
-
 def _commit(value: object, place: str) -> str:
-    if not isinstance(value, str) or not _COMMIT.fullmatch(value.lower()):
+    commit = value.lower() if isinstance(value, str) else value
+    if not is_commit(commit):
         raise _malformed(place, f"{value!r} is not a commit of 40 or 64 hexadecimal digits")
-    return value.lower()
+    return commit
 
 
-def _text(value: object, place: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise _malformed(place, f"{value!r} is no name")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _malformed(place, f"{value!r} cannot be written as UTF-8") from error
-    return value
-
-
-def _malformed(place: str, what: str) -> ArgumentError:
-    return ArgumentError(f"{place}: {what}. {_AGAIN}")
+def _malformed(place: str, problem: str) -> ArgumentError:
+    return ArgumentError(f"{place}: {problem}. {_AGAIN}")

@@ -8,25 +8,28 @@ from typing import Any
 
 from kernels_core import ArgumentError
 
-from .lockfile import LOCK, Dependency
+from ..dependency import Dependency
+from ..names import is_repo_id, is_version
+from .lockfile import LOCK
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+
 PYPROJECT = "pyproject.toml"
 _EXAMPLE = '[tool.kernels.dependencies]\n"owner/name" = 1'
 
 
 def read_dependencies(folder: Path) -> tuple[Dependency, ...]:
-    """Return the kernels that a project depends on, as its `pyproject.toml` says.
+    """Return the kernels that a project depends on, as its `pyproject.toml` lists them.
 
     Args:
         folder: The project's folder.
 
     Raises:
-        ArgumentError: If it names none, or something that is no kernel; says what to write.
+        ArgumentError: It names none, or an entry is not a repository with a version; says how to write it.
 
     Example:
         >>> read_dependencies(Path("/nowhere"))
@@ -41,10 +44,9 @@ def read_dependencies(folder: Path) -> tuple[Dependency, ...]:
     if not isinstance(table, dict) or not table:
         raise ArgumentError(f"{path}: [tool.kernels.dependencies] is {table!r}. Write\n{_EXAMPLE}")
     for repo_id, version in table.items():
-        owner, slash, name = repo_id.partition("/")
-        if not (owner and slash and name) or "/" in name:
+        if not is_repo_id(repo_id):
             raise ArgumentError(f"{path}: {repo_id!r} is no kernel. Write\n{_EXAMPLE}")
-        if type(version) is not int or version < 0:
+        if not is_version(version):
             raise ArgumentError(f"{path}: the version of {repo_id!r} is {version!r}, not a whole number such as 1.")
     return tuple(Dependency(repo_id, version=version) for repo_id, version in table.items())
 
@@ -52,7 +54,7 @@ def read_dependencies(folder: Path) -> tuple[Dependency, ...]:
 def find_project(place: Path) -> Path | None:
     """Return the folder of the project that a file belongs to, if that project has a lock.
 
-    It is the nearest one above the file with a `pyproject.toml`. What is installed into an environment does not
+    It is the nearest one above the file with a `pyproject.toml`. A file that is installed into an environment does not
     belong to the project that the environment happens to lie in.
     """
     for folder in place.resolve().parents:
@@ -65,12 +67,11 @@ def find_project(place: Path) -> Path | None:
 
 def _table(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
-            data: Any = tomllib.load(file)
+        data: Any = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError as error:
         raise ArgumentError(f"There is no {path}: name the folder of the project.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ArgumentError(f"Cannot read {path}: {error}. Mend it.") from error
+        raise ArgumentError(f"Cannot read {path}: {error}. Correct the file.") from error
     for name in ("tool", "kernels", "dependencies"):
         if not isinstance(data, dict) or name not in data:
             return None

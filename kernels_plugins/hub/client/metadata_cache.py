@@ -1,24 +1,22 @@
-"""What was learned about repositories, kept beside the files in the client's cache.
+"""Metadata of repositories, kept beside the files in the client's cache.
 
-For each repository: which commit a revision was, who was trusted, and which files the Hub listed
-for a commit. With that, what was loaded once loads again without a request.
+For each repository: the commit of each revision, whether the publisher was trusted, and the files that the Hub listed
+for a commit. With these, a kernel that was loaded once loads again without a request.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
-import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ...files import write_file
 from ..builds.integrity import RemoteFile
-
-COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+from ..names import is_commit, is_repo_id, is_revision
 
 
 @dataclass(frozen=True)
@@ -42,49 +40,50 @@ class Pin:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known about a pin.
+    """The metadata of a commit.
 
     Attributes:
         publisher_trusted: Whether the Hub listed the publisher as trusted when this was downloaded.
         variants: The files of each build variant, as the Hub lists them.
-        redirect: Repository and revision that it says to take instead; empty if it says none, None if that was not
-            asked yet.
+        redirect: Repository and revision that it redirects to; empty if it is not redirected, None if that is not
+            known yet.
     """
 
     publisher_trusted: bool = False
-    variants: dict[str, tuple[RemoteFile, ...]] = field(default_factory=dict)
+    variants: Mapping[str, tuple[RemoteFile, ...]] = field(default_factory=dict)
     redirect: tuple[str, ...] | None = None
 
 
-class Notes:
-    """The notes of one repository folder in the cache."""
+class MetadataCache:
+    """The metadata of one repository, in files of its folder in the cache."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep notes in `folder`, which is made when something is written."""
+        """Use `folder`, which is made when a file is written."""
         self._folder = folder / "kernels-core"
 
     def pin(self, revision: str) -> Pin | None:
-        """Return what a revision was when it was last loaded."""
+        """Return the pin of a revision when it was last loaded."""
         data = self._read(self._revision(revision))
-        with contextlib.suppress(KeyError, TypeError):
-            pin = Pin(data["repo_id"], data["repo_type"], data["commit"])
-            return pin if COMMIT.fullmatch(pin.commit) else None
+        repo_id, repo_type, commit = map(data.get, ("repo_id", "repo_type", "commit"))
+        if is_repo_id(repo_id) and repo_type in ("kernel", "model") and is_commit(commit):
+            return Pin(repo_id, repo_type, commit)
         return None
 
     def write_pin(self, revision: str, pin: Pin) -> None:
-        """Remember what a revision is."""
+        """Remember the pin of a revision."""
         self._write(self._revision(revision), asdict(pin))
 
     def record(self, commit: str) -> Record | None:
-        """Return what is known about a commit."""
+        """Return the metadata of a commit."""
         data = self._read(self._commit(commit))
         with contextlib.suppress(AttributeError, KeyError, TypeError):
             variants = {name: tuple(RemoteFile(**file) for file in files) for name, files in data["variants"].items()}
-            return Record(data["publisher_trusted"] is True, variants, _redirect(data.get("redirect")))
+            if all(file.is_well_formed for files in variants.values() for file in files):
+                return Record(data["publisher_trusted"] is True, variants, _redirect(data.get("redirect")))
         return None
 
     def write_record(self, commit: str, record: Record) -> None:
-        """Remember what is known about a commit."""
+        """Remember the metadata of a commit."""
         self._write(self._commit(commit), asdict(record))
 
     def trust(self, commit: str) -> None:
@@ -92,9 +91,8 @@ class Notes:
         self.write_record(commit, replace(self.record(commit) or Record(), publisher_trusted=True))
 
     def newest(self) -> int | None:
-        """Return the newest version, when that was last asked."""
-        data = self._read(self._folder / "versions.json")
-        newest = data.get("newest") if isinstance(data, dict) else None
+        """Return the newest version, when the Hub was last asked for versions."""
+        newest = self._read(self._folder / "versions.json").get("newest")
         return newest if type(newest) is int else None
 
     def write_newest(self, version: int) -> None:
@@ -107,26 +105,22 @@ class Notes:
     def _commit(self, commit: str) -> Path:
         return self._folder / "commits" / f"{commit}.json"
 
-    def _read(self, path: Path) -> Any:
-        """Read a note; one that cannot be read or understood counts as none, and is written anew."""
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Read a file; one that cannot be read or is malformed is empty, and is written anew."""
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            return json.loads(path.read_text())
-        return None
+            data = json.loads(path.read_text()) if path.is_file() else None  # a pipe would be read for ever
+            return data if isinstance(data, dict) else {}
+        return {}
 
     def _write(self, path: Path, data: dict[str, Any]) -> None:
-        """Write a note, where that is possible: a cache may be read-only, and costs a request more then."""
+        """Write a file, where that is possible: a read-only cache costs one more request."""
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    json.dump(data, file)
-                os.replace(temporary, path)  # whole or not at all, also with two processes at it
-            except BaseException:
-                os.unlink(temporary)
-                raise
+            if self._read(path) != json.loads(json.dumps(data)):
+                write_file(path, json.dumps(data))
 
 
 def _redirect(data: Any) -> tuple[str, ...] | None:
-    known = isinstance(data, list) and len(data) in (0, 2) and all(isinstance(part, str) and part for part in data)
+    if data == []:
+        return ()
+    known = isinstance(data, list) and len(data) == 2 and is_repo_id(data[0]) and is_revision(data[1])
     return tuple(data) if known else None

@@ -1,0 +1,59 @@
+"""Selects the build variant that fits this machine, by the names of folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import AbsentError
+from .machine import this_machine
+from .metadata import METADATA
+from .variants import Choice, choose_for_cpu, choose_variants
+
+
+def choose_here(names: Iterable[str], backend: str | None = None, on_cpu: bool = False) -> Choice:
+    """Split the folders of a kernel into those that fit this machine and the rest.
+
+    Args:
+        names: The names of the folders.
+        backend: `cpu`, or the backend that torch was built for, which is the default.
+        on_cpu: Whether the kernel is for a call on the CPU, where no backend is requested.
+    """
+    if on_cpu and backend is None:
+        return choose_for_cpu(names, this_machine())
+    return choose_variants(names, this_machine(backend))
+
+
+def select_variant(names: Iterable[str], backend: str | None = None, on_cpu: bool = False) -> str:
+    """Return the name of the build that fits this machine best; arguments as for `choose_here`.
+
+    Raises:
+        LoadError: None fits; says why each does not. It is a `FileNotFoundError`, too.
+    """
+    choice = choose_here(names, backend, on_cpu)
+    if choice.accepted:
+        return str(choice.accepted[0])
+    why = "\n".join(f"    {name}: {reason}" for name, reason in choice.rejected) or "    `build` is empty"
+    raise AbsentError(
+        f"no build variant fits this machine:\n{why}\n  Ask the publisher for a build, or try another one"
+    )
+
+
+def local_variant(path: Path, backend: str | None = None, on_cpu: bool = False) -> Path:
+    """Return the folder of the build that fits best: of a repository, of a folder with builds, or of a build.
+
+    Raises:
+        LoadError: There is no such folder, or no build fits; says why each does not.
+    """
+    if not path.is_dir():
+        raise AbsentError("there is no such folder: check the path")
+    if (path / METADATA).is_file():
+        return path
+    builds = {folder.name: folder for folder in local_builds(path)}
+    return builds[select_variant(builds, backend, on_cpu)]
+
+
+def local_builds(path: Path) -> list[Path]:
+    """Return the folders of the builds of a repository on disk, or in a folder with builds."""
+    base = path / "build" if (path / "build").is_dir() else path
+    return sorted(folder for folder in base.iterdir() if folder.is_dir())

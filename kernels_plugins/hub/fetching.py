@@ -1,0 +1,323 @@
+"""The way of a kernel from its name to checked files, step by step. No code of the kernel runs here.
+
+Each step returns the input of the next one:
+
+* `resolve_kernel(request)`: the commit, the grounds on which its code may run, and its builds. Sends the requests to
+  the Hub that this needs; downloads nothing of the repository, but for a redirect. `ResolvedKernel.variants` has the
+  files of *every* build as the Hub lists them, so locks are made from this, with `hash_variant` and
+  `read_metadata(resolved, name)`.
+* `select_build(request)`: that, and the build that fits this machine. Downloads nothing.
+* `fetch_build(selected)`: its files on disk and in memory, checked. Also those of a build for another machine.
+* `install(request)`: both, and the same for all kernels that it depends on.
+
+`hub.kernel.load` imports the result. Errors are kinds of `ResolutionError` that name repository or folder, revision,
+variant and what to do.
+
+A locked kernel is requested with `commit` (it replaces revision and version), `locked` (the hashes of its builds,
+compared in `fetch_build`, before anything is downloaded, and so with the files), and `lock` (where dependencies are
+looked up): `locked_request(lock, repo_id)` makes such a request. All steps work offline with kernels that were loaded
+before, and with `local_files_only=True` as with `HF_HUB_OFFLINE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kernels_core import IntegrityError, LoadError, ResolutionError
+
+from ..locks import KeyedLocks
+from .builds.integrity import Build, RemoteFile, as_build, check_digest, check_transfer, read_files
+from .builds.metadata import METADATA, Metadata
+from .builds.selection import choose_here, local_variant, select_variant
+from .client.metadata_cache import Pin
+from .client.overrides import VARIABLE, find_override
+from .errors import AbsentError, UnknownError
+from .locking.lockfile import hash_variant
+from .request import KernelRequest, RequestOptions
+
+_MOST_VERSIONS = 5  # that are tried for a suggestion
+
+_files = KeyedLocks()
+"""One thread at a time changes the files of a build."""
+
+
+@dataclass(frozen=True)
+class ResolvedKernel:
+    """A kernel on the Hub: its commit, and the builds of that commit.
+
+    Attributes:
+        request: The request.
+        pin: The repository that serves it, and the commit.
+        variants: The files of each build, as the Hub lists them.
+        checked: The checks that were passed, in words: `trust` and `revision`; `redirect`, if it was redirected.
+        first: The commit before redirects, of the repository in the request.
+    """
+
+    request: KernelRequest
+    pin: Pin
+    variants: Mapping[str, tuple[RemoteFile, ...]]
+    checked: Mapping[str, str]
+    first: Pin
+
+    def place(self, variant: str) -> str:
+        """Name a build, for messages."""
+        return f"{self.request} (commit {self.pin.commit[:12]}), variant {variant}"
+
+
+@dataclass(frozen=True)
+class SelectedBuild:
+    """A build of a kernel.
+
+    Attributes:
+        variant: Its name, which is that of its folder.
+        folder: Where its files lie, or will once they are downloaded.
+        resolved: The kernel on the Hub; None for one on disk.
+        asked: The place that was requested, for messages about one on disk.
+    """
+
+    variant: str
+    folder: Path
+    resolved: ResolvedKernel | None = None
+    asked: str = ""
+
+    @property
+    def origin(self) -> str:
+        """One line that names it."""
+        return f"{self.resolved.pin} ({self.variant})" if self.resolved else str(self.folder)
+
+    @property
+    def place(self) -> str:
+        """The request and the build, for messages."""
+        return self.resolved.place(self.variant) if self.resolved else f"{self.asked}, variant {self.variant}"
+
+
+@dataclass(frozen=True)
+class FetchedBuild:
+    """A build whose files are on disk, and passed the checks.
+
+    Attributes:
+        selected: Which build.
+        build: Its files and metadata, in memory.
+        checked: The checks that were passed, in words.
+        dependencies: The kernels that it depends on, by repository.
+    """
+
+    selected: SelectedBuild
+    build: Build
+    checked: Mapping[str, str]
+    dependencies: Mapping[str, FetchedBuild] = field(default_factory=dict)
+
+
+# --- The steps -----------------------------------------------------------------------------------
+
+
+def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
+    """Find the commit of a kernel, whether its code may run, and its builds."""
+    from .client import revision, trust  # import huggingface_hub: only when a repository is really requested
+
+    client = _client(request)
+    with naming(str(request)):
+        pinned = revision.find_revision(request, client)
+        checked = {"trust": trust.require_trust(request, pinned.pin, client), "revision": pinned.how}
+        if pinned.redirect:
+            checked["redirect"] = pinned.redirect
+        variants = revision.find_record(pinned.pin, client).variants
+        if not variants:
+            raise AbsentError("it has no folder `build`, so it is no kernel repository (or was never built)")
+        revision.report_newer(request)
+    return ResolvedKernel(request, pinned.pin, variants, checked, pinned.first)
+
+
+def select_build(request: KernelRequest, *, suggest: bool = True) -> SelectedBuild:
+    """Find the build of a kernel that fits this machine best.
+
+    Args:
+        request: The request.
+        suggest: Whether to look for a version that fits, where this one does not.
+    """
+    from .client.download import variant_folder
+
+    resolved = resolve_kernel(request)
+    with naming(str(request)):
+        try:
+            name = select_variant(resolved.variants, request.backend, request.on_cpu)
+        except AbsentError as error:
+            if not suggest or request.commit is not None:
+                raise
+            raise AbsentError(f"{error}{_suggestion(resolved)}") from error
+    return SelectedBuild(name, variant_folder(resolved.pin, name), resolved)
+
+
+def fetch_build(selected: SelectedBuild) -> FetchedBuild:
+    """Download a build, whether or not it fits, unless it is in the cache; read it, and check its files."""
+    from .client import download, revision
+
+    resolved = selected.resolved
+    assert resolved is not None
+    request, pin, first = resolved.request, resolved.pin, resolved.first
+    with naming(selected.place), _files.hold(selected.folder):
+        lock = _check_lock(request, selected.variant, resolved)
+        try:
+            build, transfer = _read(selected, resolved, _client(request))
+            digest = check_digest(build)
+        except IntegrityError:
+            revision.forget_record(pin)  # the listing may be wrong, not the files
+            download.discard(selected.folder)
+            raise
+        revision.keep_record(pin)
+        cache = download.metadata_cache(request.repo_id)
+        if request.commit is None:
+            cache.write_pin(request.ref, pin)
+        if request.ref != request.wanted:
+            cache.write_pin(revision.SERVED + first.commit, first)
+        cache.write_pin(first.commit, pin)
+        if pin.repo_id != request.repo_id:
+            download.metadata_cache(pin.repo_id).write_pin(pin.commit, pin)
+    return FetchedBuild(selected, build, {"digest": digest, "transfer": transfer, **resolved.checked, **lock})
+
+
+def install(request: KernelRequest) -> FetchedBuild:
+    """Fetch and check the build that fits, and those of all kernels that it depends on."""
+    return _install(request, (), {})
+
+
+def install_folder(path: Path, options: RequestOptions) -> FetchedBuild:
+    """Read the build in a folder that fits, check its digest, and install all that it depends on."""
+    return _with_dependencies(_read_folder(path, options, str(path)), options, (), {})
+
+
+def read_metadata(resolved: ResolvedKernel, variant: str) -> Metadata:
+    """Return the metadata of a build; downloads that file, and no other, if it is not in the cache."""
+    from .client.download import variant_folder
+
+    with naming(resolved.place(variant)):
+        listed = next((file for file in resolved.variants[variant] if file.path == METADATA), None)
+        if listed is None:
+            raise LoadError(f"it has no {METADATA}. Rebuild the kernel with a current kernel builder.")
+        path = variant_folder(resolved.pin, variant) / METADATA
+        if not path.is_file():
+            path = _client(resolved.request).fetch_file(resolved.pin, f"build/{variant}/{METADATA}")
+        content = path.read_bytes()
+        _check_transfer(path, {METADATA: content}, [listed])
+        return Metadata.from_bytes(content)
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Put the name of the kernel that is being loaded before the message of an error."""
+    try:
+        yield
+    except ResolutionError as error:
+        raise type(error)(f"{place}: {error}") from error.__cause__ or error
+    except OSError as error:
+        raise LoadError(f"{place}: {type(error).__name__}: {error}. Check the disk and its permissions") from error
+
+
+# --- Inside --------------------------------------------------------------------------------------
+
+
+def _suggestion(resolved: ResolvedKernel) -> str:
+    """Name the newest version that has a build for this machine, if the Hub lists one."""
+    request = resolved.request
+    client = _client(request)
+    if client.silence:
+        return ""
+    try:
+        versions = client.list_versions(resolved.pin.repo_id)
+        for version in sorted(versions.keys() - {request.version}, reverse=True)[:_MOST_VERSIONS]:
+            names, _ = client.list_files(replace(resolved.pin, commit=versions[version]))
+            if choose_here(names, request.backend, request.on_cpu).accepted:
+                return f". Version {version} has one that fits: version={version}"
+    except LoadError as error:  # the first error is the answer; this one is only a note in it
+        return f". Whether another version has one could not be asked: {error}"
+    return ""
+
+
+def _client(request: KernelRequest) -> Any:
+    from .client.agent import describe
+    from .client.download import Client
+
+    agent = request.user_agent
+    assert agent is None or isinstance(agent, str)
+    return Client(describe(agent), request.local_files_only)
+
+
+def _install(request: KernelRequest, path: tuple[str, ...], memo: dict[KernelRequest, FetchedBuild]) -> FetchedBuild:
+    """Install a kernel that was reached on a path of kernels, each of which depends on the next."""
+    name = str(request)
+    if name in path:
+        circle = " -> ".join((*path[path.index(name) :], name))
+        raise UnknownError(f"kernels depend on each other in a circle: {circle}. Tell their publishers")
+    if request not in memo:
+        folder = None if request.lock or request.commit else find_override(request.repo_id)
+        if folder is None:
+            own = fetch_build(select_build(request))
+        else:
+            asked = f"{request.repo_id} ({VARIABLE}): {folder}"
+            own = _read_folder(folder, request, asked, f"local files: {VARIABLE}")
+        memo[request] = _with_dependencies(own, request, (*path, name), memo)
+    return memo[request]
+
+
+def _with_dependencies(
+    own: FetchedBuild, options: RequestOptions, path: tuple[str, ...], memo: dict[KernelRequest, FetchedBuild]
+) -> FetchedBuild:
+    with naming(own.selected.place):
+        wanted = own.build.metadata.kernel_depends
+        dependencies = {one.repo_id: _install(options.for_dependency(one), path, memo) for one in wanted}
+    return replace(own, dependencies=dependencies)
+
+
+def _read_folder(path: Path, options: RequestOptions, asked: str, trust: str = "local files") -> FetchedBuild:
+    with naming(asked):
+        folder = local_variant(path, options.backend, options.on_cpu)
+    selected = SelectedBuild(folder.name, folder, asked=asked)
+    with naming(selected.place):
+        build = as_build(folder, read_files(folder))
+        return FetchedBuild(selected, build, {"digest": check_digest(build), "trust": trust})
+
+
+def _check_lock(request: KernelRequest, name: str, resolved: ResolvedKernel) -> dict[str, str]:
+    """Refuse a build that a lock does not have, or has with other files; else describe the check."""
+    if request.lock is None:
+        return {}
+    where = request.lock.origin
+    if not request.locked:
+        return {"lock": f"the commit is that in {where}; its files are not checked: the lock has no hashes"}
+    promised = dict(request.locked)
+    if name not in promised:
+        raise IntegrityError(f"{where} knows no variant {name}. Lock it anew with `kernels-core lock <project>`")
+    actual = hash_variant(resolved.variants[name])
+    if actual != promised[name]:
+        raise IntegrityError(
+            f"its variant {name} is not the one that was locked: {where} says {promised[name]}, and it is {actual}. Do "
+            "not use this kernel; if the publisher can explain it, lock it anew with `kernels-core lock <project>`"
+        )
+    return {"lock": f"commit and files are those in {where}"}
+
+
+def _read(selected: SelectedBuild, resolved: ResolvedKernel, client: Any) -> tuple[Build, str]:
+    """Return a build as listed by the Hub, downloaded if it is not in the cache, and what was compared."""
+    folder, listed = selected.folder, resolved.variants[selected.variant]
+    here = {file.path for file in listed if (folder / file.path).is_file()}
+    # Of a locked build that was never downloaded, the metadata may be here; of one that was, no file may be missing.
+    locked = resolved.request.commit is not None
+    if len(here) < len(listed) and not (locked and client.silence and here - {METADATA}):
+        client.fetch_variant(resolved.pin, selected.variant, listed)
+    files = read_files(folder)
+    transfer = _check_transfer(folder, files, listed)
+    return as_build(folder, files), transfer
+
+
+def _check_transfer(place: Path, files: Mapping[str, bytes], listed: Iterable[RemoteFile]) -> str:
+    """Compare files with the listing; remove them from the cache where they differ."""
+    from .client.download import discard
+
+    try:
+        return check_transfer(files, listed)
+    except IntegrityError as error:
+        raise IntegrityError(f"{error}. {discard(place)}") from error
