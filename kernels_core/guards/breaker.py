@@ -1,4 +1,4 @@
-"""A kernel that raises where the reference does not is taken out, and the call goes on, where that is safe."""
+"""A kernel that raises where the reference does not: it is quarantined, and the reference answers if that is safe."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _UNCHANGED = (torch.Tensor, *CONSTANTS)
 
 
 def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) -> Forward | None:
-    """Return what is to be called in place of a kernel that has raised; None if the error must go on.
+    """Return the function to call in place of a kernel that has raised; None if the error is to be raised.
 
-    The stand-in runs the reference. If that raises too, the error is the caller's. If not, the kernel goes
-    into quarantine. Where the kernel may have changed an argument before it failed, the reference runs on
-    copies, to judge, and the error goes on; what cannot be copied, such as a generator, is not judged.
+    It runs the reference. If that raises too, the error is the caller's. If not, the kernel is quarantined. If the
+    kernel may have changed an argument before it failed, the reference runs on copies, to judge, and the error is
+    raised; a call whose arguments cannot be copied, such as a generator, is not judged.
     """
     layer, implementation = resolution.request.layer, resolution.implementation
     if layer is None or implementation is None or not _is_blamable(error, values) or not _raised(implementation, error):
@@ -50,13 +50,13 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
                     output = None
         except Exception:
             raise error from None
-        told = str(error).partition("\n\n")[0].rstrip(".")  # PyTorch may list every kernel of an operator below
+        reason = str(error).partition("\n\n")[0].rstrip(".")  # PyTorch may list every kernel of an operator below
         quarantine(
             layer,
             implementation,
             kernel=resolution.origin,
             device=resolution.request.device,
-            reason=f"it raised {type(error).__name__}: {told}, where the reference does not. Report it to its author",
+            reason=f"it raised {type(error).__name__}: {reason}, where the reference does not. Report it to its author",
         )
         if safe:
             return output
@@ -73,7 +73,7 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
 
 
 def _is_blamable(error: Exception, values: Iterable[Any]) -> bool:
-    """Whether an error can be the fault of a kernel: not while somebody traces, nor if the device is lost."""
+    """Whether an error can be the fault of a kernel: not while a call is traced, nor if the device is lost."""
     if isinstance(error, _NEVER) or _is_of_checkpointing(error) or _is_sticky(error) or dispatch_mode_count():
         return False
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(values))
@@ -85,9 +85,9 @@ def _is_of_checkpointing(error: Exception) -> bool:
 
 
 def _raised(kernel: Forward, error: Exception) -> bool:
-    """Whether an error went through a kernel, rather than through what a plugin put around it alone."""
+    """Whether an error went through a kernel, and not only through the wrappers of plugins."""
     function = kernel.__func__ if isinstance(kernel, types.MethodType) else kernel
-    if not isinstance(function, types.FunctionType):  # nothing of it is in a traceback
+    if not isinstance(function, types.FunctionType):  # a traceback has no frame of it
         return True
     place = (function.__code__.co_filename, function.__code__.co_firstlineno)  # also that of copies of the code
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -101,14 +101,14 @@ def _is_sticky(error: Exception) -> bool:
 
 
 def _may_be_changed(values: list[Any]) -> bool:
-    """Whether a tensor among the arguments was ever changed in place, or anything among them does not count that."""
+    """Whether a tensor among the arguments was ever changed in place, or an argument does not record changes."""
     if any(version(tensor) != 0 for tensor in _tensors(values)):
         return True
     return not all(isinstance(item, _UNCHANGED) for value in values for item in _inside(value))
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """Yield a value, or what is inside of tuples, which cannot be changed."""
+    """Yield a value, or the items of a tuple, which cannot be changed."""
     if isinstance(value, tuple):
         for item in value:
             yield from _inside(item)
@@ -117,6 +117,6 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Any]:
-    """Tensors among the arguments, and what stands for them while somebody traces."""
+    """Return the tensors among the arguments, and the proxies that replace them while a call is traced."""
     kinds = (torch.Tensor, torch.fx.Proxy)
     return (leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, kinds))

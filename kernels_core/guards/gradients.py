@@ -1,9 +1,9 @@
 """Does autograd record a call, and does a kernel keep the gradients that the reference has?
 
-A kernel that computes its output outside of autograd, without saying `has_backward = False`, trains
-nothing and raises nothing. So recorded calls of each layer and kernel are looked at, until each argument
-and parameter has required grad once, or no other one has for long: a path must lead from each that does to
-the output, where the reference has one.
+A kernel that computes its output outside of autograd, without declaring `has_backward = False`, trains nothing and
+raises nothing. So the recorded calls of each layer and kernel are checked, until each argument and parameter has
+required grad once, or no other one has for many calls: a path must lead from each that does to the output, where the
+reference has one.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from .saved_tensors import held_back
 
 Forward = Callable[..., Any]
 
-_PATIENCE = 100
-"""Recorded calls that bring nothing new, before nobody waits for what is left: masks, angles, frozen weights."""
+_CALLS_WITHOUT_NEWS = 100
+"""Recorded calls without a new source, after which the rest is taken for constant: masks, angles, frozen weights."""
 
 
 @dataclass
-class _Seen:
-    """Of which arguments and parameters gradients were seen to be kept, and how many calls ago."""
+class _Kept:
+    """The arguments and parameters whose gradients a kernel keeps, and how many calls ago the last one was added."""
 
     kept: set[str] = field(default_factory=set)
     calls: int = 0
 
 
-_seen: weakref.WeakKeyDictionary[Forward, dict[int, _Seen]] = weakref.WeakKeyDictionary()
-"""What was seen of an implementation, per number of a layer."""
+_records: weakref.WeakKeyDictionary[Forward, dict[int, _Kept]] = weakref.WeakKeyDictionary()
+"""The checks of an implementation, per number of a layer."""
 
 _proven: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
-"""Layers, by number, for which it was seen to keep the gradients of everything that requires them."""
+"""Layers, by number, for which an implementation keeps the gradients of everything that requires them."""
 
 _MAX_NODES = 100_000
 """How far a graph is searched: one that is larger belongs to more than a layer."""
@@ -56,7 +56,7 @@ _HOLD_NO_TENSOR = PLAIN | {set, type, collections.OrderedDict}
 
 
 def is_recorded(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
-    """Whether autograd records a call: forward-mode differentiation counts, whatever the gradient mode."""
+    """Whether autograd records a call; forward-mode differentiation is included, whatever the gradient mode."""
     return (torch.is_grad_enabled() and records_autograd(module, values)) or in_forward_ad()
 
 
@@ -110,11 +110,11 @@ def _has_trainable_attribute(module: torch.nn.Module) -> bool:
     return False
 
 
-# --- What is known -------------------------------------------------------------------------------
+# --- Results -------------------------------------------------------------------------------------
 
 
 def needs_proof(resolution: Resolution) -> bool:
-    """Whether what serves recorded calls was not yet seen to keep their gradients."""
+    """Whether the kernel that serves recorded calls is not yet proven to keep their gradients."""
     layer, implementation = resolution.request.layer, resolution.implementation
     if layer is None or implementation is None:
         return False
@@ -124,11 +124,11 @@ def needs_proof(resolution: Resolution) -> bool:
 
 
 def keeps_gradients(layer: Layer, implementation: Forward) -> bool:
-    """Whether an implementation was seen to keep every gradient of a layer."""
+    """Whether an implementation is proven to keep every gradient of a layer."""
     return layer.number in _proven.get(implementation, ())
 
 
-# --- Looking at a recorded call ------------------------------------------------------------------
+# --- Checking a recorded call --------------------------------------------------------------------
 
 
 def try_gradients(
@@ -140,27 +140,27 @@ def try_gradients(
     *,
     kernel: str,
 ) -> tuple[Any, bool | None]:
-    """Run a call with an implementation, and look whether it keeps gradients that it was not yet seen to keep.
+    """Run a call with an implementation, and check the gradients that it is not yet proven to keep.
 
     Args:
-        layer: What it serves.
-        implementation: What is looked at.
+        layer: The layer that it serves.
+        implementation: The function to check.
         module: The module that is called, None for a function.
         values: The arguments of the call.
-        call: Calls what it is given with the arguments of the call.
+        call: Calls a function with the arguments of the call.
         kernel: Where the implementation came from.
 
     Returns:
         The output; and True where the gradients are kept, False where the kernel is refused from now
-        on and the call can be made anew, None where it is refused but has changed what it was given,
-        so that its output has to do.
+        on and the call can be made anew, None where it is refused but has changed its arguments, so
+        that its output must be used.
     """
     candidates = dict(_candidates(layer, module, values))
     sources = {name: tensor for name, tensor in candidates.items() if tensor is not None and tensor.requires_grad}
-    seen = _seen.setdefault(implementation, {}).setdefault(layer.number, _Seen())
-    if seen.kept.issuperset(sources):
-        seen.calls += 1
-        if seen.calls >= _PATIENCE:
+    record = _records.setdefault(implementation, {}).setdefault(layer.number, _Kept())
+    if record.kept.issuperset(sources):
+        record.calls += 1
+        if record.calls >= _CALLS_WITHOUT_NEWS:
             _proven.setdefault(implementation, set()).add(layer.number)
         return call(implementation), True
     touched = [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
@@ -177,9 +177,9 @@ def try_gradients(
         missing = [name for name in missing if name not in without]
     if not missing:
         saved.hand_over()
-        seen.kept.update(sources)
-        seen.calls = 0
-        if seen.kept.issuperset(candidates):
+        record.kept.update(sources)
+        record.calls = 0
+        if record.kept.issuperset(candidates):
             _proven.setdefault(implementation, set()).add(layer.number)
         return output, True
     reason = (
@@ -203,7 +203,7 @@ def try_gradients(
 def _candidates(
     layer: Layer, module: torch.nn.Module | None, values: Iterable[Any]
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield what requires grad, or may on another call, with a name to tell it by; None for what is not given."""
+    """Yield each tensor that requires grad, or may on another call, by name; None for an argument that is not given."""
     names = list(layer.signature.parameters)
     for position, value in enumerate(values):
         name = f"argument {names[position]!r}" if position < len(names) else f"argument {position + 1}"
@@ -261,7 +261,7 @@ def _missing_in_reference(
 def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
     """Return the names of the sources from which no path leads to the output."""
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    if not outputs:  # hidden in an object that nobody can look into
+    if not outputs:  # hidden in an object of an unknown class
         return []
     leaves: dict[int, set[str]] = {}  # a tensor may be given twice
     edges: dict[Any, set[str]] = {}
@@ -274,8 +274,8 @@ def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
     stack: list[tuple[Any, int]] = [
         (tensor.grad_fn, tensor.output_nr) for tensor in outputs if tensor.grad_fn is not None
     ]
-    seen: set[Any] = set()
-    while stack and waiting and len(seen) < _MAX_NODES:
+    visited: set[Any] = set()
+    while stack and waiting and len(visited) < _MAX_NODES:
         node, number = stack.pop()
         if (node, number) in edges:
             waiting -= edges[node, number]
@@ -283,7 +283,7 @@ def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
         variable = getattr(node, "variable", None)  # of a leaf
         if variable is not None:
             waiting -= leaves.get(id(variable), set())
-        if node not in seen:
-            seen.add(node)
+        if node not in visited:
+            visited.add(node)
             stack += [edge for edge in node.next_functions if edge[0] is not None]
-    return [name for name in sources if name in waiting] if len(seen) < _MAX_NODES else []
+    return [name for name in sources if name in waiting] if len(visited) < _MAX_NODES else []

@@ -43,7 +43,7 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
     if layers is not None or mode is not None:
         numbers = frozenset(layer.number for layer in layers) if layers is not None else None
         scope = Scope(References(numbers, mode))
-    thawed = [
+    suspended = [
         (module, choice)
         for module in dict.fromkeys(inner for model in models for inner in model.modules())
         if (choice := frozen_choice(module)) is not None
@@ -51,11 +51,11 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
         and (layers is None or choice.layer in layers)
     ]
     try:
-        for module, choice in thawed:  # no method: `eval()` would take it for one that `train()` has put there
+        for module, choice in suspended:  # no method: `eval()` would take it for one that `train()` has put there
             module.__dict__["forward"] = functools.partial(choice.original.forward, module)
         with scope:
             yield
     finally:
-        for module, choice in thawed:
+        for module, choice in suspended:
             module.__dict__.pop("forward", None)
             choice.notice_train(module, module.training)

@@ -140,7 +140,7 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors hold the same numbers; NaN counts as equal to NaN.
+    """Return whether two tensors hold the same numbers; NaN is equal to NaN here.
 
     Example:
         >>> same_numbers(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))

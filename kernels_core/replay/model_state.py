@@ -94,7 +94,7 @@ def _is_same(held: Any, content: Any) -> bool:
 
 
 def _has_data(tensor: torch.Tensor, data: torch.Tensor) -> bool:
-    """Whether a tensor still has its data; some subclasses cannot tell."""
+    """Whether a tensor still has its data; unknown for some subclasses."""
     with contextlib.suppress(RuntimeError):
         return (tensor.data_ptr(), tensor.dtype, tensor.device) == (data.data_ptr(), data.dtype, data.device)
     return True

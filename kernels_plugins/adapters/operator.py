@@ -55,7 +55,7 @@ class Operator:
         self._tried: set[object] = set()
         self._derived: set[object] = set()
         self._out: dict[Mode, Quarantined] = {}
-        self._told: set[str] = set()
+        self._refused: set[str] = set()
         self._last = threading.local()
         self._lock = threading.Lock()
         plain = re.sub(r"\W+", "_", work.layer.name, flags=re.ASCII)
@@ -67,7 +67,7 @@ class Operator:
 
     def prepare(self, structure: Structure, *objects: Any) -> str:
         """Return the name of a structure, or an empty one where a call of it cannot be an operator."""
-        if is_transformed():  # which knows no operator, but what the reference is made of
+        if is_transformed():  # it knows the operators of the reference, not this one
             return ""
         problem = find_problem(structure, objects) or find_unmade(objects)
         if problem is not None:
@@ -83,12 +83,12 @@ class Operator:
             return name
 
     def outcome(self, call: str) -> str:
-        """Return the attribute of `results` that puts together what a call has returned; empty if nothing can."""
+        """Return the attribute of `results` that puts the result of a call together; empty if none can."""
         last = getattr(self._last, "outcome", None)
         return last[1] if last is not None and last[0] == call else ""
 
     def _keep_outcome(self, call: str, structure: Structure, parts: Parts) -> None:
-        """Remember what a call has returned in this thread, until `outcome` asks.
+        """Remember the form of the result of a call in this thread, until `outcome` asks.
 
         Raises:
             Unfit: If code cannot put that together.
@@ -98,7 +98,7 @@ class Operator:
         self._last.outcome = (call, self._result(result_code(structure, parts, names), names))
 
     def shape(self, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str) -> list[torch.Tensor]:
-        """Return what outputs look like: the reference tells, run with tensors that have no data."""
+        """Return outputs without data: those of the reference, run with tensors that have none."""
         self._last.outcome = (name, "")
         try:
             structure, parts = self._expected(tensors, ints, floats, name)
@@ -152,14 +152,14 @@ class Operator:
             return name
 
     def refuse(self, reason: str) -> None:
-        """Say once why a call cannot be an operator.
+        """Warn once why a call cannot be an operator.
 
         Raises:
             NoKernelError: If the reference must not serve instead.
         """
         self.work.fall_back(f"cannot be opaque: {reason}")
-        if reason not in self._told:
-            self._told.add(reason)
+        if reason not in self._refused:
+            self._refused.add(reason)
             warnings.warn(
                 f"Layer {self.work.layer.name!r}: {self.work.origin} cannot be opaque: {reason}. In this call the "
                 "reference is compiled instead.",
@@ -219,7 +219,7 @@ class Operator:
         )
 
     def _is_out(self, mode: Mode) -> bool:
-        """Whether the kernel was found out, and not released since; then, it is looked at again."""
+        """Whether the kernel is in quarantine; if it was released since, it is tried again."""
         entry = self._out.get(mode)
         if entry is not None and entry not in quarantined():
             self._out.pop(mode, None)
@@ -277,7 +277,7 @@ class Operator:
 
 
 def _forgetting_symbols(fakes: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[object]:
-    """Let a reference make sizes that depend on data: it is refused for that, so nobody will look for them."""
+    """Let a reference make sizes that depend on data: it is refused for that, so Dynamo need not look for them."""
     for fake in fakes:
         environment = getattr(getattr(fake, "fake_mode", None), "shape_env", None)
         if environment is not None:
@@ -303,8 +303,8 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
 
     Args:
         operator: The operator.
-        eager: What runs where nothing is traced.
-        inline: What is traced itself where gradients are disabled; None for the operator.
+        eager: The forward where nothing is traced.
+        inline: The forward that is traced itself where gradients are disabled; None for the operator.
     """
     target, results, reference = operator.target, operator.results, operator.work.layer.reference
     is_compiling, is_watched = torch.compiler.is_compiling, dispatch_mode_count
@@ -348,7 +348,7 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
 
 
 def own_code(function: Any) -> Any:
-    """Give a function code of its own: by that, Dynamo tells functions apart."""
+    """Give a function code of its own, by which Dynamo identifies functions."""
     assert isinstance(function, types.FunctionType)
     function.__code__ = function.__code__.replace()
     return function

@@ -1,4 +1,4 @@
-"""Plugin `adapters`: loads what `opaque` and `reference_backward` say, and makes it fit each layer."""
+"""Plugin `adapters`: loads the sources `opaque` and `reference_backward`, and makes their kernels fit each layer."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
 
 
 def _declared(layer: KernelLayer, source: Adapted) -> KernelLayer:
-    """Return a kernel with what it can do once it is adapted, for questions about a name alone."""
+    """Return a kernel with the declarations that it has once it is adapted, for requests that name no layer."""
     if isinstance(layer, type):
         return _subclass(layer, source, {})
     if not callable(layer):
@@ -97,7 +97,7 @@ def _declared(layer: KernelLayer, source: Adapted) -> KernelLayer:
 
 
 def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: Layer) -> KernelLayer:
-    """Make what serves one layer; what cannot serve any stays as it is, for the contract to say so."""
+    """Make a kernel fit one layer; one that cannot serve any stays as it is, and the contract refuses it."""
     from .operator import Operator, make_forward  # what makes operators is imported where one is made
     from .recompute import Recompute
     from .work import Work

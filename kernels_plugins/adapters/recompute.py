@@ -43,13 +43,13 @@ class Recompute:
     """Runs a kernel, and the reference for its gradients."""
 
     def __init__(self, work: Work) -> None:
-        """Remember what to run; nothing is registered."""
+        """Keep the work; nothing is registered."""
         self.work = work
         self.implementation: Forward | None = None
         self._tried: dict[object, bool] = {}
 
     def forward(self) -> Forward:
-        """Return what eager calls run."""
+        """Return the forward for eager calls."""
         work = self.work
         kernel, is_grad_enabled = work.kernel, torch.is_grad_enabled
 
@@ -67,7 +67,7 @@ class Recompute:
 
     def _call(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = args if module is None else (module, *args)
-        if is_transformed():  # torch.func differentiates what it sees
+        if is_transformed():  # torch.func differentiates the operators of the call
             return self.work.layer.reference(*given, **kwargs)
         parts = Parts()
         structure = take_call(module, args, kwargs, parts)
@@ -106,7 +106,7 @@ class Recompute:
         if known is not None:
             return known
         if is_capturing():
-            return False  # nobody may look at data now; warm up before a capture, as ever
+            return False  # no number can be read now: warm up before a capture
         call = spec.call(parts.tensors, parts.ints, parts.floats)
         with torch.no_grad():
             with call.replayed(self.work.kernel) as replay:
@@ -115,7 +115,7 @@ class Recompute:
                 draws = replay.drew
             problem = find_problem([ours[0]], ours[1].objects)
             if problem is not None:
-                raise Unfit(f"what it returns: {problem}")
+                raise Unfit(f"its result: {problem}")
             structure, theirs, drew = self.work.reference_on_copies(call)
         check_alike(ours, (structure, theirs))
         draws = draws or drew

@@ -10,7 +10,7 @@ from .structure import Parts, Structure, problem_of_structures
 
 
 class Unfit(Exception):  # noqa: N818 - it is the reason, and never reaches a user as an error
-    """Why a layer or kernel cannot be an operator."""
+    """The reason why a layer or kernel cannot be an operator."""
 
 
 def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> st
     """
     problem = problem_of_structures([structure])
     if problem is not None:
-        raise Unfit(f"what it returns: {problem}")
+        raise Unfit(f"its result: {problem}")
     tensors, ints = iter(range(len(parts.tensors))), iter(parts.ints)
     floats, objects = iter(parts.floats), iter(parts.objects)
 

@@ -15,7 +15,7 @@ class Adapted:
 
     Attributes:
         source: Where the kernel comes from: anything that a mapping takes.
-        as_operator: Whether traced calls see one operator, and nothing of what is inside.
+        as_operator: Whether the kernel is one operator in traced calls, and is not traced itself.
         from_reference: Whether all gradients are those of the reference.
     """
 
@@ -24,7 +24,7 @@ class Adapted:
     from_reference: bool = False
 
     def load(self) -> object:
-        """Say who can load it: what is made depends on the layer, which only the plugin is told.
+        """Refuse: only the plugin `adapters` can load it, for the result depends on the layer.
 
         Raises:
             LoadError: Always.
@@ -32,7 +32,7 @@ class Adapted:
         raise LoadError(f"{self!r} needs the plugin 'adapters': do not block it with KERNELS_PLUGINS")
 
     def __repr__(self) -> str:
-        """Show what was said."""
+        """Show the calls that make it."""
         text = source_label(self.source)
         if self.from_reference:
             text = f"reference_backward({text})"
@@ -42,8 +42,8 @@ class Adapted:
 def opaque(source: object) -> Adapted:
     """Let compiled code call a kernel that cannot be traced.
 
-    Where a call is traced (`torch.compile`, `torch.export`), the kernel becomes one custom operator: what its
-    outputs look like is told by the layer's reference, and its backward is the kernel's own, or that of the
+    Where a call is traced (`torch.compile`, `torch.export`), the kernel becomes one custom operator: the
+    layer's reference determines the shapes of its outputs, and its backward is the kernel's own, or that of the
     reference if the kernel declares `has_backward = False`. Eager calls run the kernel as it is.
 
     Args:

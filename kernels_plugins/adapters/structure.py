@@ -1,7 +1,7 @@
-"""A call, taken apart into tensors, numbers and the rest; and put together again.
+"""A call, taken apart into tensors, numbers and the rest.
 
-Dynamo traces the taking apart, so it is written in what Dynamo knows: loops, lists and `isinstance`. What is
-left of a call is its *structure*: nested tuples of plain constants, which say where everything goes.
+Dynamo traces `take`, so it is written in terms that Dynamo knows: loops, lists and `isinstance`. The remains of a call
+are its *structure*: nested tuples of constants, with a place for each part.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import nn
 from kernels_core.torch_internals import DYNAMO_LISTS_ATTRIBUTES, constant_result, is_fake_class
 
 Structure = Any
-"""Nested tuples of strings, bools, None and what else compares by value."""
+"""Nested tuples of strings, bools, None and other constants, compared by value."""
 
 _DEEPEST = 24
-"""How deep a call may be nested: what is deeper refers to itself."""
+"""How deep a call may be nested: a deeper one refers to itself."""
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
-"""Attributes that every module has for its own upkeep."""
+"""Attributes in which `nn.Module` itself keeps its state."""
 
 
 _PLAIN = (
@@ -37,18 +37,18 @@ _PLAIN = (
     torch.layout,
     torch.memory_format,
 )
-"""What stands for itself, wherever it is."""
+"""Types of values that are the same object in every call."""
 
-# --- What older Dynamos do not see -----------------------------------------------------------------
+# --- Attributes that older Dynamos do not list -----------------------------------------------------
 
 sees_all = DYNAMO_LISTS_ATTRIBUTES
-"""Where this is false, the attributes apply whose names stand in the code of forwards, and of methods of the class."""
+"""Where this is false, only attributes are taken whose names occur in the code of forwards and methods."""
 
 _named: set[str] = set()
 
 
 def learn_names(*functions: Any) -> None:
-    """Let attributes count that these functions name."""
+    """Take the attributes, too, that these functions name."""
     for function in functions:
         _named.update(_names_in(function, 3))
 
@@ -74,7 +74,7 @@ def _names_in(function: Any, depth: int) -> set[str]:
 
 @constant_result
 def _names_of(cls: type[Any]) -> str:
-    """Return the names of attributes that may count; run at trace time."""
+    """Return the names of attributes to take; run at trace time."""
     found = set(_named) | {"training"}
     for base in cls.__mro__:
         if base not in nn.Module.__mro__:
@@ -84,14 +84,14 @@ def _names_of(cls: type[Any]) -> str:
 
 
 class Parts:
-    """What a call consists of, in the order in which it is met.
+    """The parts of a call, in the order in which `take` meets them.
 
     Attributes:
         tensors: Tensors, each as often as it is met.
         ints: Integers, which may be symbolic while traced.
         floats: Floats.
         objects: Anything else that is no constant.
-        inside: Modules and dataclasses whose attributes are being taken, to notice what refers to itself.
+        inside: Modules and dataclasses whose attributes are being taken, to notice one that refers to itself.
     """
 
     def __init__(self) -> None:
@@ -162,7 +162,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 @constant_result
 def _is_plain_class(cls: type[Any]) -> bool:
-    """Whether tensors of a class are their data alone, or stand for such while somebody traces; run at trace time."""
+    """Whether tensors of a class are plain, or replace plain ones while a call is traced; run at trace time."""
     return cls in (torch.Tensor, nn.Parameter, nn.Buffer) or is_fake_class(cls)
 
 
@@ -194,7 +194,7 @@ def _take_module(module: nn.Module, parts: Parts, depth: int) -> Structure:
     attributes = []
     for name, value in _attributes(module):
         if name in _INTERNAL or (depth == 0 and name == "forward"):
-            continue  # the forward of the module itself is what we stand in for
+            continue  # the forward that the operator replaces
         attributes.append((name, take(value, parts, depth + 1)))
     parameters = [(name, take(value, parts, depth + 1)) for name, value in module._parameters.items()]
     buffers = [(name, take(value, parts, depth + 1)) for name, value in module._buffers.items()]
@@ -216,11 +216,11 @@ def _has_hooks(module: nn.Module) -> bool:
     return False
 
 
-# --- What cannot be taken apart ------------------------------------------------------------------
+# --- Calls that cannot be taken apart ------------------------------------------------------------
 
 
 def find_problem(nodes: Iterable[Structure], objects: Iterable[Any]) -> str | None:
-    """Return why what has these structures, in a call or in a result, cannot be made from its parts; or None."""
+    """Return why a call or result with these structures and objects cannot be made from its parts, or None."""
     return problem_of_structures(nodes) or next(filter(None, map(_problem_of_object, objects)), None)
 
 
@@ -230,7 +230,7 @@ def problem_of_structures(nodes: Iterable[Structure]) -> str | None:
         if entry[0] == "deep":
             return "an argument or attribute is nested too deep, or refers to itself"
         if entry[0] == "special":
-            return "a tensor is sparse, nested, quantized or of a class of its own: more than its data would count"
+            return "a tensor is sparse, nested, quantized or of a class of its own: more than its data would matter"
         if entry[0] == "module" and entry[5]:
             return "a module inside of it has hooks, which would not be called"
     return None
@@ -258,7 +258,7 @@ def _problem_of_object(value: Any, depth: int = 0) -> str | None:
     if isinstance(value, torch.Generator):
         return "it uses a torch.Generator, whose state is no tensor"
     if isinstance(value, (torch.Tensor, nn.Module)):
-        return f"a {type(value).__name__} is hidden in an object, where nobody sees it change"
+        return f"a {type(value).__name__} is hidden in an object, where compiled code cannot notice changes of it"
     if isinstance(value, types.MethodType):
         return _problem_of_object(value.__self__, depth + 1)
     inner: list[Any] = list(value.values()) if isinstance(value, dict) else []
@@ -276,8 +276,8 @@ def _problem_of_object(value: Any, depth: int = 0) -> str | None:
 def find_unmade(objects: Iterable[Any]) -> str | None:
     """Return why one of the constants of a traced call is none, or None.
 
-    Dynamo runs a constructor by its trace, so what is made in compiled code has no attributes while that is traced, and
-    at best those of its class.
+    Dynamo traces a constructor instead of running it, so an object that is made in compiled code has no attributes
+    while that is traced, and at best those of its class.
     """
     for value in objects:
         cls = type(value)
@@ -290,7 +290,7 @@ _WHERE_TENSORS_HIDE = (torch.Tensor, nn.Module, torch.Generator, types.MethodTyp
 
 
 def object_key(value: Any, other: Callable[[Any], object] = id) -> object:
-    """Return what two objects share that stand for the same; `other` tells it of what has no value to compare by."""
+    """Return a cache key: by value for dtypes, devices and types, by `other` for the rest."""
     if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, type)):
         return value
     return other(value)

@@ -119,7 +119,7 @@ class Work:
             return apart(call.make(self.layer.reference))
 
     def reference_on_copies(self, call: Call) -> tuple[Structure, Parts, bool]:
-        """Do the same on copies; the last value tells whether random numbers were drawn."""
+        """Do the same on copies; the last value is whether random numbers were drawn."""
         with references(), call.replayed(self.layer.reference) as replay:
             return *apart(replay.outputs), replay.drew
 
@@ -150,7 +150,7 @@ def gradients_of(
     *,
     again: bool = False,
 ) -> Sequence[torch.Tensor | None]:
-    """Derive outputs with respect to what is wanted."""
+    """Return the gradients of some tensors, for given gradients of the outputs."""
     pairs = [
         (output, grad.to(output.dtype))
         for output, grad in zip(outputs, grads, strict=True)

@@ -25,7 +25,7 @@ def bisect(
     Compares the model as it is with the model on its references, and looks for the kernels that make the
     difference, by running some layers on their kernels and all others on their reference. For `k` culprits among
     `n` kernels, that takes O(k log n) evaluations: at most `k * (ceil(log2(n)) + 4) + 5`, and one more for each
-    culprit that is in several sets. `docs/bisect.md` tells the algorithm, and what it guarantees.
+    culprit that is in several sets. `docs/bisect.md` has the algorithm and its guarantees.
 
     Each evaluation starts with the same random numbers and without gradients. The model is left as it was:
     buffers, gradients, training modes and random numbers are put back.
@@ -33,9 +33,9 @@ def bisect(
     Args:
         model: The model; its kernels are those that calls find where `bisect` is called.
         metric: Called with the model. Returns a number, as a float or a tensor of no dimensions, or a dict or tuple
-            of numbers, of which the one that changes most counts. It must not change parameters.
+            of numbers, of which the largest change matters. It must not change parameters.
         tolerance: How far the metric may be from that on references.
-        relative: What share of it is allowed besides.
+        relative: A share of that number, allowed besides.
 
     Returns:
         The culprits, none if the metric stays within the tolerance.
@@ -82,7 +82,7 @@ def _bisect(switch: Switch, evaluations: Evaluations, allowed: Tolerance) -> Bis
         if not reading.is_finite:
             raise BisectError(
                 f"With every decorated layer on its reference, the metric is {reading}: nothing can be compared with "
-                "that. Mend the metric, or its inputs.",
+                "that. Fix the metric, or its inputs.",
                 evaluation=evaluations.count,
             )
     noise = _noise("every decorated layer on its reference", evaluations, allowed, baseline, again, ())
@@ -116,14 +116,14 @@ def _bisect(switch: Switch, evaluations: Evaluations, allowed: Tolerance) -> Bis
 
 
 def _noise(
-    what: str, evaluations: Evaluations, allowed: Tolerance, first: Reading, again: Reading, paths: Sequence[str]
+    setup: str, evaluations: Evaluations, allowed: Tolerance, first: Reading, again: Reading, paths: Sequence[str]
 ) -> float:
     """Return how far two evaluations of the same thing are apart; raise if that is too far."""
     noise = again.change_from(first)
     if allowed.is_exceeded(again, first):
         raise BisectError(
-            f"The model is not deterministic: evaluated twice with {what}, with the same random numbers, the metric is "
-            f"{first}, and then {again}. That is a difference of {noise:.3g}, and {allowed} is allowed. Look for state "
+            f"The model is not deterministic: evaluated twice with {setup}, with the same random numbers, the metric "
+            f"is {first}, and then {again}. That is a difference of {noise:.3g}, and {allowed} is allowed. Look for state "
             "in layers or in the metric (caches, counters), call torch.use_deterministic_algorithms(True), or allow "
             "more.",
             evaluation=evaluations.count,
@@ -134,7 +134,7 @@ def _noise(
 
 def _nothing(switch: Switch) -> str:
     """Say why there is nothing to look for."""
-    if switch.elsewhere:
+    if switch.found_elsewhere:
         return (
             "No kernel of this model is in use, but one ran in something else: the metric must call the model that it "
             "is given, no copy of it."
@@ -145,7 +145,7 @@ def _nothing(switch: Switch) -> str:
             "use_kernel_forward_from_hub, or bisect the part of it that has some."
         )
     return (
-        "No kernel is in use: the metric ran every decorated layer on its reference. print(receipt(model)) tells why; "
+        "No kernel is in use: the metric ran every decorated layer on its reference. print(receipt(model)) shows why; "
         "call bisect in the scope of the mapping, and let the metric call the model."
     )
 

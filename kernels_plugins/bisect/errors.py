@@ -1,4 +1,4 @@
-"""What a bisection cannot work with."""
+"""`BisectError`: a bisection has no answer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class BisectError(KernelsError):
 
     Attributes:
         evaluation: At which evaluation of the metric that turned out, counted from 1; 0 for none of them.
-        paths: What ran on its kernel in that evaluation.
+        paths: The modules that ran on their kernels in that evaluation.
     """
 
     def __init__(self, message: str, *, evaluation: int = 0, paths: Sequence[str] = ()) -> None:
-        """Say what is wrong, and at which evaluation that was noticed."""
+        """Keep the evaluation at which the problem was noticed."""
         super().__init__(message)
         self.evaluation = evaluation
         self.paths = tuple(paths)

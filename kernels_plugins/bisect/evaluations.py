@@ -1,4 +1,4 @@
-"""Evaluates a metric: with which kernels, how often, and what went wrong."""
+"""Evaluates a metric with some kernels on, counts that, and reports errors."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class Evaluations:
         return reading
 
     def with_only(self, on: Sequence[Kernel]) -> Reading:
-        """Return what `anew` does, remembered."""
+        """Return the reading of `anew`, from memory if there is one."""
         known = self._known.get(frozenset(kernel.key for kernel in on))
         return known if known is not None else self.anew(on)
 
-    def _evaluate(self, what: str, paths: Sequence[str]) -> Reading:
+    def _evaluate(self, setup: str, paths: Sequence[str]) -> Reading:
         self.count += 1
-        self._bar.show(self.count, self._expected(), what)
-        where = f"evaluation {self.count}, with {what}"
+        self._bar.show(self.count, self._expected(), setup)
+        where = f"evaluation {self.count}, with {setup}"
         before = quarantined()
         with self._state.kept(), many_compilations():
             try:
@@ -113,7 +113,7 @@ class Evaluations:
             )
 
     def _expected(self) -> int:
-        """Return how many evaluations there will be, as far as can be told: as if there were one more culprit."""
+        """Return the expected number of evaluations, as if there were one more culprit."""
         per_culprit = math.ceil(math.log2(max(2, len(self.kernels)))) + 2
         return 4 + per_culprit * max(1, math.ceil((self.count - 4) / per_culprit))
 

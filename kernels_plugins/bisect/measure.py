@@ -1,4 +1,4 @@
-"""What a metric returns, as numbers, and when two of them are too far apart."""
+"""The numbers that a metric returns, and the tolerance between two of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Plain = float | tuple[float, ...] | dict[str, float]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a metric returned.
+    """The numbers that a metric returned.
 
     Attributes:
         plain: One number, a tuple of them, or numbers by name.
@@ -27,7 +27,7 @@ class Reading:
 
     @classmethod
     def of(cls, answer: object) -> Reading:
-        """Read what a metric returned.
+        """Read the answer of a metric.
 
         Raises:
             ArgumentTypeError: If that is no number, and no dict or tuple of numbers.
@@ -57,7 +57,7 @@ class Reading:
         return all(map(math.isfinite, self.numbers.values()))
 
     def change_from(self, other: Reading) -> float:
-        """Return the largest difference between numbers of one name; infinite where one is NaN alone."""
+        """Return the largest difference between numbers of one name; infinite where only one is NaN."""
         return max(_gap(value, other.numbers[name]) for name, value in self.numbers.items())
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ def _number(value: Any) -> float:
         try:
             return float(value)
         except (TypeError, ValueError, OverflowError):
-            pass  # such as an array of several numbers: told below
+            pass  # such as an array of several numbers: refused below
     raise ArgumentTypeError(
         f"{value!r}, which is no number: return a float, a tensor of no dimensions, or a dict or tuple of those"
     )
@@ -107,7 +107,7 @@ class Tolerance:
     relative: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
+        """Refuse impossible tolerances."""
         for name, value in (("tolerance", self.absolute), ("relative", self.relative)):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ArgumentTypeError(f"{name} is a number such as 1e-3, not {value!r}.")

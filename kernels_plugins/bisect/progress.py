@@ -37,8 +37,8 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
 
-    def show(self, number: int, of_about: int, what: str) -> None:
-        """Say which evaluation begins, and how many there may be."""
+    def show(self, number: int, of_about: int, setup: str) -> None:
+        """Show the evaluation that begins, and how many there may be."""
         if self._progress is not None:
             task = self._progress.task_ids[0]
-            self._progress.update(task, completed=number - 1, total=max(of_about, number), description=what)
+            self._progress.update(task, completed=number - 1, total=max(of_about, number), description=setup)

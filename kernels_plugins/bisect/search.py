@@ -1,26 +1,26 @@
 """The search: all minimal sets of items that make a question come true, in few questions.
 
-Asked about a set of items, `fails` says whether that set alone makes something fail. The empty set does not,
+Asked about a set of items, `fails` says whether that set makes something fail by itself. The empty set does not,
 all items do. For `k` culprits among `n` items, in groups that fail together:
 
 1. *One minimal set.* Take items in order, and look by halving for the first that makes the prefix before it
-   fail: it is needed. Keep it, throw away what comes after it, and look again among what comes before, until
-   what was kept fails by itself. Each member costs `log2(n)` questions and one more.
+   fail: it is needed. Keep it, drop the items after it, and look again among the items before it, until
+   the kept ones fail by themselves. Each member costs `log2(n)` questions and one more.
 2. *The next.* Leave out all members found so far. If the rest still fails, it contains another set: look there.
 3. *Overlaps.* A set that shares a member with one that was found is not in the rest. So each member that does not
    fail by itself is asked about together with the rest; if that fails, there is another set around it.
 
 That is at most `k * (ceil(log2(n)) + 4) + 1` questions, and one more per member and overlap: O(k log n).
 
-What holds if more items never mend what fewer break (`fails` is monotone):
+Guarantees if a set that fails never stops failing with more items (`fails` is monotone):
 
 - Each set is minimal: without any one of its members it does not fail.
 - Without the members of all sets, nothing fails.
-- Every item that fails alone or in a pair is found. A set of three or more that shares members with several
+- Every item that fails by itself or in a pair is found. A set of three or more that shares members with several
   others may be missing, if the rest of its members interact in no other way.
 
 If it is not monotone, such as for errors that cancel each other, the first two lines still hold but for
-minimality: every set was seen to fail, and the rest was seen not to.
+minimality: every set was found to fail, and the rest was found not to.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def find_minimal_sets(count: int, fails: Fails) -> list[tuple[int, ...]]:
 
 
 def _minimal_set(kept: Iterable[int], items: Sequence[int], known: int, fails: Fails) -> tuple[tuple[int, ...], int]:
-    """Return what must join `kept` for it to fail, and how many items at the head do not fail with it.
+    """Return the items that must join `kept` for it to fail, and how many items at the head do not fail with it.
 
     All items do fail with `kept`; the first `known` of them do not.
     """
@@ -93,5 +93,5 @@ def _first_failing_prefix(context: set[int], items: Sequence[int], low: int, fai
 
 
 def _social(sets: Iterable[tuple[int, ...]]) -> list[int]:
-    """Return the members that fail in company alone."""
+    """Return the members that fail only together with others."""
     return [member for members in sets if len(members) > 1 for member in members]

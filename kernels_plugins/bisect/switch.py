@@ -1,6 +1,6 @@
 """Notes which kernels a model runs, and runs the reference in place of those that are to be off.
 
-Eager calls are switched by what the hook `kernels_wrap_forward` puts around them: nothing on the model changes.
+Eager calls are switched by a wrapper of the hook `kernels_wrap_forward`: nothing on the model changes.
 That does not reach code that is compiled, nor kernels that `kernelize` froze for it. Such modules get the reference
 as a `forward` of their own while they are off, which Dynamo notices; compiled functions get it by a scope.
 """
@@ -34,7 +34,7 @@ from .errors import BisectError
 
 Forward = Callable[..., Any]
 Key = tuple[int, int]
-"""What can be switched: a module by its `id`, or 0 for all; and a layer by its number."""
+"""A place of a kernel: a module by its `id`, or 0 for all; and a layer by its number."""
 
 _runs = itertools.count(1)
 _ABSENT = object()
@@ -50,7 +50,7 @@ class Kernel:
             and its name.
         also: Other paths of the same module.
         layer: The name of the layer in mappings.
-        origins: Where what ran comes from; several if calls differ.
+        origins: The origins of the kernels that ran; several if calls differ.
         place: Where its module is in the order of the model.
     """
 
@@ -71,14 +71,14 @@ class Switch:
     """A plugin that knows the kernels of one model, and switches them.
 
     Attributes:
-        kernels: Those that were seen in use, by key.
-        elsewhere: Whether a kernel ran for what is no part of the model.
+        kernels: The kernels in use, by key.
+        found_elsewhere: Whether a kernel ran for a module that is no part of the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Look at the model; nothing is switched, and nothing is noted."""
         self.kernels: dict[Key, Kernel] = {}
-        self.elsewhere = False
+        self.found_elsewhere = False
         self._modules = {id(module): module for module in model.modules()}
         self._paths: dict[int, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
@@ -144,7 +144,7 @@ class Switch:
 
     @hookimpl(trylast=True)
     def kernels_wrap_forward(self, resolution: Resolution) -> Callable[[Forward], Forward] | None:
-        """Ask at each call whether this kernel is on here; last, so that it is around what others wrap."""
+        """Ask at each call whether this kernel is on here; last, so that it is around the wrappers of other plugins."""
         layer = resolution.request.layer
         if layer is None or resolution.is_reference:
             return None
@@ -158,7 +158,7 @@ class Switch:
                 module = find_caller(self._modules) if decided.is_function else args[0]
                 key = (id(module), decided.number)
                 if key[0] not in self._modules:
-                    self.elsewhere = True
+                    self.found_elsewhere = True
                     return forward(*args, **kwargs)
                 if self._noting:
                     self._note(key, decided, origin)
@@ -183,7 +183,7 @@ class Switch:
 
     @hookimpl
     def kernels_resolved(self, resolution: Resolution) -> None:
-        """Note what compiled code runs: its calls are not wrapped."""
+        """Note the kernels of compiled code: its calls are not wrapped."""
         layer = resolution.request.layer
         if not self._noting or layer is None or resolution.is_reference:
             return
@@ -191,7 +191,7 @@ class Switch:
             self._traced[layer] = resolution.origin
 
     def _note_frozen(self) -> None:
-        """Note what `kernelize` froze: if such a model is compiled, nobody is told."""
+        """Note the choices of `kernelize`: if such a model is compiled, no hook is called."""
         for key, module in self._modules.items():
             frozen = frozen_choice(module)
             if frozen is None or frozen.layer is None or frozen.resolution is None or frozen.resolution.is_reference:

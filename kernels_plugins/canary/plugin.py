@@ -25,13 +25,13 @@ class canary:  # noqa: N801 - a context manager that reads like a statement
 
     On the calls that are chosen, the reference runs on copies of the arguments beside the kernel, forward and,
     where autograd records, backward. Random numbers, buffers and arguments are left as they would be without.
-    Counts for the whole process while it is open, also for code that runs in other threads; compiled code
+    Applies to the whole process while it is open, also for code that runs in other threads; compiled code
     is not watched.
 
     Args:
         first: The first calls of each kernel, layer and device that are compared.
         every: After that, one call in so many; 0 for none.
-        action: What a disagreement does: `"warn"` (once for each reason), `"quarantine"` (that, the kernel is
+        action: The reaction to a disagreement: `"warn"` (once for each reason), `"quarantine"` (that, the kernel is
             out from then on, and the call gets the reference's answer where that is safe), or `"raise"`.
 
     Raises:
@@ -50,7 +50,7 @@ class canary:  # noqa: N801 - a context manager that reads like a statement
         self.settings = Settings(first, every, action)
 
     def __enter__(self) -> canary:
-        """Watch, from the next call on; the innermost canary counts."""
+        """Compare from the next call on; the innermost canary applies."""
         from .watch import start_over
 
         with _lock:
@@ -62,7 +62,7 @@ class canary:  # noqa: N801 - a context manager that reads like a statement
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Watch as before."""
+        """Compare as before."""
         with _lock:
             if self not in _open:
                 raise ScopeError("This canary is not open: leave it once for each time that it is entered.")
@@ -76,7 +76,7 @@ _open: list[canary] = []
 
 
 def active_settings() -> Settings | None:
-    """Return what counts now: the innermost canary, or `KERNELS_CANARY`."""
+    """Return the settings that apply now: those of the innermost canary, or of `KERNELS_CANARY`."""
     from .settings import settings_of_environment
 
     with _lock:
@@ -87,7 +87,7 @@ def active_settings() -> Settings | None:
 
 @hookimpl
 def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward] | None:
-    """Watch what is no reference, while a canary is open."""
+    """Compare the calls of kernels, while a canary is open."""
     settings = active_settings() if not resolution.is_reference else None
     if settings is None:
         return None

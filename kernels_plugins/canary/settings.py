@@ -1,4 +1,4 @@
-"""What a canary does, as said in code or in `KERNELS_CANARY`."""
+"""The settings of a canary, from code or from `KERNELS_CANARY`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VARIABLE = "KERNELS_CANARY"
 
 @dataclass(frozen=True)
 class Settings:
-    """When to compare, and what to do about a disagreement.
+    """The calls to compare, and the reaction to a disagreement.
 
     Attributes:
         first: The first calls of each kernel, layer and device that are compared.
@@ -26,7 +26,7 @@ class Settings:
     action: str = "quarantine"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
+        """Refuse impossible settings."""
         for name in ("first", "every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -47,7 +47,7 @@ class Settings:
 
 
 def settings_of_environment() -> Settings | None:
-    """Return what `KERNELS_CANARY` says, None if it says nothing.
+    """Return the settings in `KERNELS_CANARY`, None if it is off.
 
     Raises:
         ArgumentError: If it cannot be understood.
@@ -57,16 +57,16 @@ def settings_of_environment() -> Settings | None:
         return Settings() if text else None
     hint = f"write {VARIABLE}='first=3,every=100,action=raise', any of them, or {VARIABLE}=1."
     kinds = get_type_hints(Settings)
-    said: dict[str, int | str] = {}
+    found: dict[str, int | str] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or name not in {field.name for field in fields(Settings)}:
             raise ArgumentError(f"{VARIABLE}={text!r}: {part.strip()!r} is not understood: {hint}")
         try:
-            said[name] = kinds[name](value)
+            found[name] = kinds[name](value)
         except ValueError:
             raise ArgumentError(f"{VARIABLE}={text!r}: {name} is {value!r}, not a number: {hint}") from None
     try:
-        return Settings(**said)  # type: ignore[arg-type]
+        return Settings(**found)  # type: ignore[arg-type]
     except ArgumentError as error:
         raise ArgumentError(f"{VARIABLE}={text!r}: {error}") from None

@@ -23,7 +23,7 @@ from .settings import Settings
 Forward = Callable[..., Any]
 
 _comparing: ContextVar[bool] = ContextVar("kernels_plugins_canary_comparing", default=False)
-"""Whether this thread compares: layers inside of what is compared are not compared by themselves."""
+"""Whether this thread compares: layers inside of a layer that is compared are not compared by themselves."""
 
 _lock = threading.Lock()
 _numbers: dict[tuple[int, str, str], Iterator[int]] = {}
@@ -38,7 +38,7 @@ def start_over() -> None:
 
 
 def watched(resolution: Resolution, forward: Forward, settings: Settings) -> Forward:
-    """Return a forward that runs the kernel, and the reference beside it where the settings say so."""
+    """Return a forward that runs the kernel, and the reference beside it on the calls that the settings choose."""
     layer = resolution.request.layer
     if layer is None:
         return forward
@@ -93,7 +93,7 @@ class _Watch:
     # --- Comparing ------------------------------------------------------------------------------
 
     def _problem(self, live: Call, before: Call, output: Any, part: Part) -> str | None:
-        """Return what the kernel did otherwise than the reference, None if nothing."""
+        """Return the difference between kernel and reference in words, None if there is none."""
         try:
             expected = before.run(self.layer.reference, parameters=False, mutations=False)
         except Exception as error:
@@ -121,20 +121,20 @@ class _Watch:
                 or self._changed(state, before, expected)
                 or (self._differs("gradient of ", pairs[1][0], expected, gradients, before) if wanted else None)
             )
-        except Exception as error:  # what cannot be compared says nothing against the kernel
+        except Exception as error:  # outputs that cannot be compared are no fault of the kernel
             self._say(f"its outputs cannot be compared with those of its reference: {type(error).__name__}: {error}")
             return None
 
     def _differs(
-        self, what: str, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call
+        self, prefix: str, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call
     ) -> str | None:
-        """Compare a part of what was done; a suspicion is looked into with a reference in float64."""
+        """Compare outputs or gradients; a suspicion is checked with a reference in float64."""
         comparison = compare(actual, of(expected), quick=True)
         if comparison.ok:
             return None
         if not comparison.mismatches:
             comparison = self._looked_into(comparison, actual, expected, of, before)
-        return None if comparison.ok else f"{what}{comparison}"
+        return None if comparison.ok else f"{prefix}{comparison}"
 
     def _looked_into(
         self, suspicion: Comparison, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call
@@ -146,7 +146,7 @@ class _Watch:
         return compare(actual, of(expected), exact=exact)
 
     def _changed(self, state: Mapping[str, torch.Tensor], before: Call, expected: Outcome) -> str | None:
-        """Compare what was changed in place: arguments and buffers."""
+        """Compare the arguments and buffers that were changed in place."""
         for name, was in before.state.items():
             now, wanted = state.get(name), expected.after.get(name)
             if now is None or wanted is None or same_numbers(wanted, now.detach()):
@@ -161,7 +161,7 @@ class _Watch:
     # --- Acting ---------------------------------------------------------------------------------
 
     def _replaces(self, message: str, live: Call, before: Call) -> bool:
-        """Do what the settings say about a disagreement; return whether the reference is to answer the call."""
+        """React to a disagreement as the settings say; return whether the reference is to answer the call."""
         if self.settings.action == "raise":
             raise CanaryError(message)
         if self.settings.action == "warn":
@@ -173,7 +173,7 @@ class _Watch:
             implementation,
             kernel=self.resolution.origin,
             device=self.resolution.request.device,
-            reason=f"a canary saw it disagree with the reference: {message}",
+            reason=f"a canary found that it disagrees with the reference: {message}",
         )
         self._say(f"{message}. It is in quarantine from now on")
         same = all(compare(live.inputs[name], was, quick=True).ok for name, was in before.inputs.items())
@@ -205,7 +205,7 @@ def _whole(value: Any) -> Any:
 
 
 def _part(number: int) -> Part:
-    """Return what takes about a million numbers of each large tensor: rows at a distance, others on each call."""
+    """Return a function that takes about a million numbers of each large tensor: other rows on each call."""
 
     def rows(_: str, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.numel() <= 2 * _LARGE or leaf.dim() < 2:

@@ -28,13 +28,13 @@ class Difference:
         bias: The mean of the errors, with sign.
         max_ulps: The largest error, in units in the last place of the expected number, or of the root mean
             square of its tensor where that is larger: next to zero, units mean little.
-        index: Where the error is largest in units of what is allowed there; None if there is no number.
+        index: Where the error is largest in units of the error that is allowed there; None if there is no number.
         actual: The number there.
         expected: The number that should be there.
-        excess: The largest error in units of what is allowed there, or their mean in units of what is allowed for
-            it, whichever is larger: more than 1 is wrong.
+        excess: The largest error in units of the allowed one, or the mean of the errors in units of the allowed mean,
+            whichever is larger: more than 1 is wrong.
         own_error: The largest error of the reference in this dtype; None without a float64 reference.
-        reasons: What is wrong with it; empty if nothing is.
+        reasons: The faults; empty if there are none.
     """
 
     path: str
@@ -58,22 +58,22 @@ class Difference:
         return not self.reasons
 
     def __str__(self) -> str:
-        """One line: what is wrong, if anything is, and how far it is off."""
+        """One line: the faults, if there are any, and the errors."""
         place = self.path or "output"
         dtype = str(self.dtype).removeprefix("torch.")
         numbers = f"max {self.max_abs:.3g}, mean {self.mean_abs:.3g}, {self.max_ulps:.3g} ulps"
         if self.own_error is not None:
             numbers += f", the reference's own {self.own_error:.3g}"
-        said = "; ".join(self.reasons) or "as expected"
-        return f"{place} ({dtype}, {_shape(self.shape)}): {said} ({numbers})"
+        verdict = "; ".join(self.reasons) or "as expected"
+        return f"{place} ({dtype}, {_shape(self.shape)}): {verdict} ({numbers})"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
-        mismatches: What cannot be compared number by number: structure, shape, dtype, device.
+        mismatches: Differences of structure, shape, dtype and device, where no numbers are compared.
         differences: A difference for each tensor that can.
     """
 
@@ -87,7 +87,7 @@ class Comparison:
 
     @property
     def worst(self) -> Difference | None:
-        """The tensor that is furthest off, in units of what is allowed; None if there is none."""
+        """The tensor that is furthest off, in units of the allowed error; None if there is none."""
         return max(self.differences, key=lambda d: (not d.ok, d.excess), default=None)
 
     @property
@@ -117,10 +117,10 @@ class Comparison:
 
     def __str__(self) -> str:
         """One line: everything that is wrong, or how near the worst tensor is."""
-        said = [*self.mismatches, *(str(difference) for difference in self.differences if not difference.ok)]
-        if not said:
-            said = [str(self.worst) if self.worst is not None else "nothing to compare"]
-        return "; ".join(said)
+        lines = [*self.mismatches, *(str(difference) for difference in self.differences if not difference.ok)]
+        if not lines:
+            lines = [str(self.worst) if self.worst is not None else "nothing to compare"]
+        return "; ".join(lines)
 
 
 def compare(
@@ -134,19 +134,19 @@ def compare(
     """Compare a nested output with the expected one.
 
     Args:
-        actual: Tensors, alone or in lists, tuples, dicts and dataclasses.
+        actual: A tensor, or tensors in lists, tuples, dicts and dataclasses.
         expected: The same from the reference, in the same dtypes.
         exact: The same from the reference in float64, where that can be had. Errors are then measured from
-            it, and what the reference itself errs in its dtype is allowed besides, several times.
+            it, and several times the error of the reference in its own dtype is allowed besides.
         tolerances: Relative and absolute tolerance, or these per dtype; by default those of `torch.testing`.
             A number that is small beside the others of its tensor is held to their root mean square: sums
-            that cancel leave such numbers. Without `exact`, the relative one counts twice for 16 bits and
+            that cancel leave such numbers. Without `exact`, the relative one is doubled for 16 bits and
             fewer, for the reference errs, too.
         quick: Compute in float32 where that holds the numbers, and leave out `max_rel` and `max_ulps`: a fraction
             of the memory and time.
 
     Returns:
-        What was found. It does not raise for any difference.
+        The differences. It does not raise for any.
 
     Raises:
         ArgumentTypeError: If `exact` has another structure than `expected`.
@@ -289,9 +289,9 @@ class _Measured(Yardstick):
         elif not excess <= 1:
             reasons.append(f"{_at(actual, expected, index)}, {excess:.3g} times the tolerance")
         own = (own_bias, own_along, own_rms) if self.exact else None
-        ratio, told = self.bias(count, bias, along, mean_size, rms, own)
+        ratio, reason = self.bias(count, bias, along, mean_size, rms, own)
         excess = max(excess, ratio)
-        reasons += [told] if ratio > 1 else []
+        reasons += [reason] if ratio > 1 else []
         return Difference(
             self.path,
             self.dtype,

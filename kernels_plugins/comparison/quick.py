@@ -1,8 +1,7 @@
 """A quick look at whether nested outputs are alike, for models that train meanwhile.
 
-`compare` says how they differ: some seventy operations for each tensor, and it waits for each. Here a device gets
-some twenty, for all tensors in a row, and is waited for once. Nobody is accused by this: what is not found alike is
-compared.
+`compare` measures how they differ: about seventy operations for each tensor, and it waits for each. `alike` gives a
+device about twenty for each, and waits once for all. It accuses no kernel: outputs that are not alike are compared.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class _Equal:
 
 
 class _Near(_Equal):
-    """Two tensors whose numbers must be near each other, as `compare` says."""
+    """Two tensors whose numbers must be as near to each other as `compare` demands."""
 
     def __init__(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         self.yardstick = Yardstick(theirs, tolerance_of(theirs.dtype))

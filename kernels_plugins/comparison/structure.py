@@ -14,7 +14,7 @@ from .tolerance import TOLERANCES
 
 
 def structure_mismatches(actual: object, expected: object) -> list[str]:
-    """Say where two nested values hold other things."""
+    """Return where two nested values hold other things."""
     ours, theirs = list(_containers(actual)), list(_containers(expected))
     if ours == theirs:
         return []
@@ -35,7 +35,7 @@ def _listed(keys: Any) -> str:
 
 
 def value_mismatches(path: str, ours: object, theirs: object) -> list[str]:
-    """Compare what is no tensor: by value where it has one, else by type."""
+    """Compare non-tensor leaves: by value where they have one, else by type."""
     if type(ours) is not type(theirs):
         return [f"{path}: {type(ours).__name__} instead of {type(theirs).__name__}"]
     if isinstance(ours, float) and isinstance(theirs, float):
@@ -45,12 +45,12 @@ def value_mismatches(path: str, ours: object, theirs: object) -> list[str]:
     elif isinstance(ours, str | bytes | int | complex | torch.Size | torch.dtype | torch.device):
         same = bool(ours == theirs)
     else:
-        return []  # objects that nobody can look into
+        return []  # an object of an unknown class
     return [] if same else [f"{path}: {ours!r} instead of {theirs!r}"]
 
 
 def metadata_mismatch(path: str, ours: object, theirs: torch.Tensor) -> str | None:
-    """Say why two tensors cannot be compared number by number, None if they can."""
+    """Return why two tensors cannot be compared number by number, None if they can."""
     if not isinstance(ours, torch.Tensor):
         return f"{path}: {type(ours).__name__} instead of a tensor"
     if ours.shape != theirs.shape:

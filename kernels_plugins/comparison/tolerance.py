@@ -1,8 +1,8 @@
-"""Are these outputs those that were expected, within what the dtype allows?
+"""The tolerance of each dtype.
 
-Tolerances are those of `torch.testing`. They say how far a single number may be off. That alone would let a
-kernel pass that is off by one percent in bfloat16, always to the same side; so the mean of the errors is
-looked at, too: rounding goes either way, and a mean over many numbers must be near zero.
+Tolerances are those of `torch.testing`: the error that is allowed in a single number. They would let a kernel pass
+whose numbers are all one percent too large in bfloat16, so the mean of the errors has a limit, too: rounding errors
+have either sign, and their mean over many numbers must be near zero.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOW_EPS = 1e-4
 """Dtypes with a larger eps round so much that both sides are allowed their error, where only both are known."""
 
 SIGNIFICANT = 6.0
-"""How many times its own uncertainty the mean of the errors must be, to be told from chance."""
+"""How many times its own uncertainty the mean of the errors must be, to be more than chance."""
 
 
 def tolerance_of(dtype: torch.dtype, tolerances: Tolerances | None = None) -> Tolerance:
@@ -53,13 +53,13 @@ def tolerance_of(dtype: torch.dtype, tolerances: Tolerances | None = None) -> To
 
 
 class Yardstick:
-    """What is allowed between two tensors of a dtype and shape.
+    """The allowed difference between two tensors of a dtype and shape.
 
     Attributes:
         dtype: Of both.
         shape: Of both.
-        rtol: What a number may be off, relative to its size.
-        atol: And besides.
+        rtol: The allowed error of a number, relative to its size.
+        atol: The error that is allowed besides.
         eps: Of the dtype; 0 for integers.
         rows: How many rows there are: errors of a row may go one way.
     """
@@ -84,11 +84,11 @@ class Yardstick:
         rms: float,
         own: tuple[float, float, float] | None = None,
     ) -> tuple[float, str]:
-        """Return how far the errors go to one side, in units of what is allowed, and to which.
+        """Return how far the errors lean to one side, in units of the allowed mean, and to which.
 
-        Up, down, away from zero or towards it. What is shared by a row, such as a norm that was rounded, moves all
-        of the row to one side; with many rows, that goes either way, too. What the reference's own errors do is
-        known with a float64 reference.
+        Up, down, away from zero or towards it. A number that a row shares, such as a norm that was rounded, moves all
+        of the row to one side; over many rows, these moves have either sign. The reference's own errors are known
+        only with a float64 reference.
         """
         if not self.eps:
             return 0.0, ""
@@ -102,8 +102,8 @@ class Yardstick:
             spread = max(math.sqrt(max(rms * rms - mean * mean, 0.0)), own_rms)
             chance = SIGNIFICANT * spread / math.sqrt(count)
             allowed = step * size + self.atol + 2 * abs(reference) + chance
-            told = f"biased: too {sides[mean < 0]} by {abs(mean):.3g} on average, where rounding goes either way"
-            found.append((abs(mean) / allowed if mean and allowed else math.inf if mean else 0.0, told))
+            reason = f"biased: too {sides[mean < 0]} by {abs(mean):.3g} on average, where rounding goes either way"
+            found.append((abs(mean) / allowed if mean and allowed else math.inf if mean else 0.0, reason))
         return max(found, key=lambda one: one[0])
 
 

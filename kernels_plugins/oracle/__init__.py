@@ -1,1 +1,1 @@
-"""The reference as the oracle: what a kernel answers is held to what the layer's own forward answers."""
+"""The reference as the oracle: outputs and gradients of kernels, compared with those of the layer's own forward."""

@@ -23,8 +23,8 @@ class Recorded:
 
     Attributes:
         path: Where the module is in the model, as in `named_modules`; for a function, its name.
-        layer: What was called.
-        call: With what, as it was at the start of the call.
+        layer: The layer that was called.
+        call: The arguments and the module, as they were at the start of the call.
     """
 
     path: str
@@ -37,11 +37,11 @@ class Case:
     """A call to try.
 
     Attributes:
-        name: What is special about it.
+        name: The property that is special about it.
         call: The call.
         autocast: The dtype of an autocast around it, None for none.
         contiguous: Whether the gradients of the outputs are contiguous.
-        given: Whether somebody really called it so.
+        given: Whether it is a real call, not one derived from it.
     """
 
     name: str
@@ -79,13 +79,13 @@ def record(model: nn.Module) -> Iterator[list[Recorded]]:
         [('0', ['x'])]
     """
     calls: list[Recorded] = []
-    seen: set[object] = set()
+    known: set[object] = set()
 
     def keep(path: str, layer: Layer, call: Call) -> None:
         tensors = tuple((name, t.shape, t.dtype, t.device) for name, t in call.inputs.items())
         key = (id(call.module) if call.module is not None else layer.number, tensors)
-        if key not in seen:
-            seen.add(key)
+        if key not in known:
+            known.add(key)
             calls.append(Recorded(path, layer, call.snapshot()))
 
     def watch(path: str, layer: Layer) -> Callable[..., None]:
@@ -115,7 +115,7 @@ def decorated(model: nn.Module) -> Iterator[tuple[str, Layer]]:
 
 
 class _Functions:
-    """Sees the calls of decorated functions, as a plugin."""
+    """A plugin that records the calls of decorated functions."""
 
     def __init__(self, keep: Callable[[str, Layer, Call], None]) -> None:
         self.keep = keep
@@ -220,7 +220,7 @@ def _other_values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
-    """Put other numbers between the numbers of a tensor: what ignores strides reads them."""
+    """Put other numbers between the numbers of a tensor: a kernel that ignores strides reads them."""
     if not tensor.dim():
         return tensor
     return torch.stack([tensor, torch.full_like(tensor, _filler(tensor))], dim=-1)[..., 0]
@@ -244,7 +244,7 @@ def _offset(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _filler(tensor: torch.Tensor) -> Any:
-    """What must not be read: it spoils every result, where there is such a number."""
+    """Return a number that must not be read: NaN, which spoils every result, or 0."""
     return torch.nan if tensor.is_floating_point() or tensor.is_complex() else 0
 
 

@@ -1,4 +1,4 @@
-"""The probes for the authors of kernels: one assertion that a kernel does what a reference does."""
+"""`check_kernel`: the probes for the authors of kernels, as one assertion."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_kernel(
     tolerances: Tolerances | None = None,
     **named_inputs: Any,
 ) -> ProbeReport:
-    """Assert that a kernel does what a reference does, on some inputs and on others that are derived from them.
+    """Assert that a kernel computes the same as a reference, on some inputs and on others that are derived from them.
 
     Outputs and gradients, other dtypes, layouts and sizes, autocast, `torch.compile` without graph breaks and, on
     a GPU, capture in a CUDA graph. For a test of a kernel, with pytest or without.
@@ -42,13 +42,13 @@ def check_kernel(
     Args:
         kernel: A kernel class, whose `forward` runs on the module that it serves, or a function.
         reference: The module that it serves, decorated or not, or a function.
-        *inputs: What to call both with.
+        *inputs: Positional arguments for both.
         ignore: Probes that need not pass, such as `{"compile", "gradients"}`, with the reason in your test.
         tolerances: As for `verify`.
-        **named_inputs: What to call both with, by name.
+        **named_inputs: Keyword arguments for both.
 
     Returns:
-        What was found.
+        The results of all probes.
 
     Raises:
         AssertionError: That lists every probe that failed.
@@ -91,8 +91,8 @@ def check_kernel(
     if failed or undecided:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in {**failed, **undecided}.items())
         raise AssertionError(
-            f"{source_label(kernel)} does not do what {layer.qualname} does, in {len(failed) or len(undecided)} of "
-            f"{len(report.probes)} probes:\n{lines}"
+            f"{source_label(kernel)} does not compute the same as {layer.qualname}, in "
+            f"{len(failed) or len(undecided)} of {len(report.probes)} probes:\n{lines}"
         )
     return report
 

@@ -1,4 +1,4 @@
-"""What a kernel can do, found out by trying it: gradients, tracing, dtypes, layouts, sizes, CUDA graphs."""
+"""Probes of a kernel: gradients, tracing, dtypes, layouts, sizes, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _PROBE_OF_CASE = {
 
 @dataclass(frozen=True)
 class Probe:
-    """What one probe found.
+    """The result of one probe.
 
     Attributes:
-        ok: Whether the kernel can do it; None if that could not be told.
+        ok: Whether the kernel can do it; None if that could not be determined.
         reason: Why not.
     """
 
@@ -44,14 +44,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What was found out about a kernel.
+    """The results of all probes of a kernel.
 
     Attributes:
         kernel: Where it comes from.
         layer: The layer that it served.
         device: The device on which that was.
         torch: The version of PyTorch.
-        probes: What was found, by name: `"forward"`, `"gradients"`, `"compile"`, `"layouts"`, `"sizes"`,
+        probes: The result of each probe, by name: `"forward"`, `"gradients"`, `"compile"`, `"layouts"`, `"sizes"`,
             `"autocast"`, `"cuda graph"`, and the name of each other dtype.
     """
 
@@ -63,7 +63,7 @@ class ProbeReport:
 
     @property
     def failed(self) -> dict[str, str]:
-        """What the kernel cannot do, with the reason."""
+        """The reason of each probe that failed, by name."""
         return {name: probe.reason for name, probe in self.probes.items() if probe.ok is False}
 
     def can(self, name: str) -> bool | None:
@@ -83,12 +83,12 @@ def probe(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances 
     """Try a kernel on a call, and on others that are derived from it.
 
     Args:
-        recorded: The layer, and what it is called with.
+        recorded: The layer, and a call of it.
         resolution: The kernel.
         tolerances: As for `verify`.
 
     Returns:
-        What it can do. Nothing is changed.
+        The results. Nothing is changed.
     """
     implementation: Any = resolution.implementation
     rows = tried(recorded, resolution, tolerances=tolerances)
@@ -103,17 +103,17 @@ def probe(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances 
 
 
 def _judged(rows: list[VerifyRow]) -> Iterator[tuple[str, Probe]]:
-    """Yield a verdict for each probe that rows tell about."""
+    """Yield a result for each probe that rows belong to."""
     untrained = any(_probe_of(row) == "gradients" and not row.ok for row in rows)
     groups: dict[str, list[VerifyRow]] = {}
     for row in rows:
         name = _probe_of(row)
-        if not (untrained and row.mode == "training" and name != "gradients"):  # told once
+        if not (untrained and row.mode == "training" and name != "gradients"):  # reported once
             groups.setdefault(name, []).append(row)
     for name, group in groups.items():
-        told = next((row for row in group if row.verdict in ("wrong", "failed")), None)
-        if told is not None:
-            yield name, Probe(False, ", ".join(part for part in (told.case, told.subject) if part) + f": {told.reason}")
+        bad = next((row for row in group if row.verdict in ("wrong", "failed")), None)
+        if bad is not None:
+            yield name, Probe(False, ", ".join(part for part in (bad.case, bad.subject) if part) + f": {bad.reason}")
         elif any(row.verdict == "ok" for row in group):
             yield name, Probe(True)
         else:
@@ -146,13 +146,13 @@ def _traces(call: Call, implementation: Forward, gradients: bool) -> Probe:
         traced = call.run(compiled, gradients=gradients)
     except Exception as error:
         return Probe(False, f"{type(error).__name__}: {_first_line(error)}")
-    for what, one, other in (
+    for kind, one, other in (
         ("outputs", traced.outputs, eager.outputs),
         ("gradients", dict(traced.gradients), dict(eager.gradients)),
     ):
         difference = compare(one, other)
         if not difference.ok:
-            return Probe(False, f"compiled, its {what} are others than in eager mode: {difference}")
+            return Probe(False, f"compiled, its {kind} are others than in eager mode: {difference}")
     if traced.mutated.keys() != eager.mutated.keys():
         return Probe(False, "compiled, it changes other arguments in place than in eager mode")
     return Probe(True)
@@ -173,7 +173,7 @@ def _captures(call: Call, implementation: Forward) -> Probe:
         current, aside = torch.cuda.current_stream(), make_stream()
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
-            implementation(*args, **kwargs)  # compiles and allocates what it keeps
+            implementation(*args, **kwargs)  # compiles, and allocates memory that it keeps
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -208,7 +208,7 @@ def _check_device(error: Exception) -> None:
 
 
 def implementation_of(kernel: Any, *, function: bool) -> Forward:
-    """Return what a call calls: a class serves with its `forward`, for a function on an empty module."""
+    """Return the function that calls run: the `forward` of a class, for a function layer on an empty module."""
     if not isinstance(kernel, type):
         return kernel  # type: ignore[no-any-return]
     forward: Forward = kernel.forward  # type: ignore[attr-defined]

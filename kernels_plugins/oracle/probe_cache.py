@@ -24,7 +24,7 @@ from .probe import Probe, ProbeReport
 FORMAT = 1
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40,64})/")
 _HERE = "here-"
-"""How keys start that mean nothing in another process."""
+"""Prefix of keys that are valid in this process only."""
 
 _SIMPLE = (str, bytes, int, float, bool, type(None), torch.dtype)
 
@@ -33,7 +33,7 @@ _known: dict[str, ProbeReport | None] = {}
 
 
 def find(key: str) -> ProbeReport | None:
-    """Return what is known under a key; a file is looked for once."""
+    """Return the report under a key, None if there is none; a file is looked for once."""
     with _lock:
         if key not in _known:
             _known[key] = _read(_folder() / f"{key}.json") if not key.startswith(_HERE) else None
@@ -51,13 +51,13 @@ def keep(key: str, report: ProbeReport) -> None:
 
 
 def forget_known() -> None:
-    """Drop what is in memory; files stay."""
+    """Drop the reports in memory; files stay."""
     with _lock:
         _known.clear()
 
 
 def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.device) -> str:
-    """Return the key of a kernel: what it is made of, what it serves, PyTorch, and the kind of device."""
+    """Return the key of a kernel: its code, that of the reference, the version of PyTorch, and the kind of device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     digests = [_digest(implementation), _digest(layer.reference)]
     parts = [*digests, torch.__version__, name, device_capability(device)]
@@ -66,9 +66,9 @@ def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.devic
 
 
 def _digest(function: Callable[..., Any]) -> str | None:
-    """Return a digest of a function: its file, its code, and what it was made with; None if there is no file.
+    """Return a digest of a function: its file, code, defaults and closure; None if there is no file.
 
-    A file that came from the Hub has its commit in its path, which stands for all files beside it, too.
+    A file from the Hub has its commit in its path, which identifies all files beside it, too.
     """
     inner: Any = inspect.unwrap(function)
     inner = getattr(inner, "__func__", inner)
@@ -90,10 +90,10 @@ def _digest(function: Callable[..., Any]) -> str | None:
 
 
 def _text(value: object) -> str:
-    """Return what a value looks like, the same in every process."""
+    """Return a text for a value that is the same in every process."""
     if inspect.iscode(value):
         return f"{value.co_code.hex()} {value.co_names} {[_text(const) for const in value.co_consts]}"
-    if isinstance(value, tuple):  # what can be changed may be, at every call
+    if isinstance(value, tuple):  # a mutable value may differ at every call
         return str([_text(item) for item in value])
     code = getattr(value, "__code__", None)
     return _text(code) if code is not None else repr(value) if isinstance(value, _SIMPLE) else source_label(type(value))
@@ -107,13 +107,13 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _folder() -> Path:
-    """Return where files are: beside the kernels of the Hub's client where somebody says where that is."""
+    """Return the folder of the files: beside the cache of the Hub's client, if a variable names one."""
     chosen = os.environ.get("KERNELS_CACHE") or os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME")
     return Path(chosen or Path.home() / ".cache").expanduser() / "kernels-core" / "probes"
 
 
 def _read(path: Path) -> ProbeReport | None:
-    """Read a report; one that cannot be read or understood counts as none, and is written anew."""
+    """Read a report; one that cannot be read or parsed is ignored, and will be written anew."""
     with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         data = json.loads(path.read_text())
         if data.pop("format") == FORMAT:

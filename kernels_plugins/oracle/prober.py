@@ -1,4 +1,4 @@
-"""Plugin `probe`: kernels are tried at their first call, and serve what they were seen to be able to do.
+"""Plugin `probe`: kernels are tried at their first call, and serve the calls that they proved to be capable of.
 
 While it is off, which is the default, nothing is put around anything and nothing is read.
 """
@@ -42,17 +42,17 @@ _lock = threading.Lock()
 _open = 0
 _busy: ContextVar[bool] = ContextVar("kernels_plugins_oracle_prober_busy", default=False)
 _kernels: weakref.WeakKeyDictionary[Any, KernelLayer] = weakref.WeakKeyDictionary()
-"""The class or function behind what is called, for what it declares."""
+"""The class or function behind each implementation, for its declarations."""
 
 
 class probing:  # noqa: N801 - a context manager that reads like a statement
-    """Try each kernel at its first eager call, and let it serve what it was seen to be able to do.
+    """Try each kernel at its first eager call, and let it serve the calls that it proves to be capable of.
 
     A kernel that loses gradients does not serve training then, one that cannot be traced does not serve
-    compiled calls, and one that is wrong serves nothing. Where a kernel declares otherwise, a warning says so.
-    What was found is remembered in a file for each kernel, version of PyTorch and kind of device. Counts for
-    the whole process while it is open. `KERNELS_PROBE=1` does the same; `KERNELS_PROBE=cached` uses what was
-    found before, and tries nothing.
+    compiled calls, and one that is wrong serves nothing. A kernel that declares otherwise causes a warning.
+    Results are kept in a file for each kernel, version of PyTorch and kind of device. Applies to the whole process
+    while it is open. `KERNELS_PROBE=1` does the same; `KERNELS_PROBE=cached` uses the results of earlier probes,
+    and tries nothing.
 
     Example:
         >>> with probing():
@@ -98,7 +98,7 @@ def _setting() -> str:
 
 @hookimpl
 def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> str | None:
-    """Refuse a kernel for what it was seen not to be able to do."""
+    """Refuse a kernel for calls that it proved to be incapable of."""
     if request.layer is None or _setting() == "off":
         return None
     from . import probe_cache
@@ -112,7 +112,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
 
 @hookimpl(wrapper=True)
 def kernels_resolve_forward(request: LayerRequest) -> Generator[None, Any, Any]:
-    """Tell what was found about what serves, for receipts."""
+    """Add the results of probes to the decision, for receipts."""
     resolution: Resolution | None = yield
     if resolution is None or resolution.implementation is None or request.layer is None or _setting() == "off":
         return resolution
@@ -121,13 +121,13 @@ def kernels_resolve_forward(request: LayerRequest) -> Generator[None, Any, Any]:
     report = probe_cache.find(probe_cache.key_of(request.layer, resolution.implementation, request.device))
     if report is None:
         return resolution
-    told = ", ".join(f"{'' if probe.ok else 'not '}{name}" for name, probe in report.probes.items())
-    return replace(resolution, checked={**resolution.checked, "probes": told})
+    results = ", ".join(f"{'' if probe.ok else 'not '}{name}" for name, probe in report.probes.items())
+    return replace(resolution, checked={**resolution.checked, "probes": results})
 
 
 @hookimpl
 def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward] | None:
-    """Look at the first call of a kernel that was not looked at."""
+    """Probe a kernel at its first call, unless it was probed before."""
     layer = resolution.request.layer
     if layer is None or resolution.implementation is None or _setting() != "on":
         return None
@@ -140,14 +140,14 @@ def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward]
 
 
 def _refusal(report: Any, mode: Mode) -> str | None:
-    """Return why a kernel does not serve calls of a mode."""
+    """Return why a kernel does not serve calls of a mode, or None."""
     needs = [("forward", "it was probed, and is wrong")]
     if Mode.TRAINING in mode:
         needs.append(("gradients", "it was probed, and cannot be trained with"))
     if Mode.TORCH_COMPILE in mode:
         needs.append(("compile", "it was probed, and cannot be traced without graph breaks"))
     failed = report.failed
-    return next((f"{what}: {failed[name]}" for name, what in needs if name in failed), None)
+    return next((f"{reason}: {failed[name]}" for name, reason in needs if name in failed), None)
 
 
 # --- The first call -------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
         finally:
             _busy.reset(token)
         probe_cache.keep(key, report)
-        _tell(resolution, report)
+        _report(resolution, report)
         _take_out(resolution, report)
         mode = Mode.TRAINING if torch.is_grad_enabled() and call.records else Mode.INFERENCE
         if _refusal(report, mode) is None:
@@ -199,14 +199,14 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
 
 
 def _next(resolution: Resolution, mode: Mode) -> Forward:
-    """Return what serves the call on which a kernel was refused; the next kernel is probed, too."""
+    """Return the forward for the call on which a kernel was refused; the next kernel is probed, too."""
     assert resolution.request.layer is not None
     decided = resolve(resolution.request.layer, device=resolution.request.device, mode=mode)
     return plugin_manager().wrap_forward(decided, serving_forward(decided))
 
 
 def _take_out(resolution: Resolution, report: Any) -> None:
-    """Put a kernel into quarantine for what it cannot do, also where `kernelize` has chosen it; decide anew."""
+    """Quarantine a kernel for calls that it is incapable of, also where `kernelize` has chosen it; decide anew."""
     layer, implementation = resolution.request.layer, resolution.implementation
     assert layer is not None and implementation is not None
     for mode in (Mode.INFERENCE, Mode.TRAINING):
@@ -219,8 +219,8 @@ def _take_out(resolution: Resolution, report: Any) -> None:
     forget()
 
 
-def _tell(resolution: Resolution, report: Any) -> None:
-    """Warn, once for each kernel, of what it cannot do, and of declarations that are wrong."""
+def _report(resolution: Resolution, report: Any) -> None:
+    """Warn, once for each kernel, of probes that failed, and of declarations that are wrong."""
     declares = {name: _declared(resolution, name) for name in ("has_backward", "can_torch_compile")}
     remarks = [f"{name}: {reason}" for name, reason in report.failed.items() if name not in ("gradients", "compile")]
     gradients, compiles = report.can("gradients"), report.can("compile")

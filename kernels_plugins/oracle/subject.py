@@ -44,7 +44,7 @@ def tried(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A candidate, with what is decided about it for each mode."""
+    """A candidate, with the decision about it for each mode."""
 
     candidate: Candidate
     decisions: Mapping[Mode, Resolution]
@@ -52,7 +52,7 @@ class _Kernel:
 
 @dataclass(frozen=True)
 class _Expected:
-    """What the reference does with a case."""
+    """A run of the reference, and the same in float64 if it can be run so."""
 
     run: Outcome
     exact: Outcome | None
@@ -69,7 +69,7 @@ class Subject:
         self.blank = VerifyRow(self.path, self.layer.name, "ok", device=str(self.device))
 
     def rows(self, *, derived: bool) -> Iterator[VerifyRow]:
-        """Yield what is found, with inputs derived from the given ones or without."""
+        """Yield the rows of the layer, with or without inputs derived from the given ones."""
         if not self._condition():
             yield replace(self.blank, verdict="no kernel", reason="its condition is not met, so none may serve it")
             return
@@ -105,7 +105,7 @@ class Subject:
         return bool(condition(*arguments, **(self.call.kwargs if self.layer.is_function else {})))
 
     def _kernels(self) -> Iterator[_Kernel]:
-        """Yield each candidate once, with what would be decided about it."""
+        """Yield each candidate once, with the decisions about it."""
         found: list[tuple[Candidate, dict[Mode, Resolution]]] = []
         for mode in self.modes:
             for candidate in find_candidates(self.layer, device=self.device, mode=mode)[0]:
@@ -149,12 +149,12 @@ class Subject:
     # --- Cases ----------------------------------------------------------------------------------
 
     def _undecided(self, case: Case) -> str | None:
-        """Return why the reference cannot tell what is right, None if it can."""
+        """Return why the reference cannot judge, None if it can."""
         try:
             first, second = (self._run(case, self.layer.reference, Mode.INFERENCE) for _ in range(2))
         except Exception as error:
             stop_if_broken(error)
-            return f"the reference fails: {_told(error)}"
+            return f"the reference fails: {_short(error)}"
         difference = compare(second.outputs, first.outputs)
         if difference.ok:
             return None
@@ -172,7 +172,7 @@ class Subject:
                 expected = self._expected(case, mode)
             except Exception as error:
                 stop_if_broken(error)
-                reason = f"the reference fails: {_told(error)}"
+                reason = f"the reference fails: {_short(error)}"
                 row = replace(self.blank, mode=str(mode.name).lower(), case=case.name, dtype=_dtype(case.call))
                 yield replace(row, verdict="undecided" if case.given else "skipped", reason=reason)
                 continue
@@ -210,7 +210,7 @@ class Subject:
             again = self._run(case, implementation, mode) if case.given else None
         except Exception as error:
             stop_if_broken(error)
-            yield replace(row, verdict="failed", reason=f"it raises {_told(error)}")
+            yield replace(row, verdict="failed", reason=f"it raises {_short(error)}")
             return
         draws = (
             "; the reference draws random numbers: a kernel that draws others differs" if expected.run.random else ""
@@ -234,7 +234,7 @@ class Subject:
             yield replace(row, subject="changes", verdict="wrong", reason=reason)
 
 
-def _told(error: Exception) -> str:
+def _short(error: Exception) -> str:
     """Name an error; PyTorch may list every kernel of an operator below an empty line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10) * 2)[0] or 'no message'}"
 
@@ -255,16 +255,18 @@ def _gradient(
 
 
 def _changes(run: Outcome, expected: Outcome, tolerances: Tolerances | None) -> str:
-    """Return what a kernel changes otherwise than the reference does; empty if nothing."""
-    told = [f"it changes {name}, which the reference leaves as it is" for name in run.mutated.keys() - expected.mutated]
-    told += [f"it does not change {name}, as the reference does" for name in expected.mutated.keys() - run.mutated]
+    """Return the changes that a kernel makes and the reference does not, or the reverse; empty if there are none."""
+    found = [
+        f"it changes {name}, which the reference leaves as it is" for name in run.mutated.keys() - expected.mutated
+    ]
+    found += [f"it does not change {name}, as the reference does" for name in expected.mutated.keys() - run.mutated]
     for name in run.mutated.keys() & expected.mutated.keys():
         difference = compare(run.mutated[name], expected.mutated[name], tolerances=tolerances)
         if not difference.ok:
-            told.append(f"it changes {name} otherwise: {difference}")
+            found.append(f"it changes {name} otherwise: {difference}")
     kept = set(run.attributes) - set(expected.attributes)
-    told += [f"it keeps something on the module, which the reference does not: {name}" for name in kept]
-    return "; ".join(sorted(told))
+    found += [f"it keeps something on the module, which the reference does not: {name}" for name in kept]
+    return "; ".join(sorted(found))
 
 
 def _with(row: VerifyRow, comparison: Comparison, remark: str = "") -> VerifyRow:
@@ -289,7 +291,7 @@ def _with(row: VerifyRow, comparison: Comparison, remark: str = "") -> VerifyRow
 
 
 def _is_near(outputs: Any, exact: Any) -> bool:
-    """Whether what came out in float64 is the same but for rounding: a layer may draw other random numbers in it."""
+    """Whether outputs in float64 are the same but for rounding: a layer may draw other random numbers in float64."""
     dtypes = []
     mapped(outputs, lambda _, leaf: dtypes.append(getattr(leaf, "dtype", None)))
     remaining = iter(dtypes)
@@ -311,7 +313,7 @@ def stop_if_broken(error: Exception) -> None:
     broken = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
     if broken and not isinstance(error, torch.OutOfMemoryError):
         raise VerificationError(
-            f"The device failed, and what runs on it afterwards means nothing: {error}. Start a new process; with "
-            "CUDA_LAUNCH_BLOCKING=1, it tells which kernel it was.",
+            f"The device failed, so no later result on it is valid: {error}. Start a new process; with "
+            "CUDA_LAUNCH_BLOCKING=1, the error comes from the kernel that failed.",
             rows=(),
         ) from error

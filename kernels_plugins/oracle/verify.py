@@ -1,4 +1,4 @@
-"""Hold every kernel that is offered for a layer to the layer's own forward: `verify`."""
+"""`verify`: every kernel that is offered for a layer, compared with the layer's own forward."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def verify(
     Args:
         model_or_layer: A model, which runs once on its references, so that the inputs of its layers are known;
             or a decorated layer or function.
-        *inputs: What to call it with.
+        *inputs: Its positional arguments.
         gradients: Whether to compare training, too: outputs, and the gradients of inputs and parameters.
         tolerances: Relative and absolute tolerance, or these per dtype; by default those of `torch.testing`,
             around a reference in float64 where the layer can be run in it.
-        **named_inputs: What to call it with, by name.
+        **named_inputs: Its keyword arguments.
 
     Returns:
         A report with a row for each comparison.
@@ -92,7 +92,7 @@ def verify(
 
 
 def _check_tolerances(tolerances: Any) -> None:
-    """Say what is no tolerance before anything runs."""
+    """Refuse invalid tolerances before anything runs."""
     if tolerances is None:
         return
     for dtype, pair in tolerances.items() if isinstance(tolerances, Mapping) else [(torch.float32, tolerances)]:
@@ -106,18 +106,18 @@ def _check_tolerances(tolerances: Any) -> None:
 
 
 def _check_devices(call: Call) -> None:
-    """Say where inputs and model are not in one place: PyTorch's own message names neither."""
+    """Refuse inputs and models on different devices: PyTorch's own message names neither."""
     where = {name: tensor.device for name, tensor in call.inputs.items() if tensor.dim()}
     state = (
         {t.device for t in (*call.module.parameters(), *call.module.buffers())} if call.module is not None else set()
     )
     strangers = {name: device for name, device in where.items() if len(state) == 1 and device not in state}
     if strangers:
-        told = ", ".join(f"{name} on {device}" for name, device in strangers.items())
-        raise ArgumentError(f"The model is on {state.pop()}, but its inputs are not: {told}. Move one to the other.")
+        places = ", ".join(f"{name} on {device}" for name, device in strangers.items())
+        raise ArgumentError(f"The model is on {state.pop()}, but its inputs are not: {places}. Move one to the other.")
     if call.module is None and len(set(where.values())) > 1:
-        told = ", ".join(f"{name} on {device}" for name, device in where.items())
-        raise ArgumentError(f"The inputs are on several devices: {told}. Move them to one.")
+        places = ", ".join(f"{name} on {device}" for name, device in where.items())
+        raise ArgumentError(f"The inputs are on several devices: {places}. Move them to one.")
 
 
 def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
@@ -131,6 +131,6 @@ def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
             model(*call.args, **call.kwargs)
         except Exception as error:
             raise ArgumentError(
-                f"The model cannot be run with these inputs, on its references alone: {type(error).__name__}: {error}"
+                f"The model cannot be run with these inputs, on its references: {type(error).__name__}: {error}"
             ) from error
     return calls

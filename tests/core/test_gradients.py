@@ -21,7 +21,7 @@ from kernels_core import (
     resolve,
     use_kernel_forward_from_hub,
 )
-from kernels_core.guards.gradients import _PATIENCE
+from kernels_core.guards.gradients import _CALLS_WITHOUT_NEWS
 from kernels_plugins.mapping import use_kernel_mapping
 
 Forward = Callable[..., Any]
@@ -372,7 +372,7 @@ def test_nothing_is_left_after_a_hundred_calls_that_bring_nothing_new() -> None:
     for _ in range(200):
         layer(ones())
     layer.weight.requires_grad_()
-    for number in range(1 + _PATIENCE):
+    for number in range(1 + _CALLS_WITHOUT_NEWS):
         assert type(layer).forward is not kernel, number
         layer(ones())
     assert type(layer).forward is kernel
