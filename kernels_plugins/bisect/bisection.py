@@ -123,9 +123,9 @@ def _noise(
     if allowed.is_exceeded(again, first):
         raise BisectError(
             f"The model is not deterministic: evaluated twice with {setup}, with the same random numbers, the metric "
-            f"is {first}, and then {again}. That is a difference of {noise:.3g}, and {allowed} is allowed. Look for state "
-            "in layers or in the metric (caches, counters), call torch.use_deterministic_algorithms(True), or allow "
-            "more.",
+            f"is {first}, and then {again}. That is a difference of {noise:.3g}, and {allowed} is allowed. Look for "
+            "state in layers or in the metric (caches, counters), call torch.use_deterministic_algorithms(True), or "
+            "allow more.",
             evaluation=evaluations.count,
             paths=paths,
         )
