@@ -435,7 +435,7 @@ def serve() -> None:
     _functions.extend(
         found
         for found in gc.get_objects()
-        if isinstance(found, types.FunctionType) and (found.__module__ or "").partition(".")[0] == "torch"
+        if type(found) is types.FunctionType and (found.__module__ or "").partition(".")[0] == "torch"
     )
     for line in sys.stdin:
         reading, writing = os.pipe()
