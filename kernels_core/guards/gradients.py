@@ -103,9 +103,12 @@ def _has_trainable_attribute(module: torch.nn.Module) -> bool:
     """
     for held in gc.get_referents(module):
         kind = type(held)
-        if kind not in _HOLD_NO_TENSOR:
-            for value in held.values() if kind is dict else (held,):
-                if isinstance(value, torch.Tensor) and value.requires_grad:
+        if kind in _HOLD_NO_TENSOR:
+            continue
+        # With Python 3.10, or once something asked for `__dict__`, the module refers to that one.
+        for value in held.values() if kind is dict and "_parameters" in held else (held,):
+            for item in value.values() if type(value) is dict else (value,):
+                if isinstance(item, torch.Tensor) and item.requires_grad:
                     return True
     return False
 
@@ -218,7 +221,7 @@ def _candidates(
 
 
 def _candidates_of(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor | None]]:
-    attributes = vars(module) if _has_trainable_attribute(module) else {}
+    attributes = dict(_attributes(module)) if _has_trainable_attribute(module) else {}
     for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", attributes)):
         for name, tensor in tensors.items():
             if kind == "parameter" or (isinstance(tensor, torch.Tensor) and tensor.requires_grad):
@@ -226,6 +229,15 @@ def _candidates_of(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, 
     for name, child in module._modules.items():
         if child is not None:
             yield from _candidates_of(child, f"{prefix}{name}.")
+
+
+def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the plain attributes of a module, and the items of dictionaries among them."""
+    for name, held in vars(module).items():
+        if type(held) is not dict:
+            yield name, held
+        elif name not in ("_parameters", "_buffers", "_modules"):
+            yield from ((f"{name}[{key!r}]", item) for key, item in held.items())
 
 
 def _may_require_grad(value: Any) -> bool:

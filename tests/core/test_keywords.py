@@ -60,24 +60,24 @@ def test_keyword_only_parameters_arrive(forward: Callable[..., Any], has_backwar
     assert Keywords.forward.__kwdefaults__ == {"scale": 2.0, "shift": 0.5}
 
 
-# --- Nothing packed: keywords are passed on as positions ------------------------------------------
+# --- Nothing packed: neither *args nor **kwargs ---------------------------------------------------
 
 
-@use_kernel_forward_from_hub("Flat")
-class Flat(nn.Module):
+@use_kernel_forward_from_hub("Unpacked")
+class Unpacked(nn.Module):
     def forward(self, x: torch.Tensor, *, scale: float = 2.0, shift: float = 0.5) -> Any:
         return x * scale + shift
 
 
-def flat(self: nn.Module, x: torch.Tensor, *, scale: float = 9, shift: float = 9) -> Any:
+def unpacked(self: nn.Module, x: torch.Tensor, *, scale: float = 9, shift: float = 9) -> Any:
     return 10 * (x * scale + shift)
 
 
-def flat_reordered(self: nn.Module, x: torch.Tensor, *, shift: float, scale: float) -> Any:
+def unpacked_reordered(self: nn.Module, x: torch.Tensor, *, shift: float, scale: float) -> Any:
     return 10 * (x * scale + shift)
 
 
-def flat_closure() -> Callable[..., Any]:
+def unpacked_closure() -> Callable[..., Any]:
     ten = 10
 
     def forward(self: nn.Module, x: torch.Tensor, *, scale: float = 9, shift: float = 9) -> Any:
@@ -86,26 +86,26 @@ def flat_closure() -> Callable[..., Any]:
     return forward
 
 
-@functools.wraps(flat)
-def flat_wrapped(*args: Any, **kwargs: Any) -> Any:
-    return flat(*args, **kwargs)
+@functools.wraps(unpacked)
+def unpacked_wrapped(*args: Any, **kwargs: Any) -> Any:
+    return unpacked(*args, **kwargs)
 
 
-FLAT = [flat, flat_reordered, flat_closure(), flat_wrapped]
+UNPACKED = [unpacked, unpacked_reordered, unpacked_closure(), unpacked_wrapped]
 
 
-def flat_kernel(forward: Callable[..., Any], **declarations: bool) -> use_kernel_mapping:
-    return use_kernel_mapping({"Flat": {"cpu": type("Kernel", (nn.Module,), {"forward": forward, **declarations})}})
+def unpacked_kernel(forward: Callable[..., Any], **declarations: bool) -> use_kernel_mapping:
+    return use_kernel_mapping({"Unpacked": {"cpu": type("Kernel", (nn.Module,), {"forward": forward, **declarations})}})
 
 
-@pytest.mark.parametrize("forward", FLAT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("forward", UNPACKED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("has_backward", [True, False])
 @pytest.mark.parametrize("first", [X, X.clone().requires_grad_()], ids=["plain", "recorded"])
-def test_flat_keywords_arrive(forward: Callable[..., Any], has_backward: bool, first: torch.Tensor) -> None:
+def test_unpacked_keywords_arrive(forward: Callable[..., Any], has_backward: bool, first: torch.Tensor) -> None:
     """Defaults are the reference's and keywords go to their names, before and after a kernel has trained."""
-    layer = Flat()
+    layer = Unpacked()
     factor = 1 if first.requires_grad and not has_backward else 10
-    with flat_kernel(forward, has_backward=has_backward):
+    with unpacked_kernel(forward, has_backward=has_backward):
         for _ in range(3):
             assert layer(first).item() == factor * 2.5
             assert layer(first, shift=1.0).item() == factor * 3.0
@@ -115,10 +115,10 @@ def test_flat_keywords_arrive(forward: Callable[..., Any], has_backward: bool, f
     assert layer(first, scale=3.0).item() == 3.5
 
 
-def test_flat_keywords_the_long_way() -> None:
+def test_unpacked_keywords_the_long_way() -> None:
     """A tensor inside of a list, one on another device, and none at all: the same keywords arrive."""
 
-    @use_kernel_forward_from_hub("FlatList")
+    @use_kernel_forward_from_hub("UnpackedList")
     class Layer(nn.Module):
         def forward(self, xs: Any, *, scale: float = 2.0, shift: float = 0.5) -> Any:
             return "reference", scale, shift
@@ -127,30 +127,30 @@ def test_flat_keywords_the_long_way() -> None:
         def forward(self, xs: Any, *, scale: float = 2.0, shift: float = 0.5) -> Any:
             return "kernel", scale, shift
 
-    with use_kernel_mapping({"FlatList": {"cpu": Kernel}}):
+    with use_kernel_mapping({"UnpackedList": {"cpu": Kernel}}):
         for _ in range(2):
             assert Layer()([X], shift=1.0) == ("kernel", 2.0, 1.0)
             assert Layer()(torch.ones(1, device="meta"), scale=3.0) == ("reference", 3.0, 0.5)
             assert Layer()(None, scale=3.0) == ("reference", 3.0, 0.5)
 
 
-def test_flat_keywords_of_a_function() -> None:
+def test_unpacked_keywords_of_a_function() -> None:
     """A decorated function, too."""
 
-    @use_kernel_forward_from_hub("flat_function")
+    @use_kernel_forward_from_hub("unpacked_function")
     def function(x: torch.Tensor, *, scale: float = 2.0) -> Any:
         return x * scale
 
     def kernel(x: torch.Tensor, *, scale: float = 9.0) -> Any:
         return 10 * (x * scale)
 
-    with use_kernel_mapping({"flat_function": {"cpu": kernel}}):
+    with use_kernel_mapping({"unpacked_function": {"cpu": kernel}}):
         assert [function(X).item(), function(X, scale=3.0).item()] == [20.0, 30.0]
         assert torch.compile(function, backend="eager")(X, scale=3.0).item() == 3.0  # not declared to be traceable
 
 
 @pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
-def test_flat_keywords_where_a_kernel_is_taken_out() -> None:
+def test_unpacked_keywords_where_a_kernel_is_taken_out() -> None:
     """The reference gets the keywords when a kernel raises, and when one loses gradients."""
 
     def raises(self: Any, x: torch.Tensor, *, scale: float = 2.0, shift: float = 0.5) -> Any:
@@ -161,16 +161,16 @@ def test_flat_keywords_where_a_kernel_is_taken_out() -> None:
 
     for forward in (raises, loses):
         x = torch.ones(1, requires_grad=True)
-        with flat_kernel(forward):
-            layer = Flat()
+        with unpacked_kernel(forward):
+            layer = Unpacked()
             for _ in range(2):
                 output = layer(x, shift=1.0)
                 assert output.item() == 3.0 and output.requires_grad
         release()
 
 
-def test_flat_keywords_through_a_wrapper(isolated_plugins: PluginManager, mapping_plugin: object) -> None:
-    """What a plugin puts around a kernel is called with keywords, as ever."""
+def test_unpacked_keywords_through_a_wrapper(isolated_plugins: PluginManager, mapping_plugin: object) -> None:
+    """A wrapper that a plugin puts around a kernel is called with keywords."""
     seen: list[Any] = []
 
     class Plugin:
@@ -186,7 +186,7 @@ def test_flat_keywords_through_a_wrapper(isolated_plugins: PluginManager, mappin
             return wrap
 
     isolated_plugins.register(Plugin(), "around")
-    with flat_kernel(flat), warnings.catch_warnings():
+    with unpacked_kernel(unpacked), warnings.catch_warnings():
         warnings.simplefilter("error", KernelsWarning)
-        assert [Flat()(X).item(), Flat()(X, scale=3.0).item()] == [25.0, 35.0]
+        assert [Unpacked()(X).item(), Unpacked()(X, scale=3.0).item()] == [25.0, 35.0]
     assert seen == [(2, ["scale", "shift"])] * 2
