@@ -109,8 +109,8 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks, against Hugging Face `kernels` where that does the same."""
-    install(session, "numpy", KERNELS)
+    """Run the benchmarks, against Hugging Face `kernels` where that does the same, and in models of transformers."""
+    install(session, "numpy", "transformers", KERNELS)
     session.run("python", "benchmarks/run.py", *session.posargs)
 
 

@@ -13,9 +13,11 @@ from torch import nn
 from kernels_core import Mode, use_kernel_forward_from_hub
 from kernels_plugins import use_kernel_mapping
 
-PLAIN, HOP = "undecorated module", "one hop by hand"
+PLAIN, HOP, NORM = "undecorated module", "one hop by hand", "undecorated module that reads its weight"
 LIMIT, GOAL = 1.30, 1.20
 HOP_LIMIT, HOP_GOAL = 1.10, 1.00
+UNPROVEN_LIMIT, UNPROVEN_GOAL = 1.45, 1.30
+GOALS = {LIMIT: GOAL, HOP_LIMIT: HOP_GOAL, UNPROVEN_LIMIT: UNPROVEN_GOAL}
 COPIES = 3
 
 
@@ -89,6 +91,26 @@ class DefaultedKernel(Defaulted):
         return x
 
 
+class Weighted(nn.Module):
+    """A layer that reads its weight, undecorated."""
+
+    weight: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` times the weight."""
+        return x * self.weight
+
+
+class WeightedKernel(Weighted):
+    """A kernel for it that serves in every mode."""
+
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` times the weight."""
+        return x * self.weight
+
+
 class Hop(nn.Module):
     """What one would write by hand: forward to a stored bound method."""
 
@@ -106,6 +128,12 @@ def decorated(base: type[nn.Module], name: str) -> nn.Module:
     """Return an instance of a fresh class, decorated with `name`, whose reference is that of `base`."""
     fresh = type(name, (nn.Module,), {"forward": base.forward})
     return use_kernel_forward_from_hub(name)(fresh)()
+
+
+def frozen(module: nn.Module, device: str) -> nn.Module:
+    """Give a module a weight that does not require grad."""
+    module.weight = nn.Parameter(torch.ones(2, device=device), requires_grad=False)
+    return module
 
 
 def plain_function(x: torch.Tensor) -> torch.Tensor:
@@ -142,7 +170,7 @@ def on_device(device: str) -> Iterator[Row]:
     def row(
         subject: str, taken: dict[str, float], key: str, peer: str, peer_key: str, limit: float | None = None
     ) -> Row:
-        goal = {LIMIT: GOAL, HOP_LIMIT: HOP_GOAL}[limit] if limit else None
+        goal = GOALS[limit] if limit else None
         return Row(
             "eager", f"{subject} ({device})", taken[key], "ns", peer, taken[peer_key], limit, goal, judge="ratio"
         )
@@ -167,7 +195,15 @@ def on_device(device: str) -> Iterator[Row]:
     yield row("kernel not for compile, nothing requires grad", times_grad, "uncompiled", PLAIN, "plain")
     yield row("kernel not for compile, x requires grad", times_requires, "uncompiled", PLAIN, "plain")
     yield row("identity layer that was compiled cold", best["cold"], "cold", PLAIN, "plain")
-    yield row("kernel that never trained, no_grad", best["unproven"], "unproven", PLAIN, "plain")
+    unproven = "kernel that never trained"
+    for state in ("no parameters", "frozen parameter"):
+        yield row(f"{unproven}, {state}, no_grad", best["unproven_no_grad"], state, PLAIN, "plain", LIMIT)
+        limit = UNPROVEN_LIMIT
+        yield row(f"{unproven}, {state}, gradients enabled", best["unproven_grad"], state, PLAIN, "plain", limit)
+    for mode in ("no_grad", "gradients enabled"):
+        taken = best["unproven_norm_no_grad" if mode == "no_grad" else "unproven_norm_grad"]
+        limit = LIMIT if mode == "no_grad" else UNPROVEN_LIMIT
+        yield row(f"{unproven}, frozen weight that its forward reads, {mode}", taken, "norm", NORM, "plain", limit)
 
 
 def _copy(device: str) -> dict[str, dict[str, float]]:
@@ -178,6 +214,7 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
         "bench_scaled": {device: ScaledKernel},
         "bench_defaulted": {device: DefaultedKernel},
         "bench_function": {device: function_kernel},
+        "bench_weighted": {device: WeightedKernel},
         "bench_cold": {device: IdentityKernel},
         "bench_uncompiled": {device: UncompiledKernel},
         "bench_modes": {device: {Mode.INFERENCE: InferenceKernel, Mode.TRAINING: IdentityKernel}},
@@ -200,13 +237,18 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
     }
     with use_kernel_mapping(names), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bench_uncompiled: refused where calls are traced
-        unproven = decorated(Identity, "bench_identity")
-        with torch.no_grad():
-            taken_unproven = _times(x, {"plain": plain, "unproven": unproven})
+        taken = {}
+        unproven = {"plain": plain, "no parameters": decorated(Identity, "bench_identity")}
+        unproven["frozen parameter"] = frozen(decorated(Identity, "bench_identity"), device)
+        norms = {"plain": frozen(Weighted(), device), "norm": frozen(decorated(Weighted, "bench_weighted"), device)}
+        for name, enabled in (("no_grad", False), ("grad", True)):
+            with torch.set_grad_enabled(enabled):
+                taken[f"unproven_{name}"] = _times(x, unproven)
+                taken[f"unproven_norm_{name}"] = _times(x, norms)
         recorded = x.clone().requires_grad_()
         for call in (*calls.values(), *scaled.values(), *defaulted.values(), function, *mode_calls.values()):
             call(recorded)  # from here on, kernels are known to keep gradients
-        taken = {
+        taken |= {
             "identity": _times(x, calls),
             "keywords": _times(x, scaled, "call(x, scale=2.0, eps=1e-5)"),
             "defaults": _times(x, scaled),
@@ -222,7 +264,6 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
         torch.compile(cold, backend="eager", fullgraph=True)(x)  # traced before any eager call
         cold(recorded)
         taken["cold"] = _times(x, {"plain": plain, "cold": cold})
-        taken["unproven"] = taken_unproven
     return taken
 
 

@@ -1,7 +1,8 @@
 """Measure kernels-core: `python benchmarks/run.py [--only NAME] [--json FILE] [--markdown]`.
 
 Exits with 1 if a limit is broken. Limits are for the machine at hand: ratios are taken between subjects that were
-timed in turns. With Hugging Face `kernels` installed, scopes and `kernelize` are compared with it.
+timed in turns. With Hugging Face `kernels` installed, scopes and `kernelize` are compared with it; with transformers,
+calls are also timed inside of its Llama.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import canary
 import cold
 import compiled
 import eager
+import in_model
+import in_place
 import kernelize
 import scope
 import startup
@@ -35,6 +38,8 @@ import kernels_plugins.mapping
 
 BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "eager": eager.run,
+    "in_place": in_place.run,
+    "in_model": in_model.run,
     "compiled": compiled.run,
     "kernelize": kernelize.run,
     "scope": scope.run,

@@ -14,14 +14,14 @@ def forward(self, x, eps=1e-6):
         if not x.is_cpu:
             kernel = cold(self, (x, eps))
         if unproven and autograd_may_record(self, x, eps):
-            kernel = proving(kernel)
+            kernel = find_proving(kernel) or kernel
     except absent:
         kernel = cold(self, (x, eps))
     return kernel(self, x, eps)
 ```
 
-Only Dynamo finds the first condition true, so eager and traced calls never meet: `cold` resolves
-and publishes, `traced_kernel` reads a property that resolves by itself (`scope.FrameTable`).
+Only tracers find the first condition true, so eager and traced calls never meet: `cold` resolves and publishes,
+`traced_kernel` reads a property that resolves by itself (`scope.FrameTable`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,15 @@ from .environment import mapping_disabled
 from .errors import NoKernelError
 from .forward_source import PLAIN, ForwardSource, read_parameters, set_defaults
 from .guards.breaker import stand_in
-from .guards.gradients import has_trainable, is_recorded, needs_proof, records_autograd, requires_grad
-from .guards.proof import reads_module, until_proven
+from .guards.gradients import (
+    has_trainable,
+    is_recorded,
+    needs_proof,
+    reads_trainable,
+    records_autograd,
+    requires_grad,
+)
+from .guards.proof import read_attributes, until_proven
 from .layer import Layer
 from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
@@ -91,12 +98,8 @@ def adapted(layer: Layer, kernel: Forward) -> Forward:
 def proved(layer: Layer, kernel: Forward, proving: Forward) -> Forward:
     """Return a function that calls a kernel, and the one that proves it where autograd may record a call."""
     dispatcher = _Dispatcher(layer)
-    function = dispatcher.generate(
-        "proved",
-        dispatcher.source.proved(),
-        _kernels_kernel=kernel,
-        _kernels_proving=proving,
-    )
+    names: dict[str, Any] = {"_kernels_kernel": kernel, "_kernels_proving": proving}
+    function = dispatcher.generate("proved", dispatcher.source.proved(), **names)
     return functools.update_wrapper(function, kernel)
 
 
@@ -116,7 +119,7 @@ def dispatched_layer(forward: object) -> Layer | None:
 
 
 def _discard(names: set[str], files: set[str]) -> None:
-    """Drop the names and texts that the process keeps for a layer whose forward is gone."""
+    """Drop the names and texts of a layer whose forward is gone."""
     withdraw(names)
     for file in files:
         linecache.cache.pop(file, None)
@@ -127,8 +130,10 @@ class _Dispatcher:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
+        names = read_attributes(layer)
+        self._reads_trainable = has_trainable if names is None else functools.partial(reads_trainable, names)
         self.source = ForwardSource(
-            read_parameters(layer.reference), layer.is_function, reads_module(layer), IS_TRACED, FORWARD_LEVEL
+            read_parameters(layer.reference), layer.is_function, names != frozenset(), IS_TRACED, FORWARD_LEVEL
         )
         self._names: dict[torch.device, str] = {}
         self._tables: dict[str, FrameTable] = {}
@@ -161,7 +166,7 @@ class _Dispatcher:
         known: Forward | None = getattr(frame, name, None)
         if known is not None:
             return known, self._find_proving(known)
-        # A plugin calls a decorated layer (no recursion, and no lock to wait for), or another thread takes too long.
+        # A plugin calls a decorated layer: no recursion, and no lock to wait for. Or another thread takes too long.
         if resolving.get() or not self._busy.acquire(timeout=PATIENCE):
             return self.layer.reference, None
         try:  # eight threads, one resolution
@@ -230,12 +235,9 @@ class _Dispatcher:
         return proving
 
     def _find_proving(self, kernel: Forward) -> Forward | None:
+        """Return the function that proves a kernel; None if it is proven."""
         reference = self._unproven.get(id(kernel))
         return reference() if reference is not None else None
-
-    def _proving(self, kernel: Forward) -> Forward:
-        """Return the function that proves a kernel; the kernel itself if it is proven."""
-        return self._find_proving(kernel) or kernel
 
     def _refusing(self, resolution: Resolution) -> Forward:
         """Return the function that raises, where the reference must not serve."""
@@ -365,7 +367,8 @@ class _Dispatcher:
         """Compile a text of `forward_source`, and show it to debuggers and tracebacks."""
         scope: dict[str, Any] = {  # no __name__: Dynamo would look names up in that module
             **_SHARED_NAMES,
-            "_kernels_proving": self._proving,
+            "_kernels_find_proving": self._find_proving,
+            "_kernels_reads_trainable": self._reads_trainable,
             "_kernels_unproven": self._unproven,
             **names,
         }

@@ -51,7 +51,7 @@ _FIND = """\
 try:
     {answer}
     if _kernels_unproven and {records}:
-        _kernel = _kernels_proving(_kernel)
+        _kernel = _kernels_find_proving(_kernel) or _kernel
 except _kernels_absent:
     _kernel = _kernels_cold({module}, {values})
 """
@@ -96,7 +96,7 @@ def select{signature}:
     _kernel_name = {training!r} if _kernel_recorded else {inference!r}
     _kernel = _kernels_getattr(_kernels_frame(), _kernel_name, None) or _kernels_published(_kernel_name)
     if _kernel_recorded and _kernels_unproven:
-        _kernel = _kernels_proving(_kernel)
+        _kernel = _kernels_find_proving(_kernel) or _kernel
     return _kernel({call})
 """
 
@@ -144,7 +144,7 @@ class ForwardSource:
         pieces = {**self._pieces, "layer": layer, "accelerator": accelerator, "first": self._first}
         pieces["on_cpu"] = _ON_CPU.format(**pieces)
         pieces["answer"] = pieces["on_cpu"] if accelerator is None else _fill(_ON_ACCELERATOR, pieces)
-        pieces["records"] = self._records(exact=self.reads_module, first_is_tensor=True)
+        pieces["records"] = self._records(exact=False, first_is_tensor=True)
         pieces["find"] = _fill(_FIND if self._first is not None else _FIND_WITHOUT_ARGUMENTS, pieces)
         pieces["condition"] = ""
         if has_condition:
@@ -155,7 +155,7 @@ class ForwardSource:
 
     def proved(self) -> str:
         """Write the function that calls a kernel, or `_kernels_proving` where autograd may record the call."""
-        return _fill(_PROVED, {**self._pieces, "records": self._records(exact=self.reads_module)})
+        return _fill(_PROVED, {**self._pieces, "records": self._records(exact=False)})
 
     def select(self, inference: str, training: str) -> str:
         """Write the function that calls one of two kernels, by mode; the arguments are attributes of a frame."""
@@ -239,7 +239,8 @@ class ForwardSource:
     def _records(self, *, exact: bool, first_is_tensor: bool = False) -> str:
         """Write a test whether autograd records a call, cheapest questions first.
 
-        Where it need not be exact, the arguments decide, and the gradient mode is not asked if that takes longer.
+        Where it need not be exact, only tensors that the reference may use are asked, and the gradient mode is not if
+        that takes longer.
         """
         packed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         if self.parameters is None or self._first is None or any(p.kind in packed for p in self.parameters):
@@ -253,10 +254,10 @@ class ForwardSource:
             else:
                 asked = f"{p.name}.requires_grad if {p.name}.__class__ is _kernels_tensor"
                 tests.append(f"({asked} else _kernels_requires_grad({p.name}))")
-        if exact and not self.is_function:
-            tests.append(f"_kernels_has_trainable({self.module})")
+        if not self.is_function and (exact or self.reads_module):
+            tests.append(f"_kernels_{'has' if exact else 'reads'}_trainable({self.module})")
         only_first = all(type(p.default) in PLAIN and p.default is not None for p in self._arguments[1:])
-        mode = "" if only_first and not exact else "_kernels_grad() and "
+        mode = "" if only_first and not exact and not self.reads_module else "_kernels_grad() and "
         joined = "\n    or ".join(tests)
         return f"{mode}(\n    {joined}\n)"
 

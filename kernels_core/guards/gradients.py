@@ -92,7 +92,25 @@ def has_trainable(module: torch.nn.Module) -> bool:
         for tensor in module.__dict__.values():
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 return True
-    return any(child is not None and has_trainable(child) for child in module._modules.values())
+    children = module._modules
+    return bool(children) and any(child is not None and has_trainable(child) for child in children.values())
+
+
+def reads_trainable(names: Iterable[str], module: torch.nn.Module) -> bool:
+    """Do the same for some attributes of a module; where one is neither a plain value nor a parameter, for all."""
+    parameters = module._parameters
+    if not parameters:
+        return has_trainable(module)
+    attributes = module.__dict__  # to register a parameter has made it
+    for name in names:
+        value = attributes[name] if name in attributes else parameters.get(name, module)
+        if type(value) in PLAIN:
+            continue
+        if not isinstance(value, torch.Tensor):
+            return has_trainable(module)
+        if value.requires_grad:
+            return True
+    return False
 
 
 def _has_trainable_attribute(module: torch.nn.Module) -> bool:
@@ -101,15 +119,19 @@ def _has_trainable_attribute(module: torch.nn.Module) -> bool:
     Asks the garbage collector for what the module refers to. From Python 3.11 on, to ask for `__dict__` would make one,
     and reading an attribute of the module would be slower ever after.
     """
-    for held in gc.get_referents(module):
-        kind = type(held)
-        if kind in _HOLD_NO_TENSOR:
+    return _holds_trainable(gc.get_referents(module), 2)  # 2: a module may refer to its `__dict__` only
+
+
+def _holds_trainable(values: Iterable[Any], depth: int) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind in _HOLD_NO_TENSOR:  # `isinstance` takes four times as long
             continue
-        # With Python 3.10, or once something asked for `__dict__`, the module refers to that one.
-        for value in held.values() if kind is dict and "_parameters" in held else (held,):
-            for item in value.values() if type(value) is dict else (value,):
-                if isinstance(item, torch.Tensor) and item.requires_grad:
-                    return True
+        if kind is dict:
+            if depth and _holds_trainable(value.values(), depth - 1):
+                return True
+        elif isinstance(value, torch.Tensor) and value.requires_grad:
+            return True
     return False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -86,18 +87,30 @@ def _arguments(
     return module, tuple(values)
 
 
-def reads_module(layer: Layer) -> bool:
-    """Whether the reference of a layer may read tensors of its module.
+def read_attributes(layer: Layer) -> frozenset[str] | None:
+    """Return the names of the attributes that the reference of a layer reads of its module; None if it may read any.
 
-    Where it does not, only the arguments of a call have gradients that a kernel could lose.
+    A kernel can lose only a gradient that the reference has, so these and the arguments are all that a check must ask.
+    Reads the byte code: the module may only be used to read or to set an attribute.
     """
+    reference = layer.reference
     if layer.is_function:
-        return False
-    if type(layer.reference) is not types.FunctionType or layer.reference.__code__.co_argcount == 0:
-        return True
-    code = layer.reference.__code__
+        return frozenset()
+    if type(reference) is not types.FunctionType or reference.__code__.co_argcount == 0:
+        return None
+    code = reference.__code__
     if _FINDS_LOCALS.intersection(code.co_names):
-        return True
-    first = code.co_varnames[0]  # a closure over it makes it a cell, which is loaded, too
-    loaded = (each.argval for each in dis.get_instructions(code))
-    return any(first == name or (isinstance(name, tuple) and first in name) for name in loaded)
+        return None
+    module, names = code.co_varnames[0], set()
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    for step, following in itertools.pairwise([*steps, steps[-1]]):
+        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)  # from Python 3.13 on, two at once
+        if module not in loaded:
+            continue
+        if "LOAD_FAST" not in step.opname or loaded.index(module) != len(loaded) - 1:
+            return None  # such as that of a closure
+        if following.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            names.add(following.argval)
+        elif following.opname != "STORE_ATTR":
+            return None
+    return frozenset(names)

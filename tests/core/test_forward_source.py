@@ -18,7 +18,7 @@ from torch import nn
 from kernels_core import decorated_layer, forward_source, use_kernel_forward_from_hub
 from kernels_core.forward_source import PLAIN, ForwardSource, read_parameters
 from kernels_core.guards.gradients import is_recorded, requires_grad
-from kernels_core.guards.proof import reads_module
+from kernels_core.guards.proof import read_attributes
 
 from .test_signature import build, calls, same, signatures
 
@@ -96,6 +96,7 @@ def compiled(text: str, **names: Any) -> Any:
         "_kernels_getattr": getattr,
         "_kernels_grad": lambda: True,
         "_kernels_has_trainable": lambda module: False,
+        "_kernels_reads_trainable": lambda module: False,
         "_kernels_is_recorded": lambda module, values: any(getattr(v, "requires_grad", False) for v in values),
         "_kernels_plain": PLAIN,
         "_kernels_requires_grad": lambda value: getattr(value, "requires_grad", False),
@@ -161,7 +162,7 @@ def test_arguments_arrive_unchanged(data: Any) -> None:
     finding = {
         "_kernels_frame": lambda: frame,
         "_kernels_cold": lambda module, values: expected,
-        "_kernels_proving": lambda kernel: kernel,
+        "_kernels_find_proving": lambda kernel: None,
         "_kernels_published": lambda name: expected,
         "_kernels_unproven": data.draw(st.sampled_from([{}, {0: "a function"}])),
     }
@@ -210,12 +211,21 @@ def second_of_two(self: Any, x: Any) -> Any:
     return x * self.weight
 
 
+def passes_on(self: Any, x: Any) -> Any:
+    return abs(self, x)
+
+
+def swaps(self: Any, x: Any) -> Any:
+    self, x = x, self
+    return x.weight * self
+
+
 class CallsBase(Base):
     def forward(self, x: Any) -> Any:
         return super().forward(x)
 
 
-READS = [in_closure, by_super, assigns, second_of_two, CallsBase.forward, wrapped(Base.forward)]
+READS = [in_closure, by_super, passes_on, swaps, CallsBase.forward, wrapped(Base.forward)]
 READS += [lambda self, x: locals()["self"].weight, lambda self, x: eval("self.weight"), lambda *args: args[0].weight]
 
 
@@ -228,12 +238,26 @@ def ignores(self: Any, x: Any, *, scale: float = 1.0) -> Any:
 def test_a_reference_that_may_read_its_module(reference: Any) -> None:
     """Everything through which a forward can reach tensors of its module is noticed."""
     layer = decorated_layer(use_kernel_forward_from_hub("Reads")(type("Reads", (nn.Module,), {"forward": reference})))
-    assert reads_module(layer)
+    assert read_attributes(layer) is None
 
 
-@pytest.mark.parametrize("reference", [ignores, Base.forward, lambda self, x: x], ids=lambda f: f.__qualname__)
-def test_a_reference_that_does_not_read_its_module(reference: Any) -> None:
-    """A forward that never mentions `self` can lose gradients of its arguments only."""
+@pytest.mark.parametrize(
+    ("reference", "names"),
+    [
+        (ignores, []),
+        (Base.forward, []),
+        (lambda self, x: x, []),
+        (assigns, []),
+        (second_of_two, ["weight"]),
+        (lambda self, x: self.inner.weight * self.scale(x), ["inner", "scale"]),
+    ],
+)
+def test_a_reference_that_reads_some_attributes(reference: Any, names: list[str]) -> None:
+    """A forward can lose gradients of its arguments, and of the attributes that it names."""
     layer = decorated_layer(use_kernel_forward_from_hub("Reads")(type("Reads", (nn.Module,), {"forward": reference})))
-    assert not reads_module(layer)
-    assert not reads_module(decorated_layer(use_kernel_forward_from_hub("reads")(lambda self: self)))
+    assert read_attributes(layer) == set(names)
+
+
+def test_a_function_has_no_module() -> None:
+    """Also one whose first argument is named as that of a method."""
+    assert read_attributes(decorated_layer(use_kernel_forward_from_hub("reads")(lambda self: self))) == set()

@@ -1,0 +1,139 @@
+"""What dispatch costs a whole model that is bound by the host: one decoding step of transformers' Llama."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from measure import Row
+
+from kernels_core import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
+
+LIMIT = 1.005
+LAYERS = 8
+DISPATCHED = 4 * LAYERS + 1
+ROUNDS = 400
+PROMPT = 64
+
+
+def run() -> Iterator[Row]:
+    """Measure on the CPU and, where there is one, on a CUDA device; nothing without transformers."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from on_device(device)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def on_device(device: str) -> Iterator[Row]:
+    """Measure a step of the undecorated model twice, which shows the noise, and of the decorated one."""
+    from transformers.models.llama import modeling_llama as llama
+
+    step, original = make_step(device), read(llama)
+    replace_kernel_forward_from_hub(llama.LlamaRMSNorm, "bench_model_RMSNorm")
+    replace_kernel_forward_from_hub(llama.LlamaMLP, "bench_model_MLP")
+    decorated = {**read(llama), "rotary": use_kernel_forward_from_hub("bench_model_rotary")(original["rotary"])}
+    try:
+        taken = measure({"plain": original, "plain again": original, "decorated": decorated}, step, device)
+    finally:
+        write(llama, original)
+    for subject, limit in (("plain again", None), ("decorated", LIMIT)):
+        pairs = [ours / plain for ours, plain in zip(taken[subject], taken["plain"], strict=True)]
+        ratio, below, above = median_with_interval(pairs)
+        steps = {name: min(times) for name, times in taken.items()}
+        what = (
+            f"decoding step, {subject} with nothing mapped" if subject == "decorated" else f"decoding step, {subject}"
+        )
+        yield Row("in model", f"{what}: median of ratios ({device})", ratio, "x", limit=limit)
+        yield Row("in model", "... 95 % of such medians lie from", below, "x", "to", above)
+        yield Row("in model", "... least of the steps", steps[subject], "us", "plain", steps["plain"])
+    more = (statistics.median(taken["decorated"]) - statistics.median(taken["plain"])) / DISPATCHED
+    yield Row("in model", f"a dispatched call more than plain, of {DISPATCHED} ({device})", more, "us")
+
+
+def make_step(device: str) -> Callable[[], None]:
+    """Return what decodes one token of a small Llama, on top of a short prompt."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    large = device == "cuda"
+    config = LlamaConfig(
+        hidden_size=4096 if large else 64,
+        intermediate_size=14336 if large else 128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=32 if large else 2,
+        num_key_value_heads=8 if large else 2,
+        head_dim=128 if large else 32,
+        vocab_size=1000,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(config).to(torch.bfloat16 if large else torch.float32).eval()
+        prompt, token = torch.randint(0, 1000, (1, PROMPT)), torch.randint(0, 1000, (1, 1))
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        model(prompt, use_cache=True, past_key_values=cache)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(token, use_cache=True, past_key_values=cache, logits_to_keep=1)
+        cache.crop(-1)
+
+    return step
+
+
+def read(llama: Any) -> dict[str, Any]:
+    """Return the three forwards that dispatch."""
+    return {
+        "norm": llama.LlamaRMSNorm.forward,
+        "mlp": llama.LlamaMLP.forward,
+        "rotary": llama.apply_rotary_pos_emb,
+    }
+
+
+def write(llama: Any, forwards: dict[str, Any]) -> None:
+    """Let the model use these forwards."""
+    llama.LlamaRMSNorm.forward, llama.LlamaMLP.forward = forwards["norm"], forwards["mlp"]
+    llama.apply_rotary_pos_emb = forwards["rotary"]
+
+
+def measure(subjects: dict[str, dict[str, Any]], step: Callable[[], None], device: str) -> dict[str, list[float]]:
+    """Return microseconds of one step of each subject for each round, in shuffled order.
+
+    On a CPU, the time of the thread is taken: other processes on the machine do not count. On a GPU, the time until
+    the device is done.
+    """
+    from transformers.models.llama import modeling_llama as llama
+
+    clock = time.thread_time_ns if device == "cpu" else time.perf_counter_ns
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    taken: dict[str, list[float]] = {name: [] for name in subjects}
+    order = list(subjects)
+    for round_ in range(ROUNDS + 10):
+        random.shuffle(order)
+        for name in order:
+            write(llama, subjects[name])
+            step()  # assigning a forward voids what the interpreter has cached
+            step()
+            wait()
+            start = clock()
+            step()
+            step()
+            wait()
+            if round_ >= 10:
+                taken[name].append((clock() - start) / 2e3)
+    return taken
+
+
+def median_with_interval(values: list[float]) -> tuple[float, float, float]:
+    """Return a median, and an interval that holds 95 % of the medians of samples drawn from the same values."""
+    medians = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(1000))
+    return statistics.median(values), medians[25], medians[974]
