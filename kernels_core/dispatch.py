@@ -249,9 +249,8 @@ class _Dispatcher:
 
     def _on_no_device(self) -> Forward:
         """Return the function that serves calls on no device: the reference, or one that raises."""
-        return (
-            self.layer.reference if self._refusing_no_device is None or mapping_disabled() else self._refusing_no_device
-        )
+        refusing = self._refusing_no_device
+        return self.layer.reference if refusing is None or mapping_disabled() else refusing
 
     @functools.cached_property
     def _refusing_no_device(self) -> Forward | None:
