@@ -10,7 +10,7 @@ from .guards.quarantine import Quarantined, find_quarantined
 from .hookspecs import hookimpl
 from .loading import implementation_of, load, source_key
 from .plugins import plugin_manager
-from .resolution import Candidate, Cause, KernelLayer, LayerRequest, Ranking, Refusal, Resolution, rank_offers
+from .resolution import Candidate, Cause, KernelLayer, LayerRequest, Refusal, Resolution, rank_offers
 from .warning import warn_once
 
 
@@ -34,12 +34,11 @@ class CorePlugin:
         """Try the candidates in order: authorize, load, check. The first without a refusal serves."""
         hook = plugin_manager().hook
         answers = hook.kernels_find_candidates(request=request) if self._only is None else [[self._only]]
-        ranking = rank_offers(offer for answer in answers for offer in answer)
-        if request.depends_on_mode and _differ_by_mode(request, ranking):
+        candidates, misfits, refusals = rank_offers(offer for answer in answers for offer in answer)
+        if request.depends_on_mode and _differ_by_mode(request, candidates):
             raise ModesDiffer
-        _warn_of_rivals(request, ranking)
-        refusals = list(ranking.failures)
-        for candidate in ranking.candidates:
+        _warn_of_rivals(request, candidates)
+        for candidate in candidates:
             vetoes = hook.kernels_authorize(request=request, candidate=candidate)
             if vetoes:
                 refusals.append(_refusal(UntrustedError, request, candidate, vetoes))
@@ -63,31 +62,34 @@ class CorePlugin:
                 origin=loaded.origin,
                 checked=loaded.checked,
                 refusals=tuple(refusals),
-                misfits=ranking.misfits,
+                misfits=misfits,
             )
-        return Resolution(request, refusals=tuple(refusals), misfits=ranking.misfits)
+        return Resolution(request, refusals=tuple(refusals), misfits=misfits)
 
 
-def ranked_offers(request: LayerRequest) -> Ranking:
-    """Ask plugins for candidates, and return them in the order in which they are tried."""
+def ranked_offers(request: LayerRequest) -> tuple[list[Candidate], tuple[Refusal, ...], list[Refusal]]:
+    """Ask plugins for candidates, and sort them, as `rank_offers` does."""
     answers = plugin_manager().hook.kernels_find_candidates(request=request)
     return rank_offers(offer for answer in answers for offer in answer)
 
 
-def _differ_by_mode(request: LayerRequest, ranking: Ranking) -> bool:
+def _differ_by_mode(request: LayerRequest, candidates: list[Candidate]) -> bool:
     """Return whether the candidates for another mode are not those for the first one."""
     first, *others = (
-        [(source_key(candidate.source), candidate.tier, candidate.plugin) for candidate in found.candidates]
-        for found in (ranking, *(ranked_offers(request.in_mode(mode)) for mode in request.modes[1:]))
+        [(source_key(candidate.source), candidate.tier, candidate.plugin) for candidate in found]
+        for found in (candidates, *(ranked_offers(request.in_mode(mode))[0] for mode in request.modes[1:]))
     )
     return any(other != first for other in others)
 
 
-def _warn_of_rivals(request: LayerRequest, ranking: Ranking) -> None:
-    if len(ranking.rivals) > 1:
-        first, *others = ranking.rivals
+def _warn_of_rivals(request: LayerRequest, candidates: list[Candidate]) -> None:
+    """Warn if several plugins share the top with an equal priority, so that only their names decide."""
+    top = [(c.tier, c.priority) for c in candidates[:1]]
+    rivals = sorted({c.plugin for c in candidates if c.tier == "plugin" and (c.tier, c.priority) in top})
+    if len(rivals) > 1:
+        first, *others = rivals
         warn_once(
-            f"Plugins {', '.join(ranking.rivals)} offer kernels for layer {request.layer_name!r} with equal "
+            f"Plugins {', '.join(rivals)} offer kernels for layer {request.layer_name!r} with equal "
             f"priority: {first!r} goes first, by name. Give one of them a larger kernels_priority, block one "
             f"with KERNELS_PLUGINS=-{others[0]}, or register the one that you want."
         )

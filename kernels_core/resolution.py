@@ -242,54 +242,27 @@ class Resolution:
     __str__ = explain
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """The offers for one request, sorted.
+def rank_offers(
+    offers: Iterable[Candidate | Refusal | Exclusive],
+) -> tuple[list[Candidate], tuple[Refusal, ...], list[Refusal]]:
+    """Sort the offers of all plugins for one request, without those that an `Exclusive` leaves out.
 
-    Attributes:
-        candidates: First to be tried first: by tier, priority, and the name of the plugin.
-        misfits: Inapplicable candidates: those for other devices or modes.
-        failures: Refusals of plugins that failed before they offered anything.
-    """
-
-    candidates: tuple[Candidate, ...]
-    misfits: tuple[Refusal, ...]
-    failures: tuple[Refusal, ...]
-
-    @property
-    def rivals(self) -> list[str]:
-        """Names of the plugins that share the top with an equal priority, the one that is tried first at the front."""
-        best = self.candidates[0] if self.candidates else None
-        if best is None or best.tier != "plugin":
-            return []
-        return sorted({c.plugin for c in self.candidates if (c.tier, c.priority) == (best.tier, best.priority)})
-
-
-def rank_offers(offers: Iterable[Candidate | Refusal | Exclusive]) -> Ranking:
-    """Sort the offers of `kernels_find_candidates`, without those that an `Exclusive` leaves out.
+    Returns:
+        Candidates, first to be tried first; inapplicable candidates; and plugins that failed to offer any.
 
     Example:
         >>> offers = [Candidate("theirs"), Candidate("mine", tier="user"), Exclusive("user")]
-        >>> [candidate.source for candidate in rank_offers(offers).candidates]
+        >>> [candidate.source for candidate in rank_offers(offers)[0]]
         ['mine']
     """
-    candidates: list[Candidate] = []
-    misfits: list[Refusal] = []
-    failures: list[Refusal] = []
-    last = len(TIERS)
-    for offer in offers:
-        if isinstance(offer, Candidate):
-            candidates.append(offer)
-        elif isinstance(offer, Exclusive):
-            last = min(last, TIERS.index(offer.tier))
-        else:
-            (misfits if offer.candidate is not None else failures).append(offer)
-    if last < len(TIERS):
-        tiers = TIERS[: last + 1]
-        candidates = [candidate for candidate in candidates if candidate.tier in tiers]
-        misfits = [refusal for refusal in misfits if refusal.candidate and refusal.candidate.tier in tiers]
+    offers = list(offers)
+    last = min((TIERS.index(offer.tier) for offer in offers if isinstance(offer, Exclusive)), default=len(TIERS))
+    tiers = TIERS[: last + 1]
+    candidates = [offer for offer in offers if isinstance(offer, Candidate) and offer.tier in tiers]
     candidates.sort(key=lambda c: (TIERS.index(c.tier), -c.priority, c.plugin if c.tier == "plugin" else ""))
-    return Ranking(tuple(candidates), tuple(misfits), tuple(failures))
+    refusals = [offer for offer in offers if isinstance(offer, Refusal)]
+    misfits = tuple(refusal for refusal in refusals if refusal.candidate and refusal.candidate.tier in tiers)
+    return candidates, misfits, [refusal for refusal in refusals if refusal.candidate is None]
 
 
 def attribute(layer: KernelLayer, name: str, default: bool) -> bool:

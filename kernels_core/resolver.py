@@ -100,8 +100,8 @@ def find_candidates(
     if mapping_disabled():
         return [], []
     with _resolving():
-        ranking = ranked_offers(request)
-    return list(ranking.candidates), [*ranking.failures, *ranking.misfits]
+        candidates, misfits, failures = ranked_offers(request)
+    return candidates, [*failures, *misfits]
 
 
 def _layer_of(layer_or_name: Decorated) -> Layer | str:
