@@ -46,7 +46,7 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
                 output = layer.reference(*args, **kwargs)
             else:
                 module, given = (None, args) if layer.is_function else (args[0], args[1:])
-                with Call(module, given, kwargs).replayed(layer.reference, objects=True):
+                with Call(module, given, kwargs).replayed(layer.reference, objects=True, changes=False):
                     output = None
         except Exception:
             raise error from None

@@ -278,7 +278,9 @@ def _missing_in_reference(
     if module is not None:
         args = args[1:]
     try:
-        with Call(module, args, kwargs, layer.signature).replayed(layer.reference, parameters=False) as replay:
+        with Call(module, args, kwargs, layer.signature).replayed(
+            layer.reference, parameters=False, changes=False
+        ) as replay:
             lost = _unreached(replay.sources, replay.outputs)
     except Exception as error:  # the kernel serves where the reference cannot: nothing to compare with
         warnings.warn(

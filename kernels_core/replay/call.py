@@ -102,15 +102,12 @@ class Call:
     @property
     def devices(self) -> list[torch.device]:
         """The devices of all tensors of the call, in order."""
-        found = [*self.inputs.values()]
-        if self.module is not None:
-            found += [*self.module.parameters(), *self.module.buffers()]
-        return list(dict.fromkeys(tensor.device for tensor in found))
+        return list(dict.fromkeys(tensor.device for tensor in self.tensors.values()))
 
     @property
     def records(self) -> bool:
         """Whether an input, or a tensor of the module, requires grad."""
-        return any(tensor.requires_grad for tensor in self.tensors.values())
+        return _any_requires_grad(self.tensors)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -142,8 +139,9 @@ class Call:
         Args:
             state: Whether to copy the tensors of the module, too.
         """
+        originals = self.tensors
         with unobserved():
-            copies = copies_of(self.tensors.values() if state else self.inputs.values())
+            copies = copies_of(originals.values() if state else self.inputs.values())
             copied = self.replaced(
                 lambda _, leaf: (
                     copies[id(leaf)].detach().requires_grad_(leaf.requires_grad)
@@ -154,7 +152,7 @@ class Call:
             module = self.module
             if module is not None and state:
                 module = replica_of(module, lambda tensor, _: copies[id(tensor)].detach())
-        return replace(copied, module=module, random=random_states(self.devices))
+        return replace(copied, module=module, random=random_states(t.device for t in originals.values()))
 
     def converted(self, old: torch.dtype, new: torch.dtype) -> Call:
         """Return the same call with all tensors of one dtype, also of the module, in another."""
@@ -204,20 +202,22 @@ class Call:
             dtype: Run with all floating numbers in this dtype, without autocast: `torch.float64` for numbers to
                 measure errors from. Casts to a dtype at least as fine as the inputs go to this dtype, too.
             parameters: Whether to copy parameters; without, a forward that writes to parameters changes the module.
-            mutations: Whether to look for changes in place, which waits for the device.
+            mutations: Whether to look for changes of tensors and attributes, which waits for the device.
             contiguous: Whether the gradients of the outputs are contiguous; the backward of a sum passes on gradients
                 that are not.
 
         Returns:
             Outputs, gradients and changes. An exception of the forward is passed on.
         """
-        with self.replayed(forward, gradients=gradients, dtype=dtype, parameters=parameters) as replay:
+        with self.replayed(
+            forward, gradients=gradients, dtype=dtype, parameters=parameters, changes=mutations
+        ) as replay:
             return Outcome(
                 mapped(replay.outputs, lambda _, leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf),
                 gradients_of(replay.outputs, replay.sources, seed, contiguous),
                 replay.after(),
                 replay.mutated() if mutations else {},
-                replay.attributes(),
+                replay.attributes() if mutations else (),
                 replay.drew,
             )
 
@@ -230,6 +230,7 @@ class Call:
         dtype: torch.dtype | None = None,
         parameters: bool = True,
         objects: bool = False,
+        changes: bool = True,
     ) -> Iterator[Replay]:
         """Make the call as `run` does, and give access to its outputs as the forward returned them.
 
@@ -239,32 +240,38 @@ class Call:
             dtype: See `run`.
             parameters: See `run`.
             objects: Whether to copy arguments that are neither tensors nor constants, too, with `copy.deepcopy`.
+            changes: Whether `Replay.attributes` will be asked for.
 
         Yields:
             The outputs and the copies. Random numbers are restored at the end of the block.
         """
+        originals = self.tensors
+        devices = {tensor.device for tensor in originals.values()}
         recording = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        wanted = self.records and (recording if gradients is None else gradients)
+        wanted = (recording if gradients is None else gradients) and _any_requires_grad(originals)
         inference = gradients is None and not wanted and torch.is_inference_mode_enabled()
         records = wanted or (gradients is None and recording)
-        with unobserved(), kept_random_states(self.devices, self.random) as random:
-            replay = self._copied(dtype, parameters, objects)
-            replay.random = random
+        with unobserved(), kept_random_states(devices, self.random) as random:
+            replay = Replay(self, self._copied(originals, dtype, parameters, objects), originals, dtype, random)
             if wanted:
                 replay.ask_for_gradients()
-            types = {device.type for device in self.devices}
-            one_dtype = only(dtype, self.inputs.values(), types)
+            inputs = (tensor for name, tensor in originals.items() if name.startswith("input "))
+            one_dtype = only(dtype, inputs, {device.type for device in devices})
             with torch.inference_mode(inference), torch.set_grad_enabled(records), one_dtype:
-                replay.run(forward)
+                replay.run(forward, changes=changes)
             yield replay
 
-    def _copied(self, dtype: torch.dtype | None, parameters: bool, objects: bool) -> Replay:
-        module = self.module
+    def _copied(
+        self, originals: Mapping[str, torch.Tensor], dtype: torch.dtype | None, parameters: bool, objects: bool
+    ) -> Call:
         kept: set[int] = set()
-        if module is not None and not parameters and not any(p.is_inference() for p in module.parameters()):
-            kept = {id(parameter) for parameter in module.parameters()}  # autograd saves no inference tensors
-        state = tensors_of(module).values() if module is not None else ()
-        copies = copies_of([*self.inputs.values(), *(tensor for tensor in state if id(tensor) not in kept)])
+        if not parameters and self.module is not None:
+            live = list(self.module.parameters())
+            if not any(parameter.is_inference() for parameter in live):  # autograd saves no inference tensors
+                kept = {id(parameter) for parameter in live}
+        copies = copies_of(
+            tensor for name, tensor in originals.items() if id(tensor) not in kept or name.startswith("input ")
+        )
 
         def copied(tensor: torch.Tensor) -> torch.Tensor:
             return converted(copies.get(id(tensor), tensor).detach(), dtype)
@@ -274,10 +281,8 @@ class Call:
                 return copied(leaf)
             return copy.deepcopy(leaf) if objects and not isinstance(leaf, (nn.Module, *CONSTANTS)) else leaf
 
-        call = replace(self.replaced(argument), module=None)
-        if module is not None:
-            call = replace(call, module=replica_of(module, lambda tensor, _: copied(tensor)))
-        return Replay(self, call, dtype)
+        module = replica_of(self.module, lambda tensor, _: copied(tensor)) if self.module is not None else None
+        return replace(self.replaced(argument), module=module)
 
     @property
     def _names(self) -> list[str]:
@@ -296,6 +301,10 @@ class Call:
         yield from self.kwargs.items()
 
 
+def _any_requires_grad(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(tensor.requires_grad for tensor in tensors.values())
+
+
 class Replay:
     """A run of a call, while its copies exist: see `Call.replayed`.
 
@@ -307,19 +316,26 @@ class Replay:
         random: The states of the random generators at the start.
     """
 
-    def __init__(self, original: Call, copied: Call | None = None, dtype: torch.dtype | None = None) -> None:
-        """Take a call, and the same call on copies; without, it runs on its own arguments."""
+    def __init__(
+        self,
+        original: Call,
+        copied: Call | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        random: RandomStates | None = None,
+    ) -> None:
+        """Take a call and the same call on copies; without the latter, it runs on its own arguments."""
         self.outputs: Any = None
         self.call = copied or original
         self.originals: dict[str, torch.Tensor] = {}
         self.sources: dict[str, torch.Tensor] = {}
-        self.random: RandomStates = {}
-        self._original, self._dtype = original, dtype
+        self.random: RandomStates = random or {}
+        self._tensors, self._dtype = tensors or original.tensors, dtype
         self._objects: dict[str, object] = {}
 
     def ask_for_gradients(self) -> None:
         """Let autograd record the run from every copy whose original requires grad."""
-        self.originals = {name: t for name, t in self._original.tensors.items() if t.requires_grad}
+        self.originals = {name: tensor for name, tensor in self._tensors.items() if tensor.requires_grad}
         copies = self.call.tensors
         inputs = {name: copies[name].detach() for name in self.originals if name.startswith("input ")}
         self.sources = {name: inputs.get(name, copies[name]).requires_grad_() for name in self.originals}
@@ -327,15 +343,15 @@ class Replay:
         passed = {name.removeprefix("input "): computed(self.sources[name]) for name in inputs}
         self.call = self.call.replaced(lambda name, leaf: passed.get(name, leaf))
 
-    def run(self, forward: Forward) -> None:
+    def run(self, forward: Forward, *, changes: bool = True) -> None:
         """Run the forward."""
-        self._objects = _objects(self.call)
+        self._objects = _objects(self.call) if changes else {}
         self.outputs = self.call.make(forward)
 
     @property
     def drew(self) -> bool:
         """Whether the run drew random numbers."""
-        return not same_random_states(random_states(self._original.devices), self.random)
+        return not same_random_states(random_states(self.random), self.random)
 
     def after(self) -> dict[str, torch.Tensor]:
         """Return inputs and buffers as they are now, by name."""
@@ -343,7 +359,7 @@ class Replay:
 
     def mutated(self) -> dict[str, torch.Tensor]:
         """Return the tensors that the run changed; compares numbers, for kernels write past autograd's counters."""
-        before, now = self._original.tensors, self.call.tensors
+        before, now = self._tensors, self.call.tensors
         pairs = (
             (name, converted(before[name].detach(), self._dtype), now[name].detach()) for name in before if name in now
         )

@@ -53,6 +53,9 @@ def copies_of(originals: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
 def _copied_span(span: list[tuple[int, int, torch.Tensor]], end: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Copy a stretch of memory, and yield each tensor in it as a view of the copy."""
     start, _, first = span[0]
+    if len(span) == 1 and start % _ALIGNMENT == 0 and first.is_contiguous():
+        yield id(first), first.detach().clone()
+        return
     start -= start % _ALIGNMENT
     memory = torch.empty(0, dtype=torch.uint8, device=first.device)
     memory = memory.set_(first.untyped_storage(), start, (end - start,), (1,)).clone()
@@ -124,18 +127,18 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of a module by kind and path, each once: parameters, buffers, and those in attributes."""
-    named: list[tuple[str, torch.Tensor]] = [
-        (f"parameter {name}", parameter) for name, parameter in module.named_parameters()
-    ]
-    named += [(f"buffer {name}", buffer) for name, buffer in module.named_buffers()]
-    for path, value in attributes_of(module):
-        if isinstance(value, list | dict | torch.Tensor):
-            named += [
-                (f"attribute {where}", leaf) for where, leaf in leaves(value, path) if isinstance(leaf, torch.Tensor)
-            ]
     found: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in named:
-        found.setdefault(id(tensor), (name, tensor))
+    for path, inner in module.named_modules():
+        path = f"{path}." if path else ""
+        for kind, tensors in (("parameter", inner._parameters), ("buffer", inner._buffers)):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), (f"{kind} {path}{name}", tensor))
+        for name, value in _attributes(inner):
+            if isinstance(value, list | dict | torch.Tensor):
+                for where, leaf in leaves(value, f"attribute {path}{name}"):
+                    if isinstance(leaf, torch.Tensor):
+                        found.setdefault(id(leaf), (where, leaf))
     return dict(found.values())
 
 
