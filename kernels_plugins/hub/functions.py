@@ -58,7 +58,7 @@ def get_kernel(
         >>> get_kernel("acme/silu", version=9)
         Traceback (most recent call last):
         ...
-        kernels_plugins.hub.errors.UnknownError: acme/silu at v9: it has no version 9: versions that exist are 1
+        kernels_plugins.hub.errors.RevisionError: acme/silu at v9: it has no version 9: versions that exist are 1
     """
     request = KernelRequest(**locals())
     this_machine(backend)
