@@ -728,6 +728,31 @@ def test_a_silent_hub_is_not_waited_for(
         get_kernel("acme/kernels", version=2)
 
 
+@pytest.mark.parametrize("question", ["/refs", "/revision/", "/tree/", "/organizations/", "GET /kernels/acme"])
+@pytest.mark.parametrize(
+    "fault",
+    [{"status": 503}, {"status": 408}, {"status": 429, "headers": {"Retry-After": "0"}}, {"drop": True}],
+    ids=["503", "408", "429", "drop"],
+)
+def test_a_fault_that_passes(
+    local_hub: LocalHub, kernel_repository: Publish, question: str, fault: dict[str, Any]
+) -> None:
+    """A request that fails once is sent again, and the kernel is loaded at once."""
+    kernel_repository(layers=kernel()).branch("v1")
+    local_hub.fail(question, **fault)
+    assert factor(get_kernel("acme/kernels", version=1)) == 3
+
+
+def test_a_hub_that_asks_to_wait_too_long(local_hub: LocalHub, kernel_repository: Publish) -> None:
+    """Where the Hub names a time beyond the bound, the request is not repeated, and the error says what happened."""
+    kernel_repository(layers=kernel()).branch("v1")
+    local_hub.fail("/refs", status=429, headers={"Retry-After": "86400"})
+    with pytest.raises(ConnectionError, match=r"too many requests \(429\)"):
+        get_kernel("acme/kernels", version=1)
+    assert local_hub.count("/refs") == 1
+    assert factor(get_kernel("acme/kernels", version=1)) == 3
+
+
 def test_a_stalled_repository_blocks_no_other(local_hub: LocalHub, kernel_repository: Publish) -> None:
     """While the answer about one repository is awaited, another one loads."""
     kernel_repository("acme/slow", kernel(3))

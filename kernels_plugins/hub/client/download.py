@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ T = TypeVar("T")
 
 REPO_TYPES = ("kernel", "model")
 """Types of repository that hold kernels, the older form last."""
+
+_PAUSES = (0.3, 1.0)
+"""Seconds before a request is repeated, unless the Hub names a time."""
 
 _VERSION = re.compile(r"v(0|[1-9][0-9]{0,8})")
 
@@ -136,7 +140,7 @@ class Client:
 
         def ask() -> None:
             try:
-                answer.set_result(question())
+                answer.set_result(_repeat(question, self.patience))
             except BaseException as error:
                 answer.set_exception(error)
 
@@ -207,9 +211,8 @@ class Client:
             return Path(self._download(pin, path))
 
     def _download(self, pin: Pin, path: str) -> str:
-        return self._api().hf_hub_download(
-            pin.repo_id, path, repo_type=pin.repo_type, revision=pin.commit, cache_dir=_cache()
-        )
+        place: dict[str, Any] = {"repo_type": pin.repo_type, "revision": pin.commit, "cache_dir": _cache()}
+        return str(_repeat(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), self.patience))
 
     def read_status(self, pin: Pin, listed: RemoteFile) -> bytes:
         """Return the file that redirects a repository.
@@ -275,6 +278,22 @@ def discard(place: Path) -> str:
     return "They were removed from the cache: try again"
 
 
+def _repeat(question: Callable[[], T], patience: float) -> T:
+    """Send a request again, after a short time, where the Hub may answer then: the client repeats only some of them."""
+    for pause in _PAUSES:
+        try:
+            return question()
+        except Exception as error:
+            response = getattr(error, "response", None)
+            status, headers = getattr(response, "status_code", None), getattr(response, "headers", {})
+            asked = str(headers.get("Retry-After", ""))
+            pause = float(asked) if asked.isdecimal() else pause
+            if pause > patience or not (_is_network_error(error) or status in (408, 429) or (status or 0) >= 500):
+                raise
+        time.sleep(pause)
+    return question()
+
+
 # --- Errors --------------------------------------------------------------------------------------
 
 
@@ -307,7 +326,7 @@ def _translate(error: Exception, repo_id: str) -> LoadError | None:
         )
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        if status >= 500:
+        if status >= 500 or status == 408:
             return UnreachableError(f"the Hub is in trouble ({status}): try again later")
         kind, message = _STATUS.get(status, (LoadError, f"the Hub answered {status}: {error}"))
         return kind(message)
