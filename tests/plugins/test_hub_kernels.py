@@ -764,7 +764,7 @@ def test_a_stalled_repository_blocks_no_other(local_hub: LocalHub, kernel_reposi
             asked.set()
         return concerned
 
-    local_hub.fail(concerns_slow, delay=600, times=None)
+    local_hub.fail(concerns_slow, delay=600, drop=True, times=None)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(get_kernel, "acme/slow", revision="main")
         assert asked.wait(60)
