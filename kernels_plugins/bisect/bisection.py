@@ -11,7 +11,7 @@ from kernels_core import ArgumentTypeError
 from .errors import BisectError
 from .evaluations import Evaluations
 from .measure import Reading, Tolerance
-from .progress import Bar
+from .progress import progress_bar
 from .result import BisectResult, Culprit, CulpritSet
 from .search import find_minimal_sets
 from .switch import Kernel, Switch
@@ -67,8 +67,8 @@ def bisect(
         raise ArgumentTypeError(f"The metric of bisect is a function of the model, not {metric!r}.")
     allowed = Tolerance(tolerance, relative)
     switch = Switch(model)
-    with switch.installed(), Bar() as bar:
-        return _bisect(switch, Evaluations(model, metric, switch, bar), allowed)
+    with switch.installed(), progress_bar() as show:
+        return _bisect(switch, Evaluations(model, metric, switch, show), allowed)
 
 
 def _bisect(switch: Switch, evaluations: Evaluations, allowed: Tolerance) -> BisectResult:

@@ -13,7 +13,7 @@ from kernels_core.torch_internals import many_compilations
 
 from .errors import BisectError
 from .measure import Reading
-from .progress import Bar
+from .progress import Show
 from .switch import Kernel, Key, Switch
 
 Metric = Callable[[nn.Module], object]
@@ -27,14 +27,14 @@ class Evaluations:
         kernels: Those in use, known after the suspect was evaluated.
     """
 
-    def __init__(self, model: nn.Module, metric: Metric, switch: Switch, bar: Bar) -> None:
+    def __init__(self, model: nn.Module, metric: Metric, switch: Switch, show: Show) -> None:
         """Evaluate nothing yet."""
         self.count = 0
         self.kernels: Sequence[Kernel] = ()
         self._model = model
         self._metric = metric
         self._switch = switch
-        self._bar = bar
+        self._show = show
         self._state = ModelState(model)
         self._names: set[str] | None = None
         self._known: dict[frozenset[Key], Reading] = {}
@@ -61,7 +61,7 @@ class Evaluations:
 
     def _evaluate(self, setup: str, paths: Sequence[str]) -> Reading:
         self.count += 1
-        self._bar.show(self.count, self._expected(), setup)
+        self._show(self.count, self._expected(), setup)
         where = f"evaluation {self.count}, with {setup}"
         before = quarantined()
         with self._state.kept(), many_compilations():

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from types import TracebackType
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+Show = Callable[[int, int, str], None]
 
 
-class Bar:
-    """A bar on standard error, while that is a terminal; else nothing."""
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Show]:
+    """Show a bar on standard error, while that is a terminal.
 
-    def __init__(self) -> None:
-        """Show nothing yet."""
-        self._progress: Progress | None = None
+    Yields:
+        A function that shows the evaluation that begins: its number, the expected count, and the kernels that are on.
+    """
+    if not sys.stderr.isatty():
+        yield lambda number, expected, setup: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __enter__(self) -> Bar:
-        """Appear."""
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = TextColumn("bisect"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-            text = TextColumn("{task.description}", markup=False)
-            self._progress = Progress(*columns, text, console=Console(stderr=True), transient=True)
-            self._progress.add_task("")
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Disappear."""
-        if self._progress is not None:
-            self._progress.stop()
-
-    def show(self, number: int, of_about: int, setup: str) -> None:
-        """Show the evaluation that begins, and how many there may be."""
-        if self._progress is not None:
-            task = self._progress.task_ids[0]
-            self._progress.update(task, completed=number - 1, total=max(of_about, number), description=setup)
+    columns = TextColumn("bisect"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(*columns, text, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda number, expected, setup: bar.update(
+            task, completed=number - 1, total=max(expected, number), description=setup
+        )

@@ -90,30 +90,9 @@ class Comparison:
         """The tensor that is furthest off, in units of the allowed error; None if there is none."""
         return max(self.differences, key=lambda d: (not d.ok, d.excess), default=None)
 
-    @property
-    def max_abs(self) -> float:
-        """The largest error."""
-        return max((difference.max_abs for difference in self.differences), default=0.0)
-
-    @property
-    def max_rel(self) -> float:
-        """The largest relative error."""
-        return max((difference.max_rel for difference in self.differences), default=0.0)
-
-    @property
-    def mean_abs(self) -> float:
-        """The largest mean error of a tensor."""
-        return max((difference.mean_abs for difference in self.differences), default=0.0)
-
-    @property
-    def max_ulps(self) -> float:
-        """The largest error in units in the last place."""
-        return max((difference.max_ulps for difference in self.differences), default=0.0)
-
-    @property
-    def index(self) -> tuple[int, ...] | None:
-        """Where the worst tensor is furthest off."""
-        return self.worst.index if self.worst is not None else None
+    def largest(self, error: str) -> float:
+        """Return the largest error of one kind, such as `"max_abs"`, of all tensors."""
+        return max((getattr(difference, error) for difference in self.differences), default=0.0)
 
     def __str__(self) -> str:
         """One line: everything that is wrong, or how near the worst tensor is."""
@@ -261,26 +240,8 @@ class _Measured(Yardstick):
         """Wait for the numbers, and judge."""
         if self.statistics is None:
             return Difference(self.path, self.dtype, self.shape)
-        (
-            where,
-            excess,
-            astray,
-            count,
-            max_abs,
-            mean_abs,
-            bias,
-            along,
-            mean_size,
-            rms,
-            own_max,
-            own_bias,
-            own_along,
-            own_rms,
-            max_rel,
-            max_ulps,
-            actual,
-            expected,
-        ) = self.statistics.tolist()
+        where, excess, astray, count, max_abs, mean_abs, bias, along, mean_size, rms, *rest = self.statistics.tolist()
+        own_max, own_bias, own_along, own_rms, max_rel, max_ulps, actual, expected = rest
         index = _index(int(where), (*self.shape, 2) if self.complex else self.shape)
         reasons = []
         if astray:

@@ -265,7 +265,7 @@ def _changes(run: Outcome, expected: Outcome, tolerances: Tolerances | None) -> 
         if not difference.ok:
             found.append(f"it changes {name} otherwise: {difference}")
     kept = set(run.attributes) - set(expected.attributes)
-    found += [f"it keeps something on the module, which the reference does not: {name}" for name in kept]
+    found += [f"it sets or deletes {name}, which the reference does not" for name in kept]
     return "; ".join(sorted(found))
 
 
@@ -279,15 +279,8 @@ def _with(row: VerifyRow, comparison: Comparison, remark: str = "") -> VerifyRow
     )
     if worst is None:
         return row
-    return replace(
-        row,
-        max_abs=comparison.max_abs,
-        mean_abs=comparison.mean_abs,
-        max_rel=comparison.max_rel,
-        max_ulps=comparison.max_ulps,
-        excess=worst.excess,
-        own_error=worst.own_error,
-    )
+    errors: dict[str, Any] = {name: comparison.largest(name) for name in ("max_abs", "mean_abs", "max_rel", "max_ulps")}
+    return replace(row, **errors, excess=worst.excess, own_error=worst.own_error)
 
 
 def _is_near(outputs: Any, exact: Any) -> bool:

@@ -77,10 +77,10 @@ def test_the_worst_place_and_the_numbers_are_told() -> None:
     actual = expected.clone()
     actual[2, 5] = 1.5
     comparison = compare({"y": actual}, {"y": expected})
-    assert comparison.index == (2, 5)
-    assert comparison.max_abs == comparison.max_rel == 0.5
-    assert comparison.mean_abs == 0.5 / 32
-    assert comparison.max_ulps == 0.5 * 2**23
+    assert comparison.worst is not None and comparison.worst.index == (2, 5)
+    assert comparison.largest("max_abs") == comparison.largest("max_rel") == 0.5
+    assert comparison.largest("mean_abs") == 0.5 / 32
+    assert comparison.largest("max_ulps") == 0.5 * 2**23
     assert str(comparison).startswith("['y'] (float32, 4x8): 1.5 instead of 1 at [2, 5], ")
     assert "\n" not in str(comparison)
 
@@ -92,7 +92,7 @@ def test_numbers_that_are_not_finite_are_told(spoiled: float, quick: bool) -> No
     good, bad = torch.ones(3), torch.tensor([1.0, spoiled, 1.0])
     for actual, expected in ((bad, good), (good, bad), (bad, -bad if spoiled == spoiled else good)):
         comparison = compare(actual, expected, quick=quick)
-        assert not comparison.ok and comparison.index == (1,)
+        assert not comparison.ok and comparison.worst is not None and comparison.worst.index == (1,)
         assert (
             "1 of 3 not finite as expected" in str(comparison)
             or "3 of 3" in str(comparison)

@@ -53,7 +53,7 @@ CAUGHT = [
     (made.wrong_gradient, {"as given"}, "instead of"),
     (made.missing_gradient, {"as given"}, "no gradient, where the reference has one"),
     (made.make_stateful(), {"as given"}, "a second call on equal inputs differs from the first"),
-    (made.keeps_its_first_answer, {"as given"}, "it keeps something on the module"),
+    (made.keeps_its_first_answer, {"as given"}, "it sets or deletes _kept, which the reference does not"),
     (made.mutating, {"as given"}, "it changes input x"),
     (made.raising, {"as given"}, "it raises RuntimeError: no kernel image is available"),
     (made.other_dtype, {"bfloat16", "float16"}, "torch.float32 instead of torch.bfloat16"),
