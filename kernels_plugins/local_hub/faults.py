@@ -55,17 +55,13 @@ class Fault:
 
     def concerns(self, request: Request) -> bool:
         """Return whether this fault is still due and applies to this request."""
-        if self.times == 0 or (request.method == "HEAD" and self._is_about_bytes):
-            return False
-        return request.matches(self.match)
-
-    @property
-    def _is_about_bytes(self) -> bool:
-        """Whether only the body is damaged, which the response to a HEAD request does not have."""
-        return (self.truncate is not None or self.flip is not None) and self.status is None and not self.drop
+        damages_body = self.truncate is not None or self.flip is not None
+        # The response to a HEAD request has no body: this fault waits for one that has.
+        is_void = request.method == "HEAD" and damages_body and self.status is None and not self.drop
+        return self.times != 0 and not is_void and request.matches(self.match)
 
     def apply(self, response: Response) -> Response:
-        """Put the status, body and headers of this fault in place of the right ones, and flip its byte."""
+        """Put the status, body and headers of this fault in place of the right ones, and damage the body."""
         status, body, headers = response.status, response.body, dict(response.headers)
         if self.status is not None:
             error = json_response({"error": f"fault on demand: {self.status}"})
@@ -82,4 +78,4 @@ class Fault:
             headers = {known: text for known, text in headers.items() if known.lower() != name.lower()}
             if value is not None:
                 headers[name] = value
-        return Response(status, body, headers)
+        return Response(status, body, headers, sent=self.truncate)

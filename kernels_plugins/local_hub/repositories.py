@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import threading
@@ -19,20 +20,17 @@ _SHORT_COMMIT = re.compile(r"[0-9a-f]{5,40}")
 
 
 def git_blob_id(data: bytes) -> str:
-    """Return the name that git gives to bytes: the sha1 of a blob header and the bytes.
-
-    Example:
-        >>> git_blob_id(b"")
-        'e69de29bb2d1d6434b8b29ae775ad8c2e48c5391'
-    """
+    """Return git's name for bytes: the sha1 of a blob header and the bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def read_tree(folder: Path) -> dict[str, bytes]:
-    """Read every file under `folder`, keyed by its path relative to it."""
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+def read_tree(files: Tree | Path) -> dict[str, bytes]:
+    """Return the bytes of files by their path: every file under a folder, or texts and bytes that are given."""
+    if not isinstance(files, Path):
+        return {path: data.encode() if isinstance(data, str) else data for path, data in files.items()}
+    names = (path.relative_to(files) for path in files.rglob("*") if path.is_file())
     # Importing from a served folder writes byte code into it; that must not make a new commit.
-    return {name.as_posix(): (folder / name).read_bytes() for name in names if "__pycache__" not in name.parts}
+    return {name.as_posix(): (files / name).read_bytes() for name in names if "__pycache__" not in name.parts}
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,8 @@ class Commit:
 
     files: Mapping[str, bytes]
     parent: str = ""
-    message: str = ""
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """The 40 hexadecimal digits that name this commit."""
         digest = hashlib.sha1(self.parent.encode())
@@ -76,14 +73,18 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
+    # A server thread may read while a test commits.
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
-    def commit(self, files: Tree | Path, *, branch: str = "main", message: str = "") -> str:
+    def commit(self, files: Tree | Path, *, branch: str = "main") -> str:
         """Replace the whole tree of `branch`, which need not exist yet; return the new commit id."""
-        tree = read_tree(files) if isinstance(files, Path) else files
-        contents = {path: data.encode() if isinstance(data, str) else data for path, data in tree.items()}
+        contents = read_tree(files)
         with self._lock:
-            return self._store(Commit(contents, self.branches.get(branch, ""), message), branch)
+            # A served folder has no history: bytes that come back are the commit that they were.
+            commit = Commit(contents, "" if self.folder else self.branches.get(branch, ""))
+            self.commits[commit.id] = commit
+            self.branches[branch] = commit.id
+            return commit.id
 
     def branch(self, name: str, commit: str | None = None) -> str:
         """Point branch `name` at a revision (the head of main by default); return the commit id."""
@@ -101,43 +102,30 @@ class Repository:
     def files(self, revision: str = "main") -> Mapping[str, bytes]:
         """Return the files of a revision; change a copy and `commit` it for the next one."""
         self.refresh()
-        return self._at(revision)[1].files
+        return self.at(revision).files
 
-    def find(self, revision: str) -> tuple[str, Commit] | None:
-        """Return the commit of a branch or tag, also by its full name in git, or by its first digits; else None."""
+    def at(self, revision: str) -> Commit:
+        """Return the commit of a branch or tag, also by its full name in git, or by its first digits."""
         with self._lock:
             branch, tag = revision.removeprefix("refs/heads/"), revision.removeprefix("refs/tags/")
-            commit_id = self.branches.get(branch) or self.tags.get(tag)
-            if commit_id is None and _SHORT_COMMIT.fullmatch(revision):
-                matches = [known for known in self.commits if known.startswith(revision)]
-                commit_id = matches[0] if len(matches) == 1 else None
-            return (commit_id, self.commits[commit_id]) if commit_id else None
+            named = self.branches.get(branch) or self.tags.get(tag)
+            # Nothing shorter than the five digits of the pattern: it would match by chance.
+            is_short = named is None and _SHORT_COMMIT.fullmatch(revision)
+            matches = [known for known in self.commits if known == named or (is_short and known.startswith(revision))]
+            if len(matches) != 1:
+                raise KeyError(f"{self.id} has no revision {revision!r}")
+            return self.commits[matches[0]]
 
     def refresh(self) -> None:
         """Read a repository that is a folder again, so that an edited file makes a new commit."""
-        if self.folder is None:
-            return
-        commit = Commit(read_tree(self.folder))
-        with self._lock:
-            self._store(commit, "main")
-
-    def _store(self, commit: Commit, branch: str) -> str:
-        commit_id = commit.id
-        self.commits[commit_id] = commit
-        self.branches[branch] = commit_id
-        return commit_id
+        if self.folder is not None:
+            self.commit(self.folder)
 
     def _point(self, names: dict[str, str], name: str, revision: str | None) -> str:
         self.refresh()
         with self._lock:
-            names[name], _ = self._at(revision or "main")
+            names[name] = self.at(revision or "main").id
             return names[name]
-
-    def _at(self, revision: str) -> tuple[str, Commit]:
-        found = self.find(revision)
-        if found is None:
-            raise KeyError(f"{self.id} has no revision {revision!r}")
-        return found
 
 
 class Repositories:
@@ -145,57 +133,64 @@ class Repositories:
 
     Example:
         >>> repositories = Repositories()
-        >>> repositories.add(Repository("acme/kernels"))
+        >>> repository = repositories.add("acme/kernels", {"README.md": "hello"})
         >>> repositories.rename("acme/kernels", "acme/layers")
-        >>> repositories.moved("kernel", "acme/kernels")
-        'acme/layers'
+        >>> repositories.repository("acme/layers") is repository
+        True
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         """Serve the folders of `directory`, if one is given, as kernel repositories."""
-        self._directory = directory
+        self._directory = None if directory is None else Path(directory)
         self._known: dict[tuple[str, str], Repository] = {}
         self._moved: dict[tuple[str, str], str] = {}
         self._lock = threading.RLock()
 
-    def add(self, repository: Repository) -> None:
-        """Add a repository; its id must be free."""
+    def add(
+        self,
+        repo_id: str,
+        files: Tree | Path,
+        *,
+        repo_type: RepoType = "kernel",
+        branch: str = "main",
+        private: bool = False,
+        gated: bool = False,
+        disabled: bool = False,
+    ) -> Repository:
+        """Create a repository with one commit; `files` maps paths to contents or is a folder to copy."""
+        repository = Repository(repo_id, repo_type, private, gated, disabled)
+        repository.commit(files, branch=branch)
         with self._lock:
-            if self.find(repository.repo_type, repository.id) is not None:
-                raise ValueError(f"there is already a {repository.repo_type} repository {repository.id!r}")
-            self._known[repository.repo_type, repository.id] = repository
+            if self.repository(repo_id, repo_type=repo_type) is not None:
+                raise ValueError(f"there is already a {repo_type} repository {repo_id!r}")
+            self._known[repo_type, repo_id] = repository
+        return repository
 
-    def find(self, repo_type: str, repo_id: str) -> Repository | None:
-        """Return the repository that has this id now, or None."""
+    def repository(self, repo_id: str, *, repo_type: RepoType = "kernel") -> Repository | None:
+        """Return the repository that has this id now, added or a folder of the directory, or None."""
+        key = repo_type, repo_id
         with self._lock:
-            found = self._known.get((repo_type, repo_id))
-            if found is None and (repo_type, repo_id) not in self._moved and repo_type == "kernel":
-                found = self._open(repo_id)
+            # A renamed folder must not come back under its old id. An id is two plain names, so that no
+            # request can climb out of the directory.
+            is_new = repo_type == "kernel" and key not in self._known and key not in self._moved
+            if is_new and self._directory is not None and is_repo_id(repo_id):
+                folder = self._directory / repo_id
+                if folder.is_dir():
+                    self._known[key] = Repository(repo_id, folder=folder)
+            found = self._known.get(key)
         if found is not None:
             found.refresh()
         return found
 
-    def moved(self, repo_type: str, repo_id: str) -> str | None:
-        """Return the new id of a renamed repository, or None."""
-        with self._lock:
-            return self._moved.get((repo_type, repo_id))
-
     def rename(self, old_id: str, new_id: str) -> None:
-        """Give the repositories called `old_id`, of whatever type, the name `new_id`."""
+        """Rename the repositories called `old_id`, of whatever type; requests for the old id are redirected."""
         with self._lock:
-            types = [kind for kind in get_args(RepoType) if self.find(kind, old_id)]
+            types = [kind for kind in get_args(RepoType) if self.repository(old_id, repo_type=kind)]
             if not types:
                 raise KeyError(f"there is no repository {old_id!r}")
-            for repo_type in types:
-                repository = self._known.pop((repo_type, old_id))
+            for kind in types:
+                repository = self._known.pop((kind, old_id))
                 repository.id = new_id
-                self._known[repo_type, new_id] = repository
-                self._moved[repo_type, old_id] = new_id
-                self._moved.pop((repo_type, new_id), None)
-
-    def _open(self, repo_id: str) -> Repository | None:
-        # An id is two plain names, so that no request can climb out of the directory.
-        if self._directory is None or not is_repo_id(repo_id) or not (self._directory / repo_id).is_dir():
-            return None
-        self._known["kernel", repo_id] = repository = Repository(repo_id, folder=self._directory / repo_id)
-        return repository
+                self._known[kind, new_id] = repository
+                self._moved[kind, old_id] = new_id
+                self._moved.pop((kind, new_id), None)

@@ -7,23 +7,25 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from .repositories import Commit, Repositories, Repository, git_blob_id
+from .repositories import Commit, Repositories, Repository, RepoType, git_blob_id
 
-_KINDS = {"kernels": "kernel", "models": "model", "datasets": "dataset", "spaces": "space"}
+_KINDS: dict[str, RepoType] = {"kernels": "kernel", "models": "model", "datasets": "dataset", "spaces": "space"}
 Query = dict[str, list[str]]
 _DATE = "2025-01-01T00:00:00.000Z"
 
 
 @dataclass(frozen=True)
 class Response:
-    """One HTTP response, before any fault is applied to it."""
+    """One HTTP response; `sent` is how much of the body leaves before the connection is closed, None for all."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    sent: int | None = None
 
 
 class RefusedError(Exception):
@@ -38,34 +40,35 @@ class RefusedError(Exception):
 
 
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a response with `value` as JSON.
-
-    Example:
-        >>> json_response([]).body
-        b'[]'
-    """
+    """Return a response with `value` as JSON."""
     kind = {"Content-Type": "application/json; charset=utf-8"}
     return Response(status, json.dumps(value).encode(), {**kind, **(headers or {})})
 
 
-@dataclass(eq=False, repr=False)
-class Router:
-    """Responses requests from repositories and organizations.
+class Router(Repositories):
+    """Repositories and organizations, and the responses to requests for them.
 
     Example:
-        >>> Router(Repositories()).respond("GET", "/api/organizations/acme/overview", {}, b"").status
+        >>> Router().respond("GET", "/api/organizations/acme/overview", {}, b"").status
         404
     """
 
-    repositories: Repositories
-    organizations: dict[str, bool] = field(default_factory=dict)
-    token: str = "hf_local_member"
-    stranger_token: str = "hf_local_stranger"
-    page_size: int = 1000
+    token = "hf_local_member"
+    stranger_token = "hf_local_stranger"
+    page_size = 1000
     lfs_threshold: int | None = None
 
+    def __init__(self, directory: Path | None = None) -> None:
+        """Start with the folders of `directory` and no organization."""
+        super().__init__(directory)
+        self.organizations: dict[str, bool] = {}
+
+    def organization(self, name: str, *, trusted: bool) -> None:
+        """Add an organisation, as a trusted publisher of kernels or as any other."""
+        self.organizations[name] = trusted
+
     def respond(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response:
-        """Response one request; `target` is the request path as sent, `headers` have lower-case names."""
+        """Return the response to one request; `target` is its path as sent, `headers` have lower-case names."""
         try:
             return self._route(method, target, headers, body)
         except RefusedError as refusal:
@@ -77,20 +80,21 @@ class Router:
         user = self._user(headers)
         # Segments are cut before they are decoded: a branch named a/b travels as a%2Fb.
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
-        if parts == ["api", "whoami-v2"]:
-            return _whoami(user)
-        if parts == ["api", "agent-harnesses"]:  # newer clients ask once a day, unless telemetry is switched off
-            return json_response({"standardEnvVars": ["AI_AGENT", "AGENT"], "harnesses": {}})
-        if parts[:2] == ["api", "organizations"] and parts[3:] == ["overview"]:
-            return self._organization(parts[2])
-        if parts[0] == "api" and len(parts) >= 4 and parts[1] in _KINDS:
-            repository = self._repository(_KINDS[parts[1]], "/".join(parts[2:4]), target, user)
-            page = f"http://{headers.get('host', '')}{url.path}"
-            return self._api(repository, parts[4:], query, page)
+        match parts:
+            case ["api", "whoami-v2"]:
+                return _whoami(user)
+            case ["api", "agent-harnesses"]:  # newer clients ask once a day, unless telemetry is switched off
+                return json_response({"standardEnvVars": ["AI_AGENT", "AGENT"], "harnesses": {}})
+            case ["api", "organizations", name, "overview"]:
+                return self._organization(name)
+            case ["api", kinds, owner, name, *rest] if kinds in _KINDS:
+                repository = self._readable(_KINDS[kinds], f"{owner}/{name}", target, user)
+                return self._api(repository, rest, query, f"http://{headers.get('host', '')}{url.path}")
+        # The files of models have an address without a kind.
         kind = _KINDS.get(parts[0], "model")
         parts = parts[1:] if parts[0] in _KINDS else parts
         if len(parts) >= 5 and parts[2] == "resolve":
-            repository = self._repository(kind, "/".join(parts[:2]), target, user)
+            repository = self._readable(kind, "/".join(parts[:2]), target, user)
             return self._file(repository, parts[3], "/".join(parts[4:]), headers, user)
         raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
 
@@ -110,9 +114,10 @@ class Router:
         overview = {"name": name, "fullname": name, "avatarUrl": "", "isVerified": trusted, "numUsers": 1}
         return json_response({**overview, "trustedKernelPublisher": trusted})
 
-    def _repository(self, kind: str, repo_id: str, target: str, user: str | None) -> Repository:
-        repository = self.repositories.find(kind, repo_id)
-        new_id = None if repository else self.repositories.moved(kind, repo_id)
+    def _readable(self, kind: RepoType, repo_id: str, target: str, user: str | None) -> Repository:
+        """Return a repository that the user may know of; refuse or redirect the request else."""
+        repository = self.repository(repo_id, repo_type=kind)
+        new_id = None if repository else self._moved.get((kind, repo_id))
         if new_id is not None:
             location = target.replace(quote(repo_id), quote(new_id), 1)
             raise RefusedError(307, f"Temporary Redirect. Redirecting to {location}", Location=location)
@@ -128,9 +133,9 @@ class Router:
         if rest == ["refs"]:
             return json_response(_refs(repository))
         verb, revision = [*rest, "main"][:2] if rest else ("revision", "main")
-        commit_id, commit = _revision(repository, revision)
+        commit = _commit(repository, revision)
         if verb == "revision":
-            return json_response(self._info(repository, commit_id, commit, query))
+            return json_response(self._info(repository, commit, blobs="blobs" in query))
         if verb == "tree":
             return self._tree(commit, "/".join(rest[2:]), revision, query, page)
         if verb == "paths-info":
@@ -138,44 +143,34 @@ class Router:
             return json_response([entry for entry in self._entries(commit) if entry["path"] in wanted])
         raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
 
-    def _info(self, repository: Repository, commit_id: str, commit: Commit, query: Query) -> dict[str, Any]:
+    def _info(self, repository: Repository, commit: Commit, *, blobs: bool) -> dict[str, Any]:
         info: dict[str, Any] = {
             "_id": git_blob_id(repository.id.encode())[:24],
             "id": repository.id,
             "author": repository.id.split("/")[0],
-            "sha": commit_id,
+            "sha": commit.id,
             "gated": "manual" if repository.gated else False,
-            "lastModified": _DATE,
-            "createdAt": _DATE,
-            "downloads": 0,
-            "likes": 0,
+            **dict.fromkeys(("lastModified", "createdAt"), _DATE),
+            **dict.fromkeys(("downloads", "likes"), 0),
             "tags": [],
             "private": repository.private,
             "disabled": repository.disabled,
         }
         if repository.repo_type != "kernel":  # Kernel repositories do not list their files here.
-            blobs = "blobs" in query
-            info["siblings"] = [self._sibling(path, commit, blobs) for path in sorted(commit.files)]
+            files = [entry for entry in self._entries(commit) if entry["type"] == "file"]
+            info["siblings"] = [_sibling(entry) if blobs else {"rfilename": entry["path"]} for entry in files]
         return info
-
-    def _sibling(self, path: str, commit: Commit, blobs: bool) -> dict[str, Any]:
-        entry = self._entry(path, commit.files[path])
-        if not blobs:
-            return {"rfilename": path}
-        sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
-        if "lfs" in entry:
-            lfs = entry["lfs"]
-            sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
-        return sibling
 
     def _tree(self, commit: Commit, folder: str, revision: str, query: Query, page: str) -> Response:
         if folder and folder not in commit.folders():
             raise RefusedError(404, f'{folder} does not exist on "{revision}"', "EntryNotFound")
         inside = f"{folder}/" if folder else ""
         recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
-        entries = [entry for entry in self._entries(commit) if entry["path"].startswith(inside)]
-        if not recursive:
-            entries = [entry for entry in entries if "/" not in entry["path"][len(inside) :]]
+        entries = [
+            entry
+            for entry in self._entries(commit)
+            if entry["path"].startswith(inside) and (recursive or "/" not in entry["path"][len(inside) :])
+        ]
         start = int(query.get("cursor", ["0"])[0])
         end = start + self.page_size
         headers = {}
@@ -184,21 +179,20 @@ class Router:
         return json_response(entries[start:end], headers=headers)
 
     def _entries(self, commit: Commit) -> list[dict[str, Any]]:
-        folders = [
+        entries = [
             {"type": "directory", "oid": git_blob_id(path.encode()), "size": 0, "path": path}
             for path in commit.folders()
         ]
-        files = [self._entry(path, data) for path, data in commit.files.items()]
-        return sorted([*folders, *files], key=lambda entry: str(entry["path"]))
-
-    def _entry(self, path: str, data: bytes) -> dict[str, Any]:
-        entry: dict[str, Any] = {"type": "file", "oid": git_blob_id(data), "size": len(data), "path": path}
-        if self._is_large(data):
-            sha256 = hashlib.sha256(data).hexdigest()
-            pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n"
-            entry["oid"] = git_blob_id(pointer.encode())
-            entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": len(pointer)}
-        return entry
+        for path, data in commit.files.items():
+            entry: dict[str, Any] = {"type": "file", "oid": git_blob_id(data), "size": len(data), "path": path}
+            if self._is_large(data):
+                # Git has a large file's pointer in place of its bytes.
+                sha256 = hashlib.sha256(data).hexdigest()
+                pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n"
+                entry["oid"] = git_blob_id(pointer.encode())
+                entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": len(pointer)}
+            entries.append(entry)
+        return sorted(entries, key=lambda entry: str(entry["path"]))
 
     def _is_large(self, data: bytes) -> bool:
         return self.lfs_threshold is not None and len(data) >= self.lfs_threshold
@@ -210,11 +204,11 @@ class Router:
             # As on the real Hub, the name and the list of files of a gated repository are public; its files are not.
             status = 401 if user is None else 403
             raise RefusedError(status, f"Access to {repository.id} is restricted.", "GatedRepo")
-        commit_id, commit = _revision(repository, revision)
+        commit = _commit(repository, revision)
         if path not in commit.files:
-            raise RefusedError(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit_id)
+            raise RefusedError(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit.id)
         data = commit.files[path]
-        named = {"X-Repo-Commit": commit_id, "Accept-Ranges": "bytes", "ETag": f'"{git_blob_id(data)}"'}
+        named = {"X-Repo-Commit": commit.id, "Accept-Ranges": "bytes", "ETag": f'"{git_blob_id(data)}"'}
         if self._is_large(data):
             named["ETag"] = named["X-Linked-Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
             named["X-Linked-Size"] = str(len(data))
@@ -230,21 +224,27 @@ def _whoami(user: str | None) -> Response:
 
 
 def _refs(repository: Repository) -> dict[str, list[dict[str, str]]]:
-    def listed(names: dict[str, str], kind: str) -> list[dict[str, str]]:
-        return [
-            {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit}
-            for name, commit in sorted(names.items())
-        ]
-
-    branches, tags = listed(repository.branches, "heads"), listed(repository.tags, "tags")
+    branches, tags = (
+        [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": known[name]} for name in sorted(known)]
+        for kind, known in (("heads", repository.branches), ("tags", repository.tags))
+    )
     return {"branches": branches, "tags": tags, "converts": [], "pullRequests": []}
 
 
-def _revision(repository: Repository, revision: str) -> tuple[str, Commit]:
-    found = repository.find(revision)
-    if found is None:
-        raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-    return found
+def _commit(repository: Repository, revision: str) -> Commit:
+    try:
+        return repository.at(revision)
+    except KeyError as error:
+        raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound") from error
+
+
+def _sibling(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry of a tree as the info of a model has it: the same facts by other names."""
+    sibling = {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]}
+    if "lfs" in entry:
+        lfs = dict(entry["lfs"])
+        sibling["lfs"] = {"sha256": lfs.pop("oid"), **lfs}
+    return sibling
 
 
 def _ranged(data: bytes, wanted: str, headers: Mapping[str, str]) -> Response:

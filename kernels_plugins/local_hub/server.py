@@ -19,15 +19,15 @@ import socket
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .faults import Fault, Pattern, Request
-from .repositories import Repositories, Repository, RepoType, Tree
+from .repositories import Repository
 from .routes import Response, Router, json_response
 
 __all__ = ["LocalHub", "Repository", "Request"]
@@ -50,11 +50,10 @@ class LocalHub(Router):
 
     def __init__(self, directory: Path | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
         """Prepare a Hub; it listens from `start()`, or from entering it as a context manager."""
-        super().__init__(Repositories(None if directory is None else Path(directory)))
+        super().__init__(directory)
         self._address = (host, port)
         self._faults: list[Fault] = []
         self._log: list[Request] = []
-        self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._server: _Server | None = None
 
@@ -82,9 +81,7 @@ class LocalHub(Router):
         """Start."""
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop."""
         self.stop()
 
@@ -94,35 +91,6 @@ class LocalHub(Router):
         if self._address[1] == 0:
             raise RuntimeError("a Hub has a url once it was started")
         return f"http://{self._address[0]}:{self._address[1]}"
-
-    def add(
-        self,
-        repo_id: str,
-        files: Tree | Path,
-        *,
-        repo_type: RepoType = "kernel",
-        branch: str = "main",
-        private: bool = False,
-        gated: bool = False,
-        disabled: bool = False,
-    ) -> Repository:
-        """Create a repository with one commit; `files` maps paths to contents or is a folder to copy."""
-        repository = Repository(repo_id, repo_type, private, gated, disabled)
-        repository.commit(files, branch=branch)
-        self.repositories.add(repository)
-        return repository
-
-    def repository(self, repo_id: str, *, repo_type: RepoType = "kernel") -> Repository | None:
-        """Return a repository that was added or lies in the directory, or None."""
-        return self.repositories.find(repo_type, repo_id)
-
-    def organization(self, name: str, *, trusted: bool) -> None:
-        """Add an organisation, as a trusted publisher of kernels or as any other."""
-        self.organizations[name] = trusted
-
-    def rename(self, old_id: str, new_id: str) -> None:
-        """Rename a repository; requests for the old id are redirected."""
-        self.repositories.rename(old_id, new_id)
 
     def fail(
         self,
@@ -146,7 +114,7 @@ class LocalHub(Router):
             truncate: promise the whole body and hang up after this many bytes of it.
             flip: invert the byte at this offset of the body.
             delay: wait this many seconds before answering.
-            drop: hang up without an response.
+            drop: hang up without a response.
             body: answer with this, by default as an HTML page with status 200.
             content_type: replaces the content type.
             headers: headers to set, or, where the value is None, to leave out.
@@ -186,35 +154,37 @@ class LocalHub(Router):
             ...     hub.environment(Path("/tmp/home"))["HF_HUB_CACHE"]
             '/tmp/home/hub'
         """
-        cache, direct = str(home / "hub"), f"{self._address[0]},127.0.0.1,localhost"
-        places = {"HF_HOME": str(home), "HF_HUB_CACHE": cache, "HUGGINGFACE_HUB_CACHE": cache}
-        places |= {"HF_ASSETS_CACHE": str(home / "assets"), "HF_XET_CACHE": str(home / "xet")}
-        places |= {"HF_ENDPOINT": self.url, "HF_TOKEN_PATH": str(home / "token")}
+        home_of = {"HF_HOME": "", "HF_ASSETS_CACHE": "assets", "HF_XET_CACHE": "xet", "HF_TOKEN_PATH": "token"}
+        home_of |= dict.fromkeys(("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"), "hub")
         # The client takes an empty token for none at all.
         tokens = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"), "")
-        quiet = ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")
-        switches = {f"HF_HUB_DISABLE_{name}": "1" for name in quiet}
-        switches |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
-        return {**places, **tokens, **switches, "NO_PROXY": direct, "no_proxy": direct}
+        off = ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")
+        on = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN")
+        direct = f"{self._address[0]},127.0.0.1,localhost"
+        return {
+            "HF_ENDPOINT": self.url,
+            **{variable: str(home / name) for variable, name in home_of.items()},
+            **tokens,
+            **{f"HF_HUB_DISABLE_{name}": "1" for name in off},
+            **dict.fromkeys(on, "0"),
+            # A proxy of the machine must not come between the client and this Hub.
+            **dict.fromkeys(("NO_PROXY", "no_proxy"), direct),
+        }
 
-    def _answer(self, request: Request, body: bytes) -> tuple[Response | None, Fault | None]:
+    def _answer(self, request: Request, body: bytes) -> Response | None:
         """Return the response to a request with its fault, if it has one; None is to close the connection."""
         response: Response | None = self.respond(request.method, request.path, request.headers, body)
-        fault = self._take_fault(request)
-        if fault is not None and response is not None:
-            self._stopping.wait(fault.delay or 0)
-            response = None if fault.drop else fault.apply(response)
-        with self._lock:
-            # Noted before it is sent: a client that has its response finds its request here.
-            self._log.append(replace(request, status=0 if response is None else response.status))
-        return response, fault
-
-    def _take_fault(self, request: Request) -> Fault | None:
         with self._lock:
             fault = next((fault for fault in self._faults if fault.concerns(request)), None)
             if fault is not None and fault.times is not None:
                 fault.times -= 1
-            return fault
+        if fault is not None and response is not None:
+            self._stopping.wait(fault.delay or 0)  # rather than sleep: a stop of the Hub ends it
+            response = None if fault.drop else fault.apply(response)
+        with self._lock:
+            # Noted before it is sent: a client that has its response finds its request here.
+            self._log.append(replace(request, status=0 if response is None else response.status))
+        return response
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -229,27 +199,23 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         body = self.rfile.read(int(headers.get("content-length", 0)))
-        fault = None
         try:
-            response, fault = self.server.hub._answer(Request(self.command, self.path, headers), body)
+            response = self.server.hub._answer(Request(self.command, self.path, headers), body)
         except Exception:
             # A fault of this server, or of a test's own match function: the client shows it.
             response = json_response({"error": traceback.format_exc()}, 500)
         if response is None:
             self.close_connection = True
-        else:
-            self._send(response, None if fault is None else fault.truncate)
-
-    do_GET = do_HEAD = do_POST = _reply  # noqa: N815 (names that http.server looks for)
-
-    def _send(self, response: Response, truncate: int | None) -> None:
+            return
         self.send_response(response.status)
         for name, value in {"Content-Length": str(len(response.body)), **response.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(response.body[:truncate])
-            self.close_connection = self.close_connection or truncate is not None
+            self.wfile.write(response.body[: response.sent])
+            self.close_connection = self.close_connection or response.sent is not None
+
+    do_GET = do_HEAD = do_POST = _reply  # noqa: N815 (names that http.server looks for)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing; the Hub keeps its own list of requests."""
@@ -264,24 +230,16 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], hub: LocalHub) -> None:
         super().__init__(address, _Handler)
         self.hub = hub
-        self._connections: set[Any] = set()
-        self._lock = threading.Lock()
+        self._connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            self._connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        with self._lock:
-            self._connections.discard(request)
-        super().shutdown_request(request)
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, client = super().get_request()
+        self._connections.add(connection)
+        return connection, client
 
     def hang_up(self) -> None:
         """Close all connections; the threads that read from them then end."""
-        with self._lock:
-            connections = list(self._connections)
-        for connection in connections:
+        for connection in list(self._connections):  # of a server that accepts no more of them
             with contextlib.suppress(OSError):  # The client, or our thread, closed it first.
                 connection.shutdown(socket.SHUT_RDWR)
 

@@ -15,13 +15,14 @@ A test then talks to the real `huggingface_hub` client, over a real socket, and 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
+import runpy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from huggingface_hub import constants, file_download, hf_api
@@ -32,19 +33,6 @@ from ..hub.builds.metadata import METADATA, SIGNATURE
 from .server import LocalHub, Repository
 
 KernelRepository = Callable[..., Repository]
-
-# The client read these from its environment when it was imported.
-_PLACES = (
-    *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"),
-    *("HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH"),
-)
-_SWITCHES = {
-    "HF_HUB_OFFLINE": False,
-    "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-    "HF_HUB_DISABLE_PROGRESS_BARS": True,
-    "HF_HUB_DISABLE_TELEMETRY": True,
-    "HF_HUB_DISABLE_XET": True,
-}
 
 
 @pytest.fixture
@@ -71,14 +59,12 @@ def point_client_at(hub: LocalHub, home: Path, monkeypatch: pytest.MonkeyPatch) 
         ...     with LocalHub() as hub:
         ...         point_client_at(hub, tmp_path, monkeypatch)
     """
-    environment = hub.environment(home)
-    for name, value in environment.items():
+    for name, value in hub.environment(home).items():
         monkeypatch.setenv(name, value)
-    values: dict[str, object] = {name: environment[name] for name in _PLACES}
-    values |= {**_SWITCHES, "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"), "ENDPOINT": hub.url}
-    values["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, constant in values.items():
-        monkeypatch.setattr(constants, name, constant)
+    # The client read its environment when it was imported: its module of constants runs again, beside itself.
+    for name, constant in runpy.run_path(constants.__file__).items():
+        if name.isupper() and getattr(constants, name) != constant:
+            monkeypatch.setattr(constants, name, constant)
     # Functions of the package, such as huggingface_hub.model_info, belong to one object made on import.
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     hurried = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
@@ -90,13 +76,7 @@ def point_client_at(hub: LocalHub, home: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def kernel_repository(local_hub: LocalHub) -> KernelRepository:
     """Return a function that puts a kernel repository on `local_hub`; see `publish_kernels`."""
-
-    def publish(
-        repo_id: str = "acme/kernels", layers: str | Mapping[str, str | bytes] = "", **options: Any
-    ) -> Repository:
-        return publish_kernels(local_hub, repo_id, layers, **options)
-
-    return publish
+    return functools.partial(publish_kernels, local_hub)
 
 
 def publish_kernels(
