@@ -49,9 +49,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .hub.locking.locked import LockedLayerRepository, get_locked_kernel, load_kernel
     from .hub.source import LayerRepository, LocalLayerRepository
     from .mapping import register_kernel_mapping, use_kernel_mapping
-    from .observe.counters import PrometheusCounters
-    from .observe.log import LogResolutions
-    from .observe.ranges import ProfileRanges
+    from .observe.observers import LogResolutions, ProfileRanges, PrometheusCounters
     from .oracle.kit import check_kernel
     from .oracle.probe import Probe, ProbeReport
     from .oracle.prober import probing
@@ -77,9 +75,7 @@ _NAMES = {
     ".hub.locking.locked": "LockedLayerRepository get_locked_kernel load_kernel",
     ".hub.source": "LayerRepository LocalLayerRepository",
     ".mapping": "register_kernel_mapping use_kernel_mapping",
-    ".observe.counters": "PrometheusCounters",
-    ".observe.log": "LogResolutions",
-    ".observe.ranges": "ProfileRanges",
+    ".observe.observers": "LogResolutions ProfileRanges PrometheusCounters",
     ".oracle.kit": "check_kernel",
     ".oracle.probe": "Probe ProbeReport",
     ".oracle.prober": "probing",

@@ -33,6 +33,7 @@ from kernels_core import (
     LoadedLayer,
     Mode,
     PluginError,
+    PluginManager,
     PluginMapping,
     Refusal,
     Scope,
@@ -49,26 +50,13 @@ KernelMapping = Mapping[str, Mapping[Any, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """A parsed mapping: sources in order, per layer name, device and mode.
-
-    Attributes:
-        sources: The sources per layer name, device and mode, in order.
-        inherit: Whether mappings further out apply, too.
-    """
+    """A parsed mapping: sources in order, per layer name, device and mode; those further out apply if it inherits."""
 
     sources: Mapping[str, Mapping[tuple[Device, Mode], tuple[object, ...]]]
     inherit: bool = True
 
     def offers(self, request: LayerRequest, like: Candidate) -> list[Candidate | Refusal]:
-        """Return the candidates for a request, and a refusal for each source that is for other devices or modes.
-
-        Args:
-            request: The question.
-            like: A candidate with the plugin, tier and priority of those that are made here.
-
-        Returns:
-            Candidates for the narrowest device first, then by mode; refusals after them.
-        """
+        """Return candidates like `like`, those for the narrowest device first, then by mode; after them, refusals."""
         fitting: list[tuple[float, int, tuple[object, ...]]] = []
         unfit: list[tuple[tuple[object, ...], Cause, str]] = []
         for (device, mode), sources in self.sources.get(request.layer_name, {}).items():
@@ -79,7 +67,8 @@ class Level:
             if any(serving) != all(serving):  # reading `mode` tells the core that the answer depends on it
                 serving = [mode in STAND_INS[request.mode]]
             if all(serving):
-                fitting.append((_width(device), STAND_INS[request.modes[0]].index(mode), sources))
+                width = float("inf") if device.properties is None else device.properties.width
+                fitting.append((width, STAND_INS[request.modes[0]].index(mode), sources))
             else:
                 asked = " or ".join(map(str, request.modes))
                 unfit.append((sources, Cause.MODE, f"it is mapped for {mode}, and this call is {asked}"))
@@ -110,10 +99,6 @@ def _why_not(device: Device, request: LayerRequest) -> tuple[Cause, str]:
     capability = "one that is not known here" if request.capability is None else request.capability
     where = f"the capability of {request.device} is {capability}"
     return Cause.PROPERTIES, f"it is mapped for {device.properties}, and {where}"
-
-
-def _width(device: Device) -> float:
-    return float("inf") if device.properties is None else device.properties.width
 
 
 _registering = threading.Lock()
@@ -178,18 +163,13 @@ class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads li
 
 
 def parse_mapping(mapping: KernelMapping, *, inherit: bool = True) -> Level:
-    """Check a mapping and bring it into one form.
-
-    Raises:
-        ArgumentError: For an unknown device or an impossible mode.
-        ArgumentTypeError: For anything of the wrong type.
-    """
+    """Check a mapping and bring it into one form."""
     _expect_mapping(mapping, "A kernel mapping", "{layer name: {device: source}}")
     sources: dict[str, dict[tuple[Device, Mode], tuple[object, ...]]] = {}
     for name, devices in mapping.items():
         if not isinstance(name, str):
             raise ArgumentTypeError(f"A layer name in a mapping is a string, not {name!r}.")
-        if _is_named(devices):
+        if _named(devices):
             devices = dict.fromkeys(_EVERYWHERE, devices)
         _expect_mapping(devices, f"The mapping of layer {name!r}", "{device: source}")
         sources[name] = {
@@ -201,11 +181,6 @@ def parse_mapping(mapping: KernelMapping, *, inherit: bool = True) -> Level:
     return Level(sources, inherit)
 
 
-@functools.cache
-def _known_device(name: str) -> Device:
-    return Device(name)
-
-
 def _device(name: object, layer_name: str) -> Device:
     where = f"In the mapping of layer {layer_name!r}"
     if isinstance(name, Mode):
@@ -213,7 +188,7 @@ def _device(name: object, layer_name: str) -> Device:
     if not isinstance(name, str):
         raise ArgumentTypeError(f"{where}: a device is a name such as 'cuda', or a Device, not {name!r}.")
     try:
-        return _known_device(name)
+        return Device(name)
     except ArgumentError as error:
         raise ArgumentError(f"{where}: {error}") from None
 
@@ -229,17 +204,8 @@ def _modes(value: object, where: str) -> Iterator[tuple[Mode, tuple[object, ...]
 
 
 def _sources(value: object, where: str) -> tuple[object, ...]:
-    several = isinstance(value, list | tuple) and not _is_named(value)
-    sources = tuple(_unnamed(source, where) for source in (cast("Sequence[object]", value) if several else (value,)))
-    for source in sources:
-        problem = _source_problem(source)
-        if problem:
-            raise ArgumentTypeError(
-                f"In the mapping of {where}: {source!r} {problem}. A source is a repository such as "
-                "LayerRepository('owner/name', layer_name='Name', version=1), an object with load(), "
-                "an nn.Module class, or a function."
-            )
-    return sources
+    several = isinstance(value, list | tuple) and not _named(value)
+    return tuple(as_source(source, where) for source in (cast("Sequence[object]", value) if several else (value,)))
 
 
 _EVERYWHERE = ("cpu", "cuda", "mps", "neuron", "npu", "rocm", "tpu", "xpu")
@@ -250,18 +216,28 @@ _DEFAULT_VERSION = 1
 """The version of a repository that is named without one, as transformers has it."""
 
 
-def _is_named(value: object) -> bool:
-    """Whether a source is written as in the tables of transformers: `"owner/name:Layer"`, or that and options."""
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
-        return isinstance(value[0], str)
-    return isinstance(value, str)
+def _named(value: object) -> tuple[str, Mapping[str, Any]] | None:
+    """Return text and options of a source written as in transformers, `"owner/name:Layer"`; None for any other."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], Mapping):
+        return value[0], value[1]
+    return (value, {}) if isinstance(value, str) else None
 
 
-def _unnamed(source: object, where: str) -> object:
-    """Turn `"owner/name:Layer"` or `"/path/to/kernel:Layer"` into a repository; leave everything else."""
-    if not _is_named(source):
-        return source
-    text, options = cast("tuple[str, Mapping[str, Any]]", source if isinstance(source, tuple) else (source, {}))
+def as_source(source: object, where: str) -> object:
+    """Check one source, and turn one that is written as text into a repository."""
+    if named := _named(source):
+        return _repository(*named, where)
+    problem = _source_problem(source)
+    if problem:
+        raise ArgumentTypeError(
+            f"In the mapping of {where}: {source!r} {problem}. A source is a repository such as "
+            "LayerRepository('owner/name', layer_name='Name', version=1), an object with load(), "
+            "an nn.Module class, or a function."
+        )
+    return source
+
+
+def _repository(text: str, options: Mapping[str, Any], where: str) -> object:
     place, colon, layer_name = text.rpartition(":")
     if not (colon and layer_name and "/" in place.replace("\\", "/")):
         raise ArgumentError(
@@ -274,7 +250,7 @@ def _unnamed(source: object, where: str) -> object:
             f"In the mapping of {where}: {text!r} has unknown options {', '.join(map(repr, unknown))}: there are "
             f"{', '.join(sorted(_OPTIONS))}."
         )
-    from .hub.source import LayerRepository, LocalLayerRepository
+    from .hub.source import LayerRepository, LocalLayerRepository  # only for mappings that name the Hub in text
 
     if place.startswith(("/", ".", "~")) or place.count("/") != 1 or "\\" in place:
         return LocalLayerRepository(Path(place).expanduser(), layer_name=layer_name)
@@ -282,17 +258,6 @@ def _unnamed(source: object, where: str) -> object:
     if not chosen.keys() & {"version", "revision"}:
         chosen["version"] = _DEFAULT_VERSION
     return LayerRepository(place, layer_name=layer_name, **chosen)
-
-
-def as_source(source: object, where: str) -> object:
-    """Check one source, and turn one that is written as text into a repository.
-
-    Raises:
-        ArgumentError: If a text names no layer of a repository.
-        ArgumentTypeError: If no kernel can come from it.
-    """
-    found = _sources([source], where)
-    return found[0]
 
 
 def _source_problem(source: object) -> str | None:
@@ -314,26 +279,19 @@ def _expect_mapping(value: object, subject: str, form: str) -> None:
 # --- Hooks ---------------------------------------------------------------------------------------
 
 
-_offered: tuple[object, list[tuple[str, int, Level]]] = (None, [])
-
-
-def _offered_levels() -> list[tuple[str, int, Level]]:
-    """Return the parsed mappings of plugin packages, best first; parsed once per set of plugins."""
-    global _offered
-    manager = plugin_manager()
-    key = (manager, manager.generation)
-    if _offered[0] != key:
-        levels = []
-        offers: list[PluginMapping] = manager.hook.kernels_mapping()
-        for offer in sorted(offers, key=lambda offer: (-offer.priority, offer.plugin)):
-            try:
-                levels.append((offer.plugin, offer.priority, parse_mapping(offer.mapping)))
-            except KernelsError as error:
-                fault = PluginError(f"Plugin {offer.plugin!r} offers a bad mapping: {error}", plugin=offer.plugin)
-                fault.__cause__ = error
-                manager.report(fault)
-        _offered = (key, levels)
-    return _offered[1]
+@functools.lru_cache(maxsize=1)
+def _packaged(manager: PluginManager, generation: int) -> list[tuple[str, int, Level]]:
+    """Return the parsed mappings of plugin packages, best first; `generation` makes it anew for other plugins."""
+    levels = []
+    offers: list[PluginMapping] = manager.hook.kernels_mapping()
+    for offer in sorted(offers, key=lambda offer: (-offer.priority, offer.plugin)):
+        try:
+            levels.append((offer.plugin, offer.priority, parse_mapping(offer.mapping)))
+        except KernelsError as error:
+            fault = PluginError(f"Plugin {offer.plugin!r} offers a bad mapping: {error}", plugin=offer.plugin)
+            fault.__cause__ = error  # not raised here: outside of strict mode, a report is a warning
+            manager.report(fault)
+    return levels
 
 
 @hookimpl(tryfirst=True)  # of one tier, sources of mappings go before the offers of other plugins
@@ -351,7 +309,8 @@ def kernels_find_candidates(request: LayerRequest) -> list[Candidate | Refusal |
     offers += _registered.offers(request, _FROM_USER)
     if not _registered.inherit:
         return [*offers, Exclusive("user")]
-    for plugin, priority, level in _offered_levels():
+    manager = plugin_manager()
+    for plugin, priority, level in _packaged(manager, manager.generation):
         offers += level.offers(request, Candidate(None, plugin, "plugin", priority))
     return offers
 

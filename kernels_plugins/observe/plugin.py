@@ -5,8 +5,8 @@ Its hooks run where decisions are made, never in a call: while no observer is on
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,12 +26,8 @@ from kernels_core import (
 Forward = Callable[..., Any]
 
 VARIABLE = "KERNELS_OBSERVE"
-_OBSERVERS = {
-    "log": (".log", "LogResolutions"),
-    "ranges": (".ranges", "ProfileRanges"),
-    "prometheus": (".counters", "PrometheusCounters"),
-}
-"""Module and class of each observer: they are imported when one is switched on."""
+_OBSERVERS = {"log": "LogResolutions", "ranges": "ProfileRanges", "prometheus": "PrometheusCounters"}
+"""The class of each observer."""
 
 
 def observed() -> tuple[str, ...]:
@@ -59,31 +55,32 @@ def observed() -> tuple[str, ...]:
 
 @functools.cache
 def _make(name: str) -> object:
-    module, cls = _OBSERVERS[name]
-    return getattr(importlib.import_module(module, __package__), cls)()
+    from . import observers  # imported when one is switched on
+
+    return getattr(observers, _OBSERVERS[name])()
 
 
-def _implementations(hook: str) -> Iterator[Callable[..., Any]]:
-    """Yield each active observer's implementation of a hook; report an observer that cannot be switched on."""
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Report an error of ours: whoever misspells an observer has a model that runs without it."""
     try:
-        names = observed()
+        yield
     except KernelsError as error:
-        _report(error)
-        return
+        fault = PluginError(str(error), plugin="observe")
+        fault.__cause__ = error
+        plugin_manager().report(fault)
+
+
+def _implementations(hook: str) -> list[Callable[..., Any]]:
+    """Return each active observer's implementation of a hook."""
+    names: tuple[str, ...] = ()
+    observers = []
+    with _reported():
+        names = observed()
     for name in names:
-        try:
-            observer = _make(name)
-        except KernelsError as error:
-            _report(error)
-        else:
-            if hasattr(observer, hook):
-                yield getattr(observer, hook)
-
-
-def _report(error: KernelsError) -> None:
-    fault = PluginError(str(error), plugin="observe")
-    fault.__cause__ = error
-    plugin_manager().report(fault)
+        with _reported():
+            observers.append(_make(name))
+    return [getattr(observer, hook) for observer in observers if hasattr(observer, hook)]
 
 
 @hookimpl
