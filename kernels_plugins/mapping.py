@@ -212,8 +212,6 @@ _EVERYWHERE = ("cpu", "cuda", "mps", "neuron", "npu", "rocm", "tpu", "xpu")
 """The devices that a layer's only repository is for."""
 
 _OPTIONS = {"version", "revision", "trust_remote_code"}
-_DEFAULT_VERSION = 1
-"""The version of a repository that is named without one, as transformers has it."""
 
 
 def _named(value: object) -> tuple[str, Mapping[str, Any]] | None:
@@ -227,7 +225,15 @@ def as_source(source: object, where: str) -> object:
     """Check one source, and turn one that is written as text into a repository."""
     if named := _named(source):
         return _repository(*named, where)
-    problem = _source_problem(source)
+    problem = ""
+    if isinstance(source, type):
+        problem = "" if issubclass(source, torch.nn.Module) else "is a class, but not of nn.Module"
+    elif isinstance(source, torch.nn.Module):
+        problem = "is a module, where its class is wanted"
+    elif isinstance(source, bytes):
+        problem = "is bytes"
+    elif not (callable(source) or callable(getattr(source, "load", None))):
+        problem = "cannot serve a layer"
     if problem:
         raise ArgumentTypeError(
             f"In the mapping of {where}: {source!r} {problem}. A source is a repository such as "
@@ -256,19 +262,8 @@ def _repository(text: str, options: Mapping[str, Any], where: str) -> object:
         return LocalLayerRepository(Path(place).expanduser(), layer_name=layer_name)
     chosen = {name: value for name, value in options.items() if value is not None}
     if not chosen.keys() & {"version", "revision"}:
-        chosen["version"] = _DEFAULT_VERSION
+        chosen["version"] = 1  # as transformers has it
     return LayerRepository(place, layer_name=layer_name, **chosen)
-
-
-def _source_problem(source: object) -> str | None:
-    if isinstance(source, type):
-        return None if issubclass(source, torch.nn.Module) else "is a class, but not of nn.Module"
-    if isinstance(source, torch.nn.Module):
-        return "is a module, where its class is wanted"
-    if isinstance(source, bytes):
-        return "is bytes"
-    loads = callable(getattr(source, "load", None))
-    return None if loads or callable(source) else "cannot serve a layer"
 
 
 def _expect_mapping(value: object, subject: str, form: str) -> None:
@@ -303,20 +298,16 @@ def kernels_find_candidates(request: LayerRequest) -> list[Candidate | Refusal |
     offers: list[Candidate | Refusal | Exclusive] = []
     for level in request.scopes:
         if isinstance(level, Level):
-            offers += level.offers(request, _FROM_SCOPE)
+            offers += level.offers(request, Candidate(None, "mapping", "scope"))
             if not level.inherit:
                 return [*offers, Exclusive("scope")]
-    offers += _registered.offers(request, _FROM_USER)
+    offers += _registered.offers(request, Candidate(None, "mapping", "user"))
     if not _registered.inherit:
         return [*offers, Exclusive("user")]
     manager = plugin_manager()
     for plugin, priority, level in _packaged(manager, manager.generation):
         offers += level.offers(request, Candidate(None, plugin, "plugin", priority))
     return offers
-
-
-_FROM_SCOPE = Candidate(None, "mapping", "scope")
-_FROM_USER = Candidate(None, "mapping", "user")
 
 
 @hookimpl

@@ -22,7 +22,6 @@ class Block(nn.Module):
     """
 
     def __init__(self, hidden: int, heads: int, inner: int, length: int) -> None:
-        """Make the layers."""
         super().__init__()
         self.norm = RMSNorm(hidden)
         self.attention = Attention(hidden, heads, length)
@@ -46,7 +45,6 @@ class Attention(nn.Module):
     sin: Tensor
 
     def __init__(self, hidden: int, heads: int, length: int) -> None:
-        """Make projections and angles."""
         super().__init__()
         self.dim = hidden // heads
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
@@ -77,7 +75,6 @@ class MLP(nn.Module):
     """Two projections up, gated, one down."""
 
     def __init__(self, hidden: int, inner: int, activation: nn.Module) -> None:
-        """Make the projections."""
         super().__init__()
         self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
         self.activation = activation

@@ -12,10 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import nullcontext
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,12 +57,15 @@ def demo(
     start = time.perf_counter()
     with using_device(device or ("cuda" if torch.cuda.is_available() else "cpu")) as where:
         pass  # before anything is started
-    with _folder(keep) as folder, LocalHub(repository) as hub:
+    temporary = partial(tempfile.TemporaryDirectory, prefix="kernels-core-demo-", ignore_cleanup_errors=True)
+    with nullcontext(keep) if keep else temporary() as home, LocalHub(repository) as hub:
+        folder = Path(home).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         hub.organization(OWNER, trusted=True)
         report = folder / "report.json"
-        child = _Child(hub, folder, ["--device", str(where), "--dtype", dtype.value])
-        cold = child.run("--report", str(report))
-        warm = child.run()
+        arguments = ("--device", str(where), "--dtype", dtype.value)
+        cold = _run(hub, folder, *arguments, "--report", str(report))
+        warm = _run(hub, folder, *arguments)
         result: dict[str, Any] = json.loads(report.read_text())
     result["requests"] = {"cold": cold, "warm": warm}
     result["seconds"] = round(time.perf_counter() - start, 1)
@@ -75,34 +77,17 @@ def demo(
     raise typer.Exit(0 if result["ok"] else 1)
 
 
-@dataclass(frozen=True)
-class _Child:
-    """A process whose client talks to a Hub."""
-
-    hub: LocalHub
-    home: Path
-    arguments: list[str]
-
-    def run(self, *more: str) -> int:
-        """Run it to its end, and return how many requests it made."""
-        environment = {**os.environ, **self.hub.environment(self.home), "KERNELS_CACHE": ""}
-        environment["PYTHONWARNINGS"] = "ignore::UserWarning"  # the report has the refusals
-        before = self.hub.count()
-        command = [sys.executable, "-m", "kernels_plugins.demo.measure", *self.arguments, *more]
-        done = subprocess.run(command, env=environment, stdout=sys.stderr)
-        if done.returncode:
-            raise KernelsError(f"The demo's process ended with {done.returncode}: its message is above.")
-        return self.hub.count() - before
-
-
-@contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="kernels-core-demo-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+def _run(hub: LocalHub, home: Path, *arguments: str) -> int:
+    """Run a process whose client talks to a Hub, and return how many requests it made."""
+    # The report has the refusals that the process would warn of.
+    ours = {"KERNELS_CACHE": "", "PYTHONWARNINGS": "ignore::UserWarning"}
+    before = hub.count()
+    command = [sys.executable, "-m", "kernels_plugins.demo.measure", *arguments]
+    # Its standard output must not mix with the JSON of this process.
+    done = subprocess.run(command, env={**os.environ, **hub.environment(home), **ours}, stdout=sys.stderr)
+    if done.returncode:
+        raise KernelsError(f"The demo's process ended with {done.returncode}: its message is above.")
+    return hub.count() - before
 
 
 # --- Printing ------------------------------------------------------------------------------------
@@ -118,18 +103,9 @@ def _print(result: dict[str, Any]) -> None:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     reference, kernel = row["reference_ms"], row["kernel_ms"]
-    times = (
-        ("", "", "") if kernel is None else (f"{reference:.3f} ms", f"{kernel:.3f} ms", f"{reference / kernel:.2f}x")
-    )
-    return (
-        row["module"],
-        row["layer"],
-        f"{row['mode']}, {row['device']}",
-        row["implementation"],
-        f"{row['forward_difference']:.3f}",
-        f"{row['gradient_difference']:.3f}",
-        *times,
-    )
+    times = (f"{reference:.3f} ms", f"{kernel:.3f} ms", f"{reference / kernel:.2f}x") if kernel else ("", "", "")
+    texts = (row["module"], row["layer"], f"{row['mode']}, {row['device']}", row["implementation"])
+    return (*texts, *(f"{row[name]:.3f}" for name in ("forward_difference", "gradient_difference")), *times)
 
 
 def _summary(result: dict[str, Any]) -> str:

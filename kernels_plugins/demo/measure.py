@@ -12,7 +12,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from kernels_core import (
-    Layer,
-    Mode,
-    Resolution,
-    Scope,
-    decorated_layer,
-    find_layer,
-    hookimpl,
-    plugin_manager,
-    references,
-    resolve,
-)
+from kernels_core import Layer, Mode, Resolution, Scope, hookimpl, plugin_manager, references, resolve
 from kernels_plugins import LayerRepository, use_kernel_mapping
 
+from ..comparison.tolerance import tolerance_of
+from ..oracle.inputs import decorated, record
 from .block import Block
 
 REPOSITORY = "kernels-demo/llama-layers"
@@ -45,15 +36,12 @@ SIZES = {
 }
 """Size of the block and of a batch, by type of device."""
 
-TOLERANCES = {torch.float32: (1.3e-6, 1e-5), torch.bfloat16: (1.6e-2, 1e-5), torch.float16: (1e-3, 1e-5)}
-"""Relative and absolute, as in `torch.testing.assert_close`."""
-
 ROUNDS = 15
 
 Step = Callable[[], tuple[list[Tensor], list[Tensor]]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """One layer, or the whole block, run with and without kernels.
 
@@ -70,8 +58,8 @@ class Row:
     served: bool
     forward_difference: float
     gradient_difference: float
-    reference_ms: float | None
-    kernel_ms: float | None
+    reference_ms: float | None = None
+    kernel_ms: float | None = None
 
     @property
     def is_right(self) -> bool:
@@ -90,7 +78,7 @@ class Part:
     @property
     def layers(self) -> list[Layer]:
         """The decorated layers in it, each as often as it occurs."""
-        return [decorated_layer(module) for module in self.module.modules() if _is_decorated(module)]
+        return [layer for _, layer in decorated(self.module)]
 
     def step(self, call: Callable[..., Any]) -> Step:
         """Return one step of training, the same each time: outputs, and gradients of all that has some."""
@@ -110,7 +98,6 @@ class Recorder:
     """A plugin that notes which decision each layer was called by."""
 
     def __init__(self) -> None:
-        """Start with nothing."""
         self.used: dict[Layer, Resolution] = {}
 
     @hookimpl
@@ -158,11 +145,13 @@ def measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     for part in parts:
         compare(part, "training", part.module)
     if all(row.served and row.is_right for row in rows):
-        backend = "inductor" if device.type != "cpu" or _has_compiler() else "aot_eager"
+        compilers = (os.environ.get("CXX", ""), "g++", "clang++")
+        # On a CPU, Inductor writes C++.
+        backend = "inductor" if device.type != "cpu" or any(map(shutil.which, compilers)) else "aot_eager"
         compiled = torch.compile(parts[-1].module, fullgraph=True, backend=backend)
         compare(parts[-1], "training, compiled", compiled)
     return {
-        "device": _device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "backend": backend,
@@ -184,17 +173,10 @@ def _block(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Tensor]
 
 def _parts(block: nn.Module, x: Tensor) -> Iterator[Part]:
     """Yield every decorated layer with the inputs that the block passes to it, then the block."""
-    called: dict[nn.Module, tuple[Tensor, ...]] = {}
-    layers = {module: path for path, module in block.named_modules() if _is_decorated(module)}
-    hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: called.update({module: inputs})) for module in layers
-    ]
-    block(x)
-    for hook in hooks:
-        hook.remove()
-    for module, path in layers.items():
-        inputs = tuple(x.detach().requires_grad_(x.requires_grad) for x in called[module])
-        yield Part(path, module, inputs)
+    with record(block) as calls, references():
+        block(x)
+    for recorded in calls:
+        yield Part(recorded.path, block.get_submodule(recorded.path), recorded.call.args)
     yield Part("(block)", block, (x,))
 
 
@@ -215,20 +197,17 @@ def _compare(part: Part, mode: str, call: Callable[..., Any], kernels: Scope, re
         served=all(resolution is not None and not resolution.is_reference for resolution in used),
         forward_difference=_difference(actual[0], expected[0]) / len(part.layers),
         gradient_difference=_difference(actual[1], expected[1]) / len(part.layers),
-        reference_ms=None,
-        kernel_ms=None,
     )
-    if not (row.served and row.is_right):
-        return row
-    reference_ms, kernel_ms = _times(step, references, lambda: kernels)
-    return replace(row, reference_ms=reference_ms, kernel_ms=kernel_ms)
+    if row.served and row.is_right:
+        row.reference_ms, row.kernel_ms = _times(step, references, lambda: kernels)
+    return row
 
 
 def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest difference in units of the tolerance; NaN is infinitely large."""
     worst = 0.0
     for a, e in zip(actual, expected, strict=True):
-        relative, absolute = TOLERANCES[e.dtype]
+        relative, absolute = tolerance_of(e.dtype)
         difference = (a.float() - e.float()).abs().max() / (absolute + relative * e.float().abs().max())
         worst = max(worst, difference.nan_to_num(nan=float("inf")).item())
     return worst
@@ -246,20 +225,8 @@ def _times(step: Step, *scopes: Callable[[], AbstractContextManager[object]]) ->
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
-def _is_decorated(module: nn.Module) -> bool:
-    return find_layer(module) is not None
-
-
 def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
 
 
 if __name__ == "__main__":
