@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,13 +14,7 @@ from .layers import GeluAndMul, RMSNorm, RotaryEmbedding, SiluAndMul
 class Block(nn.Module):
     """Attention, an MLP gated by SiLU and one gated by GELU, so that every layer of the demo is used.
 
-    Each is behind a norm and added to the residual stream.
-
-    Args:
-        hidden: Width of the residual stream.
-        heads: Number of query heads; there are half as many keys.
-        inner: Width inside the MLPs.
-        length: Longest sequence.
+    Each is behind a norm and added to the residual stream; there are half as many keys as query heads.
     """
 
     def __init__(self, hidden: int, heads: int, inner: int, length: int) -> None:
@@ -26,9 +22,9 @@ class Block(nn.Module):
         self.norm = RMSNorm(hidden)
         self.attention = Attention(hidden, heads, length)
         self.silu_norm = RMSNorm(hidden)
-        self.silu_mlp = MLP(hidden, inner, SiluAndMul())
+        self.silu_mlp = mlp(hidden, inner, SiluAndMul())
         self.gelu_norm = RMSNorm(hidden)
-        self.gelu_mlp = MLP(hidden, inner, GeluAndMul())
+        self.gelu_mlp = mlp(hidden, inner, GeluAndMul())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, seq, hidden] to the same shape."""
@@ -71,16 +67,7 @@ class Attention(nn.Module):
         return output
 
 
-class MLP(nn.Module):
-    """Two projections up, gated, one down."""
-
-    def __init__(self, hidden: int, inner: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
-        self.activation = activation
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., hidden] to the same shape."""
-        output: Tensor = self.down_proj(self.activation(self.gate_up_proj(x)))
-        return output
+def mlp(hidden: int, inner: int, activation: nn.Module) -> nn.Module:
+    """Return two projections up, gated, and one down."""
+    up, down = nn.Linear(hidden, 2 * inner, bias=False), nn.Linear(inner, hidden, bias=False)
+    return nn.Sequential(OrderedDict(gate_up_proj=up, activation=activation, down_proj=down))

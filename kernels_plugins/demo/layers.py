@@ -11,12 +11,7 @@ __all__ = ["GeluAndMul", "RMSNorm", "RotaryEmbedding", "SiluAndMul"]
 
 @use_kernel_forward_from_hub("RMSNorm")
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation of the last dimension, as Llama defines it.
-
-    Args:
-        hidden_size: Width of the last dimension.
-        eps: Added to the mean square before the square root.
-    """
+    """Root-mean-square normalisation of the last dimension, as Llama defines it."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()

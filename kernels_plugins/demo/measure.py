@@ -99,10 +99,12 @@ class Recorder:
 
     def __init__(self) -> None:
         self.used: dict[Layer, Resolution] = {}
+        self.refusals: set[str] = set()
 
     @hookimpl
     def kernels_resolved(self, resolution: Resolution) -> None:
-        """Note a decision that is put to use."""
+        """Note a decision that is put to use, and its refusals."""
+        self.refusals.update(map(str, resolution.refusals))
         if resolution.request.layer is not None:
             self.used[resolution.request.layer] = resolution
 
@@ -134,29 +136,25 @@ def measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     plugin_manager().register(recorder, "demo-recorder")
     parts = list(_parts(*_block(device, dtype)))
     backend = None
-    refusals: set[str] = set()
-    rows: list[Row] = []
 
-    def compare(part: Part, mode: str, call: Callable[..., Any]) -> None:
-        recorder.used.clear()
-        rows.append(_compare(part, mode, call, use_kernel_mapping(mapping(device)), recorder))
-        refusals.update(str(refusal) for used in recorder.used.values() for refusal in used.refusals)
+    def compare(part: Part, mode: str, call: Callable[..., Any]) -> Row:
+        # A scope of its own, because a scope that is entered again keeps its decisions, and records none.
+        return _compare(part, mode, call, use_kernel_mapping(mapping(device)), recorder)
 
-    for part in parts:
-        compare(part, "training", part.module)
+    rows = [compare(part, "training", part.module) for part in parts]
     if all(row.served and row.is_right for row in rows):
         compilers = (os.environ.get("CXX", ""), "g++", "clang++")
         # On a CPU, Inductor writes C++.
         backend = "inductor" if device.type != "cpu" or any(map(shutil.which, compilers)) else "aot_eager"
         compiled = torch.compile(parts[-1].module, fullgraph=True, backend=backend)
-        compare(parts[-1], "training, compiled", compiled)
+        rows.append(compare(parts[-1], "training, compiled", compiled))
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "backend": backend,
         "rows": [{**asdict(row), "is_right": row.is_right} for row in rows],
-        "refusals": sorted(refusals),
+        "refusals": sorted(recorder.refusals),
     }
 
 
@@ -182,6 +180,7 @@ def _parts(block: nn.Module, x: Tensor) -> Iterator[Part]:
 
 def _compare(part: Part, mode: str, call: Callable[..., Any], kernels: Scope, recorder: Recorder) -> Row:
     """Compare a part, called with kernels, with its reference."""
+    recorder.used.clear()
     step = part.step(call)
     with references():
         expected = part.step(part.module)()  # eager also where `call` is compiled

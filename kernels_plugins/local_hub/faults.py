@@ -1,41 +1,11 @@
-"""Requests to a local Hub, and the faults that it applies to their responses."""
+"""Faults on demand, which a local Hub applies to its responses."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from urllib.parse import unquote
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from .routes import Response, json_response
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request as it came in: `path` is undecoded and has the query, header names are lower case.
-
-    `status` is that of the response, 0 while there is none yet and when the connection was dropped.
-    """
-
-    method: str
-    path: str
-    headers: Mapping[str, str] = field(repr=False)
-    status: int = 0
-
-    def matches(self, pattern: Pattern) -> bool:
-        """Match a text in, or a regular expression on, `"METHOD /decoded/path?query"`, or ask a function.
-
-        Example:
-            >>> Request("GET", "/api/kernels/acme/kernels/revision/a%2Fb", {}).matches("GET /api")
-            True
-        """
-        line = f"{self.method} {unquote(self.path)}"
-        if isinstance(pattern, str):
-            return pattern in line
-        return bool(pattern.search(line)) if isinstance(pattern, re.Pattern) else pattern(self)
-
-
-Pattern = str | re.Pattern[str] | Callable[[Request], bool]
+from .routes import Pattern, Request, Response, json_response
 
 
 @dataclass

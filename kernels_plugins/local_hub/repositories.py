@@ -129,15 +129,7 @@ class Repository:
 
 
 class Repositories:
-    """All repositories of one Hub, added by call or found as `<owner>/<name>` folders of a directory.
-
-    Example:
-        >>> repositories = Repositories()
-        >>> repository = repositories.add("acme/kernels", {"README.md": "hello"})
-        >>> repositories.rename("acme/kernels", "acme/layers")
-        >>> repositories.repository("acme/layers") is repository
-        True
-    """
+    """All repositories of one Hub, added by call or found as `<owner>/<name>` folders of a directory."""
 
     def __init__(self, directory: Path | None = None) -> None:
         """Serve the folders of `directory`, if one is given, as kernel repositories."""

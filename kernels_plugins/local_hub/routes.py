@@ -1,11 +1,11 @@
-"""The responses of a local Hub: the routes, the status codes and the headers of the real one."""
+"""The responses of a local Hub to requests: the routes, the status codes and the headers of the real one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,34 @@ from .repositories import Commit, Repositories, Repository, RepoType, git_blob_i
 _KINDS: dict[str, RepoType] = {"kernels": "kernel", "models": "model", "datasets": "dataset", "spaces": "space"}
 Query = dict[str, list[str]]
 _DATE = "2025-01-01T00:00:00.000Z"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it came in: `path` is undecoded and has the query, header names are lower case.
+
+    `status` is that of the response, 0 while there is none yet and when the connection was dropped.
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, str] = field(repr=False)
+    status: int = 0
+
+    def matches(self, pattern: Pattern) -> bool:
+        """Match a text in, or a regular expression on, `"METHOD /decoded/path?query"`, or ask a function.
+
+        Example:
+            >>> Request("GET", "/api/kernels/acme/kernels/revision/a%2Fb", {}).matches("GET /api")
+            True
+        """
+        line = f"{self.method} {unquote(self.path)}"
+        if isinstance(pattern, str):
+            return pattern in line
+        return bool(pattern.search(line)) if isinstance(pattern, re.Pattern) else pattern(self)
+
+
+Pattern = str | re.Pattern[str] | Callable[[Request], bool]
 
 
 @dataclass(frozen=True)
@@ -46,12 +74,7 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
 
 
 class Router(Repositories):
-    """Repositories and organizations, and the responses to requests for them.
-
-    Example:
-        >>> Router().respond("GET", "/api/organizations/acme/overview", {}, b"").status
-        404
-    """
+    """Repositories and organizations, and the responses to requests for them."""
 
     token = "hf_local_member"
     stranger_token = "hf_local_stranger"
@@ -67,16 +90,16 @@ class Router(Repositories):
         """Add an organisation, as a trusted publisher of kernels or as any other."""
         self.organizations[name] = trusted
 
-    def respond(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response:
-        """Return the response to one request; `target` is its path as sent, `headers` have lower-case names."""
+    def respond(self, request: Request, body: bytes = b"") -> Response:
+        """Return the response to one request."""
         try:
-            return self._route(method, target, headers, body)
+            return self._route(request, body)
         except RefusedError as refusal:
             return refusal.response
 
-    def _route(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response:
-        url = urlsplit(target)
-        query = parse_qs(body.decode() if method == "POST" else url.query)
+    def _route(self, request: Request, body: bytes) -> Response:
+        url, headers = urlsplit(request.path), request.headers
+        query = parse_qs(body.decode() if request.method == "POST" else url.query)
         user = self._user(headers)
         # Segments are cut before they are decoded: a branch named a/b travels as a%2Fb.
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
@@ -88,13 +111,13 @@ class Router(Repositories):
             case ["api", "organizations", name, "overview"]:
                 return self._organization(name)
             case ["api", kinds, owner, name, *rest] if kinds in _KINDS:
-                repository = self._readable(_KINDS[kinds], f"{owner}/{name}", target, user)
+                repository = self._readable(_KINDS[kinds], f"{owner}/{name}", request.path, user)
                 return self._api(repository, rest, query, f"http://{headers.get('host', '')}{url.path}")
         # The files of models have an address without a kind.
         kind = _KINDS.get(parts[0], "model")
         parts = parts[1:] if parts[0] in _KINDS else parts
         if len(parts) >= 5 and parts[2] == "resolve":
-            repository = self._readable(kind, "/".join(parts[:2]), target, user)
+            repository = self._readable(kind, "/".join(parts[:2]), request.path, user)
             return self._file(repository, parts[3], "/".join(parts[4:]), headers, user)
         raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
 

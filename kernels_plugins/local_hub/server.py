@@ -26,9 +26,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from .faults import Fault, Pattern, Request
+from .faults import Fault
 from .repositories import Repository
-from .routes import Response, Router, json_response
+from .routes import Pattern, Request, Response, Router, json_response
 
 __all__ = ["LocalHub", "Repository", "Request"]
 
@@ -52,6 +52,7 @@ class LocalHub(Router):
         """Prepare a Hub; it listens from `start()`, or from entering it as a context manager."""
         super().__init__(directory)
         self._address = (host, port)
+        # Threads of the server share these lists; Python appends, copies and clears them as one step each.
         self._faults: list[Fault] = []
         self._log: list[Request] = []
         self._stopping = threading.Event()
@@ -121,24 +122,20 @@ class LocalHub(Router):
             times: how many requests this happens to.
         """
         fault = Fault(match, status, truncate, flip, delay, drop, body, content_type, headers, times)
-        with self._lock:
-            self._faults.append(fault)
+        self._faults.append(fault)
 
     def heal(self) -> None:
         """Forget all faults."""
-        with self._lock:
-            self._faults.clear()
+        self._faults.clear()
 
     @property
     def requests(self) -> list[Request]:
         """The requests so far, oldest first."""
-        with self._lock:
-            return list(self._log)
+        return self._log.copy()
 
     def forget(self) -> None:
         """Empty the list of requests."""
-        with self._lock:
-            self._log.clear()
+        self._log.clear()
 
     def count(self, pattern: Pattern | None = None) -> int:
         """Count the requests that match, or all of them. See `Request.matches`."""
@@ -173,17 +170,16 @@ class LocalHub(Router):
 
     def _answer(self, request: Request, body: bytes) -> Response | None:
         """Return the response to a request with its fault, if it has one; None is to close the connection."""
-        response: Response | None = self.respond(request.method, request.path, request.headers, body)
-        with self._lock:
+        response: Response | None = self.respond(request, body)
+        with self._lock:  # two requests at once must not share the last of a fault's times
             fault = next((fault for fault in self._faults if fault.concerns(request)), None)
             if fault is not None and fault.times is not None:
                 fault.times -= 1
         if fault is not None and response is not None:
             self._stopping.wait(fault.delay or 0)  # rather than sleep: a stop of the Hub ends it
             response = None if fault.drop else fault.apply(response)
-        with self._lock:
-            # Noted before it is sent: a client that has its response finds its request here.
-            self._log.append(replace(request, status=0 if response is None else response.status))
+        # Noted before it is sent: a client that has its response finds its request here.
+        self._log.append(replace(request, status=0 if response is None else response.status))
         return response
 
 
