@@ -429,8 +429,12 @@ def run(path: str) -> dict[str, str]:
 
 def serve() -> None:
     """Fork a process for each line of standard input."""
+    engine = torch.autograd.Variable._execution_engine
+    # Builds for accelerators start threads with the first backward, and such a process cannot run one after a fork.
+    torch.autograd.Variable._execution_engine = types.SimpleNamespace(run_backward=lambda *args, **kwargs: ())
     for use in PLAIN.values():  # so that PyTorch has imported all modules that it imports late
         attempt(use)
+    torch.autograd.Variable._execution_engine = engine
     assert "kernels_core" not in sys.modules
     _functions.extend(
         found
