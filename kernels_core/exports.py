@@ -28,7 +28,7 @@ def set_module(package: str, namespace: Mapping[str, Any], names: Iterable[str])
         defined_in = str(getattr(value, "__module__", ""))
         if not defined_in.startswith(f"{package}.") or getattr(value, "__qualname__", "") != name:
             continue
-        for cls in getattr(value, "__mro__", ()):
+        for cls in getattr(value, "__mro__", ()):  # functions have none, and find names in their own globals
             if cls.__module__.startswith(f"{package}."):
                 _bind_annotations(cls)
         value.__module__ = package

@@ -88,6 +88,7 @@ class HookRecorder:
         Returns:
             A function without arguments that ends it.
         """
+        # By the identity of the arguments, which pluggy passes to both: calls nest, and threads call side by side.
         under_way: dict[int, HookCall] = {}
 
         def before(hook_name: str, hook_impls: object, kwargs: Mapping[str, Any]) -> None:
@@ -122,7 +123,7 @@ def isolated_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginManager]
     manager.register(CorePlugin(), "core", trusted=True)
     monkeypatch.setattr(plugins, "_manager", manager)
     yield manager
-    monkeypatch.undo()
+    monkeypatch.undo()  # first, so that nothing is decided anew by plugins of the test
     _start_anew()
 
 

@@ -61,6 +61,7 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.rotary(q, k, self.cos[:, :seq], self.sin[:, :seq])
+        # Grouped keys: two query heads share one.
         k, v = (heads.repeat_interleave(2, dim=1) for heads in (k, v))
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))

@@ -83,7 +83,7 @@ class Part:
     def step(self, call: Callable[..., Any]) -> Step:
         """Return one step of training, the same each time: outputs, and gradients of all that has some."""
         wanted = [x for x in (*self.inputs, *self.module.parameters()) if x.requires_grad]
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # kernel and reference start from the same gradients
         with torch.no_grad():
             seeds = [torch.randn_like(y) for y in _as_list(self.module(*self.inputs))]
 

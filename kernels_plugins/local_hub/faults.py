@@ -44,6 +44,7 @@ class Fault:
         if self.flip is not None and body:
             at = self.flip % len(body)
             body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
+        # Names of headers have no case: one that is set must not stand beside its namesake.
         for name, value in (self.headers or {}).items():
             headers = {known: text for known, text in headers.items() if known.lower() != name.lower()}
             if value is not None:
