@@ -167,7 +167,7 @@ class PrometheusCounters:
         def decorate(forward: Forward) -> Forward:
             @functools.wraps(forward)
             def counted(*args: Any, **kwargs: Any) -> Any:
-                if not torch.compiler.is_compiling():  # a lock of the client would break the graph
+                if not torch.compiler.is_compiling():  # a trace is no call
                     count()
                 return forward(*args, **kwargs)
 
