@@ -34,50 +34,33 @@ class CorePlugin:
         """Try the candidates in order: authorize, load, check. The first without a refusal serves."""
         hook = plugin_manager().hook
         answers = hook.kernels_find_candidates(request=request) if self._only is None else [[self._only]]
-        candidates, misfits, refusals = rank_offers(offer for answer in answers for offer in answer)
+        candidates, misfits, refusals = rank_offers(answers)
         if request.depends_on_mode and _differ_by_mode(request, candidates):
             raise ModesDiffer
         _warn_of_rivals(request, candidates)
         for candidate in candidates:
-            vetoes = hook.kernels_authorize(request=request, candidate=candidate)
-            if vetoes:
+            if vetoes := hook.kernels_authorize(request=request, candidate=candidate):
                 refusals.append(_refusal(UntrustedError, request, candidate, vetoes))
-                continue
-            loaded = load(request, candidate)
-            if isinstance(loaded, Refusal):
+            elif isinstance(loaded := load(request, candidate), Refusal):
                 refusals.append(loaded)
-                continue
-            unfit = _unfit(request, candidate, loaded.layer)
-            if unfit is not None:
+            elif unfit := _unfit(request, candidate, loaded.layer):
                 refusals.append(unfit)
-                continue
-            vetoes = hook.kernels_check_layer(request=request, candidate=candidate, layer=loaded.layer)
-            if vetoes:
+            elif vetoes := hook.kernels_check_layer(request=request, candidate=candidate, layer=loaded.layer):
                 refusals.append(_refusal(ContractError, request, candidate, vetoes))
-                continue
-            return Resolution(
-                request,
-                implementation=implementation_of(request.layer, loaded.layer),
-                candidate=candidate,
-                origin=loaded.origin,
-                checked=loaded.checked,
-                refusals=tuple(refusals),
-                misfits=misfits,
-            )
+            else:
+                kernel = implementation_of(request.layer, loaded.layer)
+                return Resolution(
+                    request, kernel, candidate, loaded.origin, tuple(refusals), loaded.checked, misfits=misfits
+                )
         return Resolution(request, refusals=tuple(refusals), misfits=misfits)
-
-
-def ranked_offers(request: LayerRequest) -> tuple[list[Candidate], tuple[Refusal, ...], list[Refusal]]:
-    """Ask plugins for candidates, and sort them, as `rank_offers` does."""
-    answers = plugin_manager().hook.kernels_find_candidates(request=request)
-    return rank_offers(offer for answer in answers for offer in answer)
 
 
 def _differ_by_mode(request: LayerRequest, candidates: list[Candidate]) -> bool:
     """Return whether the candidates for another mode are not those for the first one."""
+    ask = plugin_manager().hook.kernels_find_candidates
     first, *others = (
         [(source_key(candidate.source), candidate.tier, candidate.plugin) for candidate in found]
-        for found in (candidates, *(ranked_offers(request.in_mode(mode))[0] for mode in request.modes[1:]))
+        for found in (candidates, *(rank_offers(ask(request=request.in_mode(mode)))[0] for mode in request.modes[1:]))
     )
     return any(other != first for other in others)
 
@@ -97,11 +80,9 @@ def _warn_of_rivals(request: LayerRequest, candidates: list[Candidate]) -> None:
 
 def _unfit(request: LayerRequest, candidate: Candidate, kernel: KernelLayer) -> Refusal | None:
     """Return the refusal of a kernel that breaks the contract, does not serve the mode, or is in quarantine."""
-    reason = check_contract(request.layer, kernel)
-    if reason is not None:
+    if reason := check_contract(request.layer, kernel):
         return _refusal(ContractError, request, candidate, [reason])
-    reason = check_mode(request, kernel)
-    if reason is not None:
+    if reason := check_mode(request, kernel):
         return replace(_refusal(ContractError, request, candidate, [reason]), cause=Cause.MODE)
     entry = find_quarantined(request, implementation_of(request.layer, kernel))
     return quarantine_refusal(entry, candidate) if entry is not None else None

@@ -61,17 +61,9 @@ def use_kernel_forward_from_hub(
             raise ArgumentTypeError(
                 f"@use_kernel_forward_from_hub goes on an nn.Module class or a function, not on {target!r}."
             )
-        reference = _reference(target)
-        forward: Any = make_forward(
-            Layer(
-                name=layer_name,
-                qualname=f"{reference.__module__}.{reference.__qualname__}",
-                reference=reference,
-                is_function=True,
-                condition=condition,
-                use_fallback=use_fallback,
-            )
-        )
+        reference: Any = _reference(target)
+        qualname = f"{reference.__module__}.{reference.__qualname__}"
+        forward: Any = make_forward(Layer(layer_name, qualname, reference, True, condition, use_fallback))
         forward.kernel_layer_name = layer_name
         return cast(T, forward)
 
@@ -85,7 +77,7 @@ def replace_kernel_forward_from_hub(
     *,
     use_fallback: bool = True,
 ) -> None:
-    """Do to a class of somebody else what `use_kernel_forward_from_hub` does to one's own.
+    """Decorate a class that another package defines, as `use_kernel_forward_from_hub` decorates one's own.
 
     A class that is decorated already gets the new name, condition and fallback; its reference stays.
 
@@ -115,20 +107,14 @@ def replace_kernel_forward_from_hub(
         raise ArgumentTypeError(f"{cls.__qualname__} has no forward, so there is no reference to fall back to.")
     stated = inspect.getattr_static(cls, "forward")
     if isinstance(stated, staticmethod | classmethod) or not hasattr(stated, "__get__"):  # an object is never bound
-        what = "a static or class method" if hasattr(stated, "__get__") else f"{stated!r}, which never gets the module"
+        kind = "a static or class method" if hasattr(stated, "__get__") else f"{stated!r}, which never gets the module"
         raise ArgumentTypeError(
-            f"{cls.__qualname__}.forward is {what}: kernels run on the module, so make it take self."
+            f"{cls.__qualname__}.forward is {kind}: kernels run on the module, so make it take self."
         )
     changeable = cast(Any, cls)
+    qualname = f"{cls.__module__}.{cls.__qualname__}"
     changeable.forward = make_forward(
-        Layer(
-            name=layer_name,
-            qualname=f"{cls.__module__}.{cls.__qualname__}",
-            reference=_reference(cls.forward),
-            is_function=False,
-            condition=condition,
-            use_fallback=use_fallback,
-        )
+        Layer(layer_name, qualname, _reference(cls.forward), False, condition, use_fallback)
     )
     changeable.kernel_layer_name = layer_name
 
@@ -145,6 +131,6 @@ def _check(layer_name: object, condition: object) -> None:
 
 
 def _reference(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what was there before any decorator of ours."""
+    """Return the forward as it was before any decorator of ours."""
     layer = dispatched_layer(forward)
     return layer.reference if layer is not None else forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -151,13 +152,13 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
     """
     if isinstance(device, Device):
         device = TORCH_DEVICE_TYPES[device.type]
-    elif isinstance(device, str) and device.partition(":")[0] in TORCH_DEVICE_TYPES:
-        kind, colon, index = device.partition(":")
+    kind, colon, index = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind in TORCH_DEVICE_TYPES:
         device = TORCH_DEVICE_TYPES[kind] + colon + index
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        if isinstance(device, str) and device.partition(":")[0] in _BROUGHT_BY_PACKAGES:
+        if kind in _BROUGHT_BY_PACKAGES:
             raise ArgumentError(
                 f"This PyTorch does not know the device {device!r}: import the package that brings it, such as "
                 "torch_npu or torch_neuronx, or use another device."
@@ -166,7 +167,6 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
             f"Unknown device {device!r}: use one of {', '.join(sorted(TORCH_DEVICE_TYPES))}, with an index where "
             "there are several ('cuda:1')."
         ) from error
-    index = device.partition(":")[2] if isinstance(device, str) else ""
     if index and int(index) != found.index:  # PyTorch silently keeps only the last eight bits
         raise ArgumentError(f"No machine has a device {device!r}: indices are small numbers, as in 'cuda:1'.")
     if found.index is None and found.type == "cuda" and torch.cuda.is_available():
@@ -176,15 +176,12 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
 
 # --- Devices of calls -----------------------------------------------------------------------------
 
-ACCELERATOR = (
-    "cuda"
-    if torch.version.cuda or torch.version.hip
-    else "xpu"
-    if getattr(torch.version, "xpu", None)
-    else "mps"
-    if torch.backends.mps.is_built()
-    else None
-)
+_BUILT_FOR = {
+    "cuda": torch.version.cuda or torch.version.hip,
+    "xpu": getattr(torch.version, "xpu", None),
+    "mps": torch.backends.mps.is_built(),
+}
+ACCELERATOR = next((kind for kind, built in _BUILT_FOR.items() if built), None)
 """Type of the accelerators that this PyTorch is built for: they are read directly, other types by the cold path."""
 
 MAX_INDEX = 8
@@ -223,8 +220,6 @@ def find_device(module: torch.nn.Module | None, values: Iterable[Any]) -> torch.
             if isinstance(item, torch.Tensor):
                 return item.device
     if module is not None:
-        for parameter in module.parameters():
-            return parameter.device
-        for buffer in module.buffers():
-            return buffer.device
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            return tensor.device
     return None

@@ -55,7 +55,7 @@ from .layer import Layer
 from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import Resolution
-from .resolver import Notify, decide, must_raise, no_kernel, ready
+from .resolver import decide, must_raise, no_kernel, ready
 from .scope import PATIENCE, Frame, FrameTable, active_frame, publish, resolving, root, withdraw
 from .torch_internals import (
     EXPRESSION_NAMES,
@@ -186,7 +186,7 @@ class _Dispatcher:
     def _settle(self, device: torch.device, frame: Frame) -> Served:
         """Return one function for both modes, or the selector that asks for the mode."""
         try:
-            return self._served(decide(self.layer, device, EAGER_MODES, frame=frame, notify=Notify.ALL))
+            return self._served(decide(self.layer, device, EAGER_MODES, frame=frame, notify="all"))
         except ModesDiffer:
             return self._selector(device), None
 
@@ -206,7 +206,7 @@ class _Dispatcher:
             for mode in EAGER_MODES:
 
                 def decide_mode(frame: Frame, mode: Mode = mode) -> Served:
-                    return self._served(decide(self.layer, device, (mode,), frame=frame, notify=Notify.ALL))
+                    return self._served(decide(self.layer, device, (mode,), frame=frame, notify="all"))
 
                 decisions[f"{self._name(device)}_{str(mode.name).lower()}"] = decide_mode
 
@@ -316,7 +316,7 @@ class _Dispatcher:
     def _settle_traced(self, device: torch.device, frame: Frame) -> Forward:
         """Return one function for both modes, or the selector that reads the table of one of them."""
         try:
-            return self._served_traced(decide(self.layer, device, TRACED_MODES, frame=frame, notify=Notify.ALL))
+            return self._served_traced(decide(self.layer, device, TRACED_MODES, frame=frame, notify="all"))
         except ModesDiffer:
             return self._selector_traced(device)
 
@@ -333,7 +333,7 @@ class _Dispatcher:
             for mode in TRACED_MODES:
 
                 def decide_mode(frame: Frame, mode: Mode = mode) -> Forward:
-                    return self._served_traced(decide(self.layer, device, (mode,), frame=frame, notify=Notify.ALL))
+                    return self._served_traced(decide(self.layer, device, (mode,), frame=frame, notify="all"))
 
                 word = "training" if Mode.TRAINING in mode else "inference"
                 tables.append(self._table(f"{self._name(device)}_{word}_traced", decide_mode))

@@ -38,7 +38,9 @@ class PluginMapping:
 
 
 def raised_in(hook: str, plugin: str, error: BaseException) -> PluginError:
-    """Make the error for an exception that a hook of a plugin raised."""
+    """Return the error for an exception that a hook of a plugin raised: this one, if it is one of ours for plugins."""
+    if isinstance(error, PluginError):
+        return error
     text = f"{type(error).__name__}: {error}".rstrip(".: ")
     fault = PluginError(f"Plugin {plugin!r} raised in {hook}: {text}.", plugin=plugin)
     fault.__cause__ = error
@@ -56,20 +58,18 @@ def isolated(hook: str, name: str, plugin: object, function: Callable[..., Any],
         try:
             answer = function(*args)
             return None if answer is None else _accepted(hook, name, priority, answer)
-        except PluginError as fault:
-            error, reason = fault, str(fault)
         except FAULTS as raised:
-            if hook == "kernels_load_layer":  # a loader raises the reason why it cannot load
-                _blame(raised, name)
+            if hook == "kernels_load_layer" and not isinstance(raised, PluginError):  # the reason why it cannot load
+                with contextlib.suppress(AttributeError, TypeError):  # of a class that takes no attributes
+                    raised.kernels_plugin = name  # type: ignore[union-attr]
                 if isinstance(raised, SystemExit):
                     raise LoadError(f"it would end the process: SystemExit: {raised}") from raised
                 raise
             error = raised_in(hook, name, raised)
-            reason = str(error)
         if hook in _VETO:
-            return reason
+            return str(error)
         report(error)
-        return [Refusal(reason, plugin=name, error=error)] if hook == "kernels_find_candidates" else None
+        return [Refusal(str(error), plugin=name, error=error)] if hook == "kernels_find_candidates" else None
 
     return guarded
 
@@ -78,8 +78,8 @@ def _isolated_wrapper(hook: str, name: str, function: Callable[..., Any], report
     """Wrap a wrapper: where it raises by itself, the answer that it wraps stands."""
 
     def failed(raised: BaseException, answer: Any) -> Any:
-        fault = raised if isinstance(raised, PluginError) else raised_in(hook, name, raised)
-        if hook in _VETO:  # a policy that fails stops
+        fault = raised_in(hook, name, raised)
+        if hook in _VETO:  # a policy that fails refuses
             return [*answer, str(fault)]
         report(fault)
         return answer
@@ -98,11 +98,8 @@ def _isolated_wrapper(hook: str, name: str, function: Callable[..., Any], report
         except BaseException as raised:
             inner = raised
         try:
-            if inner is None:
-                generator.send(answer)
-                raise RuntimeError("a wrapper yields once, this one did twice")
-            else:
-                generator.throw(inner)
+            generator.send(answer) if inner is None else generator.throw(inner)
+            raise RuntimeError("a wrapper yields once, this one did twice")
         except StopIteration as stop:
             fault = _wrapped_fault(hook, name, stop.value)
             return stop.value if fault is None else failed(fault, answer)
@@ -112,9 +109,7 @@ def _isolated_wrapper(hook: str, name: str, function: Callable[..., Any], report
             if inner is None:
                 return failed(raised, answer)
             report(raised_in(hook, name, raised))
-        if inner is not None:
-            raise inner
-        return answer
+        raise inner  # after the handler, which would make `raised` the context of this error
 
     return guarded
 
@@ -130,18 +125,14 @@ def _is_offer(item: object) -> bool:
     return isinstance(item, Candidate) and item.tier in TIERS and type(item.priority) is int
 
 
-def _is_reason(answer: object) -> bool:
-    return isinstance(answer, str) and bool(answer.strip())
-
-
+_REASON = ("None or a reason (a string)", lambda answer: isinstance(answer, str) and bool(answer.strip()))
 _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "kernels_resolve_forward": ("a Resolution or None", lambda answer: isinstance(answer, Resolution)),
     "kernels_find_candidates": (
         "a sequence of Candidate (and of Refusal and Exclusive) or None",
         lambda answer: isinstance(answer, Sequence) and all(map(_is_offer, answer)),
     ),
-    "kernels_authorize": ("None or a reason (a string)", _is_reason),
-    "kernels_check_layer": ("None or a reason (a string)", _is_reason),
+    **dict.fromkeys(_VETO, _REASON),
     "kernels_wrap_forward": ("a decorator or None", callable),
     "kernels_mapping": ("a mapping or None", lambda answer: isinstance(answer, Mapping)),
 }
@@ -168,12 +159,6 @@ def _signed(offer: Candidate | Refusal | Exclusive, name: str) -> Candidate | Re
     return offer if offer.plugin else replace(offer, plugin=name)
 
 
-def _blame(error: BaseException, name: str) -> None:
-    """Note on an exception of a loader which plugin raised it."""
-    with contextlib.suppress(AttributeError, TypeError):  # of a class that takes no attributes
-        error.kernels_plugin = name  # type: ignore[attr-defined]
-
-
 def _wrapped_fault(hook: str, name: str, answer: Any) -> PluginError | None:
     """Return the error for a wrong answer of a wrapper, which is the answer of the whole call."""
     expected = {"kernels_resolve_forward": Resolution}.get(hook, list)
@@ -192,40 +177,39 @@ def _wrapped_fault(hook: str, name: str, answer: Any) -> PluginError | None:
 def checked_hooks(plugin: object, name: str) -> dict[str, Callable[..., Any]]:
     """Return the hook implementations of a plugin; raise where one would silently never be called."""
     hooks: dict[str, Callable[..., Any]] = {}
+    priority = getattr(plugin, "kernels_priority", 0)
+    problem = None
     for attribute in dir(plugin):
         function = getattr(plugin, attribute, None)
-        marked = isinstance(getattr(function, f"{PROJECT}_impl", None), dict)
+        options: Any = getattr(function, f"{PROJECT}_impl", None)
+        marked = isinstance(options, dict)
         if marked and attribute not in _HOOKS:
             close = difflib.get_close_matches(attribute, _HOOKS, 1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(_HOOKS)}."
-            raise PluginLoadError(f"Plugin {name!r} implements an unknown hook {attribute}: {hint}", plugin=name)
-        if attribute in _HOOKS and not marked:
-            raise PluginLoadError(
-                f"Plugin {name!r} has a function {attribute} that is not marked: put @hookimpl on it.",
-                plugin=name,
-            )
-        if marked and callable(function):
-            options = getattr(function, f"{PROJECT}_impl")
+            problem = f" implements an unknown hook {attribute}: {hint}"
+        elif attribute in _HOOKS and not marked:
+            problem = f" has a function {attribute} that is not marked: put @hookimpl on it."
+        elif marked and callable(function):
             if options.get("hookwrapper"):
-                raise PluginLoadError(
-                    f"Plugin {name!r}: {attribute} is an old hookwrapper: use wrapper=True.", plugin=name
-                )
-            if options.get("wrapper") and not inspect.isgeneratorfunction(function):
-                raise PluginLoadError(f"Plugin {name!r}: {attribute} is a wrapper without a yield.", plugin=name)
-            _check_arguments(attribute, function, name)
+                problem = f": {attribute} is an old hookwrapper: use wrapper=True."
+            elif options.get("wrapper") and not inspect.isgeneratorfunction(function):
+                problem = f": {attribute} is a wrapper without a yield."
+            else:
+                problem = _wrong_argument(attribute, function)
             hooks[attribute] = function
-    if not hooks:
-        raise PluginLoadError(
-            f"Plugin {name!r} ({plugin!r}) implements no hook: mark at least one function with @hookimpl.",
-            plugin=name,
-        )
-    priority = getattr(plugin, "kernels_priority", 0)
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise PluginLoadError(f"Plugin {name!r}: kernels_priority is {priority!r}, not an integer.", plugin=name)
+        if problem is not None:
+            break
+    else:
+        if not hooks:
+            problem = f" ({plugin!r}) implements no hook: mark at least one function with @hookimpl."
+        elif isinstance(priority, bool) or not isinstance(priority, int):
+            problem = f": kernels_priority is {priority!r}, not an integer."
+    if problem is not None:
+        raise PluginLoadError(f"Plugin {name!r}{problem}", plugin=name)
     return hooks
 
 
-def _check_arguments(hook: str, function: Callable[..., Any], name: str) -> None:
+def _wrong_argument(hook: str, function: Callable[..., Any]) -> str | None:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in _HOOKS[hook]:
             problem = "which the hook does not have"
@@ -233,8 +217,6 @@ def _check_arguments(hook: str, function: Callable[..., Any], name: str) -> None
             problem = "with a default, which pluggy would never fill"
         else:
             continue
-        raise PluginLoadError(
-            f"Plugin {name!r}: {hook}{inspect.signature(function)} takes {parameter.name!r}, {problem}. "
-            f"It may take any of ({', '.join(_HOOKS[hook])}).",
-            plugin=name,
-        )
+        takes = f"{hook}{inspect.signature(function)} takes {parameter.name!r}, {problem}"
+        return f": {takes}. It may take any of ({', '.join(_HOOKS[hook])})."
+    return None

@@ -6,8 +6,8 @@ import contextlib
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from .contract import BOUND
@@ -23,77 +23,17 @@ _lock = threading.Lock()
 
 @dataclass
 class _Load:
-    """One source that is being loaded, or the outcome.
+    """The outcome of loading a source, or the lock that the thread holds which loads it now."""
 
-    Attributes:
-        lock: Held by the thread that loads.
-        outcome: The layer, or the exception that loading raised.
-    """
-
-    lock: threading.Lock
+    lock: threading.Lock = field(default_factory=threading.Lock)
     outcome: LoadedLayer | Exception | None = None
 
 
-class Loads:
-    """The loaded sources of the process, by type of device; a failure is remembered until a change.
+_weak: weakref.WeakKeyDictionary[object, dict[str, _Load]] = weakref.WeakKeyDictionary()
+"""Loads by type of device, of sources that are only equal to themselves: dropped with the scope that names them."""
 
-    Equal sources share a load. A source that is only equal to itself is referred to weakly: its load is dropped
-    with the scope that named it.
-    """
-
-    def __init__(self) -> None:
-        """Start with nothing loaded."""
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop all loads: every source is loaded again when it is needed."""
-        self._weak: weakref.WeakKeyDictionary[object, dict[str, _Load]] = weakref.WeakKeyDictionary()
-        self._strong: dict[object, tuple[object, dict[str, _Load]]] = {}
-
-    def get(self, request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
-        """Return the layer that a source was or is now turned into, or the exception that this raises."""
-        source = candidate.source
-        fetched = not isinstance(source, type | types.FunctionType)  # of those, there is nothing to remember
-        load = self._find(source, request.device.type) if fetched else _Load(threading.Lock())
-        acquired = load.lock.acquire(timeout=PATIENCE)
-        try:
-            if load.outcome is None:
-                try:
-                    with _real_tensors():
-                        made = plugin_manager().hook.kernels_load_layer(request=request, source=source)
-                except Exception as error:  # any fault of a kernel is a reason, never a crash of the model
-                    made = error
-                load.outcome = made if isinstance(made, LoadedLayer | Exception) else _loaded(made, source)
-                if fetched and isinstance(load.outcome, Exception):
-                    plugin_manager().hook.kernels_kernel_failed(
-                        request=request, candidate=candidate, error=load.outcome
-                    )
-                    _strip(load.outcome)
-            return load.outcome
-        finally:
-            if acquired:
-                load.lock.release()
-
-    def _find(self, source: object, device: str) -> _Load:
-        with _lock:
-            return self._loads(source).setdefault(device, _Load(threading.Lock()))
-
-    def _loads(self, source: object) -> dict[str, _Load]:
-        """Return the loads of a source, by type of device."""
-        if type(source).__eq__ is object.__eq__:  # only equal to itself
-            with contextlib.suppress(TypeError):  # it does not allow weak references
-                return self._weak.setdefault(source, {})
-        return self._strong.setdefault(source_key(source), (source, {}))[1]
-
-    def forget_failures(self) -> None:
-        """Let sources that failed be tried again."""
-        with _lock:
-            for loads in (*self._weak.values(), *(loads for _, loads in self._strong.values())):
-                for device in [d for d, load in loads.items() if isinstance(load.outcome, Exception)]:
-                    del loads[device]
-
-
-loads = Loads()
+_strong: dict[object, tuple[object, dict[str, _Load]]] = {}
+"""Loads by type of device, of sources that are equal to others by value, with the source."""
 
 
 def load(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Refusal:
@@ -102,12 +42,59 @@ def load(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Refusal:
     Returns:
         The layer, or the refusal of the candidate, where loading or adapting raised.
     """
-    loaded = loads.get(request, candidate)
+    loaded = _outcome(request, candidate)
     if isinstance(loaded, LoadedLayer) and loaded.adapt is not None and request.layer is not None:
         loaded = _adapted(request.layer, loaded)
     if isinstance(loaded, LoadedLayer):
         return loaded
     return Refusal(_reason(loaded, candidate), candidate, candidate.plugin, loaded)
+
+
+def _outcome(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
+    """Return the layer that a source was or is now turned into, or the exception that this raises."""
+    source, hook = candidate.source, plugin_manager().hook
+    fetched = not isinstance(source, type | types.FunctionType)  # of those, there is nothing to remember
+    load = _find(source, request.device.type) if fetched else _Load()
+    acquired = load.lock.acquire(timeout=PATIENCE)
+    try:
+        if load.outcome is None:
+            try:
+                # Leave modes such as that of `torch.export`: kernels may make real tensors when they are imported.
+                with no_torch_function(), no_dispatch_modes():
+                    made = hook.kernels_load_layer(request=request, source=source)
+            except Exception as error:  # any fault of a kernel is a reason, never a crash of the model
+                made = error
+            load.outcome = made if isinstance(made, LoadedLayer | Exception) else _loaded(made, source)
+            if fetched and isinstance(load.outcome, Exception):
+                hook.kernels_kernel_failed(request=request, candidate=candidate, error=load.outcome)
+                _strip(load.outcome)
+        return load.outcome
+    finally:
+        if acquired:
+            load.lock.release()
+
+
+def _find(source: object, device: str) -> _Load:
+    with _lock:
+        if type(source).__eq__ is object.__eq__:  # only equal to itself
+            with contextlib.suppress(TypeError):  # it does not allow weak references
+                return _weak.setdefault(source, {}).setdefault(device, _Load())
+        return _strong.setdefault(source_key(source), (source, {}))[1].setdefault(device, _Load())
+
+
+def forget_loads() -> None:
+    """Drop all loads: every source is loaded again when it is needed."""
+    with _lock:
+        _weak.clear()
+        _strong.clear()
+
+
+def forget_failures() -> None:
+    """Let sources that failed be tried again."""
+    with _lock:
+        for loads in (*_weak.values(), *(loads for _, loads in _strong.values())):
+            for device in [d for d, load in loads.items() if isinstance(load.outcome, Exception)]:
+                del loads[device]
 
 
 def _adapted(layer: Layer, loaded: LoadedLayer) -> LoadedLayer | Exception:
@@ -118,7 +105,7 @@ def _adapted(layer: Layer, loaded: LoadedLayer) -> LoadedLayer | Exception:
     known = layer.adapted.get(id(loaded))
     if known is None:
         try:
-            with _real_tensors():
+            with no_torch_function(), no_dispatch_modes():
                 made = replace(loaded, layer=cast(Any, loaded.adapt)(layer), adapt=None)
         except Exception as error:  # any fault of a kernel is a reason, never a crash of the model
             return error
@@ -171,10 +158,3 @@ def _strip(error: BaseException | None) -> None:
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-@contextlib.contextmanager
-def _real_tensors() -> Iterator[None]:
-    """Leave modes such as that of `torch.export`, so that kernels can make real tensors when imported."""
-    with no_torch_function(), no_dispatch_modes():
-        yield

@@ -46,21 +46,13 @@ EAGER_MODES = (Mode.INFERENCE, Mode.TRAINING)
 TRACED_MODES = (Mode.INFERENCE | Mode.TORCH_COMPILE, Mode.TRAINING | Mode.TORCH_COMPILE)
 """The modes that a call can have while it is traced."""
 
+_TRACED_INFERENCE, _TRACED_TRAINING = TRACED_MODES
+
 STAND_INS: dict[Mode, tuple[Mode, ...]] = {
-    Mode.INFERENCE: (
-        Mode.INFERENCE,
-        Mode.INFERENCE | Mode.TORCH_COMPILE,
-        Mode.TRAINING,
-        Mode.TRAINING | Mode.TORCH_COMPILE,
-        Mode.FALLBACK,
-    ),
-    Mode.TRAINING: (Mode.TRAINING, Mode.TRAINING | Mode.TORCH_COMPILE, Mode.FALLBACK),
-    Mode.INFERENCE | Mode.TORCH_COMPILE: (
-        Mode.INFERENCE | Mode.TORCH_COMPILE,
-        Mode.TRAINING | Mode.TORCH_COMPILE,
-        Mode.FALLBACK,
-    ),
-    Mode.TRAINING | Mode.TORCH_COMPILE: (Mode.TRAINING | Mode.TORCH_COMPILE, Mode.FALLBACK),
+    Mode.INFERENCE: (Mode.INFERENCE, _TRACED_INFERENCE, Mode.TRAINING, _TRACED_TRAINING, Mode.FALLBACK),
+    Mode.TRAINING: (Mode.TRAINING, _TRACED_TRAINING, Mode.FALLBACK),
+    _TRACED_INFERENCE: (_TRACED_INFERENCE, _TRACED_TRAINING, Mode.FALLBACK),
+    _TRACED_TRAINING: (_TRACED_TRAINING, Mode.FALLBACK),
 }
 """For each mode of a call, the registered modes that may serve it, best first."""
 

@@ -43,8 +43,9 @@ class PluginManager:
         self._pluggy.add_hookspecs(hookspecs)
         self._originals: dict[str, object] = {}
         self._discovered = not discover
-        self._scanning = False
-        self._discovering = threading.RLock()
+        self._scanning: int | None = None
+        """The thread that scans entry points now."""
+        self._discovering = threading.Lock()
         self._warn = WarnOnce()
         self.on_change: list[Callable[[], None]] = []
         self.faults: list[PluginError] = []
@@ -109,20 +110,18 @@ class PluginManager:
     # --- Discovery ---------------------------------------------------------------------------
 
     def _discover(self) -> None:
-        if self._discovered:
+        here = threading.get_ident()
+        if self._discovered or self._scanning == here:  # scanning: a plugin dispatches while it is imported
             return
         if not self._discovering.acquire(timeout=PATIENCE):
-            return  # the thread that scans may wait for an import that this one is in: go on with what is there
+            return  # the thread that scans may wait for an import that this one is in: use the plugins found so far
         try:
-            if self._discovered or self._scanning:  # scanning: a plugin dispatches while it is imported
-                return
-            self._scanning = True
-            try:
+            if not self._discovered:
+                self._scanning = here
                 self._scan()
                 self._discovered = True  # other threads wait until now
-            finally:
-                self._scanning = False
         finally:
+            self._scanning = None
             self._discovering.release()
 
     def _scan(self) -> None:
@@ -130,30 +129,23 @@ class PluginManager:
         allowed, blocked = plugin_choice()
         found = self._unique(_entry_points())
         for unknown in sorted(((allowed or frozenset()) | blocked) - found.keys()):
-            self.report(
-                PluginLoadError(
-                    f"KERNELS_PLUGINS names {unknown!r}, which no installed distribution offers: "
-                    f"there are {', '.join(sorted(found)) or 'none'}.",
-                    plugin=unknown,
-                )
-            )
+            problem = f"KERNELS_PLUGINS names {unknown!r}, which no installed distribution offers: there are "
+            self.report(PluginLoadError(f"{problem}{', '.join(sorted(found)) or 'none'}.", plugin=unknown))
         for name, entry_point in sorted(found.items()):
             if name not in self._originals and name not in blocked and (allowed is None or name in allowed):
                 self._load(name, entry_point)
         if allowed is not None and _MAPPING in found.keys() - self._originals.keys() - blocked:
-            self.report(
-                PluginLoadError(
-                    f"KERNELS_PLUGINS leaves out the plugin {_MAPPING!r}, without which no mapping is used: neither "
-                    "those of plugin packages, nor those of register_kernel_mapping and use_kernel_mapping. Name it, "
-                    f"too, or say -{_MAPPING} if that is what you want.",
-                    plugin=_MAPPING,
-                )
+            problem = (
+                f"KERNELS_PLUGINS leaves out the plugin {_MAPPING!r}, without which no mapping is used: neither "
+                "those of plugin packages, nor those of register_kernel_mapping and use_kernel_mapping. Name it, "
+                f"too, or say -{_MAPPING} if that is what you want."
             )
+            self.report(PluginLoadError(problem, plugin=_MAPPING))
 
     def _unique(
         self, entry_points: Iterable[importlib_metadata.EntryPoint]
     ) -> dict[str, importlib_metadata.EntryPoint]:
-        """Keep one entry point per name: of two distributions, the first by name, and say so."""
+        """Keep one entry point per name: of two distributions, the first by name, and report the others."""
         by_name: dict[str, dict[str, importlib_metadata.EntryPoint]] = {}
         for entry_point in entry_points:
             offers = by_name.setdefault(entry_point.name, {})
@@ -161,13 +153,11 @@ class PluginManager:
         for name, offers in by_name.items():
             if len(offers) > 1:
                 used, *lost = sorted(offers)
-                self.report(
-                    PluginConflictError(
-                        f"Distributions {', '.join(sorted(offers))} all offer a plugin named {name!r}: that of "
-                        f"{used!r} is used, and those of {', '.join(lost)} are not. Uninstall all but one.",
-                        plugin=name,
-                    )
+                problem = (
+                    f"Distributions {', '.join(sorted(offers))} all offer a plugin named {name!r}: that of "
+                    f"{used!r} is used, and those of {', '.join(lost)} are not. Uninstall all but one."
                 )
+                self.report(PluginConflictError(problem, plugin=name))
         return {name: offers[min(offers)] for name, offers in by_name.items()}
 
     def _load(self, name: str, entry_point: importlib_metadata.EntryPoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -243,19 +244,19 @@ class Resolution:
 
 
 def rank_offers(
-    offers: Iterable[Candidate | Refusal | Exclusive],
+    answers: Iterable[Iterable[Candidate | Refusal | Exclusive]],
 ) -> tuple[list[Candidate], tuple[Refusal, ...], list[Refusal]]:
-    """Sort the offers of all plugins for one request, without those that an `Exclusive` leaves out.
+    """Sort the answers of all plugins to one request, without the offers that an `Exclusive` leaves out.
 
     Returns:
         Candidates, first to be tried first; inapplicable candidates; and plugins that failed to offer any.
 
     Example:
-        >>> offers = [Candidate("theirs"), Candidate("mine", tier="user"), Exclusive("user")]
-        >>> [candidate.source for candidate in rank_offers(offers)[0]]
+        >>> answers = [Candidate("theirs")], [Candidate("mine", tier="user"), Exclusive("user")]
+        >>> [candidate.source for candidate in rank_offers(answers)[0]]
         ['mine']
     """
-    offers = list(offers)
+    offers = list(itertools.chain.from_iterable(answers))
     last = min((TIERS.index(offer.tier) for offer in offers if isinstance(offer, Exclusive)), default=len(TIERS))
     tiers = TIERS[: last + 1]
     candidates = [offer for offer in offers if isinstance(offer, Candidate) and offer.tier in tiers]
@@ -263,8 +264,3 @@ def rank_offers(
     refusals = [offer for offer in offers if isinstance(offer, Refusal)]
     misfits = tuple(refusal for refusal in refusals if refusal.candidate and refusal.candidate.tier in tiers)
     return candidates, misfits, [refusal for refusal in refusals if refusal.candidate is None]
-
-
-def attribute(layer: KernelLayer, name: str, default: bool) -> bool:
-    """Read a declaration such as `has_backward` off a kernel layer."""
-    return bool(getattr(cast(Any, layer), name, default))

@@ -9,23 +9,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from . import scope
-from .answer import CorePlugin, ModesDiffer, quarantine_refusal, ranked_offers
+from .answer import CorePlugin, ModesDiffer, quarantine_refusal
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
 from .errors import NoKernelError, PluginError
 from .guards.quarantine import find_quarantined, on_change
 from .isolation import FAULTS, raised_in
 from .layer import Layer, decorated_layer
-from .loading import loads
+from .loading import forget_failures
 from .mode import Mode, check_call_mode
 from .plugins import plugin_manager
-from .resolution import Candidate, JointRequest, LayerRequest, Refusal, Resolution
+from .resolution import Candidate, JointRequest, LayerRequest, Refusal, Resolution, rank_offers
 from .scope import Frame
 from .warning import warn_once
 
@@ -61,12 +60,11 @@ def resolve(
         >>> resolve("no such layer", device="cpu", mode=Mode.INFERENCE).origin
         'reference'
     """
-    layer, where = _layer_of(layer_or_name), as_torch_device(device)
-    request = _request(layer, where, (check_call_mode(mode),))
+    request = _request_of(layer_or_name, device, mode)
     if scope.resolving.get():  # a plugin asks while it is asked
         return Resolution(request, note="asked while a layer is being resolved")
     if candidate is None or mapping_disabled():
-        return decide(layer, where, (mode,))
+        return decide(request.layer or request.layer_name, request.device, (mode,))
     with _resolving():
         return CorePlugin(candidate).kernels_resolve_forward(request)
 
@@ -96,16 +94,17 @@ def find_candidates(
         >>> find_candidates("no such layer", device="cpu", mode=Mode.INFERENCE)
         ([], [])
     """
-    request = _request(_layer_of(layer_or_name), as_torch_device(device), (check_call_mode(mode),))
+    request = _request_of(layer_or_name, device, mode)
     if mapping_disabled():
         return [], []
     with _resolving():
-        candidates, misfits, failures = ranked_offers(request)
+        candidates, misfits, failures = rank_offers(plugin_manager().hook.kernels_find_candidates(request=request))
     return candidates, [*failures, *misfits]
 
 
-def _layer_of(layer_or_name: Decorated) -> Layer | str:
-    return layer_or_name if isinstance(layer_or_name, str | Layer) else decorated_layer(layer_or_name)
+def _request_of(layer_or_name: Decorated, device: torch.device | Device | str, mode: Mode) -> LayerRequest:
+    layer = layer_or_name if isinstance(layer_or_name, str | Layer) else decorated_layer(layer_or_name)
+    return _request(layer, as_torch_device(device), (check_call_mode(mode),))
 
 
 def _request(
@@ -120,27 +119,13 @@ def _request(
 # --- The decision ----------------------------------------------------------------------------------
 
 
-class Notify(IntEnum):
-    """The parties that learn of a decision.
-
-    Attributes:
-        NONE: None: the decision is not put to use.
-        PLUGINS: Plugins, by `kernels_resolved`.
-        ALL: Plugins; and the user, by a warning for each refused candidate.
-    """
-
-    NONE = 0
-    PLUGINS = 1
-    ALL = 2
-
-
 def decide(
     layer: Layer | str,
     device: torch.device,
     modes: Sequence[Mode],
     *,
     frame: Frame | None = None,
-    notify: Notify = Notify.NONE,
+    notify: Literal["plugins", "all"] | None = None,
 ) -> Resolution:
     """Decide which kernel serves a layer; the only way to a decision.
 
@@ -149,7 +134,8 @@ def decide(
         device: Device of the calls.
         modes: The modes that the one decision is to serve: one, or the two of eager or of traced calls.
         frame: The frame of the calls; by default the active one.
-        notify: The parties that learn of it.
+        notify: None where the decision is not put to use, `"plugins"` to call `kernels_resolved`, and `"all"` to
+            warn the user of each refused candidate, too.
 
     Returns:
         The decision, with `every_mode` if it is for two modes.
@@ -176,9 +162,9 @@ def decide(
                 raise ModesDiffer
         if len(modes) > 1:
             resolution = replace(resolution, request=request.in_mode(modes[0]), every_mode=True)
-        if notify >= Notify.PLUGINS:
+        if notify is not None:
             plugin_manager().hook.kernels_resolved(resolution=resolution)
-        if notify is Notify.ALL and resolution.refusals and not must_raise(resolution):
+        if notify == "all" and resolution.refusals and not must_raise(resolution):
             _warn_of_refusals(resolution)
     return resolution
 
@@ -196,11 +182,7 @@ def _resolving() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Pins:
-    """The payload of a scope in which some layers were decided beforehand, whatever mappings say.
-
-    Attributes:
-        choices: The decision per layer.
-    """
+    """The payload of a scope in which some layers have a decision already, whatever mappings offer."""
 
     choices: Mapping[Layer, Resolution]
 
@@ -216,12 +198,7 @@ class Pins:
 
 @dataclass(frozen=True)
 class References:
-    """The payload of a scope in which layers run on their references.
-
-    Attributes:
-        layers: The numbers of these layers; None for all.
-        mode: The mode of these calls; None for all.
-    """
+    """The payload of a scope in which layers with these numbers (None: all) run on their references in this mode."""
 
     layers: frozenset[int] | None = None
     mode: Mode | None = None
@@ -319,7 +296,7 @@ def forget() -> None:
 
     For plugins whose offers changed: `register_kernel_mapping` calls it.
     """
-    loads.forget_failures()
+    forget_failures()
     scope.forget()
 
 

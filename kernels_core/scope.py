@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -40,10 +40,10 @@ class Frame:
     active: Any
     """The innermost frame of this thread or task: `root.active`. Set below."""
 
-    def __init__(self, payload: object, parent: Frame | None) -> None:
+    def __init__(self, payload: object = None, parent: Frame | None = None, key: int = 0) -> None:
         self.payload = payload
         self.parent = parent
-        self.key = 0
+        self.key = key
         self.children: dict[int, Frame] = {}  # by the id of their scope, whose finalizer removes them
         self.finalizer: weakref.finalize[[weakref.ref[Frame]], Scope] | None = None
         self.published: set[str] = set()
@@ -59,7 +59,7 @@ class Frame:
         return tuple(found)
 
 
-root = Frame(None, None)
+root = Frame()
 
 _current: ContextVar[Frame] = ContextVar("kernels_core_frame", default=root)
 
@@ -72,7 +72,7 @@ Frame.active = property(_current.get)
 
 _lock = threading.RLock()
 listeners: list[Callable[[], None]] = []
-"""Called when every resolution was dropped."""
+"""Called when every decision was dropped."""
 
 _tables: weakref.WeakSet[FrameTable] = weakref.WeakSet()
 _frames: weakref.WeakSet[Frame] = weakref.WeakSet([root])
@@ -123,9 +123,7 @@ class Scope:
         with _lock:
             frame = parent.children.get(id(self))
             if frame is None:
-                frame = Frame(self._payload, parent)
-                frame.key = id(self)
-                parent.children[frame.key] = frame
+                frame = parent.children[id(self)] = Frame(self._payload, parent, id(self))
                 _frames.add(frame)
                 frame.finalizer = weakref.finalize(self, _drop, weakref.ref(frame))
                 frame.finalizer.atexit = False
@@ -134,8 +132,7 @@ class Scope:
 
 def _drop(reference: weakref.ref[Frame]) -> None:
     """Take a frame whose scope is gone out of the tables: they hold frames strongly."""
-    frame = reference()
-    if frame is None:
+    if (frame := reference()) is None:
         return
     with _lock:
         frame.orphaned = True  # a task may still be in it
@@ -180,10 +177,9 @@ class FrameTable(dict[Frame, Forward]):
         if not self._busy.acquire(timeout=PATIENCE):
             return self._reference
         try:
-            known = self.get(frame)
-            if known is not None:
+            if (known := self.get(frame)) is not None:
                 return known
-            before = generation()
+            before = _generation
             forward = self._resolve(frame)
             with _lock:
                 if before == _generation and not frame.orphaned:
@@ -208,7 +204,7 @@ def publish(frame: Frame, name: str, answer: object, before: int) -> None:
 
 
 def forget() -> None:
-    """Drop every resolution: a mapping or a plugin changed."""
+    """Drop every decision: a mapping or a plugin changed."""
     global _generation
     with _lock:
         _generation += 1
@@ -216,25 +212,22 @@ def forget() -> None:
             table.clear()
         for frame in list(_frames):
             frame.tables.clear()
-            for name in list(frame.published):
-                unpublish(frame, name)
+            _unpublish(frame, set(frame.published))
     for listener in listeners:
         listener()
 
 
-def unpublish(frame: Frame, name: str) -> None:
-    """Take back the forward that eager calls find under a name."""
-    with _lock:
-        if name in frame.published:
-            frame.published.discard(name)
-            delattr(frame, name)
+def _unpublish(frame: Frame, names: set[str]) -> None:
+    for name in frame.published & names:
+        frame.published.discard(name)
+        delattr(frame, name)
 
 
-def withdraw(names: Iterable[str]) -> None:
+def withdraw(names: set[str]) -> None:
     """Take back names from all frames, published ones and tables, of a layer that cannot be called any more."""
     with _lock:
+        for frame in list(_frames):
+            _unpublish(frame, names)
         for name in list(names):
-            for frame in list(_frames):
-                unpublish(frame, name)
             if isinstance(vars(Frame).get(name), property):
                 delattr(Frame, name)

@@ -147,4 +147,4 @@ def _start_anew() -> None:
     """Forget decisions, loaded kernels and issued warnings, without resolving anything again."""
     scope.forget()
     warn_once.forget()
-    loading.loads.forget()
+    loading.forget_loads()

@@ -28,7 +28,7 @@ from ..layer import Layer
 from ..mode import Mode
 from ..plugins import plugin_manager
 from ..resolution import Resolution
-from ..resolver import Notify, Pins, decide
+from ..resolver import Pins, decide
 from ..scope import Scope, listeners
 from ..torch_internals import constant_result
 from ..warning import WarnOnce, warn_once
@@ -179,9 +179,7 @@ def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
     def tell() -> None:
         """Run at trace time, outside of the graph."""
         for layer, choice in functions.items():
-            found = decide(
-                layer, choice.request.device, (choice.request.mode | Mode.TORCH_COMPILE,), notify=Notify.PLUGINS
-            )
+            found = decide(layer, choice.request.device, (choice.request.mode | Mode.TORCH_COMPILE,), notify="plugins")
             if found.implementation is not choice.implementation:
                 warnings.warn(
                     f"Function {layer.qualname} was kernelized with {choice.origin}, but code that is compiled gets "

@@ -18,7 +18,7 @@ from ..errors import ArgumentError, ArgumentTypeError, KernelizeError, KernelsWa
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..resolution import Cause, Resolution
-from ..resolver import Notify, decide
+from ..resolver import decide
 from .frozen import Run, freeze_class, frozen_choice, original_class, swap
 from .modules import functions_of, locate, own_device, required_device, walk
 
@@ -272,7 +272,7 @@ class _Freeze:
         return freeze_class(kind.original, kind.layer, self.run, device, resolution, pins)
 
     def _choose(self, layer: Layer, device: torch.device) -> Resolution:
-        resolution = decide(layer, device, (self.run.mode,), notify=Notify.PLUGINS)
+        resolution = decide(layer, device, (self.run.mode,), notify="plugins")
         if not resolution.is_reference or resolution.note:
             return resolution
         want = _want(resolution)
