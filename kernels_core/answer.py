@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from .contract import check_contract, check_mode
 from .errors import ContractError, ResolutionError, UntrustedError
@@ -17,23 +17,21 @@ from .warning import warn_once
 class ModesDiffer(BaseException):
     """One decision cannot serve all modes that were asked about: decide for each, when a call of that mode comes.
 
-    It passes through the hooks in between. It is no `Exception`, because it is no fault that a wrapper of a hook, or
-    the isolation of plugins, should handle.
+    It is no `Exception`: it is no fault that a wrapper of a hook, or the isolation of plugins, should handle.
     """
 
 
+@dataclass(frozen=True)
 class CorePlugin:
-    """Answers `kernels_resolve_forward` where no other plugin does."""
+    """Answers `kernels_resolve_forward` where no other plugin does, from the candidates of plugins or only one."""
 
-    def __init__(self, only: Candidate | None = None) -> None:
-        """Try the candidates that plugins offer, or only the one given."""
-        self._only = only
+    only: Candidate | None = None
 
     @hookimpl(trylast=True)
     def kernels_resolve_forward(self, request: LayerRequest) -> Resolution:
         """Try the candidates in order: authorize, load, check. The first without a refusal serves."""
         hook = plugin_manager().hook
-        answers = hook.kernels_find_candidates(request=request) if self._only is None else [[self._only]]
+        answers = hook.kernels_find_candidates(request=request) if self.only is None else [[self.only]]
         candidates, misfits, refusals = rank_offers(answers)
         if request.depends_on_mode and _differ_by_mode(request, candidates):
             raise ModesDiffer

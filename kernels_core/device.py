@@ -145,11 +145,7 @@ def device_capability(device: torch.device) -> int | None:
 
 
 def as_torch_device(device: torch.device | Device | str) -> torch.device:
-    """Turn any name of a device into a `torch.device`, with an index where there are several.
-
-    Raises:
-        ArgumentError: If PyTorch knows no such device.
-    """
+    """Turn any name of a device into a `torch.device`, with an index where there are several, or raise."""
     if isinstance(device, Device):
         device = TORCH_DEVICE_TYPES[device.type]
     kind, colon, index = device.partition(":") if isinstance(device, str) else ("", "", "")
@@ -207,11 +203,7 @@ if ACCELERATOR == "cuda" and not on_cuda_start(hardware.count):
 
 
 def find_device(module: torch.nn.Module | None, values: Iterable[Any]) -> torch.device | None:
-    """Return the device of a call.
-
-    That of the first tensor among the arguments, also one level inside a list, tuple or dict; then
-    that of the module's first parameter or buffer; else None.
-    """
+    """Return the device of the first tensor: of arguments, also in a list, tuple or dict; of the module; else None."""
     for value in values:
         if isinstance(value, torch.Tensor):
             return value.device

@@ -37,11 +37,7 @@ _strong: dict[object, tuple[object, dict[str, _Load]]] = {}
 
 
 def load(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Refusal:
-    """Turn the source of a candidate into a kernel layer for the layer of a request; where I/O happens.
-
-    Returns:
-        The layer, or the refusal of the candidate, where loading or adapting raised.
-    """
+    """Turn the source of a candidate into a kernel layer for a request, or a refusal; this does I/O."""
     loaded = _outcome(request, candidate)
     if isinstance(loaded, LoadedLayer) and loaded.adapt is not None and request.layer is not None:
         loaded = _adapted(request.layer, loaded)
@@ -64,7 +60,12 @@ def _outcome(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Excep
                     made = hook.kernels_load_layer(request=request, source=source)
             except Exception as error:  # any fault of a kernel is a reason, never a crash of the model
                 made = error
-            load.outcome = made if isinstance(made, LoadedLayer | Exception) else _loaded(made, source)
+            if made is None:
+                made = LoadError(
+                    f"no plugin knows how to load a {type(source).__name__}: use a repository, an object with "
+                    "load(), an nn.Module class or a function"
+                )
+            load.outcome = made if isinstance(made, LoadedLayer | Exception) else LoadedLayer(made, source_label(made))
             if fetched and isinstance(load.outcome, Exception):
                 hook.kernels_kernel_failed(request=request, candidate=candidate, error=load.outcome)
                 _strip(load.outcome)
@@ -98,10 +99,7 @@ def forget_failures() -> None:
 
 
 def _adapted(layer: Layer, loaded: LoadedLayer) -> LoadedLayer | Exception:
-    """Adapt a kernel to a layer, once.
-
-    The layer keeps the result: in a table here, the result, which refers to the layer, would keep both alive.
-    """
+    """Adapt a kernel to a layer, once. The layer keeps the result: a table here would keep both alive."""
     known = layer.adapted.get(id(loaded))
     if known is None:
         try:
@@ -134,15 +132,6 @@ def source_key(source: object) -> object:
     except TypeError:
         return (type(source), id(source))
     return (type(source), source)
-
-
-def _loaded(layer: KernelLayer | None, source: object) -> LoadedLayer | LoadError:
-    if layer is not None:
-        return LoadedLayer(layer, source_label(layer))
-    return LoadError(
-        f"no plugin knows how to load a {type(source).__name__}: use a repository, an object with "
-        "load(), an nn.Module class or a function"
-    )
 
 
 def _reason(error: Exception, candidate: Candidate) -> str:

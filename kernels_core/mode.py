@@ -58,11 +58,7 @@ STAND_INS: dict[Mode, tuple[Mode, ...]] = {
 
 
 def check_call_mode(mode: Mode) -> Mode:
-    """Return `mode` if a call can have it.
-
-    Raises:
-        ArgumentError: For `FALLBACK`, or for a mode with neither training nor inference.
-    """
+    """Return `mode` if a call can have it: training or inference, traced or not."""
     if mode not in STAND_INS:
         raise ArgumentError(
             f"{mode if isinstance(mode, Mode) else repr(mode)} is not the mode of a call: use Mode.INFERENCE or "

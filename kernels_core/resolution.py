@@ -232,13 +232,16 @@ class Resolution:
         """Name of the plugin that offered the kernel; empty for the reference."""
         return self.candidate.plugin if self.candidate else ""
 
+    @property
+    def reasons(self) -> list[str]:
+        """A line for each candidate that does not serve."""
+        misfits = self.misfits if self.is_reference else ()
+        return [f"  refused {refusal}" for refusal in self.refusals] + [f"  not for this call: {m}" for m in misfits]
+
     def explain(self) -> str:
         """Return the whole decision as text, a line for each candidate."""
-        lines = [f"{self.subject}: {self.origin}" + (f" ({self.note})" if self.note else "")]
-        lines += [f"  refused {refusal}" for refusal in self.refusals]
-        lines += [f"  not for this call: {misfit}" for misfit in self.misfits if self.is_reference]
-        lines += [f"  {what}: {result}" for what, result in self.checked.items()]
-        return "\n".join(lines)
+        first = f"{self.subject}: {self.origin}" + (f" ({self.note})" if self.note else "")
+        return "\n".join([first, *self.reasons, *(f"  {check}: {result}" for check, result in self.checked.items())])
 
     __str__ = explain
 

@@ -7,7 +7,7 @@ their reference, so that nothing recurses and no two decisions wait for each oth
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -127,22 +127,11 @@ def decide(
     frame: Frame | None = None,
     notify: Literal["plugins", "all"] | None = None,
 ) -> Resolution:
-    """Decide which kernel serves a layer; the only way to a decision.
+    """Decide which kernel serves a layer in a frame (None: the active one); the only way to a decision.
 
-    Args:
-        layer: The layer, or a layer name.
-        device: Device of the calls.
-        modes: The modes that the one decision is to serve: one, or the two of eager or of traced calls.
-        frame: The frame of the calls; by default the active one.
-        notify: None where the decision is not put to use, `"plugins"` to call `kernels_resolved`, and `"all"` to
-            warn the user of each refused candidate, too.
-
-    Returns:
-        The decision, with `every_mode` if it is for two modes.
-
-    Raises:
-        ModesDiffer: If it would be another one for the second mode. No kernel that only one of the modes would try
-            was loaded then, so that a training run does not fetch what is registered for inference.
+    It is for one mode, or for the two of eager or of traced calls. If these need two decisions, it raises `ModesDiffer`
+    before it loads a kernel for only one of them: a training run does not fetch what is registered for inference.
+    `notify="plugins"` calls `kernels_resolved`; `"all"` also warns the user of each refused candidate.
     """
     request = _request(layer, device, modes, frame)
     with _resolving():
@@ -181,42 +170,18 @@ def _resolving() -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Pins:
-    """The payload of a scope in which some layers have a decision already, whatever mappings offer."""
+class Decided:
+    """The payload of a scope that has the decision for some requests, whatever plugins offer, and None for others."""
 
-    choices: Mapping[Layer, Resolution]
-
-    def decision(self, request: LayerRequest) -> Resolution | None:
-        """Return the decision for a request, unless it is for another device or its kernel is in quarantine."""
-        choice = self.choices.get(request.layer) if request.layer else None
-        if choice is None or choice.request.device != request.device:
-            return None
-        if choice.implementation is None or find_quarantined(request, choice.implementation) is None:
-            return replace(choice, request=request)
-        return None
-
-
-@dataclass(frozen=True)
-class References:
-    """The payload of a scope in which layers with these numbers (None: all) run on their references in this mode."""
-
-    layers: frozenset[int] | None = None
-    mode: Mode | None = None
-
-    def decision(self, request: LayerRequest) -> Resolution | None:
-        """Return the decision for the reference, None for other layers and calls."""
-        named = self.layers is None or (request.layer is not None and request.layer.number in self.layers)
-        if named and (self.mode is None or self.mode in request.mode):
-            return Resolution(request, note="references() is open")
-        return None
+    decision: Callable[[LayerRequest], Resolution | None]
 
 
 def _decided_before(request: LayerRequest) -> Resolution | None:
-    """Return the decision that asks no plugin: mappings are off, or the innermost `Pins` or `References` have it."""
+    """Return the decision that asks no plugin: mappings are off, or the innermost `Decided` has it."""
     if mapping_disabled():
         return Resolution(request, note="DISABLE_KERNEL_MAPPING is on")
-    payloads = (payload for payload in request.scopes if isinstance(payload, Pins | References))
-    return next(filter(None, (payload.decision(request) for payload in payloads)), None)
+    decisions = (payload.decision(request) for payload in request.scopes if isinstance(payload, Decided))
+    return next(filter(None, decisions), None)
 
 
 def _unless_quarantined(resolution: Resolution) -> Resolution:
@@ -260,9 +225,7 @@ def must_raise(resolution: Resolution) -> bool:
 
 def no_kernel(resolution: Resolution) -> NoKernelError:
     """Make the error of a call that no kernel serves, with all refusals."""
-    lines = [f"  refused {refusal}" for refusal in resolution.refusals]
-    lines += [f"  not for this call: {misfit}" for misfit in resolution.misfits]
-    why = "\n".join(lines) or "  no candidate was offered"
+    why = "\n".join(resolution.reasons) or "  no candidate was offered"
     rule = "KERNELS_STRICT is on" if strict() else "the layer was decorated with use_fallback=False"
     return NoKernelError(
         f"No kernel serves {resolution.subject}, and {rule}:\n{why}\n"

@@ -13,7 +13,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -27,8 +27,8 @@ from ..guards.quarantine import find_quarantined
 from ..layer import Layer
 from ..mode import Mode
 from ..plugins import plugin_manager
-from ..resolution import Resolution
-from ..resolver import Pins, decide
+from ..resolution import LayerRequest, Resolution
+from ..resolver import Decided, decide
 from ..scope import Scope, listeners
 from ..torch_internals import constant_result
 from ..warning import WarnOnce, warn_once
@@ -173,7 +173,16 @@ listeners.append(_refresh_all)
 
 def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
     """Let the functions that a forward calls be those that were chosen."""
-    scope = Scope(Pins(functions))
+
+    def choice_for(request: LayerRequest) -> Resolution | None:
+        """Return the choice for a function, unless it is for another device or its kernel is in quarantine."""
+        choice = functions.get(request.layer) if request.layer else None
+        if choice is None or choice.request.device != request.device:
+            return None
+        kernel = choice.implementation
+        return None if kernel is not None and find_quarantined(request, kernel) else replace(choice, request=request)
+
+    scope = Scope(Decided(choice_for))
 
     @constant_result
     def tell() -> None:

@@ -10,11 +10,21 @@ from torch import nn
 
 from ..layer import Layer
 from ..mode import Mode
-from ..resolver import References
+from ..resolution import LayerRequest, Resolution
+from ..resolver import Decided
 from ..scope import Scope
 from .frozen import frozen_choice
 
-_everywhere = Scope(References())
+
+def _reference(numbers: frozenset[int] | None, mode: Mode | None, request: LayerRequest) -> Resolution | None:
+    """Return the decision for the reference, if the layer has one of these numbers (None: any), in this mode."""
+    named = numbers is None or (request.layer is not None and request.layer.number in numbers)
+    if named and (mode is None or mode in request.mode):
+        return Resolution(request, note="references() is open")
+    return None
+
+
+_everywhere = Scope(Decided(functools.partial(_reference, None, None)))
 
 
 @contextmanager
@@ -42,7 +52,7 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
     scope = _everywhere
     if layers is not None or mode is not None:
         numbers = frozenset(layer.number for layer in layers) if layers is not None else None
-        scope = Scope(References(numbers, mode))
+        scope = Scope(Decided(functools.partial(_reference, numbers, mode)))
     suspended = [
         (module, choice)
         for module in dict.fromkeys(inner for model in models for inner in model.modules())
