@@ -39,9 +39,9 @@ def check_mode(request: LayerRequest, layer: KernelLayer) -> str | None:
 def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     """Return why `kernel` may not serve `layer`, or None.
 
-    A kernel layer borrows the module that it serves: its `forward` runs with `self` being an
-    instance of the decorated class. So it can have no state and no methods of its own, and must
-    take the same number and kinds of arguments. With `layer` None, only the kernel itself is checked.
+    The `forward` of a kernel class runs with `self` being an instance of the decorated class. So it can have no
+    state and no methods of its own, and must take the same number and kinds of arguments. With `layer` None,
+    only the kernel itself is checked.
     """
     if isinstance(kernel, type):
         if (reason := _check_class(kernel)) is not None:

@@ -59,7 +59,7 @@ def use_kernel_forward_from_hub(
             return target
         if not inspect.isfunction(target) and not inspect.isbuiltin(target):
             raise ArgumentTypeError(
-                f"@use_kernel_forward_from_hub goes on an nn.Module class or a function, not on {target!r}."
+                f"@use_kernel_forward_from_hub decorates an nn.Module class or a function, not on {target!r}."
             )
         reference: Any = _reference(target)
         qualname = f"{reference.__module__}.{reference.__qualname__}"
@@ -127,7 +127,7 @@ def _check(layer_name: object, condition: object) -> None:
     if not layer_name:
         raise ArgumentError("The layer name is empty: mappings need a name to offer kernels under.")
     if condition is not None and not callable(condition):
-        raise ArgumentTypeError(f"condition is a function that says when kernels may serve, not {condition!r}.")
+        raise ArgumentTypeError(f"condition is a function that returns whether kernels may serve, not {condition!r}.")
 
 
 def _reference(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """The hooks that plugins implement: one card each, and nothing else.
 
-Mark an implementation with `hookimpl`. It may take any of the listed arguments, by name. What
-kind of hook each one is stands in its card: *first result* (the first that answers decides),
+Mark an implementation with `hookimpl`. It may take any of the listed arguments, by name. Each
+card names the kind of its hook: *first result* (the first that answers decides),
 *collect* (all answers are used), *veto* (a reason refuses, None lets pass), *tell* (no answer).
 An exception in a hook names the plugin and does not stop the others: it refuses the candidate
 (*veto*, `kernels_load_layer`), or is warned of once (all others; `KERNELS_STRICT=1` raises it).
@@ -247,8 +247,8 @@ def kernels_mapping() -> Mapping[str, Mapping[Any, Any]] | None:
     """Offer a whole mapping: the way for a plugin package to bring its kernels.
 
     Kind: collect. Called: once, when the plugin `mapping` first needs it, and again after plugins
-    were registered or unregistered. A plugin with an integer attribute `kernels_priority` goes
-    before those with a smaller one.
+    were registered or unregistered. A plugin with an integer attribute `kernels_priority` is
+    asked before those with a smaller one.
 
     Returns:
         `{layer name: {device: source | [sources in order] | {Mode: source}}}`, as for

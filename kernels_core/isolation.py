@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
@@ -75,7 +75,7 @@ def isolated(hook: str, name: str, plugin: object, function: Callable[..., Any],
 
 
 def _isolated_wrapper(hook: str, name: str, function: Callable[..., Any], report: Report) -> Callable[..., Any]:
-    """Wrap a wrapper: where it raises by itself, the answer that it wraps stands."""
+    """Wrap a wrapper: where it raises by itself, the answer that it wraps is used."""
 
     def failed(raised: BaseException, answer: Any) -> Any:
         fault = raised_in(hook, name, raised)
@@ -176,47 +176,37 @@ def _wrapped_fault(hook: str, name: str, answer: Any) -> PluginError | None:
 
 def checked_hooks(plugin: object, name: str) -> dict[str, Callable[..., Any]]:
     """Return the hook implementations of a plugin; raise where one would silently never be called."""
-    hooks: dict[str, Callable[..., Any]] = {}
-    priority = getattr(plugin, "kernels_priority", 0)
-    problem = None
+    for problem in _problems(plugin):
+        raise PluginLoadError(f"Plugin {name!r}{problem}", plugin=name)
+    return {attribute: getattr(plugin, attribute) for attribute in dir(plugin) if attribute in _HOOKS}
+
+
+def _problems(plugin: object) -> Iterator[str]:
     for attribute in dir(plugin):
-        function = getattr(plugin, attribute, None)
-        options: Any = getattr(function, f"{PROJECT}_impl", None)
-        marked = isinstance(options, dict)
-        if marked and attribute not in _HOOKS:
+        function: Any = getattr(plugin, attribute, None)
+        options = getattr(function, f"{PROJECT}_impl", None)
+        if not isinstance(options, dict):
+            if attribute in _HOOKS:
+                yield f" has a function {attribute} that is not marked: put @hookimpl on it."
+        elif attribute not in _HOOKS:
             close = difflib.get_close_matches(attribute, _HOOKS, 1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(_HOOKS)}."
-            problem = f" implements an unknown hook {attribute}: {hint}"
-        elif attribute in _HOOKS and not marked:
-            problem = f" has a function {attribute} that is not marked: put @hookimpl on it."
-        elif marked and callable(function):
-            if options.get("hookwrapper"):
-                problem = f": {attribute} is an old hookwrapper: use wrapper=True."
-            elif options.get("wrapper") and not inspect.isgeneratorfunction(function):
-                problem = f": {attribute} is a wrapper without a yield."
-            else:
-                problem = _wrong_argument(attribute, function)
-            hooks[attribute] = function
-        if problem is not None:
-            break
-    else:
-        if not hooks:
-            problem = f" ({plugin!r}) implements no hook: mark at least one function with @hookimpl."
-        elif isinstance(priority, bool) or not isinstance(priority, int):
-            problem = f": kernels_priority is {priority!r}, not an integer."
-    if problem is not None:
-        raise PluginLoadError(f"Plugin {name!r}{problem}", plugin=name)
-    return hooks
-
-
-def _wrong_argument(hook: str, function: Callable[..., Any]) -> str | None:
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name not in _HOOKS[hook]:
-            problem = "which the hook does not have"
-        elif parameter.default is not parameter.empty:
-            problem = "with a default, which pluggy would never fill"
+            yield f" implements an unknown hook {attribute}: {hint}"
+        elif options.get("hookwrapper"):
+            yield f": {attribute} is an old hookwrapper: use wrapper=True."
+        elif options.get("wrapper") and not inspect.isgeneratorfunction(function):
+            yield f": {attribute} is a wrapper without a yield."
         else:
-            continue
-        takes = f"{hook}{inspect.signature(function)} takes {parameter.name!r}, {problem}"
-        return f": {takes}. It may take any of ({', '.join(_HOOKS[hook])})."
-    return None
+            signature, known = inspect.signature(function), _HOOKS[attribute]
+            for name, parameter in signature.parameters.items():
+                if name not in known or parameter.default is not parameter.empty:
+                    problem = "which the hook does not have"
+                    if name in known:
+                        problem = "with a default, which pluggy would never fill"
+                    takes = f"{attribute}{signature} takes {name!r}, {problem}"
+                    yield f": {takes}. It may take any of ({', '.join(known)})."
+    if not _HOOKS.keys() & set(dir(plugin)):
+        yield f" ({plugin!r}) implements no hook: mark at least one function with @hookimpl."
+    priority = getattr(plugin, "kernels_priority", 0)
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        yield f": kernels_priority is {priority!r}, not an integer."

@@ -118,7 +118,7 @@ def implementation_of(layer: Layer | None, kernel: KernelLayer) -> Callable[...,
     forward: Callable[..., Any] = cast(Any, kernel).forward
     if layer is None or not layer.is_function:
         return forward
-    # A function has no module: lend it an empty one, kept on the class so that both are dropped together.
+    # A function has no module: bind an empty one, kept on the class so that both are dropped together.
     with _lock:
         if BOUND not in vars(kernel):
             setattr(kernel, BOUND, types.MethodType(forward, kernel()))

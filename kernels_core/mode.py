@@ -62,7 +62,7 @@ def check_call_mode(mode: Mode) -> Mode:
     if mode not in STAND_INS:
         raise ArgumentError(
             f"{mode if isinstance(mode, Mode) else repr(mode)} is not the mode of a call: use Mode.INFERENCE or "
-            "Mode.TRAINING, alone or combined with Mode.TORCH_COMPILE."
+            "Mode.TRAINING, with or without Mode.TORCH_COMPILE."
         )
     return mode
 

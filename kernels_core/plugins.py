@@ -138,7 +138,7 @@ class PluginManager:
             problem = (
                 f"KERNELS_PLUGINS leaves out the plugin {_MAPPING!r}, without which no mapping is used: neither "
                 "those of plugin packages, nor those of register_kernel_mapping and use_kernel_mapping. Name it, "
-                f"too, or say -{_MAPPING} if that is what you want."
+                f"too, or write -{_MAPPING} to confirm that."
             )
             self.report(PluginLoadError(problem, plugin=_MAPPING))
 

@@ -103,9 +103,9 @@ class Candidate:
     Attributes:
         source: Anything that a `kernels_load_layer` hook can turn into a layer.
         plugin: The plugin that offers it; filled in by the core where left empty.
-        tier: `"plugin"` for plugin packages; `"scope"` and `"user"` go before, for sources that were
+        tier: `"plugin"` for plugin packages; `"scope"` and `"user"` are tried before, for sources that were
             specified in an open scope or registered by the user.
-        priority: Among plugins, the larger goes first; then the plugin's name decides.
+        priority: Among plugins, the larger is tried first; then the plugin's name decides.
     """
 
     source: object

@@ -46,11 +46,11 @@ def resolve(
     Args:
         layer_or_name: A layer name, a `Layer`, or a decorated module, class or function.
         device: Device of the call, such as `"cuda:1"`; without an index, the current device.
-        mode: `Mode.INFERENCE` or `Mode.TRAINING`, alone or with `Mode.TORCH_COMPILE`.
+        mode: `Mode.INFERENCE` or `Mode.TRAINING`, with or without `Mode.TORCH_COMPILE`.
         candidate: The only candidate to try, in place of those that plugins offer.
 
     Returns:
-        The decision, with every refusal. It never raises for want of a kernel.
+        The decision, with every refusal; for the reference, if no kernel serves.
 
     Raises:
         ArgumentError: If device or mode cannot be those of a call.
@@ -61,7 +61,7 @@ def resolve(
         'reference'
     """
     request = _request_of(layer_or_name, device, mode)
-    if scope.resolving.get():  # a plugin asks while it is asked
+    if scope.resolving.get():  # a hook that answers another request calls this: do not recurse
         return Resolution(request, note="asked while a layer is being resolved")
     if candidate is None or mapping_disabled():
         return decide(request.layer or request.layer_name, request.device, (mode,))

@@ -1,7 +1,7 @@
 """Scopes, and the frames that keep the decisions made in each of them.
 
 A `Scope` is a context manager that plugins make. Entering it under another scope makes a `Frame`,
-which is what the dispatcher reads. The innermost frame of this thread or task is a context variable.
+which the dispatcher reads. The innermost frame of this thread or task is a context variable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PATIENCE = 60.0
 """Seconds to wait for another thread that resolves or loads the same.
 
 Such a thread may itself wait for an import that this thread is in the middle of, which looks
-the same as a long download from here: after this time, calls go on without it."""
+the same as a long download from here: after this time, calls continue without it."""
 
 resolving: ContextVar[bool] = ContextVar("kernels_core_resolving", default=False)
 """Whether this thread or task is resolving a layer: decorated layers then run on their reference."""
@@ -147,7 +147,7 @@ def _drop(reference: weakref.ref[Frame]) -> None:
 
 
 class FrameTable(dict[Frame, Forward]):
-    """What serves traced calls of one layer on one device, per frame; resolves where it does not know.
+    """The forwards that serve traced calls of one layer on one device, by frame; decides where there is none yet.
 
     It is read as a property of the class `Frame` whose getter is this table's `__getitem__`. Dynamo
     evaluates such a property at trace time and in guards instead of tracing into it. So a cold layer

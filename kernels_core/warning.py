@@ -61,7 +61,7 @@ class WarnOnce:
             if key in self._issued:
                 return False
             self._issued.add(key)
-        try:  # without the lock: what shows warnings may be code of the user, which calls layers
+        try:  # without the lock: code of the user may show warnings, and call layers
             if logger is not None:
                 logger.warning(message)
             else:
