@@ -51,7 +51,7 @@ from .guards.gradients import (
     requires_grad,
 )
 from .guards.proof import read_attributes, until_proven
-from .layer import Layer
+from .layer import Forward, Layer
 from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import Resolution
@@ -66,8 +66,6 @@ from .torch_internals import (
     disabled,
     disabled_lazily,
 )
-
-Forward = Callable[..., Any]
 
 Served = tuple[Forward, Forward | None]
 """A function that serves a layer, and the one that proves it; None if there is nothing to prove."""

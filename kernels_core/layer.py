@@ -14,6 +14,9 @@ import torch
 
 from .errors import ArgumentTypeError
 
+Forward = Callable[..., Any]
+"""A function that serves calls of a layer; for a class, it takes the module first."""
+
 _numbers = itertools.count()
 
 
@@ -35,7 +38,7 @@ class Layer:
 
     name: str
     qualname: str
-    reference: Callable[..., Any]
+    reference: Forward
     is_function: bool
     condition: Callable[..., bool] | None = None
     use_fallback: bool = True

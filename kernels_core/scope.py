@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from .errors import ScopeError
-
-Forward = Callable[..., Any]
+from .layer import Forward
 
 PATIENCE = 60.0
 """Seconds to wait for another thread that resolves or loads the same.

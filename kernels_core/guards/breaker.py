@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,12 +13,11 @@ from torch.utils.checkpoint import CheckpointError
 
 from ..environment import strict
 from ..errors import KernelsError, KernelsWarning
+from ..layer import Forward
 from ..replay import CONSTANTS, Call
 from ..resolution import Resolution
 from ..torch_internals import dispatch_mode_count, tree_leaves, version
 from .quarantine import quarantine
-
-Forward = Callable[..., Any]
 
 _NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError)
 """Errors that are not the fault of a kernel, or not for a guard to judge."""

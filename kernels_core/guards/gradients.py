@@ -20,15 +20,13 @@ import torch
 
 from ..errors import KernelsWarning
 from ..forward_source import PLAIN
-from ..layer import Layer
+from ..layer import Forward, Layer
 from ..mode import Mode
 from ..replay import Call, random_states, set_random_states
 from ..resolution import Resolution
 from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, in_forward_ad, tree_leaves, version
 from .quarantine import quarantine
 from .saved_tensors import held_back
-
-Forward = Callable[..., Any]
 
 _CALLS_WITHOUT_NEWS = 100
 """Recorded calls without a new source, after which the rest is taken for constant: masks, angles, frozen weights."""

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 
-from ..layer import Layer
+from ..layer import Forward, Layer
 from ..torch_internals import current_transform
 from .gradients import keeps_gradients, records_autograd, try_gradients
-
-Forward = Callable[..., Any]
 
 _FINDS_LOCALS = {"super", "locals", "vars", "eval", "exec"}
 """Functions that read the first argument of their caller without being given it."""

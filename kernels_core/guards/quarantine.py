@@ -6,17 +6,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..device import as_torch_device
 from ..errors import ArgumentTypeError
-from ..layer import Layer
+from ..layer import Forward, Layer
 from ..mode import Mode
 from ..resolution import LayerRequest
-
-Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)

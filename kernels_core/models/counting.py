@@ -13,11 +13,9 @@ from typing import Any
 import torch
 
 from ..hookspecs import hookimpl
-from ..layer import Layer
+from ..layer import Forward, Layer
 from ..plugins import plugin_manager
 from ..resolution import Resolution
-
-Forward = Callable[..., Any]
 
 _lock = threading.Lock()
 _open = 0

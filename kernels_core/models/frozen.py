@@ -24,7 +24,7 @@ from ..errors import KernelizeError, KernelsWarning
 from ..guards.gradients import needs_proof
 from ..guards.proof import until_proven
 from ..guards.quarantine import find_quarantined
-from ..layer import Layer
+from ..layer import Forward, Layer
 from ..mode import Mode
 from ..plugins import plugin_manager
 from ..resolution import LayerRequest, Resolution
@@ -33,8 +33,6 @@ from ..scope import Scope, listeners
 from ..torch_internals import constant_result
 from ..warning import WarnOnce, warn_once
 from .modules import own_device
-
-Forward = Callable[..., Any]
 
 
 @dataclass

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layer import Forward
 from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
 from .copies import attributes_of, copies_of, replica_of, same_numbers, tensors_of
 from .gradients import computed, gradients_of
 from .precision import converted, only
 from .tree import leaves, mapped, nodes
-
-Forward = Callable[..., Any]
 
 CONSTANTS = (
     type(None),
