@@ -54,13 +54,13 @@ class CorePlugin:
 
 
 def _differ_by_mode(request: LayerRequest, candidates: list[Candidate]) -> bool:
-    """Return whether the candidates for another mode are not those for the first one."""
-    ask = plugin_manager().hook.kernels_find_candidates
-    first, *others = (
+    """Return whether the candidates for the second mode are not those for the first one."""
+    answers = plugin_manager().hook.kernels_find_candidates(request=request.in_mode(request.modes[1]))
+    first, second = (
         [(source_key(candidate.source), candidate.tier, candidate.plugin) for candidate in found]
-        for found in (candidates, *(rank_offers(ask(request=request.in_mode(mode)))[0] for mode in request.modes[1:]))
+        for found in (candidates, rank_offers(answers)[0])
     )
-    return any(other != first for other in others)
+    return first != second
 
 
 def _warn_of_rivals(request: LayerRequest, candidates: list[Candidate]) -> None:

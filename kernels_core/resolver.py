@@ -146,15 +146,21 @@ def decide(
                 resolution = Resolution(request)
             resolution = _unless_quarantined(resolution)
         if request.depends_on_mode:
-            others = [decide(layer, device, (mode,), frame=frame) for mode in modes[1:]]
-            if any(other.implementation is not resolution.implementation for other in others):
+            second = decide(layer, device, modes[1:], frame=frame)
+            if second.implementation is not resolution.implementation:
                 raise ModesDiffer
         if len(modes) > 1:
             resolution = replace(resolution, request=request.in_mode(modes[0]), every_mode=True)
         if notify is not None:
             plugin_manager().hook.kernels_resolved(resolution=resolution)
         if notify == "all" and resolution.refusals and not must_raise(resolution):
-            _warn_of_refusals(resolution)
+            for refusal in resolution.refusals:
+                if refusal.candidate is not None:  # a plugin that failed was reported already
+                    warn_once(
+                        f"A kernel for {resolution.subject} is not used, {resolution.origin} runs instead: {refusal}",
+                        (resolution.request.layer_name, str(refusal)),
+                        stacklevel=2,
+                    )
     return resolution
 
 
@@ -192,17 +198,6 @@ def _unless_quarantined(resolution: Resolution) -> Resolution:
         return resolution
     refusal = quarantine_refusal(entry, resolution.candidate or Candidate(implementation))
     return Resolution(request, refusals=(*resolution.refusals, refusal), misfits=resolution.misfits)
-
-
-def _warn_of_refusals(resolution: Resolution) -> None:
-    """Warn of each refused candidate, once for each reason; a plugin that failed was reported already."""
-    for refusal in resolution.refusals:
-        if refusal.candidate is not None:
-            warn_once(
-                f"A kernel for {resolution.subject} is not used, {resolution.origin} runs instead: {refusal}",
-                (resolution.request.layer_name, str(refusal)),
-                stacklevel=3,
-            )
 
 
 # --- For those who decide --------------------------------------------------------------------------
