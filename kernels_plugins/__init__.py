@@ -30,8 +30,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
 
     from .adapters.source import opaque, reference_backward
     from .bisect.bisection import bisect
-    from .bisect.errors import BisectError
-    from .bisect.result import BisectResult, Culprit, CulpritSet
+    from .bisect.result import BisectError, BisectResult, Culprit, CulpritSet
     from .canary.plugin import canary
     from .hub.builds.metadata import Metadata
     from .hub.builds.variants import VariantAccepted, VariantRejected
@@ -63,8 +62,7 @@ _NAMES = {
     ),
     ".adapters.source": "opaque reference_backward",
     ".bisect.bisection": "bisect",
-    ".bisect.errors": "BisectError",
-    ".bisect.result": "BisectResult Culprit CulpritSet",
+    ".bisect.result": "BisectError BisectResult Culprit CulpritSet",
     ".canary.plugin": "canary",
     ".hub.builds.metadata": "Metadata",
     ".hub.builds.variants": "VariantAccepted VariantRejected",

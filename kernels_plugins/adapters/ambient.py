@@ -1,4 +1,4 @@
-"""The state around a call that its gradients need again: autocast. And who looks at a call."""
+"""The state around a call: autocast, which its gradients need again, and transforms."""
 
 from __future__ import annotations
 
@@ -13,19 +13,13 @@ Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 """For each type of device in use: whether autocast is on, and its dtype."""
 
 
-def _device_types() -> tuple[str, ...]:
-    """Return the types of devices that this PyTorch is built for."""
-    found = ["cpu"]
-    if torch.version.cuda or torch.version.hip:
-        found.append("cuda")
-    elif getattr(torch.version, "xpu", None):
-        found.append("xpu")
-    elif torch.backends.mps.is_built():
-        found.append("mps")
-    return tuple(found)
-
-
-_DEVICE_TYPES = _device_types()
+_DEVICE_TYPES = [
+    "cpu",
+    *(["cuda"] if torch.version.cuda or torch.version.hip else []),
+    *(["xpu"] if getattr(torch.version, "xpu", None) else []),
+    *(["mps"] if torch.backends.mps.is_built() else []),
+]
+"""The types of devices that this PyTorch is built for."""
 
 
 def autocast_now() -> Autocast:

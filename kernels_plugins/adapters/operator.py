@@ -11,26 +11,34 @@ import itertools
 import re
 import secrets
 import threading
-import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from kernels_core import KernelsWarning, Mode, Quarantined, quarantine, quarantined, references
 from kernels_core.replay import Call, Replay, is_capturing
 from kernels_core.torch_internals import constant_result, dispatch_mode_count, fake_copies
 
 from .ambient import autocast_now, is_transformed, under
-from .registration import register
-from .results import Unfit, result_code
-from .structure import Parts, Structure, find_problem, find_unmade, learn_names, object_key, take_call
+from .registration import outputs_like, register
+from .structure import (
+    Parts,
+    Structure,
+    Unfit,
+    find_problem,
+    find_unmade,
+    learn_names,
+    object_key,
+    result_code,
+    take_call,
+)
 from .trial import OperatorWatch, check_alike, check_attributes, check_replay, fresh
-from .work import Spec, Work, apart, gradients_of
+from .work import Forward, Spec, Taken, Work, apart, gradients_of
 
-Forward = Callable[..., Any]
+Tensors = list[torch.Tensor]
+Gradients = Sequence[torch.Tensor | None]
 
 _PROCESS = secrets.token_hex(4)
 """In every name: a compiler's cache on disk must not take an operator of another process for this one."""
@@ -84,8 +92,8 @@ class Operator:
 
     def outcome(self, call: str) -> str:
         """Return the attribute of `results` that puts the result of a call together; empty if none can."""
-        last = getattr(self._last, "outcome", None)
-        return last[1] if last is not None and last[0] == call else ""
+        last, name = getattr(self._last, "outcome", ("", ""))
+        return name if last == call else ""
 
     def _keep_outcome(self, call: str, structure: Structure, parts: Parts) -> None:
         """Remember the form of the result of a call in this thread, until `outcome` asks.
@@ -93,29 +101,36 @@ class Operator:
         Raises:
             Unfit: If code cannot put that together.
         """
-        self._last.outcome = (call, "")
         names: dict[str, Any] = {}
-        self._last.outcome = (call, self._result(result_code(structure, parts, names), names))
+        code = result_code(structure, parts, names)
+        key = (code, *map(id, names.values()))
+        with self._lock:
+            name = self._names.get(key)
+            if name is None:
+                name = self._names[key] = f"result{len(self._names)}"
+                scope = dict(names)
+                exec(f"def result(t):\n    return {code}\n", scope)
+                setattr(self.results, name, scope.pop("result"))
+        self._last.outcome = (call, name)
 
-    def shape(self, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str) -> list[torch.Tensor]:
+    def shape(self, tensors: Tensors, ints: list[int], floats: list[float], name: str) -> Tensors:
         """Return outputs without data: those of the reference, run with tensors that have none."""
-        self._last.outcome = (name, "")
         try:
             structure, parts = self._expected(tensors, ints, floats, name)
             self._keep_outcome(name, structure, parts)
         except Unfit as problem:
             self.refuse(str(problem))
             return []
-        return [torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device) for tensor in parts.tensors]
+        return outputs_like(parts.tensors)
 
-    def _expected(
-        self, tensors: Sequence[torch.Tensor], ints: Sequence[int], floats: Sequence[float], name: str
-    ) -> tuple[Structure, Parts]:
+    def _expected(self, tensors: Tensors, ints: list[int], floats: list[float], name: str) -> Taken:
         """Run the reference under fake tensors.
 
         Raises:
             Unfit: If that is not possible, or does more than to compute.
         """
+        from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # a slow import
+
         spec = self._specs[name]
         plain = [tensor.detach() for tensor in tensors]
         call = spec.call(plain, ints, floats)
@@ -127,29 +142,17 @@ class Operator:
         except Exception as error:  # whatever keeps it from being run without data is the reason
             if isinstance(error, (MemoryError, RecursionError)):
                 raise
-            raise Unfit(
-                f"the reference cannot be run without data: {type(error).__name__}: {_first_line(error)}"
-            ) from None
+            line = str(error).strip().partition("\n")[0]
+            raise Unfit(f"the reference cannot be run without data: {type(error).__name__}: {line}") from None
         if watch.written:
             raise Unfit(f"the reference changes {named[id(plain[min(watch.written)])]} in place")
         if watch.draws:
             raise Unfit("the reference draws random numbers, and would draw others for the gradients")
         check_attributes(replay)
         structure, parts = apart(replay.outputs)
-        if any(_depends_on_data(tensor) for tensor in parts.tensors):
+        if any(map(free_unbacked_symbols, parts.tensors)):
             raise Unfit("the shape of its result depends on the data")
         return structure, parts
-
-    def _result(self, code: str, names: dict[str, Any]) -> str:
-        key = (code, tuple(id(value) for value in names.values()))
-        with self._lock:
-            name = self._names.get(key)
-            if name is None:
-                name = self._names[key] = f"result{len(self._names)}"
-                scope = dict(names)
-                exec(f"def result(t):\n    return {code}\n", scope)
-                setattr(self.results, name, scope.pop("result"))
-            return name
 
     def refuse(self, reason: str) -> None:
         """Warn once why a call cannot be an operator.
@@ -157,6 +160,7 @@ class Operator:
         Raises:
             NoKernelError: If the reference must not serve instead.
         """
+        self._last.outcome = ("", "")  # whatever `outcome` is asked for next, the reference answers
         self.work.fall_back(f"cannot be opaque: {reason}")
         if reason not in self._refused:
             self._refused.add(reason)
@@ -169,9 +173,7 @@ class Operator:
 
     # --- With data -------------------------------------------------------------------------------
 
-    def forward(
-        self, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
-    ) -> list[torch.Tensor]:
+    def forward(self, tensors: Tensors, ints: list[int], floats: list[float], name: str) -> Tensors:
         """Run the kernel, the first time on copies."""
         spec = self._specs[name]
         with torch.no_grad(), under(spec.autocast):
@@ -190,9 +192,7 @@ class Operator:
                 self.refuse(str(problem))
             return fresh(parts.tensors)
 
-    def _try(
-        self, call: Call, tensors: list[torch.Tensor], ints: list[int], floats: list[float], name: str
-    ) -> tuple[Structure, Parts]:
+    def _try(self, call: Call, tensors: Tensors, ints: list[int], floats: list[float], name: str) -> Taken:
         """Run the kernel on copies; if an operator must not do as it does, it is out, and the reference answers."""
         try:
             with call.replayed(self.work.kernel) as replay:
@@ -220,23 +220,15 @@ class Operator:
 
     def _is_out(self, mode: Mode) -> bool:
         """Whether the kernel is in quarantine; if it was released since, it is tried again."""
-        entry = self._out.get(mode)
-        if entry is not None and entry not in quarantined():
+        if mode in self._out and self._out[mode] not in quarantined():
             self._out.pop(mode, None)
             self._tried.clear()
             self._derived.clear()
-            entry = None
-        return entry is not None
+        return mode in self._out
 
     def backward(
-        self,
-        grads: list[torch.Tensor],
-        tensors: list[torch.Tensor],
-        ints: list[int],
-        floats: list[float],
-        name: str,
-        needs: list[bool],
-    ) -> list[torch.Tensor]:
+        self, grads: Tensors, tensors: Tensors, ints: list[int], floats: list[float], name: str, needs: list[bool]
+    ) -> Tensors:
         """Run the forward again, recorded, and derive that."""
         spec = self._specs[name]
         with torch.inference_mode(False), torch.enable_grad(), under(spec.autocast):
@@ -257,13 +249,7 @@ class Operator:
                 for leaf, gradient in zip(wanted, found, strict=True)
             ]
 
-    def _complete(
-        self,
-        found: Sequence[torch.Tensor | None],
-        call: Call,
-        wanted: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor],
-    ) -> Sequence[torch.Tensor | None]:
+    def _complete(self, found: Gradients, call: Call, wanted: Tensors, grads: Tensors) -> Gradients:
         """Return the reference's gradients, if it has some that the kernel has not; the kernel is out then."""
         _, parts = self.work.reference(call)
         right = gradients_of(parts.tensors, wanted, grads)
@@ -285,16 +271,6 @@ def _forgetting_symbols(fakes: Sequence[torch.Tensor]) -> contextlib.AbstractCon
     return contextlib.nullcontext()
 
 
-def _depends_on_data(tensor: torch.Tensor) -> bool:
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    return bool(free_unbacked_symbols(tensor))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
-
-
 # --- The forward that serves -----------------------------------------------------------------------
 
 
@@ -306,7 +282,8 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
         eager: The forward where nothing is traced.
         inline: The forward that is traced itself where gradients are disabled; None for the operator.
     """
-    target, results, reference = operator.target, operator.results, operator.work.layer.reference
+    target, results, layer = operator.target, operator.results, operator.work.layer
+    is_function, reference = layer.is_function, layer.reference
     is_compiling, is_watched = torch.compiler.is_compiling, dispatch_mode_count
 
     @constant_result
@@ -317,38 +294,21 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
     def outcome(call: str) -> str:
         return operator.outcome(call)
 
-    def traced(module: nn.Module | None, args: Any, kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not (is_compiling() or is_watched()):
+            return eager(*args, **kwargs)
+        if inline is not None and not torch.is_grad_enabled():
+            return inline(*args, **kwargs)
         parts = Parts()
-        structure = take_call(module, args, kwargs, parts)
+        structure = take_call(is_function, args, kwargs, parts)
         call = prepare(structure, *parts.objects)
         if call:
             outputs = target(parts.tensors, parts.ints, parts.floats, call)
             result = outcome(call)
             if result:
                 return getattr(results, result)(outputs)
-        return reference(*args, **kwargs) if module is None else reference(module, *args, **kwargs)
+        return reference(*args, **kwargs)
 
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not (is_compiling() or is_watched()):
-            return eager(self, *args, **kwargs)
-        if inline is not None and not torch.is_grad_enabled():
-            return inline(self, *args, **kwargs)
-        return traced(self, args, kwargs)
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        if not (is_compiling() or is_watched()):
-            return eager(*args, **kwargs)
-        if inline is not None and not torch.is_grad_enabled():
-            return inline(*args, **kwargs)
-        return traced(None, args, kwargs)
-
-    forward: Any = own_code(function if operator.work.layer.is_function else method)
+    forward.__code__ = forward.__code__.replace()  # code of its own: Dynamo knows functions by it
     operator.implementation = forward
-    return cast(Forward, forward)
-
-
-def own_code(function: Any) -> Any:
-    """Give a function code of its own, by which Dynamo identifies functions."""
-    assert isinstance(function, types.FunctionType)
-    function.__code__ = function.__code__.replace()
-    return function
+    return forward

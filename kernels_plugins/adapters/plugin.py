@@ -41,42 +41,39 @@ def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | N
     if inner is None:
         raise LoadError(f"{source!r}: no plugin knows how to load a {type(source.source).__name__}")
     loaded = inner if isinstance(inner, LoadedLayer) else LoadedLayer(inner, source_label(inner))
-    checked = dict(loaded.checked)
     has_backward = bool(getattr(cast(Any, loaded.layer), "has_backward", True)) and not source.from_reference
     gradients = "gradients by the kernel" if has_backward else "gradients by the reference"
+    check = {"reference_backward": gradients}
     if source.as_operator:
-        checked["opaque"] = f"one operator where traced, shaped by the reference, {gradients}"
-    else:
-        checked["reference_backward"] = gradients
-    return LoadedLayer(
-        _declared(loaded.layer, source),
-        loaded.origin,
-        checked,
-        adapt=functools.partial(_adapted, loaded, source, has_backward),
-    )
+        check = {"opaque": f"one operator where traced, shaped by the reference, {gradients}"}
+    adapt = functools.partial(_adapted, loaded, source, has_backward)
+    return LoadedLayer(_declared(loaded.layer, source), loaded.origin, {**loaded.checked, **check}, adapt=adapt)
 
 
 @hookimpl
 def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None:
     """Ask about the source inside."""
-    from .source import Adapted
-
-    if not isinstance(candidate.source, Adapted):
+    inner = _inner(candidate)
+    if inner is None:
         return None
-    inner = replace(candidate, source=candidate.source.source)
     return "; ".join(plugin_manager().hook.kernels_authorize(request=request, candidate=inner)) or None
 
 
 @hookimpl
 def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: KernelLayer) -> str | None:
-    """Ask about the source inside."""
-    from .source import Adapted
-
-    if not isinstance(candidate.source, Adapted):
+    """Ask about the source inside, and the kernel inside."""
+    inner = _inner(candidate)
+    if inner is None:
         return None
-    inner = replace(candidate, source=candidate.source.source)
     kernel = _kernels.get(layer, layer)
     return "; ".join(plugin_manager().hook.kernels_check_layer(request=request, candidate=inner, layer=kernel)) or None
+
+
+def _inner(candidate: Candidate) -> Candidate | None:
+    from .source import Adapted
+
+    source = candidate.source
+    return replace(candidate, source=source.source) if isinstance(source, Adapted) else None
 
 
 def _declared(layer: KernelLayer, source: Adapted) -> KernelLayer:
@@ -104,9 +101,9 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
 
     kernel: Any = loaded.adapt(layer) if loaded.adapt is not None else loaded.layer
     is_class = isinstance(kernel, type)
-    if not is_class and not layer.is_function:
-        return cast(KernelLayer, kernel)
-    if is_class and (not issubclass(kernel, torch.nn.Module) or kernel.forward is torch.nn.Module.forward):
+    module = torch.nn.Module
+    fits = issubclass(kernel, module) and kernel.forward is not module.forward if is_class else layer.is_function
+    if not fits:
         return cast(KernelLayer, kernel)
     forward = kernel.forward if is_class else kernel
     if layer.is_function and is_class:

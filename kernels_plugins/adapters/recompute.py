@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from kernels_core import Mode, quarantine
 from kernels_core.replay import RandomStates, is_capturing, kept_random_states, random_states
 
 from .ambient import autocast_now, is_transformed, under
-from .results import Unfit
-from .structure import Parts, Structure, find_problem, object_key, take_call
+from .structure import Parts, Structure, Unfit, find_problem, object_key, rebuild, take_call
 from .trial import check_alike, check_replay
-from .work import Builder, Spec, Work, apart, gradients_of
-
-Forward = Callable[..., Any]
+from .work import Forward, Spec, Work, apart, gradients_of
 
 
 @dataclass(eq=False)
@@ -50,46 +46,39 @@ class Recompute:
 
     def forward(self) -> Forward:
         """Return the forward for eager calls."""
-        work = self.work
-        kernel, is_grad_enabled = work.kernel, torch.is_grad_enabled
+        kernel, is_grad_enabled = self.work.kernel, torch.is_grad_enabled
 
-        def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not (is_grad_enabled() or is_transformed()):
-                return kernel(module, *args, **kwargs)
-            return self._call(module, args, kwargs)
-
-        def function(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             if not (is_grad_enabled() or is_transformed()):
                 return kernel(*args, **kwargs)
-            return self._call(None, args, kwargs)
+            return self._call(args, kwargs)
 
-        return function if work.layer.is_function else method
+        return forward
 
-    def _call(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = args if module is None else (module, *args)
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_transformed():  # torch.func differentiates the operators of the call
-            return self.work.layer.reference(*given, **kwargs)
+            return self.work.layer.reference(*args, **kwargs)
         parts = Parts()
-        structure = take_call(module, args, kwargs, parts)
+        structure = take_call(self.work.layer.is_function, args, kwargs, parts)
         if not any(tensor.requires_grad for tensor in parts.tensors):
-            return self.work.kernel(*given, **kwargs)
+            return self.work.kernel(*args, **kwargs)
         spec = Spec(self.work.layer, structure, tuple(parts.objects), autocast_now())
         try:
             draws = self._draws(spec, parts)
         except Unfit as problem:
             self._refuse(str(problem))
-            return self.work.layer.reference(*given, **kwargs)
+            return self.work.layer.reference(*args, **kwargs)
         if draws and is_capturing():
             self.work.fall_back("draws random numbers, which cannot be drawn again where a CUDA graph is captured")
-            return self.work.layer.reference(*given, **kwargs)
+            return self.work.layer.reference(*args, **kwargs)
         # Whether numbers are drawn may depend on others, so only a capture, which allows no look, believes the trial.
         states = random_states(tensor.device for tensor in parts.tensors) if not is_capturing() else {}
         recorded = RecordedCall(spec, parts, states)
         # Autograd keeps no inference tensors, so those are copied.
         kept = [tensor.clone() if tensor.is_inference() else tensor for tensor in parts.tensors]
-        tensors = cast(Any, _Recompute).apply(self.work, recorded, given, kwargs, *kept)
+        tensors = cast(Any, _Recompute).apply(self.work, recorded, args, kwargs, *kept)
         result = recorded.result
-        return Builder(tensors, result.ints, result.floats, result.objects).build(recorded.structure)
+        return rebuild([recorded.structure], tensors, result.ints, result.floats, result.objects)[0]
 
     def _draws(self, spec: Spec, parts: Parts) -> bool:
         """Whether random numbers are drawn; runs kernel and reference on copies, once per kind of call.
@@ -103,10 +92,8 @@ class Recompute:
         problem = find_problem(spec.structure if known is None else (), spec.objects)
         if problem is not None:
             raise Unfit(problem)
-        if known is not None:
-            return known
-        if is_capturing():
-            return False  # no number can be read now: warm up before a capture
+        if known is not None or is_capturing():
+            return bool(known)  # in a capture, no number can be read: warm up before
         call = spec.call(parts.tensors, parts.ints, parts.floats)
         with torch.no_grad():
             with call.replayed(self.work.kernel) as replay:
@@ -118,9 +105,8 @@ class Recompute:
                 raise Unfit(f"its result: {problem}")
             structure, theirs, drew = self.work.reference_on_copies(call)
         check_alike(ours, (structure, theirs))
-        draws = draws or drew
-        self._tried[key] = draws
-        return draws
+        self._tried[key] = draws or drew
+        return self._tried[key]
 
     def _refuse(self, reason: str) -> None:
         assert self.implementation is not None
@@ -142,7 +128,7 @@ class _Recompute(torch.autograd.Function):
         ctx: Any,
         work: Work,
         recorded: RecordedCall,
-        given: tuple[Any, ...],
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
@@ -150,7 +136,7 @@ class _Recompute(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.work, ctx.recorded = work, recorded
         with under(recorded.spec.autocast):  # without its cache: casts made here are not recorded
-            recorded.structure, recorded.result = apart(work.kernel(*given, **kwargs))
+            recorded.structure, recorded.result = apart(work.kernel(*args, **kwargs))
         outputs = tuple(recorded.result.tensors)
         recorded.result.tensors = []  # the outputs hold this call, which must not hold them
         recorded.parts.tensors = []

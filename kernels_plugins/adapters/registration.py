@@ -6,8 +6,9 @@ call, the tensors of the module among them; `call` names the rest (`structure`).
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -46,7 +47,7 @@ def register(operator: Any) -> Target:
     library.define(backward + _BACKWARD, tags=tags)
     for name, real, fake in (
         (operator.name, lambda *a: alive().forward(*a), lambda *a: alive().shape(*a)),
-        (backward, lambda *a: alive().backward(*a), lambda *a: _shape_of_gradients(*a)),
+        (backward, lambda *a: alive().backward(*a), _shape_of_gradients),
     ):
         library.impl(name, disabled_when_called(real), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
@@ -63,18 +64,14 @@ def register(operator: Any) -> Target:
         found = iter(gradients(grads, list(ctx.saved_tensors), ints, floats, call, needs))
         return [next(found) if need else None for need in needs], None if ints else [], None if floats else [], None
 
-    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        return None
-
     def derive_nothing(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
             "The backward of an opaque kernel cannot be differentiated again in compiled code: call the layer "
             "outside of torch.compile for that."
         )
 
-    register_autograd = torch.library.register_autograd
-    register_autograd(f"{_NAMESPACE}::{operator.name}", derive, setup_context=save, lib=library)
-    register_autograd(f"{_NAMESPACE}::{backward}", derive_nothing, setup_context=save_nothing, lib=library)
+    torch.library.register_autograd(f"{_NAMESPACE}::{operator.name}", derive, setup_context=save, lib=library)
+    torch.library.register_autograd(f"{_NAMESPACE}::{backward}", derive_nothing, lib=library)
     # PyTorch keeps every operator that it has looked up. Graphs get another object for the same operator, which holds
     # the kernel as long as one of them lives, and which only graphs hold.
     forget_operators(namespace, operator.name)
@@ -85,19 +82,13 @@ def register(operator: Any) -> Target:
     return cast(Target, target)
 
 
-def _shape_of_gradients(
-    grads: list[torch.Tensor],
-    tensors: list[torch.Tensor],
-    ints: list[int],
-    floats: list[float],
-    name: str,
-    needs: list[bool],
-) -> list[torch.Tensor]:
-    return [
-        torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
-        for tensor, need in zip(tensors, needs, strict=True)
-        if need
-    ]
+def _shape_of_gradients(grads: Any, tensors: list[torch.Tensor], ints: Any, floats: Any, call: str, needs: Any) -> Any:
+    return outputs_like(itertools.compress(tensors, needs))
+
+
+def outputs_like(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return outputs of an operator without data; they are always contiguous."""
+    return [torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
 
 
 def _withdraw(library: Any, namespace: Any, *names: str) -> None:

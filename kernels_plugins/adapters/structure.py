@@ -1,4 +1,4 @@
-"""A call, taken apart into tensors, numbers and the rest.
+"""A call, taken apart into tensors, numbers and the rest, and put together again.
 
 Dynamo traces `take`, so it is written in terms that Dynamo knows: loops, lists and `isinstance`. The remains of a call
 are its *structure*: nested tuples of constants, with a place for each part.
@@ -83,6 +83,10 @@ def _names_of(cls: type[Any]) -> str:
     return " ".join(sorted(found - _INTERNAL))
 
 
+class Unfit(Exception):  # noqa: N818 - it is the reason, and never reaches a user as an error
+    """The reason why a layer or kernel cannot be an operator."""
+
+
 class Parts:
     """The parts of a call, in the order in which `take` meets them.
 
@@ -95,7 +99,6 @@ class Parts:
     """
 
     def __init__(self) -> None:
-        """Start with nothing."""
         self.tensors: list[torch.Tensor] = []
         self.ints: list[int] = []
         self.floats: list[float] = []
@@ -103,14 +106,14 @@ class Parts:
         self.inside: list[Any] = []
 
 
-def take_call(module: nn.Module | None, args: Any, kwargs: Any, parts: Parts) -> Structure:
-    """Take a call apart."""
-    taken = ("constant", None) if module is None else _take_module(module, parts, 0)
-    return (taken, take(tuple(args), parts, 0), take(dict(kwargs), parts, 0))
+def take_call(is_function: bool, args: Any, kwargs: Any, parts: Parts) -> Structure:
+    """Take a call apart: module or None, other arguments, and keyword arguments."""
+    module, args = (None, args) if is_function else (args[0], args[1:])
+    return (take(module, parts), take(tuple(args), parts), take(dict(kwargs), parts))
 
 
 def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
-    """Take a value apart."""
+    """Take a value apart; the module of a call is the only one at depth 0."""
     if isinstance(value, torch.Tensor):
         parts.tensors.append(value)
         return ("tensor",) if _is_plain(value) else ("special",)
@@ -127,30 +130,49 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
         return ("float",)
     if depth > _DEEPEST:
         return ("deep",)
-    if isinstance(value, nn.Module):
-        return _take_module(value, parts, depth)
     if isinstance(value, (list, tuple)):
-        kind = type(value)
-        children = tuple([take(child, parts, depth + 1) for child in value])
-        if kind is tuple:
-            return ("tuple", children)
-        if kind is list:
-            return ("list", children)
-        parts.objects.append(kind)
-        return ("named" if hasattr(value, "_fields") else "sequence", children)
+        kind = "tuple" if type(value) is tuple else "list" if type(value) is list else "sequence"
+        if kind == "sequence":
+            kind = "named" if hasattr(value, "_fields") else kind
+            parts.objects.append(type(value))
+        return (kind, tuple([take(child, parts, depth + 1) for child in value]))
     if type(value) is dict:
-        return ("dict", tuple([(key, take(child, parts, depth + 1)) for key, child in value.items()]))
-    by_attributes = not sees_all and torch.compiler.is_dynamo_compiling()
+        return ("dict", _take_items(value.items(), parts, depth))
+    is_module = isinstance(value, nn.Module)
+    by_attributes = is_module or (not sees_all and torch.compiler.is_dynamo_compiling())
     if not isinstance(value, _PLAIN) and (by_attributes or _is_record(type(value))):
-        if _refers_to_itself(value, parts):
+        if True in [outer is value for outer in parts.inside]:
             return ("deep",)
         parts.objects.append(type(value))
         parts.inside.append(value)
-        attributes = [(name, take(child, parts, depth + 1)) for name, child in _attributes(value)]
+        structure = (
+            _take_module(value, parts, depth)
+            if is_module
+            else ("instance", _take_items(_attributes(value), parts, depth))
+        )
         parts.inside.pop()
-        return ("instance", tuple(attributes))
+        return structure
     parts.objects.append(value)
     return ("object",)
+
+
+def _take_items(items: Iterable[tuple[Any, Any]], parts: Parts, depth: int) -> Structure:
+    return tuple([(name, take(value, parts, depth + 1)) for name, value in items])
+
+
+def _take_module(module: nn.Module, parts: Parts, depth: int) -> Structure:
+    own = [
+        (name, value)
+        for name, value in _attributes(module)
+        if name not in _INTERNAL and (depth > 0 or name != "forward")  # the operator replaces that forward
+    ]
+    attributes = _take_items(own, parts, depth)
+    parameters = _take_items(module._parameters.items(), parts, depth)
+    buffers = _take_items(module._buffers.items(), parts, depth)
+    modules = _take_items(module._modules.items(), parts, depth)
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    hooks += len(module._backward_hooks) + len(module._backward_pre_hooks)
+    return ("module", (attributes, parameters, buffers, modules), depth > 0 and hooks > 0)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -175,10 +197,6 @@ def _is_record(cls: type[Any]) -> bool:
     return hasattr(cls, "__dataclass_fields__") and not issubclass(cls, dict) and bool(cls.__dictoffset__)
 
 
-def _refers_to_itself(value: Any, parts: Parts) -> bool:
-    return True in [outer is value for outer in parts.inside]
-
-
 def _attributes(value: Any) -> Any:
     """Return the attributes of an instance, names and values."""
     if sees_all or not torch.compiler.is_dynamo_compiling():
@@ -186,54 +204,110 @@ def _attributes(value: Any) -> Any:
     return [(name, getattr(value, name)) for name in _names_of(type(value)).split() if name in value.__dict__]
 
 
-def _take_module(module: nn.Module, parts: Parts, depth: int) -> Structure:
-    if _refers_to_itself(module, parts):
-        return ("deep",)
-    parts.objects.append(type(module))
-    parts.inside.append(module)
-    attributes = []
-    for name, value in _attributes(module):
-        if name in _INTERNAL or (depth == 0 and name == "forward"):
-            continue  # the forward that the operator replaces
-        attributes.append((name, take(value, parts, depth + 1)))
-    parameters = [(name, take(value, parts, depth + 1)) for name, value in module._parameters.items()]
-    buffers = [(name, take(value, parts, depth + 1)) for name, value in module._buffers.items()]
-    modules = [(name, take(value, parts, depth + 1)) for name, value in module._modules.items()]
-    parts.inside.pop()
-    hooked = depth > 0 and _has_hooks(module)
-    return ("module", tuple(attributes), tuple(parameters), tuple(buffers), tuple(modules), hooked)
+# --- Putting together ----------------------------------------------------------------------------
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    for hooks in (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    ):
-        if len(hooks) > 0:
-            return True
-    return False
+def rebuild(structures: Iterable[Structure], *parts: Iterable[Any]) -> list[Any]:
+    """Put values together from their tensors, ints, floats and objects, in the order in which `take` met them."""
+    sources = dict(zip(("tensor", "int", "float", "object"), map(iter, parts), strict=True))
+    sources["special"] = sources["tensor"]
+
+    def items(entries: Iterable[tuple[Any, Structure]]) -> dict[Any, Any]:
+        return {name: build(child) for name, child in entries}
+
+    def build(structure: Structure) -> Any:
+        kind = structure[0]
+        if kind in sources:
+            return next(sources[kind])
+        content = structure[1]
+        if kind == "constant":
+            return content
+        if kind == "dict":
+            return items(content)
+        if kind in ("tuple", "list"):
+            children = [build(child) for child in content]
+            return tuple(children) if kind == "tuple" else children
+        cls = next(sources["object"])
+        if kind in ("named", "sequence"):
+            children = [build(child) for child in content]
+            return cls(*children) if kind == "named" else cls(children)
+        made = cls.__new__(cls)
+        if kind == "instance":
+            made.__dict__.update(items(content))
+            return made
+        nn.Module.__init__(made)
+        for held, entries in zip((made.__dict__, made._parameters, made._buffers, made._modules), content, strict=True):
+            held.update(items(entries))
+        return made
+
+    return [build(structure) for structure in structures]
+
+
+def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> str:
+    """Return an expression that puts a result together from the list `t` of its tensors.
+
+    Raises:
+        Unfit: If a part of it that is no tensor changes from call to call.
+    """
+    problem = find_problem([structure])
+    if problem is not None:
+        raise Unfit(f"its result: {problem}")
+    tensors, ints = iter(range(len(parts.tensors))), iter(parts.ints)
+    floats, objects = iter(parts.floats), iter(parts.objects)
+
+    def named(value: Any) -> str:
+        name = f"_{len(names)}"
+        names[name] = value
+        return name
+
+    def code(node: Structure) -> str:
+        kind = node[0]
+        if kind == "tensor":
+            return f"t[{next(tensors)}]"
+        if kind == "constant":
+            return repr(node[1])
+        if kind == "int":
+            number = next(ints)
+            if isinstance(number, torch.SymInt):
+                raise Unfit("it returns a number that depends on the sizes of its inputs")
+            return repr(number)
+        if kind == "float":
+            real = next(floats)
+            if isinstance(real, torch.SymFloat):
+                raise Unfit("it returns a number that depends on its inputs")
+            return f"float({str(real)!r})"  # NaN and infinity have no other way to be written
+        if kind == "dict":
+            if not all(isinstance(key, str | int) for key, _ in node[1]):
+                raise Unfit("it returns a dictionary with other keys than texts and integers")
+            return "{" + ", ".join(f"{key!r}: {code(child)}" for key, child in node[1]) + "}"
+        value: Any = next(objects) if kind not in ("tuple", "list") else None
+        if kind in _BRACKETS:
+            before, after = _BRACKETS[kind]
+            made_by = named(value) if value is not None else ""
+            return made_by + before + "".join(code(child) + ", " for child in node[1]) + after
+        if isinstance(value, (torch.dtype, torch.device)):
+            return named(value)
+        raise Unfit(f"it returns a {(type(value) if kind == 'object' else value).__name__}")
+
+    return code(structure)
+
+
+_BRACKETS = {"tuple": "()", "list": "[]", "named": "()", "sequence": ("([", "])")}
 
 
 # --- Calls that cannot be taken apart ------------------------------------------------------------
 
 
-def find_problem(nodes: Iterable[Structure], objects: Iterable[Any]) -> str | None:
+def find_problem(nodes: Iterable[Structure], objects: Iterable[Any] = ()) -> str | None:
     """Return why a call or result with these structures and objects cannot be made from its parts, or None."""
-    return problem_of_structures(nodes) or next(filter(None, map(_problem_of_object, objects)), None)
-
-
-def problem_of_structures(nodes: Iterable[Structure]) -> str | None:
-    """Return why values with these structures cannot be put together from their parts, or None."""
     for entry in itertools.chain.from_iterable(map(_entries, nodes)):
         if entry[0] == "deep":
             return "an argument or attribute is nested too deep, or refers to itself"
         if entry[0] == "special":
             return "a tensor is sparse, nested, quantized or of a class of its own: more than its data would matter"
-        if entry[0] == "module" and entry[5]:
+        if entry[0] == "module" and entry[2]:
             return "a module inside of it has hooks, which would not be called"
-    return None
+    return next(filter(None, map(_problem_of_object, objects)), None)
 
 
 def _entries(structure: Structure) -> Iterator[Structure]:
@@ -241,12 +315,12 @@ def _entries(structure: Structure) -> Iterator[Structure]:
     yield structure
     kind = structure[0]
     children: Iterable[Structure] = ()
-    if kind in ("tuple", "list", "named", "sequence"):
+    if kind in _BRACKETS:
         children = structure[1]
     elif kind in ("dict", "instance"):
         children = [child for _, child in structure[1]]
     elif kind == "module":
-        children = [child for group in structure[1:5] for _, child in group]
+        children = [child for group in structure[1] for _, child in group]
     for child in children:
         yield from _entries(child)
 
@@ -261,11 +335,10 @@ def _problem_of_object(value: Any, depth: int = 0) -> str | None:
         return f"a {type(value).__name__} is hidden in an object, where compiled code cannot notice changes of it"
     if isinstance(value, types.MethodType):
         return _problem_of_object(value.__self__, depth + 1)
-    inner: list[Any] = list(value.values()) if isinstance(value, dict) else []
-    if isinstance(value, (list, tuple, set, frozenset)):
-        inner += list(value)
-    inner += list(getattr(value, "__dict__", {}).values())
-    for child in inner:
+    held = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set, frozenset)) else ()
+    )
+    for child in (*held, *getattr(value, "__dict__", {}).values()):
         if isinstance(child, _WHERE_TENSORS_HIDE):
             problem = _problem_of_object(child, depth + 1)
             if problem is not None:

@@ -11,8 +11,8 @@ from kernels_core.replay import Replay
 from kernels_core.torch_internals import DispatchMode, storage_key, written_arguments
 
 from ..comparison import metadata_mismatch
-from .results import Unfit
-from .structure import Parts, Structure
+from .structure import Unfit
+from .work import Taken
 
 
 class OperatorWatch(DispatchMode):  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ def check_attributes(replay: Replay) -> None:
         raise Unfit(f"it changes Python state: {', '.join(changed)}")
 
 
-def check_alike(ours: tuple[Structure, Parts], theirs: tuple[Structure, Parts]) -> None:
+def check_alike(ours: Taken, theirs: Taken) -> None:
     """Compare the result of a kernel with that of the reference, but for the numbers.
 
     Raises:

@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from kernels_core import Layer, NoKernelError, references, strict
 from kernels_core.replay import Call
 
 from .ambient import Autocast
-from .structure import Parts, Structure, take
+from .structure import Parts, Structure, rebuild, take
 
 Forward = Callable[..., Any]
-
-
-class Builder:
-    """Puts values together from their parts, in the order in which `take` met them."""
-
-    def __init__(
-        self, tensors: Iterable[torch.Tensor], ints: Iterable[int], floats: Iterable[float], objects: Iterable[Any]
-    ) -> None:
-        """Hold the parts."""
-        self._tensors = iter(tensors)
-        self._ints = iter(ints)
-        self._floats = iter(floats)
-        self._objects = iter(objects)
-
-    def build(self, structure: Structure) -> Any:
-        """Put a value together."""
-        kind = structure[0]
-        if kind in ("tensor", "special"):
-            return next(self._tensors)
-        if kind == "constant":
-            return structure[1]
-        if kind == "int":
-            return next(self._ints)
-        if kind == "float":
-            return next(self._floats)
-        if kind == "object":
-            return next(self._objects)
-        if kind == "module":
-            return self._module(structure)
-        if kind == "instance":
-            cls = next(self._objects)
-            instance = cls.__new__(cls)
-            instance.__dict__.update(self._items(structure[1]))
-            return instance
-        if kind == "dict":
-            return dict(self._items(structure[1]))
-        children = [self.build(child) for child in structure[1]]
-        if kind in ("tuple", "list"):
-            return tuple(children) if kind == "tuple" else children
-        made_by = next(self._objects)
-        return made_by(*children) if kind == "named" else made_by(children)
-
-    def _items(self, entries: Iterable[tuple[Any, Structure]]) -> Iterator[tuple[Any, Any]]:
-        return ((name, self.build(child)) for name, child in entries)
-
-    def _module(self, structure: Structure) -> nn.Module:
-        """Put a module together: of its class, with its attributes and tensors, and without hooks."""
-        cls = next(self._objects)
-        module: nn.Module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        attributes, parameters, buffers, modules = structure[1:5]
-        module.__dict__.update(self._items(attributes))
-        module._parameters.update(self._items(parameters))
-        module._buffers.update(self._items(buffers))
-        module._modules.update(self._items(modules))
-        return module
+Taken = tuple[Structure, Parts]
+"""A result of a forward, taken apart."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +37,7 @@ class Spec:
 
     def call(self, tensors: Sequence[torch.Tensor], ints: Sequence[int], floats: Sequence[float]) -> Call:
         """Put a call together, on a module that is rebuilt."""
-        builder = Builder(tensors, ints, floats, self.objects)
-        module, args, kwargs = (builder.build(part) for part in self.structure)
+        module, args, kwargs = rebuild(self.structure, tensors, ints, floats, self.objects)
         return Call(module, args, kwargs, self.layer.signature)
 
 
@@ -113,7 +57,7 @@ class Work:
     origin: str
     own_backward: bool
 
-    def reference(self, call: Call) -> tuple[Structure, Parts]:
+    def reference(self, call: Call) -> Taken:
         """Run the reference, with the references of all layers inside of it, and take its result apart."""
         with references():
             return apart(call.make(self.layer.reference))
@@ -137,7 +81,7 @@ class Work:
             )
 
 
-def apart(output: Any) -> tuple[Structure, Parts]:
+def apart(output: Any) -> Taken:
     """Take the result of a forward apart."""
     parts = Parts()
     return take(output, parts), parts

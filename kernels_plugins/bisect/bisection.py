@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
 from kernels_core import ArgumentTypeError
 
-from .errors import BisectError
-from .evaluations import Evaluations
-from .measure import Reading, Tolerance
-from .progress import progress_bar
-from .result import BisectResult, Culprit, CulpritSet
+from .evaluations import Evaluations, progress_bar
+from .measure import Plain, Reading, Tolerance
+from .result import BisectError, BisectResult, Culprit, CulpritSet
 from .search import find_minimal_sets
-from .switch import Kernel, Switch
+from .switch import Switch
 
 
 def bisect(
@@ -89,20 +87,23 @@ def _bisect(switch: Switch, evaluations: Evaluations, allowed: Tolerance) -> Bis
     paths = [kernel.path for kernel in kernels]
     noise = max(noise, _noise("all kernels on", evaluations, allowed, suspect, evaluations.anew(kernels), paths))
 
-    def of(items: Sequence[int]) -> Reading:
+    def of(items: Iterable[int]) -> Reading:
         return evaluations.with_only([kernels[item] for item in sorted(items)])
 
     sets: list[tuple[int, ...]] = []
     if allowed.is_exceeded(suspect, baseline):
-        sets = find_minimal_sets(
-            len(kernels), lambda items: allowed.is_exceeded(of(tuple(items)), baseline) if items else False
-        )
+        sets = find_minimal_sets(len(kernels), lambda items: bool(items) and allowed.is_exceeded(of(items), baseline))
     guilty = sorted({item for members in sets for item in members}, key=lambda item: (kernels[item].place, item))
-    mended = of([item for item in range(len(kernels)) if item not in guilty])
-    culprits = [_culprit(kernels[item], of([item]), baseline) for item in guilty]
+    mended = of(set(range(len(kernels))).difference(guilty))
+
+    def measured(items: Iterable[int]) -> tuple[Plain, float]:
+        reading = of(items)
+        return reading.plain, reading.change_from(baseline)
+
+    culprits = [(item, kernels[item]) for item in guilty]
     return BisectResult(
-        culprits=tuple(culprits),
-        sets=tuple(_set([kernels[item] for item in members], of(members), baseline) for members in sets),
+        culprits=tuple(Culprit(it.path, it.layer, it.origin, *measured([item]), it.also) for item, it in culprits),
+        sets=tuple(CulpritSet(tuple(kernels[item].path for item in members), *measured(members)) for members in sets),
         baseline=baseline.plain,
         suspect=suspect.plain,
         change=suspect.change_from(baseline),
@@ -133,7 +134,7 @@ def _noise(
 
 
 def _nothing(switch: Switch) -> str:
-    """Say why there is nothing to look for."""
+    """Return why there is nothing to look for."""
     if switch.found_elsewhere:
         return (
             "No kernel of this model is in use, but one ran in something else: the metric must call the model that it "
@@ -148,12 +149,3 @@ def _nothing(switch: Switch) -> str:
         "No kernel is in use: the metric ran every decorated layer on its reference. print(receipt(model)) shows why; "
         "call bisect in the scope of the mapping, and let the metric call the model."
     )
-
-
-def _culprit(kernel: Kernel, reading: Reading, baseline: Reading) -> Culprit:
-    change = reading.change_from(baseline)
-    return Culprit(kernel.path, kernel.layer, kernel.origin, reading.plain, change, kernel.also)
-
-
-def _set(members: Sequence[Kernel], reading: Reading, baseline: Reading) -> CulpritSet:
-    return CulpritSet(tuple(kernel.path for kernel in members), reading.plain, reading.change_from(baseline))

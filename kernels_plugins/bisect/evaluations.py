@@ -1,9 +1,12 @@
-"""Evaluates a metric with some kernels on, counts that, and reports errors."""
+"""Evaluates a metric with some kernels on, counts and shows that, and reports errors."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -11,12 +14,30 @@ from kernels_core import ArgumentTypeError, quarantined
 from kernels_core.replay import ModelState
 from kernels_core.torch_internals import many_compilations
 
-from .errors import BisectError
 from .measure import Reading
-from .progress import Show
+from .result import BisectError
 from .switch import Kernel, Key, Switch
 
 Metric = Callable[[nn.Module], object]
+Show = Callable[[int, int, str], None]
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Show]:
+    """Yield a function that shows an evaluation on standard error, while that is a terminal: number, of, setup."""
+    if not sys.stderr.isatty():
+        yield lambda number, expected, setup: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("bisect"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(*columns, text, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda number, expected, setup: progress.update(
+            task, completed=number - 1, total=max(expected, number), description=setup
+        )
 
 
 class Evaluations:
@@ -63,27 +84,30 @@ class Evaluations:
         self.count += 1
         self._show(self.count, self._expected(), setup)
         where = f"evaluation {self.count}, with {setup}"
+        failed = functools.partial(BisectError, evaluation=self.count, paths=paths)
         before = quarantined()
         with self._state.kept(), many_compilations():
             try:
                 answer = self._metric(self._model)
             except Exception as error:
-                raise BisectError(
+                raise failed(
                     f"The metric raised at {where}: {type(error).__name__}: {error}. Nothing was found; the model "
-                    "is as before.",
-                    evaluation=self.count,
-                    paths=paths,
+                    "is as before."
                 ) from error
-        self._check_model(where, paths)
+        changed = self._state.changed_parameters()
+        if changed:
+            raise failed(
+                f"At {where}, the metric changed {len(changed)} parameters of the model, such as {changed[0]!r}, and "
+                "those are not kept twice: they stay changed. Let the metric leave the model as it is; to compare "
+                "training, return losses or the norms of gradients."
+            )
         out = [entry for entry in quarantined() if entry not in before]
         if out:
-            raise BisectError(
+            raise failed(
                 f"At {where}, a kernel was taken out, and serves no more:\n"
                 + "".join(f"  {entry}\n" for entry in out)
                 + "That is a culprit. Mend it or take it out of the mapping, or let it back in with "
-                "kernels_core.release(), and bisect again.",
-                evaluation=self.count,
-                paths=paths,
+                "kernels_core.release(), and bisect again."
             )
         try:
             reading = Reading.of(answer)
@@ -93,24 +117,11 @@ class Evaluations:
         if self._names is None:
             self._names = names
         if names != self._names:
-            raise BisectError(
+            raise failed(
                 f"At {where}, the metric returned {sorted(names)}, and before that {sorted(self._names)}: return the "
-                "same numbers each time.",
-                evaluation=self.count,
-                paths=paths,
+                "same numbers each time."
             )
         return reading
-
-    def _check_model(self, where: str, paths: Sequence[str]) -> None:
-        changed = self._state.changed_parameters()
-        if changed:
-            raise BisectError(
-                f"At {where}, the metric changed {len(changed)} parameters of the model, such as {changed[0]!r}, and "
-                "those are not kept twice: they stay changed. Let the metric leave the model as it is; to compare "
-                "training, return losses or the norms of gradients.",
-                evaluation=self.count,
-                paths=paths,
-            )
 
     def _expected(self) -> int:
         """Return the expected number of evaluations, as if there were one more culprit."""

@@ -122,11 +122,10 @@ class Tolerance:
             True
         """
         return any(
-            _gap(value, reading.numbers[name]) > self._allowed(value) for name, value in baseline.numbers.items()
+            _gap(value, reading.numbers[name])
+            > self.absolute + (self.relative * abs(value) if math.isfinite(value) else 0.0)
+            for name, value in baseline.numbers.items()
         )
-
-    def _allowed(self, value: float) -> float:
-        return self.absolute + (self.relative * abs(value) if math.isfinite(value) else 0.0)
 
     def __str__(self) -> str:
         """Both parts, where both are there."""

@@ -1,15 +1,34 @@
-"""The result of a bisection."""
+"""The result of a bisection, and the error where it has none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from kernels_core import Table, TableRow, Tabular, as_json
+from kernels_core import KernelsError, Table, TableRow, Tabular, as_json
 
 from .measure import Plain, Reading
 
-COLUMNS = ("path", "layer", "origin", "metric", "change")
+
+class BisectError(KernelsError):
+    """A bisection has no answer; the model is as before.
+
+    Attributes:
+        evaluation: The evaluation of the metric at which that turned out, counted from 1; 0 for none of them.
+        paths: The modules that ran on their kernels in that evaluation.
+    """
+
+    def __init__(self, message: str, *, evaluation: int = 0, paths: Sequence[str] = ()) -> None:
+        """Keep the evaluation at which the problem was noticed."""
+        super().__init__(message)
+        self.evaluation = evaluation
+        self.paths = tuple(paths)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the keywords of the constructor."""
+        return functools.partial(type(self), evaluation=self.evaluation, paths=self.paths), self.args
 
 
 @dataclass(frozen=True)
@@ -104,12 +123,13 @@ class BisectResult(Tabular):
         """Return the culprits, between the finding and the other numbers."""
         first, *rest = self._summary()
         rows = tuple(TableRow(_cells(culprit)) for culprit in self.culprits)
-        return Table(COLUMNS, rows, first, "\n".join(rest), "green" if self.ok else "red")
+        columns = ("path", "layer", "origin", "metric", "change")
+        return Table(columns, rows, first, "\n".join(rest), "green" if self.ok else "red")
 
     def _summary(self) -> Iterator[str]:
         baseline, suspect = Reading(self.baseline), Reading(self.suspect)
-        here = f"{baseline} on references, {suspect} on kernels: a change of {self.change:.3g}"
-        here += f", {self.tolerance} is allowed"
+        change = f"a change of {self.change:.3g}, {self.tolerance} is allowed"
+        here = f"{baseline} on references, {suspect} on kernels: {change}"
         if not self.culprits:
             yield f"no culprit: within tolerance ({here})"
         else:

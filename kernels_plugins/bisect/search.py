@@ -1,6 +1,6 @@
 """The search: all minimal sets of items that make a question come true, in few questions.
 
-Asked about a set of items, `fails` says whether that set makes something fail by itself. The empty set does not,
+Asked about a set of items, `fails` returns whether that set makes something fail by itself. The empty set does not,
 all items do. For `k` culprits among `n` items, in groups that fail together:
 
 1. *One minimal set.* Take items in order, and look by halving for the first that makes the prefix before it
@@ -51,7 +51,7 @@ def find_minimal_sets(count: int, fails: Fails) -> list[tuple[int, ...]]:
         found.append(members)
         known = sum(item not in members for item in rest[:head])
         rest = [item for item in rest if item not in members]
-    waiting = _social(found)
+    waiting = [member for members in found if len(members) > 1 for member in members]
     while waiting:
         member = waiting.pop(0)
         while rest and not fails(frozenset([member])) and fails(frozenset([member, *rest])):
@@ -90,8 +90,3 @@ def _first_failing_prefix(context: set[int], items: Sequence[int], low: int, fai
             low = guess
         guess = (low + high) // 2
     return high
-
-
-def _social(sets: Iterable[tuple[int, ...]]) -> list[int]:
-    """Return the members that fail only together with others."""
-    return [member for members in sets if len(members) > 1 for member in members]

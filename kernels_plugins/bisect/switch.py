@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+import sys
+import types
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +31,7 @@ from kernels_core import (
     references,
 )
 
-from .caller import find_caller
-from .errors import BisectError
+from .result import BisectError
 
 Forward = Callable[..., Any]
 Key = tuple[int, int]
@@ -65,6 +66,19 @@ class Kernel:
     def origin(self) -> str:
         """All origins in one line."""
         return ", ".join(self.origins)
+
+
+def _find_caller(modules: Container[int]) -> nn.Module | None:
+    """Return the innermost module with an `id` among `modules` whose method is running; reads the stack."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if id(first) in modules and isinstance(first, nn.Module):
+                return first
+        frame = frame.f_back
+    return None
 
 
 class Switch:
@@ -124,21 +138,20 @@ class Switch:
     def only(self, on: frozenset[Key]) -> Iterator[None]:
         """Let some kernels be on, and every other decorated layer of the model run its reference."""
         bound = [(self._modules[key[0]], layer) for key, layer in self._bound.items() if key not in on]
-        before = [(module, module.__dict__.get("forward", _ABSENT)) for module, _ in bound]
+        before = [vars(module).get("forward", _ABSENT) for module, _ in bound]
         functions = [layer for layer in self._traced if layer.is_function and (0, layer.number) not in on]
         self._on = on
         try:
             for module, layer in bound:  # no method: `kernelize` would take one for its own
-                module.__dict__["forward"] = functools.partial(layer.reference, module)
+                vars(module)["forward"] = functools.partial(layer.reference, module)
             with references(layers=functions, mode=Mode.TORCH_COMPILE) if functions else contextlib.nullcontext():
                 yield
         finally:
             self._on = None
-            for module, forward in before:
+            for (module, _), forward in zip(bound, before, strict=True):
+                vars(module)["forward"] = forward
                 if forward is _ABSENT:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = forward
+                    del vars(module)["forward"]
 
     # --- Eager calls -----------------------------------------------------------------------------
 
@@ -155,14 +168,13 @@ class Switch:
             def switched(*args: Any, **kwargs: Any) -> Any:
                 if torch.compiler.is_compiling():
                     return forward(*args, **kwargs)
-                module = find_caller(self._modules) if decided.is_function else args[0]
+                module = _find_caller(self._modules) if decided.is_function else args[0]
                 key = (id(module), decided.number)
                 if key[0] not in self._modules:
                     self.found_elsewhere = True
-                    return forward(*args, **kwargs)
-                if self._noting:
+                elif self._noting:
                     self._note(key, decided, origin)
-                if self._on is not None and key not in self._on:
+                elif self._on is not None and key not in self._on:
                     return decided.reference(*args, **kwargs)
                 return forward(*args, **kwargs)
 
@@ -184,11 +196,9 @@ class Switch:
     @hookimpl
     def kernels_resolved(self, resolution: Resolution) -> None:
         """Note the kernels of compiled code: its calls are not wrapped."""
-        layer = resolution.request.layer
-        if not self._noting or layer is None or resolution.is_reference:
-            return
-        if Mode.TORCH_COMPILE in resolution.request.mode:
-            self._traced[layer] = resolution.origin
+        request = resolution.request
+        if self._noting and request.layer and not resolution.is_reference and Mode.TORCH_COMPILE in request.mode:
+            self._traced[request.layer] = resolution.origin
 
     def _note_frozen(self) -> None:
         """Note the choices of `kernelize`: if such a model is compiled, no hook is called."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import get_type_hints
 
 from kernels_core import ArgumentError, ArgumentTypeError, setting
 
-ACTIONS = ("warn", "quarantine", "raise")
 VARIABLE = "KERNELS_CANARY"
 
 
@@ -33,8 +32,8 @@ class Settings:
                 raise ArgumentTypeError(f"{name} is a number of calls such as 3, not {value!r}.")
             if value < 0:
                 raise ArgumentError(f"{name} is {value}: a number of calls is 0 or more.")
-        if self.action not in ACTIONS:
-            raise ArgumentError(f"action is {self.action!r}: use one of {', '.join(ACTIONS)}.")
+        if self.action not in ("warn", "quarantine", "raise"):
+            raise ArgumentError(f"action is {self.action!r}: use one of warn, quarantine, raise.")
 
     def wants(self, number: int) -> bool:
         """Whether the call of that number, counted from 1, is to be compared.
@@ -60,7 +59,7 @@ def settings_of_environment() -> Settings | None:
     found: dict[str, int | str] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in {field.name for field in fields(Settings)}:
+        if not equals or name not in kinds:
             raise ArgumentError(f"{VARIABLE}={text!r}: {part.strip()!r} is not understood: {hint}")
         try:
             found[name] = kinds[name](value)

@@ -6,9 +6,10 @@ import functools
 import itertools
 import sys
 import threading
-import types
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, quarantine
 from kernels_core.replay import Call, Outcome, is_observed, mapped, same_numbers
 
-from ..comparison import Comparison, alike, compare
+from ..comparison import alike, compare
 from .settings import Settings
 
 Forward = Callable[..., Any]
@@ -57,27 +58,26 @@ def watched(resolution: Resolution, forward: Forward, settings: Settings) -> For
     return watched_forward
 
 
+@dataclass(eq=False)
 class _Watch:
     """Compares the calls of one kernel, for one layer and device."""
 
-    def __init__(
-        self, resolution: Resolution, layer: Layer, forward: Forward, settings: Settings, key: tuple[int, str, str]
-    ) -> None:
-        self.resolution = resolution
-        self.layer = layer
-        self.forward = forward
-        self.settings = settings
-        self.key = key
+    resolution: Resolution
+    layer: Layer
+    forward: Forward
+    settings: Settings
+    key: tuple[int, str, str]
 
     def compared(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call, and compare it."""
-        live = self._call(args, kwargs)
+        module, inputs = (None, args) if self.layer.is_function else (args[0], args[1:])
+        live = Call(module, inputs, kwargs, self.layer.signature)
         token = _comparing.set(True)
         try:
-            before = live.snapshot(state=live.module is not None and next(live.module.buffers(), None) is not None)
+            before = live.snapshot(state=module is not None and next(module.buffers(), None) is not None)
             with held_back() as saved:
                 output = self.forward(*args, **kwargs)
-            problem = self._problem(live, before, output, _part(number) if number > self.settings.first else _whole)
+            problem = self._problem(live, before, output, _part(number if number > self.settings.first else 0))
         finally:
             _comparing.reset(token)
         if problem is not None and self._replaces(f"{self._where(number, live)}: {problem}", live, before):
@@ -85,15 +85,10 @@ class _Watch:
         saved.hand_over()
         return output
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        if self.layer.is_function:
-            return Call(None, args, kwargs, self.layer.signature)
-        return Call(args[0], args[1:], kwargs, self.layer.signature)
-
     # --- Comparing ------------------------------------------------------------------------------
 
     def _problem(self, live: Call, before: Call, output: Any, part: Part) -> str | None:
-        """Return the difference between kernel and reference in words, None if there is none."""
+        """Return the difference between kernel and reference as text, None if there is none."""
         try:
             expected = before.run(self.layer.reference, parameters=False, mutations=False)
         except Exception as error:
@@ -130,20 +125,13 @@ class _Watch:
     ) -> str | None:
         """Compare outputs or gradients; a suspicion is checked with a reference in float64."""
         comparison = compare(actual, of(expected), quick=True)
-        if comparison.ok:
-            return None
-        if not comparison.mismatches:
-            comparison = self._looked_into(comparison, actual, expected, of, before)
+        if not comparison.ok and not comparison.mismatches:
+            try:
+                exact = of(before.run(self.layer.reference, dtype=torch.float64))
+            except Exception:  # a reference that does not run in float64 is no better judge than it was
+                exact = None
+            comparison = compare(actual, of(expected), exact=exact)
         return None if comparison.ok else f"{prefix}{comparison}"
-
-    def _looked_into(
-        self, suspicion: Comparison, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call
-    ) -> Comparison:
-        try:
-            exact = of(before.run(self.layer.reference, dtype=torch.float64))
-        except Exception:  # a reference that does not run in float64 is no better judge than it was
-            return compare(actual, of(expected))
-        return compare(actual, of(expected), exact=exact)
 
     def _changed(self, state: Mapping[str, torch.Tensor], before: Call, expected: Outcome) -> str | None:
         """Compare the arguments and buffers that were changed in place."""
@@ -185,7 +173,7 @@ class _Watch:
 
     def _where(self, number: int, live: Call) -> str:
         """Name layer, path, device, dtypes and shapes of a call."""
-        path = _path(live.module) if live.module is not None else None
+        path = _path(live.module) if live.module is not None else ""
         shapes = ", ".join(
             f"{name} {str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, tensor.shape)) or 'scalar'}"
             for name, tensor in live.inputs.items()
@@ -200,12 +188,8 @@ _LARGE = 2**20
 """Numbers in a tensor of which a part is enough, on calls after the first ones."""
 
 
-def _whole(value: Any) -> Any:
-    return value
-
-
 def _part(number: int) -> Part:
-    """Return a function that takes about a million numbers of each large tensor: other rows on each call."""
+    """Return a function that takes about a million numbers of each large tensor: other rows on each call, all for 0."""
 
     def rows(_: str, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.numel() <= 2 * _LARGE or leaf.dim() < 2:
@@ -214,16 +198,11 @@ def _part(number: int) -> Part:
         step = max(1, min(table.shape[0], leaf.numel() // _LARGE))
         return table[number % step :: step]
 
-    return lambda value: mapped(value, rows)
+    return lambda value: mapped(value, rows) if number else value
 
 
-def _path(module: nn.Module) -> str | None:
-    """Return where a module is in the outermost module that is being called; looks at the stack."""
-    frame: types.FrameType | None = sys._getframe()
-    outermost = module
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, nn.Module):
-            outermost = caller
-        frame = frame.f_back
-    return next((name for name, inner in outermost.named_modules() if inner is module), None)
+def _path(module: nn.Module) -> str:
+    """Return the path of a module in the outermost module that is being called, from the stack; empty if none."""
+    callers = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(sys._getframe()))
+    *_, outermost = (module, *(caller for caller in callers if isinstance(caller, nn.Module)))
+    return next((name for name, inner in outermost.named_modules() if inner is module), "")

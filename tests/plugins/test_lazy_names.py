@@ -261,5 +261,5 @@ print(pickle.dumps(values).hex())
 def test_errors_of_plugins_say_where_they_come_from_unasked() -> None:
     """An error that a public function raises names its public path, although the name of the error was never used."""
     program = "import kernels_plugins; kernels_plugins.bisect; import sys; "
-    program += "print(sys.modules['kernels_plugins.bisect.errors'].BisectError.__module__)"
+    program += "print(sys.modules['kernels_plugins.bisect.result'].BisectError.__module__)"
     assert run(program) == "kernels_plugins"
