@@ -12,9 +12,6 @@ def write_file(path: Path, text: str) -> None:
 
     Readers find the old content or the new one, also when two processes write at once, or one is killed.
 
-    Raises:
-        OSError: The file cannot be written; nothing is left behind then.
-
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "new" / "file.txt"

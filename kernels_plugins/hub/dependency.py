@@ -17,19 +17,14 @@ from .names import is_repo_id, is_revision, is_version
 class Dependency:
     """A kernel that is depended on.
 
-    Attributes:
-        repo_id: `owner/name` of the repository.
-        version: Number of the version, if there is one.
-        revision: Branch, tag or commit, if there is one. In a lock of the older form, both are None.
-
     Example:
         >>> print(Dependency("acme/silu", version=1))
         acme/silu version 1
     """
 
-    repo_id: str
-    version: int | None = None
-    revision: str | None = None
+    repo_id: str  # `owner/name` of the repository
+    version: int | None = None  # number of the version, if there is one
+    revision: str | None = None  # branch, tag or commit, if there is one. In a lock of the older form, both are None
 
     @property
     def wanted(self) -> str | None:

@@ -47,21 +47,14 @@ _files = KeyedLocks()
 
 @dataclass(frozen=True)
 class ResolvedKernel:
-    """A kernel on the Hub: its commit, and the builds of that commit.
+    """A kernel on the Hub: its commit, and the builds of that commit."""
 
-    Attributes:
-        request: The request.
-        pin: The repository that serves it, and the commit.
-        variants: The files of each build, as the Hub lists them.
-        checked: The checks that were passed, in words: `trust` and `revision`; `redirect`, if it was redirected.
-        first: The commit before redirects, of the repository in the request.
-    """
-
-    request: KernelRequest
-    pin: Pin
-    variants: Mapping[str, tuple[RemoteFile, ...]]
+    request: KernelRequest  # the request
+    pin: Pin  # the repository that serves it, and the commit
+    variants: Mapping[str, tuple[RemoteFile, ...]]  # the files of each build, as the Hub lists them
+    # the checks that were passed, in words: `trust` and `revision`; `redirect`, if it was redirected
     checked: Mapping[str, str]
-    first: Pin
+    first: Pin  # the commit before redirects, of the repository in the request
 
     def place(self, variant: str) -> str:
         """Name a build, for messages."""
@@ -70,19 +63,12 @@ class ResolvedKernel:
 
 @dataclass(frozen=True)
 class SelectedBuild:
-    """A build of a kernel.
+    """A build of a kernel."""
 
-    Attributes:
-        variant: Its name, which is that of its folder.
-        folder: Where its files lie, or will once they are downloaded.
-        resolved: The kernel on the Hub; None for one on disk.
-        asked: The place that was requested, for messages about one on disk.
-    """
-
-    variant: str
-    folder: Path
-    resolved: ResolvedKernel | None = None
-    asked: str = ""
+    variant: str  # its name, which is that of its folder
+    folder: Path  # where its files lie, or will once they are downloaded
+    resolved: ResolvedKernel | None = None  # the kernel on the Hub; None for one on disk
+    asked: str = ""  # the place that was requested, for messages about one on disk
 
     @property
     def origin(self) -> str:
@@ -97,18 +83,12 @@ class SelectedBuild:
 
 @dataclass(frozen=True)
 class FetchedBuild:
-    """A build whose files are on disk, and passed the checks.
+    """A build whose files are on disk, and passed the checks."""
 
-    Attributes:
-        selected: Which build.
-        build: Its files and metadata, in memory.
-        checked: The checks that were passed, in words.
-        dependencies: The kernels that it depends on, by repository.
-    """
-
-    selected: SelectedBuild
-    build: Build
-    checked: Mapping[str, str]
+    selected: SelectedBuild  # which build
+    build: Build  # its files and metadata, in memory
+    checked: Mapping[str, str]  # the checks that were passed, in words
+    # the kernels that it depends on, by repository
     dependencies: Mapping[str, FetchedBuild] = field(default_factory=dict)
 
 
@@ -133,12 +113,7 @@ def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
 
 
 def select_build(request: KernelRequest, *, suggest: bool = True) -> SelectedBuild:
-    """Find the build of a kernel that fits this machine best.
-
-    Args:
-        request: The request.
-        suggest: Whether to look for a version that fits, where this one does not.
-    """
+    """Find the build of a kernel that fits this machine best."""
     from .client.download import variant_folder
 
     resolved = resolve_kernel(request)

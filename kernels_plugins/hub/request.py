@@ -16,30 +16,20 @@ from .names import is_repo_id, is_revision, is_version
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """How kernels are requested: the same for a kernel and for all that it depends on.
+    """How kernels are requested: the same for a kernel and for all that it depends on."""
 
-    Args:
-        trust_remote_code: Whether code of a publisher that the Hub does not list as trusted may
-            run: True, or a sequence of the `owner/name` that may. It applies to dependencies, too.
-        backend: `cpu`, or the backend that torch was built for, which is the default.
-        user_agent: Information about the caller for each request to the Hub, unless telemetry is switched off.
-        check_arch: Whether a build without code for the current device is refused.
-        local_files_only: Whether to send no request to the Hub, as with `HF_HUB_OFFLINE`.
-        lock: The lock with the commits and hashes of dependencies; without one, any commit of them is accepted.
-        on_cpu: Whether the kernel is for a call on the CPU: with a torch that was built for an accelerator, builds for
-            the CPU come first then.
-
-    Raises:
-        ArgumentError: An argument is malformed.
-        ArgumentTypeError: An argument has the wrong type.
-    """
-
+    # whether code of a publisher that the Hub does not list as trusted may run: True, or a sequence of the
+    # `owner/name` that may. It applies to dependencies, too
     trust_remote_code: bool | Sequence[str] = False
-    backend: str | None = None
+    backend: str | None = None  # `cpu`, or the backend that torch was built for, which is the default
+    # information about the caller for each request to the Hub, unless telemetry is switched off
     user_agent: str | Mapping[str, str] | None = field(default=None, compare=False)
-    check_arch: bool = True
-    local_files_only: bool = False
+    check_arch: bool = True  # whether a build without code for the current device is refused
+    local_files_only: bool = False  # whether to send no request to the Hub, as with `HF_HUB_OFFLINE`
+    # the lock with the commits and hashes of dependencies; without one, any commit of them is accepted
     lock: Lock | None = field(default=None, repr=False)
+    # whether the kernel is for a call on the CPU: with a torch that was built for an accelerator, builds for
+    # the CPU come first then
     on_cpu: bool = False
 
     def __post_init__(self) -> None:
@@ -55,11 +45,7 @@ class RequestOptions:
         return allowed is True or (isinstance(allowed, tuple) and repo_id in allowed)
 
     def for_dependency(self, wanted: Dependency) -> KernelRequest:
-        """Request a kernel that another one depends on: the locked one, where there is a lock.
-
-        Raises:
-            LoadError: There is a lock, and the kernel is not in it.
-        """
+        """Request a kernel that another one depends on: the locked one, where there is a lock."""
         options: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(RequestOptions)}
         if self.lock is None:
             return KernelRequest(wanted.repo_id, revision=wanted.revision, version=wanted.version, **options)
@@ -76,27 +62,18 @@ class RequestOptions:
 class KernelRequest(RequestOptions):
     """A request for a kernel on the Hub.
 
-    Args:
-        repo_id: `owner/name` of the repository.
-        revision: Branch, tag or commit. Exactly one of `revision` and `version` is given.
-        version: Number of the kernel version: the branch `v<version>`.
-        commit: The commit in a lock: revision or version are not looked up then.
-        locked: Pairs of build variant and hash in a lock; None or empty if it has none.
-        options: Those of `RequestOptions`.
-
-    Raises:
-        ArgumentError: Not exactly one of revision and version is given, or an argument is malformed.
-        ArgumentTypeError: An argument has the wrong type.
-
     Example:
         >>> KernelRequest("acme/silu", version=1).wanted
         'v1'
     """
 
-    repo_id: str
+    repo_id: str  # `owner/name` of the repository
+    # branch, tag or commit. Exactly one of `revision` and `version` is given
     revision: str | None = field(default=None, kw_only=True)
-    version: int | None = field(default=None, kw_only=True)
+    version: int | None = field(default=None, kw_only=True)  # number of the kernel version: the branch `v<version>`
+    # the commit in a lock: revision or version are not looked up then
     commit: str | None = field(default=None, kw_only=True)
+    # pairs of build variant and hash in a lock; None or empty if it has none
     locked: tuple[tuple[str, str], ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -138,16 +115,7 @@ class KernelRequest(RequestOptions):
 
 
 def locked_request(lock: Lock, locked: LockedKernel | str, **options: Any) -> KernelRequest:
-    """Request the commit that a lock has, and the same for its dependencies.
-
-    Args:
-        lock: The lock.
-        locked: One of its kernels, or the name of a repository.
-        options: As for `KernelRequest`.
-
-    Raises:
-        ArgumentError: The kernel is not locked.
-    """
+    """Request the commit that a lock has, and the same for its dependencies."""
     if isinstance(locked, str):
         locked = lock.require(locked)
     return _locked(locked.dependency, locked, {**options, "lock": lock})
@@ -159,11 +127,7 @@ def _locked(wanted: Dependency, locked: LockedKernel, options: dict[str, Any]) -
 
 
 def require_type(value: object, kind: type, name: str) -> None:
-    """Refuse an argument of another type.
-
-    Raises:
-        ArgumentTypeError: The value is of another type.
-    """
+    """Refuse an argument of another type."""
     if not isinstance(value, kind):
         raise ArgumentTypeError(f"{name} is a {kind.__name__}, not {value!r}.")
 

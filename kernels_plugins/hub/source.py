@@ -50,11 +50,7 @@ class KernelSource:
         return self.find_layer(self.load_kernel()).layer
 
     def find_layer(self, kernel: LoadedKernel) -> LoadedLayer:
-        """Return the layer in its kernel, which was loaded.
-
-        Raises:
-            LoadError: The kernel has no such layer; names those that exist.
-        """
+        """Return the layer in its kernel, which was loaded."""
         from .builds.importing import find_function, find_layer
 
         find = find_function if self.is_function else find_layer

@@ -19,10 +19,6 @@ def find_mismatch(backend: BackendInfo, device: torch.device | None = None) -> s
 
     Two GPUs of one machine may differ.
 
-    Args:
-        backend: The backend of the build.
-        device: The device, with its index; by default the current one.
-
     Example:
         >>> find_mismatch(BackendInfo("cuda", ("9.0a",)), torch.device("cpu")) is None
         True

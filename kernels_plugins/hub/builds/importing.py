@@ -114,15 +114,7 @@ _finder = _Finder()
 
 
 def import_build(build: Build, kernels: Mapping[str, ModuleType] | None = None) -> ModuleType:
-    """Import a verified build under a name that is unique to its content, and to that of its dependencies.
-
-    Args:
-        build: The build.
-        kernels: The kernels that it depends on, by repository, for `get_kernel_dep`.
-
-    Raises:
-        LoadError: It has no module, or its import fails; nothing is left in `sys.modules` then.
-    """
+    """Import a verified build under a name that is unique to its content, and to that of its dependencies."""
     python_name = build.metadata.name.python_name
     name = f"kernel_{python_name}_{_fingerprint(build, kernels or {})}"
     with _importing.hold():
@@ -168,11 +160,7 @@ def _import_problem(error: BaseException, name: str) -> str:
 
 
 def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
-    """Return a layer class or function of a kernel's `layers`.
-
-    Raises:
-        LoadError: The kernel has no `layers`, or none of that name; names those that exist.
-    """
+    """Return a layer class or function of a kernel's `layers`."""
     try:
         layers: Any = getattr(module, "layers", None)
         layer = getattr(layers, layer_name, None)
@@ -189,11 +177,7 @@ def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
 
 
 def find_function(module: ModuleType, name: str) -> KernelLayer:
-    """Return the function at the top of a kernel.
-
-    Raises:
-        LoadError: The kernel has none of that name; names those that exist.
-    """
+    """Return the function at the top of a kernel."""
     found = getattr(module, name, None)
     if not callable(found):
         offered = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))

@@ -16,19 +16,12 @@ from .metadata import METADATA, SIGNATURE, Metadata
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the Hub lists it.
+    """A file as the Hub lists it."""
 
-    Attributes:
-        path: Relative to the variant.
-        size: In bytes.
-        blob: SHA-1 of the git blob; for a large file that of its pointer.
-        sha256: SHA-256 of a large file's content; None for others.
-    """
-
-    path: str
-    size: int
-    blob: str
-    sha256: str | None = None
+    path: str  # relative to the variant
+    size: int  # in bytes
+    blob: str  # SHA-1 of the git blob; for a large file that of its pointer
+    sha256: str | None = None  # SHA-256 of a large file's content; None for others
 
     @property
     def is_well_formed(self) -> bool:
@@ -39,17 +32,11 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Build:
-    """A build in memory.
+    """A build in memory."""
 
-    Attributes:
-        folder: Where it lies.
-        files: Content per path relative to the folder, without byte code.
-        metadata: Its metadata.
-    """
-
-    folder: Path
-    files: Mapping[str, bytes]
-    metadata: Metadata
+    folder: Path  # where it lies
+    files: Mapping[str, bytes]  # content per path relative to the folder, without byte code
+    metadata: Metadata  # its metadata
 
     @property
     def fingerprint(self) -> str:
@@ -67,11 +54,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def as_build(folder: Path, files: Mapping[str, bytes]) -> Build:
-    """Return the build that files make up, with its metadata.
-
-    Raises:
-        LoadError: `metadata.json` is missing, malformed or incomplete.
-    """
+    """Return the build that files make up, with its metadata."""
     if METADATA not in files:
         raise LoadError(f"it has no {METADATA}. Rebuild the kernel with a current kernel builder.")
     return Build(folder, files, Metadata.from_bytes(files[METADATA]))
@@ -83,14 +66,7 @@ def is_byte_code(path: str) -> bool:
 
 
 def check_transfer(files: Mapping[str, bytes], listed: Iterable[RemoteFile]) -> str:
-    """Compare the files of a build with the list of the Hub for its commit.
-
-    Returns:
-        The check, in words.
-
-    Raises:
-        IntegrityError: A file is missing, extra, or has other bytes.
-    """
+    """Compare the files of a build with the list of the Hub for its commit."""
     expected = {file.path: file for file in listed}
     problems = _names(set(expected), set(files), "not on the Hub")
     for path in sorted(expected.keys() & files.keys()):
@@ -108,14 +84,7 @@ def check_transfer(files: Mapping[str, bytes], listed: Iterable[RemoteFile]) -> 
 
 
 def check_digest(build: Build) -> str:
-    """Compare a build with the digests in its metadata.
-
-    Returns:
-        The check, in words; that there was none, where there are no digests.
-
-    Raises:
-        IntegrityError: A file is wrong, missing or not listed.
-    """
+    """Compare a build with the digests in its metadata."""
     digest = build.metadata.digest
     if digest is None:
         return "not checked: the kernel has no digests"

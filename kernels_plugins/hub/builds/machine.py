@@ -40,39 +40,21 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, as far as it decides which build variants can be loaded.
+    """A machine, as far as it decides which build variants can be loaded."""
 
-    Attributes:
-        torch: The version of torch.
-        backend: The kind of backend: cpu, cuda, rocm, xpu, npu, metal, neuron or tpu.
-        backend_version: The version of CUDA, ROCm, XPU or CANN; None for the other kinds.
-        cpu: The processor, such as x86_64 or aarch64.
-        os: The system: linux, darwin or windows.
-        cxx11_abi: Whether torch uses the C++11 ABI; None off Linux, where there is no choice.
-        tvm_ffi: The version of tvm-ffi, None if it is not installed.
-        macos: The version of macOS, None on another system.
-        abi3: Whether this Python loads extension modules for the stable ABI of CPython.
-    """
-
-    torch: Release
-    backend: str = "cpu"
-    backend_version: Release | None = None
-    cpu: str = "x86_64"
-    os: str = "linux"
-    cxx11_abi: bool | None = True
-    tvm_ffi: Release | None = None
-    macos: Release | None = None
-    abi3: bool = True
+    torch: Release  # the version of torch
+    backend: str = "cpu"  # the kind of backend: cpu, cuda, rocm, xpu, npu, metal, neuron or tpu
+    backend_version: Release | None = None  # the version of CUDA, ROCm, XPU or CANN; None for the other kinds
+    cpu: str = "x86_64"  # the processor, such as x86_64 or aarch64
+    os: str = "linux"  # the system: linux, darwin or windows
+    cxx11_abi: bool | None = True  # whether torch uses the C++11 ABI; None off Linux, where there is no choice
+    tvm_ffi: Release | None = None  # the version of tvm-ffi, None if it is not installed
+    macos: Release | None = None  # the version of macOS, None on another system
+    abi3: bool = True  # whether this Python loads extension modules for the stable ABI of CPython
 
     @classmethod
     def here(cls, backend: str | None = None) -> Machine:
         """Describe the machine of this process, importing torch.
-
-        Args:
-            backend: The kind of backend to use: cpu, or the one that torch was built for (the default).
-
-        Raises:
-            ArgumentError: torch was not built for that backend; names those that there are.
 
         Example:
             >>> Machine.here("cpu").backend
@@ -114,11 +96,7 @@ class Machine:
 
 @cache
 def this_machine(backend: str | None = None) -> Machine:
-    """Return the machine of this process, looked at once.
-
-    Raises:
-        ArgumentError: torch was not built for that backend.
-    """
+    """Return the machine of this process, looked at once."""
     return Machine.here(backend)
 
 

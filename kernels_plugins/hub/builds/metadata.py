@@ -41,67 +41,43 @@ class KernelName(str):
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """The backend of a build.
+    """The backend of a build."""
 
-    Attributes:
-        backend_type: The kind of backend, such as `cuda`.
-        archs: The architectures that it has code for, such as `9.0a` or `gfx942`; None if that is not in the metadata.
-    """
-
-    backend_type: str
+    backend_type: str  # the kind of backend, such as `cuda`
+    # the architectures that it has code for, such as `9.0a` or `gfx942`; None if that is not in the metadata
     archs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Digest:
-    """The hashes of a build's files.
+    """The hashes of a build's files."""
 
-    Attributes:
-        algorithm: `sha256` or `sha512`.
-        files: Base64 of the hash per path relative to the variant.
-    """
-
-    algorithm: str
-    files: Mapping[str, str]
+    algorithm: str  # `sha256` or `sha512`
+    files: Mapping[str, str]  # base64 of the hash per path relative to the variant
 
 
 @dataclass(frozen=True)
 class GitStatus:
-    """The state of a working tree.
+    """The state of a working tree."""
 
-    Attributes:
-        commit: The commit that was checked out.
-        dirty: Whether there were changes that were not committed.
-    """
-
-    commit: str
-    dirty: bool
+    commit: str  # the commit that was checked out
+    dirty: bool  # whether there were changes that were not committed
 
 
 @dataclass(frozen=True)
 class BuilderInfo:
-    """The builder of a kernel.
+    """The builder of a kernel."""
 
-    Attributes:
-        version: Version of the builder.
-        git: State of its own sources; None if that is not known.
-    """
-
-    version: str
-    git: GitStatus | None = None
+    version: str  # version of the builder
+    git: GitStatus | None = None  # state of its own sources; None if that is not known
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The sources of a build.
+    """The sources of a build."""
 
-    Attributes:
-        kernel_builder: The builder.
-        kernel: State of the kernel's sources; None if that is not known.
-    """
-
-    kernel_builder: BuilderInfo
-    kernel: GitStatus | None = None
+    kernel_builder: BuilderInfo  # the builder
+    kernel: GitStatus | None = None  # state of the kernel's sources; None if that is not known
 
     @property
     def dirty_sources(self) -> tuple[str, ...]:

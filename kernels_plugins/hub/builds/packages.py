@@ -25,14 +25,6 @@ _OF_BACKEND: dict[str, dict[str, Package]] = {
 def check_packages(names: Iterable[str], backends: Iterable[str]) -> None:
     """Refuse a kernel whose Python packages are not installed.
 
-    Args:
-        names: The names in its metadata.
-        backends: The kinds of backend that it is for: each has packages of its own.
-
-    Raises:
-        LoadError: A name is not known, or a package is missing; the first is a `ValueError`, the second an
-            `ImportError`, and ends in the command that installs it.
-
     Example:
         >>> check_packages(["onednn"], ["cpu"])
         Traceback (most recent call last):

@@ -18,15 +18,7 @@ INTERFACE_LEVEL = Version("0.17")
 
 
 def check_requirements(metadata: Metadata, backends: Iterable[str] = ()) -> None:
-    """Refuse a build that this process cannot import.
-
-    Args:
-        metadata: The metadata of the build.
-        backends: Backends of this machine, beside that of the build: their packages may be needed, too.
-
-    Raises:
-        LoadError: It needs a newer interface, or Python packages that are not installed.
-    """
+    """Refuse a build that this process cannot import."""
     minver = metadata.kernels_minver
     if minver is not None and minver.release[:2] > INTERFACE_LEVEL.release[:2]:
         raise UnsuitableError(
@@ -37,11 +29,7 @@ def check_requirements(metadata: Metadata, backends: Iterable[str] = ()) -> None
 
 
 def check_device(metadata: Metadata) -> None:
-    """Refuse a build that has no code for the current device.
-
-    Raises:
-        LoadError: It has none; this is a `RuntimeError`, too.
-    """
+    """Refuse a build that has no code for the current device."""
     mismatch = find_mismatch(metadata.backend)
     if mismatch is not None:
         raise UnsuitableError(mismatch)

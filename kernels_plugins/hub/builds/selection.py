@@ -12,24 +12,14 @@ from .variants import Choice, choose_for_cpu, choose_variants
 
 
 def choose_here(names: Iterable[str], backend: str | None = None, on_cpu: bool = False) -> Choice:
-    """Split the folders of a kernel into those that fit this machine and the rest.
-
-    Args:
-        names: The names of the folders.
-        backend: `cpu`, or the backend that torch was built for, which is the default.
-        on_cpu: Whether the kernel is for a call on the CPU, where no backend is requested.
-    """
+    """Split the folders of a kernel into those that fit this machine and the rest."""
     if on_cpu and backend is None:
         return choose_for_cpu(names, this_machine())
     return choose_variants(names, this_machine(backend))
 
 
 def select_variant(names: Iterable[str], backend: str | None = None, on_cpu: bool = False) -> str:
-    """Return the name of the build that fits this machine best; arguments as for `choose_here`.
-
-    Raises:
-        LoadError: None fits; says why each does not. It is a `FileNotFoundError`, too.
-    """
+    """Return the name of the build that fits this machine best; arguments as for `choose_here`."""
     choice = choose_here(names, backend, on_cpu)
     if choice.accepted:
         return str(choice.accepted[0])
@@ -40,11 +30,7 @@ def select_variant(names: Iterable[str], backend: str | None = None, on_cpu: boo
 
 
 def local_variant(path: Path, backend: str | None = None, on_cpu: bool = False) -> Path:
-    """Return the folder of the build that fits best: of a repository, of a folder with builds, or of a build.
-
-    Raises:
-        LoadError: There is no such folder, or no build fits; says why each does not.
-    """
+    """Return the folder of the build that fits best: of a repository, of a folder with builds, or of a build."""
     if not path.is_dir():
         raise AbsentError("there is no such folder: check the path")
     if (path / METADATA).is_file():

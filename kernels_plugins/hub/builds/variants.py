@@ -41,15 +41,6 @@ _METAL_NEEDS_MACOS = (26, 0)
 class Variant:
     """One build variant; `str` gives the name of its folder.
 
-    Attributes:
-        framework: The framework it was compiled for: torch, torch-stable-abi or tvm-ffi; torch if not compiled.
-        backend: The kind of backend, as in `Machine`; or universal, if not compiled.
-        release: The version of the framework; None if not compiled.
-        cxx11_abi: Whether it uses the C++11 ABI; None if the name does not say.
-        backend_version: The version of the backend; None if the name does not say.
-        cpu: The processor; empty if not compiled.
-        os: The system; empty if not compiled.
-
     Example:
         >>> str(Variant("torch", "cuda", (2, 9), True, (12, 6), "x86_64", "linux"))
         'torch29-cxx11-cu126-x86_64-linux'
@@ -57,13 +48,13 @@ class Variant:
         'torch-universal'
     """
 
-    framework: str
-    backend: str
-    release: Release | None = None
-    cxx11_abi: bool | None = None
-    backend_version: Release | None = None
-    cpu: str = ""
-    os: str = ""
+    framework: str  # the framework it was compiled for: torch, torch-stable-abi or tvm-ffi; torch if not compiled
+    backend: str  # the kind of backend, as in `Machine`; or universal, if not compiled
+    release: Release | None = None  # the version of the framework; None if not compiled
+    cxx11_abi: bool | None = None  # whether it uses the C++11 ABI; None if the name does not say
+    backend_version: Release | None = None  # the version of the backend; None if the name does not say
+    cpu: str = ""  # the processor; empty if not compiled
+    os: str = ""  # the system; empty if not compiled
 
     @property
     def variant_str(self) -> str:
@@ -105,15 +96,10 @@ class VariantRejected:
 
 @dataclass(frozen=True)
 class Choice:
-    """The variants of a repository, split by whether they fit a machine.
+    """The variants of a repository, split by whether they fit a machine."""
 
-    Attributes:
-        accepted: The variants that fit, best first.
-        rejected: The name of each other folder and the reason, sorted by name.
-    """
-
-    accepted: tuple[Variant, ...]
-    rejected: tuple[tuple[str, str], ...]
+    accepted: tuple[Variant, ...]  # the variants that fit, best first
+    rejected: tuple[tuple[str, str], ...]  # the name of each other folder and the reason, sorted by name
 
 
 def parse_variant(name: str) -> Variant | None:

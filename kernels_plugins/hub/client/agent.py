@@ -10,9 +10,6 @@ from ..builds.machine import this_machine
 def describe(caller: str | None) -> str:
     """Return the parts that are added to those of the client, which are library, client and Python.
 
-    Args:
-        caller: The part of the caller, if there is one.
-
     Example:
         >>> describe("my-app/7").split("; ")[::4]
         ['my-app/7', 'file_type/kernel']

@@ -47,11 +47,7 @@ _VERSION = re.compile(r"v(0|[1-9][0-9]{0,8})")
 
 
 def cache_folder(repo_id: str, repo_type: str) -> Path:
-    """Return the folder of a repository in the cache.
-
-    Raises:
-        LoadError: No repository can have that name.
-    """
+    """Return the folder of a repository in the cache."""
     try:
         return _cache() / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
     except errors.HFValidationError as error:
@@ -78,18 +74,14 @@ class Client:
 
     Every method raises `UnreachableError` where the Hub does not answer, and another `LoadError` where it refuses.
 
-    Attributes:
-        user_agent: Information about the caller for each request.
-        local_files_only: Whether to send no request.
-        patience: Seconds to wait for an answer, with all repetitions of the client; downloads may take longer.
-
     Example:
         >>> Client(local_files_only=True).silence
         'local_files_only=True'
     """
 
-    user_agent: str | None = None
-    local_files_only: bool = False
+    user_agent: str | None = None  # information about the caller for each request
+    local_files_only: bool = False  # whether to send no request
+    # seconds to wait for an answer, with all repetitions of the client; downloads may take longer
     patience: float = field(default_factory=lambda: 6.0 * constants.HF_HUB_ETAG_TIMEOUT)
 
     @property
@@ -104,11 +96,7 @@ class Client:
         return HfApi(library_name="kernels-core", library_version=__version__, user_agent=agent)
 
     def find_pin(self, repo_id: str, revision: str) -> Pin:
-        """Return the commit of a revision, and the repository that serves it after redirects.
-
-        Raises:
-            LoadError: There is no such repository or revision; names the revisions that exist.
-        """
+        """Return the commit of a revision, and the repository that serves it after redirects."""
         info, repo_type = self._of_any_type(
             repo_id, revision, lambda kind: self._api().repo_info(repo_id, repo_type=kind, revision=revision)
         )
@@ -167,12 +155,7 @@ class Client:
         return getattr(overview, "trustedKernelPublisher", False) is True
 
     def list_files(self, pin: Pin) -> tuple[dict[str, tuple[RemoteFile, ...]], RemoteFile | None]:
-        """List the files of a commit.
-
-        Returns:
-            The files of each build variant, without byte code; and the file that redirects the repository, if there is
-            one.
-        """
+        """List the files of a commit."""
         with self._request(pin.repo_id, pin.commit, pin.repo_type):
             place: dict[str, Any] = {"revision": pin.commit, "repo_type": pin.repo_type}
             entries = self._ask(lambda: list(self._api().list_repo_tree(pin.repo_id, recursive=True, **place)))
@@ -215,11 +198,7 @@ class Client:
         return str(_repeat(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), self.patience))
 
     def read_status(self, pin: Pin, listed: RemoteFile) -> bytes:
-        """Return the file that redirects a repository.
-
-        Raises:
-            LoadError: It cannot be downloaded, or is too large to be one.
-        """
+        """Return the file that redirects a repository."""
         if listed.size > LARGEST:
             raise UnknownError(f"its {STATUS} has {listed.size} bytes, so it is none. Tell its publisher")
         content = self.fetch_file(pin, STATUS).read_bytes()
@@ -254,14 +233,7 @@ class Client:
 
 
 def discard(place: Path) -> str:
-    """Remove downloaded files that turned out wrong, so that the next attempt downloads them anew.
-
-    Args:
-        place: The folder of a build, or one file in it.
-
-    Returns:
-        Whether they were removed, in words, and what to do.
-    """
+    """Remove downloaded files that turned out wrong, so that the next attempt downloads them anew."""
     folder = place if place.is_dir() else place.parent
     blobs = (folder.parents[3] / "blobs").resolve()
     try:

@@ -21,17 +21,11 @@ from ..names import is_commit, is_repo_id, is_revision
 
 @dataclass(frozen=True)
 class Pin:
-    """A repository at one commit.
+    """A repository at one commit."""
 
-    Attributes:
-        repo_id: The repository that serves it, after redirects.
-        repo_type: `kernel`, or `model` for the older form.
-        commit: 40 hexadecimal digits.
-    """
-
-    repo_id: str
-    repo_type: str
-    commit: str
+    repo_id: str  # the repository that serves it, after redirects
+    repo_type: str  # `kernel`, or `model` for the older form
+    commit: str  # 40 hexadecimal digits
 
     def __str__(self) -> str:
         """Name repository and commit."""
@@ -40,17 +34,13 @@ class Pin:
 
 @dataclass(frozen=True)
 class Record:
-    """The metadata of a commit.
+    """The metadata of a commit."""
 
-    Attributes:
-        publisher_trusted: Whether the Hub listed the publisher as trusted when this was downloaded.
-        variants: The files of each build variant, as the Hub lists them.
-        redirect: Repository and revision that it redirects to; empty if it is not redirected, None if that is not
-            known yet.
-    """
-
-    publisher_trusted: bool = False
+    publisher_trusted: bool = False  # whether the Hub listed the publisher as trusted when this was downloaded
+    # the files of each build variant, as the Hub lists them
     variants: Mapping[str, tuple[RemoteFile, ...]] = field(default_factory=dict)
+    # repository and revision that it redirects to; empty if it is not redirected, None if that is not known
+    # yet
     redirect: tuple[str, ...] | None = None
 
 

@@ -18,20 +18,13 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def find_override(repo_id: str) -> Path | None:
-    """Return the folder that replaces a repository; None if there is none.
-
-    Raises:
-        ArgumentError: The variable is malformed.
-    """
+    """Return the folder that replaces a repository; None if there is none."""
     return parse_overrides(os.environ.get(VARIABLE, "")).get(repo_id)
 
 
 @lru_cache(maxsize=8)
 def parse_overrides(text: str) -> dict[str, Path]:
     r"""Read the variable.
-
-    Raises:
-        ArgumentError: An entry is malformed, or names a repository again; shows the form.
 
     Example:
         >>> sorted(parse_overrides(r"a/one=C:\kernels\one:a/two=/kernels/two"))

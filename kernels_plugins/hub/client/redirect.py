@@ -22,15 +22,10 @@ LARGEST = 65536
 
 @dataclass(frozen=True)
 class Redirect:
-    """The place that serves a kernel now.
+    """The place that serves a kernel now."""
 
-    Attributes:
-        repo_id: The other repository.
-        revision: Branch, tag or commit there.
-    """
-
-    repo_id: str
-    revision: str = "main"
+    repo_id: str  # the other repository
+    revision: str = "main"  # branch, tag or commit there
 
     def __str__(self) -> str:
         """Name repository and revision."""
@@ -39,9 +34,6 @@ class Redirect:
 
 def parse_status(content: bytes) -> Redirect:
     r"""Read a status file.
-
-    Raises:
-        LoadError: It is malformed, or of an unknown kind; says where.
 
     Example:
         >>> print(parse_status(b'kind = "redirect"\ndestination = "acme/silu"'))

@@ -36,28 +36,16 @@ _listed: dict[Pin, Record] = {}
 
 @dataclass(frozen=True)
 class Pinned:
-    """A revision that was resolved.
+    """A revision that was resolved."""
 
-    Attributes:
-        first: The commit of the revision in the repository that was requested.
-        pin: The commit that serves it, after redirects.
-        how: How that is known, in words.
-        redirect: Where it was redirected to, in words; empty if it was not.
-    """
-
-    first: Pin
-    pin: Pin
-    how: str
-    redirect: str = ""
+    first: Pin  # the commit of the revision in the repository that was requested
+    pin: Pin  # the commit that serves it, after redirects
+    how: str  # how that is known, in words
+    redirect: str = ""  # where it was redirected to, in words; empty if it was not
 
 
 def find_revision(request: KernelRequest, client: Client) -> Pinned:
-    """Return the commit of a request; asks the Hub at most once in a process.
-
-    Raises:
-        LoadError: There is none, or a redirect leads nowhere.
-        UnreachableError: The Hub does not answer, and the revision is not in the cache.
-    """
+    """Return the commit of a request; asks the Hub at most once in a process."""
     first, how = _pin(client, request.repo_id, request.ref)
     pin, passed = first, [f"{request.repo_id} at {request.wanted}"]
     try:
@@ -137,12 +125,7 @@ def _find_version(client: Client, repo_id: str, version: int) -> Pin:
 
 
 def find_record(pin: Pin, client: Client) -> Record:
-    """Return the metadata of a commit; asks the Hub if they are not in the cache.
-
-    Raises:
-        LoadError: It cannot be listed, or its redirect is malformed.
-        UnreachableError: The Hub does not answer.
-    """
+    """Return the metadata of a commit; asks the Hub if they are not in the cache."""
     cache = metadata_cache(pin.repo_id)
     record = cache.record(pin.commit) or Record()
     if record.redirect is not None or record.variants:

@@ -13,10 +13,6 @@ def require_trust(request: KernelRequest, pin: Pin, client: Client) -> str:
 
     The repository that finally serves it decides: a trusted name that was moved into an untrusted organisation
     is not trusted.
-
-    Raises:
-        UntrustedError: There are none; says how to allow it.
-        UnreachableError: The Hub does not answer.
     """
     if request.trusts(pin.repo_id):
         return "allowed by trust_remote_code"

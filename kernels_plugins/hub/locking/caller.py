@@ -23,15 +23,10 @@ _OURS = ("kernels_core", "kernels_plugins")
 
 @dataclass(frozen=True)
 class Caller:
-    """Code that called into this library.
+    """Code that called into this library."""
 
-    Attributes:
-        module: Name of its module, also where that is run as a program.
-        file: Its source file; None where there is none, as at a prompt.
-    """
-
-    module: str
-    file: Path | None
+    module: str  # name of its module, also where that is run as a program
+    file: Path | None  # its source file; None where there is none, as at a prompt
 
     def __str__(self) -> str:
         """Name it for messages."""
@@ -58,9 +53,6 @@ def find_lock(caller: Caller) -> Lock:
 
     A checkout, and a package that is installed in place, has it beside its `pyproject.toml`; any other
     package has it in its metadata, where setuptools put it when the package was built.
-
-    Raises:
-        ArgumentError: There is no lock, or it is malformed; says what to do.
     """
     looked = []
     distributions = _distributions(caller)

@@ -34,26 +34,16 @@ _AGAIN = "Restore the file, or write it anew with `kernels-core lock <project>`.
 
 @dataclass(frozen=True)
 class LockedKernel:
-    """One kernel in a lock.
+    """One kernel in a lock."""
 
-    Attributes:
-        dependency: The repository, with the version or revision that was requested.
-        commit: Its commit: 40 (or, with SHA-256, 64) hexadecimal digits.
-        hashes: Variant and hash, sorted; empty if the lock has none.
-    """
-
-    dependency: Dependency
-    commit: str
-    hashes: tuple[tuple[str, str], ...] = ()
+    dependency: Dependency  # the repository, with the version or revision that was requested
+    commit: str  # its commit: 40 (or, with SHA-256, 64) hexadecimal digits
+    hashes: tuple[tuple[str, str], ...] = ()  # variant and hash, sorted; empty if the lock has none
 
 
 @dataclass(frozen=True)
 class Lock:
     """The locked kernels of a project.
-
-    Attributes:
-        kernels: First those that the project itself depends on, then those that kernels depend on.
-        origin: Where it was read, for messages; locks are compared without it.
 
     Example:
         >>> lock = Lock((LockedKernel(Dependency("acme/silu", version=1), "c0ffee" * 6 + "c0de"),))
@@ -61,8 +51,9 @@ class Lock:
         True
     """
 
+    # first those that the project itself depends on, then those that kernels depend on
     kernels: tuple[LockedKernel, ...]
-    origin: str = LOCK
+    origin: str = LOCK  # where it was read, for messages; locks are compared without it
 
     def __eq__(self, other: object) -> bool:
         """Whether another lock has the same kernels, wherever it lies."""
@@ -73,11 +64,7 @@ class Lock:
         return hash(self.kernels)
 
     def require(self, repo_id: str) -> LockedKernel:
-        """Return the first entry of a repository: there is one version of each that a project depends on.
-
-        Raises:
-            ArgumentError: It is not locked; says how to lock it.
-        """
+        """Return the first entry of a repository: there is one version of each that a project depends on."""
         for kernel in self.kernels:
             if kernel.dependency.repo_id == repo_id:
                 return kernel
@@ -117,11 +104,7 @@ def hash_variant(files: Iterable[RemoteFile]) -> str:
 
 
 def format_lock(lock: Lock) -> str:
-    """Return the text of `kernels.lock`, as the library `kernels` 0.17 writes it.
-
-    Raises:
-        ArgumentError: An entry has neither version nor revision, as in the older form.
-    """
+    """Return the text of `kernels.lock`, as the library `kernels` 0.17 writes it."""
     entries = []
     for kernel in lock.kernels:
         wanted = kernel.dependency
@@ -147,15 +130,7 @@ def format_hashes(lock: Lock) -> str:
 
 
 def write_lock(path: Path, lock: Lock) -> None:
-    """Write a lock and its hashes, each whole or not at all.
-
-    Args:
-        path: The `kernels.lock`; the hashes are written beside it.
-        lock: The lock.
-
-    Raises:
-        ArgumentError: A file cannot be written.
-    """
+    """Write a lock and its hashes, each whole or not at all."""
     lines = format_lock(lock)
     # The hashes first: if only they are written, they do not belong to the old lock, and reading it says so.
     for place, text in ((hashes_of(path), format_hashes(lock)), (path, lines)):
@@ -174,12 +149,7 @@ def hashes_of(path: Path) -> Path:
 
 
 def read_lock(path: str | Path) -> Lock:
-    """Read a lock, and its hashes if they lie beside it.
-
-    Raises:
-        ArgumentError: There is no such file, or one of the two is malformed; says where.
-        ArgumentTypeError: The argument is not a path.
-    """
+    """Read a lock, and its hashes if they lie beside it."""
     if not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"lockfile is the path of a {LOCK}, not {path!r}.")
     path = Path(path)
@@ -204,14 +174,6 @@ def _read(path: Path) -> str | None:
 
 def parse_lock(text: str, hashes: str | None = None, *, origin: str = LOCK) -> Lock:
     """Read the text of a lock, in the form of `kernels` 0.17 or in the older one.
-
-    Args:
-        text: The content of `kernels.lock`.
-        hashes: The content of `kernels.hashes`, None if there is none.
-        origin: Where they were found, for messages.
-
-    Raises:
-        ArgumentError: It is malformed, names a kernel twice, or the hashes are those of another lock.
 
     Example:
         >>> parse_lock('[{"dependency": {"repo-id": "acme/silu"}, "lock": {}}]')

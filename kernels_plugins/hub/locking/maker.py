@@ -20,20 +20,7 @@ Report = Callable[[Dependency, int, int], None]
 
 
 def make_lock(wanted: Iterable[Dependency], *, trust: Iterable[str] = (), report: Report | None = None) -> Lock:
-    """Lock kernels, and all that they depend on in any of their build variants.
-
-    Args:
-        wanted: The kernels that a project depends on.
-        trust: Repositories to lock though the Hub does not list their publishers as trusted.
-        report: Called as locking proceeds.
-
-    Returns:
-        The lock: first the kernels of the project, then those that they depend on.
-
-    Raises:
-        ArgumentError: Kernels depend on each other in a circle; names it.
-        ResolutionError: One does not exist, is not trusted, or the Hub does not answer; names it and what to do.
-    """
+    """Lock kernels, and all that they depend on in any of their build variants."""
     maker = _LockMaker(tuple(trust), report or (lambda dependency, done, total: None))
     own = sorted(wanted, key=lambda dependency: dependency.order)
     for dependency in own:

@@ -25,12 +25,6 @@ _EXAMPLE = '[tool.kernels.dependencies]\n"owner/name" = 1'
 def read_dependencies(folder: Path) -> tuple[Dependency, ...]:
     """Return the kernels that a project depends on, as its `pyproject.toml` lists them.
 
-    Args:
-        folder: The project's folder.
-
-    Raises:
-        ArgumentError: It names none, or an entry is not a repository with a version; says how to write it.
-
     Example:
         >>> read_dependencies(Path("/nowhere"))
         Traceback (most recent call last):

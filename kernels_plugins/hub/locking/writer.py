@@ -18,13 +18,7 @@ else:
 
 
 def write_metadata(command: Any, name: str, target: str) -> None:
-    """Copy one file of the project, or remove its copy if the project has no such file any more.
-
-    Args:
-        command: The command `egg_info` of setuptools.
-        name: `kernels.lock` or `kernels.hashes`.
-        target: Where the copy belongs.
-    """
+    """Copy one file of the project, or remove its copy if the project has no such file any more."""
     try:
         project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     except FileNotFoundError:
