@@ -37,7 +37,6 @@ class Dependency:
         return self.repo_id, self.version is None, self.version or 0, self.revision or ""
 
     def __str__(self) -> str:
-        """Name repository, and version or revision."""
         place = f" version {self.version}" if self.version is not None else f" at {self.revision}" * bool(self.revision)
         return f"{self.repo_id}{place}"
 

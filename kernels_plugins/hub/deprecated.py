@@ -58,7 +58,6 @@ class FuncRepository(_Function, LayerRepository):
         version: int | None = None,
         trust_remote_code: bool | Sequence[str] = False,
     ) -> None:
-        """Warn that it is deprecated, and check the arguments."""
         _deprecate("FuncRepository", "LayerRepository")
         super().__init__(
             repo_id, layer_name=func_name, revision=revision, version=version, trust_remote_code=trust_remote_code
@@ -81,7 +80,6 @@ class LocalFuncRepository(_Function, LocalLayerRepository):
     """
 
     def __init__(self, repo_path: str | Path, *, func_name: str) -> None:
-        """Warn that it is deprecated, and check the arguments."""
         _deprecate("LocalFuncRepository", "LocalLayerRepository")
         super().__init__(repo_path, layer_name=func_name)
 
@@ -114,7 +112,6 @@ class LockedFuncRepository(_Function, LockedLayerRepository):
         func_name: str,
         trust_remote_code: bool | Sequence[str] = False,
     ) -> None:
-        """Warn that it is deprecated, and read the lock."""
         _deprecate("LockedFuncRepository", "LockedLayerRepository")
         super().__init__(repo_id, lockfile=lockfile, layer_name=func_name, trust_remote_code=trust_remote_code)
 

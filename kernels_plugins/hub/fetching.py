@@ -213,12 +213,11 @@ def _suggestion(resolved: ResolvedKernel) -> str:
 
 
 def _client(request: KernelRequest) -> Any:
-    from .client.agent import describe
-    from .client.download import Client
+    from .client.download import Client, describe_agent
 
     agent = request.user_agent
     assert agent is None or isinstance(agent, str)
-    return Client(describe(agent), request.local_files_only)
+    return Client(describe_agent(agent), request.local_files_only)
 
 
 def _install(request: KernelRequest, path: tuple[str, ...], memo: dict[KernelRequest, FetchedBuild]) -> FetchedBuild:

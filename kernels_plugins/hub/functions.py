@@ -18,7 +18,7 @@ from .builds.variants import VariantAccepted, VariantRejected, parse_variant
 from .client.overrides import VARIABLE, find_override
 from .errors import AbsentError, UnsuitableError
 from .fetching import install, naming, read_metadata, resolve_kernel, select_build
-from .kernel import LoadedKernel, load, load_folder, loaded_kernels
+from .kernel import load, load_folder
 from .request import KernelRequest, RequestOptions
 
 
@@ -230,14 +230,3 @@ def get_kernel_variants(
         *map(VariantAccepted, choice.accepted),
         *(VariantRejected(variant, reason) for variant, reason in rejected if variant is not None),
     ]
-
-
-def get_loaded_kernels() -> list[LoadedKernel]:
-    """Return every kernel that was imported in this process, oldest first, each build once.
-
-    Example:
-        >>> silu = get_kernel("acme/silu", version=1)
-        >>> [kernel.module is silu for kernel in get_loaded_kernels() if kernel.repo_info.repo_id == "acme/silu"]
-        [True]
-    """
-    return loaded_kernels()

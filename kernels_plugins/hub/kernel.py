@@ -66,8 +66,14 @@ def load_folder(path: Path, options: RequestOptions) -> LoadedKernel:
     return _load(install_folder(path, options), options)
 
 
-def loaded_kernels() -> list[LoadedKernel]:
-    """Return the kernels that were imported in this process, oldest first."""
+def get_loaded_kernels() -> list[LoadedKernel]:
+    """Return every kernel that was imported in this process, oldest first, each build once.
+
+    Example:
+        >>> silu = get_kernel("acme/silu", version=1)
+        >>> [kernel.module is silu for kernel in get_loaded_kernels() if kernel.repo_info.repo_id == "acme/silu"]
+        [True]
+    """
     with _guard.hold():
         return list(_loaded.values())
 

@@ -43,7 +43,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
 
 
 def _find_mismatch(kernel: LoadedKernel, request: LayerRequest) -> str | None:
-    from .builds.archs import find_mismatch
+    from .builds.requirements import find_mismatch
 
     mismatch = find_mismatch(kernel.metadata.backend, request.device)
     if mismatch is not None:

@@ -33,7 +33,6 @@ class RequestOptions:
     on_cpu: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values, and replace lists and mappings by values that can be hashed."""
         if self.backend is not None:
             require_type(self.backend, str, "backend")
         object.__setattr__(self, "trust_remote_code", _trust(self.trust_remote_code))
@@ -77,7 +76,6 @@ class KernelRequest(RequestOptions):
     locked: tuple[tuple[str, str], ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the values, and replace lists and mappings by values that can be hashed."""
         require_type(self.repo_id, str, "repo_id")
         if not is_repo_id(self.repo_id):
             raise ArgumentError(f"repo_id is {self.repo_id!r}: write 'owner/name'.")
@@ -107,7 +105,6 @@ class KernelRequest(RequestOptions):
         return f"refs/heads/v{self.version}" if self.commit is None and self.version is not None else self.wanted
 
     def __str__(self) -> str:
-        """Name repository and revision, for messages."""
         if self.commit is None:
             return f"{self.repo_id} at {self.wanted}"
         revision = self.revision or (f"v{self.version}" if self.version is not None else self.commit[:12])

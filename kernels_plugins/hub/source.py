@@ -99,7 +99,6 @@ class LayerRepository(KernelSource):
     user_agent: str | Mapping[str, str] | None = field(default=None, kw_only=True, compare=False)
 
     def __post_init__(self) -> None:
-        """Check the arguments, and replace lists and mappings by values that can be hashed."""
         require_type(self.layer_name, str, "layer_name")
         request = self.kernel_request()
         object.__setattr__(self, "trust_remote_code", request.trust_remote_code)
@@ -111,7 +110,6 @@ class LayerRepository(KernelSource):
         return KernelRequest(self.repo_id, trust_remote_code=self.trust_remote_code, user_agent=self.user_agent, **pin)
 
     def __repr__(self) -> str:
-        """Show the arguments."""
         pin = f"revision={self.revision!r}" if self.version is None else f"version={self.version}"
         trust = f", trust_remote_code={self.trust_remote_code!r}" if self.trust_remote_code else ""
         return f"{type(self).__name__}({self.repo_id!r}, {self.layer_label}, {pin}{trust})"
@@ -139,7 +137,6 @@ class LocalLayerRepository(KernelSource):
     layer_name: str = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        """Replace a text by a `Path`."""
         if not isinstance(self.repo_path, str | Path):
             raise ArgumentTypeError(f"repo_path is a path, not {self.repo_path!r}.")
         require_type(self.layer_name, str, "layer_name")
@@ -161,5 +158,4 @@ class LocalLayerRepository(KernelSource):
         return load_folder(self.path, RequestOptions(**{"check_arch": False, **options}))
 
     def __repr__(self) -> str:
-        """Show the arguments."""
         return f"{type(self).__name__}({str(self.repo_path)!r}, {self.layer_label})"

@@ -14,11 +14,17 @@ from packaging.version import Version
 
 import kernels_core
 from kernels_core import KernelsWarning, LoadError, warn_once
-from kernels_plugins.hub.builds import packages, requirements
-from kernels_plugins.hub.builds.archs import find_mismatch, runs_on_cuda, runs_on_rocm
+from kernels_plugins.hub.builds import requirements
 from kernels_plugins.hub.builds.metadata import BackendInfo, BuilderInfo, GitStatus, KernelName, Metadata, Provenance
-from kernels_plugins.hub.builds.packages import check_packages
-from kernels_plugins.hub.builds.requirements import INTERFACE_LEVEL, check_requirements, warn_dirty
+from kernels_plugins.hub.builds.requirements import (
+    INTERFACE_LEVEL,
+    check_packages,
+    check_requirements,
+    find_mismatch,
+    runs_on_cuda,
+    runs_on_rocm,
+    warn_dirty,
+)
 
 
 def build(**changes: Any) -> Metadata:
@@ -71,17 +77,17 @@ PACKAGES = [
 @pytest.mark.parametrize(("name", "backend", "package"), PACKAGES)
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, name: str, backend: str, package: str) -> None:
     """A missing package ends in the command that installs it, and is an ImportError; one that is there is enough."""
-    monkeypatch.setattr(packages, "_is_installed", lambda module: False)
+    monkeypatch.setattr(requirements, "_is_installed", lambda module: False)
     with pytest.raises(LoadError, match=rf"pip install {package}$") as caught:
         check_packages([name], [backend])
     assert isinstance(caught.value, ImportError)
-    monkeypatch.setattr(packages, "_is_installed", lambda module: True)
+    monkeypatch.setattr(requirements, "_is_installed", lambda module: True)
     check_packages([name], [backend])
 
 
 def test_packages_of_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package of one backend is not known to another; backends of build and machine both count."""
-    monkeypatch.setattr(packages, "_is_installed", lambda module: True)
+    monkeypatch.setattr(requirements, "_is_installed", lambda module: True)
     with pytest.raises(LoadError, match=r"'nki', which kernels for cuda may not: .*einops, helion, nvidia-cutlass-dsl"):
         check_packages(["nki"], ["cuda"])
     check_packages(["nki", "nvidia-cutlass-dsl"], ["cuda", "neuron"])
@@ -90,7 +96,7 @@ def test_packages_of_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """All missing packages are named at once; a library without a module is not looked for."""
-    monkeypatch.setattr(packages, "_is_installed", lambda module: module == "einops")
+    monkeypatch.setattr(requirements, "_is_installed", lambda module: module == "einops")
     with pytest.raises(LoadError, match=r"pip install apache-tvm-ffi helion$"):
         check_packages(["tvm-ffi", "einops", "onednn", "helion", "helion"], ["xpu"])
     check_packages(["onednn"], ["xpu"])

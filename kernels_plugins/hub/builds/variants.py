@@ -62,7 +62,6 @@ class Variant:
         return str(self)
 
     def __str__(self) -> str:
-        """The name of the folder that holds this variant."""
         if self.release is None:
             return f"{self.framework}-{self.backend}"
         backend = BACKENDS[self.backend].tag + digits(self.backend_version)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from tqdm.contrib.concurrent import thread_map  # type: ignore[import-untyped,un
 from kernels_core import LoadError, __version__
 
 from ..builds.integrity import RemoteFile, check_transfer, is_byte_code
+from ..builds.machine import BACKENDS, digits, this_machine
 from ..errors import AbsentError, RepositoryError, RevisionError, UnknownError, UnreachableError
 from ..names import is_commit
 from .metadata_cache import MetadataCache, Pin
@@ -66,6 +67,27 @@ def metadata_cache(repo_id: str) -> MetadataCache:
 def variant_folder(pin: Pin, variant: str) -> Path:
     """Return where the files of a variant lie once they are downloaded."""
     return cache_folder(pin.repo_id, pin.repo_type) / "snapshots" / pin.commit / "build" / variant
+
+
+def describe_agent(caller: str | None) -> str:
+    """Return the parts that are added to those of the client, which are library, client and Python.
+
+    Example:
+        >>> describe_agent("my-app/7").split("; ")[::4]
+        ['my-app/7', 'file_type/kernel']
+    """
+    return "; ".join([*([caller] if caller else []), *_agent_parts()])
+
+
+@cache
+def _agent_parts() -> tuple[str, ...]:
+    import torch
+
+    machine = this_machine()
+    backend = BACKENDS[machine.backend].tag + digits(machine.backend_version)
+    tvm_ffi = ("tvm-ffi/{}.{}".format(*machine.tvm_ffi),) if machine.tvm_ffi else ()
+    platform = f"platform/{machine.cpu}-{machine.os}"
+    return f"backend/{backend}", platform, f"torch/{torch.__version__}", *tvm_ffi, "file_type/kernel"
 
 
 @dataclass(frozen=True)

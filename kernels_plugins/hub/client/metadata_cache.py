@@ -28,7 +28,6 @@ class Pin:
     commit: str  # 40 hexadecimal digits
 
     def __str__(self) -> str:
-        """Name repository and commit."""
         return f"{self.repo_id}@{self.commit[:12]}"
 
 
@@ -48,7 +47,6 @@ class MetadataCache:
     """The metadata of one repository, in files of its folder in the cache."""
 
     def __init__(self, folder: Path) -> None:
-        """Use `folder`, which is made when a file is written."""
         self._folder = folder / "kernels-core"
 
     def pin(self, revision: str) -> Pin | None:

@@ -28,7 +28,6 @@ class Redirect:
     revision: str = "main"  # branch, tag or commit there
 
     def __str__(self) -> str:
-        """Name repository and revision."""
         return f"{self.repo_id} at {self.revision}"
 
 

@@ -29,7 +29,6 @@ class Caller:
     file: Path | None  # its source file; None where there is none, as at a prompt
 
     def __str__(self) -> str:
-        """Name it for messages."""
         return f"{self.module!r} ({self.file})" if self.file else repr(self.module)
 
 

@@ -44,7 +44,6 @@ class LockedLayerRepository(KernelSource):
     lock: Lock = field(init=False)
 
     def __post_init__(self) -> None:
-        """Find and read the lock, and replace a list by a value that can be hashed."""
         require_type(self.repo_id, str, "repo_id")
         require_type(self.layer_name, str, "layer_name")
         object.__setattr__(self, "lock", _lock(self.lockfile))
@@ -55,7 +54,6 @@ class LockedLayerRepository(KernelSource):
         return locked_request(self.lock, self.repo_id, trust_remote_code=self.trust_remote_code)
 
     def __repr__(self) -> str:
-        """Show the arguments."""
         place = f", lockfile={str(self.lockfile)!r}" if self.lockfile is not None else ""
         trust = f", trust_remote_code={self.trust_remote_code!r}" if self.trust_remote_code else ""
         return f"{type(self).__name__}({self.repo_id!r}{place}, {self.layer_label}{trust})"

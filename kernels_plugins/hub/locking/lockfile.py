@@ -56,11 +56,9 @@ class Lock:
     origin: str = LOCK  # where it was read, for messages; locks are compared without it
 
     def __eq__(self, other: object) -> bool:
-        """Whether another lock has the same kernels, wherever it lies."""
         return isinstance(other, Lock) and self.kernels == other.kernels
 
     def __hash__(self) -> int:
-        """As for equality."""
         return hash(self.kernels)
 
     def require(self, repo_id: str) -> LockedKernel:
