@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,23 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from kernels_core import ArgumentError, KernelsError, KernelsWarning, LoadError, visible
 from kernels_core.cli import Json, Row, print_error, print_rows
 
+from . import fetching
 from .builds.metadata import METADATA, Metadata
 from .builds.selection import choose_here, local_builds
 from .builds.variants import parse_variant
 from .dependency import Dependency
 from .errors import AbsentError
-from .fetching import (
-    FetchedBuild,
-    ResolvedKernel,
-    SelectedBuild,
-    fetch_build,
-    naming,
-    read_metadata,
-    resolve_kernel,
-    select_build,
-)
 from .locking.lockfile import LOCK, Lock, LockedKernel, read_lock, write_lock
-from .locking.maker import make_lock
+from .locking.maker import Report, make_lock
 from .locking.project import PYPROJECT, read_dependencies
 from .request import KernelRequest, locked_request
 
@@ -60,8 +51,8 @@ def lock(project_dir: Project, trust_remote_code: Trust = None, as_json: Json = 
     """
     _keep_client_quiet()
     wanted = read_dependencies(project_dir)
-    with _Bars() as bars:
-        made = make_lock(wanted, trust=trust_remote_code or (), report=bars.report)
+    with _bars() as report:
+        made = make_lock(wanted, trust=trust_remote_code or (), report=report)
     write_lock(project_dir / LOCK, made)
     rows = [{**_named(kernel), "variants": [name for name, _ in kernel.hashes]} for kernel in made.kernels]
     print_rows(rows, as_json)
@@ -161,15 +152,18 @@ def variants(repo_id: Repository, revision: Revision = None, version: Version = 
 # --- Requests ------------------------------------------------------------------------------------
 
 
-def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[FetchedBuild]:
+def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[fetching.FetchedBuild]:
     """Fetch the best build of a kernel, or each."""
     from .client.download import variant_folder
 
     if not all_variants:
-        return [fetch_build(select_build(request))]
-    resolved = resolve_kernel(request)
+        return [fetching.fetch_build(fetching.select_build(request))]
+    resolved = fetching.resolve_kernel(request)
     builds = [name for name in resolved.variants if parse_variant(name) is not None]
-    return [fetch_build(SelectedBuild(name, variant_folder(resolved.pin, name), resolved)) for name in builds]
+    return [
+        fetching.fetch_build(fetching.SelectedBuild(name, variant_folder(resolved.pin, name), resolved))
+        for name in builds
+    ]
 
 
 def _warn_of_old_lock(folder: Path, locked: Lock) -> None:
@@ -187,9 +181,9 @@ def _warn_of_old_lock(folder: Path, locked: Lock) -> None:
         )
 
 
-def _resolve(repo_id: str, revision: str | None, version: int | None) -> ResolvedKernel:
+def _resolve(repo_id: str, revision: str | None, version: int | None) -> fetching.ResolvedKernel:
     """Find a kernel to look at; its publisher need not be trusted, as no code of it is run."""
-    return resolve_kernel(KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True))
+    return fetching.resolve_kernel(KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True))
 
 
 def _chosen(repo_id: str, revision: str | None, version: int | None) -> tuple[str | None, int | None]:
@@ -205,7 +199,7 @@ def _list(repo_id: str) -> dict[int, str]:
     from .client.download import Client
 
     KernelRequest(repo_id, revision="main")  # refuses a malformed name
-    with naming(repo_id):
+    with fetching.naming(repo_id):
         return Client().list_versions(repo_id)
 
 
@@ -216,7 +210,7 @@ def _describe_repository(repo_id: str, revision: str | None, version: int | None
     if not builds:
         raise LoadError(f"{found.request}: it has no builds. Name another revision, or ask the publisher for builds.")
     described = next((n for n, files in builds.items() if METADATA in {file.path for file in files}), None)
-    metadata = read_metadata(found, described) if described is not None else None
+    metadata = fetching.read_metadata(found, described) if described is not None else None
     place = {"repo_id": repo_id, "revision": found.request.wanted, "commit": found.pin.commit}
     return {**place, **_describe(metadata, builds)}
 
@@ -251,19 +245,15 @@ _TITLES = {
 def _describe(metadata: Metadata | None, builds: Iterable[str]) -> Row:
     """Describe a kernel by one of its builds: they differ only in the backend they were built for."""
     kinds = {variant.backend for name in builds if (variant := parse_variant(name)) is not None}
-    known: Row = {}
-    if metadata is not None:
-        known = {
-            "name": str(metadata.name),
-            "version": metadata.version,
-            "kernels_minver": None if metadata.kernels_minver is None else str(metadata.kernels_minver),
-            "license": metadata.license,
-            "upstream": metadata.upstream,
-            "source": metadata.source,
-            "python_depends": list(metadata.python_depends),
-            "kernel_depends": [str(dependency) for dependency in metadata.kernel_depends],
-        }
+    known = {name: _plain(getattr(metadata, name)) for name in _TITLES if hasattr(metadata, name)}
     return {**known, "backends": sorted("cann" if kind == "npu" else kind for kind in kinds)}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of the metadata as JSON holds it."""
+    if isinstance(value, tuple):
+        return [str(one) for one in value]
+    return value if value is None or isinstance(value, int) else str(value)
 
 
 def _builds_at(repo_id: str, commit: str) -> list[Row]:
@@ -273,7 +263,7 @@ def _builds_at(repo_id: str, commit: str) -> list[Row]:
         return []
 
 
-def _builds(found: ResolvedKernel) -> list[Row]:
+def _builds(found: fetching.ResolvedKernel) -> list[Row]:
     """Return a row per build, those that fit first."""
     choice = choose_here(found.variants)
     fitting: list[Row] = [{"variant": str(variant), "fits": True, "reason": ""} for variant in choice.accepted]
@@ -305,26 +295,19 @@ def _keep_client_quiet() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-class _Bars(AbstractContextManager["_Bars"]):
-    """A bar per kernel while it is locked, on a terminal."""
+@contextmanager
+def _bars() -> Iterator[Report]:
+    """Draw a bar per kernel while it is locked, on a terminal; yield the function that locking calls as it proceeds."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("variants"))
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    tasks: dict[Dependency, TaskID] = {}
 
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("variants"))
-        self._shown = console.is_terminal
-        self._progress = Progress(*columns, console=console, disable=not self._shown)
-        self._tasks: dict[Dependency, TaskID] = {}
+    def report(dependency: Dependency, done: int, total: int) -> None:
+        if dependency not in tasks:
+            tasks[dependency] = progress.add_task(str(dependency), total=total)
+        progress.update(tasks[dependency], completed=done, total=total)
 
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._shown:  # one that is not prints a line's end with rich 13.0
-            self._progress.stop()
-
-    def report(self, dependency: Dependency, done: int, total: int) -> None:
-        """Draw how far the locking of a kernel is."""
-        if dependency not in self._tasks:
-            self._tasks[dependency] = self._progress.add_task(str(dependency), total=total)
-        self._progress.update(self._tasks[dependency], completed=done, total=total)
+    # With rich 13.0, `stop` prints the end of a line also where no bar is shown.
+    with progress if console.is_terminal else nullcontext():
+        yield report

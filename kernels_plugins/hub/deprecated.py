@@ -31,15 +31,7 @@ class _Function(KernelSource):
 class FuncRepository(_Function, LayerRepository):
     """A function at the top of a kernel on the Hub. Deprecated: use `LayerRepository`, and name it in `layers`.
 
-    Args:
-        repo_id: `owner/name` of the repository.
-        func_name: Name of the function.
-        revision: Branch, tag or commit. Exactly one of `revision` and `version` is given.
-        version: Number of the kernel version: the branch `v<version>`.
-        trust_remote_code: As for `LayerRepository`.
-
-    Raises:
-        ArgumentError: Not exactly one of revision and version is given, or one is malformed.
+    Arguments and errors are those of `LayerRepository`; `func_name` names the function.
 
     Example:
         >>> import warnings
@@ -67,9 +59,7 @@ class FuncRepository(_Function, LayerRepository):
 class LocalFuncRepository(_Function, LocalLayerRepository):
     """A function at the top of a kernel on disk. Deprecated: use `LocalLayerRepository`, and name it in `layers`.
 
-    Args:
-        repo_path: A folder with `build/`, with builds, or a build itself.
-        func_name: Name of the function.
+    Arguments and errors are those of `LocalLayerRepository`; `func_name` names the function.
 
     Example:
         >>> import warnings
@@ -87,14 +77,7 @@ class LocalFuncRepository(_Function, LocalLayerRepository):
 class LockedFuncRepository(_Function, LockedLayerRepository):
     """A function at the top of a locked kernel. Deprecated: use `LockedLayerRepository`, and name it in `layers`.
 
-    Args:
-        repo_id: `owner/name` of the repository.
-        lockfile: The `kernels.lock`. By default, that of the package whose code makes this.
-        func_name: Name of the function.
-        trust_remote_code: As for `LockedLayerRepository`.
-
-    Raises:
-        ArgumentError: There is no lock, it is malformed, or the kernel is not in it.
+    Arguments and errors are those of `LockedLayerRepository`; `func_name` names the function.
 
     Example:
         >>> import warnings

@@ -111,15 +111,7 @@ def has_kernel(
     """Return whether there is a build of a kernel, and of all that it depends on, for this machine.
 
     Downloads only metadata. A repository that cannot be reached or is not trusted, and a version that does not exist,
-    is an error, not False.
-
-    Args:
-        repo_id: `owner/name` of the repository.
-        revision: As for `get_kernel`.
-        version: As for `get_kernel`.
-        backend: As for `get_kernel`.
-        trust_remote_code: As for `get_kernel`.
-        check_arch: Whether a build without code for the current device is no build.
+    is an error, not False. The arguments are those of `get_kernel`.
 
     Raises:
         ArgumentError: Not exactly one of revision and version is given, or an argument is malformed.
@@ -169,14 +161,8 @@ def install_kernel(
 ) -> Path:
     """Download the build of a kernel for this machine, and of all that it depends on, and check them; run nothing.
 
-    Args:
-        repo_id: `owner/name` of the repository.
-        revision: As for `get_kernel`.
-        version: As for `get_kernel`.
-        backend: As for `get_kernel`.
-        local_files_only: Whether to send no request to the Hub: the kernel must be in the cache then.
-        user_agent: As for `get_kernel`.
-        trust_remote_code: As for `get_kernel`.
+    The arguments are those of `get_kernel`; with `local_files_only`, no request is sent to the Hub: the kernel must be
+    in the cache then.
 
     Returns:
         The folder of the build.
@@ -203,11 +189,7 @@ def get_kernel_variants(
 ) -> list[VariantAccepted | VariantRejected]:
     """List the builds of a kernel: which fit this machine, and why the others do not. Downloads nothing.
 
-    Args:
-        repo_id: `owner/name` of the repository; its publisher need not be trusted.
-        revision: As for `get_kernel`.
-        version: As for `get_kernel`.
-        backend: As for `get_kernel`.
+    The arguments are those of `get_kernel`. The publisher need not be trusted.
 
     Returns:
         Those that fit, the best first, then the others by name. Folders that are no builds are left out.

@@ -82,18 +82,14 @@ def _load(fetched: FetchedBuild, options: RequestOptions) -> LoadedKernel:
     for one in _each(fetched):
         with naming(one.selected.place):
             metadata = one.build.metadata
-            check_requirements(metadata, (_backend(one.selected.variant, options),))
+            variant = parse_variant(one.selected.variant)
+            on_host = variant is None or variant.backend in ("cpu", "universal")
+            used = "cpu" if options.on_cpu and options.backend is None and on_host else options.backend
+            check_requirements(metadata, (this_machine(used).backend,))
             if options.check_arch:
                 check_device(metadata)
             warn_dirty(metadata, one.selected.origin)
     return _import(fetched)
-
-
-def _backend(name: str, options: RequestOptions) -> str:
-    """Return the kind of backend that a build is used with."""
-    variant = parse_variant(name)
-    on_host = variant is None or variant.backend in ("cpu", "universal")
-    return this_machine("cpu" if options.on_cpu and options.backend is None and on_host else options.backend).backend
 
 
 def _each(fetched: FetchedBuild) -> Iterator[FetchedBuild]:

@@ -23,12 +23,6 @@ class RemoteFile:
     blob: str  # SHA-1 of the git blob; for a large file that of its pointer
     sha256: str | None = None  # SHA-256 of a large file's content; None for others
 
-    @property
-    def is_well_formed(self) -> bool:
-        """Whether all values have their types, which a file of the cache does not guarantee."""
-        texts = (self.path, self.blob, "" if self.sha256 is None else self.sha256)
-        return type(self.size) is int and all(isinstance(text, str) for text in texts)
-
 
 @dataclass(frozen=True)
 class Build:
@@ -36,7 +30,7 @@ class Build:
 
     folder: Path  # where it lies
     files: Mapping[str, bytes]  # content per path relative to the folder, without byte code
-    metadata: Metadata  # its metadata
+    metadata: Metadata
 
     @property
     def fingerprint(self) -> str:

@@ -49,7 +49,10 @@ def install_shim() -> Iterator[None]:
     finally:
         for name, module in before.items():
             if isinstance(sys.modules.get(name), _Shim):
-                _put(name, module or _imported.get(name))
+                if library := module or _imported.get(name):
+                    sys.modules[name] = library
+                else:
+                    sys.modules.pop(name)
 
 
 def _real(name: str) -> Any:
@@ -63,10 +66,3 @@ def _real(name: str) -> Any:
         raise ImportError(f"{error}. While a kernel is imported, `kernels` has only get_kernel_dep") from error
     finally:
         sys.modules.update(away)
-
-
-def _put(name: str, module: ModuleType | None) -> None:
-    if module is None:
-        sys.modules.pop(name, None)
-    else:
-        sys.modules[name] = module

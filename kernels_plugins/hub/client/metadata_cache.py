@@ -66,7 +66,7 @@ class MetadataCache:
         data = self._read(self._commit(commit))
         with contextlib.suppress(AttributeError, KeyError, TypeError):
             variants = {name: tuple(RemoteFile(**file) for file in files) for name, files in data["variants"].items()}
-            if all(file.is_well_formed for files in variants.values() for file in files):
+            if all(_is_well_formed(file) for files in variants.values() for file in files):
                 return Record(data["publisher_trusted"] is True, variants, _redirect(data.get("redirect")))
         return None
 
@@ -105,6 +105,11 @@ class MetadataCache:
         with contextlib.suppress(OSError):
             if self._read(path) != json.loads(json.dumps(data)):
                 write_file(path, json.dumps(data))
+
+
+def _is_well_formed(file: RemoteFile) -> bool:
+    texts = (file.path, file.blob, "" if file.sha256 is None else file.sha256)
+    return type(file.size) is int and all(isinstance(text, str) for text in texts)
 
 
 def _redirect(data: Any) -> tuple[str, ...] | None:

@@ -33,18 +33,15 @@ def parse_overrides(text: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for entry in _NEXT.split(text) if text else ():
         match = _ENTRY.fullmatch(entry)
-        if match is None or _has_loose_end(match["path"]):
-            raise _malformed(entry, "is no owner/name=path")
-        if match["repo_id"] in found:
-            raise _malformed(entry, f"names {match['repo_id']} again")
-        found[match["repo_id"]] = Path(match["path"]).expanduser()
+        repo_id, path = match.groups() if match else ("", "")
+        folder = Path(path).expanduser()
+        # A colon in a path that does not exist is probably the end of an entry, before a malformed one.
+        if match is None or (":" in _DRIVE.sub("", path, count=1) and not folder.exists()):
+            problem = "is no owner/name=path"
+        elif repo_id in found:
+            problem = f"names {repo_id} again"
+        else:
+            found[repo_id] = folder
+            continue
+        raise ArgumentError(f"{VARIABLE}: {entry!r} {problem}. Write {VARIABLE}=owner/name=path:owner2/name2=path2")
     return found
-
-
-def _has_loose_end(path: str) -> bool:
-    """Whether a path contains a colon, and so probably a malformed entry."""
-    return ":" in _DRIVE.sub("", path, count=1) and not Path(path).expanduser().exists()
-
-
-def _malformed(entry: str, problem: str) -> ArgumentError:
-    return ArgumentError(f"{VARIABLE}: {entry!r} {problem}. Write {VARIABLE}=owner/name=path:owner2/name2=path2")

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,7 @@ class Lock:
 
     # first those that the project itself depends on, then those that kernels depend on
     kernels: tuple[LockedKernel, ...]
-    origin: str = LOCK  # where it was read, for messages; locks are compared without it
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Lock) and self.kernels == other.kernels
-
-    def __hash__(self) -> int:
-        return hash(self.kernels)
+    origin: str = field(default=LOCK, compare=False)  # where it was read, for messages
 
     def require(self, repo_id: str) -> LockedKernel:
         """Return the first entry of a repository: there is one version of each that a project depends on."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
 
 from kernels_core import ArgumentError, LoadError
 
@@ -18,69 +19,70 @@ from .lockfile import Lock, LockedKernel, hash_variant
 Report = Callable[[Dependency, int, int], None]
 """Called as locking proceeds: with a kernel, how many of its variants were read, and how many there are."""
 
+_ORDER = attrgetter("order")
+
 
 def make_lock(wanted: Iterable[Dependency], *, trust: Iterable[str] = (), report: Report | None = None) -> Lock:
-    """Lock kernels, and all that they depend on in any of their build variants."""
-    maker = _LockMaker(tuple(trust), report or (lambda dependency, done, total: None))
-    own = sorted(wanted, key=lambda dependency: dependency.order)
-    for dependency in own:
-        maker.lock(dependency, ())
-    others = sorted(maker.locked.keys() - set(own), key=lambda dependency: dependency.order)
-    return Lock(tuple(maker.locked[dependency] for dependency in (*own, *others)))
+    """Lock kernels, and all that they depend on in any of their build variants.
 
+    The lock has first the kernels of the project, then those that they depend on. `trust` names repositories to lock
+    though the Hub does not list their publishers as trusted.
+    """
+    allowed = tuple(trust)
+    locked: dict[Dependency, LockedKernel] = {}
 
-@dataclass(frozen=True)
-class _LockMaker:
-    trust: tuple[str, ...]
-    report: Report
-    locked: dict[Dependency, LockedKernel] = field(default_factory=dict)
-
-    def lock(self, wanted: Dependency, path: tuple[Dependency, ...]) -> None:
+    def lock(kernel: Dependency, path: tuple[Dependency, ...] = ()) -> None:
         """Lock a kernel that was reached on a path of kernels, each of which depends on the next."""
-        if wanted in path:
-            circle = " -> ".join(map(str, (*path[path.index(wanted) :], wanted)))
+        if kernel in path:
+            circle = " -> ".join(map(str, (*path[path.index(kernel) :], kernel)))
             raise ArgumentError(
                 f"Kernels depend on each other in a circle: {circle}. Take another version of one of them, or tell its "
                 "publisher."
             )
-        if wanted in self.locked:
+        if kernel in locked:
             return
-        self.report(wanted, 0, 1)
-        resolved = self._resolve(wanted)
-        for dependency in sorted(self._dependencies(wanted, resolved), key=lambda dependency: dependency.order):
-            self.lock(dependency, (*path, wanted))
+        show: Callable[[int, int], None] = partial(report, kernel) if report else lambda done, total: None
+        show(0, 1)
+        resolved = _resolve(kernel, allowed)
+        for dependency in sorted(_dependencies(resolved, show), key=_ORDER):
+            lock(dependency, (*path, kernel))
         hashes = {variant: hash_variant(files) for variant, files in resolved.variants.items()}
-        self.locked[wanted] = LockedKernel(wanted, resolved.pin.commit, tuple(sorted(hashes.items())))
+        locked[kernel] = LockedKernel(kernel, resolved.pin.commit, tuple(sorted(hashes.items())))
 
-    def _resolve(self, wanted: Dependency) -> ResolvedKernel:
-        request = KernelRequest(
-            wanted.repo_id, version=wanted.version, revision=wanted.revision, trust_remote_code=self.trust
+    own = sorted(wanted, key=_ORDER)
+    for dependency in own:
+        lock(dependency)
+    return Lock(tuple(locked[kernel] for kernel in (*own, *sorted(locked.keys() - set(own), key=_ORDER))))
+
+
+def _resolve(wanted: Dependency, trust: tuple[str, ...]) -> ResolvedKernel:
+    request = KernelRequest(wanted.repo_id, version=wanted.version, revision=wanted.revision, trust_remote_code=trust)
+    resolved = resolve_kernel(request)
+    if resolved.first != resolved.pin:
+        raise ArgumentError(
+            f"{wanted} is redirected to {resolved.checked['redirect']}, and may be redirected anew: name that "
+            "instead, or tell the publisher of the kernel that depends on it."
         )
-        resolved = resolve_kernel(request)
-        if resolved.first != resolved.pin:
-            raise ArgumentError(
-                f"{wanted} is redirected to {resolved.checked['redirect']}, and may be redirected anew: name that "
-                "instead, or tell the publisher of the kernel that depends on it."
-            )
-        how = resolved.checked["revision"]
-        if how.startswith("from the cache"):
-            raise LoadError(
-                f"{request}: a lock has the commits that the Hub has now, and it was not asked ({how}). Lock where "
-                "there is a network"
-            )
-        return resolved
+    how = resolved.checked["revision"]
+    if how.startswith("from the cache"):
+        raise LoadError(
+            f"{request}: a lock has the commits that the Hub has now, and it was not asked ({how}). Lock where "
+            "there is a network"
+        )
+    return resolved
 
-    def _dependencies(self, wanted: Dependency, resolved: ResolvedKernel) -> set[Dependency]:
-        """Return the dependencies of all builds of a kernel; folders without metadata cannot be loaded."""
-        builds = [
-            name
-            for name, files in resolved.variants.items()
-            if parse_variant(name) is not None and METADATA in {file.path for file in files}
-        ]
-        dependencies: set[Dependency] = set()
-        with ThreadPoolExecutor(8) as pool:
-            for done, metadata in enumerate(pool.map(lambda name: read_metadata(resolved, name), builds), 1):
-                self.report(wanted, done, len(builds))
-                dependencies |= set(metadata.kernel_depends)
-        self.report(wanted, len(builds) or 1, len(builds) or 1)
-        return dependencies
+
+def _dependencies(resolved: ResolvedKernel, show: Callable[[int, int], None]) -> set[Dependency]:
+    """Return the dependencies of all builds of a kernel; folders without metadata cannot be loaded."""
+    builds = [
+        name
+        for name, files in resolved.variants.items()
+        if parse_variant(name) is not None and METADATA in {file.path for file in files}
+    ]
+    dependencies: set[Dependency] = set()
+    with ThreadPoolExecutor(8) as pool:
+        for done, metadata in enumerate(pool.map(lambda name: read_metadata(resolved, name), builds), 1):
+            show(done, len(builds))
+            dependencies |= set(metadata.kernel_depends)
+    show(len(builds) or 1, len(builds) or 1)
+    return dependencies
