@@ -47,7 +47,7 @@ OF_MODULES = {"_parameters", "_buffers", "_modules", "_apply"} | {
 READS_VERSION = {
     "kernels_plugins/demo/measure.py": "shows it",
     "kernels_plugins/hub/client/download.py": "tells the Hub",
-    "kernels_plugins/hub/builds/variants.py": "looks for it in the names of builds",
+    "kernels_plugins/hub/builds/machine.py": "looks for it in the names of builds",
     "kernels_plugins/oracle/probe.py": "a key of reports",
     "kernels_plugins/oracle/probe_cache.py": "a key of reports",
 }
