@@ -120,13 +120,7 @@ class ResolutionError(KernelsError):
         refusals: Every candidate that was refused on the way, with its reason.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        request: LayerRequest | None = None,
-        refusals: Sequence[Refusal] = (),
-    ) -> None:
+    def __init__(self, message: str, *, request: LayerRequest | None = None, refusals: Sequence[Refusal] = ()) -> None:
         """Describe the request, and why each candidate was refused."""
         super().__init__(message)
         self.request = request

@@ -24,6 +24,7 @@ from .modules import functions_of, locate, own_device, required_device, walk
 
 Model = TypeVar("Model", bound=nn.Module)
 Class = TypeVar("Class", bound=type[nn.Module])
+_ByDevice = dict[torch.device, type[nn.Module]]
 
 
 class KernelizeFallback(Flag):
@@ -54,18 +55,14 @@ class KernelizeFallback(Flag):
     ALL = DEFAULT | CANNOT_LOAD
 
 
-_FALLBACKS = {
-    Cause.DEVICE: KernelizeFallback.NO_DEVICE,
-    Cause.PROPERTIES: KernelizeFallback.NO_COMPATIBLE_PROPERTIES,
-    Cause.MODE: KernelizeFallback.NO_COMPATIBLE_MODE,
-    Cause.LOAD: KernelizeFallback.CANNOT_LOAD,
-}
-_WANTS = {
-    KernelizeFallback.NO_LAYER: "no kernel is offered for this layer name",
-    KernelizeFallback.NO_DEVICE: "no kernel is offered for this device",
-    KernelizeFallback.NO_COMPATIBLE_PROPERTIES: "no kernel is offered for a device with these properties",
-    KernelizeFallback.NO_COMPATIBLE_MODE: "no kernel is offered for this mode",
-    KernelizeFallback.CANNOT_LOAD: "no kernel that is offered can be used",
+_CASES = {
+    Cause.DEVICE: (KernelizeFallback.NO_DEVICE, "no kernel is offered for this device"),
+    Cause.PROPERTIES: (
+        KernelizeFallback.NO_COMPATIBLE_PROPERTIES,
+        "no kernel is offered for a device with these properties",
+    ),
+    Cause.MODE: (KernelizeFallback.NO_COMPATIBLE_MODE, "no kernel is offered for this mode"),
+    Cause.LOAD: (KernelizeFallback.CANNOT_LOAD, "no kernel that is offered can be used"),
 }
 
 
@@ -209,13 +206,7 @@ def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], 
 
 @dataclass
 class _Freeze:
-    """One run of `kernelize`.
-
-    Attributes:
-        run: The value that identifies this run to the frozen classes.
-        allowed: The cases in which layers may keep their reference.
-        kept: Layers that keep it although a kernel is offered, with the decision.
-    """
+    """One run of `kernelize`: the cases in which a layer may keep its reference, and those that keep it."""
 
     run: Run
     allowed: KernelizeFallback
@@ -234,16 +225,19 @@ class _Freeze:
         """
         modules: list[nn.Module] = []  # two lists: ten thousand pairs would start the garbage collector
         classes: list[type[nn.Module]] = []
-        kinds: dict[type[nn.Module], _Kind | None] = {}
+        kinds: dict[type[nn.Module], tuple[type[nn.Module], Layer | None, Sequence[Layer], _ByDevice, _ByDevice]] = {}
         where: dict[int, torch.device] = {}
         for module in walk(model):
             cls = type(module)
-            try:
-                kind = kinds[cls]
-            except KeyError:
-                kind = kinds[cls] = _kind(module)
+            kind = kinds.get(cls)
+            if kind is None:
+                original = original_class(module)
+                kind = kinds[cls] = original, dispatched_layer(original.forward), functions_of(original), {}, {}
+            original, layer, functions, served, unwanted = kind
+            if layer is None and not functions:
+                continue
             # A forward that another library put on the module, such as a hook, stays.
-            if kind is None or ("forward" in module.__dict__ and frozen_choice(module) is None):
+            if "forward" in module.__dict__ and frozen_choice(module) is None:
                 continue
             device = inferred
             if not exact:
@@ -255,27 +249,22 @@ class _Freeze:
                     device = own
             if device.type == "meta":
                 continue  # the device of its calls is not known yet
-            known = kind.frozen if kind.condition is None or kind.condition(module) else kind.unwanted
+            wanted = layer is not None and (layer.condition is None or layer.condition(module))
+            known = served if wanted else unwanted
             frozen = known.get(device)
             if frozen is None:
-                frozen = known[device] = self._frozen(kind, device, wanted=known is kind.frozen)
+                resolution = self._choose(layer, device) if layer is not None and wanted else None
+                pins = {function: self._choose(function, device) for function in functions}
+                frozen = known[device] = freeze_class(original, layer, self.run, device, resolution, pins)
             modules.append(module)
             classes.append(frozen)
         return modules, classes
-
-    def _frozen(self, kind: _Kind, device: torch.device, *, wanted: bool) -> type[nn.Module]:
-        """Return the class for modules of a kind on a device."""
-        resolution = None
-        if kind.layer is not None and wanted:
-            resolution = self._choose(kind.layer, device)
-        pins = {layer: self._choose(layer, device) for layer in kind.functions}
-        return freeze_class(kind.original, kind.layer, self.run, device, resolution, pins)
 
     def _choose(self, layer: Layer, device: torch.device) -> Resolution:
         resolution = decide(layer, device, (self.run.mode,), notify="plugins")
         if not resolution.is_reference or resolution.note:
             return resolution
-        want = _want(resolution)
+        want, case = _case(resolution)
         if want not in self.allowed or not layer.use_fallback or (strict() and resolution.refusals):
             rule = "use_fallback does not allow the reference there"
             otherwise = f", or allow the reference with kernelize(..., use_fallback=KernelizeFallback.{want.name})"
@@ -284,7 +273,7 @@ class _Freeze:
             elif want in self.allowed:
                 rule, otherwise = "KERNELS_STRICT is on", ", or unset KERNELS_STRICT"
             raise KernelizeError(
-                f"{resolution.subject}: {_WANTS[want]}, and {rule}. The model was not changed.\n{_why(resolution)}"
+                f"{resolution.subject}: {case}, and {rule}. The model was not changed.\n{_why(resolution)}"
                 f"Register a kernel that fits{otherwise}.",
                 request=resolution.request,
                 refusals=resolution.refusals,
@@ -295,18 +284,14 @@ class _Freeze:
 
     def warn(self) -> None:
         """Warn of the layers that keep their reference, with the reasons."""
-        if not self.kept:
-            return
-        lines = []
-        for layer, resolution in self.kept.items():
-            want = _WANTS[_want(resolution)]
-            lines.append(f"  {resolution.request.place} ({layer.qualname}): {want}\n{_why(resolution)}")
-        warnings.warn(
-            f"kernelize for {self.run.mode} keeps the reference of {len(lines)} layer{'s' * (len(lines) != 1)}:\n"
-            + "".join(lines).rstrip("\n"),
-            KernelsWarning,
-            stacklevel=3,
-        )
+        lines = [
+            f"  {resolution.request.place} ({layer.qualname}): {_case(resolution)[1]}\n{_why(resolution)}"
+            for layer, resolution in self.kept.items()
+        ]
+        if lines:
+            counted = f"{len(lines)} layer{'s' * (len(lines) != 1)}"
+            message = f"kernelize for {self.run.mode} keeps the reference of {counted}:\n{''.join(lines).rstrip()}"
+            warnings.warn(message, KernelsWarning, stacklevel=3)
 
 
 def _names_index(device: object) -> bool:
@@ -324,44 +309,13 @@ def _flags(use_fallback: object) -> KernelizeFallback:
     raise ArgumentTypeError(f"use_fallback is True, False or a KernelizeFallback, not {use_fallback!r}.")
 
 
-def _want(resolution: Resolution) -> KernelizeFallback:
-    """Return the case of a layer without a kernel, by the candidate that came nearest to serving."""
+def _case(resolution: Resolution) -> tuple[KernelizeFallback, str]:
+    """Return the case of a layer without a kernel, by the candidate that came nearest to serving, and a sentence."""
     causes = [refusal.cause for refusal in (*resolution.refusals, *resolution.misfits)]
-    return _FALLBACKS[max(causes, key=list(Cause).index)] if causes else KernelizeFallback.NO_LAYER
+    if not causes:
+        return KernelizeFallback.NO_LAYER, "no kernel is offered for this layer name"
+    return _CASES[max(causes, key=list(Cause).index)]
 
 
 def _why(resolution: Resolution) -> str:
     return "".join(f"    {refusal}\n" for refusal in (*resolution.refusals, *resolution.misfits))
-
-
-# --- Modules -------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Kind:
-    """The modules of one class.
-
-    Attributes:
-        original: The class, or the one from which an earlier run derived it.
-        layer: The layer of its forward, if that is decorated.
-        functions: Decorated functions that `use_kernelized_func` names for it.
-        condition: Decides per module whether kernels may serve it.
-        frozen: The classes of this run, per device.
-        unwanted: The same for modules whose condition is not met.
-    """
-
-    original: type[nn.Module]
-    layer: Layer | None
-    functions: Sequence[Layer]
-    condition: Callable[..., bool] | None
-    frozen: dict[torch.device, type[nn.Module]] = field(default_factory=dict)
-    unwanted: dict[torch.device, type[nn.Module]] = field(default_factory=dict)
-
-
-def _kind(module: nn.Module) -> _Kind | None:
-    """Return the kind of a module, None if neither its forward is decorated nor a function that it calls."""
-    original = original_class(module)
-    layer, functions = dispatched_layer(original.forward), functions_of(original)
-    if layer is None and not functions:
-        return None
-    return _Kind(original, layer, functions, layer.condition if layer is not None else None)

@@ -34,7 +34,7 @@ def paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     def visit(module: nn.Module, path: str, around: tuple[nn.Module, ...]) -> None:
         found.setdefault(module, []).append(path)
         for name, child in module._modules.items():
-            if child is not None and child not in around:  # a module may contain its parent
+            if child is not None and child not in around:  # modules may refer to a module around them
                 visit(child, f"{path}.{name}" if path else name, (*around, child))
 
     visit(model, "", (model,))
@@ -43,7 +43,7 @@ def paths(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def own_device(module: nn.Module) -> torch.device | None:
     """Return the device of the module's first own parameter or buffer."""
-    for tensors in (module._parameters, module._buffers):
+    for tensors in (module._parameters, module._buffers):  # no chain of iterators: it runs once per module of a model
         for tensor in tensors.values():
             if tensor is not None:
                 return tensor.device
@@ -56,11 +56,7 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 
 def required_device(model: nn.Module, asking: str) -> torch.device:
-    """Return the device of a model.
-
-    Raises:
-        ArgumentError: If it has neither parameters nor buffers; `asking` is the function to call with a device.
-    """
+    """Return the device of a model; without any tensor, raise and name the function to call with a device."""
     device = device_of(model)
     if device is None:
         raise ArgumentError(
@@ -76,18 +72,10 @@ def locate(model: nn.Module, inferred: torch.device) -> dict[int, torch.device]:
     while stack:
         module, around = stack.pop()
         if id(module) not in where:
-            here = own_device(module) or _first_below(module) or around
+            here = next(filter(None, map(own_device, walk(module))), around)
             where[id(module)] = here
             stack.extend((child, here) for child in module._modules.values() if child is not None)
     return where
-
-
-def _first_below(module: nn.Module) -> torch.device | None:
-    for inner in walk(module):
-        device = own_device(inner)
-        if device is not None:
-            return device
-    return None
 
 
 def functions_of(cls: type[nn.Module]) -> Sequence[Layer]:
