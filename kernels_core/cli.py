@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import operator
 import os
 import sys
 import traceback
@@ -56,11 +57,11 @@ def main() -> None:
     """Run the command line; an error of ours is a line on standard error, any other a traceback: exit code 2."""
     try:
         command_line()()
-    except KernelsError as error:
-        print_error(error)
-        sys.exit(2)
-    except Exception:  # or Python would exit with 1, which is an answer
-        traceback.print_exc()
+    except Exception as error:  # left alone, Python would exit with 1, which is an answer
+        if isinstance(error, KernelsError):
+            print_error(error)
+        else:
+            traceback.print_exc()
         sys.exit(2)
 
 
@@ -73,8 +74,8 @@ def command_line() -> typer.Typer:
         rich_markup_mode="rich" if sys.stdout.isatty() else None,
     )
     cli.callback()(_start)
-    for command in (plugins, hooks):
-        cli.command()(command)
+    cli.command()(plugins)
+    cli.command()(hooks)
     cli.command("resolve")(resolve_layer)
     cli.command()(explain)
     with warnings.catch_warnings():
@@ -154,7 +155,11 @@ def plugins(as_json: Json = False) -> None:
 def hooks(as_json: Json = False) -> None:
     """List the hooks that plugins may implement."""
     rows = [
-        {"hook": name, "arguments": list(inspect.signature(spec).parameters), "does": _first_line(spec)}
+        {
+            "hook": name,
+            "arguments": list(inspect.signature(spec).parameters),
+            "does": (spec.__doc__ or "").partition("\n")[0],
+        }
         for name, spec in _hooks().items()
     ]
     print_rows(rows, as_json)
@@ -228,11 +233,7 @@ def _resolution(resolution: Resolution) -> Row:
         "layer": request.layer_name,
         "device": str(request.device),
         "mode": [str(flag.name).lower() for flag in Mode if flag in request.mode],
-        "origin": resolution.origin,
-        "is_reference": resolution.is_reference,
-        "plugin": resolution.plugin,
-        "checked": dict(resolution.checked),
-        "note": resolution.note,
+        **{name: getattr(resolution, name) for name in ("origin", "is_reference", "plugin", "checked", "note")},
         "refusals": [_refusal(refusal) for refusal in resolution.refusals],
         "misfits": [_refusal(misfit) for misfit in resolution.misfits],
     }
@@ -247,18 +248,11 @@ def _hooks() -> dict[str, Any]:
     return {name: spec for name, spec in vars(hookspecs).items() if name.startswith("kernels_")}
 
 
-def _first_line(spec: object) -> str:
-    return (inspect.getdoc(spec) or "").partition("\n")[0]
-
-
 def _distributions() -> dict[str, str]:
     """Return the distribution of each entry point; of several with one name, the first by name, which is used."""
-    found = [
-        (entry_point.dist.name, entry_point.dist.version, entry_point.name)
-        for entry_point in importlib_metadata.entry_points(group=ENTRY_POINT_GROUP)
-        if entry_point.dist is not None
-    ]
-    return {name: f"{distribution} {version}" for distribution, version, name in sorted(found, reverse=True)}
+    found = importlib_metadata.entry_points(group=ENTRY_POINT_GROUP)
+    known = sorted(((e.dist.name, e.dist.version, e.name) for e in found if e.dist is not None), reverse=True)
+    return {name: f"{distribution} {version}" for distribution, version, name in known}
 
 
 def _module(plugin: object) -> str:
@@ -269,12 +263,7 @@ def _module(plugin: object) -> str:
 
 
 def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[Row], str] | None = None) -> None:
-    """Print rows that have the same columns, as `Table` shows them, or as JSON; also for the commands of plugins.
-
-    Args:
-        rows: The rows; without any, nothing is printed, or an empty list.
-        as_json: Whether to print them as JSON, lists and numbers as such.
-        style: Gives the style of a row on a terminal, such as `red`.
+    """Print rows that have the same columns, as `Table.of` shows them, or as JSON; also for the commands of plugins.
 
     Example:
         >>> print_rows([{"name": "silu", "variants": ["torch-cpu", "torch-cuda"]}])
@@ -288,11 +277,7 @@ def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[R
 
 
 def print_found(found: Any, as_json: bool = False) -> None:
-    """Print a `Table`, or a result that is shown as one, such as a receipt; also for the commands of plugins.
-
-    Args:
-        found: The result: it has `__str__`, and `__rich__` or `__rich_console__`.
-        as_json: Whether to print `found.to_json()` instead.
+    """Print a `Table`, a result that is shown as one, or its `to_json()`; also for the commands of plugins.
 
     Example:
         >>> print_found(receipt(torch.nn.Linear(2, 2)))
@@ -316,45 +301,29 @@ def print_error(error: object) -> None:
 def imported(place: str) -> Any:
     """Import the object that an argument names, also from the current directory; also for the commands of plugins.
 
-    The current directory stays on `sys.path`, as with `python -m`: a function may import more when it is called.
-    The output of the import goes to standard error.
-
-    Args:
-        place: `package.module:name`.
-
-    Raises:
-        ArgumentError: If there is no such object, or its import fails.
+    The output of the import goes to standard error. An import that fails raises `ArgumentError`.
 
     Example:
         >>> imported("torch.nn:Linear").__name__
         'Linear'
     """
     module_name, _, qualname = place.partition(":")
-    if os.getcwd() not in sys.path:
+    if os.getcwd() not in sys.path:  # it stays there, as with `python -m`: a function may import more when called
         sys.path.insert(0, os.getcwd())
     if not qualname:
         raise ArgumentError(f"Cannot import {place!r}: add the name of an object in it, as package.module:name.")
     try:
         with printing_aside():
-            found: Any = importlib.import_module(module_name)
-            for name in qualname.split("."):
-                found = getattr(found, name)
+            return operator.attrgetter(qualname)(importlib.import_module(module_name))
     except (Exception, SystemExit) as error:
         raise ArgumentError(f"Cannot import {place!r}: {type(error).__name__}: {error}") from error
-    return found
 
 
 def made(place: str, what: str = "model") -> Any:
     """Import the object that an argument names, and call it if it is a factory; also for the commands of plugins.
 
-    Modules, decorated functions, and objects that cannot be called are returned as they are.
-
-    Args:
-        place: `package.module:name`.
-        what: The object that a factory makes, for messages.
-
-    Raises:
-        ArgumentError: If it cannot be imported, or raises.
+    Modules, decorated functions, and objects that cannot be called are returned as they are. A factory that raises
+    is an `ArgumentError`; `what` is the object that it makes, for the message.
 
     Example:
         >>> made("torch.nn:Identity")

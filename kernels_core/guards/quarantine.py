@@ -106,10 +106,9 @@ def quarantine(
             f"quarantine takes the function that is called, not {implementation!r}: resolve(...).implementation, or "
             "the forward of a class."
         )
-    if device is not None:
-        device = as_torch_device(device)
+    where = as_torch_device(device) if device is not None else None
     entry = Quarantined(
-        layer.name, layer.qualname, kernel, device, mode, reason, weakref.ref(layer), weakref.ref(implementation)
+        layer.name, layer.qualname, kernel, where, mode, reason, weakref.ref(layer), weakref.ref(implementation)
     )
     with _lock:
         _entries.append(entry)
@@ -145,13 +144,13 @@ def release(entries: Quarantined | Iterable[Quarantined] | None = None) -> int:
         >>> release()
         0
     """
-    wanted = [entries] if isinstance(entries, Quarantined) else list(entries) if entries is not None else None
+    wanted = [entries] if isinstance(entries, Quarantined) else entries if entries is None else list(entries)
     for entry in wanted or ():
         if not isinstance(entry, Quarantined):
             raise ArgumentTypeError(f"release takes entries that quarantined() returned, not {entry!r}.")
-    with _lock:
-        released = [entry for entry in _entries if wanted is None or any(entry is other for other in wanted)]
-        _entries[:] = [entry for entry in _entries if entry not in released]  # entries are equal only to themselves
+    with _lock:  # `in` finds an entry by identity: entries are equal only to themselves
+        released = [entry for entry in _entries if wanted is None or entry in wanted]
+        _entries[:] = [entry for entry in _entries if entry not in released]
     if released:
         _changed()
     return len(released)

@@ -47,18 +47,16 @@ def held_back() -> Iterator[SavedTensors]:
         The tensors saved so far.
 
     Example:
-        >>> x, seen = torch.ones(2, requires_grad=True), []
-        >>> with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        >>> x, packed = torch.ones(2, requires_grad=True), []
+        >>> with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         ...     with held_back() as saved:
         ...         y = x.exp()
-        ...     saved.hand_over()  # without this, the hooks would never see it
-        >>> len(seen)
+        ...     saved.hand_over()  # without this, the hooks would never get it
+        >>> len(packed)
         1
     """
     hooks = saved_tensors_hooks()
     saved = SavedTensors(hooks)
-    if hooks is None:
-        yield saved
-        return
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+    hidden = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
+    with hidden if hooks is not None else contextlib.nullcontext():
         yield saved

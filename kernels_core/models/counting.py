@@ -18,6 +18,7 @@ from ..plugins import plugin_manager
 from ..resolution import Resolution
 
 _lock = threading.Lock()
+_opening = threading.Lock()
 _open = 0
 _counts: weakref.WeakKeyDictionary[torch.nn.Module | Layer, Counter[str]] | None = None
 
@@ -41,21 +42,18 @@ def count_calls() -> Iterator[None]:
         {'reference': 1}
     """
     global _open, _counts
-    with _lock:
+    with _opening:  # until the plugin is registered, or a block that opens while the last one closes finds it taken
         if _open == 0:
             _counts = weakref.WeakKeyDictionary()
+            plugin_manager().register(_Counter(), "counter")
         _open += 1
-        first = _open == 1
-    if first:
-        plugin_manager().register(_Counter(), "counter")
     try:
         yield
     finally:
-        with _lock:
+        with _opening:
             _open -= 1
-            last = _open == 0
-        if last:
-            plugin_manager().unregister("counter")
+            if _open == 0:
+                plugin_manager().unregister("counter")
 
 
 def calls_of(counted: torch.nn.Module | Layer) -> Mapping[str, int] | None:
@@ -71,19 +69,17 @@ class _Counter:
 
     @hookimpl
     def kernels_wrap_forward(self, resolution: Resolution) -> Callable[[Forward], Forward] | None:
-        layer, origin = resolution.request.layer, resolution.origin
-        if layer is None:
-            return None
+        layer = resolution.request.layer
+        return functools.partial(_counting, layer, resolution.origin) if layer is not None else None
 
-        def decorate(forward: Forward) -> Forward:
-            @functools.wraps(forward)
-            def counted(*args: Any, **kwargs: Any) -> Any:
-                who = layer if layer.is_function else args[0]
-                with _lock:
-                    if _counts is not None:
-                        _counts.setdefault(who, Counter())[origin] += 1
-                return forward(*args, **kwargs)
 
-            return counted
+def _counting(layer: Layer, origin: str, forward: Forward) -> Forward:
+    @functools.wraps(forward)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        who = layer if layer.is_function else args[0]
+        with _lock:
+            if _counts is not None:
+                _counts.setdefault(who, Counter())[origin] += 1
+        return forward(*args, **kwargs)
 
-        return decorate
+    return counted

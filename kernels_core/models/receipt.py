@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,13 +17,12 @@ from ..dispatch import dispatched_layer
 from ..errors import ArgumentTypeError, RequirementError
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
-from ..resolution import Resolution
+from ..resolution import Refusal, Resolution
 from ..table import Table, TableRow, Tabular, as_json, indented
 from .counting import calls_of
 from .frozen import frozen_choice
 from .modules import device_of, functions_of, locate, paths, required_device
 
-REFERENCE = "reference"
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
 
 
@@ -69,7 +68,7 @@ class ReceiptRow:
     @property
     def is_reference(self) -> bool:
         """Whether the layer's own forward serves."""
-        return self.origin == REFERENCE
+        return self.origin == "reference"
 
     @property
     def remarks(self) -> Iterator[str]:
@@ -96,17 +95,18 @@ class ReceiptRow:
         request = resolution.request
         layer = request.layer
         function: Any = resolution.implementation or (layer.reference if layer else None)
+        name = getattr(function, "__qualname__", repr(function))
         return cls(
             path=path,
             layer_name=request.layer_name,
             layer=layer.qualname if layer else "",
             device=str(request.device),
             mode=request.mode_text,
-            implementation=_name(function),
+            implementation=f"{getattr(function, '__module__', '?')}.{name}",
             origin=resolution.origin,
             plugin=resolution.plugin,
-            refusals=tuple((_label(refusal), refusal.reason) for refusal in resolution.refusals),
-            misfits=tuple((_label(refusal), refusal.reason) for refusal in resolution.misfits),
+            refusals=_reasons(resolution.refusals),
+            misfits=_reasons(resolution.misfits),
             checked=dict(resolution.checked),
             note=resolution.note,
             aliases=aliases,
@@ -114,12 +114,11 @@ class ReceiptRow:
         )
 
 
-def _label(refusal: Any) -> str:
-    return refusal.candidate.label if refusal.candidate else f"plugin {refusal.plugin!r}"
-
-
-def _name(function: Any) -> str:
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
+def _reasons(refusals: Iterable[Refusal]) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (refusal.candidate.label if refusal.candidate else f"plugin {refusal.plugin!r}", refusal.reason)
+        for refusal in refusals
+    )
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,9 @@ class Receipt(Tabular):
             known = f"there are {len(paths)}, such as {', '.join(map(repr, near))}" if paths else "there is none at all"
             raise RequirementError(f"No decorated layer matches {pattern!r}: {known}.", rows=())
         wanted = "a kernel" if origin is None else f"origin {origin!r}"
-        failing = [row for row in matching if not _is_met(row, origin)]
+        failing = [
+            row for row in matching if (row.is_reference if origin is None else not fnmatchcase(row.origin, origin))
+        ]
         if failing:
             lines = [line for row in failing for line in (f"  {row.path}: {row.origin}", *indented(row.remarks))]
             raise RequirementError(
@@ -185,13 +186,9 @@ class Receipt(Tabular):
         if not isinstance(other, Receipt):
             raise ArgumentTypeError(f"diff takes another receipt, not {other!r}.")
         mine, theirs = ({row.path: row for row in receipt.rows} for receipt in (self, other))
-        changed = [
-            (row, theirs[path])
-            for path, row in mine.items()
-            if path in theirs and _served(row) != _served(theirs[path])
-        ]
+        both = [(row, theirs[path]) for path, row in mine.items() if path in theirs]
         return ReceiptDiff(
-            changed=tuple(changed),
+            changed=tuple((before, after) for before, after in both if _served(before) != _served(after)),
             added=tuple(row for path, row in theirs.items() if path not in mine),
             removed=tuple(row for path, row in mine.items() if path not in theirs),
         )
@@ -203,18 +200,23 @@ class Receipt(Tabular):
             >>> Receipt(()).to_json()
             '[]'
         """
-        return as_json([{**vars(row), **_reasons(row)} for row in self.rows], indent=indent)
+
+        def listed(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+            return [{"candidate": candidate, "reason": reason} for candidate, reason in pairs]
+
+        rows = [{**vars(row), "refusals": listed(row.refusals), "misfits": listed(row.misfits)} for row in self.rows]
+        return as_json(rows, indent=indent)
 
     def as_table(self) -> Table:
         """Return the rows with their reasons: green where a kernel serves, yellow where the reference does."""
         if not self.rows:
             return Table(COLUMNS, summary="no decorated layer")
         shown = len(COLUMNS) - all(row.calls is None for row in self.rows)  # the last column is that of calls
-        rows = (
+        rows = [
             TableRow(row.cells[:shown], "yellow" if row.is_reference else "green", tuple(row.remarks))
             for row in self.rows
-        )
-        return Table(COLUMNS[:shown], tuple(rows))
+        ]
+        return Table(COLUMNS[:shown], rows)
 
 
 @dataclass(frozen=True)
@@ -247,17 +249,6 @@ class ReceiptDiff:
 
 def _served(row: ReceiptRow) -> str:
     return f"{row.origin} on {row.device} for {row.mode}"
-
-
-def _is_met(row: ReceiptRow, origin: str | None) -> bool:
-    return not row.is_reference if origin is None else fnmatchcase(row.origin, origin)
-
-
-def _reasons(row: ReceiptRow) -> dict[str, list[dict[str, str]]]:
-    return {
-        kind: [{"candidate": candidate, "reason": reason} for candidate, reason in getattr(row, kind)]
-        for kind in ("refusals", "misfits")
-    }
 
 
 # --- Looking at a model --------------------------------------------------------------------------
