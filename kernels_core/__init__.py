@@ -2,7 +2,7 @@
 
 `use_kernel_forward_from_hub` marks a class or function with a layer name. Plugins offer kernels for
 that name; each call is served by the best one that fits device and mode, and by the decorated
-forward itself, the *reference*, where there is none. `docs/` tells the rest.
+forward itself, the *reference*, where there is none. The rest is in `docs/`.
 """
 
 from .decorators import replace_kernel_forward_from_hub, use_kernel_forward_from_hub

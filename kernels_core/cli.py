@@ -57,7 +57,7 @@ def main() -> None:
     """Run the command line; an error of ours is a line on standard error, any other a traceback: exit code 2."""
     try:
         command_line()()
-    except Exception as error:  # left alone, Python would exit with 1, which is an answer
+    except Exception as error:  # not caught, Python would exit with 1, which is an answer
         if isinstance(error, KernelsError):
             print_error(error)
         else:

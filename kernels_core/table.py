@@ -60,7 +60,7 @@ def as_json(value: Any, *, indent: int | None = 2) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value):  # not by `asdict`: it would copy every leaf
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
@@ -142,15 +142,12 @@ class Table:
         """Aligned columns, with the notes of a row below it."""
         lines = [visible(self.title)] if self.title else []
         if self.rows:
-            table = [list(self.columns), *(row.texts(" ") for row in self.rows)]
-            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-            notes: list[Sequence[str]] = [(), *(row.notes for row in self.rows)]
-            for cells, remarks in zip(table, notes, strict=True):
-                aligned = (
-                    cell.rjust(width) if column in self.right else cell.ljust(width)
-                    for cell, width, column in zip(cells, widths, self.columns, strict=True)
-                )
-                lines += ["  ".join(aligned).rstrip(), *indented(remarks)]
+            table = [(list(self.columns), ()), *((row.texts(" "), row.notes) for row in self.rows)]
+            widths = [max(map(len, column)) for column in zip(*(cells for cells, _ in table), strict=True)]
+            sides = [str.rjust if column in self.right else str.ljust for column in self.columns]
+            for cells, notes in table:
+                aligned = (side(cell, width) for side, cell, width in zip(sides, cells, widths, strict=True))
+                lines += ["  ".join(aligned).rstrip(), *indented(notes)]
         return "\n".join([*lines, visible(self.summary)] if self.summary else lines)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -196,10 +193,8 @@ class Table:
         """Return how many characters of a line the table needs, folded as far as it can be read."""
         table = [self.columns, *(row.texts("\n") for row in self.rows)]
         widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*table, strict=True)]
-        folded = [
-            width if column in self.right else min(width, _FOLDED)
-            for width, column in zip(widths, self.columns, strict=True)
-        ]
+        sized = zip(widths, self.columns, strict=True)
+        folded = [width if column in self.right else min(width, _FOLDED) for width, column in sized]
         return sum(folded) + 3 * len(folded) + 1  # lines and blanks between the columns
 
     def to_html(self) -> str:

@@ -85,7 +85,7 @@ def kernelize(
         device: The device that it will run on, such as `"cuda"`; by default, that of each module's
             own parameters.
         use_fallback: Whether layers may keep their reference where nothing better is offered. `True`
-            stands for `KernelizeFallback.DEFAULT`, `False` for `KernelizeFallback.NONE`. One warning lists
+            is `KernelizeFallback.DEFAULT`, `False` is `KernelizeFallback.NONE`. One warning lists
             these layers, with the reasons.
 
     Returns:
@@ -194,7 +194,7 @@ def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], 
 
     def decorate(cls: Class) -> Class:
         if not isinstance(cls, type) or not issubclass(cls, nn.Module):
-            raise ArgumentTypeError(f"@use_kernelized_func goes on an nn.Module class, not on {cls!r}.")
+            raise ArgumentTypeError(f"@use_kernelized_func decorates an nn.Module class, not {cls!r}.")
         cls.kernels_functions = (*functions_of(cls), *layers)  # type: ignore[attr-defined]
         return cls
 

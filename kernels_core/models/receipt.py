@@ -137,7 +137,7 @@ class Receipt(Tabular):
         """Raise unless the layers at some paths are served as wanted.
 
         Args:
-            pattern: A glob over paths, such as `"model.layers.*.mlp"`; `*` goes across dots.
+            pattern: A glob over paths, such as `"model.layers.*.mlp"`; `*` also matches dots.
             origin: A glob over origins, such as `"kernels-community/*"`; None for anything but the
                 reference.
 

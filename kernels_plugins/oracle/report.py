@@ -94,7 +94,7 @@ class VerifyReport(Tabular):
     @property
     def ok(self) -> bool:
         """Whether no row is a failure: wrong, failed or undecided."""
-        return all(row.ok for row in self.rows)
+        return not self.failures
 
     @property
     def failures(self) -> tuple[VerifyRow, ...]:
@@ -191,14 +191,12 @@ class VerifyReport(Tabular):
     @property
     def summary(self) -> str:
         """One line: how many comparisons of how many kernels, and how they ended."""
-        compared = {row.origin for row in self.rows if row.verdict in COMPARED}
-        counts = Counter(row.verdict for row in self.rows)
-        verdicts = ", ".join(
-            f"{count} {verdict}" for verdict, count in counts.items() if verdict not in ("no kernel", "not called")
-        )
+        compared = len({row.origin for row in self.rows if row.verdict in COMPARED})
+        counted = Counter(row.verdict for row in self.rows if row.verdict not in ("no kernel", "not called"))
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counted.items())
         if not compared:
             return f"no kernel was compared{f': {verdicts}' if verdicts else ''}"
-        return f"{len(compared)} {'kernel' if len(compared) == 1 else 'kernels'} compared: {verdicts}"
+        return f"{compared} kernel{'s' * (compared != 1)} compared: {verdicts}"
 
     def _groups(self) -> Iterator[TableRow]:
         """Yield a row for all comparisons of one layer, kernel, mode and dtype."""
@@ -209,7 +207,11 @@ class VerifyReport(Tabular):
                 groups.setdefault(group, []).append(row)
         for key, rows in groups.items():
             worst = max(rows, key=lambda row: FAILURES[::-1].index(row.verdict) + 1 if not row.ok else 0).verdict
-            numbers = [_largest(getattr(row, name) for row in rows) for name in ("max_abs", "mean_abs", "max_ulps")]
+            known = [
+                [value for row in rows if (value := getattr(row, name)) is not None]
+                for name in ("max_abs", "mean_abs", "max_ulps")
+            ]
+            numbers = [f"{max(values):.3g}" if values else "" for values in known]
             tried = len({row.case for row in rows if row.case})
             label = " ".join(filter(None, key))
             yield TableRow((*key, tried, *numbers, worst), _STYLES.get(worst, "yellow"), tuple(_remarks(rows)), label)
@@ -226,8 +228,3 @@ def _remarks(rows: list[VerifyRow]) -> Iterator[str]:
         others = f", and in {count} other {'case' if count == 1 else 'cases'}" if count else ""
         place = ", ".join(part for part in (alike[0].case, subject) if part)
         yield f"{place}{others}: {alike[0].reason}" if place else alike[0].reason
-
-
-def _largest(values: Iterator[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{max(known):.3g}" if known else ""
