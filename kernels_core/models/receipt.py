@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -316,11 +316,10 @@ def _rows(
     if layer is not None:
         resolution = frozen.resolution if frozen is not None else None
         if resolution is None and layer.condition is not None and not layer.condition(module):
-            resolution = replace(decide(layer, module), implementation=None, candidate=None, origin="reference")
-            resolution = replace(resolution, refusals=(), misfits=(), checked={}, note="its condition is not met")
-        row = ReceiptRow.of(resolution or decide(layer, module), *places, frozen=frozen is not None)
-        yield replace(row, calls=calls_of(module))
+            resolution = Resolution(decide(layer, module).request, note="its condition is not met")
+        resolution = resolution or decide(layer, module)
+        yield ReceiptRow.of(resolution, *places, frozen=frozen is not None, calls=calls_of(module))
     for function in functions_of(original):
         chosen = frozen.functions[function] if frozen is not None else decide(function, module)
         names = [f"{place}:{function.reference.__name__}" for place in places]
-        yield replace(ReceiptRow.of(chosen, *names, frozen=frozen is not None), calls=calls_of(function))
+        yield ReceiptRow.of(chosen, *names, frozen=frozen is not None, calls=calls_of(function))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,13 @@ from kernels_core import (
     ArgumentError,
     ArgumentTypeError,
     Mode,
+    PluginConflictError,
     Receipt,
     RequirementError,
     count_calls,
     decorated_layer,
     kernelize,
+    plugin_manager,
     quarantine,
     receipt,
     release,
@@ -244,6 +247,31 @@ def test_counts_of_threads_add_up(make_layer: Make) -> None:
         for thread in threads:
             thread.join()
     assert [receipt(m, device="cpu").rows[0].calls for m in (layer, frozen)] == [{"reference": 800}] * 2
+
+
+def test_counting_opens_and_closes_in_threads() -> None:
+    """A block that opens while the last one closes is counted: the plugin is not registered twice, nor left behind."""
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            for _ in range(100):
+                with count_calls():
+                    pass
+        except PluginConflictError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == [] and "counter" not in plugin_manager().plugins()
 
 
 def test_explain(python: Callable[..., Any], distribution: Callable[..., Any]) -> None:
