@@ -96,11 +96,7 @@ class Operator:
         return name if last == call else ""
 
     def _keep_outcome(self, call: str, structure: Structure, parts: Parts) -> None:
-        """Remember the form of the result of a call in this thread, until `outcome` asks.
-
-        Raises:
-            Unfit: If code cannot put that together.
-        """
+        """Remember the form of the result of a call in this thread, until `outcome` asks; may raise `Unfit`."""
         names: dict[str, Any] = {}
         code = result_code(structure, parts, names)
         key = (code, *map(id, names.values()))
@@ -124,11 +120,7 @@ class Operator:
         return outputs_like(parts.tensors)
 
     def _expected(self, tensors: Tensors, ints: list[int], floats: list[float], name: str) -> Taken:
-        """Run the reference under fake tensors.
-
-        Raises:
-            Unfit: If that is not possible, or does more than to compute.
-        """
+        """Run the reference under fake tensors; `Unfit` if that is not possible, or does more than to compute."""
         from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # a slow import
 
         spec = self._specs[name]
@@ -155,11 +147,7 @@ class Operator:
         return structure, parts
 
     def refuse(self, reason: str) -> None:
-        """Warn once why a call cannot be an operator.
-
-        Raises:
-            NoKernelError: If the reference must not serve instead.
-        """
+        """Warn once why a call cannot be an operator; `NoKernelError` if the reference must not serve instead."""
         self._last.outcome = ("", "")  # whatever `outcome` is asked for next, the reference answers
         self.work.fall_back(f"cannot be opaque: {reason}")
         if reason not in self._refused:
@@ -275,13 +263,7 @@ def _forgetting_symbols(fakes: Sequence[torch.Tensor]) -> contextlib.AbstractCon
 
 
 def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> Forward:
-    """Return a forward that is the operator where it is traced.
-
-    Args:
-        operator: The operator.
-        eager: The forward where nothing is traced.
-        inline: The forward that is traced itself where gradients are disabled; None for the operator.
-    """
+    """Return a forward that is `eager` where nothing is traced, `inline` where gradients are off, else the operator."""
     target, results, layer = operator.target, operator.results, operator.work.layer
     is_function, reference = layer.is_function, layer.reference
     is_compiling, is_watched = torch.compiler.is_compiling, dispatch_mode_count

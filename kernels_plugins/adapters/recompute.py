@@ -20,13 +20,7 @@ from .work import Forward, Spec, Work, apart, gradients_of
 
 @dataclass(eq=False)
 class RecordedCall:
-    """One recorded call, for forward and backward.
-
-    Attributes:
-        spec: The call, but for its tensors and numbers.
-        parts: Those.
-        states: The random numbers that it started with.
-    """
+    """One recorded call, for forward and backward: the spec, its parts, and the random states at the start."""
 
     spec: Spec
     parts: Parts
@@ -83,8 +77,7 @@ class Recompute:
     def _draws(self, spec: Spec, parts: Parts) -> bool:
         """Whether random numbers are drawn; runs kernel and reference on copies, once per kind of call.
 
-        Raises:
-            Unfit: If the kernel cannot have other gradients than its own.
+        `Unfit` if the kernel cannot have other gradients than its own.
         """
         objects = tuple(object_key(value, type) for value in spec.objects)
         key = (spec.structure, objects, tuple((tensor.dtype, tensor.device) for tensor in parts.tensors))
@@ -145,9 +138,11 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         spec, parts = ctx.recorded.spec, ctx.recorded.parts
-        again = torch.is_grad_enabled()
+        again, states = torch.is_grad_enabled(), ctx.recorded.states
+        # The reference draws the numbers that the kernel drew; the generators are restored after that.
+        random: Any = kept_random_states(states, states) if states else contextlib.nullcontext()
         needs: Sequence[bool] = ctx.needs_input_grad[4:]
-        with torch.enable_grad(), under(spec.autocast), _random(ctx.recorded.states):
+        with torch.enable_grad(), under(spec.autocast), random:
             # Each place has a tensor of its own, or one that is given twice would get both gradients in each.
             leaves = [
                 tensor.detach() if not need else tensor.view_as(tensor) if again else tensor.detach().requires_grad_()
@@ -157,8 +152,3 @@ class _Recompute(torch.autograd.Function):
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             found = iter(gradients_of(result.tensors, wanted, grads, again=again))
         return None, None, None, None, *(next(found) if need else None for need in needs)
-
-
-def _random(states: RandomStates) -> contextlib.AbstractContextManager[object]:
-    """Draw the same random numbers again, and restore the generators after that."""
-    return kept_random_states(states, states) if states else contextlib.nullcontext()

@@ -23,14 +23,10 @@ _BACKWARD = "(Tensor[] grads, Tensor[] tensors, SymInt[] ints, float[] floats, s
 
 
 def register(operator: Any) -> Target:
-    """Register an operator until it is collected, for PyTorch refers to it weakly.
+    """Register an operator until it is collected, for PyTorch refers to it weakly; return it as graphs call it.
 
-    Args:
-        operator: Has a `name`, and the methods `forward`, `shape` (the forward for tensors without data) and
-            `backward`, each with the arguments of its schema.
-
-    Returns:
-        The operator as graphs call it.
+    It has a `name`, and the methods `forward`, `shape` (for tensors without data) and `backward`, with the arguments
+    of the schemas.
     """
     me = weakref.ref(operator)
 

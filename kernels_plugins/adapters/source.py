@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels_core import LoadError, source_label
 
@@ -65,9 +65,7 @@ def opaque(source: object) -> Adapted:
         opaque(LayerRepository('acme/norm', layer_name='Norm', version=1))
     """
     inner = as_source(source, "opaque(...)")
-    if isinstance(inner, Adapted):
-        return Adapted(inner.source, as_operator=True, from_reference=inner.from_reference)
-    return Adapted(inner, as_operator=True)
+    return replace(inner if isinstance(inner, Adapted) else Adapted(inner), as_operator=True)
 
 
 def reference_backward(source: object) -> Adapted:
@@ -93,6 +91,4 @@ def reference_backward(source: object) -> Adapted:
         True
     """
     inner = as_source(source, "reference_backward(...)")
-    if isinstance(inner, Adapted):
-        return Adapted(inner.source, as_operator=inner.as_operator, from_reference=True)
-    return Adapted(inner, from_reference=True)
+    return replace(inner if isinstance(inner, Adapted) else Adapted(inner), from_reference=True)

@@ -88,22 +88,14 @@ class Unfit(Exception):  # noqa: N818 - it is the reason, and never reaches a us
 
 
 class Parts:
-    """The parts of a call, in the order in which `take` meets them.
-
-    Attributes:
-        tensors: Tensors, each as often as it is met.
-        ints: Integers, which may be symbolic while traced.
-        floats: Floats.
-        objects: Anything else that is no constant.
-        inside: Modules and dataclasses whose attributes are being taken, to notice one that refers to itself.
-    """
+    """The parts of a call, in the order in which `take` meets them."""
 
     def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []
-        self.ints: list[int] = []
+        self.tensors: list[torch.Tensor] = []  # each as often as it is met
+        self.ints: list[int] = []  # may be symbolic while traced
         self.floats: list[float] = []
         self.objects: list[Any] = []
-        self.inside: list[Any] = []
+        self.inside: list[Any] = []  # modules and dataclasses that are being taken: one may refer to itself
 
 
 def take_call(is_function: bool, args: Any, kwargs: Any, parts: Parts) -> Structure:
@@ -244,11 +236,7 @@ def rebuild(structures: Iterable[Structure], *parts: Iterable[Any]) -> list[Any]
 
 
 def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> str:
-    """Return an expression that puts a result together from the list `t` of its tensors.
-
-    Raises:
-        Unfit: If a part of it that is no tensor changes from call to call.
-    """
+    """Return an expression that makes a result from the list `t` of its tensors; `Unfit` if other parts may change."""
     problem = find_problem([structure])
     if problem is not None:
         raise Unfit(f"its result: {problem}")

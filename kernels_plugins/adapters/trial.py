@@ -16,17 +16,12 @@ from .work import Taken
 
 
 class OperatorWatch(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notices changes that tensors without data do not show: writes, and random numbers.
-
-    Attributes:
-        written: Positions of the tensors that were written to.
-        draws: Whether random numbers were drawn.
-    """
+    """Notices changes that tensors without data do not show: writes to them, and random numbers."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         """Remember whose memory is watched."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.written: set[int] = set()
+        self.written: set[int] = set()  # positions of tensors
         self.draws = False
         self._watched = {storage_key(tensor): index for index, tensor in enumerate(tensors)}
 
@@ -40,11 +35,7 @@ class OperatorWatch(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def check_replay(replay: Replay, outputs: Iterable[torch.Tensor]) -> None:
-    """Look for changes that a kernel made while it ran on copies.
-
-    Raises:
-        Unfit: If it changed or returned an input, or changed the module.
-    """
+    """Raise `Unfit` if a kernel that ran on copies changed or returned an input, or changed the module."""
     for name in replay.mutated():
         raise Unfit(f"it changes {name} in place")
     check_attributes(replay)
@@ -54,22 +45,14 @@ def check_replay(replay: Replay, outputs: Iterable[torch.Tensor]) -> None:
 
 
 def check_attributes(replay: Replay) -> None:
-    """Look for attributes of modules, and items of lists and dicts, that a run has set or deleted.
-
-    Raises:
-        Unfit: If there is one.
-    """
+    """Raise `Unfit` if a run has set or deleted attributes of modules, or items of lists and dicts."""
     changed = replay.attributes()
     if changed:
         raise Unfit(f"it changes Python state: {', '.join(changed)}")
 
 
 def check_alike(ours: Taken, theirs: Taken) -> None:
-    """Compare the result of a kernel with that of the reference, but for the numbers.
-
-    Raises:
-        Unfit: If structure, shapes, dtypes or devices differ.
-    """
+    """Raise `Unfit` if structure, shapes, dtypes or devices of a kernel's result are not those of the reference."""
     if ours[0] != theirs[0]:
         raise Unfit("its result is not built as that of the reference")
     for index, (one, other) in enumerate(zip(ours[1].tensors, theirs[1].tensors, strict=True)):

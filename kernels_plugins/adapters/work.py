@@ -21,14 +21,7 @@ Taken = tuple[Structure, Parts]
 
 @dataclass(frozen=True)
 class Spec:
-    """The parts that calls of one structure share.
-
-    Attributes:
-        layer: The layer that is called.
-        structure: See `structure.take_call`.
-        objects: The arguments and attributes that are neither tensors nor numbers nor constants.
-        autocast: How autocast was set where the call was traced.
-    """
+    """The parts that calls of one structure (see `take_call`) share; autocast is as where the call was traced."""
 
     layer: Layer
     structure: Structure
@@ -43,14 +36,7 @@ class Spec:
 
 @dataclass(eq=False)
 class Work:
-    """A kernel that serves a layer.
-
-    Attributes:
-        layer: The decorated layer.
-        kernel: The kernel's forward.
-        origin: Where the kernel came from.
-        own_backward: Whether gradients are the kernel's own, or those of the reference.
-    """
+    """A kernel's forward that serves a layer, with its own backward or with that of the reference."""
 
     layer: Layer
     kernel: Forward
@@ -68,11 +54,7 @@ class Work:
             return *apart(replay.outputs), replay.drew
 
     def fall_back(self, why: str) -> None:
-        """Do nothing if the reference may serve in place of the kernel.
-
-        Raises:
-            NoKernelError: If it may not.
-        """
+        """Raise `NoKernelError` if the reference must not serve in place of the kernel."""
         if strict() or not self.layer.use_fallback:
             rule = "KERNELS_STRICT is on" if strict() else "the layer was decorated with use_fallback=False"
             raise NoKernelError(

@@ -41,17 +41,12 @@ def progress_bar() -> Iterator[Show]:
 
 
 class Evaluations:
-    """The evaluations of one bisection.
-
-    Attributes:
-        count: How many there were.
-        kernels: Those in use, known after the suspect was evaluated.
-    """
+    """The evaluations of one bisection."""
 
     def __init__(self, model: nn.Module, metric: Metric, switch: Switch, show: Show) -> None:
         """Evaluate nothing yet."""
         self.count = 0
-        self.kernels: Sequence[Kernel] = ()
+        self.kernels: Sequence[Kernel] = ()  # in use, known after the suspect was evaluated
         self._model = model
         self._metric = metric
         self._switch = switch
@@ -106,7 +101,7 @@ class Evaluations:
             raise failed(
                 f"At {where}, a kernel was taken out, and serves no more:\n"
                 + "".join(f"  {entry}\n" for entry in out)
-                + "That is a culprit. Mend it or take it out of the mapping, or let it back in with "
+                + "That is a culprit. Repair it or take it out of the mapping, or let it back in with "
                 "kernels_core.release(), and bisect again."
             )
         try:
@@ -130,7 +125,6 @@ class Evaluations:
 
 
 def _described(on: Sequence[Kernel]) -> str:
-    """Name the kernels of an evaluation."""
     if not on:
         return "every decorated layer on its reference"
     shown = ", ".join(repr(kernel.path) for kernel in on[:3])

@@ -17,20 +17,13 @@ Plain = float | tuple[float, ...] | dict[str, float]
 
 @dataclass(frozen=True)
 class Reading:
-    """The numbers that a metric returned.
-
-    Attributes:
-        plain: One number, a tuple of them, or numbers by name.
-    """
+    """The numbers that a metric returned: one, a tuple of them, or numbers by name."""
 
     plain: Plain
 
     @classmethod
     def of(cls, answer: object) -> Reading:
-        """Read the answer of a metric.
-
-        Raises:
-            ArgumentTypeError: If that is no number, and no dict or tuple of numbers.
+        """Read the answer of a metric; `ArgumentTypeError` if that is no number, and no dict or tuple of numbers.
 
         Example:
             >>> Reading.of({"loss": torch.tensor(1.5)}).plain
@@ -96,12 +89,7 @@ def _gap(value: float, other: float) -> float:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a reading may be from the baseline.
-
-    Attributes:
-        absolute: This far for each number,
-        relative: and this share of the number in the baseline more.
-    """
+    """How far each number may be from the baseline: an absolute part, and a share of the baseline."""
 
     absolute: float
     relative: float = 0.0

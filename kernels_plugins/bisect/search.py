@@ -31,14 +31,9 @@ Fails = Callable[[frozenset[int]], bool]
 
 
 def find_minimal_sets(count: int, fails: Fails) -> list[tuple[int, ...]]:
-    """Return sets of the numbers below `count` that fail, none with a member too many.
+    """Return minimal sets of the numbers below `count` that fail, in the order in which they were found.
 
-    Args:
-        count: How many items there are. All together fail, none does not.
-        fails: Whether a set of items fails; asked again about a set, it should remember.
-
-    Returns:
-        The sets in the order in which they were found, each in the order of its items.
+    `fails` should remember its answers: it is asked again about a set.
 
     Example:
         >>> find_minimal_sets(100, lambda items: 7 in items or {30, 60} <= items)

@@ -43,23 +43,13 @@ _ABSENT = object()
 
 @dataclass
 class Kernel:
-    """A kernel in use at one place of a model.
-
-    Attributes:
-        key: How it is switched.
-        path: Of its module, as in `named_modules`; for a decorated function, that of the calling module, a colon,
-            and its name.
-        also: Other paths of the same module.
-        layer: The name of the layer in mappings.
-        origins: The origins of the kernels that ran; several if calls differ.
-        place: Where its module is in the order of the model.
-    """
+    """A kernel in use at one place of a model: see `Culprit`; several origins if calls differ."""
 
     key: Key
     path: str
     also: tuple[str, ...]
     layer: str
-    place: int
+    place: int  # of its module in the order of the model
     origins: dict[str, None] = field(default_factory=dict)
 
     @property
@@ -82,17 +72,12 @@ def _find_caller(modules: Container[int]) -> nn.Module | None:
 
 
 class Switch:
-    """A plugin that knows the kernels of one model, and switches them.
-
-    Attributes:
-        kernels: The kernels in use, by key.
-        found_elsewhere: Whether a kernel ran for a module that is no part of the model.
-    """
+    """A plugin that knows the kernels of one model, and switches them."""
 
     def __init__(self, model: nn.Module) -> None:
         """Look at the model; nothing is switched, and nothing is noted."""
         self.kernels: dict[Key, Kernel] = {}
-        self.found_elsewhere = False
+        self.found_elsewhere = False  # whether a kernel ran for a module that is no part of the model
         self._modules = {id(module): module for module in model.modules()}
         self._paths: dict[int, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):

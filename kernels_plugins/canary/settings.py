@@ -12,13 +12,7 @@ VARIABLE = "KERNELS_CANARY"
 
 @dataclass(frozen=True)
 class Settings:
-    """The calls to compare, and the reaction to a disagreement.
-
-    Attributes:
-        first: The first calls of each kernel, layer and device that are compared.
-        every: After that, one call in so many; 0 for none.
-        action: `"warn"`, `"quarantine"` or `"raise"`.
-    """
+    """The calls to compare, and the reaction to a disagreement: see `canary`."""
 
     first: int = 3
     every: int = 100
@@ -46,11 +40,7 @@ class Settings:
 
 
 def settings_of_environment() -> Settings | None:
-    """Return the settings in `KERNELS_CANARY`, None if it is off.
-
-    Raises:
-        ArgumentError: If it cannot be understood.
-    """
+    """Return the settings in `KERNELS_CANARY`, None if it is off; `ArgumentError` if it cannot be understood."""
     text = setting(VARIABLE)
     if isinstance(text, bool):
         return Settings() if text else None
