@@ -1,4 +1,4 @@
-"""What dispatch costs in compiled code: nothing in the graph, and next to nothing in guards."""
+"""The cost of dispatch in compiled code: nothing in the graph, and next to nothing in guards."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Reference(nn.Module):
         self.weight = nn.Parameter(torch.ones(8))
 
     def forward(self, x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-        """Return something that tells from the kernel."""
+        """Return another result than the kernel."""
         return torch.sin(x) * self.weight + eps
 
 
 class Kernel(nn.Module):
-    """What serves."""
+    """The kernel of all layers."""
 
     can_torch_compile = True
     weight: torch.Tensor
@@ -76,7 +76,7 @@ def run() -> Iterator[Row]:
 
 def _models(classes: int, state: str, inside: str, device: str) -> Iterator[Row]:
     names = [f"bench_compiled_{device}_{classes}_{state}_{inside.split()[0]}_{i}" for i in range(classes)]
-    what = f"{classes} x {LAYERS // classes} layers, traced {state}, {inside} ({device})"
+    models = f"{classes} x {LAYERS // classes} layers, traced {state}, {inside} ({device})"
     peer = "kernels called directly"
     mapping = {name: {device: Kernel} for name in names}
     dispatched, direct = Model(names, dispatch=True).to(device), Model(names, dispatch=False).to(device)
@@ -94,19 +94,27 @@ def _models(classes: int, state: str, inside: str, device: str) -> Iterator[Row]
         times = compare({"subject": ("f(x)", {"f": subject.call, "x": x}), "peer": ("f(x)", {"f": other.call, "x": x})})
     different, dead = _differences(subject.graphs, other.graphs)
     nodes = f"of {sum(len(graph.nodes) for graph in other.graphs)} nodes"
-    yield Row("compiled", f"graph nodes that differ: {what}", different, "nodes", nodes, limit=0)
+    yield Row("compiled", f"graph nodes that differ: {models}", different, "nodes", nodes, limit=0)
     if different:
-        yield Row("compiled", f"... of which read an attribute that nothing uses: {what}", dead, "nodes", nodes)
+        yield Row("compiled", f"... of which read an attribute that nothing uses: {models}", dead, "nodes", nodes)
     yield Row(
-        "compiled", f"call: {what}", times["subject"] / 1e3, "us", peer, times["peer"] / 1e3, LIMIT, 1.0, judge="ratio"
+        "compiled",
+        f"call: {models}",
+        times["subject"] / 1e3,
+        "us",
+        peer,
+        times["peer"] / 1e3,
+        LIMIT,
+        1.0,
+        judge="ratio",
     )
     guards, peer_guards = subject.guards(), other.guards()
     if guards is not None and peer_guards is not None:
-        yield Row("compiled", f"guards: {what}", guards, "guards", peer, peer_guards)
+        yield Row("compiled", f"guards: {models}", guards, "guards", peer, peer_guards)
 
 
 class Compiled:
-    """A compiled call of a model, in a function of its own: what compiled it is counted for it alone."""
+    """A compiled call of a model, in a function of its own, so that only its compilations are counted."""
 
     def __init__(self, model: nn.Module) -> None:
         """Prepare; the first call compiles."""

@@ -1,4 +1,4 @@
-"""What a warm dispatched call costs, against the undecorated layer and against one hop by hand."""
+"""The cost of a warm dispatched call, against the undecorated layer and against one hop by hand."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class WeightedKernel(Weighted):
 
 
 class Hop(nn.Module):
-    """What one would write by hand: forward to a stored bound method."""
+    """A static dispatcher by hand: it forwards to a stored bound method."""
 
     def __init__(self, layer: nn.Module) -> None:
         """Store the forward of `layer`."""

@@ -1,4 +1,4 @@
-"""What dispatch costs a whole model that is bound by the host: one decoding step of transformers' Llama."""
+"""The cost of dispatch in a whole model that is bound by the host: one decoding step of transformers' Llama."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def on_device(device: str) -> Iterator[Row]:
 
 
 def make_step(device: str) -> Callable[[], None]:
-    """Return what decodes one token of a small Llama, on top of a short prompt."""
+    """Return a function that decodes one token of a small Llama, on top of a short prompt."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     large = device == "cuda"

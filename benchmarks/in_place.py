@@ -1,4 +1,4 @@
-"""What a dispatched call costs inside of a model: layers of transformers' Llama, with nothing mapped.
+"""The cost of a dispatched call inside of a model: layers of transformers' Llama, with nothing mapped.
 
 The identity layer of `eager` runs in a loop that stays in the caches of the processor. Here, a call comes after the
 operators of the layer itself, as in a model.
@@ -100,7 +100,7 @@ def sharing(modules: dict[str, Any]) -> dict[str, Any]:
 
 
 def least(calls: Calls, wait: Callable[[], object]) -> dict[str, float]:
-    """Return microseconds of a call, the least of many short rounds: what the call itself takes, undisturbed."""
+    """Return microseconds of a call, the least of many short rounds: that of an undisturbed call."""
     best = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         for _ in range(10 * CALLS):

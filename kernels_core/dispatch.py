@@ -85,7 +85,7 @@ def make_forward(layer: Layer) -> Forward:
 
 
 def adapted(layer: Layer, kernel: Forward) -> Forward:
-    """Return what can be called as the layer is: the kernel itself, unless its names or defaults are others."""
+    """Return a kernel with the names and defaults of the layer: the kernel itself, unless it has others."""
     if kernel is layer.reference or _as_called(kernel, layer) == _as_called(layer.reference, layer):
         return kernel
     dispatcher = _Dispatcher(layer)
@@ -324,7 +324,7 @@ class _Dispatcher:
         return resolution.implementation or self.layer.reference
 
     def _selector_traced(self, device: torch.device) -> Forward:
-        """Return what `_selector` is for eager calls."""
+        """Return the same for traced calls: it reads one of two properties."""
         name = f"{self._name(device)}_select_traced"
         if name not in self._selectors:
             tables = []

@@ -118,7 +118,7 @@ class ForwardSource:
     """Writes the functions of a layer.
 
     Attributes:
-        parameters: What the reference takes, `self` included; None if all is to be passed on packed.
+        parameters: The parameters of the reference, `self` included; None to pass everything on packed.
         is_function: Whether there is no `self`.
         reads_module: Whether the reference may use tensors of the module.
         is_traced: Expression that is true while a call is traced.

@@ -114,8 +114,8 @@ def reads_trainable(names: Iterable[str], module: torch.nn.Module) -> bool:
 def _has_trainable_attribute(module: torch.nn.Module) -> bool:
     """Whether a plain attribute of a module, or an item of a dictionary in one, is a tensor that requires grad.
 
-    Asks the garbage collector for what the module refers to. From Python 3.11 on, to ask for `__dict__` would make one,
-    and reading an attribute of the module would be slower ever after.
+    Asks the garbage collector for the referents of the module. From Python 3.11 on, to ask for `__dict__` would make
+    one, and reading an attribute of the module would be slower ever after.
     """
     return _holds_trainable(gc.get_referents(module), 2)  # 2: a module may refer to its `__dict__` only
 

@@ -34,7 +34,7 @@ def until_proven(
     Args:
         layer: The layer that the kernel serves.
         kernel: The implementation, as in `Resolution.implementation`.
-        forward: What calls the kernel; often the kernel itself.
+        forward: The function that calls the kernel; often the kernel itself.
         origin: Where the kernel came from, for messages.
         when_proven: Called when nothing is left to prove: replaces the function that is returned here.
         decide_anew: Returns the function that serves a call of which the kernel has lost a gradient; takes the module

@@ -1,6 +1,6 @@
-"""The classes of kernelized modules: what was chosen is their `forward`, and what would make it wrong is noticed.
+"""The classes of kernelized modules: the chosen kernel is their `forward`, and they notice what makes it wrong.
 
-Nothing is stored on a module, so undoing is exact, and calls cost what an undecorated layer costs.
+Nothing is stored on a module, so undoing is exact, and a call costs as much as one of an undecorated layer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Run:
     """One run of `kernelize`.
 
     Attributes:
-        mode: What the model is kernelized for.
+        mode: The mode that the model is kernelized for.
         warn: Issues each warning about the models of this run once.
         token: Identifies this run, also in a pickle.
     """
@@ -100,7 +100,7 @@ class FrozenChoice:
             return
         swap([module], [original_class(module)])
         self.run.warn(
-            f"A model that was kernelized for {self.device} was moved to {device}: what was chosen is dropped, and "
+            f"A model that was kernelized for {self.device} was moved to {device}: its kernels are dropped, and "
             "each call decides by itself. To freeze again: kernelize(model, mode=...).",
             stacklevel=3,
         )
@@ -150,7 +150,7 @@ def _refresh(cls: Any) -> None:
     if resolution is not None:
         kernel = resolution.implementation
         if kernel is not None and find_quarantined(resolution.request, kernel) is not None:
-            forward = frozen.original.forward  # decides by itself, and says why
+            forward = frozen.original.forward  # decides by itself, and gives the reason
         else:
             if kernel is not None and needs_proof(resolution):
                 frozen.unproven = frozen.unproven or _until_proven(cls, frozen, resolution, kernel)
@@ -170,7 +170,7 @@ listeners.append(_refresh_all)
 
 
 def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
-    """Let the functions that a forward calls be those that were chosen."""
+    """Return a forward that runs in a scope in which the chosen functions serve."""
 
     def choice_for(request: LayerRequest) -> Resolution | None:
         """Return the choice for a function, unless it is for another device or its kernel is in quarantine."""
@@ -183,22 +183,22 @@ def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
     scope = Scope(Decided(choice_for))
 
     @constant_result
-    def tell() -> None:
-        """Run at trace time, outside of the graph."""
+    def compare() -> None:
+        """Warn of functions that compiled code gets from another place; runs at trace time, outside of the graph."""
         for layer, choice in functions.items():
             found = decide(layer, choice.request.device, (choice.request.mode | Mode.TORCH_COMPILE,), notify="plugins")
             if found.implementation is not choice.implementation:
                 warnings.warn(
-                    f"Function {layer.qualname} was kernelized with {choice.origin}, but code that is compiled gets "
-                    f"what mappings say where it is traced: {found.origin}. Register the mapping for the process.",
+                    f"Function {layer.qualname} was kernelized with {choice.origin}, but compiled code gets the "
+                    f"kernel that is mapped where it is traced: {found.origin}. Register the mapping for the process.",
                     KernelsWarning,
                     stacklevel=2,
                 )
 
     @functools.wraps(forward)
     def pinned(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # which cannot open a scope inside of its graph
-            tell()
+        if torch.compiler.is_dynamo_compiling():  # Dynamo cannot open a scope inside of its graph
+            compare()
             return forward(self, *args, **kwargs)
         with scope:
             return forward(self, *args, **kwargs)
@@ -245,7 +245,7 @@ def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: A
     cast(Any, frozen.original)._apply(self, fn, *args, **kwargs)
     device = own_device(self)
     if device is None:
-        with contextlib.suppress(Exception):  # what cannot be done to an empty tensor is no move
+        with contextlib.suppress(Exception):  # a function that fails for an empty tensor moves nothing
             device = fn(torch.empty(0, device=frozen.device)).device
     if device is not None:
         frozen.notice_move(self, device)
@@ -287,7 +287,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> None:
     """Give all modules their new classes, or none."""
     before = [type(module) for module in modules]
-    asleep = {  # these rest on their original forward, as `notice_train` has it
+    suspended = {  # these run their original forward: `notice_train` has put it on them
         index: modules[index].__dict__.pop("forward")
         for index, cls in enumerate(before)
         if hasattr(cls, "kernels_frozen") and "forward" in modules[index].__dict__
@@ -298,7 +298,7 @@ def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> No
     except BaseException:
         for index, cls in enumerate(before):
             object.__setattr__(modules[index], "__class__", cls)
-        for index, forward in asleep.items():
+        for index, forward in suspended.items():
             modules[index].__dict__["forward"] = forward
         raise
 
@@ -307,7 +307,7 @@ def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> No
 
 
 @contextlib.contextmanager
-def _thawed(module: nn.Module) -> Iterator[None]:
+def _as_original(module: nn.Module) -> Iterator[None]:
     """Show a module as one of its original class."""
     cls = type(module)
     object.__setattr__(module, "__class__", cls.kernels_frozen.original)  # type: ignore[attr-defined]
@@ -319,11 +319,11 @@ def _thawed(module: nn.Module) -> Iterator[None]:
 
 def _copied(module: nn.Module, copy_: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Copy a kernelized module: the copy is kernelized, too."""
-    with _thawed(module):
+    with _as_original(module):
         clone = copy_(module)
-    asleep = clone.__dict__.get("forward")
-    if isinstance(asleep, types.MethodType):
-        clone.__dict__["forward"] = types.MethodType(asleep.__func__, clone)
+    suspended = clone.__dict__.get("forward")
+    if isinstance(suspended, types.MethodType):
+        clone.__dict__["forward"] = types.MethodType(suspended.__func__, clone)
     object.__setattr__(clone, "__class__", type(module))
     return clone
 
@@ -331,7 +331,7 @@ def _copied(module: nn.Module, copy_: Callable[[nn.Module], nn.Module]) -> nn.Mo
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Pickle as a module of the original class: choices do not travel."""
     frozen: FrozenChoice = type(self).kernels_frozen  # type: ignore[attr-defined]
-    with _thawed(self):
+    with _as_original(self):
         reduced = self.__reduce_ex__(protocol)
     if isinstance(reduced, str):
         return reduced
@@ -342,7 +342,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 
 def _restored(make: Callable[..., nn.Module], arguments: tuple[Any, ...], token: str, kernelized: str) -> nn.Module:
-    """Make an unpickled module, and say once per kernelized model that it has to be kernelized again."""
+    """Make an unpickled module, and warn once per kernelized model that it has to be kernelized again."""
     warn_once(
         f"This model was saved while kernelized for {kernelized}. Choices are not saved: each call decides by "
         "itself, by the mappings that are active here. To freeze again: kernelize(model, mode=...).",
