@@ -13,7 +13,12 @@ from torch import nn
 from kernels_core import Mode, use_kernel_forward_from_hub
 from kernels_plugins import use_kernel_mapping
 
-PLAIN, HOP, NORM = "undecorated module", "one hop by hand", "undecorated module that reads its weight"
+PLAIN, HOP = "undecorated module", "one hop by hand"
+UNPROVEN = {
+    "no parameters": PLAIN,
+    "frozen parameter": f"{PLAIN} with it",
+    "frozen parameter that its forward reads": f"{PLAIN} with it",
+}
 LIMIT, GOAL = 1.30, 1.20
 HOP_LIMIT, HOP_GOAL = 1.10, 1.00
 UNPROVEN_LIMIT, UNPROVEN_GOAL = 1.45, 1.30
@@ -130,12 +135,6 @@ def decorated(base: type[nn.Module], name: str) -> nn.Module:
     return use_kernel_forward_from_hub(name)(fresh)()
 
 
-def frozen(module: nn.Module, device: str) -> nn.Module:
-    """Give a module a weight that does not require grad."""
-    module.weight = nn.Parameter(torch.ones(2, device=device), requires_grad=False)
-    return module
-
-
 def plain_function(x: torch.Tensor) -> torch.Tensor:
     """Return `x`."""
     return x
@@ -195,15 +194,10 @@ def on_device(device: str) -> Iterator[Row]:
     yield row("kernel not for compile, nothing requires grad", times_grad, "uncompiled", PLAIN, "plain")
     yield row("kernel not for compile, x requires grad", times_requires, "uncompiled", PLAIN, "plain")
     yield row("identity layer that was compiled cold", best["cold"], "cold", PLAIN, "plain")
-    unproven = "kernel that never trained"
-    for state in ("no parameters", "frozen parameter"):
-        yield row(f"{unproven}, {state}, no_grad", best["unproven_no_grad"], state, PLAIN, "plain", LIMIT)
-        limit = UNPROVEN_LIMIT
-        yield row(f"{unproven}, {state}, gradients enabled", best["unproven_grad"], state, PLAIN, "plain", limit)
-    for mode in ("no_grad", "gradients enabled"):
-        taken = best["unproven_norm_no_grad" if mode == "no_grad" else "unproven_norm_grad"]
-        limit = LIMIT if mode == "no_grad" else UNPROVEN_LIMIT
-        yield row(f"{unproven}, frozen weight that its forward reads, {mode}", taken, "norm", NORM, "plain", limit)
+    for state, peer in UNPROVEN.items():
+        for mode, limit in (("no_grad", LIMIT), ("gradients enabled", UNPROVEN_LIMIT)):
+            subject = f"kernel that never trained, {state}, {mode}"
+            yield row(subject, best[f"{state}, {mode}"], "unproven", peer, "plain", limit)
 
 
 def _copy(device: str) -> dict[str, dict[str, float]]:
@@ -238,13 +232,18 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
     with use_kernel_mapping(names), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bench_uncompiled: refused where calls are traced
         taken = {}
-        unproven = {"plain": plain, "no parameters": decorated(Identity, "bench_identity")}
-        unproven["frozen parameter"] = frozen(decorated(Identity, "bench_identity"), device)
-        norms = {"plain": frozen(Weighted(), device), "norm": frozen(decorated(Weighted, "bench_weighted"), device)}
-        for name, enabled in (("no_grad", False), ("grad", True)):
-            with torch.set_grad_enabled(enabled):
-                taken[f"unproven_{name}"] = _times(x, unproven)
-                taken[f"unproven_norm_{name}"] = _times(x, norms)
+        pairs = {
+            "no parameters": [plain, decorated(Identity, "bench_identity")],
+            "frozen parameter": [Identity(), decorated(Identity, "bench_identity")],
+            "frozen parameter that its forward reads": [Weighted(), decorated(Weighted, "bench_weighted")],
+        }
+        for state, pair in pairs.items():
+            if state != "no parameters":
+                for module in pair:
+                    module.weight = nn.Parameter(torch.ones(2, device=device), requires_grad=False)
+            for mode in ("no_grad", "gradients enabled"):
+                with torch.set_grad_enabled(mode != "no_grad"):
+                    taken[f"{state}, {mode}"] = _times(x, dict(zip(("plain", "unproven"), pair, strict=True)))
         recorded = x.clone().requires_grad_()
         for call in (*calls.values(), *scaled.values(), *defaulted.values(), function, *mode_calls.values()):
             call(recorded)  # from here on, kernels are known to keep gradients

@@ -121,7 +121,8 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{value:.0f} {unit}" if value == int(value) or value >= 100 else f"{value:.3g} {unit}"
+    digits = 4 if unit == "x" else 3
+    return f"{value:.0f} {unit}" if value == int(value) or value >= 100 else f"{value:.{digits}g} {unit}"
 
 
 def show(rows: list[Row], facts: dict[str, str]) -> None:

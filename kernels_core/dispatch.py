@@ -349,7 +349,6 @@ class _Dispatcher:
         return self.generate(
             "forward",
             source,
-            _kernels_absent=_ABSENT,
             _kernels_cold=self._cold,
             _kernels_condition=self.layer.condition,
             _kernels_exception=Exception,
@@ -363,10 +362,10 @@ class _Dispatcher:
     def generate(self, function: str, source: str, *, file: str = "", **names: object) -> Forward:
         """Compile a text of `forward_source`, and show it to debuggers and tracebacks."""
         scope: dict[str, Any] = {  # no __name__: Dynamo would look names up in that module
+            "_kernels_unproven": self._unproven,
             **_SHARED_NAMES,
             "_kernels_find_proving": self._find_proving,
             "_kernels_reads_trainable": self._reads_trainable,
-            "_kernels_unproven": self._unproven,
             **names,
         }
         path = _file(self.layer, file or function)
@@ -379,7 +378,9 @@ class _Dispatcher:
 
 
 _SHARED_NAMES: dict[str, object] = {
-    "_kernels_frame": active_frame,
+    "_kernels_frame": active_frame,  # first the names that each call reads: they share cache lines then
+    **EXPRESSION_NAMES,
+    "_kernels_absent": _ABSENT,
     "_kernels_getattr": getattr,
     "_kernels_grad": torch.is_grad_enabled,
     "_kernels_has_trainable": has_trainable,
@@ -389,7 +390,6 @@ _SHARED_NAMES: dict[str, object] = {
     "_kernels_requires_grad": requires_grad,
     "_kernels_root": root,
     "_kernels_tensor": torch.Tensor,
-    **EXPRESSION_NAMES,
 }
 """Names that generated functions use, besides those of their own."""
 

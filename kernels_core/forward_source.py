@@ -92,11 +92,17 @@ def proved{signature}:
 
 _SELECT = """\
 def select{signature}:
-    _kernel_recorded = {forward_level} >= 0 or {records}
-    _kernel_name = {training!r} if _kernel_recorded else {inference!r}
-    _kernel = _kernels_getattr(_kernels_frame(), _kernel_name, None) or _kernels_published(_kernel_name)
-    if _kernel_recorded and _kernels_unproven:
-        _kernel = _kernels_find_proving(_kernel) or _kernel
+    _kernel_name = {inference!r}
+    try:
+        if {forward_level} >= 0 or {records}:
+            _kernel_name = {training!r}
+            _kernel = _kernels_frame().{training}
+            if _kernels_unproven:
+                _kernel = _kernels_find_proving(_kernel) or _kernel
+        else:
+            _kernel = _kernels_frame().{inference}
+    except _kernels_absent:
+        _kernel = _kernels_published(_kernel_name)
     return _kernel({call})
 """
 
