@@ -200,6 +200,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.replay.is_capturing",
             "kernels_core.replay.leaves",
             "kernels_core.replay.mapped",
+            "kernels_core.replay.each_tensor",
             "kernels_core.replay.nodes",
             "kernels_core.replay.same_numbers",
         ],

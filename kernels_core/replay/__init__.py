@@ -17,7 +17,7 @@ from .ambient import (
 from .call import CONSTANTS, Call, Outcome, Replay
 from .copies import same_numbers
 from .model_state import ModelState
-from .tree import leaves, mapped, nodes
+from .tree import each_tensor, leaves, mapped, nodes
 
 __all__ = [
     "CONSTANTS",
@@ -26,6 +26,7 @@ __all__ = [
     "Outcome",
     "RandomStates",
     "Replay",
+    "each_tensor",
     "is_capturing",
     "is_observed",
     "kept_random_states",

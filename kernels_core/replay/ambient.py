@@ -76,7 +76,7 @@ def unobserved() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         if has_saved_tensors_hooks():  # autograd calls the innermost pair only, and this one does nothing
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         torch.set_autocast_cache_enabled(False)  # the cache would keep casts of parameters that are copies
         stack.callback(torch.set_autocast_cache_enabled, cached)
         yield
@@ -84,15 +84,9 @@ def unobserved() -> Iterator[None]:
 
 def is_observed() -> bool:
     """Return whether a tracer, transform, dispatch mode or CUDA graph records this call: nothing else may run in it."""
-    if torch.compiler.is_compiling() or is_watched():
-        return True
-    return is_capturing()
+    return torch.compiler.is_compiling() or is_watched() or is_capturing()
 
 
 def is_capturing() -> bool:
     """Return whether a CUDA graph is being captured, in which no number of a tensor can be read."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -20,7 +20,7 @@ from .ambient import RandomStates, kept_random_states, random_states, same_rando
 from .copies import attributes_of, copies_of, replica_of, same_numbers, tensors_of
 from .gradients import computed, gradients_of
 from .precision import converted, only
-from .tree import leaves, mapped, nodes
+from .tree import each_tensor, leaves, mapped, nodes
 
 CONSTANTS = (
     type(None),
@@ -106,21 +106,18 @@ class Call:
     @property
     def records(self) -> bool:
         """Whether an input, or a tensor of the module, requires grad."""
-        return _any_requires_grad(self.tensors)
+        return any(tensor.requires_grad for tensor in self.tensors.values())
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the call, by name: inputs, and the parameters, buffers and attributes of the module."""
-        tensors = {f"input {name}": tensor for name, tensor in self.inputs.items()}
-        return tensors | (tensors_of(self.module) if self.module is not None else {})
+        return self._named_inputs() | (tensors_of(self.module) if self.module is not None else {})
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors that a layer may change in place, by name: inputs and buffers."""
-        state = {f"input {name}": tensor for name, tensor in self.inputs.items()}
-        if self.module is not None:
-            state |= {f"buffer {name}": buffer for name, buffer in self.module.named_buffers()}
-        return state
+        buffers = self.module.named_buffers() if self.module is not None else ()
+        return self._named_inputs() | {f"buffer {name}": buffer for name, buffer in buffers}
 
     # --- Other calls ------------------------------------------------------------------------------
 
@@ -141,13 +138,7 @@ class Call:
         originals = self.tensors
         with unobserved():
             copies = copies_of(originals.values() if state else self.inputs.values())
-            copied = self.replaced(
-                lambda _, leaf: (
-                    copies[id(leaf)].detach().requires_grad_(leaf.requires_grad)
-                    if isinstance(leaf, torch.Tensor)
-                    else leaf
-                )
-            )
+            copied = self.replaced(each_tensor(lambda t: copies[id(t)].detach().requires_grad_(t.requires_grad)))
             module = self.module
             if module is not None and state:
                 module = replica_of(module, lambda tensor, _: copies[id(tensor)].detach())
@@ -162,11 +153,7 @@ class Call:
         with unobserved():
             module = replica_of(self.module, lambda tensor, _: convert(tensor)) if self.module is not None else None
             call = self.replaced(
-                lambda _, leaf: (
-                    convert(leaf).requires_grad_(leaf.requires_grad)
-                    if isinstance(leaf, torch.Tensor) and leaf.dtype is old
-                    else leaf
-                )
+                each_tensor(lambda t: convert(t).requires_grad_(t.requires_grad) if t.dtype is old else t)
             )
         return replace(call, module=module)
 
@@ -212,7 +199,7 @@ class Call:
             forward, gradients=gradients, dtype=dtype, parameters=parameters, changes=mutations
         ) as replay:
             return Outcome(
-                mapped(replay.outputs, lambda _, leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf),
+                mapped(replay.outputs, each_tensor(torch.Tensor.detach)),
                 gradients_of(replay.outputs, replay.sources, seed, contiguous),
                 replay.after(),
                 replay.mutated() if mutations else {},
@@ -247,7 +234,7 @@ class Call:
         originals = self.tensors
         devices = {tensor.device for tensor in originals.values()}
         recording = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        wanted = (recording if gradients is None else gradients) and _any_requires_grad(originals)
+        wanted = (recording if gradients is None else gradients) and any(t.requires_grad for t in originals.values())
         inference = gradients is None and not wanted and torch.is_inference_mode_enabled()
         records = wanted or (gradients is None and recording)
         with unobserved(), kept_random_states(devices, self.random) as random:
@@ -263,11 +250,9 @@ class Call:
     def _copied(
         self, originals: Mapping[str, torch.Tensor], dtype: torch.dtype | None, parameters: bool, objects: bool
     ) -> Call:
-        kept: set[int] = set()
-        if not parameters and self.module is not None:
-            live = list(self.module.parameters())
-            if not any(parameter.is_inference() for parameter in live):  # autograd saves no inference tensors
-                kept = {id(parameter) for parameter in live}
+        live = list(self.module.parameters()) if self.module is not None and not parameters else []
+        # Autograd saves no inference tensors, so these are copied in any case.
+        kept = {id(parameter) for parameter in live} if not any(p.is_inference() for p in live) else set()
         copies = copies_of(
             tensor for name, tensor in originals.items() if id(tensor) not in kept or name.startswith("input ")
         )
@@ -299,9 +284,8 @@ class Call:
         yield from zip(self._names, self.args, strict=True)
         yield from self.kwargs.items()
 
-
-def _any_requires_grad(tensors: Mapping[str, torch.Tensor]) -> bool:
-    return any(tensor.requires_grad for tensor in tensors.values())
+    def _named_inputs(self) -> dict[str, torch.Tensor]:
+        return {f"input {name}": tensor for name, tensor in self.inputs.items()}
 
 
 class Replay:
@@ -358,11 +342,12 @@ class Replay:
 
     def mutated(self) -> dict[str, torch.Tensor]:
         """Return the tensors that the run changed; compares numbers, for kernels write past autograd's counters."""
-        before, now = self._tensors, self.call.tensors
-        pairs = (
-            (name, converted(before[name].detach(), self._dtype), now[name].detach()) for name in before if name in now
-        )
-        return {name: now for name, before, now in pairs if not same_numbers(before, now)}
+        now = {name: tensor.detach() for name, tensor in self.call.tensors.items() if name in self._tensors}
+        return {
+            name: tensor
+            for name, tensor in now.items()
+            if not same_numbers(converted(self._tensors[name].detach(), self._dtype), tensor)
+        }
 
     def attributes(self) -> tuple[str, ...]:
         """Return attributes of modules, and items of lists and dicts, that the run set or deleted."""

@@ -32,16 +32,12 @@ def gradients_of(
     outputs: Any, sources: Mapping[str, torch.Tensor], seed: int, contiguous: bool
 ) -> dict[str, torch.Tensor | None]:
     """Return the gradients of the sources, for fixed gradients of the outputs."""
-    reached: list[torch.Tensor] = []
-    pushed: list[torch.Tensor] = []
     tensors = [leaf for _, leaf in leaves(outputs) if isinstance(leaf, torch.Tensor)] if sources else []
-    for number, output in enumerate(tensors):
-        if output.requires_grad:
-            reached.append(output)
-            pushed.append(_output_gradient(output, seed + 1009 * number, contiguous))
+    reached = {number: output for number, output in enumerate(tensors) if output.requires_grad}
     if not reached:
         return dict.fromkeys(sources)
-    found = torch.autograd.grad(reached, list(sources.values()), pushed, allow_unused=True)
+    pushed = [_output_gradient(output, seed + 1009 * number, contiguous) for number, output in reached.items()]
+    found = torch.autograd.grad(list(reached.values()), list(sources.values()), pushed, allow_unused=True)
     return {name: g.detach() if g is not None else None for name, g in zip(sources, found, strict=True)}
 
 

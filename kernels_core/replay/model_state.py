@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from ..torch_internals import version
-from .ambient import unobserved
+from .ambient import kept_random_states, unobserved
 from .copies import same_numbers
 
 
@@ -60,11 +61,11 @@ class ModelState:
     def restore(self) -> None:
         """Restore the model."""
         for module, state in self._attributes:
-            if not _is_same(module.__dict__, state):
+            if _identities(module.__dict__) != _identities(state):
                 module.__dict__.clear()
                 module.__dict__.update(state)
         for held, content in self._held:
-            if not _is_same(held, content):
+            if _identities(held) != _identities(content):
                 held.clear()
                 held.update(content) if isinstance(held, dict) else held.extend(content)
         for _, parameter, _, gradient, data, requires_grad in self._parameters:
@@ -73,7 +74,7 @@ class ModelState:
                 parameter.data = data
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-        with unobserved():  # compared by value: batch normalization changes its buffers without counting that
+        with unobserved():  # compared by value: batch normalization changes its buffers without a new version
             for buffer, before in self._buffers:
                 if not buffer.is_meta and not same_numbers(buffer.detach(), before):
                     with torch.inference_mode(buffer.is_inference()):
@@ -84,13 +85,9 @@ class ModelState:
         return [name for name, parameter, count, *_ in self._parameters if version(parameter) != count]
 
 
-def _is_same(held: Any, content: Any) -> bool:
-    """Whether a list or dict holds the same objects as before, in the same order."""
-    if len(held) != len(content):
-        return False
-    if isinstance(held, dict):
-        return all(a is b and held[a] is content[b] for a, b in zip(held, content, strict=True))
-    return all(a is b for a, b in zip(held, content, strict=True))
+def _identities(held: Any) -> list[int]:
+    """Return the `id` of each object in a list or dict, in order, to notice another one that is equal."""
+    return [id(one) for one in (itertools.chain(*held.items()) if isinstance(held, dict) else held)]
 
 
 def _has_data(tensor: torch.Tensor, data: torch.Tensor) -> bool:
@@ -105,17 +102,13 @@ def _kept_generators() -> Iterator[None]:
     """Restore the random generators of Python, PyTorch, its devices in use, and NumPy if it is imported."""
     numpy: Any = sys.modules.get("numpy.random")
     kept = random.getstate(), numpy.get_state() if numpy else None
-    kind = next((kind for kind in ("cuda", "xpu") if _is_in_use(kind)), None)
-    devices = list(range(getattr(torch, kind).device_count())) if kind else []
+    kinds = {kind: getattr(torch, kind, None) for kind in ("cuda", "xpu")}
+    used = {kind: device for kind, device in kinds.items() if device and device.is_available()}
+    counts = {kind: device.device_count() for kind, device in used.items() if device.is_initialized()}
     try:
-        with torch.random.fork_rng(devices, device_type=kind or "cuda"):
+        with kept_random_states(torch.device(kind, n) for kind, count in counts.items() for n in range(count)):
             yield
     finally:
         random.setstate(kept[0])
         if numpy:
             numpy.set_state(kept[1])
-
-
-def _is_in_use(kind: str) -> bool:
-    device: Any = getattr(torch, kind, None)
-    return device is not None and bool(device.is_available() and device.is_initialized())

@@ -62,6 +62,16 @@ def mapped(value: object, function: Callable[[str, Any], Any], path: str = "", i
     return remake([mapped(child, function, path + key, (*inside, id(value))) for key, child in children])
 
 
+def each_tensor(function: Callable[[torch.Tensor], Any]) -> Callable[[str, Any], Any]:
+    """Return a function for `mapped` that replaces tensors, and keeps other leaves.
+
+    Example:
+        >>> mapped([torch.ones(1), 2], each_tensor(torch.Tensor.tolist))
+        [[1.0], 2]
+    """
+    return lambda _, leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
 def _open(value: Any, inside: tuple[int, ...]) -> tuple[list[tuple[str, Any]], Remake] | None:
     """Return the children of a container, each with its key, and a function of as many others; None for a leaf."""
     kind = type(value)
@@ -81,9 +91,8 @@ def _open(value: Any, inside: tuple[int, ...]) -> tuple[list[tuple[str, Any]], R
         children, context = node.flatten_fn(value)
         return [(f"[{i}]", child) for i, child in enumerate(children)], lambda new: node.unflatten_fn(new, context)
     if dataclasses.is_dataclass(value):
-        held = {
-            field.name: getattr(value, field.name) for field in dataclasses.fields(value) if hasattr(value, field.name)
-        }
+        fields = [field.name for field in dataclasses.fields(value)]
+        held = {name: getattr(value, name) for name in fields if hasattr(value, name)}
     elif _holds_tensors(value, 3):
         held = vars(value)
     else:
@@ -121,7 +130,7 @@ def _mapping(value: Mapping[Any, Any], new: list[Any]) -> Any:
 
 
 def _list(value: list[Any], new: list[Any]) -> list[Any]:
-    made = copy.copy(value)
+    made = copy.copy(value)  # keeps the class, and attributes that it has
     made[:] = new
     return made
 

@@ -65,7 +65,8 @@ class Difference:
         if self.own_error is not None:
             numbers += f", the reference's own {self.own_error:.3g}"
         verdict = "; ".join(self.reasons) or "as expected"
-        return f"{place} ({dtype}, {_shape(self.shape)}): {verdict} ({numbers})"
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        return f"{place} ({dtype}, {shape}): {verdict} ({numbers})"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Comparison:
 
     Attributes:
         mismatches: Differences of structure, shape, dtype and device, where no numbers are compared.
-        differences: A difference for each tensor that can.
+        differences: A difference for each tensor whose numbers are compared.
     """
 
     mismatches: tuple[str, ...] = ()
@@ -157,10 +158,6 @@ def compare(
         else:
             mismatches.append(mismatch)
     return Comparison(tuple(mismatches), tuple(measured.difference() for measured in found))
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
 
 
 class _Measured(Yardstick):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from kernels_core import Layer, Resolution, find_layer, hookimpl, plugin_manager
-from kernels_core.replay import Call
+from kernels_core.replay import Call, each_tensor
 
 Forward = Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,13 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A call of a decorated layer.
-
-    Attributes:
-        path: Where the module is in the model, as in `named_modules`; for a function, its name.
-        layer: The layer that was called.
-        call: The arguments and the module, as they were at the start of the call.
-    """
+    """A call of a decorated layer, as it was at its start; `path` leads to the module, or is the function's name."""
 
     path: str
     layer: Layer
@@ -56,16 +51,9 @@ class Case:
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[list[Recorded]]:
-    """Record the eager calls of decorated layers while a model runs.
+    """Record the eager calls of decorated layers and functions while a model runs; results are not changed.
 
-    Results are those that there would be without. Of calls of one module with the same shapes, dtypes and
-    devices, the first is kept.
-
-    Args:
-        model: Its decorated layers, also kernelized ones, and the decorated functions that it calls.
-
-    Returns:
-        A list that fills while the block runs.
+    Of calls of one module with the same shapes, dtypes and devices, only the first is kept.
 
     Example:
         >>> @use_kernel_forward_from_hub("Identity")
@@ -88,17 +76,15 @@ def record(model: nn.Module) -> Iterator[list[Recorded]]:
             known.add(key)
             calls.append(Recorded(path, layer, call.snapshot()))
 
-    def watch(path: str, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not torch.compiler.is_compiling():
-                keep(path, layer, Call(module, args, kwargs, layer.signature))
-
-        return hook
+    def hook(path: str, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            keep(path, layer, Call(module, args, kwargs, layer.signature))
 
     with contextlib.ExitStack() as stack:
         modules = dict(model.named_modules())
         for path, layer in decorated(model):
-            handle = modules[path].register_forward_pre_hook(watch(path, layer), with_kwargs=True)
+            watch = functools.partial(hook, path, layer)
+            handle = modules[path].register_forward_pre_hook(watch, with_kwargs=True)
             stack.callback(handle.remove)
         name = f"oracle-recorder-{id(calls)}"
         plugin_manager().register(_Functions(keep), name)
@@ -146,16 +132,13 @@ def cases(call: Call) -> Iterator[Case]:
     Other values, other dtypes, inputs that are not contiguous, empty ones, odd sizes, a batch of one, and
     autocast.
 
-    Args:
-        call: A call of the layer.
-
     Example:
         >>> [case.name for case in cases(Call(None, (torch.ones(4, 8),)))][:4]
         ['other values', 'bfloat16', 'float16', 'strided']
     """
     call = call.snapshot()
-    main = _main(call)
-    if main is None:
+    main = next((t for t in call.inputs.values() if t.is_floating_point() and t.numel()), None)
+    if main is None:  # its dtype and sizes are varied
         return
     yield Case("other values", _changed(call, _other_values))
     given = main.dtype
@@ -164,15 +147,17 @@ def cases(call: Call) -> Iterator[Case]:
             yield Case(str(dtype).removeprefix("torch."), call.converted(given, dtype))
     yield Case("strided", _changed(call, _strided), contiguous=False)
     yield Case("transposed", _changed(call, _transposed), contiguous=False)
-    if main.dim() > 1 and main.shape[0] > 1:
+    has_batch = main.dim() > 1 and main.shape[0] > 1
+    if has_batch:
         yield Case("expanded", _changed(call, _expanded))
     yield Case("offset by one element", _changed(call, _offset))
     if main.dim() > 1:
         yield Case("empty", _resized(call, main, 0, 0))
-    if main.dim() > 1 and main.shape[0] > 1:
-        yield Case("batch of one", _resized(call, main, 0, 1))
-    if main.dim() > 1:
-        yield Case("odd size", _resized(call, main, main.dim() - 2, _odd(main.shape[-2])))
+        if has_batch:
+            yield Case("batch of one", _resized(call, main, 0, 1))
+        size = main.shape[-2]
+        odd = size - 1 if size > 1 and size % 2 == 0 else size + 2 if size % 2 else 3
+        yield Case("odd size", _resized(call, main, main.dim() - 2, odd))
     bare = call.module is None or not [*call.module.parameters(), *call.module.buffers()]
     if bare and main.dim() and main.shape[-1] > 4:  # nothing in the module has that size, too
         yield Case("odd width", _resized(call, main, main.dim() - 1, main.shape[-1] - 2 + main.shape[-1] % 2))
@@ -184,33 +169,18 @@ def with_gradients(call: Call) -> Call:
     """Return a call that autograd records: where nothing requires grad, let all floating inputs do."""
     if call.records:
         return call
-    return call.replaced(
-        lambda _, leaf: (
-            leaf.detach().requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
-        )
-    )
-
-
-def _main(call: Call) -> torch.Tensor | None:
-    """Return the input whose dtype and sizes are varied: the first with floating numbers."""
-    return next((t for t in call.inputs.values() if t.is_floating_point() and t.numel()), None)
-
-
-def _odd(size: int) -> int:
-    return size - 1 if size > 1 and size % 2 == 0 else size + 2 if size % 2 else 3
+    return call.replaced(each_tensor(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t))
 
 
 def _changed(call: Call, change: Callable[[torch.Tensor], torch.Tensor]) -> Call:
     """Return a call with every tensor changed."""
 
-    def made(_: str, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
+    def made(tensor: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return change(leaf.detach()).detach().requires_grad_(leaf.requires_grad)
+            return change(tensor.detach()).detach().requires_grad_(tensor.requires_grad)
 
     with torch.inference_mode(False):
-        return call.replaced(made)
+        return call.replaced(each_tensor(made))
 
 
 def _other_values(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from kernels_core import Resolution
-from kernels_core.replay import Call, mapped
+from kernels_core.replay import Call, each_tensor, mapped
 
 from ..comparison import Tolerances, compare
 from .inputs import Recorded, with_gradients
@@ -19,12 +19,10 @@ from .subject import stop_if_broken, tried
 
 Forward = Callable[..., Any]
 
-LAYOUTS = ("strided", "transposed", "expanded", "offset by one element")
-SIZES = ("empty", "batch of one", "odd size", "odd width")
 _PROBE_OF_CASE = {
     **dict.fromkeys(("as given", "other values"), "forward"),
-    **dict.fromkeys(LAYOUTS, "layouts"),
-    **dict.fromkeys(SIZES, "sizes"),
+    **dict.fromkeys(("strided", "transposed", "expanded", "offset by one element"), "layouts"),
+    **dict.fromkeys(("empty", "batch of one", "odd size", "odd width"), "sizes"),
     "autocast bfloat16": "autocast",
 }
 
@@ -80,26 +78,16 @@ class ProbeReport:
 
 
 def probe(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances | None = None) -> ProbeReport:
-    """Try a kernel on a call, and on others that are derived from it.
-
-    Args:
-        recorded: The layer, and a call of it.
-        resolution: The kernel.
-        tolerances: As for `verify`.
-
-    Returns:
-        The results. Nothing is changed.
-    """
-    implementation: Any = resolution.implementation
-    rows = tried(recorded, resolution, tolerances=tolerances)
-    probes = dict(_judged(rows))
-    if probes.get("forward", Probe(None)).ok:
-        probes["compile"] = _traces(recorded.call, implementation, bool(probes.get("gradients", Probe(None)).ok))
-        if recorded.call.devices and recorded.call.devices[0].type == "cuda":
-            probes["cuda graph"] = _captures(recorded.call, implementation)
-    return ProbeReport(
-        resolution.origin, recorded.layer.name, str(resolution.request.device), torch.__version__, probes
-    )
+    """Try a kernel on a call, and on others that are derived from it; nothing is changed."""
+    call, implementation = recorded.call, cast(Forward, resolution.implementation)
+    probes = dict(_judged(tried(recorded, resolution, tolerances=tolerances)))
+    device = str(resolution.request.device)
+    report = ProbeReport(resolution.origin, recorded.layer.name, device, torch.__version__, probes)
+    if report.can("forward"):
+        probes["compile"] = _traces(call, implementation, bool(report.can("gradients")))
+        if call.devices and call.devices[0].type == "cuda":
+            probes["cuda graph"] = _captures(call, implementation)
+    return report
 
 
 def _judged(rows: list[VerifyRow]) -> Iterator[tuple[str, Probe]]:
@@ -113,7 +101,7 @@ def _judged(rows: list[VerifyRow]) -> Iterator[tuple[str, Probe]]:
     for name, group in groups.items():
         bad = next((row for row in group if row.verdict in ("wrong", "failed")), None)
         if bad is not None:
-            yield name, Probe(False, ", ".join(part for part in (bad.case, bad.subject) if part) + f": {bad.reason}")
+            yield name, Probe(False, f"{', '.join(filter(None, (bad.case, bad.subject)))}: {bad.reason}")
         elif any(row.verdict == "ok" for row in group):
             yield name, Probe(True)
         else:
@@ -186,7 +174,7 @@ def _captures(call: Call, implementation: Forward) -> Probe:
             raise
         graph.replay()
         torch.cuda.synchronize()
-        return mapped(outputs, lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
+        return mapped(outputs, each_tensor(torch.clone))
 
     try:
         expected = call.run(implementation, gradients=False)

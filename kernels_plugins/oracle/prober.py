@@ -101,12 +101,11 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
     """Refuse a kernel for calls that it proved to be incapable of."""
     if request.layer is None or _setting() == "off":
         return None
-    from . import probe_cache
     from .probe import implementation_of
 
     implementation = implementation_of(layer, function=request.layer.is_function)
     _kernels[_function(implementation)] = layer
-    report = probe_cache.find(probe_cache.key_of(request.layer, implementation, request.device))
+    _, report = _known(request, implementation)
     return _refusal(report, request.mode) if report is not None else None
 
 
@@ -116,9 +115,7 @@ def kernels_resolve_forward(request: LayerRequest) -> Generator[None, Any, Any]:
     resolution: Resolution | None = yield
     if resolution is None or resolution.implementation is None or request.layer is None or _setting() == "off":
         return resolution
-    from . import probe_cache
-
-    report = probe_cache.find(probe_cache.key_of(request.layer, resolution.implementation, request.device))
+    _, report = _known(request, resolution.implementation)
     if report is None:
         return resolution
     results = ", ".join(f"{'' if probe.ok else 'not '}{name}" for name, probe in report.probes.items())
@@ -128,15 +125,19 @@ def kernels_resolve_forward(request: LayerRequest) -> Generator[None, Any, Any]:
 @hookimpl
 def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward] | None:
     """Probe a kernel at its first call, unless it was probed before."""
-    layer = resolution.request.layer
-    if layer is None or resolution.implementation is None or _setting() != "on":
+    if resolution.request.layer is None or resolution.implementation is None or _setting() != "on":
         return None
-    from . import probe_cache
+    key, report = _known(resolution.request, resolution.implementation)
+    return (lambda forward: _probed(resolution, key, forward)) if report is None else None
 
-    key = probe_cache.key_of(layer, resolution.implementation, resolution.request.device)
-    if probe_cache.find(key) is not None:
-        return None
-    return lambda forward: _probed(resolution, key, forward)
+
+def _known(request: LayerRequest, implementation: Any) -> tuple[str, Any]:
+    """Return the key of a kernel in the cache of probes, and the report there, if there is one."""
+    from . import probe_cache  # only where something is probed
+
+    assert request.layer is not None
+    key = probe_cache.key_of(request.layer, implementation, request.device)
+    return key, probe_cache.find(key)
 
 
 def _refusal(report: Any, mode: Mode) -> str | None:
@@ -193,27 +194,21 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
         mode = Mode.TRAINING if torch.is_grad_enabled() and call.records else Mode.INFERENCE
         if _refusal(report, mode) is None:
             return forward(*args, **kwargs)
-        return _next(resolution, mode)(*args, **kwargs)
+        # The kernel is refused for this call already, and the next one is probed, too.
+        decided = resolve(layer, device=resolution.request.device, mode=mode)
+        return plugin_manager().wrap_forward(decided, serving_forward(decided))(*args, **kwargs)
 
     return first
-
-
-def _next(resolution: Resolution, mode: Mode) -> Forward:
-    """Return the forward for the call on which a kernel was refused; the next kernel is probed, too."""
-    assert resolution.request.layer is not None
-    decided = resolve(resolution.request.layer, device=resolution.request.device, mode=mode)
-    return plugin_manager().wrap_forward(decided, serving_forward(decided))
 
 
 def _take_out(resolution: Resolution, report: Any) -> None:
     """Quarantine a kernel for calls that it is incapable of, also where `kernelize` has chosen it; decide anew."""
     layer, implementation = resolution.request.layer, resolution.implementation
     assert layer is not None and implementation is not None
-    for mode in (Mode.INFERENCE, Mode.TRAINING):
+    device = resolution.request.device
+    for mode, out in ((Mode.INFERENCE, None), (Mode.TRAINING, Mode.TRAINING)):
         reason = _refusal(report, mode)
         if reason is not None:
-            out = None if mode is Mode.INFERENCE else mode
-            device = resolution.request.device
             quarantine(layer, implementation, kernel=resolution.origin, reason=reason, device=device, mode=out)
             return
     forget()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from kernels_core import (
     references,
     resolve,
 )
-from kernels_core.replay import Call, Outcome, mapped
+from kernels_core.replay import Call, Outcome, leaves, mapped
 
 from ..comparison import Comparison, Tolerances, compare
 from .inputs import Case, Recorded, cases, with_gradients
@@ -27,13 +27,7 @@ from .report import VerifyRow
 
 
 def tried(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances | None = None) -> list[VerifyRow]:
-    """Try one kernel on a call and on others like it, whatever would serve; for inference and for training.
-
-    Args:
-        recorded: The layer, and the call.
-        resolution: The kernel, as if it were to serve both.
-        tolerances: As for `verify`.
-    """
+    """Try one kernel on a call and on others like it, for inference and for training, even if it would not serve."""
     candidate = resolution.candidate or Candidate(resolution.implementation)
     decisions = {
         mode: replace(resolution, request=replace(resolution.request, mode=mode))
@@ -47,15 +41,7 @@ class _Kernel:
     """A candidate, with the decision about it for each mode."""
 
     candidate: Candidate
-    decisions: Mapping[Mode, Resolution]
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """A run of the reference, and the same in float64 if it can be run so."""
-
-    run: Outcome
-    exact: Outcome | None
+    decisions: dict[Mode, Resolution]
 
 
 class Subject:
@@ -73,14 +59,15 @@ class Subject:
         if not self._condition():
             yield replace(self.blank, verdict="no kernel", reason="its condition is not met, so none may serve it")
             return
-        kernels = list(self._kernels())
+        kernels = self._kernels()
         if not kernels:
             yield replace(self.blank, verdict="no kernel", reason=self._why_none())
             return
         for kernel in kernels:
             for mode, resolution in kernel.decisions.items():
                 if resolution.is_reference:
-                    yield self._refused(kernel, mode, resolution)
+                    reason = "; ".join(refusal.reason for refusal in resolution.refusals) or resolution.note
+                    yield replace(self._row(kernel, mode), verdict="refused", reason=reason)
         serving = [k for k in kernels if not all(r.is_reference for r in k.decisions.values())]
         if not serving:
             yield replace(self.blank, verdict="undecided", reason="none of the kernels that are offered can be used")
@@ -104,35 +91,32 @@ class Subject:
         arguments = self.call.args if self.layer.is_function else (self.call.module,)
         return bool(condition(*arguments, **(self.call.kwargs if self.layer.is_function else {})))
 
-    def _kernels(self) -> Iterator[_Kernel]:
-        """Yield each candidate once, with the decisions about it."""
-        found: list[tuple[Candidate, dict[Mode, Resolution]]] = []
+    def _kernels(self) -> list[_Kernel]:
+        """Return each candidate once, with the decisions about it."""
+        found: list[_Kernel] = []
         for mode in self.modes:
             for candidate in find_candidates(self.layer, device=self.device, mode=mode)[0]:
-                decisions = next((d for c, d in found if c == candidate), None)
-                if decisions is None:
-                    decisions = {}
-                    found.append((candidate, decisions))
-                if mode not in decisions:
-                    decisions[mode] = resolve(self.layer, device=self.device, mode=mode, candidate=candidate)
+                kernel = next((kernel for kernel in found if kernel.candidate == candidate), None)
+                if kernel is None:
+                    kernel = _Kernel(candidate, {})
+                    found.append(kernel)
+                if mode not in kernel.decisions:
+                    kernel.decisions[mode] = resolve(self.layer, device=self.device, mode=mode, candidate=candidate)
         choice = frozen_choice(self.call.module) if self.call.module is not None else None
         frozen = choice.resolution if choice is not None else None
         if frozen is not None and not frozen.is_reference:
-            known = {id(r.implementation) for _, decisions in found for r in decisions.values()}
+            known = {id(r.implementation) for kernel in found for r in kernel.decisions.values()}
             if id(frozen.implementation) not in known:  # chosen from a mapping that is not open any more
                 chosen = {mode: frozen for mode in self.modes if mode in frozen.request.mode}
-                found.append((frozen.candidate or Candidate(frozen.implementation), chosen or {Mode.INFERENCE: frozen}))
-        yield from (_Kernel(candidate, decisions) for candidate, decisions in found)
+                candidate = frozen.candidate or Candidate(frozen.implementation)
+                found.append(_Kernel(candidate, chosen or {Mode.INFERENCE: frozen}))
+        return found
 
     def _why_none(self) -> str:
         found = (find_candidates(self.layer, device=self.device, mode=mode)[1] for mode in self.modes)
         refusals = {str(refusal) for refused in found for refusal in refused}
         note = resolve(self.layer, device=self.device, mode=self.modes[0]).note
         return note or "; ".join(sorted(refusals)) or "none is offered"
-
-    def _refused(self, kernel: _Kernel, mode: Mode, resolution: Resolution) -> VerifyRow:
-        reason = "; ".join(refusal.reason for refusal in resolution.refusals) or resolution.note
-        return replace(self._row(kernel, mode), verdict="refused", reason=reason)
 
     def _row(self, kernel: _Kernel, mode: Mode, case: Case | None = None) -> VerifyRow:
         resolution = kernel.decisions[mode]
@@ -177,7 +161,8 @@ class Subject:
                 yield replace(row, verdict="undecided" if case.given else "skipped", reason=reason)
                 continue
             for kernel in serving:
-                yield from self._judge(self._row(kernel, mode, case), case, mode, kernel.decisions[mode], expected)
+                implementation: Any = kernel.decisions[mode].implementation
+                yield from self._judge(self._row(kernel, mode, case), case, mode, implementation, *expected)
 
     def _run(self, case: Case, forward: Callable[..., Any], mode: Mode, dtype: torch.dtype | None = None) -> Outcome:
         training = mode is Mode.TRAINING
@@ -188,23 +173,29 @@ class Subject:
         with references(), cast:
             return call.run(forward, gradients=training, dtype=dtype, contiguous=case.contiguous)
 
-    def _expected(self, case: Case, mode: Mode) -> _Expected:
+    def _expected(self, case: Case, mode: Mode) -> tuple[Outcome, Outcome | None]:
+        """Return a run of the reference, and the same in float64 if it can be run so."""
         run = self._run(case, self.layer.reference, mode)
         try:
             exact = self._run(case, self.layer.reference, mode, torch.float64)
         except Exception as error:  # many a layer insists on its dtype
             stop_if_broken(error)
-            return _Expected(run, None)
+            return run, None
         if not run.random:
-            return _Expected(run, exact)
+            return run, exact
         near = _is_near(run.outputs, exact.outputs) and _is_near(dict(run.gradients), dict(exact.gradients))
-        return _Expected(run, exact if near else None)
+        return run, exact if near else None
 
     def _judge(
-        self, row: VerifyRow, case: Case, mode: Mode, resolution: Resolution, expected: _Expected
+        self,
+        row: VerifyRow,
+        case: Case,
+        mode: Mode,
+        implementation: Callable[..., Any],
+        expected: Outcome,
+        exact: Outcome | None,
     ) -> Iterator[VerifyRow]:
-        """Yield how a kernel does with a case."""
-        implementation: Any = resolution.implementation
+        """Compare the runs of a kernel on a case with those of the reference."""
         try:
             run = self._run(case, implementation, mode)
             again = self._run(case, implementation, mode) if case.given else None
@@ -212,24 +203,20 @@ class Subject:
             stop_if_broken(error)
             yield replace(row, verdict="failed", reason=f"it raises {_short(error)}")
             return
-        draws = (
-            "; the reference draws random numbers: a kernel that draws others differs" if expected.run.random else ""
-        )
-        exact = expected.exact.outputs if expected.exact is not None else None
-        forward = compare(run.outputs, expected.run.outputs, exact=exact, tolerances=self.tolerances)
+        draws = "; the reference draws random numbers: a kernel that draws others differs" if expected.random else ""
+        ideal = exact.outputs if exact is not None else None
+        forward = compare(run.outputs, expected.outputs, exact=ideal, tolerances=self.tolerances)
         yield _with(replace(row, subject="forward"), forward, draws)
         if again is not None:
             second = compare(again.outputs, run.outputs, tolerances=self.tolerances)
             if not second.ok:
                 reason = f"a second call on equal inputs differs from the first: {second}"
                 yield replace(_with(replace(row, subject="second call"), second), reason=reason)
-        for name, gradient in expected.run.gradients.items():
-            found = run.gradients.get(name)
-            own = expected.exact.gradients.get(name) if expected.exact is not None else None
-            yield _with(
-                replace(row, subject=f"gradient of {name}"), _gradient(found, gradient, own, self.tolerances), draws
-            )
-        reason = _changes(run, expected.run, self.tolerances)
+        for name, gradient in expected.gradients.items():
+            ideal = exact.gradients.get(name) if exact is not None else None
+            comparison = _gradient(run.gradients.get(name), gradient, ideal, self.tolerances)
+            yield _with(replace(row, subject=f"gradient of {name}"), comparison, draws)
+        reason = _changes(run, expected, self.tolerances)
         if reason:
             yield replace(row, subject="changes", verdict="wrong", reason=reason)
 
@@ -243,14 +230,11 @@ def _gradient(
     found: torch.Tensor | None, expected: torch.Tensor | None, exact: torch.Tensor | None, tolerances: Tolerances | None
 ) -> Comparison:
     """Compare gradients; none at all is as good as zeros, if nothing else was expected."""
-    if found is None and expected is None:
-        return Comparison()
-    if found is None and expected is not None:
-        if not expected.count_nonzero():
-            return Comparison()
-        return Comparison(("no gradient, where the reference has one",))
-    if expected is None and found is not None:
-        return compare(found, torch.zeros_like(found), tolerances=tolerances)
+    if found is None:
+        is_lost = expected is not None and bool(expected.count_nonzero())
+        return Comparison(("no gradient, where the reference has one",) if is_lost else ())
+    if expected is None:
+        expected, exact = torch.zeros_like(found), None
     return compare(found, expected, exact=exact, tolerances=tolerances)
 
 
@@ -271,26 +255,21 @@ def _changes(run: Outcome, expected: Outcome, tolerances: Tolerances | None) -> 
 
 def _with(row: VerifyRow, comparison: Comparison, remark: str = "") -> VerifyRow:
     """Put numbers and a verdict into a row."""
-    worst = comparison.worst
-    row = replace(
-        row,
-        verdict="ok" if comparison.ok else "wrong",
-        reason="" if comparison.ok else f"{comparison}{remark}",
-    )
-    if worst is None:
-        return row
-    errors: dict[str, Any] = {name: comparison.largest(name) for name in ("max_abs", "mean_abs", "max_rel", "max_ulps")}
-    return replace(row, **errors, excess=worst.excess, own_error=worst.own_error)
+    errors: dict[str, Any] = {}
+    if comparison.worst is not None:
+        errors = {name: comparison.largest(name) for name in ("max_abs", "mean_abs", "max_rel", "max_ulps")}
+        errors |= {"excess": comparison.worst.excess, "own_error": comparison.worst.own_error}
+    if comparison.ok:
+        return replace(row, verdict="ok", reason="", **errors)
+    return replace(row, verdict="wrong", reason=f"{comparison}{remark}", **errors)
 
 
 def _is_near(outputs: Any, exact: Any) -> bool:
     """Whether outputs in float64 are the same but for rounding: a layer may draw other random numbers in float64."""
-    dtypes = []
-    mapped(outputs, lambda _, leaf: dtypes.append(getattr(leaf, "dtype", None)))
-    remaining = iter(dtypes)
+    dtypes = (getattr(leaf, "dtype", None) for _, leaf in leaves(outputs))
 
     def rounded(_: str, leaf: Any) -> Any:
-        dtype = next(remaining, None)
+        dtype = next(dtypes, None)
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and dtype is not None else leaf
 
     return compare(mapped(exact, rounded), outputs, tolerances=(0.25, 1e-2)).ok

@@ -46,8 +46,8 @@ def verify(
         A report with a row for each comparison.
 
     Raises:
-        ArgumentError: If the model cannot be run with the inputs, or a tolerance is less than nothing.
-        ArgumentTypeError: If it is neither a module nor a decorated function, or tolerances are none.
+        ArgumentError: If the model cannot be run with the inputs, or a tolerance is below 0.
+        ArgumentTypeError: If it is neither a module nor a decorated function, or tolerances are not pairs of numbers.
 
     Example:
         >>> @use_kernel_forward_from_hub("Double")
@@ -102,7 +102,7 @@ def _check_tolerances(tolerances: Any) -> None:
                 f"tolerances are (relative, absolute), or a dict of these by dtype, not {tolerances!r}."
             )
         if not all(number >= 0 for number in pair):
-            raise ArgumentError(f"tolerances are {tolerances!r}: each says how far a number may be off, 0 or more.")
+            raise ArgumentError(f"tolerances are {tolerances!r}: each is the allowed error of a number, 0 or more.")
 
 
 def _check_devices(call: Call) -> None:
@@ -125,7 +125,7 @@ def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
     with record(model) as calls, references(model), contextlib.ExitStack() as stack:
         if gradients:
             stack.enter_context(torch.enable_grad())
-        if dynamo_is_imported():  # what was compiled, or is a part of it, runs as it was written
+        if dynamo_is_imported():  # compiled layers, and compiled parts of them, run as they were written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             model(*call.args, **call.kwargs)
