@@ -141,7 +141,7 @@ class Call:
             copied = self.replaced(each_tensor(lambda t: copies[id(t)].detach().requires_grad_(t.requires_grad)))
             module = self.module
             if module is not None and state:
-                module = replica_of(module, lambda tensor, _: copies[id(tensor)].detach())
+                module = replica_of(module, lambda tensor: copies[id(tensor)].detach())
         return replace(copied, module=module, random=random_states(t.device for t in originals.values()))
 
     def converted(self, old: torch.dtype, new: torch.dtype) -> Call:
@@ -151,7 +151,7 @@ class Call:
             return tensor.detach().to(new) if tensor.dtype is old else tensor.detach().clone()
 
         with unobserved():
-            module = replica_of(self.module, lambda tensor, _: convert(tensor)) if self.module is not None else None
+            module = replica_of(self.module, convert) if self.module is not None else None
             call = self.replaced(
                 each_tensor(lambda t: convert(t).requires_grad_(t.requires_grad) if t.dtype is old else t)
             )
@@ -265,7 +265,7 @@ class Call:
                 return copied(leaf)
             return copy.deepcopy(leaf) if objects and not isinstance(leaf, (nn.Module, *CONSTANTS)) else leaf
 
-        module = replica_of(self.module, lambda tensor, _: copied(tensor)) if self.module is not None else None
+        module = replica_of(self.module, copied) if self.module is not None else None
         return replace(self.replaced(argument), module=module)
 
     @property

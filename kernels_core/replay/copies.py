@@ -16,8 +16,6 @@ _ALIGNMENT = 256
 _INSIDE = ("_parameters", "_buffers", "_modules")
 """The attributes in which a module keeps its tensors and modules."""
 
-Make = Callable[[torch.Tensor, bool], torch.Tensor]
-
 
 def copies_of(originals: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
     """Copy tensors, by the `id` of the original.
@@ -76,27 +74,19 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def replica_of(module: nn.Module, make: Make) -> nn.Module:
-    """Copy a module and every module in it, with `make(tensor, is_parameter)` in place of its tensors.
+def replica_of(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Copy a module and every module in it, with `make(tensor)` in place of its tensors.
 
     Lists and dicts in attributes are copied, too; hooks and other objects are shared.
     """
     made: dict[int, Any] = {}
 
-    def tensor(original: torch.Tensor | None, is_parameter: bool) -> torch.Tensor | None:
-        if original is None:
-            return None
-        if id(original) not in made:
-            copied = make(original, is_parameter)
-            if is_parameter:
-                copied = nn.Parameter(copied, original.requires_grad)
-            made[id(original)] = copied.requires_grad_(original.requires_grad)
-        return cast(torch.Tensor, made[id(original)])
-
-    def other(_: str, leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return tensor(leaf, isinstance(leaf, nn.Parameter))
-        return made.get(id(leaf), leaf) if isinstance(leaf, nn.Module) else leaf
+    def replaced(_: str, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and id(leaf) not in made:
+            copied = make(leaf)
+            copied = nn.Parameter(copied, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else copied
+            made[id(leaf)] = copied.requires_grad_(leaf.requires_grad)
+        return made.get(id(leaf), leaf) if isinstance(leaf, nn.Module | torch.Tensor) else leaf
 
     originals = list(module.modules())
     for original in originals:
@@ -104,12 +94,11 @@ def replica_of(module: nn.Module, make: Make) -> nn.Module:
         made[id(original)] = kind.__new__(kind)
     for original in originals:
         state = dict(original.__dict__)
-        state["_parameters"] = {name: tensor(p, True) for name, p in original._parameters.items()}
-        state["_buffers"] = {name: tensor(b, False) for name, b in original._buffers.items()}
-        state["_modules"] = {name: made.get(id(child), child) for name, child in original._modules.items()}
+        for name in _INSIDE:
+            state[name] = {key: replaced(key, value) for key, value in state[name].items()}
         for name, value in _attributes(original):
             if isinstance(value, list | dict | torch.Tensor):
-                state[name] = mapped(value, other)
+                state[name] = mapped(value, replaced)
         made[id(original)].__dict__.update(state)
     return cast(nn.Module, made[id(module)])
 

@@ -1,4 +1,4 @@
-"""Is an output the expected one? `compare` says how far it is off, and `alike` only whether, in little time."""
+"""Is an output the expected one? `compare` measures the errors, and `alike` only decides, in little time."""
 
 from .full import Comparison, Difference, compare
 from .quick import alike

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -11,7 +11,7 @@ from kernels_core import ArgumentTypeError
 from kernels_core.replay import leaves
 
 from .structure import metadata_mismatch, structure_mismatches, value_mismatches
-from .tolerance import OWN_MAX, OWN_RMS, Tolerance, Tolerances, Yardstick, norm, tolerance_of
+from .tolerance import OWN_MAX, OWN_RMS, Tolerance, Tolerances, Yardstick, norm, tolerance_of, widest
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Comparison:
     """
 
     mismatches: tuple[str, ...] = ()
-    differences: tuple[Difference, ...] = field(default=())
+    differences: tuple[Difference, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -88,7 +88,7 @@ class Comparison:
 
     @property
     def worst(self) -> Difference | None:
-        """The tensor that is furthest off, in units of the allowed error; None if there is none."""
+        """The tensor with the largest error, in units of the allowed error; None if there is none."""
         return max(self.differences, key=lambda d: (not d.ok, d.excess), default=None)
 
     def largest(self, error: str) -> float:
@@ -140,20 +140,19 @@ def compare(
     mismatches = list(structure_mismatches(actual, expected))
     if mismatches:
         return Comparison(tuple(mismatches))
-    exacts = [leaf for _, leaf in leaves(exact)] if exact is not None else None
     pairs = list(zip(leaves(actual), leaves(expected), strict=True))
-    if exacts is not None and len(exacts) != len(pairs):
+    exacts = [leaf for _, leaf in leaves(exact)] if exact is not None else [None] * len(pairs)
+    if len(exacts) != len(pairs):
         raise ArgumentTypeError(
             f"exact has {len(exacts)} leaves and expected has {len(pairs)}: both come from the same reference."
         )
     found: list[_Measured] = []
-    for number, ((path, ours), (_, theirs)) in enumerate(pairs):
+    for ((path, ours), (_, theirs)), ideal in zip(pairs, exacts, strict=True):
         if not isinstance(theirs, torch.Tensor):
             mismatches += value_mismatches(path or "output", ours, theirs)
             continue
         mismatch = metadata_mismatch(path or "output", ours, theirs)
         if mismatch is None:
-            ideal = exacts[number] if exacts is not None else None
             found.append(_Measured(path, ours, theirs, ideal, tolerance_of(theirs.dtype, tolerances), quick))
         else:
             mismatches.append(mismatch)
@@ -184,7 +183,7 @@ class _Measured(Yardstick):
 
     def _measure(self, actual: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor | None, quick: bool) -> None:
         wide = actual.dtype in (torch.float64, torch.complex128) or not self.eps  # float32 would round these
-        work = torch.float32 if (quick and not wide) or actual.device.type == "mps" else torch.float64
+        work = torch.float32 if quick and not wide else widest(actual)
         ours, theirs = _numbers(actual, work), _numbers(expected, work)
         target = theirs if exact is None else _numbers(exact.to(actual.device), work)
         finite = torch.isfinite(ours) & torch.isfinite(target)
@@ -230,8 +229,7 @@ class _Measured(Yardstick):
             ours.take(where),  # an index would wait for the device
             torch.where(finite, target, theirs).take(where),
         ]
-        kind = torch.float32 if ours.device.type == "mps" else torch.float64
-        self.statistics = torch.stack([value.to(kind) for value in values])
+        self.statistics = torch.stack([value.to(widest(ours)) for value in values])
 
     def difference(self) -> Difference:
         """Wait for the numbers, and judge."""

@@ -14,7 +14,7 @@ import torch
 from kernels_core.replay import leaves
 
 from .structure import metadata_mismatch, structure_mismatches, value_mismatches
-from .tolerance import Yardstick, norm, tolerance_of
+from .tolerance import Yardstick, norm, tolerance_of, widest
 
 
 def alike(pairs: Iterable[tuple[object, object]], same: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()) -> bool:
@@ -75,7 +75,7 @@ class _Equal:
     """Two tensors that must be equal."""
 
     def __init__(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        self.statistics = (ours != theirs).any()[None].to(_double(ours))
+        self.statistics = (ours != theirs).any()[None].to(widest(ours))
 
     def passes(self, *statistics: float) -> bool:
         return not any(statistics)
@@ -87,7 +87,7 @@ class _Near(_Equal):
     def __init__(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         self.yardstick = Yardstick(theirs, tolerance_of(theirs.dtype))
         self.count = theirs.numel()
-        work, double = torch.promote_types(theirs.dtype, torch.float32), _double(theirs)
+        work, double = torch.promote_types(theirs.dtype, torch.float32), widest(theirs)
         target = theirs.detach().to(work)
         error = ours.detach().to(work) - target
         along = (error * target.sign()).sum(dtype=double)
@@ -107,11 +107,7 @@ class _Near(_Equal):
 
     def passes(self, *statistics: float) -> bool:
         excess, bias, along, size, length = statistics
-        if not excess <= 1:  # NaN neither
+        if not excess <= 1:  # also for NaN
             return False
         n = self.count
         return self.yardstick.bias(n, bias / n, along / n, size / n, length / math.sqrt(n))[0] <= 1
-
-
-def _double(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64

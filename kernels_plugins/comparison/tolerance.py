@@ -32,7 +32,7 @@ where one keeps an intermediate result in float32 and the other does not: it is 
 """
 
 OWN_RMS, OWN_MAX = 8.0, 3.0
-"""How many times the root mean square, or the largest, of the reference's own errors a number may be off, besides."""
+"""Further allowed errors of a number, as multiples of the root mean square, and the largest, of the reference's own."""
 
 LOW_EPS = 1e-4
 """Dtypes with a larger eps round so much that both sides are allowed their error, where only both are known."""
@@ -107,7 +107,11 @@ class Yardstick:
         return max(found, key=lambda one: one[0])
 
 
+def widest(tensor: torch.Tensor) -> torch.dtype:
+    """Return the widest floating dtype on the device of a tensor."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 def norm(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the root of the sum of squares, in double where there is one, without a copy."""
-    dtype = tensor.dtype if tensor.device.type == "mps" else torch.float64
-    return cast(torch.Tensor, torch.linalg.vector_norm(tensor, dtype=dtype))
+    """Return the root of the sum of squares, in the widest dtype, without a copy."""
+    return cast(torch.Tensor, torch.linalg.vector_norm(tensor, dtype=widest(tensor)))

@@ -29,14 +29,9 @@ class Recorded:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A call to try.
+    """A call to try, with or without autocast around it, and with contiguous gradients of its outputs or others.
 
-    Attributes:
-        name: The property that is special about it.
-        call: The call.
-        autocast: The dtype of an autocast around it, None for none.
-        contiguous: Whether the gradients of the outputs are contiguous.
-        given: Whether it is a real call, not one derived from it.
+    `name` is its special property, and `given` whether it is a real call rather than one that is derived from it.
     """
 
     name: str

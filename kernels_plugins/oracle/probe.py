@@ -125,8 +125,8 @@ def _traces(call: Call, implementation: Forward, gradients: bool) -> Probe:
     def probed(*args: Any, **kwargs: Any) -> Any:
         return implementation(*args, **kwargs)
 
-    # Code of its own: Dynamo counts compilations per code object, and gives up after some. With the name of a file:
-    # functions without are all compiled as one.
+    # A code object for each probe, because Dynamo limits the compilations of one. It keeps the name of a file:
+    # Dynamo compiles all functions without one as if they were the same.
     probed.__code__ = probed.__code__.replace()
     try:
         eager = call.run(implementation, gradients=gradients)

@@ -1,6 +1,6 @@
 """Plugin `probe`: kernels are tried at their first call, and serve the calls that they proved to be capable of.
 
-While it is off, which is the default, nothing is put around anything and nothing is read.
+While it is off, which is the default, no forward is wrapped and no file is read.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _report(resolution: Resolution, report: Any) -> None:
 
 
 def _declared(resolution: Resolution, name: str) -> bool:
-    """Read a declaration off the kernel that serves."""
+    """Return a declaration of the kernel that serves; one that declares nothing has a backward."""
     kernel = _kernels.get(_function(resolution.implementation), resolution.implementation)
     return bool(getattr(kernel, name, name == "has_backward"))
 
