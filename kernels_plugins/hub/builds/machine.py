@@ -83,6 +83,16 @@ class Machine:
             abi3=sys.version_info >= (3, 15) or not sysconfig.get_config_var("Py_GIL_DISABLED"),
         )
 
+    @property
+    def backend_tag(self) -> str:
+        """The backend and its version, as in the name of a folder: `cu128`."""
+        return BACKENDS[self.backend].tag + digits(self.backend_version)
+
+    @property
+    def platform(self) -> str:
+        """The processor and the system, as in the name of a folder."""
+        return f"{self.cpu}-{self.os}"
+
 
 @cache
 def this_machine(backend: str | None = None) -> Machine:

@@ -30,7 +30,7 @@ from tqdm.contrib.concurrent import thread_map  # type: ignore[import-untyped,un
 from kernels_core import LoadError, __version__
 
 from ..builds.integrity import RemoteFile, check_transfer, is_byte_code
-from ..builds.machine import BACKENDS, digits, this_machine
+from ..builds.machine import this_machine
 from ..errors import AbsentError, RepositoryError, RevisionError, UnknownError, UnreachableError
 from ..names import is_commit
 from .metadata_cache import MetadataCache, Pin
@@ -84,10 +84,9 @@ def _agent_parts() -> tuple[str, ...]:
     import torch
 
     machine = this_machine()
-    backend = BACKENDS[machine.backend].tag + digits(machine.backend_version)
     tvm_ffi = ("tvm-ffi/{}.{}".format(*machine.tvm_ffi),) if machine.tvm_ffi else ()
-    platform = f"platform/{machine.cpu}-{machine.os}"
-    return f"backend/{backend}", platform, f"torch/{torch.__version__}", *tvm_ffi, "file_type/kernel"
+    places = (f"backend/{machine.backend_tag}", f"platform/{machine.platform}", f"torch/{torch.__version__}")
+    return *places, *tvm_ffi, "file_type/kernel"
 
 
 @dataclass(frozen=True)
