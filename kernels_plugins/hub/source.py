@@ -59,10 +59,12 @@ class KernelSource:
         except ResolutionError as error:
             raise type(error)(f"{kernel.place}: {error}") from error
 
-    @property
-    def layer_label(self) -> str:
-        """The argument that names the layer, as it is written."""
-        return f"{'func' if self.is_function else 'layer'}_name={self.layer_name!r}"
+    def _written(self, *place: str, pin: str = "") -> str:
+        """Return the source as it is written: where the kernel is, the name of the layer, and other arguments."""
+        name = f"{'func' if self.is_function else 'layer'}_name={self.layer_name!r}"
+        trust = getattr(self, "trust_remote_code", False)
+        more = (*place, name, pin, f"trust_remote_code={trust!r}" if trust else "")
+        return f"{type(self).__name__}({', '.join(filter(None, more))})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,8 +113,7 @@ class LayerRepository(KernelSource):
 
     def __repr__(self) -> str:
         pin = f"revision={self.revision!r}" if self.version is None else f"version={self.version}"
-        trust = f", trust_remote_code={self.trust_remote_code!r}" if self.trust_remote_code else ""
-        return f"{type(self).__name__}({self.repo_id!r}, {self.layer_label}, {pin}{trust})"
+        return self._written(repr(self.repo_id), pin=pin)
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,4 +159,4 @@ class LocalLayerRepository(KernelSource):
         return load_folder(self.path, RequestOptions(**{"check_arch": False, **options}))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.repo_path)!r}, {self.layer_label})"
+        return self._written(repr(str(self.repo_path)))

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.abc import InspectLoader, Loader, MetaPathFinder
-from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from importlib.readers import FileReader
+from importlib.util import decode_source, spec_from_file_location
 from types import CodeType, ModuleType
 from typing import Any, cast
 
@@ -37,8 +37,7 @@ class _FileLoader(InspectLoader):
     """Runs one Python file of a verified build."""
 
     def __init__(self, build: Build, path: str) -> None:
-        self._build = build
-        self._path = path
+        self._source = build.files.get(path, b"")
         self.path = str(build.folder / path)  # FileReader reads this attribute
 
     def get_filename(self, fullname: str) -> str:
@@ -48,26 +47,13 @@ class _FileLoader(InspectLoader):
         return FileReader(cast(Any, self))
 
     def is_package(self, fullname: str) -> bool:
-        return self._path.rpartition("/")[2] == "__init__.py"
+        return os.path.basename(self.path) == "__init__.py"
 
     def get_source(self, fullname: str) -> str:
-        return importlib.util.decode_source(self._build.files[self._path])
+        return decode_source(self._source)
 
     def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self._build.files[self._path], self.get_filename(fullname))
-
-
-class _FolderLoader(Loader):
-    """Loads a folder of sources without `__init__.py`: there is nothing to run."""
-
-    def __init__(self, folder: str) -> None:
-        self.path = f"{folder}/__init__.py"  # a FileReader looks in the folder of this
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-    def get_resource_reader(self, fullname: str) -> FileReader:
-        return FileReader(cast(Any, self))
+        return self.source_to_code(self._source, self.path)
 
 
 class _Finder(MetaPathFinder):
@@ -88,26 +74,17 @@ class _Finder(MetaPathFinder):
         for candidate in (package, f"{stem}.py") if rest else (package,):
             if candidate in build.files:
                 loader = _FileLoader(build, candidate)
-                return _spec(fullname, loader, str(build.folder / candidate), loader.is_package(fullname))
+                return spec_from_file_location(fullname, loader.path, loader=loader)
         for suffix in EXTENSION_SUFFIXES if rest else ():
             if stem + suffix in build.files:
-                file = str(build.folder / (stem + suffix))
-                return _spec(fullname, ExtensionFileLoader(fullname, file), file, False)
-        folder = build.folder / stem  # a folder of sources without __init__.py is a package, too
+                return spec_from_file_location(fullname, build.folder / (stem + suffix))
+        # A folder of sources without __init__.py is a package, too: it runs as if it had an empty one.
         if rest and any(file.startswith(f"{stem}/") for file in build.files):
-            spec = ModuleSpec(fullname, _FolderLoader(str(folder)), is_package=True)
-            spec.submodule_search_locations = [str(folder)]
+            spec = ModuleSpec(fullname, _FileLoader(build, package), is_package=True)
+            spec.submodule_search_locations = [str(build.folder / stem)]
             return spec
         # The finders after this one would look on disk, and find files that were not verified.
         raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
-
-
-def _spec(name: str, loader: Loader, file: str, is_package: bool) -> ModuleSpec:
-    spec = ModuleSpec(name, loader, origin=file, is_package=is_package)
-    spec.has_location = True
-    if is_package:
-        spec.submodule_search_locations = [os.path.dirname(file)]
-    return spec
 
 
 _finder = _Finder()

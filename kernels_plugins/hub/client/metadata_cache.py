@@ -38,9 +38,8 @@ class Record:
     publisher_trusted: bool = False  # whether the Hub listed the publisher as trusted when this was downloaded
     # the files of each build variant, as the Hub lists them
     variants: Mapping[str, tuple[RemoteFile, ...]] = field(default_factory=dict)
-    # repository and revision that it redirects to; empty if it is not redirected, None if that is not known
-    # yet
-    redirect: tuple[str, ...] | None = None
+    # repository and revision that it redirects to; empty if it is not redirected, None if that is not known yet
+    redirect: tuple[()] | tuple[str, str] | None = None
 
 
 class MetadataCache:
@@ -112,8 +111,8 @@ def _is_well_formed(file: RemoteFile) -> bool:
     return type(file.size) is int and all(isinstance(text, str) for text in texts)
 
 
-def _redirect(data: Any) -> tuple[str, ...] | None:
+def _redirect(data: Any) -> tuple[()] | tuple[str, str] | None:
     if data == []:
         return ()
     known = isinstance(data, list) and len(data) == 2 and is_repo_id(data[0]) and is_revision(data[1])
-    return tuple(data) if known else None
+    return (data[0], data[1]) if known else None

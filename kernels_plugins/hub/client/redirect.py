@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnknownError
@@ -20,23 +19,12 @@ LARGEST = 65536
 """Bytes that such a file may have."""
 
 
-@dataclass(frozen=True)
-class Redirect:
-    """The place that serves a kernel now."""
-
-    repo_id: str  # the other repository
-    revision: str = "main"  # branch, tag or commit there
-
-    def __str__(self) -> str:
-        return f"{self.repo_id} at {self.revision}"
-
-
-def parse_status(content: bytes) -> Redirect:
-    r"""Read a status file.
+def parse_status(content: bytes) -> tuple[str, str]:
+    r"""Read a status file; return the repository that serves the kernel now, and the revision there.
 
     Example:
-        >>> print(parse_status(b'kind = "redirect"\ndestination = "acme/silu"'))
-        acme/silu at main
+        >>> parse_status(b'kind = "redirect"\ndestination = "acme/silu"')
+        ('acme/silu', 'main')
     """
     try:
         data: Any = tomllib.loads(content.decode())
@@ -50,7 +38,7 @@ def parse_status(content: bytes) -> Redirect:
         raise _malformed(f"its destination is {destination!r}, not owner/name")
     if not is_revision(revision):
         raise _malformed(f"its revision is {revision!r}, not a branch, tag or commit")
-    return Redirect(destination, revision)
+    return destination, revision
 
 
 def _malformed(problem: str) -> UnknownError:

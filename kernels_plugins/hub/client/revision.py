@@ -13,7 +13,7 @@ from ..names import is_commit
 from ..request import KernelRequest
 from .download import REPO_TYPES, Client, cache_folder, metadata_cache, not_cached
 from .metadata_cache import Pin, Record
-from .redirect import Redirect, parse_status
+from .redirect import parse_status
 
 logger = logging.getLogger("kernels_plugins.hub")
 """For notes that are no faults: these are no warnings, which may be errors."""
@@ -51,15 +51,14 @@ def find_revision(request: KernelRequest, client: Client) -> Pinned:
     try:
         # A locked commit is that very commit, wherever its kernel is now.
         while request.commit is None and (target := find_record(pin, client).redirect):
-            redirect = Redirect(*target)
-            if str(redirect) in passed or len(passed) > _MOST_REDIRECTS:
-                why = "in a circle" if str(redirect) in passed else "too far"
+            place = " at ".join(target)
+            passed.append(place)
+            if place in passed[:-1] or len(passed) > _MOST_REDIRECTS + 1:
+                why = "in a circle" if place in passed[:-1] else "too far"
                 raise UnknownError(
-                    f"it is redirected {why}: {' -> '.join([*passed, str(redirect)])}. Tell its publisher, or name "
-                    "another revision"
+                    f"it is redirected {why}: {' -> '.join(passed)}. Tell its publisher, or name another revision"
                 )
-            passed.append(str(redirect))
-            pin, how = _pin(client, redirect.repo_id, redirect.revision)
+            pin, how = _pin(client, *target)
     except UnreachableError as error:
         known = metadata_cache(request.repo_id).pin(request.ref)
         if known is None:
@@ -132,8 +131,8 @@ def find_record(pin: Pin, client: Client) -> Record:
         return record
     if pin not in _listed:
         variants, status = client.list_files(pin)
-        found = None if status is None else parse_status(client.read_status(pin, status))
-        listed = replace(record, variants=variants, redirect=(found.repo_id, found.revision) if found else ())
+        found = () if status is None else parse_status(client.read_status(pin, status))
+        listed = replace(record, variants=variants, redirect=found)
         if found:  # the file that says so was compared with the listing
             cache.write_record(pin.commit, listed)
         if not variants and not found:  # an answer without either may be no answer of the Hub

@@ -54,9 +54,8 @@ class LockedLayerRepository(KernelSource):
         return locked_request(self.lock, self.repo_id, trust_remote_code=self.trust_remote_code)
 
     def __repr__(self) -> str:
-        place = f", lockfile={str(self.lockfile)!r}" if self.lockfile is not None else ""
-        trust = f", trust_remote_code={self.trust_remote_code!r}" if self.trust_remote_code else ""
-        return f"{type(self).__name__}({self.repo_id!r}{place}, {self.layer_label}{trust})"
+        lockfile = f"lockfile={str(self.lockfile)!r}" if self.lockfile is not None else ""
+        return self._written(repr(self.repo_id), lockfile)
 
 
 def get_locked_kernel(
