@@ -106,8 +106,6 @@ def call_signature(function: Callable[..., Any], *, drop_self: bool) -> inspect.
     """Return the signature of `function`, without its first parameter if that is `self`."""
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
-    starts_with_self = parameters and parameters[0].kind in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
-    return signature.replace(parameters=parameters[1:] if drop_self and starts_with_self else parameters)
+    if drop_self and parameters and parameters[0].kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        del parameters[0]  # with `*args` first, `self` is one of these
+    return signature.replace(parameters=parameters)

@@ -196,14 +196,12 @@ class PluginManager:
         for name, wrap in self.hook.kernels_wrap_forward(resolution=resolution):
             try:
                 wrapped = wrap(forward)
+                if not callable(wrapped):
+                    problem = f"the decorator of its kernels_wrap_forward returned {wrapped!r}, not a function"
+                    raise PluginError(f"Plugin {name!r}: {problem}.", plugin=name)
+                forward = wrapped
             except FAULTS as error:
                 self.report(raised_in("the decorator of kernels_wrap_forward", name, error))
-                continue
-            if callable(wrapped):
-                forward = wrapped
-            else:
-                problem = f"the decorator of its kernels_wrap_forward returned {wrapped!r}, not a function"
-                self.report(PluginError(f"Plugin {name!r}: {problem}.", plugin=name))
         return forward
 
 

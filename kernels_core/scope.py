@@ -102,8 +102,14 @@ class Scope:
     def __enter__(self) -> Scope:
         """Make this the innermost scope of the current thread or task."""
         parent = active_frame()
-        frame = parent.children.get(id(self))
-        _current.set(self._frame(parent) if frame is None else frame)
+        if (frame := parent.children.get(id(self))) is None:
+            with _lock:  # several threads may enter this scope for the first time
+                if (frame := parent.children.get(id(self))) is None:
+                    frame = parent.children[id(self)] = Frame(self._payload, parent, id(self))
+                    _frames.add(frame)
+                    frame.finalizer = weakref.finalize(self, _drop, weakref.ref(frame))
+                    frame.finalizer.atexit = False
+        _current.set(frame)
         return self
 
     def __exit__(
@@ -117,16 +123,6 @@ class Scope:
                 "reverse order of entering them, in the thread or task that entered them."
             )
         _current.set(frame.parent)
-
-    def _frame(self, parent: Frame) -> Frame:
-        with _lock:
-            frame = parent.children.get(id(self))
-            if frame is None:
-                frame = parent.children[id(self)] = Frame(self._payload, parent, id(self))
-                _frames.add(frame)
-                frame.finalizer = weakref.finalize(self, _drop, weakref.ref(frame))
-                frame.finalizer.atexit = False
-            return frame
 
 
 def _drop(reference: weakref.ref[Frame]) -> None:
