@@ -275,7 +275,7 @@ def _check_lock(request: KernelRequest, name: str, resolved: ResolvedKernel) -> 
 
 
 def _read(selected: SelectedBuild, resolved: ResolvedKernel, client: Any) -> tuple[Build, str]:
-    """Return a build as listed by the Hub, downloaded if it is not in the cache, and what was compared."""
+    """Return a build as listed by the Hub, downloaded if it is not in the cache, and the check that it passed."""
     folder, listed = selected.folder, resolved.variants[selected.variant]
     here = {file.path for file in listed if (folder / file.path).is_file()}
     # Of a locked build that was never downloaded, the metadata may be here; of one that was, no file may be missing.

@@ -35,7 +35,7 @@ def is_version(value: Any) -> TypeGuard[int]:
 
 
 def is_revision(value: Any) -> TypeGuard[str]:
-    """Whether a value can be the name of a branch or tag, or a commit: what git accepts, and can be printed.
+    """Whether a value can be the name of a branch or tag, or a commit: git accepts it, and it can be printed.
 
     Example:
         >>> is_revision("feature/x"), is_revision("refs/pr/1"), is_revision(".."), is_revision("")

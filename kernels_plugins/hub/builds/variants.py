@@ -193,7 +193,7 @@ def _preference(variant: Variant) -> tuple[int, int, int, bool, int, int]:
 
 
 def _mismatches(variant: Variant, machine: Machine) -> Iterator[tuple[str, str]]:
-    """Yield pairs of text: a need of the variant that the machine does not meet, and what the machine has there."""
+    """Yield pairs of text: a need that the machine does not meet, and the property that the machine has instead."""
     if not _backend_fits(variant, machine):
         yield _backend_title(variant), _backend_title(machine)
     if variant.release is None:

@@ -228,7 +228,7 @@ class Client:
 
     @contextmanager
     def _request(self, repo_id: str, revision: str | None, repo_type: str) -> Iterator[None]:
-        """Turn exceptions of the client into errors that say what happened and what to do; leave those of the disk."""
+        """Turn exceptions of the client into errors of ours, which name a remedy; leave those of the disk."""
         if self.silence:
             raise not_cached(self.silence)
         try:
