@@ -20,17 +20,13 @@ class Difference:
 
     Attributes:
         path: Where it is in the output, such as `"[0]['hidden']"`; empty if it is the output.
-        dtype: Of the actual tensor.
-        shape: Of both.
         max_abs: The largest error.
         max_rel: The largest error, relative to the expected number.
         mean_abs: The mean of the errors, without sign.
-        bias: The mean of the errors, with sign.
         max_ulps: The largest error, in units in the last place of the expected number, or of the root mean
             square of its tensor where that is larger: next to zero, units mean little.
         index: Where the error is largest in units of the error that is allowed there; None if there is no number.
-        actual: The number there.
-        expected: The number that should be there.
+            `actual` and `expected` are the numbers there.
         excess: The largest error in units of the allowed one, or the mean of the errors in units of the allowed mean,
             whichever is larger: more than 1 is wrong.
         own_error: The largest error of the reference in this dtype; None without a float64 reference.
@@ -43,7 +39,6 @@ class Difference:
     max_abs: float = 0.0
     max_rel: float = 0.0
     mean_abs: float = 0.0
-    bias: float = 0.0
     max_ulps: float = 0.0
     index: tuple[int, ...] | None = None
     actual: float = 0.0
@@ -255,7 +250,6 @@ class _Measured(Yardstick):
             max_abs=math.inf if astray else max_abs,
             max_rel=max_rel,
             mean_abs=mean_abs,
-            bias=bias,
             max_ulps=max_ulps,
             index=index[:-1] if self.complex else index,
             actual=actual,

@@ -88,11 +88,9 @@ def record(model: nn.Module) -> Iterator[list[Recorded]]:
 
 
 def decorated(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """Yield the paths of the decorated layers of a model."""
-    for path, module in model.named_modules():
-        layer = find_layer(module)
-        if layer is not None:
-            yield path, layer
+    """Return the decorated layers of a model, with their paths."""
+    found = ((path, find_layer(module)) for path, module in model.named_modules())
+    return ((path, layer) for path, layer in found if layer is not None)
 
 
 class _Functions:
@@ -141,10 +139,12 @@ def cases(call: Call) -> Iterator[Case]:
         if dtype is not given and given in DTYPES:
             yield Case(str(dtype).removeprefix("torch."), call.converted(given, dtype))
     yield Case("strided", _changed(call, _strided), contiguous=False)
-    yield Case("transposed", _changed(call, _transposed), contiguous=False)
+    transposed = _changed(call, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t)
+    yield Case("transposed", transposed, contiguous=False)
     has_batch = main.dim() > 1 and main.shape[0] > 1
     if has_batch:
-        yield Case("expanded", _changed(call, _expanded))
+        expanded = _changed(call, lambda t: t[:1].expand_as(t) if t.dim() > 1 and t.shape[0] else t)
+        yield Case("expanded", expanded)
     yield Case("offset by one element", _changed(call, _offset))
     if main.dim() > 1:
         yield Case("empty", _resized(call, main, 0, 0))
@@ -191,16 +191,8 @@ def _strided(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack([tensor, torch.full_like(tensor, _filler(tensor))], dim=-1)[..., 0]
 
 
-def _transposed(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.dim() > 1 else tensor
-
-
-def _expanded(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor[:1].expand_as(tensor) if tensor.dim() > 1 and tensor.shape[0] else tensor
-
-
 def _offset(tensor: torch.Tensor) -> torch.Tensor:
-    """Let a tensor start where its memory does not: addresses that are less round."""
+    """Let a tensor start one element after its memory, at an address that is less round."""
     if not tensor.numel():
         return tensor
     memory = tensor.new_full((tensor.numel() + 1,), _filler(tensor))
@@ -209,7 +201,7 @@ def _offset(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _filler(tensor: torch.Tensor) -> Any:
-    """Return a number that must not be read: NaN, which spoils every result, or 0."""
+    """Return a number that a kernel must not read: NaN, which spoils every result, or 0."""
     return torch.nan if tensor.is_floating_point() or tensor.is_complex() else 0
 
 

@@ -63,17 +63,15 @@ def check_kernel(
         >>> check_kernel(kernel, reference, torch.randn(4, 8)).can("compile")
         True
     """
-    is_function = not isinstance(reference, nn.Module)
+    module = reference if isinstance(reference, nn.Module) else None
+    is_function = module is None
     if is_function and (isinstance(reference, type) or not callable(reference)):
         raise ArgumentTypeError(f"The reference is a module or a function, not {source_label(reference)}.")
     if not is_function and not isinstance(kernel, type):
         raise ArgumentTypeError(f"A kernel for a module is a class with a forward, not {source_label(kernel)}.")
-    module = reference if isinstance(reference, nn.Module) else None
-    decorated = find_layer(reference)
     forward: Any = type(module).forward if module is not None else reference
-    layer = decorated or Layer(
-        type(module).__name__ if module else forward.__name__, _place(forward), forward, is_function
-    )
+    name = type(module).__name__ if module is not None else getattr(forward, "__name__", source_label(forward))
+    layer = find_layer(reference) or Layer(name, _place(forward), forward, is_function)
     call = Call(module, inputs, named_inputs, layer.signature).snapshot()
     device = (call.devices or [torch.device("cpu")])[0]
     resolution = Resolution(

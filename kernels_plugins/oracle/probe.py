@@ -180,19 +180,14 @@ def _captures(call: Call, implementation: Forward) -> Probe:
         expected = call.run(implementation, gradients=False)
         actual = call.run(captured, gradients=False)
     except Exception as error:
-        _check_device(error)
+        try:
+            torch.cuda.synchronize()  # raises if the device is lost; a failed capture leaves it intact
+        except Exception as broken:
+            stop_if_broken(broken)
+            raise error from broken
         return Probe(False, f"{type(error).__name__}: {_first_line(error)}")
     difference = compare(actual.outputs, expected.outputs)
     return Probe(True) if difference.ok else Probe(False, f"replayed, its outputs are others: {difference}")
-
-
-def _check_device(error: Exception) -> None:
-    """Raise if the device is in a state in which no result means anything: a failed capture leaves it well."""
-    try:
-        torch.cuda.synchronize()
-    except Exception as broken:
-        stop_if_broken(broken)
-        raise error from broken
 
 
 def implementation_of(kernel: Any, *, function: bool) -> Forward:

@@ -56,7 +56,9 @@ class Subject:
 
     def rows(self, *, derived: bool) -> Iterator[VerifyRow]:
         """Yield the rows of the layer, with or without inputs derived from the given ones."""
-        if not self._condition():
+        condition, call = self.layer.condition, self.call
+        args, kwargs = (call.args, call.kwargs) if self.layer.is_function else ((call.module,), {})
+        if condition is not None and not condition(*args, **kwargs):
             yield replace(self.blank, verdict="no kernel", reason="its condition is not met, so none may serve it")
             return
         kernels = self._kernels()
@@ -83,13 +85,6 @@ class Subject:
             return
         for case in (given, *(cases(self.call) if derived else ())):
             yield from self._try(case, kernels)
-
-    def _condition(self) -> bool:
-        condition = self.layer.condition
-        if condition is None:
-            return True
-        arguments = self.call.args if self.layer.is_function else (self.call.module,)
-        return bool(condition(*arguments, **(self.call.kwargs if self.layer.is_function else {})))
 
     def _kernels(self) -> list[_Kernel]:
         """Return each candidate once, with the decisions about it."""
@@ -178,7 +173,7 @@ class Subject:
         run = self._run(case, self.layer.reference, mode)
         try:
             exact = self._run(case, self.layer.reference, mode, torch.float64)
-        except Exception as error:  # many a layer insists on its dtype
+        except Exception as error:  # many layers only compute in their dtype
             stop_if_broken(error)
             return run, None
         if not run.random:
@@ -281,7 +276,7 @@ def _dtype(call: Call) -> str:
 
 
 def stop_if_broken(error: Exception) -> None:
-    """Stop where the device is in a state in which no result means anything."""
+    """Raise if the device is lost, so that no later result on it is valid."""
     broken = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
     if broken and not isinstance(error, torch.OutOfMemoryError):
         raise VerificationError(

@@ -61,13 +61,12 @@ def verify(
     """
     _check_tolerances(tolerances)
     layer = find_layer(model_or_layer)
-    is_function = not isinstance(model_or_layer, nn.Module)
-    if is_function and (layer is None or isinstance(model_or_layer, type)):
+    module = model_or_layer if isinstance(model_or_layer, nn.Module) else None
+    if module is None and (layer is None or isinstance(model_or_layer, type)):
         raise ArgumentTypeError(
             f"verify takes a module or a decorated function, not {source_label(model_or_layer)}: "
             "make an instance of a class, and decorate a function with @use_kernel_forward_from_hub(name)."
         )
-    module = model_or_layer if isinstance(model_or_layer, nn.Module) else None
     call = Call(module, inputs, named_inputs, layer.signature if layer is not None else None).snapshot()
     _check_devices(call)
     rows: list[VerifyRow] = []
@@ -108,12 +107,10 @@ def _check_tolerances(tolerances: Any) -> None:
 def _check_devices(call: Call) -> None:
     """Refuse inputs and models on different devices: PyTorch's own message names neither."""
     where = {name: tensor.device for name, tensor in call.inputs.items() if tensor.dim()}
-    state = (
-        {t.device for t in (*call.module.parameters(), *call.module.buffers())} if call.module is not None else set()
-    )
-    strangers = {name: device for name, device in where.items() if len(state) == 1 and device not in state}
-    if strangers:
-        places = ", ".join(f"{name} on {device}" for name, device in strangers.items())
+    tensors = (*call.module.parameters(), *call.module.buffers()) if call.module is not None else ()
+    state = {tensor.device for tensor in tensors}
+    if len(state) == 1 and not state.issuperset(where.values()):
+        places = ", ".join(f"{name} on {device}" for name, device in where.items() if device not in state)
         raise ArgumentError(f"The model is on {state.pop()}, but its inputs are not: {places}. Move one to the other.")
     if call.module is None and len(set(where.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in where.items())

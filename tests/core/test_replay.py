@@ -36,7 +36,7 @@ class Layer(nn.Module):
 
 
 class Cache:
-    """Keeps what it is given, as the caches of language models do; knows itself."""
+    """Keeps its arguments, as the caches of language models do; knows itself."""
 
     def __init__(self) -> None:
         self.layers = [torch.ones(2, 3)]
@@ -147,7 +147,7 @@ def test_grad_modes_are_those_of_the_call() -> None:
 
 
 def test_inference_tensors_can_be_replayed_with_gradients() -> None:
-    """What was made in inference mode cannot be saved for a backward: its copy can."""
+    """A tensor of inference mode cannot be saved for a backward: its copy can."""
     with torch.inference_mode():
         layer, x = Layer(), torch.randn(2, 8)
     run = Call(layer, (x,)).run(Layer.forward, gradients=True)
@@ -164,7 +164,7 @@ def test_autocast_counts_as_around_the_call() -> None:
 
 
 def test_float64_goes_all_the_way() -> None:
-    """Casts to float32 inside do not lose digits; casts to less than the inputs have do what they are for."""
+    """Casts to float32 inside do not lose digits; casts to less than the inputs have still lose them."""
     x = torch.randn(4, 8)
     call = Call(None, (x,))
     exact = call.run(
@@ -184,7 +184,7 @@ def test_modules_are_converted_with_their_inputs() -> None:
 
 
 def test_hooks_for_saved_tensors_see_nothing() -> None:
-    """Neither those of the user nor those of activation checkpointing, which count what is saved."""
+    """Neither those of the user nor those of activation checkpointing, which count saved tensors."""
     packed: list[torch.Tensor] = []
     layer, x = Layer(), torch.randn(2, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
@@ -216,7 +216,7 @@ def test_a_run_keeps_nothing_alive() -> None:
 
 
 def test_snapshots_start_from_their_own_random_numbers() -> None:
-    """What is drawn between does not count."""
+    """Random numbers that are drawn between change nothing."""
     snapshot = Call(Layer(), (torch.randn(4, 8),)).snapshot()
     first = snapshot.run(Layer.forward).outputs
     torch.rand(9)
@@ -241,7 +241,7 @@ def test_a_forward_that_raises_leaves_nothing_behind() -> None:
 
 
 def test_gradients_that_are_not_contiguous_are_the_same_numbers() -> None:
-    """Only the layout of what comes in is another."""
+    """Only the layout of the gradient that comes in is another."""
     strides: list[tuple[int, ...]] = []
 
     class Look(torch.autograd.Function):

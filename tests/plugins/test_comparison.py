@@ -1,4 +1,4 @@
-"""`compare`: what is equal within what the dtype allows, and what is told where it is not."""
+"""`compare`: which outputs are equal within the tolerance of their dtype, and its report on those that are not."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_tolerances_of_ones_own() -> None:
 
 
 def test_an_overflow_of_the_reference_is_no_fault_of_the_kernel() -> None:
-    """float16 has no room for what float64 has; the same infinity, or the number, are both right."""
+    """float16 has no room for the numbers of float64; the same infinity, or the number, are both right."""
     exact = torch.tensor([1e5, 1.0], dtype=torch.float64)
     infinite = exact.half()
     assert compare(infinite, infinite, exact=exact).ok

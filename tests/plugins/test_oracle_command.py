@@ -160,7 +160,7 @@ def test_what_cannot_be_answered_says_why() -> None:
 
 
 def test_a_decorated_function_is_not_called_for_a_model() -> None:
-    """A decorated function is what is verified."""
+    """`verify` takes a decorated function, too."""
     Path("oracle_functions.py").write_text(
         "from kernels_core import use_kernel_forward_from_hub\n"
         "@use_kernel_forward_from_hub('oracle_f')\n"

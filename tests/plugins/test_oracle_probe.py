@@ -1,7 +1,8 @@
-"""Probes: what a kernel can do is tried, remembered, and obeyed; and the kit for the authors of kernels."""
+"""Probes: abilities of a kernel are tried, remembered, and obeyed; and the kit for the authors of kernels."""
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def always_wrong(self: Any, x: torch.Tensor) -> torch.Tensor:
 def probed(
     forward: Callable[..., Any], *, grad: bool = True, **declarations: bool
 ) -> tuple[list[str], dict[Mode, str]]:
-    """Call a layer once while probing is on; return the warnings, and what serves afterwards."""
+    """Call a layer once while probing is on; return the warnings, and the kernels that serve afterwards."""
     layer, x = made.Norm(), torch.randn(4, 8, 64)
     kernel = made.kernel(forward, **declarations)
     with use_kernel_mapping({"OracleNorm": {"cpu": kernel}}), probing():
@@ -91,7 +92,7 @@ def probed(
 
 
 def test_a_kernel_that_can_do_all_serves_all() -> None:
-    """Nothing is refused, and nothing is said."""
+    """Nothing is refused, and there is no warning."""
     told, served = probed(made.fused, can_torch_compile=True)
     assert not told
     assert set(served.values()) == {"Fused"}
@@ -153,7 +154,7 @@ def count(forward: Callable[..., Any], calls: list[int]) -> type[nn.Module]:
 
 
 def test_off_by_default() -> None:
-    """Nothing is tried, and what serves is the kernel itself."""
+    """Nothing is tried, and the kernel itself serves."""
     calls: list[int] = []
     with use_kernel_mapping({"OracleNorm": {"cpu": count(made.fused, calls)}}):
         made.Norm()(torch.randn(2, 64))
@@ -260,7 +261,7 @@ def test_functions_are_probed() -> None:
 
 
 def test_kernelized_models_are_probed() -> None:
-    """What `kernelize` chose is taken out, too."""
+    """The choice of `kernelize` is taken out, too."""
     with use_kernel_mapping({"OracleNorm": {"cpu": made.kernel(always_wrong)}}), probing():
         model = kernelize(nn.Sequential(made.Norm()), mode=Mode.INFERENCE, device="cpu")
         x = torch.randn(3, 64)
@@ -278,7 +279,7 @@ def test_probing_is_left_as_often_as_entered() -> None:
 
 
 def test_a_setting_that_is_not_understood_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what can be written; kernels serve as ever."""
+    """The warning names the values that are; kernels serve as ever."""
     monkeypatch.setenv("KERNELS_PROBE", "perhaps")
     with pytest.warns(KernelsWarning, match="so nothing is probed: write 1, 0 or cached"):
         register_kernel_mapping({"OracleNorm": {"cpu": made.kernel(made.fused)}})
@@ -289,7 +290,7 @@ def test_a_setting_that_is_not_understood_is_told(monkeypatch: pytest.MonkeyPatc
 
 
 def test_reports_are_kept_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process uses what was found and tries nothing, also with `cached`; a broken file is none."""
+    """Another process uses the results and tries nothing, also with `cached`; a broken file is none."""
     probed(made.missing_gradient)
     release()
     (file,) = (tmp_path / "cache" / "kernels-core" / "probes").glob("*.json")
@@ -390,7 +391,7 @@ def test_the_kit_lists_every_failed_probe() -> None:
 
 
 def test_the_kit_takes_modules_that_are_not_decorated_and_functions() -> None:
-    """A reference is anything that computes what the kernel should."""
+    """A reference is anything that computes the same as the kernel."""
 
     class Plain(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -401,6 +402,7 @@ def test_the_kit_takes_modules_that_are_not_decorated_and_functions() -> None:
 
     assert check_kernel(made.kernel(kernel), Plain(), torch.randn(3, 4)).can("gradients")
     assert check_kernel(torch.square, lambda x: x * x, torch.randn(3, 4)).can("compile")
+    assert check_kernel(torch.square, functools.partial(lambda x, n: x**n, n=2), torch.randn(3, 4)).can("forward")
     with pytest.raises(ArgumentTypeError, match="A kernel for a module is a class"):
         check_kernel(torch.tanh, Plain(), torch.randn(3, 4))
     with pytest.raises(ArgumentTypeError, match="The reference is a module or a function"):

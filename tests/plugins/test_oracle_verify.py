@@ -67,7 +67,7 @@ CAUGHT = [
 
 @pytest.mark.parametrize(("forward", "cases", "reason"), CAUGHT, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_wrong_kernel_is_caught(forward: Callable[..., Any], cases: set[str], reason: str) -> None:
-    """Each fault is found in the cases in which it shows, and told."""
+    """Each fault is found and reported, in the cases in which it shows."""
     report = verified(forward)
     assert not report.ok
     assert cases <= {row.case for row in report.failures}
@@ -76,7 +76,7 @@ def test_a_wrong_kernel_is_caught(forward: Callable[..., Any], cases: set[str], 
 
 @pytest.mark.parametrize("forward", [made.biased_in_bfloat16, made.wrong_for_strides, made.wrong_for_odd_sizes])
 def test_a_wrong_kernel_is_right_elsewhere(forward: Callable[..., Any]) -> None:
-    """What is wrong in some cases only is not reported for the others."""
+    """A fault of some cases is not reported for the others."""
     report = verified(forward)
     assert "as given" not in {row.case for row in report.failures}
     assert "ok" in {row.verdict for row in report.rows if row.case == "as given"}
@@ -136,7 +136,7 @@ def test_random_right_kernels_are_not_reported(
 
 
 def test_every_candidate_is_tried() -> None:
-    """Not only the one that serves: also those behind it, and those of other modes; the refused are told."""
+    """Not only the one that serves: also those behind it, and those of other modes; the refused have a row."""
     right, wrong = made.kernel(made.fused), made.kernel(made.missing_gradient, has_backward=False)
     unfit = made.kernel(lambda self, x, y: x)
     with use_kernel_mapping({"OracleNorm": {"cpu": [right, wrong, unfit]}}):
@@ -248,7 +248,7 @@ def test_no_kernel_is_said_with_the_reason() -> None:
 
 
 def test_disabled_mappings_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With everything switched off, the row says by what."""
+    """With everything switched off, the row names the switch."""
     monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
     (row,) = verified(made.spoiled_at_the_end).rows
     assert row.verdict == "no kernel" and row.reason == "DISABLE_KERNEL_MAPPING is on"
@@ -341,13 +341,13 @@ def test_a_reference_that_fails_decides_nothing() -> None:
 
 
 def test_inputs_on_another_device_are_refused() -> None:
-    """The message names what is where."""
+    """The message names the device of each input."""
     with pytest.raises(ArgumentError, match="The model is on cpu, but its inputs are not: argument 1 on meta"):
         verify(nn.Sequential(made.Norm()), torch.randn(2, 64, device="meta"))
 
 
 def test_what_cannot_be_verified_is_refused() -> None:
-    """A class, a function that is not decorated: the message says what to do."""
+    """A class, a function that is not decorated: the message names the remedy."""
     for wrong in (made.Norm, made.norm, 3):
         with pytest.raises(ArgumentTypeError, match="verify takes a module or a decorated function"):
             verify(wrong, torch.ones(1))
@@ -434,7 +434,7 @@ def test_numbers_that_are_not_finite_are_valid_json() -> None:
 
 
 def test_a_plot_is_drawn_or_the_error_says_what_is_missing(tmp_path: Any) -> None:
-    """With matplotlib, a picture; without, what to install; with nothing compared, that."""
+    """With matplotlib, a picture; without it, or with nothing compared, an error that names the remedy."""
     report = verified(made.fused)
     try:
         import matplotlib  # noqa: F401

@@ -1,4 +1,4 @@
-"""The quick look agrees with the full comparison: it never passes what that one would not."""
+"""The quick look agrees with the full comparison: it never passes an output that `compare` would not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 def test_passes_what_compares_well_and_nothing_else(
     dtype: torch.dtype, shape: tuple[int, ...], error: float, kind: str, size: float, seed: int
 ) -> None:
-    """For errors of any kind and size, next to what is allowed, both judge alike."""
+    """For errors of any kind and size, next to the allowed error, both judge alike."""
     generator = torch.Generator().manual_seed(seed)
     expected = torch.randn(shape, generator=generator, dtype=torch.float64) * size
     noise = {
@@ -63,7 +63,7 @@ def test_passes_what_compares_well_and_nothing_else(
     ids=repr,
 )
 def test_what_is_not_certain_is_not_passed(actual: Any, expected: Any) -> None:
-    """Other structures, dtypes and values, and what has to be looked at closely."""
+    """Other structures, dtypes and values, and outputs that only `compare` can judge."""
     assert not alike([(torch.ones(1), torch.ones(1)), (actual, expected)])
 
 
