@@ -138,24 +138,16 @@ class Call:
         originals = self.tensors
         with unobserved():
             copies = copies_of(originals.values() if state else self.inputs.values())
-            copied = self.replaced(each_tensor(lambda t: copies[id(t)].detach().requires_grad_(t.requires_grad)))
-            module = self.module
-            if module is not None and state:
-                module = replica_of(module, lambda tensor: copies[id(tensor)].detach())
-        return replace(copied, module=module, random=random_states(t.device for t in originals.values()))
+            copied = self._on(lambda t: copies[id(t)].detach().requires_grad_(t.requires_grad), module=state)
+        return replace(copied, random=random_states(t.device for t in originals.values()))
 
     def converted(self, old: torch.dtype, new: torch.dtype) -> Call:
         """Return the same call with all tensors of one dtype, also of the module, in another."""
-
-        def convert(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().to(new) if tensor.dtype is old else tensor.detach().clone()
-
         with unobserved():
-            module = replica_of(self.module, convert) if self.module is not None else None
-            call = self.replaced(
-                each_tensor(lambda t: convert(t).requires_grad_(t.requires_grad) if t.dtype is old else t)
+            copies = copies_of(self.tensors.values())
+            return self._on(
+                lambda t: copies[id(t)].detach().to(new if t.dtype is old else t.dtype).requires_grad_(t.requires_grad)
             )
-        return replace(call, module=module)
 
     def make(self, forward: Forward) -> Any:
         """Make the call itself, with a forward and without copies."""
@@ -256,17 +248,18 @@ class Call:
         copies = copies_of(
             tensor for name, tensor in originals.items() if id(tensor) not in kept or name.startswith("input ")
         )
+        call = self._on(lambda tensor: converted(copies.get(id(tensor), tensor).detach(), dtype))
+        shared = (torch.Tensor, nn.Module, *CONSTANTS)
+        return (
+            call.replaced(lambda _, leaf: leaf if isinstance(leaf, shared) else copy.deepcopy(leaf))
+            if objects
+            else call
+        )
 
-        def copied(tensor: torch.Tensor) -> torch.Tensor:
-            return converted(copies.get(id(tensor), tensor).detach(), dtype)
-
-        def argument(_: str, leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor):
-                return copied(leaf)
-            return copy.deepcopy(leaf) if objects and not isinstance(leaf, (nn.Module, *CONSTANTS)) else leaf
-
-        module = replica_of(self.module, copied) if self.module is not None else None
-        return replace(self.replaced(argument), module=module)
+    def _on(self, make: Callable[[torch.Tensor], torch.Tensor], *, module: bool = True) -> Call:
+        """Return the same call with `make(tensor)` in place of each tensor of the arguments and of the module."""
+        made = replica_of(self.module, make) if self.module is not None and module else self.module
+        return replace(self.replaced(each_tensor(make)), module=made)
 
     @property
     def _names(self) -> list[str]:
