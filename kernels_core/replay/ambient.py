@@ -26,7 +26,7 @@ def random_states(devices: Iterable[torch.device]) -> RandomStates:
     """
     states = {torch.device("cpu"): torch.get_rng_state()}
     for device in dict.fromkeys(devices) if not is_capturing() else ():
-        if device.type not in ("cpu", "meta"):
+        if device.type not in ("cpu", "meta"):  # the state of the CPU is there, and meta has no generator
             module = torch.get_device_module(device.type)
             states[device] = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
     return states

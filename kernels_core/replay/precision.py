@@ -39,7 +39,7 @@ def only(dtype: torch.dtype | None, inputs: Iterable[torch.Tensor], device_types
     least = max((torch.finfo(d).eps for d in given), default=1.0)
     with contextlib.ExitStack() as stack:
         for kind in {*device_types, "cpu"} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(torch.autocast(kind, enabled=False))  # it would cast to 16 bits again
         stack.enter_context(_OneDtype(dtype, {d for d in _REAL if torch.finfo(d).eps <= least}))
         yield
 
@@ -52,7 +52,7 @@ class _OneDtype(TorchFunctionMode):
         self.dtype, self.others = dtype, others
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CASTS:
+        if func in _CASTS:  # these name a dtype by their own name, not as an argument
             return args[0].to(self._named(_CASTS[func]))
         named = {name: self._named(value) for name, value in (kwargs or {}).items()}
         return func(*map(self._named, args), **named)

@@ -75,7 +75,7 @@ def each_tensor(function: Callable[[torch.Tensor], Any]) -> Callable[[str, Any],
 def _open(value: Any, inside: tuple[int, ...]) -> tuple[list[tuple[str, Any]], Remake] | None:
     """Return the children of a container, each with its key, and a function of as many others; None for a leaf."""
     kind = type(value)
-    if isinstance(value, _PLAIN) or id(value) in inside:
+    if isinstance(value, _PLAIN) or id(value) in inside:  # a cycle would never end
         return None
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", child) for key, child in value.items()], lambda new: _mapping(value, new)

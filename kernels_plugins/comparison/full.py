@@ -172,7 +172,7 @@ class _Measured(Yardstick):
         self.exact = exact is not None
         self.count = actual.numel()
         self.statistics: torch.Tensor | None = None
-        if self.count:
+        if self.count:  # an empty tensor has no largest error
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(actual.device.type, enabled=False):
                 self._measure(actual, expected, exact, quick)
 
@@ -183,7 +183,7 @@ class _Measured(Yardstick):
         target = theirs if exact is None else _numbers(exact.to(actual.device), work)
         finite = torch.isfinite(ours) & torch.isfinite(target)
         astray = ~finite & ~((ours == theirs) | (torch.isnan(ours) & torch.isnan(theirs)))
-        count = finite.sum().clamp(min=1)
+        count = finite.sum().clamp(min=1)  # with 0, every mean would be NaN
         target = torch.where(finite, target, 0)
         error = torch.where(finite, ours, 0) - target
         size = target.abs()
@@ -197,9 +197,9 @@ class _Measured(Yardstick):
         limit = self.atol + self.relative(exact=self.exact) * torch.maximum(size, scale.to(work)) + allowed
         magnitude = error.abs()
         excess = torch.where(magnitude == 0, 0, magnitude / limit)
-        excess = torch.where(astray, torch.inf, excess)
+        excess = torch.where(astray, torch.inf, excess)  # so that `where` finds them first
         where = excess.argmax()
-        along = error * target.sign()
+        along = error * target.sign()  # positive where the number is too large in magnitude
         relative = ulps = nothing
         if not quick:
             relative = torch.where(magnitude == 0, 0, magnitude / size).max()
@@ -232,7 +232,8 @@ class _Measured(Yardstick):
             return Difference(self.path, self.dtype, self.shape)
         where, excess, astray, count, max_abs, mean_abs, bias, along, mean_size, rms, *rest = self.statistics.tolist()
         own_max, own_bias, own_along, own_rms, max_rel, max_ulps, actual, expected = rest
-        index = _index(int(where), (*self.shape, 2) if self.complex else self.shape)
+        flat = torch.tensor(int(where), device="cpu")  # whatever the default device is
+        index = tuple(map(int, torch.unravel_index(flat, (*self.shape, 2) if self.complex else self.shape)))
         reasons = []
         if astray:
             of = f"{int(astray)} of {self.count} not finite as expected"
@@ -279,14 +280,6 @@ def _ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     info = torch.finfo(dtype)
     exponent = torch.frexp(size.clamp(min=info.tiny)).exponent
     return torch.ldexp(torch.full_like(size, info.eps), exponent - 1)
-
-
-def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    index = []
-    for size in reversed(shape):
-        flat, rest = divmod(flat, size)
-        index.append(rest)
-    return tuple(reversed(index))
 
 
 def _at(actual: float, expected: float, index: tuple[int, ...]) -> str:

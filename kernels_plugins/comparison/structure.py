@@ -40,7 +40,7 @@ def value_mismatches(path: str, ours: object, theirs: object) -> list[str]:
         return [f"{path}: {type(ours).__name__} instead of {type(theirs).__name__}"]
     if isinstance(ours, float) and isinstance(theirs, float):
         rtol, atol = TOLERANCES[torch.float64]
-        both_nan = math.isnan(ours) and math.isnan(theirs)
+        both_nan = math.isnan(ours) and math.isnan(theirs)  # `isclose` calls NaN different from itself
         same = both_nan or math.isclose(ours, theirs, rel_tol=rtol, abs_tol=atol)
     elif isinstance(ours, str | bytes | int | complex | torch.Size | torch.dtype | torch.device):
         same = bool(ours == theirs)

@@ -129,7 +129,7 @@ def cases(call: Call) -> Iterator[Case]:
         >>> [case.name for case in cases(Call(None, (torch.ones(4, 8),)))][:4]
         ['other values', 'bfloat16', 'float16', 'strided']
     """
-    call = call.snapshot()
+    call = call.snapshot()  # the caller may change its inputs before the next case
     main = next((t for t in call.inputs.values() if t.is_floating_point() and t.numel()), None)
     if main is None:  # its dtype and sizes are varied
         return

@@ -71,7 +71,8 @@ def check_kernel(
         raise ArgumentTypeError(f"A kernel for a module is a class with a forward, not {source_label(kernel)}.")
     forward: Any = type(module).forward if module is not None else reference
     name = type(module).__name__ if module is not None else getattr(forward, "__name__", source_label(forward))
-    layer = find_layer(reference) or Layer(name, _place(forward), forward, is_function)
+    place = f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', repr(forward))}"
+    layer = find_layer(reference) or Layer(name, place, forward, is_function)
     call = Call(module, inputs, named_inputs, layer.signature).snapshot()
     device = (call.devices or [torch.device("cpu")])[0]
     resolution = Resolution(
@@ -93,7 +94,3 @@ def check_kernel(
             f"{len(failed) or len(undecided)} of {len(report.probes)} probes:\n{lines}"
         )
     return report
-
-
-def _place(forward: Any) -> str:
-    return f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', repr(forward))}"

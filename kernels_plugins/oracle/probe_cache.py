@@ -70,7 +70,7 @@ def _digest(function: Callable[..., Any]) -> str | None:
 
     A file from the Hub has its commit in its path, which identifies all files beside it, too.
     """
-    inner: Any = inspect.unwrap(function)
+    inner: Any = inspect.unwrap(function)  # wrappers of plugins are no part of the kernel
     inner = getattr(inner, "__func__", inner)
     code = getattr(inner, "__code__", None)
     if code is None:

@@ -171,7 +171,7 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
         nonlocal done
         if done or _busy.get() or is_observed():
             return forward(*args, **kwargs)
-        done = True
+        done = True  # before the probe, so that other threads do not start a second one
         module, given = (None, args) if layer.is_function else (args[0], args[1:])
         call = Call(module, given, kwargs, layer.signature)
         token = _busy.set(True)

@@ -193,7 +193,7 @@ class Subject:
         """Compare the runs of a kernel on a case with those of the reference."""
         try:
             run = self._run(case, implementation, mode)
-            again = self._run(case, implementation, mode) if case.given else None
+            again = self._run(case, implementation, mode) if case.given else None  # it may keep state between calls
         except Exception as error:
             stop_if_broken(error)
             yield replace(row, verdict="failed", reason=f"it raises {_short(error)}")
