@@ -56,8 +56,6 @@ class Yardstick:
     """The allowed difference between two tensors of a dtype and shape.
 
     Attributes:
-        dtype: Of both.
-        shape: Of both.
         rtol: The allowed error of a number, relative to its size.
         atol: The error that is allowed besides.
         eps: Of the dtype; 0 for integers.

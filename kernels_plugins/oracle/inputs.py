@@ -179,16 +179,14 @@ def _changed(call: Call, change: Callable[[torch.Tensor], torch.Tensor]) -> Call
 
 
 def _other_values(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.flip(0) * 0.75 if tensor.dim() else tensor * 0.75
+    turned = tensor.flip(0) if tensor.dim() else tensor
+    return turned * 0.75 if tensor.is_floating_point() else tensor
 
 
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
     """Put other numbers between the numbers of a tensor: a kernel that ignores strides reads them."""
-    if not tensor.dim():
-        return tensor
-    return torch.stack([tensor, torch.full_like(tensor, _filler(tensor))], dim=-1)[..., 0]
+    filler = torch.full_like(tensor, _filler(tensor))
+    return torch.stack([tensor, filler], dim=-1)[..., 0] if tensor.dim() else tensor
 
 
 def _offset(tensor: torch.Tensor) -> torch.Tensor:

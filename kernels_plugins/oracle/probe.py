@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,11 +13,9 @@ from kernels_core import Resolution
 from kernels_core.replay import Call, each_tensor, mapped
 
 from ..comparison import Tolerances, compare
-from .inputs import Recorded, with_gradients
+from .inputs import Forward, Recorded, with_gradients
 from .report import VerifyRow
 from .subject import stop_if_broken, tried
-
-Forward = Callable[..., Any]
 
 _PROBE_OF_CASE = {
     **dict.fromkeys(("as given", "other values"), "forward"),
