@@ -60,7 +60,7 @@ def test_every_file_has_a_row() -> None:
 
 
 def test_files_are_short() -> None:
-    """No file has more than 400 lines, but for those that are named here until they are split."""
+    """No file has more than 400 lines."""
     lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert not {name for name, lines in lengths.items() if lines > MAX_LINES}
 
