@@ -1215,21 +1215,34 @@ def test_random_numbers_are_the_same_backward() -> None:
             assert torch.equal(torch.rand(2), after)
 
 
-def test_random_numbers_in_a_capture_have_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Generators cannot be read while a CUDA graph is captured, so a kernel that draws does not serve there."""
+@pytest.mark.parametrize("who", ["both", "kernel", "reference"])
+def test_random_numbers_in_a_capture_have_the_reference(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators cannot be read while a CUDA graph is captured, so a kernel that draws does not serve there.
+
+    The trial finds that whichever of kernel and reference draws; outside of a capture, the backward disturbs nobody.
+    """
     ran: list[bool] = []
+
+    def run(x: torch.Tensor, draws: bool) -> torch.Tensor:
+        return torch.nn.functional.dropout(x, 0.5) * 1.0 if draws else x * 1.0
 
     @use_kernel_forward_from_hub("drop")
     def drop(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(x, 0.5) * 1.0
+        return run(x, who != "kernel")
 
     def kernel(x: torch.Tensor) -> torch.Tensor:
         ran.append(True)
-        return torch.nn.functional.dropout(x, 0.5) * 1.0
+        return run(x, who != "reference")
 
     with serving(reference_backward(kernel), "drop"):
         x = torch.ones(64, requires_grad=True)
-        drop(x)
+        torch.manual_seed(0)
+        run(x, who != "reference")
+        after = torch.rand(2)
+        torch.manual_seed(0)
+        drop(x).sum().backward()
+        assert torch.equal(torch.rand(2), after)
+        assert len(ran) == 2  # the trial, and the call
         ran.clear()
         monkeypatch.setattr("kernels_plugins.adapters.recompute.is_capturing", lambda: True)
         y = drop(x)

@@ -404,6 +404,23 @@ def test_eight_threads(local_hub: LocalHub, kernel_repository: Publish) -> None:
     assert local_hub.count("GET /kernels/acme/kernels/resolve") == 3
 
 
+def test_a_listing_that_another_thread_keeps(
+    local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing may leave the memory of the process, for a file in the cache, while a thread looks for it."""
+
+    class Emptied(dict[Any, Any]):
+        def __contains__(self, key: object) -> bool:
+            return self.pop(key, None) is not None
+
+        def get(self, key: object, default: Any = None) -> Any:
+            return self.pop(key, default)
+
+    kernel_repository(layers=kernel())
+    monkeypatch.setattr(revision, "_listed", Emptied())
+    assert served(scale()) == 3
+
+
 def test_two_processes(
     local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any], tmp_path: Path
 ) -> None:

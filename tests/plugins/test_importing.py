@@ -8,9 +8,11 @@ import importlib.machinery
 import importlib.resources
 import importlib.util
 import inspect
+import os
 import pickle
 import py_compile
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -319,6 +321,45 @@ def test_interrupt(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path, {"__init__.py": "from . import early\nraise KeyboardInterrupt\n", "early.py": ""})
     assert leftovers() == []
+
+
+_FORK = """
+import os, sys, threading
+from pathlib import Path
+from kernels_core import LoadError
+from kernels_plugins import get_local_kernel
+
+folder = Path(sys.argv[1])
+threading.begun, threading.go_on = threading.Event(), threading.Event()
+first = threading.Thread(target=get_local_kernel, args=(folder,))
+first.start()
+threading.begun.wait()
+child = os.fork()
+if child == 0:
+    try:
+        get_local_kernel(folder)
+    except LoadError as error:
+        print(error, flush=True)
+        os._exit(0)
+    os._exit(1)
+status = os.waitpid(child, 0)[1]
+threading.go_on.set()
+first.join()
+print(get_local_kernel(folder).whole, flush=True)
+sys.exit(status != 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork_during_an_import(tmp_path: Path) -> None:
+    """A child that is forked while another thread imports a kernel gets an error, no half of it, and does not hang."""
+    source = "import threading\nthreading.begun.set()\nthreading.go_on.wait()\nwhole = True\n"
+    build(tmp_path / "build/torch-universal", {"__init__.py": source})
+    script = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORK, str(tmp_path)]
+    run = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    error, whole = run.stdout.splitlines()
+    assert "forked while another thread imported it" in error and "spawn" in error and whole == "True"
 
 
 def test_nothing_to_import(tmp_path: Path) -> None:

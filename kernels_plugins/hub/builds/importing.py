@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,6 +32,8 @@ from .integrity import Build
 from .shim import install_shim
 
 _importing = KeyedLocks()
+_unfinished: dict[str, threading.Thread] = {}
+"""The kernels that are being imported, and by which thread: a forked child has only the thread that forked."""
 
 
 class _FileLoader(InspectLoader):
@@ -95,6 +98,12 @@ def import_build(build: Build, kernels: Mapping[str, ModuleType] | None = None) 
     python_name = build.metadata.name.python_name
     name = f"kernel_{python_name}_{_fingerprint(build, kernels or {})}"
     with _importing.hold():
+        me = threading.current_thread()
+        if _unfinished.get(name, me) is not me:  # the lock is free in a forked child, and Python's own is not
+            raise LoadError(
+                "this process was forked while another thread imported it, so it is only half there. Load kernels "
+                "before processes are forked, or start processes with the method 'spawn'"
+            )
         if name in sys.modules and name in _finder.roots:
             return sys.modules[name]
         if _finder not in sys.meta_path:
@@ -106,6 +115,7 @@ def import_build(build: Build, kernels: Mapping[str, ModuleType] | None = None) 
         # Large libraries are mapped from disk: keep their names, not their bytes.
         kept = {path: content if path.endswith(".py") else b"" for path, content in build.files.items()}
         _finder.roots[name] = (replace(build, files=kept), prefix)
+        _unfinished[name] = me
         try:
             with lend_kernels(kernels or {}), install_shim() if kernels else nullcontext():
                 return importlib.import_module(name)
@@ -118,6 +128,8 @@ def import_build(build: Build, kernels: Mapping[str, ModuleType] | None = None) 
                 raise
             kind = PackageError if isinstance(error, ImportError) else LoadError
             raise kind(_import_problem(error, name)) from error
+        finally:
+            _unfinished.pop(name, None)
 
 
 def _fingerprint(build: Build, kernels: Mapping[str, ModuleType]) -> str:

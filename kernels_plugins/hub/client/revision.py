@@ -129,24 +129,25 @@ def find_record(pin: Pin, client: Client) -> Record:
     record = cache.record(pin.commit) or Record()
     if record.redirect is not None or record.variants:
         return record
-    if pin not in _listed:
+    listed = _listed.get(pin)  # one look: another thread may keep or forget it
+    if listed is None:
         variants, status = client.list_files(pin)
         found = () if status is None else parse_status(client.read_status(pin, status))
         listed = replace(record, variants=variants, redirect=found)
         if found:  # the file that says so was compared with the listing
             cache.write_record(pin.commit, listed)
-        if not variants and not found:  # an answer without either may be no answer of the Hub
-            return listed
-        _listed[pin] = listed
-    return _listed[pin]
+        if variants or found:  # an answer without either may be no answer of the Hub
+            _listed[pin] = listed
+    return listed
 
 
 def keep_record(pin: Pin) -> None:
     """Keep the listing of a commit, whose files passed the checks, in the cache."""
-    if (listed := _listed.pop(pin, None)) is not None:
+    if (listed := _listed.get(pin)) is not None:
         cache = metadata_cache(pin.repo_id)
         trusted = (cache.record(pin.commit) or Record()).publisher_trusted
         cache.write_record(pin.commit, replace(listed, publisher_trusted=trusted))
+        _listed.pop(pin, None)  # after the file has it: threads that look meanwhile need not list again
 
 
 def forget_record(pin: Pin) -> None:
