@@ -7,7 +7,7 @@ besides the parameters start with `_kernel`; a signature with such a parameter i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,7 +43,7 @@ def forward{signature}:
 """The forward of a layer; `docs/path-of-a-call.md` explains it."""
 
 _CONDITION = """\
-if not _kernels_condition({condition}):
+if not _kernels_condition({asked}):
     return _kernels_reference({call})
 """
 
@@ -56,9 +56,7 @@ except _kernels_absent:
     _kernel = _kernels_cold({module}, {values})
 """
 
-_FIND_WITHOUT_ARGUMENTS = """\
-_kernel = _kernels_cold({module}, {values})
-"""
+_ONLY_COLD = "_kernel = _kernels_cold({module}, {values})"
 
 _ON_CPU = """\
 _kernel = _kernels_frame().{layer}_cpu
@@ -124,14 +122,14 @@ class ForwardSource:
     """Writes the functions of a layer.
 
     Attributes:
-        parameters: The parameters of the reference, `self` included; None to pass everything on packed.
+        parameters: The parameters of the reference, `self` included.
         is_function: Whether there is no `self`.
         reads_module: Whether the reference may use tensors of the module.
         is_traced: Expression that is true while a call is traced.
         forward_level: Expression for the level of forward-mode differentiation, negative outside of it.
     """
 
-    parameters: tuple[inspect.Parameter, ...] | None
+    parameters: tuple[inspect.Parameter, ...]
     is_function: bool
     reads_module: bool = True
     is_traced: str = "False"
@@ -151,12 +149,9 @@ class ForwardSource:
         pieces["on_cpu"] = _ON_CPU.format(**pieces)
         pieces["answer"] = pieces["on_cpu"] if accelerator is None else _fill(_ON_ACCELERATOR, pieces)
         pieces["records"] = self._records(exact=False, first_is_tensor=True)
-        pieces["find"] = _fill(_FIND if self._first is not None else _FIND_WITHOUT_ARGUMENTS, pieces)
-        pieces["condition"] = ""
-        if has_condition:
-            pieces["condition"] = _CONDITION.format(
-                condition=self.call if self.is_function else self.module, call=self.call
-            )
+        pieces["find"] = _fill(_FIND if self._first is not None else _ONLY_COLD, pieces)
+        pieces["asked"] = self.call if self.is_function else self.module
+        pieces["condition"] = _CONDITION.format(**pieces) if has_condition else ""
         return _fill(_FORWARD, pieces)
 
     def proved(self) -> str:
@@ -196,8 +191,6 @@ class ForwardSource:
     @cached_property
     def signature(self) -> str:
         """All parameters, without annotations; defaults are set on the function (`set_defaults`)."""
-        if self.parameters is None:
-            return "(*args, **kwargs)"
         bare = [
             p.replace(annotation=p.empty, default=None if p.default is not p.empty else p.empty)
             for p in self.parameters
@@ -207,8 +200,6 @@ class ForwardSource:
     @cached_property
     def call(self) -> str:
         """The arguments of a call that passes everything on."""
-        if self.parameters is None:
-            return "*args, **kwargs"
         return ", ".join(_IN_CALL.get(p.kind, "{0}").format(p.name) for p in self.parameters)
 
     @cached_property
@@ -216,31 +207,23 @@ class ForwardSource:
         """The module; `None` for a function."""
         if self.is_function:
             return "None"
-        if self.parameters is None:
-            return "args[0]"
         return self.parameters[0].name + ("[0]" if self._self_is_packed else "")
 
     @cached_property
     def values(self) -> str:
         """A tuple of all arguments, without the module, in the order of the signature."""
-        start = "" if self.is_function else "[1:]"
-        if self.parameters is None:
-            return f"(*args{start}, *kwargs.values())"
         written = [_IN_VALUES.get(p.kind, "{0}").format(p.name) for p in self._arguments]
         if self._self_is_packed:
-            written[0] += start
+            written[0] += "[1:]"
         return "(" + "".join(f"{each}, " for each in written) + ")"
 
     @cached_property
     def _first(self) -> str | None:
         """The first argument, which is mostly the tensor that shows the device of a call; None without one."""
-        skipped = int(self._self_is_packed)
-        if self.parameters is None:
-            return f"args[{int(not self.is_function)}]"
         if not self._arguments or self._arguments[0].kind is inspect.Parameter.VAR_KEYWORD:
             return None
         first = self._arguments[0]
-        return f"{first.name}[{skipped}]" if first.kind is first.VAR_POSITIONAL else first.name
+        return f"{first.name}[{int(self._self_is_packed)}]" if first.kind is first.VAR_POSITIONAL else first.name
 
     def _records(self, *, exact: bool, first_is_tensor: bool = False) -> str:
         """Write a test whether autograd records a call, cheapest questions first.
@@ -248,8 +231,7 @@ class ForwardSource:
         Where it need not be exact, only tensors that the reference may use are asked, and the gradient mode is not if
         that takes longer.
         """
-        packed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        if self.parameters is None or self._first is None or any(p.kind in packed for p in self.parameters):
+        if self._first is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in self.parameters):
             return f"_kernels_is_recorded({self.module}, {self.values})"
         tests: list[str] = []
         for p in self._arguments:
@@ -270,14 +252,12 @@ class ForwardSource:
     @property
     def _arguments(self) -> tuple[inspect.Parameter, ...]:
         """The parameters that a caller fills: all but `self`."""
-        return (self.parameters or ())[0 if self._self_is_packed or self.is_function else 1 :]
+        return self.parameters[0 if self._self_is_packed or self.is_function else 1 :]
 
     @property
     def _self_is_packed(self) -> bool:
         """Whether a method takes its `self` as the first of `*args`."""
-        if self.is_function or not self.parameters:
-            return False
-        return self.parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+        return not self.is_function and self.parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
 
 
 def _fill(template: str, pieces: Mapping[str, Any]) -> str:
@@ -290,19 +270,20 @@ def _fill(template: str, pieces: Mapping[str, Any]) -> str:
     return "".join(lines)
 
 
-def read_parameters(reference: Callable[..., Any]) -> tuple[inspect.Parameter, ...] | None:
-    """Return the parameters that a reference really has; None where they cannot be read, or not be passed on."""
+def read_parameters(reference: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    """Return the parameters that a reference has; `*args, **kwargs` if they cannot be read, or have names of ours."""
+    packed = inspect.signature(lambda *args, **kwargs: None)
     try:
         signature = inspect.signature(reference, follow_wrapped=False)
     except (TypeError, ValueError):
-        return None
-    parameters = tuple(signature.parameters.values())
-    return None if any(p.name.startswith("_kernel") for p in parameters) else parameters
+        signature = packed
+    taken = any(name.startswith("_kernel") for name in signature.parameters)
+    return tuple((packed if taken else signature).parameters.values())
 
 
-def set_defaults(function: Callable[..., Any], parameters: tuple[inspect.Parameter, ...] | None) -> None:
+def set_defaults(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> None:
     """Give a function the defaults of parameters, the same objects."""
-    given = [p for p in parameters or () if p.default is not p.empty]
+    given = [p for p in parameters if p.default is not p.empty]
     changed: Any = function
     changed.__defaults__ = tuple(p.default for p in given if p.kind is not p.KEYWORD_ONLY)
     changed.__kwdefaults__ = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
