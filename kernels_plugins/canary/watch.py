@@ -102,7 +102,13 @@ class _Watch:
 
         if wanted:
             kernel: Any = self.resolution.implementation
-            again = before.run(kernel, parameters=False, mutations=False)
+            try:
+                again = before.run(kernel, parameters=False, mutations=False)
+            except torch.OutOfMemoryError as error:  # a second run beside the first is no duty of the kernel
+                self._say(f"there is no memory to compare its gradients: {error}")
+                return None
+            except Exception as error:
+                return f"its second run, for its gradients, raises {type(error).__name__}: {error}"
             missing = [name for name in wanted if again.gradients.get(name) is None]
             if missing:
                 return f"no gradient reaches {', '.join(missing)}, as it does from the reference"

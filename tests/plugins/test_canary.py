@@ -140,6 +140,22 @@ def test_wrong_kernels_are_seen(name: str) -> None:
         assert part in str(seen.value)
 
 
+@pytest.mark.parametrize("action", ["quarantine", "warn"])
+def test_a_backward_that_raises_is_the_fault_of_the_kernel(action: str) -> None:
+    """It is reported as any other, and does not end the call that is compared."""
+
+    def compute(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out = Norm.forward.__wrapped__(self, x)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            x.mul_(1)  # saved for the backward, which refuses a tensor that was written to
+        return out  # type: ignore[no-any-return]
+
+    with use_kernel_mapping({"Norm": {"cpu": kernel_of(compute)}}), canary(first=1, action=action):
+        with pytest.warns(KernelsWarning, match="second run, for its gradients, raises RuntimeError: .* inplace"):
+            Norm()(torch.randn(4, SIZE, requires_grad=True) * 1)
+    assert len(quarantined()) == (action == "quarantine")
+
+
 def test_missing_gradient_is_seen_without_a_canary() -> None:
     """A kernel that loses the gradient of a parameter is out after its first recorded call, canary or not."""
     norm = Norm()
