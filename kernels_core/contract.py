@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any, Generic, cast
 
 import torch
@@ -52,6 +53,8 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
         return f"it is neither an nn.Module subclass nor a function, but {type(kernel).__name__}"
     elif layer is not None and not layer.is_function:
         return "it is a function, and this layer is a class: a class needs an nn.Module subclass"
+    elif (reason := _check_object(kernel)) is not None:
+        return reason
     if layer is None:
         return None
     forward: Any = cast(Any, kernel).forward if isinstance(kernel, type) else kernel
@@ -64,6 +67,15 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     reference = layer.reference
     passes_on = inspect.signature(reference) != inspect.signature(reference, follow_wrapped=False)
     return _check_signature(ours, theirs, as_called=passes_on)
+
+
+def _check_object(kernel: object) -> str | None:
+    """Return why nothing can be remembered of a callable object, such as its proof or that it is in quarantine."""
+    try:
+        hash(weakref.ref(kernel))
+    except TypeError as error:
+        return f"it is an object that must allow a hash and weak references, and does not ({error}): offer a function"
+    return None
 
 
 def _check_class(kernel: type[Any]) -> str | None:

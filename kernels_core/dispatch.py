@@ -138,8 +138,7 @@ class _Dispatcher:
         self._selectors: dict[str, Forward] = {}
         self._unproven: dict[int, weakref.ref[Forward]] = {}  # by kernel; frames hold the functions that prove them
         self._busy = threading.RLock()
-        self.names: set[str] = set()  # on frames, published or as tables
-        self.files: set[str] = set()  # of generated source
+        self.names, self.files = set[str](), set[str]()  # on frames, published or as tables; of generated source
 
     def _name(self, device: torch.device) -> str:
         name = self._names.get(device)
@@ -223,8 +222,9 @@ class _Dispatcher:
         if proving is None:
             number = id(kernel)  # of this kernel only while the function that proves it lives, which holds it
 
-            def forget(_: object = None) -> None:
-                self._unproven.pop(number, None)
+            def forget(dead: object = None) -> None:
+                if dead is None or self._unproven.get(number) is dead:  # not one that another thread made meanwhile
+                    self._unproven.pop(number, None)
 
             proving = until_proven(
                 self.layer, kernel, kernel, origin=origin, when_proven=forget, decide_anew=self._cold
@@ -371,6 +371,8 @@ class _Dispatcher:
         path = _file(self.layer, file or function)
         exec(compile(source, path, "exec"), scope)
         self.files.add(path)
+        if path not in linecache.cache:  # once, however often a model is kernelized, which has no forward to wait for
+            weakref.finalize(self.layer, linecache.cache.pop, path, None).atexit = False
         linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
         generated: Forward = scope.pop(function)  # Dynamo may keep the namespace: not the function with it
         set_defaults(generated, self.source.parameters)

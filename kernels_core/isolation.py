@@ -101,8 +101,9 @@ def _isolated_wrapper(hook: str, name: str, function: Callable[..., Any], report
             generator.send(answer) if inner is None else generator.throw(inner)
             raise RuntimeError("a wrapper yields once, this one did twice")
         except StopIteration as stop:
-            fault = _wrapped_fault(hook, name, stop.value)
-            return stop.value if fault is None else failed(fault, answer)
+            if inner is None or isinstance(inner, FAULTS):  # others, such as an interrupt, are not a wrapper's to stop
+                fault = _wrapped_fault(hook, name, stop.value)
+                return stop.value if fault is None else failed(fault, answer)
         except BaseException as raised:
             if raised is inner or not isinstance(raised, FAULTS):
                 raise

@@ -214,8 +214,9 @@ def forget() -> None:
 
 def _unpublish(frame: Frame, names: set[str]) -> None:
     for name in frame.published & names:
-        frame.published.discard(name)
-        delattr(frame, name)
+        if name in frame.published:  # an answer that is dropped here may drop a layer, which withdraws its names
+            frame.published.discard(name)
+            delattr(frame, name)
 
 
 def withdraw(names: set[str]) -> None:

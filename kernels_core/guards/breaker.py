@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 import types
 import warnings
@@ -40,15 +41,17 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
     safe = layer.use_fallback and not strict() and not _may_be_changed(values)
 
     def judge(*args: Any, **kwargs: Any) -> Any:
-        try:
+        reference_fails = True
+        with contextlib.suppress(Exception):  # a handler would make the error of the reference the context of the other
             if safe:
                 output = layer.reference(*args, **kwargs)
             else:
                 module, given = (None, args) if layer.is_function else (args[0], args[1:])
                 with Call(module, given, kwargs).replayed(layer.reference, objects=True, changes=False):
                     output = None
-        except Exception:
-            raise error from None
+            reference_fails = False
+        if reference_fails:
+            raise error
         reason = str(error).partition("\n\n")[0].rstrip(".")  # PyTorch may list every kernel of an operator below
         quarantine(
             layer,
@@ -66,7 +69,7 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
             KernelsWarning,
             stacklevel=3,
         )
-        raise error from None
+        raise error
 
     return judge
 

@@ -266,6 +266,26 @@ def test_a_wrapper_sees_questions_and_answers_only(
     assert [line.partition(":")[0] for line in seen] == ["layer 'Add' on cpu for inference or training"]
 
 
+def test_a_wrapper_that_stops_everything_does_not_stop_the_question(
+    make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager
+) -> None:
+    """A wrapper that answers whatever is raised is not at fault where modes differ: the core asks on."""
+
+    class Stops:
+        @hookimpl(wrapper=True)
+        def kernels_resolve_forward(self, request: LayerRequest) -> Any:
+            try:
+                return (yield)
+            except BaseException:
+                return None
+
+    isolated_plugins.register(Stops())
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": {Mode.INFERENCE: make_kernel(10), Mode.TRAINING: make_kernel(20)}}}):
+        assert (layer(X)[0], layer(RECORDED)[0]) == (10, 20)
+    assert not isolated_plugins.faults
+
+
 def test_requests_about_two_modes_are_values(
     make_kernel: Make, isolated_plugins: PluginManager, make_layer: Make
 ) -> None:

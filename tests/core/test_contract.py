@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels_core import Mode, resolve, use_kernel_forward_from_hub
+from kernels_core import KernelsWarning, Mode, resolve, use_kernel_forward_from_hub
 from kernels_plugins.mapping import register_kernel_mapping, use_kernel_mapping
 
 Make = Callable[..., Any]
@@ -199,6 +200,35 @@ def test_what_is_no_layer_class_is_refused(loaded: Any, part: str) -> None:
     """What a source loads must be a class of nn.Module for a class."""
     why = reason(layer("x"), Returns(loaded))
     assert why is not None and part in why
+
+
+@dataclasses.dataclass
+class Unhashable:
+    factor: int = 3
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+class Unreferable:
+    __slots__ = ()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+
+@pytest.mark.parametrize("kernel", [Unhashable(), Unreferable()], ids=lambda kernel: type(kernel).__name__)
+def test_an_object_of_which_nothing_can_be_remembered_is_refused(kernel: Any) -> None:
+    """Proof and quarantine need a hash and weak references of a kernel: without, it is refused, and no call fails."""
+
+    @use_kernel_forward_from_hub("Object")
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    with use_kernel_mapping({"Object": {"cpu": Returns(kernel)}}):
+        with pytest.warns(KernelsWarning, match="weak references"):
+            assert double(torch.ones(2))[0] == 2
+        assert double(torch.ones(2, requires_grad=True))[0] == 2
 
 
 def test_source_may_tell_its_provenance() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels_core import KernelsWarning, scope, use_kernel_forward_from_hub, warn_once
+from kernels_core import KernelsWarning, Mode, kernelize, scope, use_kernel_forward_from_hub, warn_once
 from kernels_plugins import register_kernel_mapping, use_kernel_mapping
 
 Make = Callable[..., Any]
@@ -60,8 +60,18 @@ def test_dropped_layers_leave_no_names_and_no_source() -> None:
         def gone(x: torch.Tensor) -> torch.Tensor:
             return x
 
+        @use_kernel_forward_from_hub("GoneClass")
+        class Gone(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x
+
+        def kernel(self: nn.Module, other: torch.Tensor) -> torch.Tensor:
+            return other
+
         gone(X)
         torch.compile(gone, backend="eager", fullgraph=True)(X)
+        with use_kernel_mapping({"GoneClass": {"cpu": type("Kernel", (nn.Module,), {"forward": kernel})}}):
+            kernelize(Gone(), mode=Mode.TRAINING, device="cpu")(X)
 
     make()
     torch._dynamo.reset()

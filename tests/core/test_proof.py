@@ -15,6 +15,7 @@ from torch import nn
 
 from kernels_core import (
     KernelsWarning,
+    LayerRequest,
     Mode,
     PluginManager,
     Resolution,
@@ -22,6 +23,7 @@ from kernels_core import (
     kernelize,
     quarantined,
     release,
+    scope,
     use_kernel_forward_from_hub,
 )
 from kernels_core.guards import gradients, proof
@@ -248,3 +250,31 @@ def test_a_kernel_that_is_never_proven_goes_with_its_scope() -> None:
             assert len(unproven) == 1
         gc.collect()
         assert len(unproven) == 0
+
+
+def test_the_end_of_one_proof_leaves_the_next() -> None:
+    """The notice that a dropped proof is gone may come late: another thread has begun the next one by then."""
+    layer = make()
+    unproven = type(layer).forward.__globals__["_kernels_unproven"]
+    with kernel(loses):
+        layer(ones())
+        ((dropped, reference),) = [(r, r.__callback__) for r in unproven.values()]
+        scope.forget()
+        layer(ones())
+        reference(dropped)
+        assert layer(ones(True)).requires_grad
+
+
+def test_a_plugin_that_answers_with_an_old_decision(isolated_plugins: PluginManager) -> None:
+    """A kernel is checked once and stays in quarantine, whatever request the answer of a plugin is about."""
+    layer, old = make(), LayerRequest("old", torch.device("cpu"), Mode.INFERENCE)
+
+    class Insists:
+        @hookimpl
+        def kernels_resolve_forward(self, request: LayerRequest) -> Resolution:
+            return Resolution(old, loses, origin="insists")
+
+    isolated_plugins.register(Insists(), "insists")
+    for _ in range(2):
+        assert layer(ones(True)).requires_grad
+    assert len(quarantined()) == 1

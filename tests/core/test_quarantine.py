@@ -127,18 +127,21 @@ def test_released_kernel_serves_again(make_layer: Make, raising: Any) -> None:
 
 def test_error_of_the_caller_is_no_fault_of_the_kernel(make_layer: Make) -> None:
     """Where the reference raises, too, the kernel's error goes on unchanged, and nobody is taken out."""
-    raised = ValueError("from the kernel")
+    raised, why, meanwhile = ValueError("from the kernel"), OSError("why"), KeyError("meanwhile")
 
     class Kernel(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise raised
+            try:
+                raise meanwhile
+            except KeyError:
+                raise raised from why
 
     layer = make_layer()()
     with use_kernel_mapping({"Add": {"cpu": Kernel}}):
         for _ in range(2):
             with pytest.raises(ValueError, match="from the kernel") as caught:
                 layer([X])  # to which the reference cannot add a number
-            assert caught.value is raised
+            assert caught.value is raised and raised.__cause__ is why and raised.__context__ is meanwhile
     assert quarantined() == []
 
 

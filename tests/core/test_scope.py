@@ -336,6 +336,28 @@ def test_dropping_one_layer_leaves_the_others(make_layer: Make, make_kernel: Mak
     assert [layer(X)[0].item() for layer in survivors] == [10, 11, 12]
 
 
+def test_layers_that_are_collected_while_answers_are_dropped(make_layer: Make) -> None:
+    """A garbage collection in the middle of a change withdraws names of which the change has a list already."""
+
+    class Collects:
+        def __del__(self) -> None:
+            gc.collect()
+
+    for number in range(20):  # the names are in a set, whose order differs
+        layers = [make_layer(f"Collected{number}_{i}") for i in range(4)]
+        for layer in layers:
+            layer()(X)
+        scope.publish(scope.root, "collects", Collects(), scope.generation())
+        gc.collect()
+        gc.disable()
+        try:
+            del layer, layers
+            scope.forget()
+        finally:
+            gc.enable()
+        assert not scope.root.published
+
+
 def test_scope_is_dropped_while_other_threads_use_theirs(make_layer: Make, adding: Make) -> None:
     """Scopes made and dropped in several threads at once neither fail nor leave anything behind."""
     layer, errors = make_layer()(), []
