@@ -42,8 +42,8 @@ def leaves(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of a nested value, with the path to each.
 
     Example:
-        >>> [leaf for _, leaf in leaves({"a": [1, 2], "b": (3,)})]
-        [1, 2, 3]
+        >>> sum(leaf for _, leaf in leaves({"a": [1, 2], "b": (3,)}))
+        6
     """
     return ((where, node) for where, node, keys in nodes(value, path) if keys is None)
 

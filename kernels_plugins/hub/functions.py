@@ -199,8 +199,9 @@ def get_kernel_variants(
         ResolutionError: The Hub has no answer.
 
     Example:
-        >>> [decision.variant.variant_str for decision in get_kernel_variants("acme/silu", version=1)]
-        ['torch-universal']
+        >>> (decision,) = get_kernel_variants("acme/silu", version=1)
+        >>> decision.variant.variant_str
+        'torch-universal'
     """
     request = KernelRequest(**locals(), trust_remote_code=True)
     this_machine(backend)
