@@ -17,7 +17,7 @@ from . import scope
 from .answer import CorePlugin, ModesDiffer, quarantine_refusal
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
-from .errors import NoKernelError, PluginError
+from .errors import KernelsWarning, NoKernelError, PluginError
 from .guards.quarantine import find_quarantined, on_change
 from .isolation import FAULTS, raised_in
 from .layer import Layer, decorated_layer
@@ -139,7 +139,7 @@ def decide(
         if resolution is None:
             try:
                 resolution = plugin_manager().hook.kernels_resolve_forward(request=request) or Resolution(request)
-            except PluginError:  # which is raised in strict mode only
+            except (PluginError, KernelsWarning):  # raised in strict mode only, and where warnings are errors
                 raise
             except FAULTS as error:
                 plugin_manager().report(raised_in("kernels_resolve_forward", "core", error))

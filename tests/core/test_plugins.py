@@ -345,6 +345,25 @@ def test_plugins_that_exit_do_not_end_the_process(
     assert "'leaves'" in caught()[0] or hook == "kernels_load_layer"
 
 
+def test_a_fault_that_is_raised_as_a_warning_names_its_plugin(
+    make_layer: Make, isolated_plugins: PluginManager
+) -> None:
+    """Where warnings are errors, the warning of a fault is raised as it is, and the core is not blamed for it."""
+
+    class Fails:
+        @hookimpl
+        def kernels_find_candidates(self, request: Any) -> Any:
+            raise KeyError("x")
+
+    isolated_plugins.register(Fails(), "fails")
+    layer = make_layer()()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KernelsWarning)
+        for _ in range(2):
+            with pytest.raises(KernelsWarning, match=r"^Plugin 'fails' raised in kernels_find_candidates: KeyError"):
+                layer(X)
+
+
 def test_an_error_without_a_message_is_told_by_its_type(
     make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any
 ) -> None:
