@@ -31,8 +31,9 @@ class canary:  # noqa: N801 - a context manager that reads like a statement
     Args:
         first: The first calls of each kernel, layer and device that are compared.
         every: After that, one call in so many; 0 for none.
-        action: The reaction to a disagreement: `"warn"` (once for each reason), `"quarantine"` (that, the kernel is
-            out from then on, and the call gets the reference's answer where that is safe), or `"raise"`.
+        action: The reaction to a disagreement: `"warn"` (once for each kernel, layer and device), `"quarantine"`
+            (that, the kernel is out from then on, and the call gets the reference's answer where that is safe), or
+            `"raise"`.
 
     Raises:
         ArgumentError: For a negative number, or an unknown action.

@@ -92,7 +92,8 @@ class _Watch:
         try:
             expected = before.run(self.layer.reference, parameters=False, mutations=False)
         except Exception as error:
-            self._say(f"its reference fails, so there is nothing to compare with: {type(error).__name__}: {error}")
+            failure = f"{type(error).__name__}: {error}"
+            self._say("reference", f"its reference fails, so there is nothing to compare with: {failure}")
             return None
         pairs = [(part(output), part(expected.outputs))]
         wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]
@@ -105,7 +106,7 @@ class _Watch:
             try:
                 again = before.run(kernel, parameters=False, mutations=False)
             except torch.OutOfMemoryError as error:  # a second run beside the first is no duty of the kernel
-                self._say(f"there is no memory to compare its gradients: {error}")
+                self._say("memory", f"there is no memory to compare its gradients: {error}")
                 return None
             except Exception as error:
                 return f"its second run, for its gradients, raises {type(error).__name__}: {error}"
@@ -123,7 +124,8 @@ class _Watch:
                 or (self._differs("gradient of ", pairs[1][0], expected, gradients, before) if wanted else None)
             )
         except Exception as error:  # outputs that cannot be compared are no fault of the kernel
-            self._say(f"its outputs cannot be compared with those of its reference: {type(error).__name__}: {error}")
+            failure = f"{type(error).__name__}: {error}"
+            self._say("outputs", f"its outputs cannot be compared with those of its reference: {failure}")
             return None
 
     def _differs(
@@ -159,7 +161,7 @@ class _Watch:
         if self.settings.action == "raise":
             raise CanaryError(message)
         if self.settings.action == "warn":
-            self._say(message)
+            self._say("disagrees", message)
             return False
         implementation: Any = self.resolution.implementation
         quarantine(
@@ -169,13 +171,13 @@ class _Watch:
             device=self.resolution.request.device,
             reason=f"a canary found that it disagrees with the reference: {message}",
         )
-        self._say(f"{message}. It is in quarantine from now on")
+        self._say("disagrees", f"{message}. It is in quarantine from now on")
         same = all(compare(live.inputs[name], was, quick=True).ok for name, was in before.inputs.items())
         return same and self.layer.use_fallback
 
-    def _say(self, message: str) -> None:
-        """Warn, once for each kernel, layer and device."""
-        _warn_once(f"Canary: {self.resolution.origin}: {message}", self.key, stacklevel=5)
+    def _say(self, kind: str, message: str) -> None:
+        """Warn once of each kind for each kernel, layer and device: a failing reference hides no later disagreement."""
+        _warn_once(f"Canary: {self.resolution.origin}: {message}", (*self.key, kind), stacklevel=5)
 
     def _where(self, number: int, live: Call) -> str:
         """Name layer, path, device, dtypes and shapes of a call."""

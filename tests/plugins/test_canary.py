@@ -344,6 +344,25 @@ def test_reference_that_fails_is_told() -> None:
             assert broken(torch.ones(1)).item() == 1
 
 
+def test_a_reference_that_fails_hides_no_later_disagreement() -> None:
+    """The warning that a call could not be compared is not the only one: a call that is wrong later has its own."""
+
+    @use_kernel_forward_from_hub("Fussy")
+    def fussy(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 1:
+            raise ValueError("too small")
+        return x * 2
+
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+    with use_kernel_mapping({"Fussy": {"cpu": kernel}}), canary(first=9, action="warn"):
+        with pytest.warns(KernelsWarning, match="its reference fails"):
+            fussy(torch.ones(1))
+        with pytest.warns(KernelsWarning, match="3 instead of 2"):
+            fussy(torch.ones(2))
+
+
 def test_other_threads_are_watched() -> None:
     """A canary counts for the process: a wrong kernel is seen in another thread."""
     norm, caught = Norm(), []
