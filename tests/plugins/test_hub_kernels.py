@@ -49,11 +49,14 @@ from kernels_plugins import (
     use_kernel_func_from_hub,
     use_kernel_mapping,
 )
+from kernels_plugins.hub import fetching
 from kernels_plugins.hub.builds.machine import Machine
 from kernels_plugins.hub.client import overrides
+from kernels_plugins.hub.client.download import variant_folder
 from kernels_plugins.hub.client.overrides import parse_overrides
 from kernels_plugins.hub.client.redirect import parse_status
 from kernels_plugins.hub.locking.lockfile import Dependency, Lock, LockedKernel
+from kernels_plugins.hub.request import KernelRequest
 from kernels_plugins.local_hub.server import LocalHub, Repository, Request
 from kernels_plugins.locks import KeyedLocks
 
@@ -818,6 +821,31 @@ def test_a_wrong_listing_is_not_kept(
     assert factor(get_kernel("acme/kernels", revision="main")) == 3
     new_process()
     assert factor(get_kernel("acme/kernels", revision="main")) == 3
+
+
+def test_a_listing_that_is_wrong_for_another_build_is_not_kept(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]
+) -> None:
+    """A listing is kept with the first build whose files pass; a build that contradicts it later ends that."""
+    repository = kernel_repository(layers=kernel())
+    files = dict(repository.files())
+    repository.commit({**files, **{path.replace("-universal", "-cpu"): content for path, content in files.items()}})
+    tree = f"{local_hub.url}/api/kernels/acme/kernels/tree/{repository.head()}?recursive=true"
+    entries = json.loads(urllib.request.urlopen(tree).read())
+    (layers,) = (entry for entry in entries if entry["path"] == "build/torch-cpu/layers.py")
+    layers["oid"] = "0" * 40
+    local_hub.fail("/tree/", body=json.dumps(entries), content_type="application/json")
+
+    def fetch(name: str) -> None:
+        resolved = fetching.resolve_kernel(KernelRequest("acme/kernels", revision="main"))
+        fetching.fetch_build(fetching.SelectedBuild(name, variant_folder(resolved.pin, name), resolved))
+
+    fetch("torch-universal")
+    new_process()
+    with pytest.raises(IntegrityError, match=r"layers\.py has other bytes"):
+        fetch("torch-cpu")
+    new_process()
+    fetch("torch-cpu")
 
 
 def test_version_that_fits(local_hub: LocalHub, kernel_repository: Publish) -> None:

@@ -151,5 +151,9 @@ def keep_record(pin: Pin) -> None:
 
 
 def forget_record(pin: Pin) -> None:
-    """Forget the listing of a commit in this process, whose files did not pass the checks."""
+    """Forget the listing of a commit, in the cache, too: files do not pass the checks, and it may be the fault."""
     _listed.pop(pin, None)
+    cache = metadata_cache(pin.repo_id)
+    record = cache.record(pin.commit)
+    if record is not None and record.variants:  # kept with another build, whose files passed
+        cache.write_record(pin.commit, replace(record, variants={}, redirect=None))
