@@ -79,7 +79,7 @@ def make_forward(layer: Layer) -> Forward:
     dispatcher = _Dispatcher(layer)
     forward = dispatcher.forward()
     functools.update_wrapper(forward, layer.reference)
-    weakref.finalize(forward, _discard, dispatcher.names, dispatcher.files).atexit = False
+    weakref.finalize(forward, withdraw, dispatcher.names).atexit = False
     forward.__dict__["kernels_layer"] = layer
     return forward
 
@@ -116,11 +116,9 @@ def dispatched_layer(forward: object) -> Layer | None:
     return layer if isinstance(layer, Layer) and code is not None and code.co_filename == _file(layer) else None
 
 
-def _discard(names: set[str], files: set[str]) -> None:
-    """Drop the names and texts of a layer whose forward is gone."""
-    withdraw(names)
-    for file in files:
-        linecache.cache.pop(file, None)
+_unused_texts: list[str] = []
+"""Files in `linecache` of layers that are gone. The next function that is generated drops them: a finalizer may run in
+the middle of `linecache.checkcache`, which raises `KeyError` where an entry vanishes."""
 
 
 class _Dispatcher:
@@ -138,7 +136,7 @@ class _Dispatcher:
         self._selectors: dict[str, Forward] = {}
         self._unproven: dict[int, weakref.ref[Forward]] = {}  # by kernel; frames hold the functions that prove them
         self._busy = threading.RLock()
-        self.names, self.files = set[str](), set[str]()  # on frames, published or as tables; of generated source
+        self.names: set[str] = set()  # on frames, published or as tables
 
     def _name(self, device: torch.device) -> str:
         name = self._names.get(device)
@@ -370,9 +368,10 @@ class _Dispatcher:
         }
         path = _file(self.layer, file or function)
         exec(compile(source, path, "exec"), scope)
-        self.files.add(path)
-        if path not in linecache.cache:  # once, however often a model is kernelized, which has no forward to wait for
-            weakref.finalize(self.layer, linecache.cache.pop, path, None).atexit = False
+        while _unused_texts:
+            linecache.cache.pop(_unused_texts.pop(), None)
+        if path not in linecache.cache:  # once, however often a model is kernelized
+            weakref.finalize(self.layer, _unused_texts.append, path).atexit = False
         linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
         generated: Forward = scope.pop(function)  # Dynamo may keep the namespace: not the function with it
         set_defaults(generated, self.source.parameters)

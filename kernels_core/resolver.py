@@ -144,7 +144,9 @@ def decide(
             except FAULTS as error:
                 plugin_manager().report(raised_in("kernels_resolve_forward", "core", error))
                 resolution = Resolution(request)
-            resolution = _unless_quarantined(replace(resolution, request=request))
+            resolution = _unless_quarantined(
+                resolution if resolution.request is request else replace(resolution, request=request)
+            )
         if request.depends_on_mode:
             second = decide(layer, device, modes[1:], frame=frame)
             if second.implementation is not resolution.implementation:

@@ -78,9 +78,9 @@ def test_dropped_layers_leave_no_names_and_no_source() -> None:
     gc.collect()
     before = len(scope.root.published), len([f for f in linecache.cache if "kernels_core" in f]), len(vars(scope.Frame))
     for _ in range(5):
-        make()
+        make()  # drops the texts of layers that are gone
         torch._dynamo.reset()
-    gc.collect()
+        gc.collect()
     after = len(scope.root.published), len([f for f in linecache.cache if "kernels_core" in f]), len(vars(scope.Frame))
     assert after <= before
 
