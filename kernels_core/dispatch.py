@@ -80,6 +80,7 @@ def make_forward(layer: Layer) -> Forward:
     forward = dispatcher.forward()
     functools.update_wrapper(forward, layer.reference)
     weakref.finalize(forward, withdraw, dispatcher.names).atexit = False
+    weakref.finalize(forward, _unused_texts.extend, dispatcher.files).atexit = False  # Dynamo may keep the layer
     forward.__dict__["kernels_layer"] = layer
     return forward
 
@@ -117,8 +118,7 @@ def dispatched_layer(forward: object) -> Layer | None:
 
 
 _unused_texts: list[str] = []
-"""Files in `linecache` of layers that are gone. The next function that is generated drops them: a finalizer may run in
-the middle of `linecache.checkcache`, which raises `KeyError` where an entry vanishes."""
+"""Files in `linecache` of layers that are gone, dropped later: a finalizer may run inside of `linecache.checkcache`."""
 
 
 class _Dispatcher:
@@ -136,7 +136,7 @@ class _Dispatcher:
         self._selectors: dict[str, Forward] = {}
         self._unproven: dict[int, weakref.ref[Forward]] = {}  # by kernel; frames hold the functions that prove them
         self._busy = threading.RLock()
-        self.names: set[str] = set()  # on frames, published or as tables
+        self.names, self.files = set[str](), set[str]()  # on frames, published or as tables; of generated source
 
     def _name(self, device: torch.device) -> str:
         name = self._names.get(device)
@@ -368,6 +368,7 @@ class _Dispatcher:
         }
         path = _file(self.layer, file or function)
         exec(compile(source, path, "exec"), scope)
+        self.files.add(path)
         while _unused_texts:
             linecache.cache.pop(_unused_texts.pop(), None)
         if path not in linecache.cache:  # once, however often a model is kernelized
