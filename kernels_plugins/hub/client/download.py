@@ -262,7 +262,7 @@ def discard(place: Path) -> str:
             if path.is_symlink():
                 blob = path.resolve()
                 path.unlink()
-                if blob.parent == blobs:  # a link that somebody changed may lead out of the cache
+                if blob.parent == blobs:  # a changed link may lead out of the cache
                     blob.unlink(missing_ok=True)
             elif path.is_file():
                 path.unlink()

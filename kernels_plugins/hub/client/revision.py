@@ -28,7 +28,7 @@ _asking = KeyedLocks()
 """One thread at a time asks for a repository."""
 
 _pins: dict[tuple[str, str], Pin] = {}
-"""Answers of the Hub in this process: the layers of one model come from one commit, also when somebody pushes."""
+"""Answers of the Hub in this process: the layers of one model come from one commit, also after a push."""
 
 _listed: dict[Pin, Record] = {}
 """The commits whose files were listed in this process, and not verified yet."""
