@@ -6,7 +6,7 @@ import functools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,12 +56,14 @@ def count_calls() -> Iterator[None]:
                 plugin_manager().unregister("counter")
 
 
-def calls_of(counted: torch.nn.Module | Layer) -> Mapping[str, int] | None:
-    """Return the number of calls per origin for a module or a decorated function; None if calls were never counted."""
-    if _counts is None:
-        return None
+def calls_of(counted: Sequence[torch.nn.Module | Layer]) -> list[Mapping[str, int] | None]:
+    """Return the calls per origin of each module or decorated function of a model.
+
+    None for all of them if none was counted: the model ran at another time, in compiled code, or not at all.
+    """
     with _lock:
-        return dict(_counts.get(counted, {}))
+        known = [_counts.get(each) if _counts is not None else None for each in counted]
+    return [dict(count or {}) for count in known] if any(known) else [None] * len(known)
 
 
 class _Counter:

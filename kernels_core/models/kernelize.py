@@ -284,13 +284,14 @@ class _Freeze:
 
     def warn(self) -> None:
         """Warn of the layers that keep their reference, with the reasons."""
-        lines = [
-            f"  {resolution.request.place} ({layer.qualname}): {_case(resolution)[1]}\n{_why(resolution)}"
-            for layer, resolution in self.kept.items()
-        ]
-        if lines:
-            counted = f"{len(lines)} layer{'s' * (len(lines) != 1)}"
-            message = f"kernelize for {self.run.mode} keeps the reference of {counted}:\n{''.join(lines).rstrip()}"
+        together: dict[str, list[str]] = {}  # layers by their reasons
+        for layer, resolution in self.kept.items():
+            reasons = f"{_case(resolution)[1]}\n{_why(resolution)}"
+            together.setdefault(reasons, []).append(f"{resolution.request.place} ({layer.qualname})")
+        if together:
+            lines = "".join(f"  {', '.join(places)}: {reasons}" for reasons, places in together.items()).rstrip()
+            counted = f"{len(self.kept)} layer{'s' * (len(self.kept) != 1)}"
+            message = f"kernelize for {self.run.mode} keeps the reference of {counted}:\n{lines}"
             warnings.warn(message, KernelsWarning, stacklevel=3)
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..device import ACCELERATOR, as_torch_device
 from ..errors import ArgumentError
-from ..layer import Layer
+from ..layer import Layer, find_layer
+
+_WRAPPED = {"_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Names under which `torch.compile`, Lightning, FSDP and checkpointing hold the module that they wrap."""
 
 
 def walk(model: nn.Module) -> list[nn.Module]:
@@ -28,21 +32,33 @@ def walk(model: nn.Module) -> list[nn.Module]:
 
 
 def paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return the paths of each module, in order: several if it is shared."""
-    found: dict[nn.Module, list[str]] = {}
+    """Return the paths of each module, in order: several if it is shared.
+
+    A wrapper has the path of the module that it wraps, so that what holds for a model holds for the wrapped one.
+    """
+    found: dict[nn.Module, dict[str, None]] = {}
 
     def visit(module: nn.Module, path: str, around: tuple[nn.Module, ...]) -> None:
-        found.setdefault(module, []).append(path)
+        found.setdefault(module, {})[path] = None
         for name, child in module._modules.items():
             if child is not None and child not in around:  # modules may refer to a module around them
-                visit(child, f"{path}.{name}" if path else name, (*around, child))
+                inner = path if _is_wrapped(module, name) else f"{path}.{name}" if path else name
+                visit(child, inner, (*around, child))
 
     visit(model, "", (model,))
-    return found
+    return {module: list(places) for module, places in found.items()}
+
+
+def _is_wrapped(module: nn.Module, name: str) -> bool:
+    """Whether a child is what a module wraps: by its name, or as `module` where it is all that there is, as in DDP."""
+    alone = name == "module" and len(module._modules) == 1
+    return name in _WRAPPED or (alone and find_layer(module) is None)  # two layers would have one path
 
 
 def own_device(module: nn.Module) -> torch.device | None:
-    """Return the device of the module's first own parameter or buffer."""
+    """Return the device of the module's first own parameter or buffer; that of its calls, where accelerate moves it."""
+    if "_hf_hook" in module.__dict__ and (device := _execution_device(module)) is not None:
+        return device
     for tensors in (module._parameters, module._buffers):  # no chain of iterators: it runs once per module of a model
         for tensor in tensors.values():
             if tensor is not None:
@@ -50,9 +66,20 @@ def own_device(module: nn.Module) -> torch.device | None:
     return None
 
 
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Return the device to which a hook of accelerate moves a module for its calls; None if there is none."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    for each in (hook, *getattr(hook, "hooks", ())):  # it may be a chain of hooks
+        device = getattr(each, "execution_device", None)
+        if isinstance(device, str | int | torch.device):
+            return as_torch_device(f"{ACCELERATOR or 'cuda'}:{device}" if isinstance(device, int) else device)
+    return None
+
+
 def device_of(module: nn.Module) -> torch.device | None:
     """Return the device of the first parameter or buffer of a module, or of one inside it."""
-    return next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return _execution_device(module) or next((tensor.device for tensor in tensors), None)
 
 
 def required_device(model: nn.Module, asking: str) -> torch.device:
@@ -66,15 +93,22 @@ def required_device(model: nn.Module, asking: str) -> torch.device:
 
 
 def locate(model: nn.Module, inferred: torch.device) -> dict[int, torch.device]:
-    """Return a device for each module, by id: that of its first tensor, or else that of the module around it."""
+    """Return a device for each module, by id: that of its first tensor, or else that of the module around it.
+
+    Tensors on the CPU or on none, inside of a module that is moved for its calls, are where they wait for that.
+    """
     where: dict[int, torch.device] = {}
-    stack = [(model, inferred)]
+    stack: list[tuple[nn.Module, torch.device, torch.device | None]] = [(model, inferred, None)]
     while stack:
-        module, around = stack.pop()
+        module, around, moved_to = stack.pop()
         if id(module) not in where:
-            here = next(filter(None, map(own_device, walk(module))), around)
+            own = _execution_device(module)
+            moved_to = own or moved_to
+            here = own or next(filter(None, map(own_device, walk(module))), around)
+            if moved_to is not None and here.type in ("cpu", "meta"):
+                here = moved_to
             where[id(module)] = here
-            stack.extend((child, here) for child in module._modules.values() if child is not None)
+            stack.extend((child, here, moved_to) for child in module._modules.values() if child is not None)
     return where
 
 

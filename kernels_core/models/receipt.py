@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..dispatch import dispatched_layer
 from ..errors import ArgumentTypeError, RequirementError
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
+from ..plugins import plugin_manager
 from ..resolution import Refusal, Resolution
 from ..table import Table, TableRow, Tabular, as_json, indented
 from .counting import calls_of
@@ -45,7 +47,8 @@ class ReceiptRow:
         checked: The checks that it passed, with their results.
         note: Why no plugin was asked for candidates, where that is so.
         frozen: Whether `kernelize` made the decision.
-        calls: The number of calls per origin, while calls were counted; None if they never were.
+        calls: The number of calls per origin, while calls were counted; None if no call of the model was, and for
+            compiled code, whose calls are not.
         aliases: The other paths of a shared layer.
     """
 
@@ -78,6 +81,13 @@ class ReceiptRow:
         yield from (f"refused {candidate}: {reason}" for candidate, reason in self.refusals)
         if self.is_reference:
             yield from (f"not for this call: {candidate}: {reason}" for candidate, reason in self.misfits)
+
+    @property
+    def described(self) -> Iterator[str]:
+        """Path, layer name and origin, and the reasons, a line each."""
+        yield f"  {self.path} (layer {self.layer_name!r}): {self.origin}"
+        none = ["no kernel is offered for it"] if self.is_reference else []
+        yield from indented(list(self.remarks) or none)
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -119,6 +129,40 @@ def _reasons(refusals: Iterable[Refusal]) -> tuple[tuple[str, str], ...]:
         (refusal.candidate.label if refusal.candidate else f"plugin {refusal.plugin!r}", refusal.reason)
         for refusal in refusals
     )
+
+
+def _together(rows: Iterable[ReceiptRow]) -> list[ReceiptRow]:
+    """Return the rows with one for layers that are served alike, at paths such as `layers.0-23.mlp`.
+
+    The last number of their paths is folded first, so that `layers.0-23.experts.0-7` is one row, too.
+    """
+    keyed = [((*row.cells[1:], *row.remarks), re.split(r"(?<![^.])(\d+)(?![^.:])", row.cells[0]), row) for row in rows]
+    for back in range(1, max((len(parts) for _, parts, _ in keyed), default=0), 2):
+        groups: dict[object, list[tuple[tuple[str, ...], list[str], ReceiptRow]]] = {}
+        for each in keyed:
+            key, parts, _ = each
+            number = len(parts) - 1 - back
+            alike = (key, *parts[:number], *parts[number + 1 :]) if number > 0 else id(each)
+            groups.setdefault(alike, []).append(each)
+        keyed = []
+        for group in groups.values():
+            key, parts, row = group[0]
+            number = len(parts) - 1 - back
+            if len(group) > 1:
+                parts = [*parts[:number], _ranges(p[number] for _, p, _ in group), *parts[number + 1 :]]
+            keyed.append((key, parts, row))
+    return [replace(row, path="".join(parts), aliases=()) for _, parts, row in keyed]
+
+
+def _ranges(numbers: Iterable[str]) -> str:
+    """Write numbers shortly: `0-2,5`."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 @dataclass(frozen=True)
@@ -168,12 +212,14 @@ class Receipt(Tabular):
             row for row in matching if (row.is_reference if origin is None else not fnmatchcase(row.origin, origin))
         ]
         if failing:
-            lines = [line for row in failing for line in (f"  {row.path}: {row.origin}", *indented(row.remarks))]
-            raise RequirementError(
-                f"{len(failing)} of {len(matching)} layers that match {pattern!r} are not served by {wanted}:\n"
-                + "\n".join(lines),
-                rows=failing,
-            )
+            lines = [
+                f"{len(failing)} of {len(matching)} layers that match {pattern!r} are not served by {wanted}:",
+                *(line for row in _together(failing) for line in row.described),
+                *(f"A plugin failed, and may have had a kernel: {fault}" for fault in plugin_manager().faults),
+                "Offer a kernel that fits, correct the reasons above, or require less. `kernels-core plugins` lists "
+                "who offers kernels.",
+            ]
+            raise RequirementError("\n".join(lines), rows=failing)
         return self
 
     def diff(self, other: Receipt) -> ReceiptDiff:
@@ -214,7 +260,7 @@ class Receipt(Tabular):
         shown = len(COLUMNS) - all(row.calls is None for row in self.rows)  # the last column is that of calls
         rows = [
             TableRow(row.cells[:shown], "yellow" if row.is_reference else "green", tuple(row.remarks))
-            for row in self.rows
+            for row in _together(self.rows)
         ]
         return Table(COLUMNS[:shown], rows)
 
@@ -301,13 +347,20 @@ def receipt(
             known[key] = resolver.decide(*key, (chosen,))
         return known[key]
 
-    return Receipt(tuple(row for module, places in paths(model).items() for row in _rows(places, module, decide)))
+    found = [pair for module, places in paths(model).items() for pair in _rows(places, module, decide)]
+    calls = calls_of([counted for counted, _ in found])
+    return Receipt(
+        tuple(
+            replace(row, calls=count if count or "compile" not in row.mode else None)
+            for (_, row), count in zip(found, calls, strict=True)
+        )
+    )
 
 
 def _rows(
     places: Sequence[str], module: nn.Module, decide: Callable[[Layer, nn.Module], Resolution]
-) -> Iterator[ReceiptRow]:
-    """Yield the row of a module, if it is decorated, and those of the functions that it calls."""
+) -> Iterator[tuple[nn.Module | Layer, ReceiptRow]]:
+    """Yield the row of a module, if it is decorated, and those of the functions that it calls, each with its caller."""
     frozen = frozen_choice(module)
     original = type(module) if frozen is None else frozen.original
     if frozen is not None and not frozen.serves(module):
@@ -318,8 +371,8 @@ def _rows(
         if resolution is None and layer.condition is not None and not layer.condition(module):
             resolution = Resolution(decide(layer, module).request, note="its condition is not met")
         resolution = resolution or decide(layer, module)
-        yield ReceiptRow.of(resolution, *places, frozen=frozen is not None, calls=calls_of(module))
+        yield module, ReceiptRow.of(resolution, *places, frozen=frozen is not None)
     for function in functions_of(original):
         chosen = frozen.functions[function] if frozen is not None else decide(function, module)
         names = [f"{place}:{function.reference.__name__}" for place in places]
-        yield ReceiptRow.of(chosen, *names, frozen=frozen is not None, calls=calls_of(function))
+        yield function, ReceiptRow.of(chosen, *names, frozen=frozen is not None)

@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from kernels_core import (
     ArgumentTypeError,
     Mode,
     PluginConflictError,
+    PluginLoadError,
     Receipt,
     RequirementError,
     count_calls,
@@ -161,9 +163,104 @@ def test_require(make_layer: Make, make_kernel: Make) -> None:
     with use_kernel_mapping({"Add": {"cpu": make_kernel(20, has_backward=False)}}):
         training = receipt(model, device="cpu", mode=Mode.TRAINING)
     with pytest.raises(
-        RequirementError, match=r"blocks\.0\.0: reference\n    refused .*Add20: it declares has_backward"
+        RequirementError,
+        match=r"blocks\.0\.0 \(layer 'Add'\): reference\n    refused .*Add20: it declares has_backward",
     ):
         training.require("blocks.0.0")
+
+
+def test_a_requirement_names_layers_plugins_and_the_next_step(make_layer: Make, monkeypatch: Any) -> None:
+    """The error names the layer name, a plugin that failed, that nothing was offered, and where to look next."""
+    fault = PluginLoadError("Plugin 'acme' cannot be imported", plugin="acme")
+    monkeypatch.setattr(plugin_manager(), "faults", [fault])
+    with pytest.raises(RequirementError) as failed:
+        receipt(model_of(make_layer("Add")), device="cpu").require("*")
+    text = str(failed.value)
+    assert "blocks.0-1.0 (layer 'Add'): reference\n    no kernel is offered for it\n" in text
+    assert "Plugin 'acme' cannot be imported" in text and "kernels-core plugins" in text and "Offer a kernel" in text
+    assert len(failed.value.rows) == 2
+
+
+def test_layers_that_are_served_alike_are_one_line(make_layer: Make, make_kernel: Make) -> None:
+    """Text, HTML and errors fold numbers of paths where all else is equal; rows and JSON have each layer."""
+    layer, other = make_layer("A"), make_layer("B")
+    blocks = [nn.ModuleDict({"a": layer(), "more": nn.ModuleList(other() for _ in range(3))}) for _ in range(12)]
+    blocks[4]["a"] = nn.Identity()
+    model = nn.ModuleDict({"layers": nn.ModuleList(blocks), "head": other(), "v2": layer()})
+    with use_kernel_mapping({"A": {"cuda": make_kernel(10)}}):
+        found = receipt(model, device="cpu")
+    lines = str(found).splitlines()
+    assert [line.split()[0] for line in lines if line[0] != " "] == [
+        "path", "layers.0-3,5-11.a", "layers.0-11.more.0-2", "head", "v2"
+    ]  # fmt: skip
+    assert len(lines) == 7 and found.to_html().count("<tr") == 7
+    assert len(found.rows) == len(json.loads(found.to_json())) == 11 + 36 + 2
+
+
+def test_wrappers_are_no_part_of_a_path(make_layer: Make) -> None:
+    """What wraps a whole model adds nothing to the paths; a child of the user's own that is named so does."""
+    layer = make_layer()
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer(), layer()])})
+    plain = receipt(model, device="cpu")
+
+    class Wrapper(nn.Module):
+        def __init__(self, **children: nn.Module) -> None:
+            super().__init__()
+            for name, child in children.items():
+                self.add_module(name, child)
+
+    parallel = Wrapper(module=model)
+    lightning = Wrapper(_forward_module=parallel, _original_module=model)
+    for wrapped in (torch.compile(model), parallel, Wrapper(_fsdp_wrapped_module=torch.compile(parallel)), lightning):
+        found = receipt(wrapped, device="cpu")
+        assert not plain.diff(found) and found.rows == plain.rows, str(plain.diff(found))
+    assert receipt(nn.ModuleDict({"net": parallel}), device="cpu").rows[0].path == "net.layers.0"
+    own = Wrapper(module=layer(), head=layer())
+    assert [row.path for row in receipt(own, device="cpu").rows] == ["module", "head"]
+    inner = layer()
+    inner.add_module("module", layer())
+    assert [row.path for row in receipt(nn.Sequential(inner), device="cpu").rows] == ["0", "0.module"]
+
+
+def test_offloaded_models_are_where_they_run() -> None:
+    """Weights that accelerate keeps elsewhere between calls: the device is that to which its hook moves them."""
+    accelerate = pytest.importorskip("accelerate")
+
+    @use_kernel_forward_from_hub("Offloaded")
+    class Act(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Sequential(nn.Linear(2, 2), Act()), Act())
+
+    offloaded = accelerate.cpu_offload(make(), execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).device.type == "meta"
+    assert [row.device for row in receipt(offloaded).rows] == ["cpu", "cpu"]
+    for hook in (
+        SimpleNamespace(execution_device=0),
+        SimpleNamespace(hooks=[SimpleNamespace(execution_device="cuda:0")]),
+    ):
+        model = make()
+        model._hf_hook = hook
+        assert {row.device for row in receipt(model).rows} == {
+            row.device for row in receipt(make(), device="cuda:0").rows
+        }
+
+
+def test_calls_that_were_not_counted_are_not_zero(make_layer: Make) -> None:
+    """A model that ran while nothing was counted, or in compiled code only, has no counts, rather than zeros."""
+    first, second, compiled = (make_layer(name)() for name in ("A", "B", "C"))
+    with count_calls():
+        first(X), torch.compile(compiled, backend="eager")(X)
+    second(X)
+    for model in (second, compiled):
+        (row,) = receipt(model, device="cpu").rows
+        assert row.calls is None and "calls" not in str(receipt(model, device="cpu"))
+    both = nn.ModuleDict({"first": first, "second": second})
+    assert [row.calls for row in receipt(both, device="cpu").rows] == [{"reference": 1}, {}]
+    traced = receipt(both, device="cpu", mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
+    assert [row.calls for row in traced.rows] == [{"reference": 1}, None]
 
 
 def test_require_that_matches_nothing(make_layer: Make) -> None:
