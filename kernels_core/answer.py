@@ -38,7 +38,7 @@ class CorePlugin:
         _warn_of_rivals(request, candidates)
         for candidate in candidates:
             if vetoes := hook.kernels_authorize(request=request, candidate=candidate):
-                refusals.append(_refusal(UntrustedError, request, candidate, vetoes))
+                refusals.append(replace(_refusal(UntrustedError, request, candidate, vetoes), cause=Cause.POLICY))
             elif isinstance(loaded := load(request, candidate), Refusal):
                 refusals.append(loaded)
             elif unfit := _unfit(request, candidate, loaded.layer):
@@ -93,5 +93,5 @@ def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Cand
 
 def quarantine_refusal(entry: Quarantined, candidate: Candidate) -> Refusal:
     """Return the refusal of a candidate whose kernel is in quarantine."""
-    cause = Cause.LOAD if entry.mode is None else Cause.MODE
+    cause = Cause.POLICY if entry.mode is None else Cause.MODE
     return Refusal(f"it is in quarantine: {entry.reason}", candidate, candidate.plugin, cause=cause)

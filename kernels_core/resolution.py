@@ -139,12 +139,14 @@ class Cause(Enum):
         DEVICE: It is for another type of device.
         PROPERTIES: It is for devices of this type with other properties.
         MODE: It is for calls of another mode, or cannot do what this mode needs.
-        LOAD: It cannot be used: not allowed, not there, broken, or made for another signature.
+        POLICY: It must not be used here: a plugin does not authorize it, or it is in quarantine.
+        LOAD: It cannot be used: not trusted, not there, broken, or made for another signature.
     """
 
     DEVICE = auto()
     PROPERTIES = auto()
     MODE = auto()
+    POLICY = auto()
     LOAD = auto()
 
 

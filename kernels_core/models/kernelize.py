@@ -32,11 +32,11 @@ class KernelizeFallback(Flag):
 
     Attributes:
         NONE: Nowhere.
-        NO_LAYER: No kernel is offered for the layer name.
+        NO_LAYER: No kernel is offered for the layer name, or policy lets none of those serve.
         NO_DEVICE: None is offered for this type of device.
         NO_COMPATIBLE_PROPERTIES: None is offered for a device with these properties.
         NO_COMPATIBLE_MODE: None is offered for this mode, or those that are lack gradients or tracing.
-        CANNOT_LOAD: The offered kernels cannot be used: not allowed, missing, broken, or of another signature.
+        CANNOT_LOAD: The offered kernels cannot be used: not trusted, missing, broken, or of another signature.
         DEFAULT: In all of these cases but `CANNOT_LOAD`.
         ALL: In all of them.
 
@@ -62,6 +62,7 @@ _CASES = {
         "no kernel is offered for a device with these properties",
     ),
     Cause.MODE: (KernelizeFallback.NO_COMPATIBLE_MODE, "no kernel is offered for this mode"),
+    Cause.POLICY: (KernelizeFallback.NO_LAYER, "policy lets no kernel serve that is offered"),
     Cause.LOAD: (KernelizeFallback.CANNOT_LOAD, "no kernel that is offered can be used"),
 }
 
@@ -278,7 +279,7 @@ class _Freeze:
                 request=resolution.request,
                 refusals=resolution.refusals,
             )
-        if want is not KernelizeFallback.NO_LAYER:  # without any offer, the reference is the expected result
+        if resolution.refusals or resolution.misfits:  # without any offer, the reference is the expected result
             self.kept[layer] = resolution
         return resolution
 

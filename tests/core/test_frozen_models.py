@@ -23,7 +23,11 @@ from kernels_core import (
     decorated_layer,
     find_layer,
     frozen_choice,
+    hookimpl,
     kernelize,
+    plugin_manager,
+    quarantine,
+    release,
     resolve,
     unkernelize,
     use_kernel_forward_from_hub,
@@ -148,6 +152,28 @@ def test_fallback_flags(make_layer: Make, make_kernel: Make) -> None:
                 else:
                     with pytest.raises(KernelizeError, match=f"KernelizeFallback.{wanted.name}"):
                         kernelize(model, mode=mode, device="cpu", use_fallback=flag)
+
+
+def test_policy_does_not_stop_an_application(make_layer: Make, make_kernel: Make, isolated_plugins: Any) -> None:
+    """A veto or a quarantine keeps the reference with one warning by default, and raises where no reference may be."""
+
+    class Policy:
+        @hookimpl
+        def kernels_authorize(self, request: Any, candidate: Any) -> str | None:
+            return "the house says no" if request.layer_name == "Vetoed" else None
+
+    plugin_manager().register(Policy(), "policy")
+    vetoed, bad, kernel = make_layer("Vetoed"), make_layer("Bad"), make_kernel(10)
+    quarantine(decorated_layer(bad), kernel.forward, kernel="k", reason="it is wrong")
+    model = nn.Sequential(vetoed(), bad())
+    with use_kernel_mapping({"Vetoed": {"cpu": kernel}, "Bad": {"cpu": kernel}}):
+        with pytest.warns(KernelsWarning, match=r"(?s)of 2 layers.*policy lets.*the house says no.*it is wrong"):
+            kernelize(model, mode=Mode.INFERENCE, device="cpu")
+        assert model(X)[0] == 2 and type(unkernelize(model)[0]) is vetoed
+        for name, layer in (("the house says no", model[0]), ("it is wrong", model[1])):
+            with pytest.raises(KernelizeError, match=f"(?s){name}.*KernelizeFallback.NO_LAYER"):
+                kernelize(layer, mode=Mode.INFERENCE, device="cpu", use_fallback=False)
+    release()
 
 
 def test_train_rests_and_eval_wakes() -> None:
