@@ -28,12 +28,13 @@ from .errors import (
     UntrustedError,
     VerificationError,
 )
-from .exports import set_module
+from .exports import __version__, set_module
 from .guards.quarantine import Quarantined, quarantine, quarantined, release
 from .guards.saved_tensors import SavedTensors, held_back
 from .hookspecs import hookimpl
 from .isolation import PluginMapping
 from .layer import Layer, decorated_layer, find_layer, source_label
+from .loading import authorize
 from .mode import STAND_INS, Mode, check_registered_mode
 from .models.counting import count_calls
 from .models.frozen import FrozenChoice, frozen_choice
@@ -56,8 +57,6 @@ from .resolver import find_candidates, forget, resolve, serving_forward
 from .scope import Scope
 from .table import Table, TableRow, Tabular, as_json, visible
 from .warning import WarnOnce, warn_once
-
-__version__ = "0.1.0"
 
 __all__ = [
     "STAND_INS",
@@ -108,6 +107,7 @@ __all__ = [
     "WarnOnce",
     "__version__",
     "as_json",
+    "authorize",
     "check_registered_mode",
     "count_calls",
     "decorated_layer",

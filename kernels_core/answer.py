@@ -37,7 +37,7 @@ class CorePlugin:
             raise ModesDiffer
         _warn_of_rivals(request, candidates)
         for candidate in candidates:
-            if vetoes := hook.kernels_authorize(request=request, candidate=candidate):
+            if vetoes := plugin_manager().vetoes(request, candidate):
                 refusals.append(replace(_refusal(UntrustedError, request, candidate, vetoes), cause=Cause.POLICY))
             elif isinstance(loaded := load(request, candidate), Refusal):
                 refusals.append(loaded)

@@ -73,7 +73,16 @@ def plugin_choice() -> tuple[frozenset[str] | None, frozenset[str]]:
 
     `KERNELS_PLUGINS=a,b` allows only a and b; `KERNELS_PLUGINS=-c` blocks c.
     """
-    words = [word.strip() for word in os.environ.get("KERNELS_PLUGINS", "").split(",") if word.strip()]
+    words = _words("KERNELS_PLUGINS")
     blocked = frozenset(word[1:].strip() for word in words if word.startswith("-"))
     allowed = frozenset(word for word in words if not word.startswith("-"))
     return allowed or None, blocked
+
+
+def required_plugins() -> list[str]:
+    """Return the plugins without which no kernel serves: `KERNELS_REQUIRE_PLUGINS=a,b`."""
+    return _words("KERNELS_REQUIRE_PLUGINS")
+
+
+def _words(name: str) -> list[str]:
+    return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()]

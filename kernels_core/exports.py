@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, ForwardRef
 
+__version__ = "0.1.0"
+
 
 def set_module(package: str, namespace: Mapping[str, Any], names: Iterable[str]) -> None:
     """Make classes and functions say that they come from the package that exports them.

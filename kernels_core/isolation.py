@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 from . import hookspecs
 from .errors import LoadError, PluginError, PluginLoadError
+from .exports import __version__
 from .hookspecs import PROJECT
 from .resolution import TIERS, Candidate, Exclusive, Refusal, Resolution
 
@@ -183,6 +186,12 @@ def checked_hooks(plugin: object, name: str) -> dict[str, Callable[..., Any]]:
 
 
 def _problems(plugin: object) -> Iterator[str]:
+    oldest = getattr(plugin, "kernels_core_version", __version__)  # first: a later core has hooks that this one lacks
+    try:
+        if Version(oldest) > Version(__version__):
+            yield f" has kernels_core_version = {oldest!r}, and this is kernels-core {__version__}: upgrade that."
+    except (InvalidVersion, TypeError):
+        yield f": kernels_core_version is {oldest!r}, not a version such as {__version__!r}."
     for attribute in dir(plugin):
         function: Any = getattr(plugin, attribute, None)
         options = getattr(function, f"{PROJECT}_impl", None)

@@ -7,14 +7,18 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import torch
+
 from .contract import BOUND
-from .errors import LoadError, ResolutionError
+from .errors import LoadError, ResolutionError, UntrustedError
 from .layer import Layer, source_label
+from .mode import Mode
 from .plugins import plugin_manager
-from .resolution import Candidate, KernelLayer, LayerRequest, LoadedLayer, Refusal
+from .resolution import Candidate, Cause, KernelLayer, LayerRequest, LoadedLayer, Refusal
 from .scope import PATIENCE
 from .torch_internals import no_dispatch_modes, no_torch_function
 
@@ -27,6 +31,13 @@ class _Load:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     outcome: LoadedLayer | Exception | None = None
+    parts: list[Candidate] = field(default_factory=list)
+    """The code in it that policies were asked about by `authorize`: they are asked again for each decision."""
+    vetoed: bool = False
+
+
+_current: ContextVar[tuple[LayerRequest, _Load] | None] = ContextVar("kernels_core.loading", default=None)
+"""The request and the load that this thread or task is in."""
 
 
 _weak: weakref.WeakKeyDictionary[object, dict[str, _Load]] = weakref.WeakKeyDictionary()
@@ -43,7 +54,8 @@ def load(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Refusal:
         loaded = _adapted(request.layer, loaded)
     if isinstance(loaded, LoadedLayer):
         return loaded
-    return Refusal(_reason(loaded, candidate), candidate, candidate.plugin, loaded)
+    cause = Cause.POLICY if type(loaded) is UntrustedError else Cause.LOAD  # that of `authorize`, and no kind of it
+    return Refusal(_reason(loaded, candidate), candidate, candidate.plugin, loaded, cause)
 
 
 def _outcome(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
@@ -52,8 +64,11 @@ def _outcome(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Excep
     fetched = not isinstance(source, type | types.FunctionType)  # of those, there is nothing to remember
     load = _find(source, request.device.type) if fetched else _Load()
     acquired = load.lock.acquire(timeout=PATIENCE)
+    token = _current.set((request, load))
     try:
-        if load.outcome is None:
+        if load.outcome is not None:
+            _ask(request, load.parts)
+        else:
             try:
                 # Leave modes such as that of `torch.export`: kernels may make real tensors when they are imported.
                 with no_torch_function(), no_dispatch_modes():
@@ -66,13 +81,55 @@ def _outcome(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Excep
                     "load(), an nn.Module class or a function"
                 )
             load.outcome = made if isinstance(made, LoadedLayer | Exception) else LoadedLayer(made, source_label(made))
-            if fetched and isinstance(load.outcome, Exception):
-                hook.kernels_kernel_failed(request=request, candidate=candidate, error=load.outcome)
-                _strip(load.outcome)
+            if fetched and isinstance(made, Exception):
+                if not load.vetoed:
+                    hook.kernels_kernel_failed(request=request, candidate=candidate, error=made)
+                _strip(made)
+            if load.vetoed:  # for this request: other requests load it anew
+                outcome, load.outcome, load.vetoed, load.parts = load.outcome, None, False, []
+                return outcome
         return load.outcome
+    except UntrustedError as error:
+        return error
     finally:
+        _current.reset(token)
         if acquired:
             load.lock.release()
+
+
+def authorize(source: object, plugin: str = "") -> None:
+    """Ask the policies about code that a loader finds on its way: where a kernel was moved, what it depends on.
+
+    For plugins that load kernels, before anything of that code is fetched or imported. `kernels_authorize` gets the
+    request of the load and a candidate with this source; outside of a load, a request without a layer, whose
+    `layer_name` is empty.
+
+    Args:
+        source: Identifies the code, such as a repository at a commit.
+        plugin: The plugin that would load it.
+
+    Raises:
+        UntrustedError: If a policy refuses it, or a required plugin is missing; names the source and the reason.
+
+    Example:
+        >>> authorize("acme/silu at 0123abcd")
+    """
+    candidate = Candidate(source, plugin)
+    current = _current.get()
+    if current is None:
+        _ask(LayerRequest("", torch.get_default_device(), Mode.FALLBACK), [candidate])
+        return
+    request, load = current
+    load.parts.append(candidate)
+    load.vetoed = True  # also where the error is caught, and another one is raised
+    _ask(request, [candidate])
+    load.vetoed = False
+
+
+def _ask(request: LayerRequest, candidates: list[Candidate]) -> None:
+    for candidate in candidates:
+        if reasons := plugin_manager().vetoes(request, candidate):
+            raise UntrustedError(f"{candidate.label}: {'; '.join(reasons)}", request=request)
 
 
 def _find(source: object, device: str) -> _Load:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import threading
 import types
 from collections.abc import Callable, Iterable
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from . import hookspecs
-from .environment import plugin_choice, strict
+from .environment import plugin_choice, required_plugins, strict
 from .errors import ArgumentError, PluginConflictError, PluginError, PluginLoadError
 from .hookspecs import PROJECT
 from .isolation import FAULTS, checked_hooks, isolated, raised_in
-from .resolution import Resolution
+from .resolution import Candidate, LayerRequest, Resolution
 from .scope import PATIENCE
 from .warning import WarnOnce
 
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
     import importlib_metadata
 
 ENTRY_POINT_GROUP = "kernels_core"
+OWN_DISTRIBUTION = "kernels-core"
+"""Names of its plugins are taken: another distribution cannot replace them."""
 _MAPPING = "mapping"
 """The plugin that asks for `kernels_mapping`."""
+_CORE = "core"
+"""The core's own plugin, which has no entry point."""
+_POLICY = "kernels_authorize"
 
 
 class PluginManager:
@@ -42,6 +48,10 @@ class PluginManager:
         self._pluggy = pluggy.PluginManager(PROJECT)
         self._pluggy.add_hookspecs(hookspecs)
         self._originals: dict[str, object] = {}
+        self._found: set[str] = set()
+        """Plugins that were loaded from entry points: a scan that raises in strict mode is made again."""
+        self._failed: dict[str, tuple[PluginError, bool]] = {}
+        """Plugins that are installed and could not be loaded: the reason, and whether they have `kernels_authorize`."""
         self._discovered = not discover
         self._scanning: int | None = None
         """The thread that scans entry points now."""
@@ -84,18 +94,26 @@ class PluginManager:
         self._changed()
         return name
 
-    def unregister(self, name: str) -> object:
-        """Remove the plugin of that name and return it.
+    def unregister(self, plugin: object = None, name: str | None = None) -> object:
+        """Remove a plugin and return it.
+
+        Args:
+            plugin: The plugin as it was registered, or its name.
+            name: Its name, where the plugin is not given.
 
         Raises:
-            ArgumentError: If there is none.
+            ArgumentError: If it is not registered.
         """
-        if name not in self._originals:
-            raise ArgumentError(f"No plugin {name!r}: there are {', '.join(self.plugins()) or 'none'}.")
+        known = self._originals
+        if name is None:
+            same = (key for key, one in known.items() if one is plugin or type(one) is plugin)
+            name = plugin if isinstance(plugin, str) else next(same, None)
+        if name not in known:
+            raise ArgumentError(f"No plugin {name or plugin!r}: there are {', '.join(self.plugins()) or 'none'}.")
         self._pluggy.unregister(name=name)
-        plugin = self._originals.pop(name)
+        removed = known.pop(name)
         self._changed()
-        return plugin
+        return removed
 
     def plugins(self) -> dict[str, object]:
         """Return the plugins by name, in the order of their names."""
@@ -124,6 +142,11 @@ class PluginManager:
             self._scanning = None
             self._discovering.release()
 
+    def allows(self, name: str) -> bool:
+        """Return whether `KERNELS_PLUGINS` lets a plugin of that name be loaded."""
+        allowed, blocked = plugin_choice()
+        return name not in blocked and (allowed is None or name in allowed)
+
     def _scan(self) -> None:
         """Load the plugins of entry points that `KERNELS_PLUGINS` allows."""
         allowed, blocked = plugin_choice()
@@ -131,9 +154,17 @@ class PluginManager:
         for unknown in sorted(((allowed or frozenset()) | blocked) - found.keys()):
             problem = f"KERNELS_PLUGINS names {unknown!r}, which no installed distribution offers: there are "
             self.report(PluginLoadError(f"{problem}{', '.join(sorted(found)) or 'none'}.", plugin=unknown))
-        for name, entry_point in sorted(found.items()):
-            if name not in self._originals and name not in blocked and (allowed is None or name in allowed):
+        # Our own first: a plugin that registers another one while it is imported cannot take their names.
+        for name, entry_point in sorted(found.items(), key=lambda item: (not _is_ours(item[1]), item[0])):
+            if not self.allows(name):
+                continue
+            if name not in self._originals:
                 self._load(name, entry_point)
+            elif name not in self._found and (name == _CORE or _is_ours(entry_point)):
+                problem = f"The name {name!r} is that of a plugin of {OWN_DISTRIBUTION}: use another one for yours."
+                self.report(PluginConflictError(problem, plugin=name))
+        if missing := self.missing():
+            self.report(missing)
         if allowed is not None and _MAPPING in found.keys() - self._originals.keys() - blocked:
             problem = (
                 f"KERNELS_PLUGINS leaves out the plugin {_MAPPING!r}, without which no mapping is used: neither "
@@ -145,35 +176,60 @@ class PluginManager:
     def _unique(
         self, entry_points: Iterable[importlib_metadata.EntryPoint]
     ) -> dict[str, importlib_metadata.EntryPoint]:
-        """Keep one entry point per name: of two distributions, the first by name, and report the others."""
+        """Keep one entry point per name: ours, else that of the first distribution by name; report the others."""
         by_name: dict[str, dict[str, importlib_metadata.EntryPoint]] = {}
         for entry_point in entry_points:
             offers = by_name.setdefault(entry_point.name, {})
             offers.setdefault(_distribution(entry_point), entry_point)  # a second copy on the path is shadowed
+        chosen = {}
         for name, offers in by_name.items():
-            if len(offers) > 1:
-                used, *lost = sorted(offers)
+            used, *lost = sorted(offers, key=lambda distribution: (distribution != OWN_DISTRIBUTION, distribution))
+            chosen[name] = offers[used]
+            if lost:
                 problem = (
                     f"Distributions {', '.join(sorted(offers))} all offer a plugin named {name!r}: that of "
                     f"{used!r} is used, and those of {', '.join(lost)} are not. Uninstall all but one."
                 )
                 self.report(PluginConflictError(problem, plugin=name))
-        return {name: offers[min(offers)] for name, offers in by_name.items()}
+        return chosen
 
     def _load(self, name: str, entry_point: importlib_metadata.EntryPoint) -> None:
+        plugin: object = None
         try:
-            self.register(entry_point.load(), name)
-        except PluginError as error:
-            self.report(error)
+            plugin = entry_point.load()
+            self.register(plugin, name)
+            self._found.add(name)
         except FAULTS as error:
-            fault = PluginLoadError(
-                f"Plugin {name!r} of distribution {_distribution(entry_point)!r} cannot be imported from "
-                f"{entry_point.value!r}: {type(error).__name__}: {error}. Correct or uninstall it, or block it "
-                f"with KERNELS_PLUGINS=-{name}.",
-                plugin=name,
-            )
-            fault.__cause__ = error
+            fault = error
+            if plugin is None or not isinstance(error, PluginError):  # of its import, or its constructor
+                fault = PluginLoadError(
+                    f"Plugin {name!r} of distribution {_distribution(entry_point)!r} cannot be imported from "
+                    f"{entry_point.value!r}: {type(error).__name__}: {error}. Correct or uninstall it, or block it "
+                    f"with KERNELS_PLUGINS=-{name}.",
+                    plugin=name,
+                )
+                fault.__cause__ = error
+            assert isinstance(fault, PluginError)
+            self._failed[name] = fault, hasattr(plugin, _POLICY) or _mentions_policy(entry_point.module)
             self.report(fault)
+
+    def missing(self) -> PluginLoadError | None:
+        """Return why no kernel may serve: a plugin that is required, or has a policy, is not loaded.
+
+        These are the plugins that `KERNELS_REQUIRE_PLUGINS` names, and installed ones with `kernels_authorize`.
+        """
+        self._discover()
+        why = {name: f"it has {_POLICY}" for name, (_, is_policy) in self._failed.items() if is_policy}
+        why |= dict.fromkeys(required_plugins(), "KERNELS_REQUIRE_PLUGINS names it")
+        for name in sorted(why.keys() - self._originals.keys()):
+            cause, _ = self._failed.get(name, (None, False))
+            more = cause or "no plugin of that name was found, or KERNELS_PLUGINS leaves it out."
+            fault = PluginLoadError(
+                f"Plugin {name!r} is not loaded, so no kernel serves ({why[name]}): {more}", plugin=name
+            )
+            fault.__cause__ = cause
+            return fault
+        return None
 
     # --- Hooks -------------------------------------------------------------------------------
 
@@ -190,6 +246,12 @@ class PluginManager:
         if not self._discovered:
             self._discover()
         return self._pluggy.hook
+
+    def vetoes(self, request: LayerRequest, candidate: Candidate) -> list[str]:
+        """Return the reasons of policies to refuse a candidate."""
+        missing = self.missing()
+        refused: list[str] = self.hook.kernels_authorize(request=request, candidate=candidate)
+        return refused if missing is None else [str(missing)]
 
     def wrap_forward(self, resolution: Resolution, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Let plugins put something around the calls of a forward."""
@@ -222,6 +284,28 @@ def _entry_points() -> Iterable[importlib_metadata.EntryPoint]:
     import importlib_metadata  # reads the environment: only when plugins are first needed
 
     return importlib_metadata.entry_points(group=ENTRY_POINT_GROUP)
+
+
+def _is_ours(entry_point: importlib_metadata.EntryPoint) -> bool:
+    return _distribution(entry_point) == OWN_DISTRIBUTION
+
+
+def _mentions_policy(module: str) -> bool:
+    """Return whether the source of a module or its packages names the hook for policies; imports nothing."""
+    path: Any = None
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:end]), path)
+        try:
+            source = spec.loader.get_source(spec.name) if spec is not None else None  # type: ignore[union-attr]
+        except (AttributeError, ImportError, UnicodeError):  # a loader without source, or text that is none
+            source = None
+        if _POLICY in (source or ""):
+            return True
+        path = spec.submodule_search_locations if spec is not None else None
+        if path is None:
+            return False
+    return False
 
 
 def _distribution(entry_point: importlib_metadata.EntryPoint) -> str:

@@ -24,7 +24,7 @@ from .layer import Layer, decorated_layer
 from .loading import forget_failures
 from .mode import Mode, check_call_mode
 from .plugins import plugin_manager
-from .resolution import Candidate, JointRequest, LayerRequest, Refusal, Resolution, rank_offers
+from .resolution import Candidate, Cause, JointRequest, LayerRequest, Refusal, Resolution, rank_offers
 from .scope import Frame
 from .warning import warn_once
 
@@ -185,9 +185,12 @@ class Decided:
 
 
 def _decided_before(request: LayerRequest) -> Resolution | None:
-    """Return the decision that asks no plugin: mappings are off, or the innermost `Decided` has it."""
+    """Return the decision that asks no plugin: mappings are off, a policy is missing, or the innermost `Decided`'s."""
     if mapping_disabled():
         return Resolution(request, note="DISABLE_KERNEL_MAPPING is on")
+    if missing := plugin_manager().missing():  # also where a plugin has an answer that needs no candidates
+        refusal = Refusal(str(missing), plugin=missing.plugin, error=missing, cause=Cause.POLICY)
+        return Resolution(request, refusals=(refusal,))
     decisions = (payload.decision(request) for payload in request.scopes if isinstance(payload, Decided))
     return next(filter(None, decisions), None)
 

@@ -37,8 +37,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .hub.dependency import get_kernel_dep
     from .hub.deprecated import FuncRepository, LocalFuncRepository, LockedFuncRepository, use_kernel_func_from_hub
     from .hub.functions import get_kernel, get_kernel_variants, get_local_kernel, has_kernel, install_kernel
-    from .hub.kernel import LoadedKernel, RepoInfo, get_loaded_kernels
+    from .hub.kernel import LoadedKernel, get_loaded_kernels
     from .hub.locking.locked import LockedLayerRepository, get_locked_kernel, load_kernel
+    from .hub.request import RepoInfo
     from .hub.source import LayerRepository, LocalLayerRepository
     from .mapping import register_kernel_mapping, use_kernel_mapping
     from .observe.observers import LogResolutions, ProfileRanges, PrometheusCounters
@@ -62,8 +63,9 @@ _NAMES = {
     ".hub.dependency": "get_kernel_dep",
     ".hub.deprecated": "FuncRepository LocalFuncRepository LockedFuncRepository use_kernel_func_from_hub",
     ".hub.functions": "get_kernel get_kernel_variants get_local_kernel has_kernel install_kernel",
-    ".hub.kernel": "LoadedKernel RepoInfo get_loaded_kernels",
+    ".hub.kernel": "LoadedKernel get_loaded_kernels",
     ".hub.locking.locked": "LockedLayerRepository get_locked_kernel load_kernel",
+    ".hub.request": "RepoInfo",
     ".hub.source": "LayerRepository LocalLayerRepository",
     ".mapping": "register_kernel_mapping use_kernel_mapping",
     ".observe.observers": "LogResolutions ProfileRanges PrometheusCounters",

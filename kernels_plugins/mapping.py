@@ -230,15 +230,13 @@ def as_source(source: object, where: str) -> object:
         problem = "" if issubclass(source, torch.nn.Module) else "is a class, but not of nn.Module"
     elif isinstance(source, torch.nn.Module):
         problem = "is a module, where its class is wanted"
-    elif isinstance(source, bytes):
-        problem = "is bytes"
-    elif not (callable(source) or callable(getattr(source, "load", None))):
+    elif not callable(source) and type(source).__module__ == "builtins":  # None, a number, bytes, a set
         problem = "cannot serve a layer"
     if problem:
         raise ArgumentTypeError(
             f"In the mapping of {where}: {source!r} {problem}. A source is a repository such as "
-            "LayerRepository('owner/name', layer_name='Name', version=1), an object with load(), "
-            "an nn.Module class, or a function."
+            "LayerRepository('owner/name', layer_name='Name', version=1), an object with load() or one that a plugin "
+            "loads, an nn.Module class, or a function."
         )
     return source
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kernels_core import IntegrityError, LoadError, ResolutionError
+from kernels_core import IntegrityError, LoadError, ResolutionError, authorize, plugin_manager
 
 from ..locks import KeyedLocks
 from .builds.integrity import Build, RemoteFile, as_build, check_digest, check_transfer, read_files
@@ -37,8 +37,10 @@ from .client.metadata_cache import Pin
 from .client.overrides import VARIABLE, find_override
 from .errors import AbsentError, UnknownError
 from .locking.lockfile import hash_variant
-from .request import KernelRequest, RequestOptions
+from .request import KernelRequest, RepoInfo, RequestOptions
 
+PLUGIN = "hub"
+"""The plugin that loads kernels from the Hub: where it is left out, nothing does."""
 _MOST_VERSIONS = 5  # that are tried for a suggestion
 
 _files = KeyedLocks()
@@ -101,6 +103,8 @@ def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
 
     client = _client(request)
     with naming(str(request)):
+        if not plugin_manager().allows(PLUGIN):
+            raise LoadError(f"the plugin {PLUGIN!r} is left out by KERNELS_PLUGINS, so nothing is loaded from the Hub")
         pinned = revision.find_revision(request, client)
         checked = {"trust": trust.require_trust(request, pinned.pin, client), "revision": pinned.how}
         if pinned.redirect:
@@ -113,11 +117,12 @@ def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
 
 
 def select_build(request: KernelRequest, *, suggest: bool = True) -> SelectedBuild:
-    """Find the build of a kernel that fits this machine best."""
+    """Find the build of a kernel that fits this machine best, and ask the policies about the commit that serves it."""
     from .client.download import variant_folder
 
     resolved = resolve_kernel(request)
     with naming(str(request)):
+        authorize(RepoInfo(resolved.pin.repo_id, resolved.pin.commit), PLUGIN)
         try:
             name = select_variant(resolved.variants, request.backend, request.on_cpu)
         except AbsentError as error:
@@ -251,6 +256,7 @@ def _read_folder(path: Path, options: RequestOptions, asked: str, trust: str = "
         folder = local_variant(path, options.backend, options.on_cpu)
     selected = SelectedBuild(folder.name, folder, asked=asked)
     with naming(selected.place):
+        authorize(folder, PLUGIN)
         build = as_build(folder, read_files(folder))
         return FetchedBuild(selected, build, {"digest": check_digest(build), "trust": trust})
 

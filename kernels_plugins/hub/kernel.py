@@ -14,23 +14,10 @@ from .builds.metadata import Metadata
 from .builds.requirements import check_device, check_requirements, warn_dirty
 from .builds.variants import parse_variant
 from .fetching import FetchedBuild, install, install_folder, naming
-from .request import KernelRequest, RequestOptions
+from .request import KernelRequest, RepoInfo, RequestOptions
 
 _guard = KeyedLocks()
 _loaded: dict[tuple[str, str], LoadedKernel] = {}
-
-
-@dataclass(frozen=True)
-class RepoInfo:
-    """The repository of a kernel.
-
-    Attributes:
-        repo_id: The repository that served it.
-        revision: Its commit.
-    """
-
-    repo_id: str
-    revision: str
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ _kernels: dict[tuple[KernelSource, bool], LoadedKernel] = {}
 
 @hookimpl(tryfirst=True)
 def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | None:
-    """Load repositories; leave all other sources to other plugins."""
+    """Load repositories; leave all other sources to other plugins, and those of subclasses with their own `load`."""
     from .source import KernelSource  # only where a layer is loaded: discovery imports this file
 
-    if not isinstance(source, KernelSource):
+    if not isinstance(source, KernelSource) or type(source).load is not KernelSource.load:
         return None
     on_cpu = request.device.type == "cpu"
     # `kernels_check_layer`, which is called for each device, refuses a build without code for it.

@@ -111,6 +111,19 @@ class KernelRequest(RequestOptions):
         return f"{self.repo_id} at {revision}, locked"
 
 
+@dataclass(frozen=True)
+class RepoInfo:
+    """The repository of a kernel; policies are asked about it before anything of it is downloaded.
+
+    Attributes:
+        repo_id: The repository that served it.
+        revision: Its commit.
+    """
+
+    repo_id: str
+    revision: str
+
+
 def locked_request(lock: Lock, locked: LockedKernel | str, **options: Any) -> KernelRequest:
     """Request the commit that a lock has, and the same for its dependencies."""
     if isinstance(locked, str):
