@@ -174,6 +174,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.decorated_layer",
             "kernels_core.find_layer",
             "kernels_core.Scope",
+            "kernels_core.authorize",
             "kernels_core.plugin_manager",
             "kernels_core.PluginManager",
             "kernels_core.PluginMapping",

@@ -89,11 +89,14 @@ def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate | Refus
 def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None:
     """Refuse a candidate by policy, before anything of it is fetched or imported.
 
-    Kind: veto; an exception refuses too. Called: for each candidate in turn, before it is loaded.
+    Kind: veto; an exception refuses too. Called: for each candidate in turn, before it is loaded; and for all code that
+    loading it would run besides: for the plugin `hub`, each repository at its commit, after redirects, and each
+    dependency. The same where a program loads a kernel by itself, with `get_kernel` and the like. See `authorize`.
 
     Args:
-        request: The question.
-        candidate: The offer.
+        request: The question. Where a program loads a kernel by itself, `layer_name` is empty and `layer` is None.
+        candidate: The offer; or one whose source is a `RepoInfo` (`repo_id`, and the commit as `revision`), or the
+            `Path` of a folder.
 
     Returns:
         None to let pass, or the reason to refuse.
@@ -102,11 +105,12 @@ def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None
         ```python
         @hookimpl
         def kernels_authorize(request, candidate):
-            if "acme" not in candidate.label:
+            repo_id = getattr(candidate.source, "repo_id", None)
+            if repo_id is not None and not repo_id.startswith("acme/"):
                 return "our policy allows kernels from acme only"
         ```
 
-    Used by: the resolver.
+    Used by: the resolver, and the plugin `hub`.
     """
 
 

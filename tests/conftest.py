@@ -16,7 +16,14 @@ pytest_plugins = ["kernels_core.testing"]
 @pytest.fixture(autouse=True)
 def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Unset the settings that the core obeys; undo registrations and scopes that a test leaves behind."""
-    for name in ("KERNELS_STRICT", "KERNELS_PLUGINS", "KERNELS_OBSERVE", "KERNELS_CANARY", "DISABLE_KERNEL_MAPPING"):
+    for name in (
+        "KERNELS_STRICT",
+        "KERNELS_PLUGINS",
+        "KERNELS_REQUIRE_PLUGINS",
+        "KERNELS_OBSERVE",
+        "KERNELS_CANARY",
+        "DISABLE_KERNEL_MAPPING",
+    ):
         monkeypatch.delenv(name, raising=False)
     registered, mapping._registered = mapping._registered, mapping.Level({})
     yield
