@@ -6,18 +6,18 @@ Nothing is stored on a module, so undoing is exact, and a call costs as much as 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import types
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..dispatch import adapted, proved
 from ..errors import KernelizeError, KernelsWarning
@@ -31,7 +31,8 @@ from ..resolution import LayerRequest, Resolution
 from ..resolver import Decided, decide
 from ..scope import Scope, listeners
 from ..torch_internals import constant_result
-from ..warning import WarnOnce, warn_once
+from ..warning import WarnOnce
+from .copies import copied, reduced
 from .modules import own_device
 
 
@@ -77,12 +78,17 @@ class FrozenChoice:
         """Whether calls of a module run the choice: not while it trains after `train()`, nor in quarantine."""
         return "forward" not in module.__dict__ and type(module).forward is not self.original.forward
 
+    def is_suspended(self, module: nn.Module) -> bool:
+        """Whether the module runs its original forward since `train()`, not one that another library put on it."""
+        put = module.__dict__.get("forward")
+        return isinstance(put, types.MethodType) and put.__func__ is self.original.forward
+
     def notice_train(self, module: nn.Module, training: bool) -> None:
         """Suspend the frozen kernel while a model that was frozen for inference trains; restore it on `eval()`."""
         if Mode.INFERENCE not in self.mode:
             return
         if not training:
-            if isinstance(module.__dict__.get("forward"), types.MethodType):
+            if self.is_suspended(module):
                 del module.__dict__["forward"]
         elif "forward" not in module.__dict__:
             module.__dict__["forward"] = types.MethodType(self.original.forward, module)
@@ -130,11 +136,14 @@ def freeze_class(
         "forward": frozen.chosen,
         "train": _train,
         "_apply": _apply,
-        "__reduce_ex__": _reduce,
-        "__copy__": lambda self: _copied(self, copy.copy),
-        "__deepcopy__": lambda self, memo: _copied(self, functools.partial(copy.deepcopy, memo=memo)),
+        "__reduce_ex__": reduced,
+        "__copy__": copied,  # no __deepcopy__: wrappers that pass attributes on would copy the module without them
     }
-    cls: Any = cast(Any, type(original))(original.__name__, (original,), members)
+    bases: tuple[type, ...] = (original,)
+    if _is_parametrized(original):  # removing that deletes properties of the class, then takes its first base for it
+        bases = original.__bases__
+        members = {key: value for key, value in vars(original).items() if not hasattr(value, "__objclass__")} | members
+    cls: Any = cast(Any, type(original))(original.__name__, bases, members)
     _classes.add(cls)
     _refresh(cls)
     return cast("type[nn.Module]", cls)
@@ -281,7 +290,22 @@ def original_class(module: nn.Module) -> type[nn.Module]:
             f"The class of a kernelized {frozen.original.__qualname__} was changed since, to {cls.__qualname__}: "
             "undo that first, or kernelize after it (fully_shard, parametrize and the like)."
         )
+    if _is_parametrized(frozen.original):  # parametrizations may have been added or removed since
+        now, before = (dict(filter(_is_property, vars(each).items())) for each in (cls, frozen.original))
+        for name in before.keys() - now.keys():
+            delattr(frozen.original, name)
+        for name in now.keys() - before.keys():
+            setattr(frozen.original, name, now[name])
     return frozen.original
+
+
+def _is_parametrized(cls: type) -> bool:
+    """Whether a class was made by `torch.nn.utils.parametrize`, for a single module."""
+    return cls.__module__ == parametrize.__name__
+
+
+def _is_property(item: tuple[str, object]) -> bool:
+    return isinstance(item[1], property)
 
 
 def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> None:
@@ -301,52 +325,3 @@ def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> No
         for index, forward in suspended.items():
             modules[index].__dict__["forward"] = forward
         raise
-
-
-# --- Copies and pickles --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _as_original(module: nn.Module) -> Iterator[None]:
-    """Show a module as one of its original class."""
-    cls = type(module)
-    object.__setattr__(module, "__class__", cls.kernels_frozen.original)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        object.__setattr__(module, "__class__", cls)
-
-
-def _copied(module: nn.Module, copy_: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Copy a kernelized module: the copy is kernelized, too."""
-    with _as_original(module):
-        clone = copy_(module)
-    suspended = clone.__dict__.get("forward")
-    if isinstance(suspended, types.MethodType):
-        clone.__dict__["forward"] = types.MethodType(suspended.__func__, clone)
-    object.__setattr__(clone, "__class__", type(module))
-    return clone
-
-
-def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """Pickle as a module of the original class: choices do not travel."""
-    frozen: FrozenChoice = type(self).kernels_frozen  # type: ignore[attr-defined]
-    with _as_original(self):
-        reduced = self.__reduce_ex__(protocol)
-    if isinstance(reduced, str):
-        return reduced
-    make, arguments, *rest = reduced
-    if rest and isinstance(rest[0], dict):
-        rest[0] = {key: value for key, value in rest[0].items() if key != "forward"}
-    return (_restored, (make, arguments, frozen.run.token, f"{frozen.mode} on {frozen.device}"), *rest)
-
-
-def _restored(make: Callable[..., nn.Module], arguments: tuple[Any, ...], token: str, kernelized: str) -> nn.Module:
-    """Make an unpickled module, and warn once per kernelized model that it has to be kernelized again."""
-    warn_once(
-        f"This model was saved while kernelized for {kernelized}. Choices are not saved: each call decides by "
-        "itself, by the mappings that are active here. To freeze again: kernelize(model, mode=...).",
-        ("restored", token),
-        stacklevel=2,
-    )
-    return make(*arguments)
