@@ -26,7 +26,7 @@ def _as_original(module: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Kind:
     """The class of a kernelized module, and whether its kernel is suspended: a copy gets these, a pickle does not."""
 
     cls: Any
@@ -38,7 +38,7 @@ class _Kept:
             copied.__dict__["forward"] = types.MethodType(self.cls.kernels_frozen.original.forward, copied)
         return copied
 
-    def __deepcopy__(self, memo: object) -> _Kept:
+    def __deepcopy__(self, memo: object) -> _Kind:
         return self
 
     def __reduce__(self) -> Any:
@@ -49,7 +49,7 @@ def copied(self: nn.Module) -> nn.Module:
     """Copy a kernelized module, which shares its tensors: the copy is kernelized, too."""
     with _as_original(self):
         clone = copy.copy(self)
-    return _Kept(type(self), cast(Any, type(self)).kernels_frozen.is_suspended(self)).given_to(clone)
+    return _Kind(type(self), cast(Any, type(self)).kernels_frozen.is_suspended(self)).given_to(clone)
 
 
 def reduced(self: nn.Module, protocol: Any) -> Any:
@@ -62,12 +62,12 @@ def reduced(self: nn.Module, protocol: Any) -> Any:
     make, arguments, *rest = answer
     if rest and isinstance(rest[0], dict) and frozen.is_suspended(self):
         rest[0] = {key: value for key, value in rest[0].items() if key != "forward"}
-    kept = _Kept(type(self), frozen.is_suspended(self))
+    kept = _Kind(type(self), frozen.is_suspended(self))
     return (_restored, (make, arguments, frozen.run.token, f"{frozen.mode} on {frozen.device}", kept), *rest)
 
 
 def _restored(
-    make: Callable[..., nn.Module], arguments: tuple[Any, ...], token: str, kernelized: str, kept: _Kept | None = None
+    make: Callable[..., nn.Module], arguments: tuple[Any, ...], token: str, kernelized: str, kept: _Kind | None = None
 ) -> nn.Module:
     """Make a copy; or an unpickled module, and warn once per kernelized model that it has to be kernelized again."""
     if kept is not None:
