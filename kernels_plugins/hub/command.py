@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ from .builds.selection import choose_here, local_builds
 from .builds.variants import parse_variant
 from .dependency import Dependency
 from .errors import AbsentError
-from .locking.lockfile import LOCK, Lock, LockedKernel, read_lock, write_lock
+from .locking.lockfile import LOCK, NOTHING, Lock, LockedKernel, read_lock, write_lock
 from .locking.maker import Report, make_lock
 from .locking.project import PYPROJECT, read_dependencies
 from .request import KernelRequest, locked_request
@@ -43,19 +43,43 @@ Trust = Annotated[
 ]
 
 
-def lock(project_dir: Project, trust_remote_code: Trust = None, as_json: Json = False) -> None:
+def lock(
+    project_dir: Project,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if the lock is out of date.")
+    ] = False,
+    upgrade: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REPO_ID", help="Give only this repository its newest commit; may be repeated."),
+    ] = None,
+    trust_remote_code: Trust = None,
+    as_json: Json = False,
+) -> None:
     """Lock the kernels that a project depends on, and those that they depend on.
 
     Reads [tool.kernels.dependencies] in pyproject.toml, asks the Hub for the commits of those versions, and
-    writes kernels.lock and kernels.hashes: all build variants, for every machine.
+    writes kernels.lock and kernels.hashes: all build variants, for every machine. Prints what changed.
     """
     _keep_client_quiet()
-    wanted = read_dependencies(project_dir)
+    path, wanted = project_dir / LOCK, read_dependencies(project_dir)
+    before = _lock_before(path, required=check or bool(upgrade))
+    kept = Lock(tuple(kernel for kernel in before.kernels if upgrade and kernel.dependency.repo_id not in upgrade))
     with _bars() as report:
-        made = make_lock(wanted, trust=trust_remote_code or (), report=report)
-    write_lock(project_dir / LOCK, made)
-    rows = [{**_named(kernel), "variants": [name for name, _ in kernel.hashes]} for kernel in made.kernels]
-    print_rows(rows, as_json)
+        made = make_lock(wanted, kept=kept, trust=trust_remote_code or (), report=report)
+    locked = {kernel.dependency.repo_id for kernel in made.kernels}
+    if unknown := sorted(set(upgrade or ()) - locked):
+        there = ", ".join(sorted(locked))
+        raise ArgumentError(
+            f"The project does not depend on {', '.join(unknown)}: it locks {there}. Nothing was written."
+        )
+    if not check:
+        write_lock(path, made)
+    changes = made.changes(before)
+    print_rows([_changed(*change) for change in changes] if check else _locked_rows(made, changes), as_json)
+    if check and changes:
+        again = f" --upgrade {upgrade[0]}" if upgrade else ""
+        _note(f"{path} is out of date: run `kernels-core lock {project_dir}{again}`.", always=True)
+        raise typer.Exit(1)
 
 
 def download(
@@ -164,6 +188,25 @@ def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[fetching.Fetc
         fetching.fetch_build(fetching.SelectedBuild(name, variant_folder(resolved.pin, name), resolved))
         for name in builds
     ]
+
+
+def _lock_before(path: Path, required: bool) -> Lock:
+    """Return the lock that is there; none if it is malformed and to be written anew."""
+    if not path.exists():
+        return NOTHING
+    try:
+        return read_lock(path)
+    except ArgumentError:
+        if required:
+            raise
+        return NOTHING
+
+
+def _locked_rows(made: Lock, changes: Sequence[tuple[LockedKernel | None, LockedKernel | None]]) -> list[Row]:
+    """Return a row for each kernel of a lock, with its change, and for each that is no longer in it."""
+    changed = {now.dependency: _changed(was, now) for was, now in changes if now is not None}
+    rows = [changed.get(kernel.dependency) or _changed(kernel, kernel) for kernel in made.kernels]
+    return rows + [_changed(was, None) for was, now in changes if now is None]
 
 
 def _warn_of_old_lock(folder: Path, locked: Lock) -> None:
@@ -277,6 +320,16 @@ def _named(kernel: LockedKernel) -> Row:
     wanted = kernel.dependency
     pin = f"version {wanted.version}" if wanted.version is not None else wanted.revision or ""
     return {"kernel": wanted.repo_id, "wanted": pin, "commit": kernel.commit[:12]}
+
+
+def _changed(was: LockedKernel | None, now: LockedKernel | None) -> Row:
+    """Return the row of a kernel, as it was locked and as it is."""
+    shown = now or was
+    assert shown is not None
+    change = "removed" if now is None else "new" if was is None else "" if was == now else f"from {was.commit[:12]}"
+    if was is not None and now is not None and was.commit == now.commit and was != now:
+        change = "version" if was.dependency != now.dependency else "hashes"
+    return {**_named(shown), "change": change, "variants": [name for name, _ in shown.hashes]}
 
 
 def _style(row: Row) -> str:

@@ -148,7 +148,7 @@ def test_lock_download_offline_start(
     (project / "program.py").write_text(PROGRAM)
     locked = cli("lock", ".")
     assert (locked.code, locked.err) == (0, "")
-    assert locked.out.splitlines()[1].split() == ["acme/kernels", "version", "1", commit[:12], "torch-universal"]
+    assert locked.out.splitlines()[1].split() == ["acme/kernels", "version", "1", commit[:12], "new", "torch-universal"]
     kernel_repository(layers=kernel(5))
     published.branch("v1")
     downloaded = cli("download", ".")
@@ -237,6 +237,55 @@ def test_a_kernel_that_two_depend_on_is_locked_once(
         kernel_repository(name, kernel(), metadata=needs("acme/base")).branch("v1")
     add_variant(published, **needs("acme/left", "acme/right"))
     assert [row["kernel"] for row in here("lock", ".", "--json").json][1:] == ["acme/base", "acme/left", "acme/right"]
+
+
+def test_check_and_upgrade(
+    project: Path, here: Run, cli: Run, published: Repository, kernel_repository: Publish
+) -> None:
+    """`--check` shows changes and writes nothing; `--upgrade` moves one repository; `lock` shows each change."""
+    other = kernel_repository("acme/other", kernel(5))
+    other.branch("v1")
+    table = '[tool.kernels.dependencies]\n"acme/kernels" = 1\n"acme/other" = 1\n'
+    (project / "pyproject.toml").write_text(table)
+    first = here("lock", ".", "--check", "--json")
+    assert (first.code, [row["change"] for row in json.loads(first.out)]) == (1, ["new", "new"])
+    assert "is out of date: run `kernels-core lock .`" in first.err and not (project / "kernels.lock").exists()
+    assert here("lock", ".").code == 0
+    assert here("lock", ".", "--check") == Ran(0, "", "")
+
+    old = read_lock(project / "kernels.lock")
+    before = (project / "kernels.lock").read_bytes()
+    for repository in (published, other):
+        add_variant(repository)
+    changed = cli("lock", ".", "--check", "--json", "--upgrade", "acme/other")
+    assert [row["kernel"] for row in json.loads(changed.out)] == ["acme/other"]
+    assert (changed.code, (project / "kernels.lock").read_bytes()) == (1, before)
+
+    upgraded = cli("lock", ".", "--upgrade", "acme/other")
+    assert upgraded.code == 0 and f"from {old.require('acme/other').commit[:12]}" in upgraded.out
+    new = read_lock(project / "kernels.lock")
+    assert new.require("acme/kernels") == old.require("acme/kernels")
+    assert new.require("acme/other").commit != old.require("acme/other").commit
+
+    (project / "pyproject.toml").write_text(table.splitlines(keepends=True)[0] + '"acme/kernels" = 1\n')
+    rows = json.loads(cli("lock", ".", "--json").out)
+    assert [(row["kernel"], row["change"].partition(" ")[0]) for row in rows] == [
+        ("acme/kernels", "from"),
+        ("acme/other", "removed"),
+    ]
+
+
+def test_no_change_is_half_made(project: Path, here: Run, published: Repository) -> None:
+    """An unknown repository is no upgrade; a malformed lock is an error, but for `lock`, which replaces it."""
+    assert here("lock", ".").code == 0
+    before = (project / "kernels.lock").read_bytes()
+    wrong = here("lock", ".", "--upgrade", "acme/nothing")
+    assert (wrong.code, (project / "kernels.lock").read_bytes()) == (2, before)
+    assert "does not depend on acme/nothing: it locks acme/kernels" in wrong.err
+    (project / "kernels.lock").write_text("[")
+    for words in (["--check"], ["--upgrade", "acme/kernels"]):
+        assert here("lock", ".", *words).code == 2 and (project / "kernels.lock").read_text() == "["
+    assert here("lock", ".").code == 0 and (project / "kernels.lock").read_bytes() == before
 
 
 def test_a_circle_is_named(project: Path, here: Run, published: Repository, kernel_repository: Publish) -> None:

@@ -75,6 +75,29 @@ class Lock:
                 return kernel
         return None
 
+    def changes(self, before: Lock) -> list[tuple[LockedKernel | None, LockedKernel | None]]:
+        """Return each kernel that differs from an older lock: as it was, and as it is; None where there is none."""
+        known = {kernel.dependency: kernel for kernel in before.kernels}
+        added = [kernel for kernel in self.kernels if kernel.dependency not in known]
+        gone = [known[wanted] for wanted in known.keys() - {kernel.dependency for kernel in self.kernels}]
+        pairs: list[tuple[LockedKernel | None, LockedKernel | None]] = []
+        for now in self.kernels:
+            was = known.get(now.dependency)
+            if now in added:  # another version of a repository takes the place of one that is gone
+                was = next((old for old in gone if old.dependency.repo_id == now.dependency.repo_id), None)
+                gone = [old for old in gone if old is not was]
+            if was is None or (was.dependency, was.commit, was.hashes or now.hashes) != (
+                now.dependency,
+                now.commit,
+                now.hashes,
+            ):  # a lock without hashes, as `kernels` writes it, is not out of date for that
+                pairs.append((was, now))
+        return pairs + [(old, None) for old in sorted(gone, key=lambda kernel: kernel.dependency.order)]
+
+
+NOTHING = Lock(())
+"""The lock of a project that has none yet."""
+
 
 def hash_variant(files: Iterable[RemoteFile]) -> str:
     """Hash a build variant from the files that the Hub lists for it, as `kernels` before 0.17 did.

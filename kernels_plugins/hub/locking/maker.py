@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 from kernels_core import ArgumentError, LoadError
 
@@ -14,7 +15,7 @@ from ..builds.variants import parse_variant
 from ..dependency import Dependency
 from ..fetching import ResolvedKernel, read_metadata, resolve_kernel
 from ..request import KernelRequest
-from .lockfile import Lock, LockedKernel, hash_variant
+from .lockfile import NOTHING, Lock, LockedKernel, hash_variant
 
 Report = Callable[[Dependency, int, int], None]
 """Called as locking proceeds: with a kernel, how many of its variants were read, and how many there are."""
@@ -22,13 +23,21 @@ Report = Callable[[Dependency, int, int], None]
 _ORDER = attrgetter("order")
 
 
-def make_lock(wanted: Iterable[Dependency], *, trust: Iterable[str] = (), report: Report | None = None) -> Lock:
+def make_lock(
+    wanted: Iterable[Dependency], *, kept: Lock = NOTHING, trust: Iterable[str] = (), report: Report | None = None
+) -> Lock:
     """Lock kernels, and all that they depend on in any of their build variants.
 
-    The lock has first the kernels of the project, then those that they depend on. `trust` names repositories to lock
-    though the Hub does not list their publishers as trusted.
+    The lock has first the kernels of the project, then those that they depend on.
+
+    Args:
+        wanted: The kernels of the project.
+        kept: Kernels that stay at their commit; each other gets the newest one.
+        trust: Repositories to lock though the Hub does not list their publishers as trusted.
+        report: Called as locking proceeds.
     """
     allowed = tuple(trust)
+    commits = {kernel.dependency: kernel.commit for kernel in kept.kernels}
     locked: dict[Dependency, LockedKernel] = {}
 
     def lock(kernel: Dependency, path: tuple[Dependency, ...] = ()) -> None:
@@ -43,7 +52,7 @@ def make_lock(wanted: Iterable[Dependency], *, trust: Iterable[str] = (), report
             return
         show: Callable[[int, int], None] = partial(report, kernel) if report else lambda done, total: None
         show(0, 1)
-        resolved = _resolve(kernel, allowed)
+        resolved = _resolve(kernel, allowed, commits.get(kernel))
         for dependency in sorted(_dependencies(resolved, show), key=_ORDER):
             lock(dependency, (*path, kernel))
         hashes = {variant: hash_variant(files) for variant, files in resolved.variants.items()}
@@ -55,9 +64,13 @@ def make_lock(wanted: Iterable[Dependency], *, trust: Iterable[str] = (), report
     return Lock(tuple(locked[kernel] for kernel in (*own, *sorted(locked.keys() - set(own), key=_ORDER))))
 
 
-def _resolve(wanted: Dependency, trust: tuple[str, ...]) -> ResolvedKernel:
-    request = KernelRequest(wanted.repo_id, version=wanted.version, revision=wanted.revision, trust_remote_code=trust)
+def _resolve(wanted: Dependency, trust: tuple[str, ...], commit: str | None) -> ResolvedKernel:
+    """Find the commit of a kernel, and its builds; or its builds at a commit."""
+    place: Any = {"revision": commit} if commit else {"version": wanted.version, "revision": wanted.revision}
+    request = KernelRequest(wanted.repo_id, **place, trust_remote_code=trust)
     resolved = resolve_kernel(request)
+    if commit:
+        return resolved
     if resolved.first != resolved.pin:
         raise ArgumentError(
             f"{wanted} is redirected to {resolved.checked['redirect']}, and may be redirected anew: name that "
