@@ -237,7 +237,7 @@ class PluginManager:
         """Warn of a fault of a plugin, once; in strict mode, raise it."""
         if strict():
             raise fault
-        if self._warn(str(fault), stacklevel=2):
+        if self._warn(str(fault)):
             self.faults.append(fault)
 
     @property

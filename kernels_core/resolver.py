@@ -161,7 +161,6 @@ def decide(
                     warn_once(
                         f"A kernel for {resolution.subject} is not used, {resolution.origin} runs instead: {refusal}",
                         (resolution.request.layer_name, str(refusal)),
-                        stacklevel=2,
                     )
     return resolution
 

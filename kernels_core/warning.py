@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Hashable
@@ -11,6 +12,23 @@ from collections.abc import Hashable
 from .errors import KernelsWarning
 
 _lock = threading.Lock()
+
+_LIBRARIES = {"kernels_core", "kernels_plugins", "pluggy", "torch"}
+"""Packages between a line of the user and a warning."""
+
+
+def warn(message: str, stacklevel: int = 1) -> None:
+    """Issue a `KernelsWarning` that points to the line of the user, which is what filters and reports show."""
+    frame, level, line = sys._getframe(1), 2, 0
+    while True:
+        # A generated forward has no name of a module, and Dynamo runs compiled code under the name of the user's.
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES and "__name__" in frame.f_globals:
+            stacklevel -= 1
+            line = level
+        if stacklevel <= 0 or frame.f_back is None:
+            break
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, KernelsWarning, stacklevel=line or level)
 
 
 class WarnOnce:
@@ -46,7 +64,8 @@ class WarnOnce:
         Args:
             message: The text of the warning.
             key: Identifies the warning; by default the message, without the addresses of objects in it.
-            stacklevel: As in `warnings.warn`: 1 for the line that calls this, 2 for its caller.
+            stacklevel: Where the warning points to: 1 for the innermost line outside of kernels-core, its plugins,
+                pluggy and PyTorch, which is that of the user; 2 for the next one outside of them.
             logger: Log the message at level `WARNING` there instead.
 
         Returns:
@@ -65,7 +84,7 @@ class WarnOnce:
             if logger is not None:
                 logger.warning(message)
             else:
-                warnings.warn(message, KernelsWarning, stacklevel=stacklevel + 1)
+                warn(message, stacklevel)
         except BaseException:
             self.forget(key)
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import traceback
 import types
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from torch.utils.checkpoint import CheckpointError
 
 from ..environment import strict
-from ..errors import KernelsError, KernelsWarning
+from ..errors import KernelsError
 from ..layer import Forward
 from ..replay import CONSTANTS, Call
 from ..resolution import Resolution
 from ..torch_internals import dispatch_mode_count, tree_leaves, version
+from ..warning import warn
 from .quarantine import quarantine
 
 _NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError)
@@ -62,12 +62,10 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
         )
         if safe:
             return output
-        warnings.warn(
+        warn(
             f"{resolution.origin} raised in layer {layer.name!r}, where the reference does not: it is in quarantine "
             "from now on. This call was not made anew, for arguments may have been changed already, or the reference "
             "must not serve.",
-            KernelsWarning,
-            stacklevel=3,
         )
         raise error
 

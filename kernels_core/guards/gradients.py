@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import gc
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,13 +17,13 @@ from typing import Any
 
 import torch
 
-from ..errors import KernelsWarning
 from ..forward_source import PLAIN
 from ..layer import Forward, Layer
 from ..mode import Mode
 from ..replay import Call, random_states, set_random_states
 from ..resolution import Resolution
 from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, in_forward_ad, tree_leaves, version
+from ..warning import warn
 from .quarantine import quarantine
 from .saved_tensors import held_back
 
@@ -214,11 +213,9 @@ def try_gradients(
         set_random_states(drawn)
         return output, False
     saved.hand_over()
-    warnings.warn(
+    warn(
         f"Layer {layer.name!r}: {reason}. It may have changed its arguments or buffers in place, so this call cannot "
         "be made anew: the gradients of this one call are lost.",
-        KernelsWarning,
-        stacklevel=2,
     )
     return output, None
 
@@ -281,11 +278,9 @@ def _missing_in_reference(
         ) as replay:
             lost = _unreached(replay.sources, replay.outputs)
     except Exception as error:  # the kernel serves where the reference cannot: nothing to compare with
-        warnings.warn(
+        warn(
             f"Layer {layer.name!r}: {', '.join(missing)} gets no gradient from its kernel, and whether that is "
             f"right is not known, for the reference fails: {type(error).__name__}: {error}",
-            KernelsWarning,
-            stacklevel=3,
         )
         return missing
     reached = {id(original) for name, original in replay.originals.items() if name not in lost}

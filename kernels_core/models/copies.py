@@ -76,6 +76,5 @@ def _restored(
         f"This model was saved while kernelized for {kernelized}. Choices are not saved: each call decides by "
         "itself, by the mappings that are active here. To freeze again: kernelize(model, mode=...).",
         ("restored", token),
-        stacklevel=2,
     )
     return make(*arguments)

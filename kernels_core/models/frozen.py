@@ -9,7 +9,6 @@ import contextlib
 import functools
 import types
 import uuid
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..dispatch import adapted, proved
-from ..errors import KernelizeError, KernelsWarning
+from ..errors import KernelizeError
 from ..guards.gradients import needs_proof
 from ..guards.proof import until_proven
 from ..guards.quarantine import find_quarantined
@@ -31,7 +30,7 @@ from ..resolution import LayerRequest, Resolution
 from ..resolver import Decided, decide
 from ..scope import Scope, listeners
 from ..torch_internals import constant_result
-from ..warning import WarnOnce
+from ..warning import WarnOnce, warn
 from .copies import copied, reduced
 from .modules import own_device
 
@@ -95,7 +94,6 @@ class FrozenChoice:
             self.run.warn(
                 f"train() on a model that was kernelized for {self.mode}: its kernels are suspended until eval(), and "
                 "each call decides by itself. To freeze for training: kernelize(model, mode=Mode.TRAINING).",
-                stacklevel=3,
             )
 
     def notice_move(self, module: nn.Module, device: torch.device) -> None:
@@ -108,7 +106,6 @@ class FrozenChoice:
         self.run.warn(
             f"A model that was kernelized for {self.device} was moved to {device}: its kernels are dropped, and "
             "each call decides by itself. To freeze again: kernelize(model, mode=...).",
-            stacklevel=3,
         )
 
 
@@ -197,11 +194,9 @@ def _pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
         for layer, choice in functions.items():
             found = decide(layer, choice.request.device, (choice.request.mode | Mode.TORCH_COMPILE,), notify="plugins")
             if found.implementation is not choice.implementation:
-                warnings.warn(
+                warn(
                     f"Function {layer.qualname} was kernelized with {choice.origin}, but compiled code gets the "
                     f"kernel that is mapped where it is traced: {found.origin}. Register the mapping for the process.",
-                    KernelsWarning,
-                    stacklevel=2,
                 )
 
     @functools.wraps(forward)
@@ -225,7 +220,6 @@ def _until_proven(cls: Any, frozen: FrozenChoice, resolution: Resolution, kernel
         frozen.run.warn(
             f"Layer {layer.name!r} was kernelized with {resolution.origin}, which loses "
             "gradients that the reference has: it is in quarantine, and each call decides by itself.",
-            stacklevel=3,
         )
         return frozen.original.forward
 

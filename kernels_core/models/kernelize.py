@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
@@ -14,11 +13,12 @@ from torch import nn
 from ..device import Device, as_torch_device
 from ..dispatch import dispatched_layer
 from ..environment import strict
-from ..errors import ArgumentError, ArgumentTypeError, KernelizeError, KernelsWarning
+from ..errors import ArgumentError, ArgumentTypeError, KernelizeError
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..resolution import Cause, Resolution
 from ..resolver import decide
+from ..warning import warn
 from .frozen import Run, freeze_class, frozen_choice, original_class, swap
 from .modules import functions_of, locate, own_device, required_device, walk
 
@@ -293,7 +293,7 @@ class _Freeze:
             lines = "".join(f"  {', '.join(places)}: {reasons}" for reasons, places in together.items()).rstrip()
             counted = f"{len(self.kept)} layer{'s' * (len(self.kept) != 1)}"
             message = f"kernelize for {self.run.mode} keeps the reference of {counted}:\n{lines}"
-            warnings.warn(message, KernelsWarning, stacklevel=3)
+            warn(message)
 
 
 def _names_index(device: object) -> bool:

@@ -11,13 +11,12 @@ import itertools
 import re
 import secrets
 import threading
-import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
-from kernels_core import KernelsWarning, Mode, Quarantined, quarantine, quarantined, references
+from kernels_core import Mode, Quarantined, WarnOnce, quarantine, quarantined, references
 from kernels_core.replay import Call, Replay, is_capturing
 from kernels_core.torch_internals import constant_result, dispatch_mode_count, fake_copies
 
@@ -63,7 +62,7 @@ class Operator:
         self._tried: set[object] = set()
         self._derived: set[object] = set()
         self._out: dict[Mode, Quarantined] = {}
-        self._refused: set[str] = set()
+        self._warn = WarnOnce()
         self._last = threading.local()
         self._lock = threading.Lock()
         plain = re.sub(r"\W+", "_", work.layer.name, flags=re.ASCII)
@@ -150,14 +149,10 @@ class Operator:
         """Warn once why a call cannot be an operator; `NoKernelError` if the reference must not serve instead."""
         self._last.outcome = ("", "")  # whatever `outcome` is asked for next, the reference answers
         self.work.fall_back(f"cannot be opaque: {reason}")
-        if reason not in self._refused:
-            self._refused.add(reason)
-            warnings.warn(
-                f"Layer {self.work.layer.name!r}: {self.work.origin} cannot be opaque: {reason}. In this call the "
-                "reference is compiled instead.",
-                KernelsWarning,
-                stacklevel=3,
-            )
+        self._warn(
+            f"Layer {self.work.layer.name!r}: {self.work.origin} cannot be opaque: {reason}. In this call the "
+            "reference is compiled instead."
+        )
 
     # --- With data -------------------------------------------------------------------------------
 

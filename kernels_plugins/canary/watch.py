@@ -177,7 +177,7 @@ class _Watch:
 
     def _say(self, kind: str, message: str) -> None:
         """Warn once of each kind for each kernel, layer and device: a failing reference hides no later disagreement."""
-        _warn_once(f"Canary: {self.resolution.origin}: {message}", (*self.key, kind), stacklevel=5)
+        _warn_once(f"Canary: {self.resolution.origin}: {message}", (*self.key, kind))
 
     def _where(self, number: int, live: Call) -> str:
         """Name layer, path, device, dtypes and shapes of a call."""

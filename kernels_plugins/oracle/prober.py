@@ -183,7 +183,6 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
             warn_once(
                 f"{resolution.origin} for {resolution.request.place} could not be probed: "
                 f"{type(error).__name__}: {error}",
-                stacklevel=2,
             )
             return forward(*args, **kwargs)
         finally:
@@ -228,7 +227,7 @@ def _report(resolution: Resolution, report: Any) -> None:
     if compiles and not declares["can_torch_compile"]:
         remarks.append("it does not declare can_torch_compile = True, and can be traced")
     if remarks:
-        warn_once(f"{resolution.origin} for {resolution.request.place} was probed: {'; '.join(remarks)}", stacklevel=3)
+        warn_once(f"{resolution.origin} for {resolution.request.place} was probed: {'; '.join(remarks)}")
 
 
 def _declared(resolution: Resolution, name: str) -> bool:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import threading
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from kernels_core import KernelsWarning, WarnOnce, warn_once
+from kernels_core import KernelsWarning, LayerRequest, Mode, PluginManager, WarnOnce, hookimpl, kernelize, warn_once
 from kernels_core.testing import _start_anew
+from kernels_plugins import use_kernel_mapping
+
+Make = Callable[..., Any]
+ERRORS = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
 
 
 def test_each_key_once() -> None:
@@ -106,18 +116,65 @@ def test_a_log_instead(caplog: pytest.LogCaptureFixture, recwarn: pytest.Warning
     assert not recwarn.list
 
 
-def test_the_level_is_that_of_the_module_warnings() -> None:
-    """With stacklevel 1 a warning is where `warn_once` is called, with 2 where its caller is."""
+def test_a_warning_points_to_the_line_of_the_user(make_layer: Make, isolated_plugins: PluginManager) -> None:
+    """Warnings of calls, also in models, of plugins at fault and of `kernelize` have the user's file and line."""
+    unfit = type("Unfit", (nn.Module,), {"forward": lambda self, x, y: x})
+
+    class Offers:
+        @hookimpl
+        def kernels_find_candidates(self, request: LayerRequest) -> Any:
+            if request.layer_name == "Faulty":
+                raise ValueError("at fault")
+
+    class Raises(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x += 1  # so that the call cannot be made anew
+            raise ValueError("at fault")
+
+    isolated_plugins.register(Offers())
+    x = torch.ones(2)
+    ways: list[Callable[[], object]] = [
+        lambda: make_layer("One")()(x),
+        lambda: nn.Sequential(nn.Sequential(make_layer("Two")()))(x),
+        lambda: make_layer("Faulty")()(x),
+        lambda: kernelize(make_layer("Three")(), mode=Mode.INFERENCE, device="cpu"),
+    ]
+    with use_kernel_mapping({"One": {"cpu": unfit}, "Two": {"cpu": unfit}, "Three": {"cuda": unfit}}):
+        for number, way in enumerate(ways):
+            with pytest.warns(KernelsWarning) as caught:
+                way()
+            assert [warning.filename for warning in caught] == [__file__], number
+            assert caught[0].lineno == way.__code__.co_firstlineno
+    with use_kernel_mapping({"Four": {"cpu": Raises}}), pytest.warns(KernelsWarning) as caught:
+        with contextlib.suppress(ValueError):
+            make_layer("Four")()(x)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_the_level_counts_lines_of_others() -> None:
+    """With stacklevel 1 a warning is where a plugin calls `warn_once`, with 2 where its caller is; never beyond."""
 
     def inner(level: int) -> int:
         with pytest.warns(KernelsWarning) as caught:
             WarnOnce()("slow", stacklevel=level)
-        assert caught[0].filename == __file__
-        return caught[0].lineno
+        return caught[0].lineno if level < 9999 else len(caught)
 
     first = inner.__code__.co_firstlineno
     assert inner(1) == first + 2
-    assert inner(2) == first + 8
+    assert inner(2) == first + 7
+    assert inner(9999) == 1
+
+
+@pytest.mark.filterwarnings(re.findall(r"pytest -W (\S+)", ERRORS)[0])
+def test_the_filter_of_the_docs_makes_errors(python: Make, make_layer: Make) -> None:
+    """The options that docs/errors.md names make a refusal in a call an error: that for pytest, and that for Python."""
+    unfit = type("Unfit", (nn.Module,), {"forward": lambda self, x, y: x})
+    with use_kernel_mapping({"Add": {"cpu": unfit}}), pytest.raises(KernelsWarning, match="is not used"):
+        make_layer()()(torch.ones(2))
+    (option,) = re.findall(r"python -W (\S+)", ERRORS)
+    code = f"import warnings; warnings._setoption({option!r}); import kernels_core; kernels_core.warn_once('slow')"
+    done = python(code, check=False)
+    assert done.returncode == 1 and "KernelsWarning: slow" in done.stderr and "Invalid" not in done.stderr
 
 
 def test_forgetting() -> None:

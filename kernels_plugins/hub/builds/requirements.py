@@ -158,5 +158,4 @@ def warn_dirty(metadata: Metadata, place: str) -> None:
             f"{place}: {metadata.name} was built while sources of {' and '.join(metadata.provenance.dirty_sources)} "
             "had changes that were not committed (dirty): its commit does not identify them. Ask the publisher for a "
             "build from committed sources.",
-            stacklevel=2,
         )
