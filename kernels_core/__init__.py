@@ -54,7 +54,7 @@ from .resolution import (
     Resolution,
 )
 from .resolver import find_candidates, forget, resolve, serving_forward
-from .scope import Scope
+from .scope import Scope, checkpoint_scopes
 from .table import Table, TableRow, Tabular, as_json, visible
 from .warning import WarnOnce, warn_once
 
@@ -109,6 +109,7 @@ __all__ = [
     "as_json",
     "authorize",
     "check_registered_mode",
+    "checkpoint_scopes",
     "count_calls",
     "decorated_layer",
     "device_capability",

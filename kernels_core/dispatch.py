@@ -42,21 +42,15 @@ from .environment import mapping_disabled
 from .errors import NoKernelError
 from .forward_source import PLAIN, ForwardSource, read_parameters, set_defaults
 from .guards.breaker import stand_in
-from .guards.gradients import (
-    has_trainable,
-    is_recorded,
-    needs_proof,
-    reads_trainable,
-    records_autograd,
-    requires_grad,
-)
+from .guards.functions import outside_functions
+from .guards.gradients import has_trainable, is_recorded, needs_proof, reads_trainable, records_autograd, requires_grad
 from .guards.proof import read_attributes, until_proven
 from .layer import Forward, Layer
 from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import Resolution
 from .resolver import decide, must_raise, no_kernel, ready
-from .scope import PATIENCE, Frame, FrameTable, active_frame, publish, resolving, root, withdraw
+from .scope import PATIENCE, Frame, FrameTable, active_frame, keep_scopes, publish, resolving, root, withdraw
 from .torch_internals import (
     EXPRESSION_NAMES,
     FORWARD_LEVEL,
@@ -157,6 +151,7 @@ class _Dispatcher:
 
     def _published(self, name: str, decide: Callable[[Frame], Served]) -> Served:
         """Return the functions that are published in the active frame; decide and publish if there are none."""
+        keep_scopes()
         frame: Frame = root.active
         known: Forward | None = getattr(frame, name, None)
         if known is not None:
@@ -297,7 +292,10 @@ class _Dispatcher:
             device = find_device(module, values)
             if device is None:
                 return reference if refusing is None or mapping_disabled() else refusing
-            forward: Forward = getattr(root.active, table(device.type, device.index))
+            frame = root.active
+            if frame is not root:
+                bool(frame.in_function)  # a value that is used has a guard, which keeps the scopes
+            forward: Forward = getattr(frame, table(device.type, device.index))
             return forward
 
         return traced
@@ -387,6 +385,8 @@ _SHARED_NAMES: dict[str, object] = {
     "_kernels_grad": torch.is_grad_enabled,
     "_kernels_has_trainable": has_trainable,
     "_kernels_is_recorded": is_recorded,
+    "_kernels_keep_scopes": keep_scopes,
+    "_kernels_outside_functions": outside_functions,
     "_kernels_plain": PLAIN,
     "_kernels_records": records_autograd,
     "_kernels_requires_grad": requires_grad,

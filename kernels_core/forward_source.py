@@ -49,6 +49,9 @@ if not _kernels_condition({asked}):
 
 _FIND = """\
 try:
+    _kernel_frame = _kernels_frame()
+    if _kernel_frame is not _kernels_root and not _kernels_outside_functions():
+        _kernels_keep_scopes()
     {answer}
     if _kernels_unproven and {records}:
         _kernel = _kernels_find_proving(_kernel) or _kernel
@@ -59,7 +62,7 @@ except _kernels_absent:
 _ONLY_COLD = "_kernel = _kernels_cold({module}, {values})"
 
 _ON_CPU = """\
-_kernel = _kernels_frame().{layer}_cpu
+_kernel = _kernel_frame.{layer}_cpu
 if not {first}.is_cpu:
     _kernel = _kernels_cold({module}, {values})
 """
@@ -69,13 +72,13 @@ if not _kernels_hardware.accelerators:
     {on_cpu}
 elif _kernels_hardware.accelerators == 1:
     if {first}.is_{accelerator}:
-        _kernel = _kernels_frame().{layer}_{accelerator}_0
+        _kernel = _kernel_frame.{layer}_{accelerator}_0
     else:
         {on_cpu}
 else:
     _kernel_index = {first}.get_device()
     if _kernel_index >= 0:
-        _kernel = _kernels_getattr(_kernels_frame(), _kernels_names[_kernel_index])
+        _kernel = _kernels_getattr(_kernel_frame, _kernels_names[_kernel_index])
     else:
         {on_cpu}
 """
@@ -92,7 +95,7 @@ _SELECT = """\
 def select{signature}:
     _kernel_name = {inference!r}
     try:
-        if {forward_level} >= 0 or {records}:
+        if {forward_level} >= 0 or {records} or not _kernels_outside_functions() and _kernels_root.in_function:
             _kernel_name = {training!r}
             _kernel = _kernels_frame().{training}
             if _kernels_unproven:
@@ -106,7 +109,7 @@ def select{signature}:
 
 _SELECT_TRACED = """\
 def select_traced{signature}:
-    if {forward_level} >= 0 or _kernels_grad() and ({records}):
+    if {forward_level} >= 0 or _kernels_grad() and ({records}) or _kernels_root.in_function:
         return _kernels_root.active.{training}({call})
     return _kernels_root.active.{inference}({call})
 """

@@ -6,6 +6,7 @@ which the dispatcher reads. The innermost frame of this thread or task is a cont
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from .errors import ScopeError
+from .guards.functions import function_contexts, in_function, outside_functions
 from .layer import Forward
+from .warning import warn
 
 PATIENCE = 60.0
 """Seconds to wait for another thread that resolves or loads the same.
@@ -38,6 +41,8 @@ class Frame:
 
     active: Any
     """The innermost frame of this thread or task: `root.active`. Set below."""
+    in_function: Any
+    """The answer of `in_function` for traced calls, with `keep_scopes`. Set below."""
 
     def __init__(self, payload: object = None, parent: Frame | None = None, key: int = 0) -> None:
         self.payload = payload
@@ -101,6 +106,7 @@ class Scope:
 
     def __enter__(self) -> Scope:
         """Make this the innermost scope of the current thread or task."""
+        keep_scopes()  # before: the forward of a custom function was entered in the scopes around this one
         parent = active_frame()
         if (frame := parent.children.get(id(self))) is None:
             with _lock:  # several threads may enter this scope for the first time
@@ -123,6 +129,81 @@ class Scope:
                 "reverse order of entering them, in the thread or task that entered them."
             )
         _current.set(frame.parent)
+
+
+class KeptScopes(contextlib.ContextDecorator):
+    """Enters the scopes that were open when it was made, and keeps them: for calls that are made again later.
+
+    Other than `Scope`, it may be entered in any thread, while other scopes are open.
+    """
+
+    def __init__(self) -> None:
+        """Take the scopes of this thread or task."""
+        self.frame: Frame = active_frame()
+        self._before: list[Frame] = []
+        self._scopes, around = [], self.frame
+        while around.parent is not None:  # decisions are dropped with the object of a scope
+            self._scopes.append(around.finalizer and around.finalizer.peek())
+            around = around.parent
+
+    def __enter__(self) -> KeptScopes:
+        """Make them the scopes of this thread or task."""
+        self._before.append(active_frame())
+        _current.set(self.frame)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Go back to those before."""
+        _current.set(self._before.pop())
+
+
+def checkpoint_scopes() -> tuple[contextlib.AbstractContextManager[object], contextlib.AbstractContextManager[object]]:
+    """Let a checkpoint recompute in the scopes in which it was called: its `context_fn`.
+
+    Without it, the recomputation is in the scopes that are open where `backward()` runs; on a GPU, in none, for
+    autograd has threads of its own. With `use_reentrant=True` this is done by itself.
+
+    Returns:
+        What PyTorch asks for: a context manager for the forward, which does nothing, and one for the recomputation.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> with Scope("fast"):
+        ...     y = checkpoint(torch.sin, x, use_reentrant=False, context_fn=checkpoint_scopes)
+        >>> y.backward()
+    """
+    return contextlib.nullcontext(), KeptScopes()
+
+
+def keep_scopes() -> None:
+    """Let the custom autograd functions in whose forward this is recompute in the scopes in which they were called."""
+    if outside_functions() or not in_function():
+        return
+    for context in function_contexts():
+        if "kernels_scopes" in vars(context):
+            continue
+        context.kernels_scopes = kept = KeptScopes()
+        if hasattr(context, "run_function"):  # of checkpoints: those of PyTorch, DeepSpeed, Megatron and fairscale
+            context.run_function = kept(context.run_function)
+        elif kept.frame is not root:
+            warn(
+                f"A layer is called in a scope and in the forward of {type(context).__qualname__}, a custom autograd "
+                "function. If its backward calls the layer again, that is not in this scope on a GPU: output and "
+                "gradient may be of two kernels. Register the mapping for the process, or keep `run_function`, which "
+                "the backward calls, on the context of the function."
+            )
+
+
+class _InFunction(dict[Frame, bool]):
+    """Answers `in_function` as a property of frames: Dynamo reads it while it traces, and again in each guard."""
+
+    def __missing__(self, frame: Frame) -> bool:
+        keep_scopes()
+        return in_function()
+
+
+Frame.in_function = property(_InFunction().__getitem__)
 
 
 def _drop(reference: weakref.ref[Frame]) -> None:

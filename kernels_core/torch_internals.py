@@ -130,6 +130,11 @@ def in_forward_ad() -> bool:
 # --- Who looks at a call -------------------------------------------------------------------------------
 
 
+forward_grad_enabled: Callable[[], bool] | None = _find("torch._C:_is_fwd_grad_enabled")
+"""False in the `forward` of a `torch.autograd.Function` and in inference mode, but not in `no_grad`. Without the name,
+`scope` looks for such a forward in the stack."""
+
+
 current_transform: Callable[[], object] = (
     _find("torch._C._functorch:peek_interpreter_stack")
     or _find("torch._C._functorch:maybe_current_level")
@@ -393,8 +398,3 @@ def on_cuda_start(function: Callable[[], object]) -> bool:
     if call is not None:
         call(function)
     return call is not None
-
-
-def extension_backend() -> str:
-    """Return the type of the devices that an extension brings, such as "npu"; "privateuseone" without one."""
-    return torch.device("privateuseone").type

@@ -24,6 +24,7 @@ from ..replay import Call, random_states, set_random_states
 from ..resolution import Resolution
 from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, in_forward_ad, tree_leaves, version
 from ..warning import warn
+from .functions import in_function
 from .quarantine import quarantine
 from .saved_tensors import held_back
 
@@ -53,8 +54,8 @@ _HOLD_NO_TENSOR = PLAIN | {set, type, collections.OrderedDict}
 
 
 def is_recorded(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
-    """Whether autograd records a call; forward-mode differentiation is included, whatever the gradient mode."""
-    return (torch.is_grad_enabled() and records_autograd(module, values)) or in_forward_ad()
+    """Whether autograd records a call, or may record it later (`in_function`), or differentiates it forwards."""
+    return (torch.is_grad_enabled() and records_autograd(module, values)) or in_forward_ad() or in_function()
 
 
 def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:

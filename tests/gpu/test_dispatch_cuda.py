@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from kernels_core import CUDAProperties, Device, Mode, device_capability, resolve, use_kernel_forward_from_hub
+from kernels_core import (
+    CUDAProperties,
+    Device,
+    Mode,
+    checkpoint_scopes,
+    device_capability,
+    resolve,
+    use_kernel_forward_from_hub,
+)
 from kernels_plugins import register_kernel_mapping, use_kernel_mapping
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -120,3 +129,43 @@ def test_activation_checkpointing_with_a_registered_mapping() -> None:
     y = torch.utils.checkpoint.checkpoint(Identity(), x, use_reentrant=False)
     y.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("in_scope", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_reentrant_checkpoint_has_the_gradient_of_its_output(in_scope: bool, compiled: bool) -> None:
+    """On autograd's own thread, the recomputation is served as the first pass was: by the kernel, or the reference."""
+
+    @use_kernel_forward_from_hub("GpuTimes")
+    class Times(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    def times(factor: float, **declared: bool) -> type[nn.Module]:
+        forward: Any = lambda self, x: x * factor  # noqa: E731
+        return type("Kernel", (nn.Module,), {"forward": forward, "can_torch_compile": True, **declared})
+
+    layer: Any = torch.compile(Times(), backend="eager") if compiled else Times()
+    for kernel, factor in (
+        (times(3), 3),
+        (times(4, has_backward=False), 2),
+        ({Mode.INFERENCE: times(5), Mode.TRAINING: times(6)}, 6),
+    ):
+        for within in (False, True):  # backward() after the scope, and in it
+            mapping: Any = {"GpuTimes": {"cuda": kernel}}
+            register_kernel_mapping({} if in_scope else mapping, inherit_mapping=False)
+            x = ones().requires_grad_()
+            with use_kernel_mapping(mapping if in_scope else {}):
+                y = checkpoint(layer, x, use_reentrant=True)
+                if within:
+                    y.sum().backward()
+            if not within:
+                y.sum().backward()
+            assert x.grad is not None
+            assert y[0].item() == x.grad[0].item() == factor
+    register_kernel_mapping({}, inherit_mapping=False)
+    with use_kernel_mapping({"GpuTimes": {"cuda": times(3)}}):  # not reentrant: the scopes are given
+        x = ones().requires_grad_()
+        y = checkpoint(lambda x: Times()(x).sin(), x, use_reentrant=False, context_fn=checkpoint_scopes)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, 3 * torch.cos(3 * ones()))

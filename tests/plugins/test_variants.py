@@ -297,7 +297,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
         monkeypatch.setattr(torch.version, kind, versions.get(kind), raising=False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in versions)
     backend = "npu" if "npu" in versions else "privateuseone"
-    monkeypatch.setattr("kernels_plugins.hub.builds.machine.extension_backend", lambda: backend)
+    monkeypatch.setattr("kernels_plugins.hub.builds.machine._extension_backend", lambda: backend)
     for kind, module in (("tpu", torch.backends), ("neuron", torch)):
         monkeypatch.delattr(module, kind, raising=False)
         if kind in versions:

@@ -12,7 +12,6 @@ from functools import cache
 from typing import NamedTuple
 
 from kernels_core import ArgumentError
-from kernels_core.torch_internals import extension_backend
 
 Release = tuple[int, int]
 """A major and a minor version."""
@@ -133,9 +132,16 @@ def _torch_backend() -> tuple[str, Release | None]:
     if xpu := getattr(torch.version, "xpu", None):
         # The compiler's version as a date-like number: 20250201 is 2025.2.
         return "xpu", (int(xpu[:4]), int(xpu[5]))
-    if extension_backend() == "npu":
+    if _extension_backend() == "npu":
         return "npu", _release(importlib.import_module("torch_npu.utils.collect_env").get_cann_version())
     return "cpu", None
+
+
+def _extension_backend() -> str:
+    """Return the type of the devices that an extension brings, such as "npu"; "privateuseone" without one."""
+    import torch
+
+    return torch.device("privateuseone").type
 
 
 def _tvm_ffi_release() -> Release | None:

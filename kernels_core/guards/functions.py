@@ -1,0 +1,36 @@
+"""Is this call made in the forward of a custom autograd function, which may make it again in its backward?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import FunctionCtx
+
+from ..torch_internals import forward_grad_enabled
+
+
+def function_contexts() -> Iterator[Any]:
+    """Yield the contexts of the custom autograd functions in whose forward this is, innermost first."""
+    frame = sys._getframe(1)
+    while (caller := frame.f_back) is not None:
+        frame, code = caller, caller.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            context = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(context, FunctionCtx):
+                yield context
+
+
+outside_functions: Callable[[], bool] = forward_grad_enabled or (lambda: next(function_contexts(), None) is None)
+"""Whether a call is surely not in the forward of a custom autograd function; `in_function` finds out."""
+
+
+def in_function() -> bool:
+    """Whether this is the forward of a custom autograd function, such as that of a reentrant checkpoint.
+
+    Autograd records nothing there, and its backward may make the same calls again, with recording. So the kernels for
+    training serve both: output and gradient have to be of one function.
+    """
+    return not outside_functions() and not torch.is_inference_mode_enabled()

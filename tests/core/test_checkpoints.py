@@ -1,0 +1,185 @@
+"""Calls that are made again in a backward: output and gradient are of one function."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels_core import KernelsWarning, Mode, checkpoint_scopes, use_kernel_forward_from_hub
+from kernels_core.guards.functions import function_contexts, in_function
+from kernels_core.scope import active_frame, root
+from kernels_plugins.mapping import register_kernel_mapping, use_kernel_mapping
+
+pytestmark = pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+
+
+def times(factor: float, **declared: bool) -> type[nn.Module]:
+    """Return a kernel whose output and gradient show its factor."""
+    forward: Any = lambda self, x: x * factor  # noqa: E731
+    return type(f"Times{factor:g}", (nn.Module,), {"forward": forward, "can_torch_compile": True, **declared})
+
+
+@pytest.fixture
+def layer() -> nn.Module:
+    """Return a layer that doubles."""
+
+    @use_kernel_forward_from_hub("Times")
+    class Times(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    return Times()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_registered() -> Iterator[None]:
+    yield
+    register_kernel_mapping({}, inherit_mapping=False)
+
+
+class Recomputing(torch.autograd.Function):
+    """A reentrant checkpoint as other libraries write it; the function is kept under a name that is not theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Any], x: torch.Tensor) -> Any:
+        ctx.function, ctx.x = function, x
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            return None, torch.autograd.grad(ctx.function(x), x, gradient)[0]
+
+
+def reentrant(function: Callable[..., Any], x: torch.Tensor) -> Any:
+    return checkpoint(function, x, use_reentrant=True)
+
+
+def derived_elsewhere(y: torch.Tensor, x: torch.Tensor) -> tuple[float, float]:
+    """Return the factors of output and gradient; the backward runs in a thread of its own, as on a GPU."""
+    frames = []
+
+    def backward() -> None:
+        y.backward(retain_graph=True)
+        frames.append(active_frame())
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert frames == [root] and x.grad is not None
+    return y.item(), x.grad.item()
+
+
+@pytest.mark.parametrize("function", [reentrant, Recomputing.apply])
+@pytest.mark.parametrize("by_mode", [False, True])
+def test_the_first_pass_is_training(layer: nn.Module, function: Any, by_mode: bool) -> None:
+    """A kernel for inference serves neither pass: not one that declares it, nor one that is mapped for it."""
+    kernel: Any = {Mode.INFERENCE: times(3), Mode.TRAINING: times(4)} if by_mode else times(3, has_backward=False)
+    register_kernel_mapping({"Times": {"cpu": kernel}})
+    expected = 4 if by_mode else 2
+    for _ in range(2):  # cold, then warm
+        x = torch.ones(1, requires_grad=True)
+        assert derived_elsewhere(function(layer, x), x) == (expected, expected)
+    with torch.no_grad():
+        assert layer(torch.ones(1)).item() == 3
+    with torch.inference_mode():
+        assert layer(torch.ones(1)).item() == 3
+
+
+BLOCKS: dict[str, Callable[[nn.Module], Any]] = {
+    "layer": lambda layer: layer,
+    "model": lambda layer: nn.Sequential(nn.Identity(), layer),
+    "nested": lambda layer: lambda x: reentrant(layer, x),
+    "compiled": lambda layer: torch.compile(layer, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_reentrant_checkpoint_recomputes_in_its_scopes(layer: nn.Module, block: str) -> None:
+    """In another thread, after the scopes were left and their objects dropped, the kernel of the forward serves."""
+    for kernel, factor in ((times(3), 3), (times(4, has_backward=False), 2)):
+        function = BLOCKS[block](layer)
+        for _ in range(2):
+            x = torch.ones(1, requires_grad=True)
+            with use_kernel_mapping({}), use_kernel_mapping({"Times": {"cpu": kernel}}):
+                y = reentrant(function, x)
+            assert derived_elsewhere(y, x) == (factor, factor)
+
+
+def test_a_scope_inside_of_a_checkpoint_stays_inside(layer: nn.Module) -> None:
+    """What is called beside that scope is recomputed outside of it, too."""
+
+    def function(x: torch.Tensor) -> Any:
+        with use_kernel_mapping({"Times": {"cpu": times(3)}}):
+            x = layer(x)
+        return layer(x)
+
+    x = torch.ones(1, requires_grad=True)
+    assert derived_elsewhere(reentrant(function, x), x) == (6, 6)
+
+
+def test_an_error_in_a_recomputation_leaves_the_scopes(layer: nn.Module) -> None:
+    """The thread that runs a backward is in no scope after an error."""
+    calls: list[int] = []
+
+    def function(x: torch.Tensor) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("second call")
+        return layer(x)
+
+    with use_kernel_mapping({"Times": {"cpu": times(3)}}):
+        y = reentrant(function, torch.ones(1, requires_grad=True))
+    with pytest.raises(ValueError, match="second call"):
+        y.backward()
+    assert active_frame() is root
+
+
+def test_a_function_that_cannot_be_brought_into_its_scopes_is_reported(layer: nn.Module) -> None:
+    """In a scope, a checkpoint of unknown kind issues a warning that names it; at the root, none."""
+    for scoped in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mapping = {"Times": {"cpu": times(3)}}
+            with use_kernel_mapping(mapping if scoped else {}):
+                if not scoped:
+                    threading.Thread(target=Recomputing.apply, args=(layer, torch.ones(1, requires_grad=True))).start()
+                else:
+                    Recomputing.apply(layer, torch.ones(1, requires_grad=True))
+        told = [str(w.message) for w in caught if issubclass(w.category, KernelsWarning)]
+        assert len(told) == scoped and all("Recomputing" in text for text in told)
+
+
+def test_checkpoint_scopes(layer: nn.Module) -> None:
+    """With this `context_fn`, a checkpoint that is not reentrant recomputes in its scopes, again and again."""
+    x = torch.ones(1, requires_grad=True)
+    with use_kernel_mapping({"Times": {"cpu": times(3)}}):
+        y = checkpoint(lambda x: layer(x).sin(), x, use_reentrant=False, context_fn=checkpoint_scopes)
+    assert derived_elsewhere(y, x)[1] == pytest.approx(3 * torch.tensor(3.0).cos().item())
+    assert active_frame() is root
+    y.backward()
+    assert x.grad is not None and x.grad.item() == pytest.approx(6 * torch.tensor(3.0).cos().item())
+
+
+def test_the_forward_of_a_function_is_found_without_private_names() -> None:
+    """The stack shows it, too, where PyTorch has no name for it; no other forward does."""
+    found: list[tuple[bool, int]] = []
+
+    class Look(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found.append((in_function(), len(list(function_contexts()))))
+            return x * 1
+
+    x = torch.ones(1, requires_grad=True)
+    with torch.no_grad():
+        Look()(x)
+    reentrant(lambda x: reentrant(Look(), x), x)
+    assert found == [(False, 0), (True, 2)]
