@@ -181,6 +181,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.check_registered_mode",
             "kernels_core.device_capability",
             "kernels_core.source_label",
+            "kernels_core.require_type",
             "kernels_core.set_module",
         ],
     ),

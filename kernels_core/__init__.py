@@ -27,6 +27,7 @@ from .errors import (
     ScopeError,
     UntrustedError,
     VerificationError,
+    require_type,
 )
 from .exports import __version__, set_module
 from .guards.quarantine import Quarantined, quarantine, quarantined, release
@@ -128,6 +129,7 @@ __all__ = [
     "references",
     "release",
     "replace_kernel_forward_from_hub",
+    "require_type",
     "resolve",
     "serving_forward",
     "set_module",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from .dispatch import dispatched_layer, make_forward
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError, require_type
 from .layer import Layer
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -51,7 +51,7 @@ def use_kernel_forward_from_hub(
         >>> double(torch.ones(1))
         tensor([2.])
     """
-    _check(layer_name, condition)
+    _check(layer_name, condition, use_fallback)
 
     def decorate(target: T) -> T:
         if isinstance(target, type):
@@ -100,7 +100,7 @@ def replace_kernel_forward_from_hub(
         >>> Theirs()(torch.ones(1))
         tensor([1.])
     """
-    _check(layer_name, condition)
+    _check(layer_name, condition, use_fallback)
     if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
         raise ArgumentTypeError(f"{cls!r} is not an nn.Module class, so it has no forward to dispatch.")
     if cls.forward is torch.nn.Module.forward:
@@ -119,7 +119,7 @@ def replace_kernel_forward_from_hub(
     changeable.kernel_layer_name = layer_name
 
 
-def _check(layer_name: object, condition: object) -> None:
+def _check(layer_name: object, condition: object, use_fallback: object) -> None:
     if not isinstance(layer_name, str):
         raise ArgumentTypeError(
             f"The layer name is a string, not {layer_name!r}: write @use_kernel_forward_from_hub('Name')."
@@ -128,6 +128,7 @@ def _check(layer_name: object, condition: object) -> None:
         raise ArgumentError("The layer name is empty: mappings need a name to offer kernels under.")
     if condition is not None and not callable(condition):
         raise ArgumentTypeError(f"condition is a function that returns whether kernels may serve, not {condition!r}.")
+    require_type(use_fallback, bool, "use_fallback")
 
 
 def _reference(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError, require_type
 from .torch_internals import on_cuda_start
 
 TORCH_DEVICE_TYPES = {
@@ -125,6 +125,7 @@ class Device:
 
     def matches(self, device: torch.device, *, capability: int | None = None) -> bool:
         """Whether a tensor on `device`, of that `capability`, is on such a device."""
+        require_type(device, torch.device, "device")
         if TORCH_DEVICE_TYPES[self.type] != device.type:
             return False
         if device.type == "cuda" and (self.type == "rocm") != (torch.version.hip is not None):
@@ -132,12 +133,17 @@ class Device:
         return self.properties is None or self.properties.holds(capability)
 
 
-@cache
 def device_capability(device: torch.device) -> int | None:
     """Return the compute capability of one device, 90 for 9.0, or None for devices without one.
 
     Cached per device index: two GPUs of one machine may differ.
     """
+    require_type(device, torch.device, "device")
+    return _capability(device)
+
+
+@cache
+def _capability(device: torch.device) -> int | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -153,7 +159,7 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
         device = TORCH_DEVICE_TYPES[kind] + colon + index
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         if kind in _BROUGHT_BY_PACKAGES:
             raise ArgumentError(
                 f"This PyTorch does not know the device {device!r}: import the package that brings it, such as "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .errors import ArgumentError
+from .errors import ArgumentError, require_type
 
 _SWITCH = {
     "": False,
@@ -25,7 +25,11 @@ def setting(name: str) -> bool | str:
         >>> setting("ACME_TUNING")
         False
     """
-    text = os.environ.get(name, "").strip()
+    require_type(name, str, "The name of a variable")
+    try:
+        text = os.environ.get(name, "").strip()
+    except ValueError as error:  # the system cannot write it
+        raise ArgumentError(f"{name!r} is no name of a variable: {error}.") from error
     return _SWITCH.get(text.lower(), text)
 
 

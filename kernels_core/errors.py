@@ -53,6 +53,23 @@ class ArgumentTypeError(KernelsError, TypeError):
     """An argument has a type that cannot be used."""
 
 
+def require_type(value: object, kind: type | tuple[type, ...], name: str) -> None:
+    """Refuse an argument of another type.
+
+    Raises:
+        ArgumentTypeError: If it has none of the types.
+
+    Example:
+        >>> require_type("yes", bool, "check_arch")
+        Traceback (most recent call last):
+        ...
+        kernels_core.ArgumentTypeError: check_arch is a bool, not 'yes'.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise ArgumentTypeError(f"{name} is a {' or '.join(each.__name__ for each in kinds)}, not {value!r}.")
+
+
 class ScopeError(KernelsError, RuntimeError):
     """A scope was left that is not the innermost one."""
 

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, ForwardRef
 
+from .errors import require_type
+
 __version__ = "0.1.0"
 
 
@@ -25,7 +27,10 @@ def set_module(package: str, namespace: Mapping[str, Any], names: Iterable[str])
         >>> Mode.__module__, resolve.__module__
         ('kernels_core', 'kernels_core')
     """
+    require_type(namespace, Mapping, "namespace")
+    require_type(names, Iterable, "names")
     for name in names:
+        require_type(name, str, "A public name")
         value = namespace.get(name)
         defined_in = str(getattr(value, "__module__", ""))
         if not defined_in.startswith(f"{package}.") or getattr(value, "__qualname__", "") != name:

@@ -193,7 +193,9 @@ def _problems(plugin: object) -> Iterator[str]:
     except (InvalidVersion, TypeError):
         yield f": kernels_core_version is {oldest!r}, not a version such as {__version__!r}."
     for attribute in dir(plugin):
-        function: Any = getattr(plugin, attribute, None)
+        function: Any = None
+        with contextlib.suppress(Exception):  # a property that raises is no hook
+            function = getattr(plugin, attribute)
         options = getattr(function, f"{PROJECT}_impl", None)
         if not isinstance(options, dict):
             if attribute in _HOOKS:

@@ -104,7 +104,10 @@ def source_label(source: object) -> str:
 
 def call_signature(function: Callable[..., Any], *, drop_self: bool) -> inspect.Signature:
     """Return the signature of `function`, without its first parameter if that is `self`."""
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{source_label(function)} has no signature: write a function around it.") from error
     parameters = list(signature.parameters.values())
     if drop_self and parameters and parameters[0].kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD:
         del parameters[0]  # with `*args` first, `self` is one of these

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Flag, auto
 
-from .errors import ArgumentError
+from .errors import ArgumentError, require_type
 
 
 class Mode(Flag):
@@ -59,7 +59,7 @@ STAND_INS: dict[Mode, tuple[Mode, ...]] = {
 
 def check_call_mode(mode: Mode) -> Mode:
     """Return `mode` if a call can have it: training or inference, traced or not."""
-    if mode not in STAND_INS:
+    if not isinstance(mode, Mode) or mode not in STAND_INS:  # the type first: others may have no hash
         raise ArgumentError(
             f"{mode if isinstance(mode, Mode) else repr(mode)} is not the mode of a call: use Mode.INFERENCE or "
             "Mode.TRAINING, with or without Mode.TORCH_COMPILE."
@@ -72,7 +72,9 @@ def check_registered_mode(mode: Mode) -> Mode:
 
     Raises:
         ArgumentError: For `TORCH_COMPILE` without training or inference.
+        ArgumentTypeError: If it is no mode.
     """
+    require_type(mode, Mode, "A registered mode")
     if mode != Mode.FALLBACK and mode not in STAND_INS:
         raise ArgumentError(
             f"{mode} cannot be registered on its own: combine it with training or inference, "

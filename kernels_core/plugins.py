@@ -6,13 +6,14 @@ import importlib.machinery
 import threading
 import types
 from collections.abc import Callable, Iterable
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from . import hookspecs
 from .environment import plugin_choice, required_plugins, strict
-from .errors import ArgumentError, PluginConflictError, PluginError, PluginLoadError
+from .errors import ArgumentError, PluginConflictError, PluginError, PluginLoadError, require_type
 from .hookspecs import PROJECT
 from .isolation import FAULTS, checked_hooks, isolated, raised_in
 from .resolution import Candidate, LayerRequest, Resolution
@@ -45,6 +46,7 @@ class PluginManager:
 
     def __init__(self, *, discover: bool = True) -> None:
         """Start without plugins; `discover=False` never looks at entry points."""
+        require_type(discover, bool, "discover")
         self._pluggy = pluggy.PluginManager(PROJECT)
         self._pluggy.add_hookspecs(hookspecs)
         self._originals: dict[str, object] = {}
@@ -78,6 +80,7 @@ class PluginManager:
             PluginLoadError: If it has no hooks, or one with a wrong name or wrong arguments.
             PluginConflictError: If a plugin of that name is registered.
         """
+        require_type(name, (str, NoneType), "The name of a plugin")
         if isinstance(plugin, type):
             plugin = plugin()
         name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
@@ -104,6 +107,7 @@ class PluginManager:
         Raises:
             ArgumentError: If it is not registered.
         """
+        require_type(name, (str, NoneType), "The name of a plugin")
         known = self._originals
         if name is None:
             same = (key for key, one in known.items() if one is plugin or type(one) is plugin)

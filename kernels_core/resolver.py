@@ -17,7 +17,7 @@ from . import scope
 from .answer import CorePlugin, ModesDiffer, quarantine_refusal
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
-from .errors import KernelsWarning, NoKernelError, PluginError
+from .errors import KernelsWarning, NoKernelError, PluginError, require_type
 from .guards.quarantine import find_quarantined, on_change
 from .isolation import FAULTS, raised_in
 from .layer import Layer, decorated_layer
@@ -247,6 +247,7 @@ def serving_forward(resolution: Resolution) -> Callable[..., Any]:
         >>> serving_forward(resolve(double, device="cpu", mode=Mode.INFERENCE))(2)
         4
     """
+    require_type(resolution, Resolution, "resolution")
     if must_raise(resolution):
         raise no_kernel(resolution)
     assert resolution.request.layer is not None

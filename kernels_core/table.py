@@ -9,7 +9,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Any
+
+from .errors import ArgumentTypeError, require_type
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -38,6 +41,8 @@ def visible(text: str, limit: int | None = None) -> str:
         >>> visible("a long story", 7)
         'a long…'
     """
+    require_type(text, str, "text")
+    require_type(limit, (int, NoneType), "limit")
     if limit is not None and len(text) > limit:
         text = text[: limit - 1] + "…"
     if text.isprintable():
@@ -56,7 +61,10 @@ def as_json(value: Any, *, indent: int | None = 2) -> str:
         >>> as_json({"largest error": float("inf")}, indent=None)
         '{"largest error": "inf"}'
     """
-    return json.dumps(_plain(value), indent=indent)
+    try:
+        return json.dumps(_plain(value), indent=indent)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ArgumentTypeError(f"This cannot be written as JSON: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Hashable
 
-from .errors import KernelsWarning
+from .errors import KernelsWarning, require_type
 
 _lock = threading.Lock()
 
@@ -74,6 +74,8 @@ class WarnOnce:
         Raises:
             KernelsWarning: If a filter of the module `warnings` turns it into an error.
         """
+        require_type(message, str, "A warning")
+        require_type(key, Hashable, "The key of a warning")
         if key is None:
             key = re.sub(r" at 0x[0-9a-fA-F]+", "", message)  # two objects of a kind are not two things to report
         with _lock:

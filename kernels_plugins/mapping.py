@@ -41,6 +41,7 @@ from kernels_core import (
     forget,
     hookimpl,
     plugin_manager,
+    require_type,
     source_label,
 )
 
@@ -126,7 +127,7 @@ def register_kernel_mapping(mapping: KernelMapping, inherit_mapping: bool = True
         >>> register_kernel_mapping({"Identity": {"cpu": FastIdentity}})
     """
     global _registered
-    level = parse_mapping(mapping, inherit=bool(inherit_mapping))
+    level = parse_mapping(mapping, inherit=inherit_mapping)
     with _registering:
         _registered = _registered.updated(level) if inherit_mapping else level
     forget()
@@ -156,7 +157,7 @@ class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads li
 
     def __init__(self, mapping: KernelMapping, *, inherit_mapping: bool = True) -> None:
         """Check the mapping; nothing changes before the block is entered."""
-        super().__init__(parse_mapping(mapping, inherit=bool(inherit_mapping)))
+        super().__init__(parse_mapping(mapping, inherit=inherit_mapping))
 
 
 # --- Parsing -------------------------------------------------------------------------------------
@@ -165,6 +166,7 @@ class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads li
 def parse_mapping(mapping: KernelMapping, *, inherit: bool = True) -> Level:
     """Check a mapping and bring it into one form."""
     _expect_mapping(mapping, "A kernel mapping", "{layer name: {device: source}}")
+    require_type(inherit, bool, "inherit_mapping")
     sources: dict[str, dict[tuple[Device, Mode], tuple[object, ...]]] = {}
     for name, devices in mapping.items():
         if not isinstance(name, str):

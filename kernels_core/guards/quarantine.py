@@ -144,10 +144,10 @@ def release(entries: Quarantined | Iterable[Quarantined] | None = None) -> int:
         >>> release()
         0
     """
-    wanted = [entries] if isinstance(entries, Quarantined) else entries if entries is None else list(entries)
-    for entry in wanted or ():
-        if not isinstance(entry, Quarantined):
-            raise ArgumentTypeError(f"release takes entries that quarantined() returned, not {entry!r}.")
+    given = [entries] if isinstance(entries, Quarantined) else entries
+    wanted = list(given) if isinstance(given, Iterable) else given
+    if wanted is not None and not (isinstance(wanted, list) and all(isinstance(it, Quarantined) for it in wanted)):
+        raise ArgumentTypeError(f"release takes entries that quarantined() returned, not {entries!r}.")
     with _lock:  # `in` finds an entry by identity: entries are equal only to themselves
         released = [entry for entry in _entries if wanted is None or entry in wanted]
         _entries[:] = [entry for entry in _entries if entry not in released]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from types import NoneType
 
 from torch import nn
 
+from ..errors import require_type
 from ..layer import Layer
 from ..mode import Mode
 from ..resolution import LayerRequest, Resolution
@@ -49,6 +51,11 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
         ...     y, double(torch.ones(1))
         (tensor([2.]), tensor([3.]))
     """
+    for model in models:
+        require_type(model, nn.Module, "A model")
+    require_type(layers, (Collection, NoneType), "layers")
+    for layer in () if layers is None else layers:
+        require_type(layer, Layer, "An item of layers")
     scope = _everywhere
     if layers is not None or mode is not None:
         numbers = frozenset(layer.number for layer in layers) if layers is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ class Tolerance:
         for name, value in (("tolerance", self.absolute), ("relative", self.relative)):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ArgumentTypeError(f"{name} is a number such as 1e-3, not {value!r}.")
-            if not (value >= 0 and math.isfinite(value)):
+            if not 0 <= value <= sys.float_info.max:
                 raise ArgumentError(f"{name} is {value}: it is how far the metric may change, 0 or more.")
 
     def is_exceeded(self, reading: Reading, baseline: Reading) -> bool:

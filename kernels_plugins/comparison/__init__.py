@@ -3,6 +3,15 @@
 from .full import Comparison, Difference, compare
 from .quick import alike
 from .structure import metadata_mismatch
-from .tolerance import Tolerance, Tolerances
+from .tolerance import Tolerance, Tolerances, check_tolerances
 
-__all__ = ["Comparison", "Difference", "Tolerance", "Tolerances", "alike", "compare", "metadata_mismatch"]
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Tolerance",
+    "Tolerances",
+    "alike",
+    "check_tolerances",
+    "compare",
+    "metadata_mismatch",
+]

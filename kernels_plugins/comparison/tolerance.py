@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
+
+from kernels_core import ArgumentError, ArgumentTypeError
 
 Tolerance = tuple[float, float]
 Tolerances = Tolerance | Mapping[torch.dtype, Tolerance]
@@ -50,6 +52,20 @@ def tolerance_of(dtype: torch.dtype, tolerances: Tolerances | None = None) -> To
     if dtype in TOLERANCES:
         return TOLERANCES[dtype]
     return (torch.finfo(dtype).eps, 1e-5) if dtype.is_floating_point else (0.0, 0.0)
+
+
+def check_tolerances(tolerances: Any) -> None:
+    """Refuse invalid tolerances before anything runs."""
+    if tolerances is None:
+        return
+    for dtype, pair in tolerances.items() if isinstance(tolerances, Mapping) else [(torch.float32, tolerances)]:
+        is_pair = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(number, int | float) for number in pair)
+        if not is_pair or not isinstance(dtype, torch.dtype):
+            raise ArgumentTypeError(
+                f"tolerances are (relative, absolute), or a dict of these by dtype, not {tolerances!r}."
+            )
+        if not all(number >= 0 for number in pair):
+            raise ArgumentError(f"tolerances are {tolerances!r}: each is the allowed error of a number, 0 or more.")
 
 
 class Yardstick:

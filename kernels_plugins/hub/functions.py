@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kernels_core import require_type
+
 from .builds.machine import this_machine
 from .builds.metadata import METADATA, Metadata
 from .builds.requirements import check_device
@@ -95,6 +97,7 @@ def get_local_kernel(
     options = RequestOptions(
         backend=backend, trust_remote_code=trust_remote_code, user_agent=user_agent, check_arch=False
     )
+    require_type(repo_path, (str, Path), "repo_path")
     this_machine(backend)
     return load_folder(Path(repo_path), options).module
 

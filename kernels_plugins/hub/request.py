@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from kernels_core import ArgumentError, ArgumentTypeError
+from kernels_core import ArgumentError, ArgumentTypeError, require_type
 
 from .dependency import Dependency
 from .errors import DependencyError
@@ -35,6 +35,8 @@ class RequestOptions:
     def __post_init__(self) -> None:
         if self.backend is not None:
             require_type(self.backend, str, "backend")
+        for name in ("check_arch", "local_files_only", "on_cpu"):
+            require_type(getattr(self, name), bool, name)
         object.__setattr__(self, "trust_remote_code", _trust(self.trust_remote_code))
         object.__setattr__(self, "user_agent", _agent(self.user_agent))
 
@@ -134,12 +136,6 @@ def locked_request(lock: Lock, locked: LockedKernel | str, **options: Any) -> Ke
 def _locked(wanted: Dependency, locked: LockedKernel, options: dict[str, Any]) -> KernelRequest:
     named: dict[str, Any] = {"revision": wanted.revision, "version": wanted.version}
     return KernelRequest(wanted.repo_id, commit=locked.commit, locked=locked.hashes, **named, **options)
-
-
-def require_type(value: object, kind: type, name: str) -> None:
-    """Refuse an argument of another type."""
-    if not isinstance(value, kind):
-        raise ArgumentTypeError(f"{name} is a {kind.__name__}, not {value!r}.")
 
 
 def _trust(trusted: Any) -> bool | tuple[str, ...]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kernels_core import ArgumentTypeError, KernelLayer, LoadedLayer, ResolutionError
+from kernels_core import KernelLayer, LoadedLayer, ResolutionError, require_type
 
-from .request import KernelRequest, RequestOptions, require_type
+from .request import KernelRequest, RequestOptions
 
 if TYPE_CHECKING:
     from .kernel import LoadedKernel
@@ -138,8 +138,7 @@ class LocalLayerRepository(KernelSource):
     layer_name: str = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.repo_path, str | Path):
-            raise ArgumentTypeError(f"repo_path is a path, not {self.repo_path!r}.")
+        require_type(self.repo_path, (str, Path), "repo_path")
         require_type(self.layer_name, str, "layer_name")
         object.__setattr__(self, "repo_path", Path(self.repo_path))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import record_function
 
-from kernels_core import Candidate, LayerRequest, PluginLoadError, Resolution, hookimpl
+from kernels_core import Candidate, LayerRequest, PluginLoadError, Resolution, hookimpl, require_type
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter
@@ -117,6 +117,7 @@ class PrometheusCounters:
         registry: The registry of the counters; by default, the one that the client serves.
 
     Raises:
+        ArgumentTypeError: If it is no registry.
         PluginLoadError: If the package prometheus-client is not installed.
 
     Example:
@@ -129,7 +130,7 @@ class PrometheusCounters:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         """Make the counters, or take those that the registry has."""
         try:
-            from prometheus_client import REGISTRY, Counter
+            from prometheus_client import REGISTRY, CollectorRegistry, Counter
         except ImportError as error:
             raise PluginLoadError(
                 "Counting for Prometheus needs the package prometheus-client, which is not installed: "
@@ -137,6 +138,7 @@ class PrometheusCounters:
                 plugin="prometheus",
             ) from error
         where = REGISTRY if registry is None else registry
+        require_type(where, CollectorRegistry, "registry")
         with _making:
             if where not in _made:  # a registry refuses to have a counter twice
                 _made[where] = {

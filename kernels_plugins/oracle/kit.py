@@ -17,11 +17,12 @@ from kernels_core import (
     Mode,
     Resolution,
     find_layer,
+    require_type,
     source_label,
 )
 from kernels_core.replay import Call
 
-from ..comparison import Tolerances
+from ..comparison import Tolerances, check_tolerances
 from .inputs import Recorded
 from .probe import ProbeReport, implementation_of, probe
 
@@ -53,7 +54,7 @@ def check_kernel(
     Raises:
         AssertionError: That lists every probe that failed.
         ArgumentError: If `ignore` names an unknown probe.
-        ArgumentTypeError: If kernel and reference are not both for modules, or both functions.
+        ArgumentTypeError: If kernel and reference are not both for modules, or both functions with a signature.
 
     Example:
         >>> def kernel(x):
@@ -67,8 +68,14 @@ def check_kernel(
     is_function = module is None
     if is_function and (isinstance(reference, type) or not callable(reference)):
         raise ArgumentTypeError(f"The reference is a module or a function, not {source_label(reference)}.")
+    if not callable(kernel) or (isinstance(kernel, type) and not issubclass(kernel, nn.Module)):
+        raise ArgumentTypeError(f"The kernel is an nn.Module class or a function, not {source_label(kernel)}.")
     if not is_function and not isinstance(kernel, type):
         raise ArgumentTypeError(f"A kernel for a module is a class with a forward, not {source_label(kernel)}.")
+    require_type(ignore, Collection, "ignore")
+    for probe_name in ignore:
+        require_type(probe_name, str, "A probe in ignore")
+    check_tolerances(tolerances)
     forward: Any = type(module).forward if module is not None else reference
     name = type(module).__name__ if module is not None else getattr(forward, "__name__", source_label(forward))
     place = f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', repr(forward))}"

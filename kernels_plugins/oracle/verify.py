@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from kernels_core import ArgumentError, ArgumentTypeError, find_layer, references, source_label
+from kernels_core import ArgumentError, ArgumentTypeError, find_layer, references, require_type, source_label
 from kernels_core.replay import Call, ModelState
 from kernels_core.torch_internals import dynamo_is_imported
 
-from ..comparison import Tolerances
+from ..comparison import Tolerances, check_tolerances
 from .inputs import Recorded, decorated, record
 from .report import VerifyReport, VerifyRow
 from .subject import Subject
@@ -59,7 +59,8 @@ def verify(
         ...     verify(double, torch.randn(4, 8)).ok
         True
     """
-    _check_tolerances(tolerances)
+    check_tolerances(tolerances)
+    require_type(gradients, bool, "gradients")
     layer = find_layer(model_or_layer)
     module = model_or_layer if isinstance(model_or_layer, nn.Module) else None
     if module is None and (layer is None or isinstance(model_or_layer, type)):
@@ -88,20 +89,6 @@ def verify(
             if path not in called
         )
     return VerifyReport(tuple(rows))
-
-
-def _check_tolerances(tolerances: Any) -> None:
-    """Refuse invalid tolerances before anything runs."""
-    if tolerances is None:
-        return
-    for dtype, pair in tolerances.items() if isinstance(tolerances, Mapping) else [(torch.float32, tolerances)]:
-        is_pair = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(number, int | float) for number in pair)
-        if not is_pair or not isinstance(dtype, torch.dtype):
-            raise ArgumentTypeError(
-                f"tolerances are (relative, absolute), or a dict of these by dtype, not {tolerances!r}."
-            )
-        if not all(number >= 0 for number in pair):
-            raise ArgumentError(f"tolerances are {tolerances!r}: each is the allowed error of a number, 0 or more.")
 
 
 def _check_devices(call: Call) -> None:

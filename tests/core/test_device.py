@@ -21,7 +21,7 @@ from kernels_core import (
     device_capability,
     resolve,
 )
-from kernels_core.device import TORCH_DEVICE_TYPES
+from kernels_core.device import TORCH_DEVICE_TYPES, _capability
 from kernels_core.testing import HookRecorder
 from kernels_plugins.mapping import use_kernel_mapping
 
@@ -37,9 +37,9 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "hip", None)
-    device_capability.cache_clear()
+    _capability.cache_clear()
     yield
-    device_capability.cache_clear()
+    _capability.cache_clear()
 
 
 @pytest.mark.parametrize("name", TORCH_DEVICE_TYPES)

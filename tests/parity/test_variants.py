@@ -348,9 +348,9 @@ def test_rocm_archs(both: Both, monkeypatch: pytest.MonkeyPatch, archs: list[str
 
 
 def _forget_capabilities() -> None:
-    from kernels_core import device_capability
+    from kernels_core.device import _capability
 
-    device_capability.cache_clear()
+    _capability.cache_clear()
 
 
 def test_kernels_without_a_gpu(both: Both) -> None:

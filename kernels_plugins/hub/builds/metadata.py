@@ -12,6 +12,8 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from kernels_core import require_type
+
 from ..dependency import Dependency, parse_dependency
 from ..errors import UnknownError
 from ..names import is_commit
@@ -141,6 +143,7 @@ class Metadata:
             ...
             kernels_plugins.hub.errors.UnknownError: metadata.json is incomplete: backend is missing. Rebuild the ...
         """
+        require_type(content, (bytes, bytearray, str), "content")
         try:
             data = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -177,10 +180,12 @@ class Metadata:
         Raises:
             LoadError: As for `from_bytes`; also if the file cannot be read.
         """
+        require_type(metadata_path, (str, PathLike), "metadata_path")
         try:
-            return cls.from_bytes(Path(metadata_path).read_bytes())
-        except OSError as error:
+            content = Path(metadata_path).read_bytes()
+        except (OSError, ValueError) as error:  # a null character is no OSError
             raise UnknownError(f"{metadata_path} cannot be read ({error}). Check the path.") from error
+        return cls.from_bytes(content)
 
 
 def _field(data: Mapping[str, Any], key: str, kind: type, *, where: str = "", optional: bool = False) -> Any:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+from kernels_core import require_type
+
 from ..kernel import load
-from ..request import KernelRequest, locked_request, require_type
+from ..request import KernelRequest, locked_request
 from ..source import KernelSource
 from .caller import find_caller, find_lock
 from .lockfile import Lock, read_lock

@@ -183,7 +183,7 @@ def _read(path: Path) -> str | None:
         return path.read_bytes().decode()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a wrong encoding, or no path
         raise ArgumentError(f"Cannot read {path}: {error}. {_AGAIN}") from error
 
 
