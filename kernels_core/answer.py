@@ -35,7 +35,8 @@ class CorePlugin:
         candidates, misfits, refusals = rank_offers(answers)
         if request.depends_on_mode and _differ_by_mode(request, candidates):
             raise ModesDiffer
-        _warn_of_rivals(request, candidates)
+        if rivals := find_rivals(candidates):
+            warn_once(describe_tie(request.layer_name, rivals))
         for candidate in candidates:
             if vetoes := plugin_manager().vetoes(request, candidate):
                 refusals.append(replace(_refusal(UntrustedError, request, candidate, vetoes), cause=Cause.POLICY))
@@ -63,17 +64,21 @@ def _differ_by_mode(request: LayerRequest, candidates: list[Candidate]) -> bool:
     return first != second
 
 
-def _warn_of_rivals(request: LayerRequest, candidates: list[Candidate]) -> None:
-    """Warn if several plugins share the top with an equal priority, so that only their names decide."""
+def find_rivals(candidates: list[Candidate]) -> list[str]:
+    """Return the plugins that share the top with an equal priority, so that only their names decide."""
     top = [(c.tier, c.priority) for c in candidates[:1]]
     rivals = sorted({c.plugin for c in candidates if c.tier == "plugin" and (c.tier, c.priority) in top})
-    if len(rivals) > 1:
-        first, *others = rivals
-        warn_once(
-            f"Plugins {', '.join(rivals)} offer kernels for layer {request.layer_name!r} with equal "
-            f"priority: {first!r} goes first, by name. Give one of them a larger kernels_priority, block one "
-            f"with KERNELS_PLUGINS=-{others[0]}, or register the one that you want."
-        )
+    return rivals if len(rivals) > 1 else []
+
+
+def describe_tie(layer_name: str, rivals: list[str]) -> str:
+    """Return the warning of such plugins."""
+    first, *others = rivals
+    return (
+        f"Plugins {', '.join(rivals)} offer kernels for layer {layer_name!r} with equal "
+        f"priority: {first!r} goes first, by name. Give one of them a larger kernels_priority, block one "
+        f"with KERNELS_PLUGINS=-{others[0]}, or register the one that you want."
+    )
 
 
 def _unfit(request: LayerRequest, candidate: Candidate, kernel: KernelLayer) -> Refusal | None:

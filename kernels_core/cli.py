@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import itertools
 import operator
 import os
 import sys
@@ -32,13 +33,14 @@ import typer
 from rich.console import Console
 
 from . import __version__, hookspecs
+from .answer import describe_tie, find_rivals
 from .errors import ArgumentError, KernelsError, KernelsWarning, PluginError, RequirementError
 from .layer import find_layer
-from .mode import Mode
+from .mode import STAND_INS, Mode
 from .models.receipt import receipt
 from .plugins import ENTRY_POINT_GROUP, plugin_manager
 from .resolution import Refusal, Resolution
-from .resolver import resolve
+from .resolver import find_candidates, resolve
 from .table import Table, visible
 from .table import as_json as to_json
 
@@ -127,12 +129,14 @@ def _show_warning(message: Warning | str, *where: object, **more: object) -> Non
 
 
 def plugins(as_json: Json = False) -> None:
-    """List the plugins, their hooks and their faults.
+    """List the plugins, their hooks, the layers that they offer kernels for, and their faults.
 
-    Exits with 1 where a plugin is at fault.
+    Calls the hooks that offer kernels. Exits with 1 where a plugin is at fault, or where of several plugins with equal
+    priority only the name decides which one serves.
     """
     manager = plugin_manager()
     found, origins = manager.plugins(), _distributions()
+    layers, ties = _offers()
     names = sorted({*found, *(fault.plugin for fault in manager.faults)})
     rows: list[Row] = [
         {
@@ -140,15 +144,20 @@ def plugins(as_json: Json = False) -> None:
             "distribution": origins.get(name, ""),
             "module": _module(found[name]) if name in found else "",
             "hooks": [hook for hook in _hooks() if hasattr(found.get(name), hook)],
+            "layers": sorted(layers.get(name, ())),
             "priority": getattr(found.get(name), "kernels_priority", 0),
             "faults": [str(fault) for fault in manager.faults if fault.plugin == name],
+            "ties": [describe_tie(layer, rivals) for layer, rivals in ties.items() if name in rivals],
         }
         for name in names
     ]
-    print_rows(rows if as_json else [{**row, "faults": len(row["faults"])} for row in rows], as_json)
-    if manager.faults:
+    if not as_json:  # numbers only: the texts come below
+        for row in rows:
+            row["faults"] = len(row["faults"]) + len(row.pop("ties"))
+    print_rows(rows, as_json)
+    if manager.faults or ties:
         if not as_json:
-            print("", *manager.faults, sep="\n")
+            print("", *manager.faults, *(describe_tie(*tie) for tie in ties.items()), sep="\n")
         raise typer.Exit(1)
 
 
@@ -246,6 +255,27 @@ def _refusal(refusal: Refusal) -> Row:
 
 def _hooks() -> dict[str, Any]:
     return {name: spec for name, spec in vars(hookspecs).items() if name.startswith("kernels_")}
+
+
+def _offers() -> tuple[dict[str, set[str]], dict[str, list[str]]]:
+    """Return the layers that each plugin offers kernels for on this machine, and the plugins that tie for a layer."""
+    layers: dict[str, set[str]] = {}
+    ties: dict[str, list[str]] = {}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)  # they are listed as faults and ties
+        for offer in plugin_manager().hook.kernels_mapping():
+            layers.setdefault(offer.plugin, set()).update(map(str, offer.mapping))
+        names = set().union(*layers.values()) or {"RMSNorm"}  # any name, to find plugins that fail
+        devices = {"cpu", str(accelerator or "cpu")}
+        for name, device, mode in itertools.product(sorted(names), devices, STAND_INS):
+            candidates, refusals = find_candidates(name, device=device, mode=mode)
+            for candidate in (*candidates, *(refusal.candidate for refusal in refusals)):
+                if candidate is not None and candidate.tier == "plugin":
+                    layers.setdefault(candidate.plugin, set()).add(name)
+            if rivals := find_rivals(candidates):
+                ties[name] = rivals
+    return layers, ties
 
 
 def _distributions() -> dict[str, str]:

@@ -126,6 +126,40 @@ def test_plugins_tells_faults_once(run: Run, isolated_plugins: PluginManager) ->
     assert run("plugins", "--json").json[-2]["faults"] == ["it is broken"]
 
 
+def test_plugins_asks_for_the_offers(run: Run, isolated_plugins: PluginManager) -> None:
+    """Each plugin is listed with the layers that it offers; a tie or a fault of an offer is shown, with exit code 1."""
+
+    class Maps:
+        @kernels_core.hookimpl
+        def kernels_mapping(self) -> Any:
+            return {"Gate": {"cpu": torch.nn.Identity}, "Norm": {"xpu": torch.nn.Identity}}
+
+    class Offers:
+        kernels_priority = 0
+
+        @kernels_core.hookimpl
+        def kernels_find_candidates(self, request: kernels_core.LayerRequest) -> Any:
+            return [kernels_core.Candidate(torch.nn.Identity, priority=self.kernels_priority)]
+
+    class Fails:
+        @kernels_core.hookimpl
+        def kernels_find_candidates(self, request: kernels_core.LayerRequest) -> Any:
+            raise ValueError("no table of kernels")
+
+    offers = Offers()
+    isolated_plugins.register(Maps(), "maps")
+    isolated_plugins.register(offers, "offers")
+    tied = run("plugins")
+    assert tied.code == 1 and "Plugins maps, offers offer kernels for layer 'Gate' with equal priority" in tied.out
+    assert "'Norm'" not in tied.out and tied.err == ""
+    offers.kernels_priority = 1
+    ran = run("plugins", "--json")
+    rows = {row["name"]: row for row in ran.json}
+    assert ran.code == 0 and rows["maps"]["layers"] == rows["offers"]["layers"] == ["Gate", "Norm"]
+    isolated_plugins.register(Fails(), "fails")
+    assert (failed := run("plugins")).code == 1 and "no table of kernels" in failed.out and failed.err == ""
+
+
 def test_other_commands_warn_of_faults_on_stderr(run: Run, isolated_plugins: PluginManager) -> None:
     """Faults of plugins do not mix with the answer to another question."""
     with pytest.warns(kernels_core.KernelsWarning):
@@ -139,7 +173,7 @@ def test_other_commands_warn_of_faults_on_stderr(run: Run, isolated_plugins: Plu
 def test_pipe_gets_plain_lines(run: Run) -> None:
     """In a pipe, a row is one line, without a box, however long it is."""
     lines = run("plugins").out.splitlines()
-    assert lines[0].split() == ["name", "distribution", "module", "hooks", "priority", "faults"]
+    assert lines[0].split() == ["name", "distribution", "module", "hooks", "layers", "priority", "faults"]
     assert [line.split()[0] for line in lines[1:]] == ["core", "mapping"]
 
 
