@@ -37,8 +37,9 @@ from .isolation import PluginMapping
 from .layer import Layer, decorated_layer, find_layer, source_label
 from .loading import authorize
 from .mode import STAND_INS, Mode, check_registered_mode
+from .models.choice import FrozenChoice
 from .models.counting import count_calls
-from .models.frozen import FrozenChoice, frozen_choice
+from .models.frozen import frozen_choice
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
 from .models.modules import functions_of
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt

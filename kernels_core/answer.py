@@ -49,7 +49,14 @@ class CorePlugin:
             else:
                 kernel = implementation_of(request.layer, loaded.layer)
                 return Resolution(
-                    request, kernel, candidate, loaded.origin, tuple(refusals), loaded.checked, misfits=misfits
+                    request,
+                    kernel,
+                    candidate,
+                    loaded.origin,
+                    tuple(refusals),
+                    loaded.checked,
+                    misfits=misfits,
+                    inference_only=not getattr(loaded.layer, "has_backward", True),
                 )
         return Resolution(request, refusals=tuple(refusals), misfits=misfits)
 

@@ -88,11 +88,11 @@ def adapted(layer: Layer, kernel: Forward) -> Forward:
     return functools.update_wrapper(function, layer.reference)
 
 
-def proved(layer: Layer, kernel: Forward, proving: Forward) -> Forward:
-    """Return a function that calls a kernel, and the one that proves it where autograd may record a call."""
+def frozen(layer: Layer, kernel: Forward, elsewhere: Forward) -> Forward:
+    """Return the forward of a class that is kernelized with a kernel; its globals are the state of its choice."""
     dispatcher = _Dispatcher(layer)
-    names: dict[str, Any] = {"_kernels_kernel": kernel, "_kernels_proving": proving}
-    function = dispatcher.generate("proved", dispatcher.source.proved(), **names)
+    names: dict[str, Any] = {"_kernels_kernel": kernel, "_kernels_elsewhere": elsewhere}
+    function = dispatcher.generate("frozen", dispatcher.source.frozen(), **names)
     return functools.update_wrapper(function, kernel)
 
 

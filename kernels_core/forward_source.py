@@ -84,12 +84,19 @@ else:
 """
 """With one accelerator, no tensor is asked for its index; with none, only whether it is on the CPU."""
 
-_PROVED = """\
-def proved{signature}:
-    if not ({is_traced}) and {records}:
-        return _kernels_proving({call})
+_FROZEN = """\
+def frozen{signature}:
+    if {module}.__class__ is not _kernels_class:
+        return _kernels_elsewhere({call})
+    if _kernels_unproven:
+        if {is_traced}:
+            if _kernels_lossy and _kernels_grad() and _kernels_records({module}, {values}):
+                return _kernels_proving({call})
+        elif {forward_level} >= 0 or {records}:
+            return _kernels_proving({call})
     return _kernels_kernel({call})
 """
+"""The forward of a kernelized class; its names are changed while it lives, and others may have kept it."""
 
 _SELECT = """\
 def select{signature}:
@@ -157,9 +164,9 @@ class ForwardSource:
         pieces["condition"] = _CONDITION.format(**pieces) if has_condition else ""
         return _fill(_FORWARD, pieces)
 
-    def proved(self) -> str:
-        """Write the function that calls a kernel, or `_kernels_proving` where autograd may record the call."""
-        return _fill(_PROVED, {**self._pieces, "records": self._records(exact=False)})
+    def frozen(self) -> str:
+        """Write the function that calls `_kernels_kernel`, or `_kernels_proving` where autograd may record the call."""
+        return _fill(_FROZEN, {**self._pieces, "records": self._records(exact=False)})
 
     def select(self, inference: str, training: str) -> str:
         """Write the function that calls one of two kernels, by mode; the arguments are attributes of a frame."""

@@ -207,6 +207,7 @@ class Resolution:
         note: Why no candidate was asked for, where that is so.
         every_mode: Whether the decision is the same for training and inference.
         misfits: Inapplicable candidates: offered for this layer, but for other devices or modes, so never tried.
+        inference_only: Whether the kernel declares that it has no backward.
     """
 
     request: LayerRequest
@@ -218,6 +219,7 @@ class Resolution:
     note: str = ""
     every_mode: bool = False
     misfits: tuple[Refusal, ...] = ()
+    inference_only: bool = False
 
     @property
     def subject(self) -> str:

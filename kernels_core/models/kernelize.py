@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,10 +16,11 @@ from ..environment import strict
 from ..errors import ArgumentError, ArgumentTypeError, KernelizeError
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
-from ..resolution import Cause, Resolution
+from ..resolution import Cause, Refusal, Resolution
 from ..resolver import decide
 from ..warning import warn
-from .frozen import Run, freeze_class, frozen_choice, original_class, swap
+from .choice import Run
+from .frozen import foreign_forward, freeze_class, frozen_choice, original_class, swap
 from .modules import functions_of, locate, own_device, required_device, walk
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -62,7 +63,7 @@ _CASES = {
         "no kernel is offered for a device with these properties",
     ),
     Cause.MODE: (KernelizeFallback.NO_COMPATIBLE_MODE, "no kernel is offered for this mode"),
-    Cause.POLICY: (KernelizeFallback.NO_LAYER, "policy lets no kernel serve that is offered"),
+    Cause.POLICY: (KernelizeFallback.NO_LAYER, "no kernel that is offered may serve"),
     Cause.LOAD: (KernelizeFallback.CANNOT_LOAD, "no kernel that is offered can be used"),
 }
 
@@ -237,9 +238,6 @@ class _Freeze:
             original, layer, functions, served, unwanted = kind
             if layer is None and not functions:
                 continue
-            # A forward that another library put on the module, such as a hook, stays.
-            if "forward" in module.__dict__ and frozen_choice(module) is None:
-                continue
             device = inferred
             if not exact:
                 own = own_device(module)
@@ -248,9 +246,13 @@ class _Freeze:
                     own = where[id(module)]
                 if given is None or own.type == given.type:
                     device = own
-            if device.type == "meta":
-                continue  # the device of its calls is not known yet
             wanted = layer is not None and (layer.condition is None or layer.condition(module))
+            # A forward that another library has put on the module stays, and what it kept would never be frozen.
+            foreign = foreign_forward(module) if frozen_choice(module) is None else None
+            if foreign is not None or device.type == "meta":  # there, the device of its calls is not known yet
+                for each in (layer, *functions) if wanted else functions:
+                    self._choose(cast(Layer, each), device, foreign)
+                continue
             known = served if wanted else unwanted
             frozen = known.get(device)
             if frozen is None:
@@ -261,10 +263,14 @@ class _Freeze:
             classes.append(frozen)
         return modules, classes
 
-    def _choose(self, layer: Layer, device: torch.device) -> Resolution:
+    def _choose(self, layer: Layer, device: torch.device, foreign: str | None = None) -> Resolution:
         resolution = decide(layer, device, (self.run.mode,), notify="plugins")
-        if not resolution.is_reference or resolution.note:
+        if resolution.note or not (resolution.is_reference or foreign):
             return resolution
+        if foreign is not None and not resolution.is_reference:
+            reason = f"{foreign} was put on the module as its forward: kernelize before that, or take it off"
+            refusal = Refusal(reason, resolution.candidate, resolution.plugin, cause=Cause.POLICY)
+            resolution = Resolution(resolution.request, refusals=(refusal,))
         want, case = _case(resolution)
         if want not in self.allowed or not layer.use_fallback or (strict() and resolution.refusals):
             rule = "use_fallback does not allow the reference there"

@@ -22,7 +22,7 @@ from ..plugins import plugin_manager
 from ..resolution import Refusal, Resolution
 from ..table import Table, TableRow, Tabular, as_json, indented
 from .counting import calls_of
-from .frozen import frozen_choice
+from .frozen import foreign_forward, frozen_choice
 from .modules import device_of, functions_of, locate, paths, required_device
 
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
@@ -371,6 +371,9 @@ def _rows(
         if resolution is None and layer.condition is not None and not layer.condition(module):
             resolution = Resolution(decide(layer, module).request, note="its condition is not met")
         resolution = resolution or decide(layer, module)
+        if (foreign := foreign_forward(module)) is not None:
+            note = f"{foreign} runs, which was put on the module as its forward, and may call this one"
+            resolution = replace(resolution, note="; ".join(filter(None, (resolution.note, note))))
         yield module, ReceiptRow.of(resolution, *places, frozen=frozen is not None)
     for function in functions_of(original):
         chosen = frozen.functions[function] if frozen is not None else decide(function, module)

@@ -61,18 +61,19 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
         numbers = frozenset(layer.number for layer in layers) if layers is not None else None
         scope = Scope(Decided(functools.partial(_reference, numbers, mode)))
     suspended = [
-        (module, choice)
+        (module, choice, module.training)
         for module in dict.fromkeys(inner for model in models for inner in model.modules())
         if (choice := frozen_choice(module)) is not None
-        and "forward" not in module.__dict__
+        and choice.suspended_by(module) is None
         and (layers is None or choice.layer in layers)
     ]
     try:
-        for module, choice in suspended:  # no method: `eval()` would take it for one that `train()` has put there
-            module.__dict__["forward"] = functools.partial(choice.original.forward, module)
+        for module, choice, _ in suspended:
+            choice.suspend(module, "references")
         with scope:
             yield
     finally:
-        for module, choice in suspended:
-            module.__dict__.pop("forward", None)
-            choice.notice_train(module, module.training)
+        for module, choice, trained in suspended:
+            choice.resume(module)
+            if module.training and not trained and frozen_choice(module) is choice:
+                choice.notice_train(module, True)

@@ -37,8 +37,8 @@ class ModelState:
     def __init__(self, model: nn.Module) -> None:
         """Look at the model."""
         modules = list(model.modules())
-        self._attributes = [(module, dict(module.__dict__)) for module in modules]
-        held = [value for _, state in self._attributes for value in state.values() if isinstance(value, list | dict)]
+        self._attributes = [(module, type(module), dict(module.__dict__)) for module in modules]
+        held = [value for _, _, state in self._attributes for value in state.values() if isinstance(value, list | dict)]
         self._held = [(value, value.copy()) for value in held]
         with unobserved():
             self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -60,7 +60,9 @@ class ModelState:
 
     def restore(self) -> None:
         """Restore the model."""
-        for module, state in self._attributes:
+        for module, cls, state in self._attributes:
+            if type(module) is not cls:  # `train()` and `eval()` change that of a kernelized module, and so do others
+                object.__setattr__(module, "__class__", cls)
             if _identities(module.__dict__) != _identities(state):
                 module.__dict__.clear()
                 module.__dict__.update(state)

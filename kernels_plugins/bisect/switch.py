@@ -191,8 +191,8 @@ class Switch:
             frozen = frozen_choice(module)
             if frozen is None or frozen.layer is None or frozen.resolution is None or frozen.resolution.is_reference:
                 continue
-            if type(module).forward is frozen.original.forward:
-                continue  # in quarantine
+            if not frozen.serves(module):
+                continue  # suspended, or in quarantine: it decides by itself
             self._bind(key, module, frozen.layer, frozen.resolution.origin, frozen.original)
 
     def _note_traced(self) -> None:

@@ -39,7 +39,7 @@ def texts(source: ForwardSource) -> list[str]:
         for accelerator in ACCELERATORS
         for has_condition in (False, True)
     ]
-    return [*forwards, source.proved(), source.select("a", "b"), source.select_traced("a", "b"), source.adapted()]
+    return [*forwards, source.frozen(), source.select("a", "b"), source.select_traced("a", "b"), source.adapted()]
 
 
 def test_it_needs_no_torch() -> None:
@@ -168,13 +168,17 @@ def test_arguments_arrive_unchanged(data: Any) -> None:
         "_kernels_published": lambda name: expected,
         "_kernels_unproven": data.draw(st.sampled_from([{}, {0: "a function"}])),
     }
-    calling = {"_kernels_kernel": expected, "_kernels_proving": expected}
+    calling = {"_kernels_kernel": expected, "_kernels_proving": expected, "_kernels_elsewhere": expected}
+    calling |= {
+        "_kernels_class": data.draw(st.sampled_from([nn.Module, None])),
+        "_kernels_unproven": data.draw(st.booleans()),
+    }
     shared = {"_kernels_tensor": torch.Tensor, "_kernels_is_recorded": is_recorded}
     shared["_kernels_requires_grad"] = requires_grad
     want = expected(*args, **kwargs)
     for names, texts in (
         (finding, (source.forward("layer0"), source.select("a", "b"))),
-        (calling, (source.proved(), source.adapted())),
+        (calling, (source.frozen(), source.adapted())),
     ):
         for text in texts:
             function = compiled(text, **shared, **names)

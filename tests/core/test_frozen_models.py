@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import io
 import pickle
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +25,14 @@ from kernels_core import (
     Mode,
     decorated_layer,
     find_layer,
+    forget,
     frozen_choice,
     hookimpl,
     kernelize,
     plugin_manager,
     quarantine,
+    receipt,
+    references,
     release,
     resolve,
     unkernelize,
@@ -69,12 +75,13 @@ def frozen(mode: Mode = Mode.INFERENCE) -> nn.Module:
         return kernelize(nn.Sequential(Scale(), nn.Sequential(Scale())), mode=mode)
 
 
-def test_choices_outlive_the_scope_and_cost_no_wrapper(make_layer: Make, make_kernel: Make) -> None:
-    """The forward of a kernelized module is the kernel's own function, and stays so outside of the scope."""
+def test_choices_outlive_the_scope(make_layer: Make, make_kernel: Make) -> None:
+    """A kernelized module runs the kernel that was chosen, also outside of the scope, and shows its name."""
     kernel = make_kernel(10)
     with use_kernel_mapping({"Add": {"cpu": kernel}}):
         model = kernelize(make_layer()(), mode=Mode.INFERENCE, device="cpu")
-    assert type(model).forward is kernel.forward
+    assert inspect.unwrap(type(model).forward) is kernel.forward
+    assert model.forward.__qualname__ == kernel.forward.__qualname__
     assert model(X)[0] == 10
 
 
@@ -167,7 +174,7 @@ def test_policy_does_not_stop_an_application(make_layer: Make, make_kernel: Make
     quarantine(decorated_layer(bad), kernel.forward, kernel="k", reason="it is wrong")
     model = nn.Sequential(vetoed(), bad())
     with use_kernel_mapping({"Vetoed": {"cpu": kernel}, "Bad": {"cpu": kernel}}):
-        with pytest.warns(KernelsWarning, match=r"(?s)of 2 layers.*policy lets.*the house says no.*it is wrong"):
+        with pytest.warns(KernelsWarning, match=r"(?s)of 2 layers.*may serve.*the house says no.*it is wrong"):
             kernelize(model, mode=Mode.INFERENCE, device="cpu")
         assert model(X)[0] == 2 and type(unkernelize(model)[0]) is vetoed
         for name, layer in (("the house says no", model[0]), ("it is wrong", model[1])):
@@ -177,11 +184,18 @@ def test_policy_does_not_stop_an_application(make_layer: Make, make_kernel: Make
 
 
 def test_train_rests_and_eval_wakes() -> None:
-    """train() after a choice for inference is said once; calls decide by themselves until eval()."""
+    """After train(), calls decide by themselves until eval(); that is said once, at a call: a library may do better."""
     model = frozen()
-    with pytest.warns(KernelsWarning, match=r"train\(\) on a model that was kernelized") as said:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         model.train()
-    assert len(said) == 1 and model[0](X)[0] == 1
+        with use_kernel_mapping(MAPPING):
+            kernelize(model, mode=Mode.TRAINING)
+        assert model[0](X)[0] == 10
+    model = frozen().train()
+    with pytest.warns(KernelsWarning, match=r"train\(\) on a model that was kernelized") as said:
+        assert model[0](X)[0] == model[1][0](X)[0] == model[0](X)[0] == 1
+    assert len(said) == 1
     model.eval()
     assert model[0](X)[0] == 10
     with warnings.catch_warnings():
@@ -209,7 +223,7 @@ def test_copies_are_kernelized_and_pickles_are_not(asleep: bool) -> None:
     model = frozen()
     if asleep:
         with pytest.warns(KernelsWarning):
-            model.train()
+            model.train()[0](X)
     for clone in (copy.deepcopy(model), nn.Sequential(copy.copy(model[0]))):
         assert type(clone[0]) is type(model[0]) and clone[0](X)[0] == (1 if asleep else 10)
         clone.eval()
@@ -257,9 +271,268 @@ def test_another_forward_on_the_instance_stays(make_layer: Make, make_kernel: Ma
     inner = layer.forward
     layer.forward = lambda x: inner(x) * 2
     with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
-        kernelize(layer, mode=Mode.INFERENCE, device="cpu")
+        with pytest.warns(KernelsWarning, match=r"<lambda> was put on the module as its forward: kernelize before"):
+            kernelize(layer, mode=Mode.INFERENCE, device="cpu")
         assert layer(X)[0] == 20
+        with pytest.raises(KernelizeError, match="was put on the module as its forward"):
+            kernelize(layer, mode=Mode.INFERENCE, device="cpu", use_fallback=False)
+        strict = make_layer("Strict", use_fallback=False)()
+        strict.forward = strict.forward.__get__(strict)  # its own one, as libraries put it back
+        with use_kernel_mapping({"Strict": {"cpu": make_kernel(10)}}):
+            assert kernelize(strict, mode=Mode.INFERENCE, device="cpu")(X)[0] == 10
+            unkernelize(strict).forward = types.MethodType(lambda self, x: x, strict)
+            with pytest.raises(KernelizeError, match="use_fallback=False"):
+                kernelize(strict, mode=Mode.INFERENCE, device="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # where no kernel is offered, nothing is lost
+            other = make_layer("Other")()
+            other.forward = lambda x: x
+            kernelize(other, mode=Mode.INFERENCE, device="cpu")
     assert layer(X)[0] == 2
+
+
+def test_meta_modules_are_not_frozen_in_silence() -> None:
+    """The device of their calls is not known yet: they are left as they are, with a warning or an error."""
+    model = nn.Sequential(Scale().to("meta"), Scale())
+    with use_kernel_mapping(MAPPING):
+        with pytest.warns(KernelsWarning, match="this call is on meta"):
+            kernelize(model, mode=Mode.INFERENCE)
+        assert type(model[0]) is Scale and type(model[1]) is not Scale
+        with pytest.raises(KernelizeError, match="this call is on meta"):
+            kernelize(model, mode=Mode.INFERENCE, use_fallback=False)
+
+
+class Detached(nn.Module):
+    """For inference only; visibly another function."""
+
+    has_backward = False
+
+    def forward(self, x: torch.Tensor, more: float = 1.0) -> torch.Tensor:
+        return (x * self.weight).detach() + 10
+
+
+class Careless(nn.Module):
+    """Loses gradients without declaring it."""
+
+    def forward(self, x: torch.Tensor, more: float = 1.0) -> torch.Tensor:
+        return (x * self.weight).detach() + 10
+
+
+@pytest.mark.parametrize("kernel", [Detached, Careless])
+@pytest.mark.parametrize("how", ["fresh", "flag", "inputs", "keywords"])
+def test_no_gradient_is_lost_to_an_inference_kernel(kernel: type[nn.Module], how: str) -> None:
+    """Autograd records a call without any `train()` before: the reference serves it, and a warning says why."""
+    layer = Scale() if how == "fresh" else Scale().eval()
+    with use_kernel_mapping({"FrozenScale": {"cpu": kernel}}):
+        kernelize(layer, mode=Mode.INFERENCE)
+    if how == "flag":
+        layer.training = True
+    x = torch.ones(2, requires_grad=how == "inputs")
+    layer.weight.requires_grad_(how != "inputs")
+    with torch.no_grad():
+        assert layer(x)[0] == 11
+    with pytest.warns(KernelsWarning, match=r"kernelized (for .* )?with .*(no|loses) gradients"):
+        y = layer(x=x) if how == "keywords" else layer(x)
+    y.sum().backward()
+    assert torch.equal((x if how == "inputs" else layer.weight).grad, torch.ones(2))
+    with torch.inference_mode():
+        assert layer(x)[0] == 11
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert layer(x)[0] == 11
+    assert layer(x)[0] == 2  # each time
+    release()
+
+
+def test_a_kernel_that_keeps_gradients_goes_on() -> None:
+    """A kernel that has a backward serves recorded calls of a model that was kernelized for inference."""
+    with use_kernel_mapping(MAPPING), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = kernelize(Scale(), mode=Mode.INFERENCE)
+        layer(torch.ones(2, requires_grad=True)).sum().backward()
+    assert layer.weight.grad is not None and layer(X)[0] == 10
+
+
+def test_functions_lose_no_gradient() -> None:
+    """A function that is frozen for inference has no kernel without backward while autograd records."""
+
+    @use_kernel_forward_from_hub("lossy_function")
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    @use_kernelized_func(function)
+    class Uses(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    def fast(x: torch.Tensor) -> torch.Tensor:
+        return x.detach() + 10
+
+    fast.has_backward = False  # type: ignore[attr-defined]
+    with use_kernel_mapping({"lossy_function": {"cpu": fast}}):
+        model = kernelize(Uses(), mode=Mode.INFERENCE, device="cpu")
+    assert model(X)[0] == 10 and model(torch.zeros(2, requires_grad=True)).requires_grad
+
+
+def hooked(module: nn.Module) -> None:
+    """Put a forward on a module around the one that it has, as accelerate does."""
+    old = module.forward
+
+    def around(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return old(*args, **kwargs) + 1000
+
+    module.forward = functools.update_wrapper(functools.partial(around, module), old)  # type: ignore[method-assign]
+
+
+def test_a_forward_of_another_library_stays_around_a_kernelized_one() -> None:
+    """Whatever happens to the kernelized module below, that forward stays, and runs what serves there by then."""
+    layer, x = Scale().eval(), torch.zeros(2)
+    with use_kernel_mapping(MAPPING):
+        kernelize(layer, mode=Mode.INFERENCE)
+    hooked(layer)
+    put = layer.forward
+    (row,) = receipt(layer).rows
+    assert row.frozen and "hooked.<locals>.around runs" in row.note and "Kernel" in row.origin
+    with torch.no_grad():
+        assert layer(x)[0] == 1010
+        layer.train()
+        with pytest.warns(KernelsWarning, match=r"train\(\) on a model"):
+            assert layer(x)[0] == 1001
+        assert receipt(layer).rows[0].is_reference
+        layer.eval()
+        assert layer(x)[0] == 1010
+        with references(layer):
+            assert layer(x)[0] == 1001
+            layer.train(), layer.eval()
+            assert layer(x)[0] == 1001
+        clone = copy.deepcopy(layer)
+        assert "forward" in clone.__dict__ and clone(x)[0] == 1010
+        entry = quarantine(decorated_layer(Scale), Kernel.forward, kernel="k", reason="it is wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert layer(x)[0] == 1001
+        release(entry)
+        with use_kernel_mapping({"FrozenScale": {"cpu": Detached}}):
+            kernelize(layer, mode=Mode.INFERENCE)
+        x1 = torch.ones(2)
+        assert layer(x1)[0] == 1011 and receipt(layer).rows[0].origin.endswith("Detached")
+        unkernelize(layer)
+        assert type(layer) is Scale and layer(x)[0] == 1001
+        with use_kernel_mapping(MAPPING):
+            assert layer(x)[0] == 1010
+    assert layer.forward is put
+
+
+def test_accelerate_hooks_and_takes_its_hook_off() -> None:
+    """A hook of accelerate on a kernelized module, and the forward that it puts back: both run what serves."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    layer = Scale().eval()
+    with use_kernel_mapping(MAPPING), torch.no_grad():
+        kernelize(layer, mode=Mode.INFERENCE)
+        hooks.add_hook_to_module(layer, hooks.ModelHook())
+        assert layer(X)[0] == 10
+        hooks.remove_hook_from_module(layer)
+        assert "forward" in layer.__dict__ and layer(X)[0] == 10 and receipt(layer).rows[0].note == ""
+        layer.train()
+    with torch.no_grad(), pytest.warns(KernelsWarning, match="suspended until"):
+        assert layer(X)[0] == 1
+    layer.eval()
+    assert "forward" not in unkernelize(layer).__dict__ and layer(X)[0] == 1
+
+
+def test_a_bound_method_of_another_library_is_not_taken_for_ours() -> None:
+    """A bound method, as Liger puts it, stays through train(), eval(), pickle, copy and unkernelize()."""
+    model = frozen()
+    layer = model[0]
+    layer.forward = types.MethodType(patched, layer)
+    model.train(), model.eval()
+    clone = copy.deepcopy(layer)
+    assert clone(X)[0] == layer(X)[0] == copy.copy(layer)(X)[0] == 1000 and clone.forward.__self__ is clone
+    for each in (layer, model[1][0]):
+        each.forward = functools.partial(patched, each)  # a bound method is pickled by its name
+    with pytest.warns(KernelsWarning, match="Choices are not saved"):
+        assert pickle.loads(pickle.dumps(model))[1][0](X)[0] == 1000
+    assert unkernelize(model)[0](X)[0] == 1000
+
+
+def patched(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Serve in place of a forward."""
+    return x + 1000
+
+
+def test_a_class_that_others_made_of_a_kernelized_one() -> None:
+    """Such as by `fully_shard`, or with a forward that calls ours: the kernel serves, trains and rests as before."""
+    layer = frozen()[0].eval()
+    kernelized = type(layer)
+
+    class Sharded(kernelized):  # type: ignore[misc, valid-type]
+        pass
+
+    class Around(kernelized):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x)
+
+    for cls in (Sharded, Around):
+        layer.__class__ = cls
+        assert layer(X)[0] == 10
+        layer.train()
+        assert layer(X)[0] == 1
+        layer.eval()
+        assert layer(X)[0] == 10
+
+
+def test_the_switch_reaches_kernelized_and_compiled_models(monkeypatch: Any) -> None:
+    """DISABLE_KERNEL_MAPPING=1 and forget(): layers and functions of kernelized models run their references."""
+    model, function = frozen(), nn.Sequential(Uses())
+    with use_kernel_mapping({"switched_function": {"cpu": lambda x: x + 10}}):
+        kernelize(function, mode=Mode.INFERENCE, device="cpu")
+    hooked(model[0])
+    compiled = torch.compile(frozen(Mode.INFERENCE | Mode.TORCH_COMPILE), backend="eager")
+
+    def values() -> list[float]:
+        with torch.no_grad():
+            return [run(X)[0].item() for run in (model[0], model[1], function, compiled)]
+
+    on = values()
+    assert on == [1010, 10, 10, 20]
+    monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
+    forget()
+    assert values() == [1001, 1, 1, 2]
+    assert {row.note for row in receipt(model[1]).rows} == {"DISABLE_KERNEL_MAPPING is on"}
+    monkeypatch.delenv("DISABLE_KERNEL_MAPPING")
+    forget()
+    assert values() == on
+
+
+@use_kernel_forward_from_hub("switched_function")
+def switched(x: torch.Tensor) -> torch.Tensor:
+    """Run as a function that a kernelized module calls."""
+    return x + 1
+
+
+@use_kernelized_func(switched)
+class Uses(nn.Module):
+    """Calls it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return switched(x)
+
+
+def test_compiled_code_loses_no_gradient(compiled: Make) -> None:
+    """A kernel without backward, frozen for inference, in compiled code: the reference serves recorded calls."""
+
+    class Traceable(Detached):
+        can_torch_compile = True
+
+    layer = Scale().eval()
+    with use_kernel_mapping({"FrozenScale": {"cpu": Traceable}}):
+        kernelize(layer, mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
+    run, _ = compiled(layer)
+    with torch.no_grad():
+        assert run(torch.ones(2))[0] == 11
+    with pytest.warns(KernelsWarning, match="no gradients"):
+        run(torch.ones(2)).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,250 @@
+"""The choice of kernelized modules of one class: what its forward calls now, and what suspends it.
+
+What suspends a kernel changes the class of a module: a forward of the module's own would replace one that another
+library has put there. Such a library has kept the forward that it found, so that each generated forward asks for the
+class at every call, and goes to the forward of that.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .. import dispatch
+from ..environment import mapping_disabled
+from ..guards.gradients import keeps_gradients, records_autograd
+from ..guards.proof import until_proven
+from ..guards.quarantine import find_quarantined
+from ..layer import Forward, Layer
+from ..mode import Mode
+from ..plugins import plugin_manager
+from ..resolution import Resolution
+from ..scope import listeners
+from ..torch_internals import constant_result, in_forward_ad
+from ..warning import WarnOnce
+
+
+@dataclass
+class Run:
+    """One run of `kernelize`.
+
+    Attributes:
+        mode: The mode that the model is kernelized for.
+        warn: Issues each warning about the models of this run once.
+        token: Identifies this run, also in a pickle.
+    """
+
+    mode: Mode
+    warn: WarnOnce = field(default_factory=WarnOnce)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(eq=False)
+class FrozenChoice:
+    """The choice that `kernelize` made for modules of one class on one device.
+
+    Attributes:
+        original: The class that the modules had before.
+        layer: The layer of its forward, None if the class only calls decorated functions.
+        mode: The mode that the model was kernelized for.
+        device: The device that the modules are to run on.
+        resolution: The decision for the forward; None if the layer has none, or its condition is not met.
+        functions: The decisions for the decorated functions that the forward calls.
+    """
+
+    original: type[nn.Module]
+    layer: Layer | None
+    mode: Mode
+    device: torch.device
+    resolution: Resolution | None
+    functions: Mapping[Layer, Resolution]
+    run: Run = field(repr=False)
+    chosen: Forward = field(init=False, repr=False)
+    active: Forward = field(init=False, repr=False)
+    """The function that serves now, where no module is suspended: `chosen`, or the original forward."""
+    unproven: Forward | None = field(init=False, default=None, repr=False)
+    members: dict[str, Any] = field(init=False, repr=False)
+    """The members of its classes, besides the forward."""
+    cls: type[nn.Module] = field(init=False, repr=False)
+    suspended: dict[str, type[nn.Module]] = field(init=False, default_factory=dict, repr=False)
+    """Classes of modules whose choice is suspended, by what does that."""
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether calls of a module run the choice: not while it trains after `train()`, nor in quarantine."""
+        return self.active is not self.original.forward and self.suspended_by(module) is None
+
+    def advising(self, advice: str, unless: Callable[[], Forward | None] = lambda: None) -> Forward:
+        """Return the original forward, whose calls warn once, unless another one is to serve."""
+
+        @constant_result
+        def warn() -> None:
+            self.run.warn(advice)
+
+        @functools.wraps(self.original.forward)
+        def advising(*args: Any, **kwargs: Any) -> Any:
+            if (forward := unless()) is not None:
+                return forward(*args, **kwargs)
+            warn()
+            return self.original.forward(*args, **kwargs)
+
+        return advising
+
+    def make_class(self, **members: Any) -> type[nn.Module]:
+        """Make a class like the original one, with other members."""
+        original, inherited = self.original, dict[str, Any]()
+        bases: tuple[type, ...] = (original,)
+        if is_parametrized(original):  # removing that deletes properties of the class, then takes its first base for it
+            bases = original.__bases__
+            inherited = {key: value for key, value in vars(original).items() if not hasattr(value, "__objclass__")}
+        made = cast(Any, type(original))(original.__name__, bases, {**inherited, **self.members, **members})
+        return cast("type[nn.Module]", made)
+
+    def is_suspended(self, module: nn.Module) -> bool:
+        """Whether a module has its original forward as its own: `suspend` has put it on one whose class is not ours."""
+        put = module.__dict__.get("forward")
+        return isinstance(put, types.MethodType) and put.__func__ is self.original.forward
+
+    def suspended_by(self, module: nn.Module) -> str | None:
+        """Return what suspends the choice for a module: `"train"` or `"references"`; None if nothing does."""
+        return "train" if self.is_suspended(module) else getattr(type(module), "kernels_suspended", None)
+
+    def suspend(self, module: nn.Module, why: str) -> None:
+        """Let a module run its original forward, by a class that differs in that only."""
+        if "kernels_frozen" not in vars(type(module)):  # of a class that others made of it, which is theirs
+            module.__dict__.setdefault("forward", types.MethodType(self.original.forward, module))
+            return
+        if why not in self.suspended:
+            # The advice waits for a call: after `train()`, a library may kernelize anew.
+            advice = (
+                f"train() on a model that was kernelized for {self.mode}: its kernels are suspended until eval(), and "
+                "each call decides by itself. To freeze for training: kernelize(model, mode=Mode.TRAINING)."
+            )
+            forward = self.advising(advice) if why == "train" else self.original.forward
+            self.suspended[why] = self.make_class(forward=forward, kernels_suspended=why)
+        object.__setattr__(module, "__class__", self.suspended[why])
+
+    def resume(self, module: nn.Module) -> None:
+        """Undo `suspend`."""
+        if type(module) in self.suspended.values():
+            object.__setattr__(module, "__class__", self.cls)
+        elif self.is_suspended(module):
+            del module.__dict__["forward"]
+
+    def notice_train(self, module: nn.Module, training: bool) -> None:
+        """Suspend the frozen kernel while a model that was frozen for inference trains; restore it on `eval()`."""
+        why = self.suspended_by(module)
+        if Mode.INFERENCE in self.mode and training and why is None:
+            self.suspend(module, "train")
+        elif not training and why == "train":
+            self.resume(module)
+
+
+choices: weakref.WeakSet[FrozenChoice] = weakref.WeakSet()
+
+
+def is_parametrized(cls: type) -> bool:
+    """Whether a class was made by `torch.nn.utils.parametrize`, for a single module."""
+    return cls.__module__ == parametrize.__name__
+
+
+def make_forward(frozen: FrozenChoice) -> Forward:
+    """Return the forward of a kernelized class."""
+
+    def elsewhere(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run a call of a module that is of another class by now; one made from this, such as by `fully_shard`."""
+        if not isinstance(self, frozen.cls):
+            return cast(Any, type(self)).forward(self, *args, **kwargs)
+        if frozen.layer is None:
+            return frozen.active(self, *args, **kwargs)
+        state = forward.__globals__
+        asked = state["_kernels_lossy"] if torch.compiler.is_compiling() else state["_kernels_unproven"]
+        recorded = asked and torch.is_grad_enabled() and records_autograd(self, (*args, *kwargs.values()))
+        return state["_kernels_proving" if recorded else "_kernels_kernel"](self, *args, **kwargs)
+
+    forward: Any
+    if frozen.layer is not None:
+        forward = dispatch.frozen(frozen.layer, frozen.chosen, elsewhere)
+    else:
+
+        @functools.wraps(frozen.chosen)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (frozen.active if self.__class__ is frozen.cls else elsewhere)(self, *args, **kwargs)
+
+    forward.__dict__["kernels_elsewhere"] = elsewhere  # tells it where a library has kept it
+    return cast(Forward, forward)
+
+
+def refresh(frozen: FrozenChoice) -> None:
+    """Let the forward of a kernelized class call the function that is to serve now."""
+    resolution, frozen.active = frozen.resolution, frozen.chosen
+    state: dict[str, Any] = {"_kernels_class": frozen.cls, "_kernels_lossy": False, "_kernels_unproven": False}
+    kernel = resolution.implementation if resolution is not None else None
+    if mapping_disabled() and (kernel is not None or frozen.functions):
+        frozen.active = frozen.original.forward
+    elif resolution is not None and kernel is not None and frozen.layer is not None:
+        recorded = resolution.request.in_mode(Mode.TRAINING)
+        if find_quarantined(resolution.request, kernel) is not None:
+            frozen.active = frozen.original.forward  # decides by itself, and gives the reason
+        elif resolution.inference_only or find_quarantined(recorded, kernel) is not None:
+            advice = (
+                f"Layer {frozen.layer.name!r} was kernelized for {frozen.mode} with {resolution.origin}, which has no "
+                "gradients, and autograd records a call: such calls decide by themselves. Call the model under "
+                "torch.no_grad() to run the kernel; to train it, kernelize(model, mode=Mode.TRAINING)."
+            )
+
+            def unless() -> Forward | None:  # the generated forward asks for the gradient mode only where that is quick
+                return None if torch.is_grad_enabled() or in_forward_ad() else served
+
+            state.update(_kernels_unproven=True, _kernels_lossy=True, _kernels_proving=frozen.advising(advice, unless))
+        elif not keeps_gradients(frozen.layer, kernel):
+            frozen.unproven = frozen.unproven or _until_proven(frozen, resolution, kernel)
+            state.update(_kernels_unproven=True, _kernels_proving=_wrapped(frozen, frozen.unproven))
+    if frozen.layer is not None:
+        state["_kernels_kernel"] = served = _wrapped(frozen, frozen.active)
+        cast(Any, frozen.cls.forward).__globals__.update(state)  # at once: other threads are in calls
+
+
+def _wrapped(frozen: FrozenChoice, forward: Forward) -> Forward:
+    """Let plugins put something around the choice: not in code that is compiled."""
+    if frozen.resolution is None or forward is frozen.original.forward or Mode.TORCH_COMPILE in frozen.mode:
+        return forward
+    return plugin_manager().wrap_forward(frozen.resolution, forward)
+
+
+def _refresh_all() -> None:
+    for frozen in list(choices):
+        refresh(frozen)
+
+
+listeners.append(_refresh_all)
+
+
+def _until_proven(frozen: FrozenChoice, resolution: Resolution, kernel: Forward) -> Forward:
+    """Return a forward that checks recorded calls, until the class can have the chosen forward itself."""
+    layer = cast(Layer, frozen.layer)
+
+    def decide_anew(module: nn.Module | None, values: tuple[Any, ...]) -> Forward:
+        # The mapping that it came from may be gone, so that the decision of this call gives no reason.
+        frozen.run.warn(
+            f"Layer {layer.name!r} was kernelized with {resolution.origin}, which loses "
+            "gradients that the reference has: it is in quarantine, and each call decides by itself.",
+        )
+        return frozen.original.forward
+
+    return until_proven(
+        layer,
+        kernel,
+        frozen.chosen,
+        origin=resolution.origin,
+        when_proven=lambda: refresh(frozen),
+        decide_anew=decide_anew,
+    )

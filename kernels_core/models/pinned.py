@@ -1,0 +1,58 @@
+"""Decorated functions that a kernelized module calls: their choices serve in a scope around its forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..guards.quarantine import find_quarantined
+from ..layer import Forward, Layer
+from ..mode import Mode
+from ..resolution import LayerRequest, Resolution
+from ..resolver import Decided, decide
+from ..scope import Scope
+from ..torch_internals import constant_result
+from ..warning import warn
+
+
+def pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
+    """Return a forward that runs in a scope in which the chosen functions serve."""
+
+    def choice_for(request: LayerRequest) -> Resolution | None:
+        """Return the choice for a function, unless it is for another device or its kernel is in quarantine."""
+        choice = functions.get(request.layer) if request.layer else None
+        if choice is None or choice.request.device != request.device:
+            return None
+        if choice.inference_only and Mode.TRAINING in request.mode:
+            return None
+        kernel = choice.implementation
+        return None if kernel is not None and find_quarantined(request, kernel) else replace(choice, request=request)
+
+    scope = Scope(Decided(choice_for))
+
+    @constant_result
+    def compare() -> None:
+        """Warn of functions that compiled code gets from another place; runs at trace time, outside of the graph."""
+        for layer, choice in functions.items():
+            found = decide(layer, choice.request.device, (choice.request.mode | Mode.TORCH_COMPILE,), notify="plugins")
+            if found.implementation is not choice.implementation:
+                warn(
+                    f"Function {layer.qualname} was kernelized with {choice.origin}, but compiled code gets the "
+                    f"kernel that is mapped where it is traced: {found.origin}. Register the mapping for the process.",
+                )
+
+    @functools.wraps(forward)
+    def in_scope(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # Dynamo cannot open a scope inside of its graph
+            compare()
+            return forward(self, *args, **kwargs)
+        with scope:
+            return forward(self, *args, **kwargs)
+
+    in_scope.__dict__.pop("kernels_layer", None)
+    return in_scope
