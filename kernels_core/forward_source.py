@@ -88,9 +88,9 @@ _FROZEN = """\
 def frozen{signature}:
     if {module}.__class__ is not _kernels_class:
         return _kernels_elsewhere({call})
-    if _kernels_unproven:
+    if _kernels_unproven and (_kernels_grad() or {forward_level} >= 0):
         if {is_traced}:
-            if _kernels_lossy and _kernels_grad() and _kernels_records({module}, {values}):
+            if _kernels_lossy and _kernels_records({module}, {values}):
                 return _kernels_proving({call})
         elif {forward_level} >= 0 or {records}:
             return _kernels_proving({call})

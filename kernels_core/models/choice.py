@@ -11,7 +11,7 @@ import functools
 import types
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from ..mode import Mode
 from ..plugins import plugin_manager
 from ..resolution import Resolution
 from ..scope import listeners
-from ..torch_internals import constant_result, in_forward_ad
+from ..torch_internals import constant_result
 from ..warning import WarnOnce
 
 
@@ -82,8 +82,8 @@ class FrozenChoice:
         """Whether calls of a module run the choice: not while it trains after `train()`, nor in quarantine."""
         return self.active is not self.original.forward and self.suspended_by(module) is None
 
-    def advising(self, advice: str, unless: Callable[[], Forward | None] = lambda: None) -> Forward:
-        """Return the original forward, whose calls warn once, unless another one is to serve."""
+    def advising(self, advice: str) -> Forward:
+        """Return the original forward, whose calls warn once."""
 
         @constant_result
         def warn() -> None:
@@ -91,8 +91,6 @@ class FrozenChoice:
 
         @functools.wraps(self.original.forward)
         def advising(*args: Any, **kwargs: Any) -> Any:
-            if (forward := unless()) is not None:
-                return forward(*args, **kwargs)
             warn()
             return self.original.forward(*args, **kwargs)
 
@@ -200,16 +198,12 @@ def refresh(frozen: FrozenChoice) -> None:
                 "gradients, and autograd records a call: such calls decide by themselves. Call the model under "
                 "torch.no_grad() to run the kernel; to train it, kernelize(model, mode=Mode.TRAINING)."
             )
-
-            def unless() -> Forward | None:  # the generated forward asks for the gradient mode only where that is quick
-                return None if torch.is_grad_enabled() or in_forward_ad() else served
-
-            state.update(_kernels_unproven=True, _kernels_lossy=True, _kernels_proving=frozen.advising(advice, unless))
+            state.update(_kernels_unproven=True, _kernels_lossy=True, _kernels_proving=frozen.advising(advice))
         elif not keeps_gradients(frozen.layer, kernel):
             frozen.unproven = frozen.unproven or _until_proven(frozen, resolution, kernel)
             state.update(_kernels_unproven=True, _kernels_proving=_wrapped(frozen, frozen.unproven))
     if frozen.layer is not None:
-        state["_kernels_kernel"] = served = _wrapped(frozen, frozen.active)
+        state["_kernels_kernel"] = _wrapped(frozen, frozen.active)
         cast(Any, frozen.cls.forward).__globals__.update(state)  # at once: other threads are in calls
 
 

@@ -248,7 +248,9 @@ class _Freeze:
                     device = own
             wanted = layer is not None and (layer.condition is None or layer.condition(module))
             # A forward that another library has put on the module stays, and what it kept would never be frozen.
-            foreign = foreign_forward(module) if frozen_choice(module) is None else None
+            foreign = None
+            if "forward" in module.__dict__ and frozen_choice(module) is None:
+                foreign = foreign_forward(module)
             if foreign is not None or device.type == "meta":  # there, the device of its calls is not known yet
                 for each in (layer, *functions) if wanted else functions:
                     self._choose(cast(Layer, each), device, foreign)

@@ -575,3 +575,13 @@ def test_the_choice_of_a_kernelized_module_is_public(make_layer: Make, make_kern
     assert resolve(decorated_layer(cls), device="cpu", mode=Mode.INFERENCE).request.layer is choice.layer
     for other in (nn.Linear, nn.Linear(1, 1), 3, None, len):
         assert find_layer(other) is None
+
+
+def test_forward_mode_differentiation_is_recorded_without_gradients() -> None:
+    """A kernel without backward does not serve a dual tensor either, also under no_grad."""
+    layer = Scale().eval()
+    with use_kernel_mapping({"FrozenScale": {"cpu": Detached}}):
+        kernelize(layer, mode=Mode.INFERENCE)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level(), pytest.warns(KernelsWarning, match="no gradients"):
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent[0] == 1
