@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,6 @@ from .errors import ArgumentTypeError, require_type
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
-
-_FOLDED = 12
-"""A column that is folded to fewer characters than this cannot be read."""
 
 _LONGEST = 2_000
 """Characters of a cell or a note that are shown."""
@@ -159,14 +157,15 @@ class Table:
         return "\n".join([*lines, visible(self.summary)] if self.summary else lines)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """A table with colours and the notes below it; a list where columns would be too narrow to read."""
+        """A table with colours and the notes below it; a list where a word would be cut."""
         from rich.padding import Padding
         from rich.text import Text
 
         if self.title:
             yield Text(visible(self.title), style=self.style)
-        if self.rows and self._narrowest() <= options.max_width:
-            yield from self._drawn()
+        widths = self._widths(options.max_width) if self.rows else None
+        if widths is not None:
+            yield from self._drawn(widths)
         else:
             for row in self.rows:
                 named = zip(self.columns, row.texts(", "), strict=True)
@@ -176,19 +175,19 @@ class Table:
         if self.summary:
             yield Text(visible(self.summary))
 
-    def _drawn(self) -> Iterator[RenderableType]:
+    def _drawn(self, widths: list[int]) -> Iterator[RenderableType]:
         """Yield the table, and below it each note with the rows that have it."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
         drawn = RichTable(header_style="bold")
         for column in self.columns:
-            right = column in self.right
-            drawn.add_column(column, overflow="fold", justify="right" if right else "left", no_wrap=right)
+            drawn.add_column(column, justify="right" if column in self.right else "left", no_wrap=True)
         notes: dict[str, list[str]] = {}
         for row in self.rows:
             cells = row.texts("\n")
-            drawn.add_row(*map(Text, cells), style=row.style or None)
+            wrapped = (_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True))
+            drawn.add_row(*map(Text, wrapped), style=row.style or None)
             for note in row.notes:
                 notes.setdefault(note, []).append(row.label or cells[0])
         yield drawn
@@ -197,13 +196,27 @@ class Table:
             more = f" and {len(named) - 3} more" if len(named) > 3 else ""
             yield Text(f"{', '.join(list(named)[:3])}{more}: {visible(note, _LONGEST)}", style="dim")
 
-    def _narrowest(self) -> int:
-        """Return how many characters of a line the table needs, folded as far as it can be read."""
+    def _widths(self, width: int) -> list[int] | None:
+        """Return the width of each column on lines of a width; None if a word would be cut."""
         table = [self.columns, *(row.texts("\n") for row in self.rows)]
-        widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*table, strict=True)]
-        sized = zip(widths, self.columns, strict=True)
-        folded = [width if column in self.right else min(width, _FOLDED) for width, column in sized]
-        return sum(folded) + 3 * len(folded) + 1  # lines and blanks between the columns
+        lines = [[line for cell in column for line in cell.split("\n")] for column in zip(*table, strict=True)]
+        found = [max(map(len, column)) for column in lines]
+        least = [
+            most
+            if name in self.right
+            else max(len(piece.rstrip()) for line in column for piece in _PIECE.findall(line))
+            for name, most, column in zip(self.columns, found, lines, strict=True)
+        ]
+        over = sum(found) + 3 * len(found) + 1 - width  # lines and blanks between the columns
+        while over > 0:
+            most, column = max(
+                ((most if most > few else 0), at) for at, (most, few) in enumerate(zip(found, least, strict=True))
+            )
+            if not most:
+                return None
+            found[column] -= 1
+            over -= 1
+        return found
 
     def to_html(self) -> str:
         """Return the table for a page or a notebook, complete in itself.
@@ -251,6 +264,24 @@ class Tabular(ABC):
 def indented(notes: Iterable[str]) -> Iterator[str]:
     """Yield notes as they stand below a row, also those of several lines."""
     return ("    " + visible(note, _LONGEST).replace("\n", "\n    ") for note in notes)
+
+
+_PIECE = re.compile(r"[^\s/@.:]*(?:[\s/@.:]+|$)")
+"""A word, or a part of a path or dotted name: a line may end after it."""
+
+
+def _wrapped(cell: str, width: int) -> str:
+    """Break a cell into lines, after words and after parts of names."""
+    lines = []
+    for line in cell.split("\n"):
+        current = ""
+        for piece in _PIECE.findall(line):
+            if current and len(current) + len(piece.rstrip()) > width:
+                lines.append(current.rstrip())
+                current = ""
+            current += piece
+        lines.append(current.rstrip())
+    return "\n".join(lines)
 
 
 def _escaped(text: str) -> str:
