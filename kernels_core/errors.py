@@ -32,17 +32,36 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .text import cleaned
+
 if TYPE_CHECKING:
     from .models.receipt import ReceiptRow
     from .resolution import LayerRequest, Refusal
 
 
+_LONGEST = 20_000
+"""Characters of a message that are kept: a receipt of a large model has thousands."""
+
+
+def _cleaned(args: tuple[object, ...]) -> tuple[object, ...]:
+    """Clean the text of others in a message: here, before it reaches a terminal, a log or a page."""
+    return tuple(cleaned(arg, _LONGEST) if isinstance(arg, str) else arg for arg in args)
+
+
 class KernelsWarning(UserWarning):
     """A request was not met in full: the reference serves, or a part is left out."""
+
+    def __init__(self, *args: object) -> None:
+        """Take a message."""
+        self.args = _cleaned(args)
 
 
 class KernelsError(Exception):
     """Base of every error raised by kernels-core and its plugins."""
+
+    def __init__(self, *args: object) -> None:
+        """Take a message."""
+        self.args = _cleaned(args)
 
 
 class ArgumentError(KernelsError, ValueError):

@@ -12,6 +12,7 @@ import torch
 
 from .layer import Layer, source_label
 from .mode import EAGER_MODES, TRACED_MODES, Mode
+from .text import cleaned
 
 Tier = Literal["scope", "user", "plugin"]
 TIERS: tuple[Tier, ...] = ("scope", "user", "plugin")
@@ -150,6 +151,10 @@ class Cause(Enum):
     LOAD = auto()
 
 
+_LONGEST = 4_000
+"""Characters of a reason that are kept."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """The reason why one candidate, or all that a plugin may have to offer, does not serve.
@@ -167,6 +172,10 @@ class Refusal:
     plugin: str = ""
     error: BaseException | None = field(default=None, compare=False, repr=False)
     cause: Cause = Cause.LOAD
+
+    def __post_init__(self) -> None:
+        """Make a reason visible that has text of others in it."""
+        object.__setattr__(self, "reason", cleaned(self.reason, _LONGEST))
 
     def __str__(self) -> str:
         """Name the candidate and the reason."""

@@ -14,6 +14,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentTypeError, require_type
+from .text import cleaned
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -25,9 +26,10 @@ _COLOURS = {"green": "#0a7d33", "yellow": "#a15c00", "red": "#b00020", "dim": "#
 
 
 def visible(text: str, limit: int | None = None) -> str:
-    r"""Return a text with its control characters written out, so that it cannot drive a terminal or forge a line.
+    r"""Return a text with its control characters written out, so that it cannot drive a terminal, and without secrets.
 
-    For text from elsewhere: names and metadata of repositories, messages of other libraries. Line ends stay.
+    For text from elsewhere: names and metadata of repositories, messages of other libraries. Line ends stay. Users and
+    passwords in URLs are left out, and tokens in headers. Errors and warnings of ours do this to their messages.
 
     Args:
         text: The text.
@@ -38,14 +40,12 @@ def visible(text: str, limit: int | None = None) -> str:
         v1\x1b[2J\rv2
         >>> visible("a long story", 7)
         'a long…'
+        >>> visible("http://me:password@hub.local is not reachable")
+        'http://***@hub.local is not reachable'
     """
     require_type(text, str, "text")
     require_type(limit, (int, NoneType), "limit")
-    if limit is not None and len(text) > limit:
-        text = text[: limit - 1] + "…"
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return cleaned(text, limit)
 
 
 def as_json(value: Any, *, indent: int | None = 2) -> str:

@@ -109,7 +109,7 @@ def _is_filled(cell: Any) -> bool:
 def _folder() -> Path:
     """Return the folder of the files: beside the cache of the Hub's client, if a variable names one."""
     chosen = os.environ.get("KERNELS_CACHE") or os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME")
-    return Path(chosen or Path.home() / ".cache").expanduser() / "kernels-core" / "probes"
+    return Path(os.path.expanduser(chosen or Path.home() / ".cache")) / "kernels-core" / "probes"
 
 
 def _read(path: Path) -> ProbeReport | None:

@@ -105,3 +105,17 @@ def test_errors_survive_pickle(error: KernelsError) -> None:
     assert type(twin) is type(error)
     assert str(twin) == str(error)
     assert vars(twin) == vars(error)
+
+
+def test_text_of_others_is_made_fit_to_be_shown() -> None:
+    """No message of ours drives a terminal, has a password or token in it, or is endless; it stays so when pickled."""
+    foreign = "\x1b[2J http://me:PASSWORD@hub 'Bearer hf_SECRET' " + "x" * 5_000_000
+    resolution = Refusal(foreign)
+    for shown in (
+        str(KernelsError(foreign)),
+        str(KernelsWarning(foreign)),
+        str(PluginLoadError(foreign, plugin="acme")),
+        str(pickle.loads(pickle.dumps(KernelsError(foreign)))),
+        resolution.reason,
+    ):
+        assert shown.startswith(r"\x1b[2J http://***@hub 'Bearer ***'") and len(shown) < 50_000, shown[:200]

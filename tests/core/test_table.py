@@ -191,3 +191,12 @@ def test_a_result_is_shown_as_its_table() -> None:
     shown = Result()
     assert str(shown) == "name\nnorm" and terminal(shown, 80) == terminal(shown.as_table(), 80)
     assert shown._repr_html_() == shown.to_html() == shown.as_table().to_html()
+
+
+def test_no_word_is_cut() -> None:
+    """On a terminal of 80 columns, each word and each part of a name is on one line, in a table and in a list."""
+    words = ("ScaledResidualNormalization", "models.FastScaledResidualNormalization", "acme/layers@0123456789abcdef")
+    for columns in (words[:1], words[:2], words, words * 2):
+        shown = "\n".join(terminal(Table(columns, [TableRow(columns)]), 80))
+        for piece in re.split(r"[./@ ]", " ".join(columns)):
+            assert re.search(rf"(?<!\w){piece}(?!\w)", shown), shown

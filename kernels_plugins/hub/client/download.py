@@ -21,7 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, errors
+from huggingface_hub import HfApi, constants, errors, get_token
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import tqdm
@@ -56,7 +56,11 @@ def cache_folder(repo_id: str, repo_type: str) -> Path:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE).expanduser()
+    place = os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise LoadError(f"KERNELS_CACHE is {place!r}, and there is no such user: name another folder") from error
 
 
 def metadata_cache(repo_id: str) -> MetadataCache:
@@ -331,6 +335,10 @@ def _translate(error: Exception, repo_id: str) -> LoadError | None:
         return UnreachableError(
             f"{hub} answered something that is not JSON ({error}), as a login page or proxy does: open it in a "
             "browser, or set HF_ENDPOINT"
+        )
+    if not (token := get_token() or "").isascii() or not token.isprintable():
+        return RepositoryError(
+            "the token has a character that no token of the Hub has: correct HF_TOKEN, or log in with `hf auth login`"
         )
     if _is_network_error(error):
         return UnreachableError(
