@@ -12,7 +12,7 @@ from .layer import Layer, call_signature
 from .mode import Mode
 from .resolution import KernelLayer, LayerRequest
 
-_DECLARATIONS = {"can_torch_compile", "has_backward"}
+_DECLARATIONS = {"can_torch_compile", "has_backward", "reads"}
 BOUND = "_kernels_bound"
 """The attribute in which a kernel class keeps the method that serves a function layer."""
 
@@ -85,6 +85,11 @@ def _check_class(kernel: type[Any]) -> str | None:
         return f"{kernel.__qualname__} has a constructor of its own, which would never run"
     if kernel.forward is torch.nn.Module.forward:
         return f"{kernel.__qualname__} has no forward"
+    if (reads := getattr(kernel, "reads", None)) is not None and not _is_reads(reads):
+        return (
+            f"{kernel.__qualname__} declares reads = {reads!r}, which must map the path of each part that it reads "
+            'past to its class, or a tuple of classes: {"gate_proj": nn.Linear}'
+        )
     own = [base for base in kernel.__mro__ if base not in torch.nn.Module.__mro__ and base is not Generic]
     extra = sorted({name for base in own for name in vars(base)} - _BENIGN)
     if extra:
@@ -93,6 +98,13 @@ def _check_class(kernel: type[Any]) -> str | None:
             f"{', '.join(extra)}"
         )
     return None
+
+
+def _is_reads(reads: object) -> bool:
+    if not isinstance(reads, dict) or not all(isinstance(path, str) for path in reads):
+        return False
+    kinds = (each for kind in reads.values() for each in (kind if isinstance(kind, tuple) else (kind,)))
+    return all(isinstance(kind, type) for kind in kinds)
 
 
 def _check_signature(ours: inspect.Signature, theirs: inspect.Signature, *, as_called: bool) -> str | None:

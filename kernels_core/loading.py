@@ -15,6 +15,7 @@ import torch
 
 from .contract import BOUND
 from .errors import LoadError, ResolutionError, UntrustedError
+from .guards.parts import checks_parts
 from .layer import Layer, source_label
 from .mode import Mode
 from .plugins import plugin_manager
@@ -173,8 +174,16 @@ def implementation_of(layer: Layer | None, kernel: KernelLayer) -> Callable[...,
     if not isinstance(kernel, type):
         return kernel
     forward: Callable[..., Any] = cast(Any, kernel).forward
-    if layer is None or not layer.is_function:
+    if layer is None:
         return forward
+    if not layer.is_function:
+        known = layer.adapted.get(id(kernel))
+        if known is None:
+            checked = checks_parts(layer, kernel)
+            if checked is forward:
+                return forward
+            known = layer.adapted.setdefault(id(kernel), (kernel, checked))
+        return cast(Callable[..., Any], known[1])
     # A function has no module: bind an empty one, kept on the class so that both are dropped together.
     with _lock:
         if BOUND not in vars(kernel):

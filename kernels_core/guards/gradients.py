@@ -209,7 +209,10 @@ def try_gradients(
         f"it loses gradients: {', '.join(missing)} requires grad and gets none from it, as from the reference. "
         "Declare has_backward = False on the kernel, or give it a backward"
     )
-    quarantine(layer, implementation, kernel=kernel, reason=reason, mode=Mode.TRAINING)
+    # One that keeps other gradients is no kernel without a backward: it does not use what a child of the module does.
+    ignores = any(name.startswith("parameter") and "." in name for name in missing) and len(missing) < len(sources)
+    mode = None if ignores else Mode.TRAINING
+    quarantine(layer, implementation, kernel=kernel, reason=reason, mode=mode)
     if untouched:
         set_random_states(drawn)
         return output, False

@@ -1,0 +1,198 @@
+"""Kernels that read past the parts of a module: adapters, hooks and quantized weights on these are not ignored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from kernels_core import KernelsWarning, Mode, kernelize, quarantined, release, resolve, use_kernel_forward_from_hub
+from kernels_plugins.mapping import use_kernel_mapping
+
+X = torch.ones(2, 4)
+SHIFT = 100.0
+"""What kernels add, so that outputs show who served."""
+
+
+@pytest.fixture(autouse=True)
+def _release() -> Iterator[None]:
+    yield
+    release()
+
+
+class Adapter(nn.Module):
+    """An adapter as libraries for fine-tuning have them, with the weight of the module that it wraps."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base, self.delta = base, nn.Linear(4, 4, bias=False)
+
+    @property
+    def weight(self) -> Any:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.base(x) + self.delta(x)
+
+
+class Lora(nn.Linear):
+    """An adapter with parameters of its own beside the weight."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, bias=False)
+        self.low = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.low
+
+
+class Fused(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.gate.weight) + SHIFT  # type: ignore[arg-type,union-attr]
+
+
+class Declared(nn.Module):
+    can_torch_compile = True
+    reads = {"gate": nn.Linear}  # noqa: RUF012
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        part: Any = self.gate
+        return nn.functional.linear(x, part.weight) + SHIFT
+
+
+def make(name: str = "Gated", **options: Any) -> Any:
+    @use_kernel_forward_from_hub(name, **options)
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate: Any = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.gate(x)
+
+    return Gated()
+
+
+def own_forward(layer: Any) -> None:
+    layer.gate.forward = lambda x: x * 3
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "adapter": lambda layer: setattr(layer, "gate", Adapter(layer.gate)),
+    "lora": lambda layer: setattr(layer, "gate", Lora()),
+    "bias": lambda layer: setattr(layer, "gate", nn.Linear(4, 4)),
+    "hook": lambda layer: layer.gate.register_forward_hook(lambda module, args, output: output * 3),
+    "pre-hook": lambda layer: layer.gate.register_forward_pre_hook(lambda module, args: args[0] * 3),
+    "forward": own_forward,
+    "parametrization": lambda layer: parametrizations.weight_norm(layer.gate),
+}
+
+
+@pytest.mark.parametrize("kernel", [Fused, Declared])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kernelized", [False, True])
+def test_a_changed_part_is_not_ignored(kernel: Any, change: str, kernelized: bool) -> None:
+    """The kernel serves until the part changes, and the reference from then on, with a warning that names the part."""
+    if kernel is Declared and change == "bias":
+        pytest.skip("the declared class is the same")
+    layer, other = make(f"Gated{kernel}{change}{kernelized}"), make()
+    name = f"Gated{kernel}{change}{kernelized}"
+    with use_kernel_mapping({name: {"cpu": kernel}}), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if kernelized:
+            kernelize(layer, mode=Mode.TRAINING, device="cpu")
+        torch.testing.assert_close(layer(X), layer.gate(X) + SHIFT)
+        CHANGES[change](layer)
+        for _ in range(2):
+            torch.testing.assert_close(layer(X), layer.gate(X))
+            with torch.no_grad():
+                torch.testing.assert_close(layer(X), layer.gate(X))
+    told = [str(w.message) for w in caught if issubclass(w.category, KernelsWarning) and "'gate'" in str(w.message)]
+    assert len(told) == 1 and name in told[0]
+    assert not quarantined() and other is not layer
+
+
+def test_a_part_that_is_called_may_be_anything() -> None:
+    """A kernel that calls a part, and only asks for the dtype of its weight, serves with an adapter, too."""
+
+    class Calls(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            gate: Any = self.gate
+            return self.gate(x.to(self.gate.weight.dtype)) + 0 * gate.weight.sum() + SHIFT  # type: ignore[operator,union-attr,arg-type]
+
+    layer = make()
+    layer.gate = Adapter(layer.gate)
+    with use_kernel_mapping({"Gated": {"cpu": Calls}}):
+        torch.testing.assert_close(layer(X), layer.gate(X) + SHIFT)
+
+
+def test_kernelized_parts_are_of_their_class() -> None:
+    """A part that is a kernelized layer itself is the class that the kernel declares."""
+
+    @use_kernel_forward_from_hub("Inner")
+    class Inner(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    class Outer(nn.Module):
+        reads = {"gate": (Inner, nn.Linear)}  # noqa: RUF012
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return nn.functional.linear(x, self.gate.weight) + SHIFT  # type: ignore[arg-type,union-attr]
+
+    layer = make("Outer")
+    layer.gate = Inner(4, 4, bias=False)
+    with use_kernel_mapping({"Outer": {"cpu": Outer}}):
+        kernelize(layer, mode=Mode.INFERENCE, device="cpu")
+    assert type(layer.gate) is not Inner
+    with torch.no_grad():
+        assert torch.all(layer(X) > SHIFT / 2)
+
+
+@pytest.mark.parametrize("kernel", [Fused, Declared])
+def test_compiled_code_looks_at_parts(kernel: Any) -> None:
+    """Compiled without a graph break, the kernel serves; with an adapter, the reference does."""
+    layer = make("Compiled")
+    with use_kernel_mapping({"Compiled": {"cpu": kernel}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call: Any = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(call(X), layer.gate(X) + SHIFT)
+        layer.gate = Adapter(layer.gate)
+        torch.testing.assert_close(call(X), layer.gate(X))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reads", [{"gate": "Linear"}, {1: nn.Linear}, [nn.Linear]])
+def test_a_wrong_declaration_is_refused(reads: Any) -> None:
+    """The reason shows the right form."""
+    kernel = type("Wrong", (nn.Module,), {"forward": Fused.forward, "reads": reads})
+    make("Wrong")
+    with use_kernel_mapping({"Wrong": {"cpu": kernel}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resolution = resolve("Wrong", device="cpu", mode=Mode.INFERENCE)
+    assert resolution.is_reference and "nn.Linear" in resolution.refusals[0].reason
+
+
+def test_a_kernel_without_the_gradients_of_a_child_serves_no_inference() -> None:
+    """Where its code does not show which parts it reads, the check of gradients puts it out for inference, too."""
+
+    class Hidden(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            gate: Any = getattr(self, "gate")  # noqa: B009
+            return nn.functional.linear(x, gate.weight) + SHIFT
+
+    layer = make("Hidden")
+    layer.gate = Adapter(layer.gate)
+    with use_kernel_mapping({"Hidden": {"cpu": Hidden}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer(X)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(X), layer.gate(X))
+    assert [entry.mode for entry in quarantined()] == [None]
