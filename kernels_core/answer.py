@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from .contract import check_contract, check_mode
 from .errors import ContractError, ResolutionError, UntrustedError
 from .guards.quarantine import Quarantined, find_quarantined
+from .guards.tensors import check_tensors
 from .hookspecs import hookimpl
 from .loading import implementation_of, load, source_key
 from .plugins import plugin_manager
@@ -56,6 +57,7 @@ class CorePlugin:
                     tuple(refusals),
                     loaded.checked,
                     misfits=misfits,
+                    kernel_layer=loaded.layer,
                     inference_only=not getattr(loaded.layer, "has_backward", True),
                 )
         return Resolution(request, refusals=tuple(refusals), misfits=misfits)
@@ -94,6 +96,8 @@ def _unfit(request: LayerRequest, candidate: Candidate, kernel: KernelLayer) -> 
         return _refusal(ContractError, request, candidate, [reason])
     if reason := check_mode(request, kernel):
         return replace(_refusal(ContractError, request, candidate, [reason]), cause=Cause.MODE)
+    if reason := check_tensors(request.subclasses, kernel):
+        return _refusal(ContractError, request, candidate, [reason])
     entry = find_quarantined(request, implementation_of(request.layer, kernel))
     return quarantine_refusal(entry, candidate) if entry is not None else None
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterable
 from typing import Any, Generic, cast
 
 import torch
 
+from .guards.tensors import DECLARATION, check_tensors
 from .layer import Layer, call_signature
 from .mode import Mode
-from .resolution import KernelLayer, LayerRequest
+from .resolution import KernelLayer, LayerRequest, Resolution
 
-_DECLARATIONS = {"can_torch_compile", "has_backward", "reads"}
+NOT_TRACED = "it does not declare can_torch_compile = True, and this call is being traced"
+_DECLARATIONS = {"can_torch_compile", "has_backward", "reads", DECLARATION}
 BOUND = "_kernels_bound"
 """The attribute in which a kernel class keeps the method that serves a function layer."""
 
@@ -33,8 +36,15 @@ def check_mode(request: LayerRequest, layer: KernelLayer) -> str | None:
     if not getattr(layer, "has_backward", True) and Mode.TRAINING in request.mode:
         return "it declares has_backward = False, and autograd records this call"
     if request.is_traced and not getattr(layer, "can_torch_compile", False):
-        return "it does not declare can_torch_compile = True, and this call is being traced"
+        return NOT_TRACED
     return None
+
+
+def check_call(choice: Resolution, subclasses: Iterable[type[torch.Tensor]], *, traced: bool) -> str | None:
+    """Return why the kernel of an earlier decision does not serve such a call, or None."""
+    if choice.is_reference:
+        return None
+    return NOT_TRACED if traced and not choice.can_be_traced else check_tensors(subclasses, choice.kernel_layer)
 
 
 def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
@@ -55,6 +65,9 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
         return "it is a function, and this layer is a class: a class needs an nn.Module subclass"
     elif (reason := _check_object(kernel)) is not None:
         return reason
+    declared = getattr(kernel, DECLARATION, ())
+    if not isinstance(declared, tuple) or not all(isinstance(each, type) for each in declared):
+        return f"its {DECLARATION} must be a tuple of classes, not {declared!r}"
     if layer is None:
         return None
     forward: Any = cast(Any, kernel).forward if isinstance(kernel, type) else kernel

@@ -8,8 +8,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from .dispatch import dispatched_layer, make_forward
+from .dispatch import make_forward
 from .errors import ArgumentError, ArgumentTypeError, require_type
+from .generated import dispatched_layer
 from .layer import Layer
 
 T = TypeVar("T", bound=Callable[..., Any])

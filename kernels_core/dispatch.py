@@ -11,7 +11,7 @@ def forward(self, x, eps=1e-6):
         return traced_kernel(self, (x, eps))(self, x, eps)
     try:
         kernel = active_frame().layer7_cpu
-        if not x.is_cpu:
+        if x.__class__ is not Tensor or not x.is_cpu:
             kernel = cold(self, (x, eps))
         if unproven and autograd_may_record(self, x, eps):
             kernel = find_proving(kernel) or kernel
@@ -20,15 +20,14 @@ def forward(self, x, eps=1e-6):
     return kernel(self, x, eps)
 ```
 
-Only tracers find the first condition true, so eager and traced calls never meet: `cold` resolves and publishes,
-`traced_kernel` reads a property that resolves by itself (`scope.FrameTable`).
+Only Dynamo finds the first condition true: `cold` resolves and publishes, `traced_kernel` reads a property that
+resolves by itself (`scope.FrameTable`). Other tracers, and tensors of subclasses, take the way of cold calls each time.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import linecache
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -40,32 +39,21 @@ from .answer import ModesDiffer
 from .device import ACCELERATOR, MAX_INDEX, find_device, hardware
 from .environment import mapping_disabled
 from .errors import NoKernelError
-from .forward_source import PLAIN, ForwardSource, read_parameters, set_defaults
+from .generated import Generator, unused_texts
 from .guards.breaker import stand_in
-from .guards.functions import outside_functions
-from .guards.gradients import has_trainable, is_recorded, needs_proof, reads_trainable, records_autograd, requires_grad
-from .guards.proof import read_attributes, until_proven
+from .guards.gradients import is_recorded, needs_proof
+from .guards.proof import until_proven
+from .guards.tensors import is_pending, odd_classes, odd_parameters, subclasses_traced, waiting
 from .layer import Forward, Layer
 from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import Resolution
 from .resolver import decide, must_raise, no_kernel, ready
-from .scope import PATIENCE, Frame, FrameTable, active_frame, keep_scopes, publish, resolving, root, withdraw
-from .torch_internals import (
-    EXPRESSION_NAMES,
-    FORWARD_LEVEL,
-    IS_TRACED,
-    TraceError,
-    constant_result,
-    disabled,
-    disabled_lazily,
-)
+from .scope import PATIENCE, Frame, FrameTable, keep_scopes, publish, resolving, root, withdraw
+from .torch_internals import constant_result, disabled, disabled_lazily, is_traced
 
-Served = tuple[Forward, Forward | None]
-"""A function that serves a layer, and the one that proves it; None if there is nothing to prove."""
-
-_ABSENT = (AttributeError, IndexError, TraceError)
-"""Raised by a generated forward where nothing is published, or the first argument is missing or not a tensor."""
+Odd = frozenset[type[torch.Tensor]]
+"""The classes of the tensors of a call that are not plain."""
 
 
 def make_forward(layer: Layer) -> Forward:
@@ -74,45 +62,11 @@ def make_forward(layer: Layer) -> Forward:
     forward = dispatcher.forward()
     functools.update_wrapper(forward, layer.reference)
     weakref.finalize(forward, withdraw, dispatcher.names).atexit = False
-    weakref.finalize(forward, _unused_texts.extend, dispatcher.files).atexit = False  # Dynamo may keep the layer
+    weakref.finalize(
+        forward, unused_texts.extend, dispatcher.generator.files
+    ).atexit = False  # Dynamo may keep the layer
     forward.__dict__["kernels_layer"] = layer
     return forward
-
-
-def adapted(layer: Layer, kernel: Forward) -> Forward:
-    """Return a kernel with the names and defaults of the layer: the kernel itself, unless it has others."""
-    if kernel is layer.reference or _as_called(kernel, layer) == _as_called(layer.reference, layer):
-        return kernel
-    dispatcher = _Dispatcher(layer)
-    function = dispatcher.generate("adapted", dispatcher.source.adapted(), _kernels_kernel=kernel)
-    return functools.update_wrapper(function, layer.reference)
-
-
-def frozen(layer: Layer, kernel: Forward, elsewhere: Forward) -> Forward:
-    """Return the forward of a class that is kernelized with a kernel; its globals are the state of its choice."""
-    dispatcher = _Dispatcher(layer)
-    names: dict[str, Any] = {"_kernels_kernel": kernel, "_kernels_elsewhere": elsewhere}
-    function = dispatcher.generate("frozen", dispatcher.source.frozen(), **names)
-    return functools.update_wrapper(function, kernel)
-
-
-def _as_called(function: Forward, layer: Layer) -> list[tuple[Any, ...]]:
-    """Return the parts of a signature that a caller relies on: names, kinds, and defaults, plain ones by value."""
-    parameters = list(inspect.signature(function).parameters.values())[0 if layer.is_function else 1 :]
-    return [
-        (p.name, p.kind, type(p.default), p.default if type(p.default) in PLAIN else id(p.default)) for p in parameters
-    ]
-
-
-def dispatched_layer(forward: object) -> Layer | None:
-    """Return the layer that `forward` dispatches for; None for anything else, such as a wrapper of it."""
-    layer = getattr(forward, "kernels_layer", None)
-    code = getattr(forward, "__code__", None)
-    return layer if isinstance(layer, Layer) and code is not None and code.co_filename == _file(layer) else None
-
-
-_unused_texts: list[str] = []
-"""Files in `linecache` of layers that are gone, dropped later: a finalizer may run inside of `linecache.checkcache`."""
 
 
 class _Dispatcher:
@@ -120,115 +74,135 @@ class _Dispatcher:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        names = read_attributes(layer)
-        self._reads_trainable = has_trainable if names is None else functools.partial(reads_trainable, names)
-        self.source = ForwardSource(
-            read_parameters(layer.reference), layer.is_function, names != frozenset(), IS_TRACED, FORWARD_LEVEL
-        )
-        self._names: dict[torch.device, str] = {}
+        self.generator = Generator(layer)
+        self.source = self.generator.source
+        self._names: dict[tuple[torch.device, Odd], str] = {}
+        self._numbers = itertools.count()
         self._tables: dict[str, FrameTable] = {}
         self._selectors: dict[str, Forward] = {}
-        self._unproven: dict[int, weakref.ref[Forward]] = {}  # by kernel; frames hold the functions that prove them
+        self._unproven: dict[int, tuple[weakref.ref[Forward], str]] = {}  # by id of a kernel that lives; its origin
+        self._untraceable, self._watched = list[bool](), list[bool]()  # not empty: some kernel is; a call must ask more
+        self._watching = threading.Lock()
         self._busy = threading.RLock()
-        self.names, self.files = set[str](), set[str]()  # on frames, published or as tables; of generated source
+        self.names = set[str]()  # on frames, published or as tables
 
-    def _name(self, device: torch.device) -> str:
-        name = self._names.get(device)
+    def _name(self, device: torch.device, odd: Odd = frozenset()) -> str:
+        name = self._names.get((device, odd))
         if name is None:
             index = "" if device.index is None or device.type == "cpu" else f"_{device.index}"
-            name = self._names[device] = f"layer{self.layer.number}_{device.type}{index}"
+            index += f"_odd{next(self._numbers)}" if odd else ""
+            name = self._names.setdefault((device, odd), f"layer{self.layer.number}_{device.type}{index}")
         return name
 
     # --- Eager calls ----------------------------------------------------------------------------
 
     def _cold(self, module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
-        """Return the function that serves a call for which the forward has found nothing."""
+        """Return the function that serves a call for which the forward has found nothing, or that is not plain."""
+        odd = odd_classes(module, values)
+        if is_traced(odd):
+            return self._traced(module, values)
         device = find_device(module, values)
         if device is None:
             return self._on_no_device()
-        kernel, proving = self._published(self._name(device), functools.partial(self._settle, device))
-        return proving if proving is not None and is_recorded(module, values) else kernel
+        pending = frozenset(filter(is_pending, odd))
+        odd -= pending
+        kernel = self._published(self._name(device, odd), functools.partial(self._settle, device, odd))
+        if is_recorded(module, values):
+            kernel = self._find_proving(kernel) or kernel
+        return waiting(kernel) if pending and kernel is not self.layer.reference else kernel
 
-    def _published(self, name: str, decide: Callable[[Frame], Served]) -> Served:
-        """Return the functions that are published in the active frame; decide and publish if there are none."""
+    def _published(self, name: str, decide: Callable[[Frame], Forward]) -> Forward:
+        """Return the function that is published in the active frame; decide and publish if there is none."""
         keep_scopes()
         frame: Frame = root.active
         known: Forward | None = getattr(frame, name, None)
         if known is not None:
-            return known, self._find_proving(known)
+            return known
         # A plugin calls a decorated layer: no recursion, and no lock to wait for. Or another thread takes too long.
         if resolving.get() or not self._busy.acquire(timeout=PATIENCE):
-            return self.layer.reference, None
+            return self.layer.reference
         try:  # eight threads, one resolution
-            known = getattr(frame, name, None)
-            if known is not None:
-                return known, self._find_proving(known)
+            meanwhile: Forward | None = getattr(frame, name, None)
+            if meanwhile is not None:
+                return meanwhile
             before = ready()
-            served, proving = decide(frame)
-            self.names.update((name, f"{name}_proving"))
-            if proving is not None:  # first, for it lives as long as it is published
-                publish(frame, f"{name}_proving", proving, before)
+            served = decide(frame)
+            self.names.add(name)
             publish(frame, name, served, before)
-            return served, proving
+            return served
         finally:
             self._busy.release()
 
-    def _settle(self, device: torch.device, frame: Frame) -> Served:
+    def _settle(self, device: torch.device, odd: Odd, frame: Frame) -> Forward:
         """Return one function for both modes, or the selector that asks for the mode."""
         try:
-            return self._served(decide(self.layer, device, EAGER_MODES, frame=frame, notify="all"))
+            return self._served(decide(self.layer, device, EAGER_MODES, frame=frame, notify="all", subclasses=odd))
         except ModesDiffer:
-            return self._selector(device), None
+            return self._selector(device, odd)
 
-    def _served(self, resolution: Resolution) -> Served:
+    def _served(self, resolution: Resolution) -> Forward:
         if must_raise(resolution):
-            return self._refusing(resolution), None
-        kernel = resolution.implementation or self.layer.reference
-        proving = self._until_proven(kernel, resolution.origin) if needs_proof(resolution) else None
-        served = plugin_manager().wrap_forward(resolution, proving or kernel)
-        return (kernel, proving) if served is proving else (served, None)  # a plugin wraps the proof with the kernel
+            return self._refusing(resolution)
+        kernel: Forward = resolution.implementation or self.layer.reference
+        proving: Forward | None = None
+        if resolution.implementation is not None:
+            self._watch(resolution, kernel)
+            proving = self._find_proving(kernel)
+        served: Forward = plugin_manager().wrap_forward(resolution, proving or kernel)
+        return kernel if served is proving else served  # a plugin wraps the proof with the kernel
 
-    def _selector(self, device: torch.device) -> Forward:
+    def _selector(self, device: torch.device, odd: Odd) -> Forward:
         """Return the function that serves where training and inference differ; the same one each time."""
-        name = f"{self._name(device)}_select"
+        base = self._name(device, odd)
+        name = f"{base}_select"
         if name not in self._selectors:
-            decisions: dict[str, Callable[[Frame], Served]] = {}
+            decisions: dict[str, Callable[[Frame], Forward]] = {}
             for mode in EAGER_MODES:
 
-                def decide_mode(frame: Frame, mode: Mode = mode) -> Served:
-                    return self._served(decide(self.layer, device, (mode,), frame=frame, notify="all"))
+                def decide_mode(frame: Frame, mode: Mode = mode) -> Forward:
+                    found = decide(self.layer, device, (mode,), frame=frame, notify="all", subclasses=odd)
+                    return self._served(found)
 
-                decisions[f"{self._name(device)}_{str(mode.name).lower()}"] = decide_mode
+                decisions[f"{base}_{str(mode.name).lower()}"] = decide_mode
 
             def published(name: str) -> Forward:
-                kernel, proving = self._published(name, decisions[name])
-                return proving or kernel
+                kernel = self._published(name, decisions[name])
+                return self._find_proving(kernel) or kernel
 
-            self._selectors[name] = self.generate(
+            self._selectors[name] = self._generate(
                 "select", self.source.select(*decisions), file=name, _kernels_published=published
             )
         return self._selectors[name]
 
-    def _until_proven(self, kernel: Forward, origin: str) -> Forward:
-        """Return the function that serves recorded calls until a kernel is proven; the same one in all frames."""
-        proving = self._find_proving(kernel)
-        if proving is None:
-            number = id(kernel)  # of this kernel only while the function that proves it lives, which holds it
-
-            def forget(dead: object = None) -> None:
-                if dead is None or self._unproven.get(number) is dead:  # not one that another thread made meanwhile
-                    self._unproven.pop(number, None)
-
-            proving = until_proven(
-                self.layer, kernel, kernel, origin=origin, when_proven=forget, decide_anew=self._cold
-            )
-            self._unproven[number] = weakref.ref(proving, forget)
-        return proving
+    def _watch(self, resolution: Resolution, kernel: Forward) -> None:
+        """Let warm calls ask more, if the kernel is not proven or not fit for all calls."""
+        number = id(kernel)
+        with self._watching:  # or another thread takes the kernel before it for the last one to watch
+            if not resolution.can_be_traced:
+                self._untraceable[:] = [True]
+            if needs_proof(resolution) and number not in self._unproven:
+                gone = weakref.ref(kernel, lambda _: self._unproven.pop(number, None))
+                self._unproven[number] = gone, resolution.origin
+            if self._untraceable or self._unproven or odd_parameters:
+                self._watched[:] = [True]
 
     def _find_proving(self, kernel: Forward) -> Forward | None:
-        """Return the function that proves a kernel; None if it is proven."""
-        reference = self._unproven.get(id(kernel))
-        return reference() if reference is not None else None
+        """Return a function that proves a kernel; None if it is proven.
+
+        Whether it is does not depend on what is published: another thread may drop that at any time.
+        """
+        number = id(kernel)
+        known = self._unproven.get(number)
+        if known is None:
+            return None
+
+        def forget() -> None:
+            with self._watching:
+                self._unproven.pop(number, None)
+                if not (self._untraceable or self._unproven or odd_parameters):
+                    self._watched.clear()
+
+        return until_proven(self.layer, kernel, kernel, origin=known[1], when_proven=forget, decide_anew=self._cold)
 
     def _refusing(self, resolution: Resolution) -> Forward:
         """Return the function that raises, where the reference must not serve."""
@@ -264,7 +238,7 @@ class _Dispatcher:
         if device is None or resolving.get():
             return None
         mode = Mode.TRAINING if is_recorded(module, values) else Mode.INFERENCE
-        judge = stand_in(decide(self.layer, device, (mode,)), error, values)
+        judge = stand_in(decide(self.layer, device, (mode,)), error, module, values)
         if judge is None:
             return None
 
@@ -277,16 +251,18 @@ class _Dispatcher:
 
     # --- Traced calls ---------------------------------------------------------------------------
 
+    @functools.cached_property
     def _traced(self) -> Callable[..., Forward]:
-        """Return the function that a forward calls while it is traced, by Dynamo or by `torch.export`."""
+        """The function that a forward calls while a tracer records it."""
         reference, refusing = self.layer.reference, self._refusing_no_device
 
         @constant_result
-        def table(kind: str, index: int | None) -> str:
+        def table(kind: str, index: int | None, odd: tuple[type[torch.Tensor], ...]) -> str:
             """Run at trace time, outside of the graph: name the property that Dynamo is to read."""
             device = torch.device(kind, index) if index is not None else torch.device(kind)
             ready()  # or finding plugins makes the first answer one that is not kept, and guards ask again
-            return self._table(f"{self._name(device)}_traced", functools.partial(self._settle_traced, device))
+            name = f"{self._name(device, frozenset(odd))}_traced"
+            return self._table(name, functools.partial(self._settle_traced, device, frozenset(odd)))
 
         def traced(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
             device = find_device(module, values)
@@ -295,7 +271,8 @@ class _Dispatcher:
             frame = root.active
             if frame is not root:
                 bool(frame.in_function)  # a value that is used has a guard, which keeps the scopes
-            forward: Forward = getattr(frame, table(device.type, device.index))
+            odd = subclasses_traced(module, values)
+            forward: Forward = getattr(frame, table(device.type, device.index, odd))
             return forward
 
         return traced
@@ -307,31 +284,34 @@ class _Dispatcher:
                 self.names.add(name)
         return name
 
-    def _settle_traced(self, device: torch.device, frame: Frame) -> Forward:
+    def _settle_traced(self, device: torch.device, odd: Odd, frame: Frame) -> Forward:
         """Return one function for both modes, or the selector that reads the table of one of them."""
         try:
-            return self._served_traced(decide(self.layer, device, TRACED_MODES, frame=frame, notify="all"))
+            found = decide(self.layer, device, TRACED_MODES, frame=frame, notify="all", subclasses=odd)
+            return self._served_traced(found)
         except ModesDiffer:
-            return self._selector_traced(device)
+            return self._selector_traced(device, odd)
 
     def _served_traced(self, resolution: Resolution) -> Forward:
         if must_raise(resolution):
             return disabled(self._refusing(resolution), reason=str(no_kernel(resolution)))
         return resolution.implementation or self.layer.reference
 
-    def _selector_traced(self, device: torch.device) -> Forward:
+    def _selector_traced(self, device: torch.device, odd: Odd) -> Forward:
         """Return the same for traced calls: it reads one of two properties."""
-        name = f"{self._name(device)}_select_traced"
+        base = self._name(device, odd)
+        name = f"{base}_select_traced"
         if name not in self._selectors:
             tables = []
             for mode in TRACED_MODES:
 
                 def decide_mode(frame: Frame, mode: Mode = mode) -> Forward:
-                    return self._served_traced(decide(self.layer, device, (mode,), frame=frame, notify="all"))
+                    found = decide(self.layer, device, (mode,), frame=frame, notify="all", subclasses=odd)
+                    return self._served_traced(found)
 
                 word = "training" if Mode.TRAINING in mode else "inference"
-                tables.append(self._table(f"{self._name(device)}_{word}_traced", decide_mode))
-            self._selectors[name] = self.generate("select_traced", self.source.select_traced(*tables), file=name)
+                tables.append(self._table(f"{base}_{word}_traced", decide_mode))
+            self._selectors[name] = self._generate("select_traced", self.source.select_traced(*tables), file=name)
         return self._selectors[name]
 
     # --- Generated functions --------------------------------------------------------------------
@@ -342,7 +322,7 @@ class _Dispatcher:
         source = self.source.forward(
             f"layer{self.layer.number}", accelerator=ACCELERATOR, has_condition=self.layer.condition is not None
         )
-        return self.generate(
+        return self._generate(
             "forward",
             source,
             _kernels_cold=self._cold,
@@ -352,49 +332,17 @@ class _Dispatcher:
             _kernels_hardware=hardware,
             _kernels_names=tuple(names),
             _kernels_reference=self.layer.reference,
-            _kernels_traced=self._traced(),
+            _kernels_traced=self._traced,
         )
 
-    def generate(self, function: str, source: str, *, file: str = "", **names: object) -> Forward:
-        """Compile a text of `forward_source`, and show it to debuggers and tracebacks."""
-        scope: dict[str, Any] = {  # no __name__: Dynamo would look names up in that module
-            "_kernels_unproven": self._unproven,
-            **_SHARED_NAMES,
-            "_kernels_find_proving": self._find_proving,
-            "_kernels_reads_trainable": self._reads_trainable,
+    def _generate(self, function: str, source: str, *, file: str = "", **names: object) -> Forward:
+        return self.generator.generate(
+            function,
+            source,
+            file=file,
+            _kernels_watched=self._watched,
+            _kernels_unproven=self._unproven,
+            _kernels_untraceable=self._untraceable,
+            _kernels_find_proving=self._find_proving,
             **names,
-        }
-        path = _file(self.layer, file or function)
-        exec(compile(source, path, "exec"), scope)
-        self.files.add(path)
-        while _unused_texts:
-            linecache.cache.pop(_unused_texts.pop(), None)
-        if path not in linecache.cache:  # once, however often a model is kernelized
-            weakref.finalize(self.layer, _unused_texts.append, path).atexit = False
-        linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-        generated: Forward = scope.pop(function)  # Dynamo may keep the namespace: not the function with it
-        set_defaults(generated, self.source.parameters)
-        return generated
-
-
-_SHARED_NAMES: dict[str, object] = {
-    "_kernels_frame": active_frame,  # first the names that each call reads: they share cache lines then
-    **EXPRESSION_NAMES,
-    "_kernels_absent": _ABSENT,
-    "_kernels_getattr": getattr,
-    "_kernels_grad": torch.is_grad_enabled,
-    "_kernels_has_trainable": has_trainable,
-    "_kernels_is_recorded": is_recorded,
-    "_kernels_keep_scopes": keep_scopes,
-    "_kernels_outside_functions": outside_functions,
-    "_kernels_plain": PLAIN,
-    "_kernels_records": records_autograd,
-    "_kernels_requires_grad": requires_grad,
-    "_kernels_root": root,
-    "_kernels_tensor": torch.Tensor,
-}
-"""Names that generated functions use, besides those of their own."""
-
-
-def _file(layer: Layer, function: str = "forward") -> str:
-    return f"<kernels_core {function} {layer.number} of {layer.qualname}>"
+        )

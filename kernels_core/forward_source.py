@@ -53,22 +53,32 @@ try:
     if _kernel_frame is not _kernels_root and not _kernels_outside_functions():
         _kernels_keep_scopes()
     {answer}
-    if _kernels_unproven and {records}:
-        _kernel = _kernels_find_proving(_kernel) or _kernel
+    if _kernels_watched:
+        {unfit}
+        if _kernels_unproven and ({forward_level} >= 0 or {records}):
+            _kernel = _kernels_find_proving(_kernel) or _kernel
 except _kernels_absent:
     _kernel = _kernels_cold({module}, {values})
 """
+
+_UNFIT = """\
+if {tests}:
+    _kernel = _kernels_cold({module}, {values})
+"""
+"""Rare calls that a kernel may be unfit for: only where one serves that does not declare to be fit."""
 
 _ONLY_COLD = "_kernel = _kernels_cold({module}, {values})"
 
 _ON_CPU = """\
 _kernel = _kernel_frame.{layer}_cpu
-if not {first}.is_cpu:
+if {not_plain}not {first}.is_cpu:
     _kernel = _kernels_cold({module}, {values})
 """
 
 _ON_ACCELERATOR = """\
-if not _kernels_hardware.accelerators:
+if {odd}:
+    _kernel = _kernels_cold({module}, {values})
+elif not _kernels_hardware.accelerators:
     {on_cpu}
 elif _kernels_hardware.accelerators == 1:
     if {first}.is_{accelerator}:
@@ -88,6 +98,11 @@ _FROZEN = """\
 def frozen{signature}:
     if {module}.__class__ is not _kernels_class:
         return _kernels_elsewhere({call})
+    if {is_traced}:
+        if {odd}:
+            return _kernels_dispatched({call})
+    elif {odd} or {tests}:
+        return _kernels_unfit({module}, {values})({call})
     if _kernels_unproven and (_kernels_grad() or {forward_level} >= 0):
         if {is_traced}:
             if _kernels_lossy and _kernels_records({module}, {values}):
@@ -135,8 +150,9 @@ class ForwardSource:
         parameters: The parameters of the reference, `self` included.
         is_function: Whether there is no `self`.
         reads_module: Whether the reference may use tensors of the module.
-        is_traced: Expression that is true while a call is traced.
+        is_traced: Expression that is true while Dynamo traces a call.
         forward_level: Expression for the level of forward-mode differentiation, negative outside of it.
+        is_recorded: Expression that is true while another tracer records a call of plain tensors.
     """
 
     parameters: tuple[inspect.Parameter, ...]
@@ -144,6 +160,7 @@ class ForwardSource:
     reads_module: bool = True
     is_traced: str = "False"
     forward_level: str = "-1"
+    is_recorded: str = "False"
 
     # --- The functions --------------------------------------------------------------------------
 
@@ -156,8 +173,11 @@ class ForwardSource:
             has_condition: Whether `_kernels_condition` decides first whether kernels may serve.
         """
         pieces = {**self._pieces, "layer": layer, "accelerator": accelerator, "first": self._first}
+        pieces["odd"] = self._odd(exact=False)
+        pieces["not_plain"] = f"{pieces['odd']} or " if accelerator is None else ""
         pieces["on_cpu"] = _ON_CPU.format(**pieces)
         pieces["answer"] = pieces["on_cpu"] if accelerator is None else _fill(_ON_ACCELERATOR, pieces)
+        pieces["unfit"] = _UNFIT.format(**pieces)
         pieces["records"] = self._records(exact=False, first_is_tensor=True)
         pieces["find"] = _fill(_FIND if self._first is not None else _ONLY_COLD, pieces)
         pieces["asked"] = self.call if self.is_function else self.module
@@ -165,7 +185,7 @@ class ForwardSource:
         return _fill(_FORWARD, pieces)
 
     def frozen(self) -> str:
-        """Write the function that calls `_kernels_kernel`, or `_kernels_proving` where autograd may record the call."""
+        """Write the function that calls `_kernels_kernel`, or another one in calls that it is unfit for."""
         return _fill(_FROZEN, {**self._pieces, "records": self._records(exact=False)})
 
     def select(self, inference: str, training: str) -> str:
@@ -196,6 +216,8 @@ class ForwardSource:
             "values": self.values,
             "is_traced": self.is_traced,
             "forward_level": self.forward_level,
+            "odd": self._odd(exact=True),
+            "tests": self._unfit_tests,
         }
 
     @cached_property
@@ -234,6 +256,29 @@ class ForwardSource:
             return None
         first = self._arguments[0]
         return f"{first.name}[{int(self._self_is_packed)}]" if first.kind is first.VAR_POSITIONAL else first.name
+
+    def _odd(self, *, exact: bool) -> str:
+        """Write a test whether an argument is a tensor of a subclass.
+
+        Where it need not be exact, the first argument is also odd if it is no tensor: the cold path finds the device.
+        Arguments whose default is a plain value are not tested.
+        """
+        if self._first is None or (exact and not self._first.isidentifier()):
+            return f"_kernels_is_odd({self.values})"
+        first = f"{self._first}.__class__"
+        tests = [] if exact else [f"{first} is not _kernels_tensor and {first} is not _kernels_parameter"]
+        for p in self._arguments[len(tests) :] if self._first.isidentifier() else ():
+            if p.kind not in _IN_VALUES and (p.default is None or type(p.default) not in PLAIN):
+                kind = f"{p.name}.__class__"
+                known = f"{kind} is not _kernels_tensor and {kind} not in _kernels_plain"
+                tests.append(f"{known} and _kernels_is_odd(({p.name},))")
+        return " or ".join(tests) or "False"
+
+    @property
+    def _unfit_tests(self) -> str:
+        """A test whether a tracer records the call, or the module has a tensor that is not plain."""
+        odd_module = f" or _kernels_odd_parameters and _kernels_is_odd_module({self.module})"
+        return f"_kernels_untraceable and ({self.is_recorded})" + (odd_module if not self.is_function else "")
 
     def _records(self, *, exact: bool, first_is_tensor: bool = False) -> str:
         """Write a test whether autograd records a call, cheapest questions first.

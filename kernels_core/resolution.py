@@ -37,6 +37,7 @@ class LayerRequest:
         layer: The decorated class or function; None if the request is about a layer name only.
         capability: Compute capability of the device, 90 for 9.0; None where there is none.
         scopes: The payloads of the open scopes, innermost first (see `Scope`).
+        subclasses: The classes of the tensors of the call that are not plain, such as `DTensor`.
     """
 
     layer_name: str
@@ -45,6 +46,7 @@ class LayerRequest:
     layer: Layer | None = None
     capability: int | None = None
     scopes: tuple[object, ...] = ()
+    subclasses: frozenset[type[torch.Tensor]] = frozenset()
 
     depends_on_mode = False  # not a field: only a request about several modes finds out
 
@@ -55,7 +57,9 @@ class LayerRequest:
 
     def in_mode(self, mode: Mode) -> LayerRequest:
         """Return the same request about one mode."""
-        return LayerRequest(self.layer_name, self.device, mode, self.layer, self.capability, self.scopes)
+        return LayerRequest(
+            self.layer_name, self.device, mode, self.layer, self.capability, self.scopes, self.subclasses
+        )
 
     @property
     def is_traced(self) -> bool:
@@ -217,6 +221,7 @@ class Resolution:
         every_mode: Whether the decision is the same for training and inference.
         misfits: Inapplicable candidates: offered for this layer, but for other devices or modes, so never tried.
         inference_only: Whether the kernel declares that it has no backward.
+        kernel_layer: The kernel as it was loaded, with its declarations; None for the reference, or if not known.
     """
 
     request: LayerRequest
@@ -229,6 +234,7 @@ class Resolution:
     every_mode: bool = False
     misfits: tuple[Refusal, ...] = ()
     inference_only: bool = False
+    kernel_layer: KernelLayer | None = None
 
     @property
     def subject(self) -> str:
@@ -239,6 +245,11 @@ class Resolution:
     def is_reference(self) -> bool:
         """Whether the layer's own forward runs."""
         return self.implementation is None
+
+    @property
+    def can_be_traced(self) -> bool:
+        """Whether the kernel declares `can_torch_compile`; always so for the reference."""
+        return self.is_reference or bool(getattr(self.kernel_layer, "can_torch_compile", False))
 
     @property
     def plugin(self) -> str:

@@ -19,6 +19,7 @@ from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
 from .errors import KernelsWarning, NoKernelError, PluginError, require_type
 from .guards.quarantine import find_quarantined, on_change
+from .guards.tensors import on_odd_parameter
 from .isolation import FAULTS, raised_in
 from .layer import Layer, decorated_layer
 from .loading import forget_failures
@@ -108,12 +109,16 @@ def _request_of(layer_or_name: Decorated, device: torch.device | Device | str, m
 
 
 def _request(
-    layer: Layer | str, device: torch.device, modes: Sequence[Mode], frame: Frame | None = None
+    layer: Layer | str,
+    device: torch.device,
+    modes: Sequence[Mode],
+    frame: Frame | None = None,
+    subclasses: frozenset[type[torch.Tensor]] = frozenset(),
 ) -> LayerRequest:
     name, known = (layer, None) if isinstance(layer, str) else (layer.name, layer)
     kind = JointRequest if len(modes) > 1 else LayerRequest
     scopes = (scope.root.active if frame is None else frame).payloads()
-    return kind(name, device, modes[0], known, device_capability(device), scopes)
+    return kind(name, device, modes[0], known, device_capability(device), scopes, subclasses)
 
 
 # --- The decision ----------------------------------------------------------------------------------
@@ -126,6 +131,7 @@ def decide(
     *,
     frame: Frame | None = None,
     notify: Literal["plugins", "all"] | None = None,
+    subclasses: frozenset[type[torch.Tensor]] = frozenset(),
 ) -> Resolution:
     """Decide which kernel serves a layer in a frame (None: the active one); the only way to a decision.
 
@@ -133,7 +139,7 @@ def decide(
     before it loads a kernel for only one of them: a training run does not fetch what is registered for inference.
     `notify="plugins"` calls `kernels_resolved`; `"all"` also warns the user of each refused candidate.
     """
-    request = _request(layer, device, modes, frame)
+    request = _request(layer, device, modes, frame, subclasses)
     with _resolving():
         resolution = _decided_before(request)
         if resolution is None:
@@ -148,7 +154,7 @@ def decide(
                 resolution if resolution.request is request else replace(resolution, request=request)
             )
         if request.depends_on_mode:
-            second = decide(layer, device, modes[1:], frame=frame)
+            second = decide(layer, device, modes[1:], frame=frame, subclasses=subclasses)
             if second.implementation is not resolution.implementation:
                 raise ModesDiffer
         if len(modes) > 1:
@@ -265,4 +271,5 @@ def forget() -> None:
 
 plugin_manager().on_change.append(forget)
 on_change.append(scope.forget)
+on_odd_parameter.append(scope.forget)
 plugin_manager().register(CorePlugin(), "core", trusted=True)

@@ -1,16 +1,14 @@
 """The only file of both packages that uses private names of PyTorch. It may change with every PyTorch.
 
-PyTorch may rename or drop a private name in any release. So each stands here, in an entry of its own, with a
-fallback that is slower or more cautious, and never raises. `_find` asks for a name: the argument is always a
-literal, so that the tests can list all names and delete one at a time.
+Each name stands in an entry of its own, with a fallback that is slower or more cautious, and never raises. `_find`
+takes a literal, so that the tests can list all names and delete one at a time.
 
-*Private* is a name that starts with an underscore in or under `torch`, or that PyTorch does not document
-(`TraceError`).
+*Private* is a name in or under `torch` that starts with an underscore, or is not documented (`TraceError`).
 The dictionaries of `nn.Module` (`_parameters`, `_buffers`, `_modules`, `_forward_hooks` and their kin) and `_apply`
 are not: they stand in every pickled module, and subclasses override them, so PyTorch cannot rename them. Other files
 may use them.
 
-Unless an entry says otherwise, its name was tried with PyTorch 2.6 to 2.13.
+Names were tried with PyTorch 2.6 to 2.13, unless an entry says otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import pkgutil
 import re
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -53,18 +51,6 @@ DYNAMO_LISTS_ATTRIBUTES: bool = release >= (2, 13)
 
 
 # --- What generated functions read ---------------------------------------------------------------------
-
-
-class _Compiling:
-    """Stands in for a flag that this PyTorch does not have: slower, for it calls functions."""
-
-    @property
-    def flag(self) -> bool:
-        """Whether `torch.compile` or `torch.export` traces."""
-        try:
-            return torch.compiler.is_compiling()
-        except (AttributeError, NameError):  # the public function reads the flag, too
-            return torch.compiler.is_dynamo_compiling()
 
 
 class _ForwardLevel:
@@ -98,33 +84,27 @@ functions call `torch.compiler.is_dynamo_compiling`, which takes twice as long."
 
 _marker.__dict__["_torchdynamo_inline"] = _marker_in_dynamo
 
-_has_flag = _find("torch.compiler:_is_compiling_flag") is not None
+_fx: Any = _find("torch.fx._symbolic_trace")
+_has_flag = _find("torch.fx._symbolic_trace:_is_fx_tracing_flag") is not None
 _has_level = _find("torch.autograd.forward_ad:_current_level") is not None
 
 IS_TRACED: str = (
-    ("_kernels_marker is _kernels_marker_in_dynamo" if release in _INLINE_TRIED else "_kernels_is_dynamo_compiling()")
-    + " or "
-    + ("_kernels_compiler._is_compiling_flag" if _has_flag else "_kernels_compiler.flag")
+    "_kernels_marker is _kernels_marker_in_dynamo" if release in _INLINE_TRIED else "_kernels_is_dynamo_compiling()"
 )
-"""Expression that is true while a call is traced. Dynamo, which finds the first half true, does not read the second."""
+"""Expression that is true while Dynamo traces a call."""
+
+IS_RECORDED: str = "_kernels_jit() or " + ("_kernels_fx._is_fx_tracing_flag" if _has_flag else "_kernels_modes()")
+"""Expression that is true while `torch.jit.trace` or `torch.fx` may record a call; `is_traced` decides."""
 
 FORWARD_LEVEL: str = "_kernels_forward_ad._current_level" if _has_level else "_kernels_forward_ad.level"
 """Expression for the level of forward-mode differentiation, -1 outside; `no_grad` does not switch it off."""
 
-EXPRESSION_NAMES: Mapping[str, object] = {
-    "_kernels_marker": _marker,
-    "_kernels_marker_in_dynamo": _marker_in_dynamo,
-    "_kernels_is_dynamo_compiling": torch.compiler.is_dynamo_compiling,
-    "_kernels_compiler": torch.compiler if _has_flag else _Compiling(),
-    "_kernels_forward_ad": forward_ad if _has_level else _ForwardLevel(),
-}
-"""The global names that `IS_TRACED` and `FORWARD_LEVEL` need."""
+_forward_ad: Any = forward_ad if _has_level else _ForwardLevel()
 
 
 def in_forward_ad() -> bool:
     """Whether forward-mode differentiation is on."""
-    module: Any = EXPRESSION_NAMES["_kernels_forward_ad"]
-    return bool((module._current_level if _has_level else module.level) >= 0)
+    return bool((_forward_ad._current_level if _has_level else _forward_ad.level) >= 0)
 
 
 # --- Who looks at a call -------------------------------------------------------------------------------
@@ -140,28 +120,46 @@ current_transform: Callable[[], object] = (
     or _find("torch._C._functorch:maybe_current_level")
     or (lambda: "unknown")
 )
-"""Return the innermost transform of `torch.func` that runs, such as `grad` or `vmap`; None outside of them.
+"""Return the innermost transform of `torch.func` that runs; None outside. Without the names, some is assumed: no
+kernel is compared then, and none goes into quarantine."""
 
-Without either name, some transform is assumed: no kernel is tried or compared, so none goes into quarantine for the
-effect of a transform.
-"""
+
+_mode_stack = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack")
 
 
 def _count_dispatch_modes() -> int:
-    stack = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack")
-    return len(stack()) if stack is not None else int(type(torch.empty(0, device="cpu")) is not torch.Tensor)
+    return len(_mode_stack()) if _mode_stack else int(type(torch.empty(0, device="cpu")) is not torch.Tensor)
 
 
 dispatch_mode_count: Callable[[], int] = _find("torch._C:_len_torch_dispatch_stack") or _count_dispatch_modes
-"""Return how many dispatch modes are active, such as those of `torch.export`.
+"""Return how many dispatch modes are active. Without either name, only those that make fake tensors are found."""
 
-Without either name, a new tensor shows modes that make tensors of their own (fake tensors); others are missed.
-"""
+_is_jit_tracing: Callable[[], bool] = _find("torch._C:_is_tracing") or cast(Any, torch.jit).is_tracing
+
+EXPRESSION_NAMES: Mapping[str, object] = {
+    "_kernels_marker": _marker,
+    "_kernels_marker_in_dynamo": _marker_in_dynamo,
+    "_kernels_is_dynamo_compiling": torch.compiler.is_dynamo_compiling,
+    "_kernels_forward_ad": _forward_ad,
+    "_kernels_jit": _is_jit_tracing,
+    "_kernels_fx": _fx,
+    "_kernels_modes": dispatch_mode_count,
+}
+"""The global names of these expressions."""
 
 
 def is_watched() -> bool:
     """Whether `torch.jit.trace`, a transform of `torch.func` or a dispatch mode sees the operators of this call."""
-    return bool(cast(Any, torch.jit).is_tracing() or current_transform() is not None or dispatch_mode_count())
+    return bool(_is_jit_tracing() or current_transform() is not None or dispatch_mode_count())
+
+
+def is_traced(classes: Iterable[type[Any]] = ()) -> bool:
+    """Whether a tracer records this call, and not only counts or replays its operators; `classes`: of its tensors."""
+    if torch.compiler.is_compiling() or _is_jit_tracing() or (_has_flag and _fx._is_fx_tracing_flag):
+        return True
+    modes = map(type, _mode_stack()) if _mode_stack is not None and dispatch_mode_count() else ()
+    tracers = ("torch._subclasses.", "torch.fx.experimental.")  # the other modes count operators, or cache results
+    return any(kind.__module__.startswith(tracers) for kind in (*classes, *modes))
 
 
 def no_dispatch_modes() -> AbstractContextManager[object]:
@@ -172,7 +170,10 @@ def no_dispatch_modes() -> AbstractContextManager[object]:
 
 def no_torch_function() -> AbstractContextManager[object]:
     """Leave modes such as that of `with torch.device(...)`. Without the name, they stay."""
-    return cast("AbstractContextManager[object]", (_find("torch._C:DisableTorchFunction") or contextlib.nullcontext)())
+    return cast(
+        "AbstractContextManager[object]",
+        (_find("torch._C:DisableTorchFunction") or contextlib.nullcontext)(),
+    )
 
 
 _top_hooks = _find("torch._C._autograd:_top_saved_tensors_default_hooks")
@@ -262,7 +263,7 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 def tree_leaves(tree: Any) -> list[Any]:
     """Return the leaves of a nested value. The fallback does not open registered classes."""
     if _tree_leaves is not None:
-        return cast("list[Any]", _tree_leaves(tree))
+        return list(_tree_leaves(tree))
     opened = _opened(tree)
     return [tree] if opened is None else [leaf for child in opened[0] for leaf in tree_leaves(child)]
 
@@ -339,8 +340,7 @@ def _dynamo_reads(marker: str) -> bool:
 def constant_result(function: AnyFunction) -> AnyFunction:
     """Let Dynamo call a function at trace time and take the result for a constant.
 
-    The same as `torch.compiler.assume_constant_result`, which would import Dynamo now, and that takes a second. It
-    does if Dynamo reads another attribute.
+    As `torch.compiler.assume_constant_result`, which imports Dynamo: a second. So it is if Dynamo reads another name.
     """
     if not _dynamo_reads("_dynamo_marked_constant"):
         return cast(AnyFunction, cast(Any, torch.compiler).assume_constant_result(function))

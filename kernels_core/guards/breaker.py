@@ -16,9 +16,10 @@ from ..errors import KernelsError
 from ..layer import Forward
 from ..replay import CONSTANTS, Call
 from ..resolution import Resolution
-from ..torch_internals import dispatch_mode_count, tree_leaves, version
-from ..warning import warn
+from ..torch_internals import current_transform, dispatch_mode_count, is_traced, tree_leaves, version
+from ..warning import warn, warn_once
 from .quarantine import quarantine
+from .tensors import is_odd, is_odd_module
 
 _NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError)
 """Errors that are not the fault of a kernel, or not for a guard to judge."""
@@ -27,17 +28,22 @@ _UNCHANGED = (torch.Tensor, *CONSTANTS)
 """Arguments that a kernel cannot have changed in silence: a tensor counts its changes."""
 
 
-def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) -> Forward | None:
+def stand_in(
+    resolution: Resolution, error: Exception, module: torch.nn.Module | None, values: Iterable[Any]
+) -> Forward | None:
     """Return the function to call in place of a kernel that has raised; None if the error is to be raised.
 
-    It runs the reference. If that raises too, the error is the caller's. If not, the kernel is quarantined. If the
+    It runs the reference. If that raises too, the error is the caller's. If not, the kernel is quarantined, unless the
+    call is not plain: under a transform of `torch.func`, or with tensors of a subclass, other calls may work. If the
     kernel may have changed an argument before it failed, the reference runs on copies, to judge, and the error is
     raised; a call whose arguments cannot be copied, such as a generator, is not judged.
     """
     layer, implementation = resolution.request.layer, resolution.implementation
-    if layer is None or implementation is None or not _is_blamable(error, values) or not _raised(implementation, error):
+    if layer is None or implementation is None or not _is_judged(error) or not _raised(implementation, error):
         return None
     values = list(values)
+    odd = is_odd(values) or (module is not None and is_odd_module(module))
+    spared = "under torch.func" if current_transform() is not None else "for a tensor of a subclass" if odd else ""
     safe = layer.use_fallback and not strict() and not _may_be_changed(values)
 
     def judge(*args: Any, **kwargs: Any) -> Any:
@@ -52,6 +58,15 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
             reference_fails = False
         if reference_fails:
             raise error
+        if spared:
+            if not safe:
+                raise error
+            warn_once(
+                f"{resolution.origin} raised in layer {layer.name!r} {spared}, where the reference does not: the "
+                f"reference serves such calls, and the kernel all others ({type(error).__name__}: {error})",
+                (layer.name, resolution.origin, spared),
+            )
+            return output
         reason = str(error).partition("\n\n")[0].rstrip(".")  # PyTorch may list every kernel of an operator below
         quarantine(
             layer,
@@ -72,11 +87,10 @@ def stand_in(resolution: Resolution, error: Exception, values: Iterable[Any]) ->
     return judge
 
 
-def _is_blamable(error: Exception, values: Iterable[Any]) -> bool:
+def _is_judged(error: Exception) -> bool:
     """Whether an error can be the fault of a kernel: not while a call is traced, nor if the device is lost."""
-    if isinstance(error, _NEVER) or _is_of_checkpointing(error) or _is_sticky(error) or dispatch_mode_count():
-        return False
-    return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(values))
+    traced = dispatch_mode_count() or is_traced()
+    return not (isinstance(error, _NEVER) or _is_of_checkpointing(error) or _is_sticky(error) or traced)
 
 
 def _is_of_checkpointing(error: Exception) -> bool:
@@ -117,6 +131,5 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Any]:
-    """Return the tensors among the arguments, and the proxies that replace them while a call is traced."""
-    kinds = (torch.Tensor, torch.fx.Proxy)
-    return (leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, kinds))
+    """Return the tensors among the arguments."""
+    return (leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor))

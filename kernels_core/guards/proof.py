@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..layer import Forward, Layer
-from ..torch_internals import current_transform
+from ..torch_internals import current_transform, in_forward_ad, tree_leaves
+from ..warning import warn_once
 from .gradients import keeps_gradients, records_autograd, try_gradients
 
 _FINDS_LOCALS = {"super", "locals", "vars", "eval", "exec"}
@@ -43,15 +45,28 @@ def until_proven(
 
     @functools.wraps(forward)
     def proving(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or current_transform() is not None or torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
         if keeps_gradients(layer, kernel):  # proven by another call meanwhile
             when_proven()
             return forward(*args, **kwargs)
         module, values = _arguments(layer, args, kwargs)
         changed_part = getattr(kernel, "kernels_changed_part", None)  # then the reference runs, and proves nothing
-        if not records_autograd(module, values) or (changed_part is not None and changed_part(module) is not None):
+        recorded = torch.is_grad_enabled() and records_autograd(module, values)
+        if torch.compiler.is_compiling() or not (recorded or in_forward_ad()):
             return forward(*args, **kwargs)
+        if changed_part is not None and changed_part(module) is not None:
+            return forward(*args, **kwargs)
+        if current_transform() is not None or in_forward_ad():  # where the reference cannot run on copies
+            output = forward(*args, **kwargs)
+            given = [*values, *(module.parameters() if module is not None else ())]
+            if _is_differentiated(output) or not _is_differentiated(given):
+                return output
+            expected = layer.reference(*args, **kwargs)
+            if _is_differentiated(expected):  # else an outer transform differentiates, which cannot be found out here
+                warn_once(
+                    f"Layer {layer.name!r}: {origin} loses gradients under torch.func or in forward-mode "
+                    "differentiation: the reference serves such calls."
+                )
+            return expected
 
         def call(function: Forward) -> Any:
             return (forward if function is kernel else function)(*args, **kwargs)
@@ -62,6 +77,12 @@ def until_proven(
         return decide_anew(module, values)(*args, **kwargs) if kept is False else output
 
     return proving
+
+
+def _is_differentiated(values: Any) -> bool:
+    """Whether a tensor in a nested value requires grad, or has a tangent."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return any(tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _arguments(

@@ -19,17 +19,19 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .. import dispatch
+from ..contract import check_call
 from ..environment import mapping_disabled
+from ..generated import frozen as frozen_forward
 from ..guards.gradients import keeps_gradients, records_autograd
 from ..guards.proof import until_proven
 from ..guards.quarantine import find_quarantined
+from ..guards.tensors import is_pending, odd_classes, waiting
 from ..layer import Forward, Layer
 from ..mode import Mode
 from ..plugins import plugin_manager
 from ..resolution import Resolution
 from ..scope import listeners
-from ..torch_internals import constant_result
+from ..torch_internals import constant_result, is_fake_class, is_traced
 from ..warning import WarnOnce
 
 
@@ -168,9 +170,28 @@ def make_forward(frozen: FrozenChoice) -> Forward:
         recorded = asked and torch.is_grad_enabled() and records_autograd(self, (*args, *kwargs.values()))
         return state["_kernels_proving" if recorded else "_kernels_kernel"](self, *args, **kwargs)
 
+    def unfit(module: nn.Module | None, values: tuple[Any, ...]) -> Forward:
+        """Return the function for a call that a tracer records, or with tensors that are not plain."""
+        odd = odd_classes(module, values)
+        others = [kind for kind in odd if not is_pending(kind) and not is_fake_class(kind)]
+        choice = frozen.resolution
+        reason = check_call(choice, others, traced=is_traced(odd)) if choice is not None else None
+        if choice is not None and reason is not None:
+            subject = f"{choice.request.place}, kernelized with {choice.origin}"
+            frozen.run.warn(f"A call of {subject}, decides by itself, for {reason}")
+            return frozen.original.forward
+        return waiting(elsewhere) if any(map(is_pending, odd)) else elsewhere
+
     forward: Any
     if frozen.layer is not None:
-        forward = dispatch.frozen(frozen.layer, frozen.chosen, elsewhere)
+        forward = frozen_forward(
+            frozen.layer,
+            frozen.chosen,
+            elsewhere=elsewhere,
+            unfit=unfit,
+            dispatched=frozen.original.forward,
+            untraceable=[] if frozen.resolution is None or frozen.resolution.can_be_traced else [True],
+        )
     else:
 
         @functools.wraps(frozen.chosen)

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .. import dispatch
 from ..errors import KernelizeError
+from ..generated import adapted
 from ..layer import Forward, Layer
 from ..resolution import Resolution
 from .choice import FrozenChoice, Run, choices, is_parametrized, make_forward, refresh
@@ -35,7 +35,7 @@ def freeze_class(
     forward: Forward = original.forward
     if layer is not None:
         chosen = resolution.implementation if resolution is not None else None
-        forward = dispatch.adapted(layer, chosen or layer.reference)
+        forward = adapted(layer, chosen or layer.reference)
     frozen.chosen = frozen.active = pinned(forward, functions) if functions else forward
     frozen.members = {
         "__module__": original.__module__,

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..device import Device, as_torch_device
-from ..dispatch import dispatched_layer
 from ..environment import strict
 from ..errors import ArgumentError, ArgumentTypeError, KernelizeError
+from ..generated import dispatched_layer
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..resolution import Cause, Refusal, Resolution

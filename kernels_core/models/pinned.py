@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..contract import check_call
 from ..guards.quarantine import find_quarantined
 from ..layer import Forward, Layer
 from ..mode import Mode
-from ..resolution import LayerRequest, Resolution
+from ..resolution import LayerRequest, Refusal, Resolution
 from ..resolver import Decided, decide
 from ..scope import Scope
 from ..torch_internals import constant_result
@@ -31,7 +32,11 @@ def pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
         if choice.inference_only and Mode.TRAINING in request.mode:
             return None
         kernel = choice.implementation
-        return None if kernel is not None and find_quarantined(request, kernel) else replace(choice, request=request)
+        if kernel is not None and find_quarantined(request, kernel):
+            return None
+        if reason := check_call(choice, request.subclasses, traced=request.is_traced):
+            return Resolution(request, refusals=(Refusal(reason, choice.candidate, choice.plugin),))
+        return replace(choice, request=request)
 
     scope = Scope(Decided(choice_for))
 

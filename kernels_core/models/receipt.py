@@ -14,8 +14,8 @@ from torch import nn
 
 from .. import resolver
 from ..device import Device, as_torch_device
-from ..dispatch import dispatched_layer
 from ..errors import ArgumentTypeError, RequirementError
+from ..generated import dispatched_layer
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..plugins import plugin_manager

@@ -45,7 +45,7 @@ def make_layer() -> Callable[..., type[nn.Module]]:
 def make_kernel() -> Callable[..., type[nn.Module]]:
     """Make kernel layers that add a number of their own."""
 
-    def make(added: float, **declarations: bool) -> type[nn.Module]:
+    def make(added: float, **declarations: Any) -> type[nn.Module]:
         def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
             return x + added
 

@@ -400,7 +400,7 @@ def test_subclasses_of_tensors_and_replicas_of_modules_are_served(make_layer: Ma
     """Arguments keep their class; a replica as DataParallel makes it, and a bound forward, are served like any."""
     mine = type("Mine", (torch.Tensor,), {})
     layer = make_layer()()
-    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10, tensor_subclasses=(mine,))}}):
         output = layer(X.as_subclass(mine))
         assert type(output) is mine and output.tolist() == [10, 10]
         assert layer._replicate_for_data_parallel()(X)[0] == 10

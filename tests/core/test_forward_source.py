@@ -99,8 +99,14 @@ def compiled(text: str, **names: Any) -> Any:
         "_kernels_reads_trainable": lambda module: False,
         "_kernels_is_recorded": lambda module, values: any(getattr(v, "requires_grad", False) for v in values),
         "_kernels_outside_functions": lambda: True,
-        "_kernels_plain": PLAIN,
         "_kernels_root": None,
+        "_kernels_is_odd": lambda values: False,
+        "_kernels_is_odd_module": lambda module: False,
+        "_kernels_odd_parameters": [],
+        "_kernels_parameter": nn.Parameter,
+        "_kernels_plain": PLAIN,
+        "_kernels_untraceable": [],
+        "_kernels_watched": [True],
         "_kernels_requires_grad": lambda value: getattr(value, "requires_grad", False),
         "_kernels_tensor": Mapped,
         **names,
@@ -169,6 +175,7 @@ def test_arguments_arrive_unchanged(data: Any) -> None:
         "_kernels_unproven": data.draw(st.sampled_from([{}, {0: "a function"}])),
     }
     calling = {"_kernels_kernel": expected, "_kernels_proving": expected, "_kernels_elsewhere": expected}
+    calling |= {"_kernels_unfit": lambda module, values: expected, "_kernels_dispatched": expected}
     calling |= {
         "_kernels_class": data.draw(st.sampled_from([nn.Module, None])),
         "_kernels_unproven": data.draw(st.booleans()),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kernels_core.dispatch import dispatched_layer
+from kernels_core.generated import dispatched_layer
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("triton", reason="Triton is not installed, so its kernels cannot be compiled")

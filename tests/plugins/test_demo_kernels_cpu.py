@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels_core.dispatch import dispatched_layer
+from kernels_core.generated import dispatched_layer
 from kernels_plugins.local_hub.testing import kernel_metadata
 
 DEMO = Path(__file__).resolve().parents[2] / "kernels_plugins" / "demo"

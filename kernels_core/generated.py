@@ -1,0 +1,131 @@
+"""Compiles the texts of `forward_source` for one layer, and shows them to debuggers and tracebacks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import weakref
+from typing import Any
+
+import torch
+
+from .forward_source import PLAIN, ForwardSource, read_parameters, set_defaults
+from .guards.functions import outside_functions
+from .guards.gradients import has_trainable, is_recorded, reads_trainable, records_autograd, requires_grad
+from .guards.proof import read_attributes
+from .guards.tensors import is_odd, is_odd_module, odd_parameters
+from .layer import Forward, Layer
+from .scope import active_frame, keep_scopes, root
+from .torch_internals import EXPRESSION_NAMES, FORWARD_LEVEL, IS_RECORDED, IS_TRACED, TraceError
+
+_ABSENT = (AttributeError, IndexError, TraceError)
+"""Raised by a generated forward where nothing is published, or the first argument is missing or not a tensor."""
+
+
+unused_texts: list[str] = []
+"""Files in `linecache` of layers that are gone, dropped later: a finalizer may run inside of `linecache.checkcache`."""
+
+
+class Generator:
+    """Makes functions with the signature of one layer.
+
+    Attributes:
+        layer: The layer.
+        source: Writes their texts.
+        files: The names under which `linecache` has them.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        """Read the signature and the byte code of the reference."""
+        self.layer = layer
+        self.files = set[str]()
+        names = read_attributes(layer)
+        self._reads_trainable = has_trainable if names is None else functools.partial(reads_trainable, names)
+        self.source = ForwardSource(
+            read_parameters(layer.reference),
+            layer.is_function,
+            names != frozenset(),
+            IS_TRACED,
+            FORWARD_LEVEL,
+            IS_RECORDED,
+        )
+
+    def generate(self, function: str, source: str, *, file: str = "", **names: object) -> Forward:
+        """Compile a text of `forward_source`, and show it to debuggers and tracebacks."""
+        scope: dict[str, Any] = {  # no __name__: Dynamo would look names up in that module
+            "_kernels_watched": None,  # in `names`; first, for each call reads it
+            **_SHARED_NAMES,
+            "_kernels_reads_trainable": self._reads_trainable,
+            **names,
+        }
+        path = _file(self.layer, file or function)
+        exec(compile(source, path, "exec"), scope)
+        self.files.add(path)
+        while unused_texts:
+            linecache.cache.pop(unused_texts.pop(), None)
+        if path not in linecache.cache:  # once, however often a model is kernelized
+            weakref.finalize(self.layer, unused_texts.append, path).atexit = False
+        linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+        generated: Forward = scope.pop(function)  # Dynamo may keep the namespace: not the function with it
+        set_defaults(generated, self.source.parameters)
+        return generated
+
+
+def adapted(layer: Layer, kernel: Forward) -> Forward:
+    """Return a kernel with the names and defaults of the layer: the kernel itself, unless it has others."""
+    if kernel is layer.reference or _as_called(kernel, layer) == _as_called(layer.reference, layer):
+        return kernel
+    generator = Generator(layer)
+    function = generator.generate("adapted", generator.source.adapted(), _kernels_kernel=kernel)
+    return functools.update_wrapper(function, layer.reference)
+
+
+def frozen(layer: Layer, kernel: Forward, **names: Any) -> Forward:
+    """Return the forward of a class that is kernelized with a kernel; its globals are the state of its choice."""
+    generator = Generator(layer)
+    names = {f"_kernels_{name}": value for name, value in names.items()}
+    function = generator.generate("frozen", generator.source.frozen(), _kernels_kernel=kernel, **names)
+    return functools.update_wrapper(function, kernel)
+
+
+def _as_called(function: Forward, layer: Layer) -> list[tuple[Any, ...]]:
+    """Return the parts of a signature that a caller relies on: names, kinds, and defaults, plain ones by value."""
+    parameters = list(inspect.signature(function).parameters.values())[0 if layer.is_function else 1 :]
+    return [
+        (p.name, p.kind, type(p.default), p.default if type(p.default) in PLAIN else id(p.default)) for p in parameters
+    ]
+
+
+def dispatched_layer(forward: object) -> Layer | None:
+    """Return the layer that `forward` dispatches for; None for anything else, such as a wrapper of it."""
+    layer = getattr(forward, "kernels_layer", None)
+    code = getattr(forward, "__code__", None)
+    return layer if isinstance(layer, Layer) and code is not None and code.co_filename == _file(layer) else None
+
+
+_SHARED_NAMES: dict[str, object] = {
+    "_kernels_frame": active_frame,  # first the names that each call reads: they share cache lines then
+    **EXPRESSION_NAMES,
+    "_kernels_absent": _ABSENT,
+    "_kernels_getattr": getattr,
+    "_kernels_grad": torch.is_grad_enabled,
+    "_kernels_has_trainable": has_trainable,
+    "_kernels_is_recorded": is_recorded,
+    "_kernels_keep_scopes": keep_scopes,
+    "_kernels_outside_functions": outside_functions,
+    "_kernels_is_odd": is_odd,
+    "_kernels_is_odd_module": is_odd_module,
+    "_kernels_odd_parameters": odd_parameters,
+    "_kernels_parameter": torch.nn.Parameter,
+    "_kernels_plain": PLAIN,
+    "_kernels_records": records_autograd,
+    "_kernels_requires_grad": requires_grad,
+    "_kernels_root": root,
+    "_kernels_tensor": torch.Tensor,
+}
+"""Names that generated functions use, besides those of their own."""
+
+
+def _file(layer: Layer, function: str = "forward") -> str:
+    return f"<kernels_core {function} {layer.number} of {layer.qualname}>"

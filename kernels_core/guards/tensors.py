@@ -1,0 +1,147 @@
+"""Tensors that are not plain: of subclasses, whose memory is elsewhere, pending, or means something else.
+
+A kernel that takes the address of a `DTensor` finds none. So only plain tensors reach a kernel that does not declare
+which subclasses it accepts, and a pending collective is waited for first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+
+from ..layer import Forward
+from ..torch_internals import constant_result, is_fake_class, tree_map
+
+DECLARATION = "tensor_subclasses"
+"""The attribute in which a kernel declares the subclasses of `torch.Tensor` that it accepts."""
+
+_USUAL = (torch.Tensor, torch.nn.Parameter)
+_HOLD_THEIR_DATA = ("torchao.", "torch.ao.", "torch.sparse.")
+"""Where the subclasses are defined that any kernel gets: quantized numbers that their operators know."""
+
+odd_parameters: list[str] = []
+"""The first class of a parameter of this process that kernels must not get unasked; empty until there is one."""
+on_odd_parameter: list[Callable[[], None]] = []
+"""Called then: from now on, calls look at the parameters of their module."""
+
+
+def is_odd(values: Iterable[Any]) -> bool:
+    """Whether an argument, or an item of a list, tuple or dict among them, is a tensor that is not plain."""
+    return bool(_kinds(values))
+
+
+def is_odd_module(module: torch.nn.Module) -> bool:
+    """Whether a module or a child has a parameter that kernels must not get unasked."""
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) not in _USUAL and _is_odd_parameter(type(parameter)):
+            return True
+    return any(child is not None and is_odd_module(child) for child in module._modules.values())
+
+
+def odd_classes(module: torch.nn.Module | None, values: Iterable[Any]) -> frozenset[type[torch.Tensor]]:
+    """Return the subclasses among the arguments of a call, and those of the parameters of its module."""
+    return frozenset(_kinds(values) + (_kinds_of(module) if odd_parameters else []))
+
+
+def subclasses_traced(module: torch.nn.Module | None, values: Iterable[Any]) -> tuple[type[torch.Tensor], ...]:
+    """Return the same while a call is traced, when fake tensors replace plain ones; Dynamo follows this function."""
+    kinds = _kinds(values)
+    if _looks_at_parameters():
+        kinds += _kinds_of(module)
+    return tuple([kind for kind in kinds if not is_fake_class(kind)])
+
+
+@constant_result
+def _looks_at_parameters() -> bool:
+    """Run at trace time: the classes of parameters are guarded anyway, so this needs no guard."""
+    return bool(odd_parameters)
+
+
+def _kinds(values: Iterable[Any]) -> list[type[torch.Tensor]]:
+    found: list[type[torch.Tensor]] = []
+    for value in values:
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for item in inside:
+            kind = type(item)
+            if kind in _USUAL or not isinstance(item, torch.Tensor) or kind in found:
+                continue
+            if not kind.__module__.startswith(_HOLD_THEIR_DATA):
+                found.append(kind)
+    return found
+
+
+def _kinds_of(module: torch.nn.Module | None) -> list[type[torch.Tensor]]:
+    parameters = module.parameters() if module is not None else ()
+    return [type(parameter) for parameter in parameters if _is_odd_parameter(type(parameter))]
+
+
+def _is_odd_parameter(kind: type[torch.Tensor]) -> bool:
+    """Whether parameters of a class have no memory of their own: not so for those that only add state to a tensor."""
+    if kind in _USUAL or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        return False
+    return not kind.__module__.startswith(_HOLD_THEIR_DATA) and not is_fake_class(kind)
+
+
+def check_tensors(classes: Iterable[type[torch.Tensor]], kernel: object) -> str | None:
+    """Return why a kernel layer does not serve calls with tensors of these classes, or None."""
+    accepted = getattr(kernel, DECLARATION, ())
+    names = sorted(kind.__qualname__ for kind in classes if not issubclass(kind, accepted))
+    if not names:
+        return None
+    return (
+        f"an argument or a parameter of this call is a {' and a '.join(names)}, and the kernel does not declare that "
+        f"it accepts them ({DECLARATION}): the memory of such a tensor may not be that of a plain one"
+    )
+
+
+# --- Pending collectives -----------------------------------------------------------------------------
+
+
+def is_pending(kind: type[torch.Tensor]) -> bool:
+    """Whether tensors of a class are results of functional collectives that may not have arrived yet."""
+    return hasattr(kind, "trigger_wait")  # only `AsyncCollectiveTensor` has it; to import its module takes long
+
+
+def waiting(forward: Forward) -> Forward:
+    """Return a function that waits for the pending collectives among its arguments; gradients flow through."""
+
+    def waited(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(_waited, (args, kwargs))
+        return forward(*args, **kwargs)
+
+    return waited
+
+
+def _waited(leaf: Any) -> Any:
+    return cast(Any, _Wait).apply(leaf) if is_pending(type(leaf)) else leaf
+
+
+class _Wait(torch.autograd.Function):
+    """The result of a collective. To wait by itself leaves the graph: the inner tensor has no history."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: torch.Tensor) -> torch.Tensor:
+        """Wait. The view keeps autograd from writing a history on the tensor that the pending one shares."""
+        result: torch.Tensor = cast(Any, pending).trigger_wait()
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient."""
+        return gradient
+
+
+# --- Parameters --------------------------------------------------------------------------------------
+
+
+def _notice(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+    """Notice the first parameter that is not plain: until then, no call pays for looking at those of its module."""
+    if not odd_parameters and parameter is not None and _is_odd_parameter(type(parameter)):
+        odd_parameters.append(type(parameter).__qualname__)
+        for listener in on_odd_parameter:
+            listener()
+
+
+torch.nn.modules.module.register_module_parameter_registration_hook(_notice)

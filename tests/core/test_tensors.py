@@ -1,0 +1,324 @@
+"""Calls that are not plain: tensors of subclasses, pending collectives, other tracers than Dynamo, transforms."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from kernels_core import (
+    KernelsWarning,
+    Mode,
+    NoKernelError,
+    kernelize,
+    quarantined,
+    release,
+    resolve,
+    use_kernel_forward_from_hub,
+)
+from kernels_core.guards import tensors
+from kernels_plugins import use_kernel_mapping
+
+X = torch.arange(4.0)
+Served = list[type]
+
+
+@pytest.fixture(autouse=True)
+def _released() -> Iterator[None]:
+    """Start and leave with no kernel in quarantine, and no parameter noticed."""
+    before = list(tensors.odd_parameters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        yield
+    tensors.odd_parameters[:] = before
+    release()
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    """A process group of this process only."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def weighted(self: Any, x: Any, other: Any = None) -> Any:
+    y = x * self.weight
+    return y if other is None else y + other
+
+
+def make(name: str, **options: Any) -> nn.Module:
+    """Return a new decorated layer with a weight of twos."""
+    cls = type(name, (nn.Module,), {"forward": weighted})
+    layer = use_kernel_forward_from_hub(name, **options)(cls)()
+    layer.weight = nn.Parameter(torch.full((4,), 2.0))
+    return layer
+
+
+def native(served: Served, **declarations: Any) -> type[nn.Module]:
+    """Return a kernel that needs addresses, and whose result is that of the reference."""
+
+    def forward(self: Any, x: Any, other: Any = None) -> Any:
+        for tensor in (x, self.weight, *([other] if other is not None else [])):
+            if type(tensor) not in (torch.Tensor, nn.Parameter):
+                served.append(type(tensor))
+                raise RuntimeError("no address")
+        served.append(type(x))
+        return weighted(self, x, other)
+
+    return type("Native", (nn.Module,), {"forward": forward, **declarations})
+
+
+@pytest.fixture(params=["dispatched", "kernelized"])
+def prepared(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
+    """Return the layer as it is, or kernelized in a mapping that is active."""
+    if request.param == "dispatched":
+        return lambda layer: layer
+    return lambda layer: kernelize(layer, mode=Mode.INFERENCE, device="cpu")
+
+
+Prepare = Callable[[nn.Module], nn.Module]
+
+
+# --- Subclasses --------------------------------------------------------------------------------------
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("where", ["first", "second", "list"])
+def test_tensors_of_a_subclass_take_the_reference(prepared: Prepare, where: str) -> None:
+    """No subclass reaches a kernel that does not declare it: one warning, no quarantine, and plain calls as before."""
+    served: Served = []
+    odd = X.as_subclass(Mine)
+    call = {"first": (odd,), "second": (X, odd), "list": ([odd][0], None)}[where]
+    with use_kernel_mapping({f"Odd{where}": {"cpu": native(served)}}), torch.no_grad():
+        layer = prepared(make(f"Odd{where}"))
+        with pytest.warns(KernelsWarning, match="Mine") as caught:
+            results = [layer(*call) for _ in range(3)]
+        assert all(type(result) is Mine and torch.equal(result, weighted(layer, *call)) for result in results)
+        reasons = {str(w.message) for w in caught if issubclass(w.category, KernelsWarning)}
+        assert len(reasons) == len(caught) <= 2 and served == []  # of the kernelized module, and of its own decision
+        layer(X)
+    assert served == [torch.Tensor] and not quarantined()
+
+
+def test_a_parameter_as_argument_is_plain() -> None:
+    """The kernel serves `nn.Parameter`s as it does tensors."""
+    served: Served = []
+    with use_kernel_mapping({"OddParameter": {"cpu": native(served)}}), torch.no_grad():
+        make("OddParameter")(nn.Parameter(X))
+    assert served == [nn.Parameter]
+
+
+def test_a_kernel_may_declare_what_it_accepts() -> None:
+    """A declared subclass, or a base of it, is served; the next candidate serves what the first does not accept."""
+    for number, declared in enumerate(((Mine,), (torch.Tensor,))):
+        served: Served = []
+
+        def forward(self: Any, x: Any, other: Any = None, served: Served = served) -> Any:
+            served.append(type(x))
+            return weighted(self, x, other)
+
+        kernel = type("Accepts", (nn.Module,), {"tensor_subclasses": declared, "forward": taking_two(forward)})
+        with use_kernel_mapping({f"Accepts{number}": {"cpu": kernel}}), torch.no_grad():
+            assert type(make(f"Accepts{number}")(X.as_subclass(Mine))) is Mine
+        assert served == [Mine]
+
+
+def taking_two(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, x, other=None: forward(self, x, other)
+
+
+def test_strict_layers_refuse_such_calls() -> None:
+    """Where the reference must not serve, the call raises with the reason."""
+    with use_kernel_mapping({"OddStrict": {"cpu": native([])}}), torch.no_grad():
+        layer = make("OddStrict", use_fallback=False)
+        with pytest.raises(NoKernelError, match="tensor_subclasses"):
+            layer(X.as_subclass(Mine))
+        layer(X)
+
+
+def test_dtensors_as_arguments_and_parameters(mesh: DeviceMesh, prepared: Prepare) -> None:
+    """A `DTensor` takes the reference, also as a parameter that a module gets after its first call."""
+    served: Served = []
+    with use_kernel_mapping({"Distributed": {"cpu": native(served)}}):
+        layer = prepared(make("Distributed"))
+        layer(X)
+        served.clear()
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate()]))
+        x = distribute_tensor(X.clone().requires_grad_(), mesh, [Shard(0)])
+        with pytest.warns(KernelsWarning, match="DTensor"):
+            result = layer(x)
+        assert isinstance(result, DTensor) and torch.equal(result.full_tensor(), 2 * X)
+        result.sum().backward()
+        assert torch.equal(x.grad.full_tensor(), torch.full((4,), 2.0))
+        with pytest.raises(Exception, match="mixed"):  # the error of the reference: the kernel is not asked
+            layer(X)
+    assert served == [] and not quarantined()
+
+
+def test_pending_collectives_are_waited_for(mesh: DeviceMesh, prepared: Prepare) -> None:
+    """The kernel gets the result of a collective, in any argument, and gradients flow to what the collective got."""
+
+    class Pending(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return AsyncCollectiveTensor(x.clone())
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient
+
+    served: Served = []
+    with use_kernel_mapping({"Pending": {"cpu": native(served)}}):
+        layer, x = prepared(make("Pending")), X.clone().requires_grad_()
+        for call in ((Pending.apply(x),), (X, Pending.apply(x))):
+            x.grad = None
+            layer(*call).sum().backward()
+            assert torch.equal(x.grad, torch.full((4,), 2.0 if len(call) == 1 else 1.0))
+    assert served and set(served) == {torch.Tensor}
+
+
+# --- Tracers -----------------------------------------------------------------------------------------
+
+
+def onnx(layer: Callable[..., Any]) -> Any:
+    seen: list[Any] = []
+
+    class Model(nn.Module):
+        def forward(self, x: Any) -> Any:
+            seen.append(layer(x))
+            return seen[-1]
+
+    torch.jit._get_trace_graph(Model(), (X,))  # what the TorchScript-based export of ONNX calls
+    return lambda x: layer(x)
+
+
+def fake(layer: Callable[..., Any]) -> Any:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert type(layer(mode.from_tensor(X))).__name__ == "FakeTensor"
+    return lambda x: 2 * x
+
+
+TRACERS: dict[str, Callable[[Any], Any]] = {
+    "jit.trace of a module": lambda layer: torch.jit.trace(layer, (X,), check_trace=False),
+    "jit.trace of a function": lambda layer: torch.jit.trace(lambda x: layer.forward(x), (X,), check_trace=False),
+    "onnx": onnx,
+    "make_fx": lambda layer: make_fx(lambda x: layer(x))(X),
+    "make_fx, fake": lambda layer: make_fx(lambda x: layer(x), tracing_mode="fake", _allow_non_fake_inputs=True)(X),
+    "symbolic_trace": lambda layer: torch.fx.symbolic_trace(nn.Sequential(layer)),
+    "fake": fake,
+}
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("declares", [False, True])
+def test_tracers_run_only_kernels_that_declare_it(prepared: Prepare, tracer: str, declares: bool) -> None:
+    """Under every tracer the reference serves in place of an undeclared kernel, and the trace is right."""
+    if declares and "fake" in tracer:
+        pytest.skip("the kernel needs addresses")
+    ran: list[bool] = []
+    name = f"Traced{list(TRACERS).index(tracer)}{declares}"
+
+    class Kernel(nn.Module):
+        can_torch_compile = declares
+
+        def forward(self, x: Any, other: Any = None) -> Any:
+            ran.append(True)
+            return weighted(self, x, other)
+
+    with use_kernel_mapping({name: {"cpu": Kernel}}), torch.no_grad():
+        layer = prepared(make(name).requires_grad_(False))
+        layer(X)
+        ran.clear()
+        traced = TRACERS[tracer](layer)
+        assert bool(ran) is declares
+        ran.clear()
+        layer(X)
+        assert ran
+    assert torch.equal(traced(X + 1), 2 * (X + 1))
+
+
+def test_modes_that_only_watch_are_no_tracers() -> None:
+    """Counting operators, as profilers and selective checkpoints do, runs the kernel."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    served: Served = []
+    with use_kernel_mapping({"Watched": {"cpu": native(served)}}), torch.no_grad(), FlopCounterMode(display=False):
+        make("Watched")(X)
+    assert served == [torch.Tensor]
+
+
+# --- Transforms --------------------------------------------------------------------------------------
+
+
+class Double(torch.autograd.Function):
+    """Knows neither vmap nor forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        return gradient * 2
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Any]], torch.Tensor]] = {
+    "vmap": lambda f: torch.func.vmap(f)(X[None].repeat(2, 1))[0] / X.clamp(min=1),
+    "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(X),
+    "jacrev": lambda f: torch.func.jacrev(f)(X).sum(0),
+    "jacfwd": lambda f: torch.func.jacfwd(f)(X).sum(0),
+    "jvp": lambda f: torch.func.jvp(f, (X,), (torch.ones(4),))[1],
+    "per sample": lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(X[None]).squeeze(0),
+}
+
+
+@pytest.mark.parametrize("kind", ["function without rules", "detached", "item"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_right_and_not_held_against_a_kernel(transform: str, kind: str) -> None:
+    """Values and derivatives are those of the reference, no kernel goes into quarantine, and it serves plain calls."""
+    ran: list[bool] = []
+    name = f"Transformed {transform} {kind}"
+
+    class Kernel(nn.Module):
+        def forward(self, x: Any, other: Any = None) -> Any:
+            if kind == "item":
+                x = x + 0 * x.detach().sum().item()
+            result = Double.apply(x) if kind == "function without rules" else x * 2
+            ran.append(True)
+            return result.detach() if kind == "detached" else result
+
+    with use_kernel_mapping({name: {"cpu": Kernel}}):
+        layer = make(name)
+        layer.weight.requires_grad_(False)
+        with torch.no_grad():
+            layer(X)
+        result = TRANSFORMS[transform](layer)
+        expected = torch.full((4,), 2.0)
+        expected[0] = 0.0 if transform == "vmap" else 2.0
+        torch.testing.assert_close(result, expected)
+        assert not quarantined(), [str(entry) for entry in quarantined()]
+        ran.clear()
+        with torch.no_grad():
+            layer(X)
+    assert ran
+
+
+def test_a_decision_is_still_about_plain_calls() -> None:
+    """`resolve` is not concerned: the kernel is the choice for plain calls."""
+    with use_kernel_mapping({"Resolved": {"cpu": native([])}}):
+        assert "Native" in resolve(make("Resolved"), device="cpu", mode=Mode.INFERENCE).origin
