@@ -84,7 +84,7 @@ functions call `torch.compiler.is_dynamo_compiling`, which takes twice as long."
 
 _marker.__dict__["_torchdynamo_inline"] = _marker_in_dynamo
 
-_fx: Any = _find("torch.fx._symbolic_trace")
+_fx: Any = sys.modules.get("torch.fx._symbolic_trace")
 _has_flag = _find("torch.fx._symbolic_trace:_is_fx_tracing_flag") is not None
 _has_level = _find("torch.autograd.forward_ad:_current_level") is not None
 
