@@ -8,7 +8,7 @@ import inspect
 import itertools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -82,7 +82,9 @@ def until_proven(
 def _is_differentiated(values: Any) -> bool:
     """Whether a tensor in a nested value requires grad, or has a tangent."""
     tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-    return any(tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return any(
+        tensor.requires_grad or cast(Any, forward_ad).unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def _arguments(
