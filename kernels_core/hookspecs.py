@@ -247,7 +247,7 @@ def kernels_kernel_failed(request: LayerRequest, candidate: Candidate, error: Ba
 
 
 @hookspec
-def kernels_mapping() -> Mapping[str, Mapping[Any, Any]] | None:
+def kernels_mapping() -> Mapping[str, Any] | None:
     """Offer a whole mapping: the way for a plugin package to bring its kernels.
 
     Kind: collect. Called: once, when the plugin `mapping` first needs it, and again after plugins

@@ -37,7 +37,7 @@ class PluginMapping:
 
     plugin: str
     priority: int
-    mapping: Mapping[str, Mapping[Any, Any]]
+    mapping: Mapping[str, Any]
 
 
 def raised_in(hook: str, plugin: str, error: BaseException) -> PluginError:

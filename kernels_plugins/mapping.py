@@ -10,12 +10,13 @@ for a mapping: an open `use_kernel_mapping` scope, `register_kernel_mapping`, an
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 
@@ -45,8 +46,25 @@ from kernels_core import (
     source_label,
 )
 
-KernelMapping = Mapping[str, Mapping[Any, Any]]
-"""`{layer name: {device: source | [sources in order] | {Mode: source}}}`."""
+
+class _Loads(Protocol):
+    """A source that loads itself."""
+
+    def load(self) -> Any: ...
+
+
+class _Dataclass(Protocol):
+    """A source of a plugin with `kernels_load_layer`: a value."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+_Text = str | tuple[str, Mapping[str, Any]]
+_Source = type[torch.nn.Module] | Callable[..., Any] | _Loads | _Dataclass | os.PathLike[str] | _Text
+_Sources = _Source | Sequence[_Source]
+_DeviceName = Literal["cpu", "cuda", "metal", "mps", "neuron", "npu", "rocm", "tpu", "xpu"]
+KernelMapping = Mapping[str, Mapping[_DeviceName | Device, _Sources | Mapping[Mode, _Sources]] | _Text]
+"""`{layer name: {device: source | [sources in order] | {Mode: source}}}`: annotate a variable that holds a mapping."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +181,7 @@ class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads li
 # --- Parsing -------------------------------------------------------------------------------------
 
 
-def parse_mapping(mapping: KernelMapping, *, inherit: bool = True) -> Level:
+def parse_mapping(mapping: Mapping[str, Any], *, inherit: bool = True) -> Level:
     """Check a mapping and bring it into one form."""
     _expect_mapping(mapping, "A kernel mapping", "{layer name: {device: source}}")
     require_type(inherit, bool, "inherit_mapping")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import assert_type
 
 import torch
@@ -41,6 +43,7 @@ from kernels_plugins import (
     register_kernel_mapping,
     use_kernel_mapping,
 )
+from kernels_plugins.mapping import KernelMapping
 
 # --- Decorated things keep their types ---------------------------------------------------------------
 
@@ -78,11 +81,35 @@ assert_type(decorated_layer(RMSNorm), Layer)
 
 # --- Mappings ------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Shelf:
+    """A source that a plugin loads."""
+
+    place: str
+
+
+class Registry:
+    """A source that loads itself."""
+
+    def load(self) -> type[nn.Module]:
+        return Theirs
+
+
 repository = LayerRepository("acme/kernels", layer_name="RMSNorm", version=1, trust_remote_code=("acme/kernels",))
 local = LocalLayerRepository("kernels", layer_name="RMSNorm")
 hopper = Device("cuda", CUDAProperties(min_capability=90, max_capability=90))
 register_kernel_mapping({"RMSNorm": {"cuda": repository, hopper: {Mode.TRAINING: [repository, local]}}})
 register_kernel_mapping({"RMSNorm": Theirs})  # type: ignore[dict-item]
+register_kernel_mapping({"RMSNorm": "acme/kernels:RMSNorm", "Gate": ("acme/kernels:Gate", {"version": 2})})
+register_kernel_mapping({"RMSNorm": {"cuda": "acme/kernels:RMSNorm", "rocm": ["/kernels:Gate", Theirs, scale]}})
+register_kernel_mapping({"RMSNorm": {"cpu": Path("k.py"), "xpu": Shelf("a"), "mps": {Mode.INFERENCE: Registry()}}})
+register_kernel_mapping({"RMSNorm": {"gpu": Theirs}})  # type: ignore[dict-item]
+register_kernel_mapping({"RMSNorm": {"cuda": 3}})  # type: ignore[dict-item]
+register_kernel_mapping({"RMSNorm": {"cuda": [Theirs, None]}})  # type: ignore[list-item]
+register_kernel_mapping({"RMSNorm": {"cuda": {"training": Theirs}}})  # type: ignore[dict-item]
+mapping: KernelMapping = {"RMSNorm": {"cuda": repository}}
+register_kernel_mapping(mapping)
 with use_kernel_mapping({"RMSNorm": {"cpu": Theirs}}, inherit_mapping=False) as scope:
     assert_type(scope, Scope)
 LayerRepository("acme/kernels", layer_name="RMSNorm", revision=1)  # type: ignore[arg-type]
