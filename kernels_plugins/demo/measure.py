@@ -125,7 +125,7 @@ def main() -> None:
         options.report.write_text(json.dumps(measure(options.device, options.dtype)))
 
 
-def mapping(device: torch.device) -> dict[str, dict[str, LayerRepository]]:
+def mapping(device: torch.device) -> dict[str, Any]:
     """Map every layer of the demo to the demo's repository."""
     return {name: {device.type: LayerRepository(REPOSITORY, layer_name=name, revision="main")} for name in LAYERS}
 
