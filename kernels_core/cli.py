@@ -56,9 +56,14 @@ class CallMode(str, Enum):
 
 
 def main() -> None:
-    """Run the command line; an error of ours is a line on standard error, any other a traceback: exit code 2."""
+    """Run the command line."""
+    run(lambda: command_line()())
+
+
+def run(command: Callable[[], object]) -> None:
+    """Run a command; an error of ours is a line on standard error, any other a traceback: exit code 2."""
     try:
-        command_line()()
+        command()
     except Exception as error:  # not caught, Python would exit with 1, which is an answer
         if isinstance(error, KernelsError):
             print_error(error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +13,12 @@ import typer
 from torch import nn
 
 from kernels_core import ArgumentError
-from kernels_core.cli import Json, made, print_error, print_found, printing_aside, using_device, writing
+from kernels_core.cli import Json, made, print_error, print_found, printing_aside, run, using_device, writing
 from kernels_core.replay import mapped
 
-from .verify import verify
+from .isolated import in_children, serve
+from .report import VerifyReport, VerifyRow
+from .verify import verify_each
 
 
 def verify_command(
@@ -22,6 +26,12 @@ def verify_command(
     inputs: Annotated[str, typer.Option(help="A function that returns the inputs, as package.module:name.")] = "",
     device: Annotated[str, typer.Option(help="Move model and inputs there first, such as cuda.")] = "",
     gradients: Annotated[bool, typer.Option(help="Whether to compare training, too.")] = True,
+    dtype: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Compare only in this dtype, such as bfloat16; repeatable.")
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Run kernels in this process, for a debugger: a crash ends it.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw how the errors are distributed; needs matplotlib.")] = None,
     complete: Annotated[
         bool, typer.Option("--complete", help="Exit with 1, too, if a layer or a kernel was not compared.")
@@ -31,17 +41,19 @@ def verify_command(
     """Compare every kernel that is offered for the layers of a model with their references.
 
     Inputs are a tensor, a tuple of arguments, or a dict of named ones; without --inputs, the dummy_inputs of the
-    model. Exits with 1 where a kernel is wrong.
+    model. Exits with 1 where a kernel is wrong, ends its process, or cannot be offered because a plugin failed. Each
+    case is shown before it runs.
     """
-    model = made(factory)
-    given = _given(model, inputs)
-    if device:
-        with using_device(device) as where:
-            given = mapped(given, lambda _, leaf: leaf.to(where) if isinstance(leaf, torch.Tensor) else leaf)
-            model = model.to(where) if isinstance(model, nn.Module) else model
-    args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
-    with printing_aside():
-        report = verify(model, *(args if isinstance(args, tuple | list) else (args,)), gradients=gradients, **kwargs)
+    arguments: dict[str, Any] = {
+        "factory": factory,
+        "inputs": inputs,
+        "device": device,
+        "gradients": gradients,
+        "dtypes": dtype,
+    }
+    report: VerifyReport | int = compared(**arguments) if in_process else in_children(arguments)
+    if isinstance(report, int):
+        raise typer.Exit(report)
     if plot is not None:
         with writing(plot):
             report.plot(plot)
@@ -51,6 +63,40 @@ def verify_command(
         lines = "\n".join(f"  {row}" for row in report.gaps)
         print_error(f"not everything was compared:\n{lines or f'  {report}'}")
     raise typer.Exit(1 if incomplete or not report.ok else 0)
+
+
+def compared(
+    factory: str,
+    inputs: str = "",
+    device: str = "",
+    gradients: bool = True,
+    dtypes: Sequence[str] | None = None,
+    begin: Callable[[VerifyRow], bool] = lambda row: True,
+    found: Callable[[VerifyRow], object] = lambda row: None,
+) -> VerifyReport:
+    """Compare the kernels of a model that is named by its factory; `begin` and `found` as in `verify_each`."""
+    model = made(factory)
+    given = _given(model, inputs)
+    if device:
+        with using_device(device) as where:
+            given = mapped(given, lambda _, leaf: leaf.to(where) if isinstance(leaf, torch.Tensor) else leaf)
+            model = model.to(where) if isinstance(model, nn.Module) else model
+    args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
+    chosen = [_dtype(name) for name in dtypes or ()] or None
+    rows = []
+    with printing_aside():
+        values = args if isinstance(args, tuple | list) else (args,)
+        for row in verify_each(model, values, kwargs, gradients=gradients, dtypes=chosen, begin=begin):
+            found(row)
+            rows.append(row)
+    return VerifyReport(tuple(rows))
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArgumentError(f"--dtype is {name!r}: name a dtype of PyTorch, such as float32 or bfloat16.")
+    return dtype
 
 
 def _given(model: Any, place: str) -> Any:
@@ -63,3 +109,7 @@ def _given(model: Any, place: str) -> Any:
             "with --inputs package.module:function."
         )
     return dummy
+
+
+if __name__ == "__main__":  # in a child of `in_children`
+    run(lambda: serve(json.loads(sys.argv[1]), compared))

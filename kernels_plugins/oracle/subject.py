@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from kernels_core import (
     VerificationError,
     find_candidates,
     frozen_choice,
+    plugin_manager,
     references,
     resolve,
 )
@@ -23,7 +24,7 @@ from kernels_core.replay import Call, Outcome, leaves, mapped
 
 from ..comparison import Comparison, Tolerances, compare
 from .inputs import Case, Recorded, cases, with_gradients
-from .report import VerifyRow
+from .report import Verdict, VerifyRow
 
 
 def tried(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances | None = None) -> list[VerifyRow]:
@@ -47,10 +48,18 @@ class _Kernel:
 class Subject:
     """A layer that is being verified on one of its calls."""
 
-    def __init__(self, recorded: Recorded, gradients: bool, tolerances: Tolerances | None) -> None:
+    def __init__(
+        self,
+        recorded: Recorded,
+        gradients: bool,
+        tolerances: Tolerances | None,
+        dtypes: Sequence[torch.dtype] | None = None,
+        begin: Callable[[VerifyRow], bool] = lambda row: True,
+    ) -> None:
         self.path, self.layer, self.call = recorded.path, recorded.layer, recorded.call
         self.modes = (Mode.INFERENCE, Mode.TRAINING) if gradients else (Mode.INFERENCE,)
-        self.tolerances = tolerances
+        self.tolerances, self.dtypes, self.begin = tolerances, dtypes, begin
+        self.left_out = False
         self.device = (self.call.devices or [torch.device("cpu")])[0]
         self.blank = VerifyRow(self.path, self.layer.name, "ok", device=str(self.device))
 
@@ -62,8 +71,12 @@ class Subject:
             yield replace(self.blank, verdict="no kernel", reason="its condition is not met, so none may serve it")
             return
         kernels = self._kernels()
+        if not kernels and self.left_out:
+            return
         if not kernels:
-            yield replace(self.blank, verdict="no kernel", reason=self._why_none())
+            failed = self._failed()  # a plugin that failed might have offered one
+            verdict: Verdict = "undecided" if failed else "no kernel"
+            yield replace(self.blank, verdict=verdict, reason=failed or self._why_none())
             return
         for kernel in kernels:
             for mode, resolution in kernel.decisions.items():
@@ -78,13 +91,24 @@ class Subject:
 
     def tried(self, kernels: list[_Kernel], *, derived: bool) -> Iterator[VerifyRow]:
         """Yield how kernels do with the given inputs, and with those derived from them."""
-        given = Case("as given", self.call, given=True)
-        reason = self._undecided(given)
-        if reason is not None:
-            yield replace(self.blank, verdict="undecided", case=given.name, dtype=_dtype(self.call), reason=reason)
+        for call in self._calls():
+            given = Case("as given", call, given=True)
+            reason = self._undecided(given)
+            if reason is not None:
+                yield replace(self.blank, verdict="undecided", case=given.name, dtype=_dtype(call), reason=reason)
+                continue
+            for case in (given, *(cases(call) if derived else ())):
+                if self.dtypes is None or _dtype(case.call) == _dtype(call):
+                    yield from self._try(case, kernels)
+
+    def _calls(self) -> Iterator[Call]:
+        """Yield the call in each dtype to compare in."""
+        given = next((t.dtype for t in self.call.inputs.values() if t.is_floating_point()), None)
+        if self.dtypes is None or given is None:
+            yield self.call
             return
-        for case in (given, *(cases(self.call) if derived else ())):
-            yield from self._try(case, kernels)
+        for dtype in self.dtypes:
+            yield self.call if dtype == given else self.call.converted(given, dtype)
 
     def _kernels(self) -> list[_Kernel]:
         """Return each candidate once, with the decisions about it."""
@@ -94,6 +118,10 @@ class Subject:
                 kernel = next((kernel for kernel in found if kernel.candidate == candidate), None)
                 if kernel is None:
                     kernel = _Kernel(candidate, {})
+                    loading = replace(self.blank, kernel=candidate.label, plugin=candidate.plugin, case="loading")
+                    if not self.begin(loading):
+                        self.left_out = True
+                        continue
                     found.append(kernel)
                 if mode not in kernel.decisions:
                     kernel.decisions[mode] = resolve(self.layer, device=self.device, mode=mode, candidate=candidate)
@@ -106,6 +134,12 @@ class Subject:
                 candidate = frozen.candidate or Candidate(frozen.implementation)
                 found.append(_Kernel(candidate, chosen or {Mode.INFERENCE: frozen}))
         return found
+
+    def _failed(self) -> str:
+        """Return the faults of plugins that failed: when they were loaded, or when they were asked for kernels."""
+        found = (find_candidates(self.layer, device=self.device, mode=mode)[1] for mode in self.modes)
+        failed = {str(refusal) for refused in found for refusal in refused if refusal.candidate is None}
+        return "; ".join(sorted(failed | {str(fault) for fault in plugin_manager().faults}))
 
     def _why_none(self) -> str:
         found = (find_candidates(self.layer, device=self.device, mode=mode)[1] for mode in self.modes)
@@ -157,7 +191,9 @@ class Subject:
                 continue
             for kernel in serving:
                 implementation: Any = kernel.decisions[mode].implementation
-                yield from self._judge(self._row(kernel, mode, case), case, mode, implementation, *expected)
+                row = self._row(kernel, mode, case)
+                if self.begin(row):
+                    yield from self._judge(row, case, mode, implementation, *expected)
 
     def _run(self, case: Case, forward: Callable[..., Any], mode: Mode, dtype: torch.dtype | None = None) -> Outcome:
         training = mode is Mode.TRAINING

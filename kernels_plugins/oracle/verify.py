@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def verify(
     model_or_layer: nn.Module | Callable[..., Any],
     *inputs: Any,
     gradients: bool = True,
+    dtypes: Sequence[torch.dtype] | None = None,
     tolerances: Tolerances | None = None,
     **named_inputs: Any,
 ) -> VerifyReport:
@@ -38,6 +40,8 @@ def verify(
             or a decorated layer or function.
         *inputs: Its positional arguments.
         gradients: Whether to compare training, too: outputs, and the gradients of inputs and parameters.
+        dtypes: Compare only in these dtypes: inputs and parameters of another are converted. None for that of the
+            inputs, with all cases, and one case in each other.
         tolerances: Relative and absolute tolerance, or these per dtype; by default those of `torch.testing`,
             around a reference in float64 where the layer can be run in it.
         **named_inputs: Its keyword arguments.
@@ -61,6 +65,34 @@ def verify(
     """
     check_tolerances(tolerances)
     require_type(gradients, bool, "gradients")
+    require_type(dtypes, (Sequence, NoneType), "dtypes")
+    for dtype in dtypes or ():
+        require_type(dtype, torch.dtype, "each of dtypes")
+    rows = verify_each(model_or_layer, inputs, named_inputs, gradients=gradients, dtypes=dtypes, tolerances=tolerances)
+    return VerifyReport(tuple(rows))
+
+
+def verify_each(
+    model_or_layer: Any,
+    inputs: Sequence[Any],
+    named_inputs: Mapping[str, Any],
+    *,
+    gradients: bool,
+    dtypes: Sequence[torch.dtype] | None = None,
+    tolerances: Tolerances | None = None,
+    begin: Callable[[VerifyRow], bool] = lambda row: True,
+) -> Iterator[VerifyRow]:
+    """Yield each row of the report of `verify` when it is known.
+
+    Args:
+        model_or_layer: As in `verify`.
+        inputs: Positional arguments.
+        named_inputs: Keyword arguments.
+        gradients: As in `verify`.
+        dtypes: As in `verify`.
+        tolerances: As in `verify`.
+        begin: Called before a kernel is loaded, and before it runs on a case; False leaves that out.
+    """
     layer = find_layer(model_or_layer)
     module = model_or_layer if isinstance(model_or_layer, nn.Module) else None
     if module is None and (layer is None or isinstance(model_or_layer, type)):
@@ -68,9 +100,8 @@ def verify(
             f"verify takes a module or a decorated function, not {source_label(model_or_layer)}: "
             "make an instance of a class, and decorate a function with @use_kernel_forward_from_hub(name)."
         )
-    call = Call(module, inputs, named_inputs, layer.signature if layer is not None else None).snapshot()
+    call = Call(module, tuple(inputs), named_inputs, layer.signature if layer is not None else None).snapshot()
     _check_devices(call)
-    rows: list[VerifyRow] = []
     known: set[object] = set()
     with ModelState(module).kept() if module is not None else contextlib.nullcontext():
         if module is None and layer is not None:
@@ -79,16 +110,14 @@ def verify(
             recorded = _recorded(model_or_layer, call, gradients)
         for one in recorded:
             described = (one.layer.number, tuple((t.shape, t.dtype, t.device) for t in one.call.inputs.values()))
-            rows += Subject(one, gradients, tolerances).rows(derived=described not in known)
+            yield from Subject(one, gradients, tolerances, dtypes, begin).rows(derived=described not in known)
             known.add(described)
     if module is not None:
         called = {one.path for one in recorded}
-        rows += (
-            VerifyRow(path, layer.name, "not called", reason="the model does not call it with these inputs")
-            for path, layer in decorated(module)
-            if path not in called
-        )
-    return VerifyReport(tuple(rows))
+        for path, uncalled in decorated(module):
+            if path not in called:
+                reason = "the model does not call it with these inputs"
+                yield VerifyRow(path, uncalled.name, "not called", reason=reason)
 
 
 def _check_devices(call: Call) -> None:

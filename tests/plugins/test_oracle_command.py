@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 import kernels_plugins.oracle.plugin as oracle
-from kernels_core import ArgumentError, PluginManager
+from kernels_core import ArgumentError, Candidate, LayerRequest, PluginManager, hookimpl
 from kernels_core.cli import command_line
 from kernels_plugins import register_kernel_mapping
+
+SUPPORT = Path(__file__).parents[1] / "support"
 
 SCENE = """
 import torch
@@ -56,7 +60,17 @@ def without():
     register_kernel_mapping({}, inherit_mapping=False)
     return Some(True)
 
+def bare(): return Some(True)
+
 def undecorated(): return torch.nn.Identity()
+
+def crashes():
+    import ctypes, os
+    def exits(self, x): os._exit(3)
+    def segfaults(self, x): return x if x.requires_grad else ctypes.string_at(0)
+    kernels = [kernel(exits), kernel(segfaults), kernel(fused)]
+    register_kernel_mapping({"OracleNorm": {"cpu": kernels}})
+    return torch.nn.Sequential(Norm(), Norm())
 
 def one(): return torch.randn(2, 64)
 def several(): return (torch.randn(2, 64),)
@@ -84,8 +98,8 @@ def _scene(
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    """Run the command, and return its exit code and output."""
-    result = CliRunner().invoke(command_line(), ["verify", *arguments])
+    """Run the command in this process, and return its exit code and output."""
+    result = CliRunner().invoke(command_line(), ["verify", "--in-process", *arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
@@ -136,13 +150,59 @@ def test_what_was_not_compared_is_a_failure_if_all_is_wanted(
     assert gap in output
 
 
-def test_what_a_model_prints_is_no_part_of_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_model_prints_is_no_part_of_the_answer(capfd: pytest.CaptureFixture[str]) -> None:
     """Standard output is JSON alone."""
     arguments = ["verify", "oracle_models:loud", "--inputs", "oracle_models:one", "--json"]
     command_line()(arguments, standalone_mode=False)
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert json.loads(printed.out)["ok"]
     assert "forward" in printed.err
+
+
+def test_a_kernel_that_ends_its_process_is_a_row(tmp_path: Path) -> None:
+    """Each is reported once, with its case, which was shown before; others are compared; errors keep exit code 2."""
+    paths = os.pathsep.join([str(SUPPORT), str(tmp_path), *sys.path])
+
+    def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "kernels_core", "verify", *arguments, "--json"]
+        environment = {**os.environ, "PYTHONPATH": paths}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    done = verify("oracle_models:crashes", "--inputs", "oracle_models:one", "--dtype", "float32")
+    rows = json.loads(done.stdout)["rows"]
+    assert done.returncode == 1, done.stderr
+    failed = {row["reason"]: row for row in rows if row["verdict"] == "failed"}
+    assert {"it ends the process with exit code 3", "it ends the process by signal SIGSEGV"} == failed.keys()
+    case = failed["it ends the process by signal SIGSEGV"]
+    assert (case["path"], case["mode"], case["case"]) == ("0", "inference", "as given")
+    assert done.stderr.count("Segfaults, inference, float32, as given") == 1
+    right = [row for row in rows if row["verdict"] == "ok"]
+    assert {row["path"] for row in right} == {"0", "1"} and {row["mode"] for row in right} == {"inference", "training"}
+    refused = verify("oracle_models:right", "--inputs", "oracle_models:fails")
+    assert refused.returncode == 2 and "no data" in refused.stderr and not refused.stdout
+
+
+def test_dtypes_are_limited() -> None:
+    """`--dtype` converts inputs and parameters, and runs all cases in that dtype only; another word is an error."""
+    code, output = run("oracle_models:right", "--inputs", "oracle_models:one", "--dtype", "bfloat16", "--json")
+    rows = [row for row in json.loads(output)["rows"] if row["dtype"]]
+    assert code == 0 and {row["dtype"] for row in rows} == {"bfloat16"}
+    assert {"as given", "strided", "odd size"} <= {row["case"] for row in rows}
+    with pytest.raises(ArgumentError, match="--dtype is 'bf17': name a dtype of PyTorch"):
+        run("oracle_models:right", "--inputs", "oracle_models:one", "--dtype", "bf17")
+
+
+def test_a_plugin_that_failed_is_no_missing_kernel(isolated_plugins: PluginManager) -> None:
+    """Where nothing is offered because a plugin raised, the exit code is 1, and its error is in the report."""
+
+    class Broken:
+        @hookimpl
+        def kernels_find_candidates(self, request: LayerRequest) -> list[Candidate]:
+            raise OSError("no table of kernels")
+
+    isolated_plugins.register(Broken(), "broken")
+    code, output = run("oracle_models:bare", "--inputs", "oracle_models:one")
+    assert code == 1 and "no table of kernels" in output
 
 
 def test_what_cannot_be_answered_says_why() -> None:
