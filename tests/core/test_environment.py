@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +129,24 @@ def test_plugin_choice(
     """KERNELS_PLUGINS lists plugins to allow, and with a minus, to block."""
     monkeypatch.setenv("KERNELS_PLUGINS", value)
     assert plugin_choice() == (allowed, blocked)
+
+
+def test_the_page_lists_every_variable() -> None:
+    """docs/environment.md has a row for each variable whose name is a text in the code; the local Hub is for tests."""
+    root = Path(__file__).parents[2]
+    variable = re.compile(r"(KERNELS|HF|XDG|LOCAL|DISABLE|TRANSFORMERS|DO_NOT)_[A-Z_]+|CXX")
+    named = {
+        node.value
+        for package in ("kernels_core", "kernels_plugins")
+        for file in (root / package).rglob("*.py")
+        if "local_hub" not in file.parts
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and variable.fullmatch(node.value)
+    }
+    assert {"KERNELS_STRICT", "KERNELS_REQUIRE_PLUGINS", "LOCAL_KERNELS", "HF_HUB_OFFLINE"} <= named
+    rows = set(
+        re.findall(
+            r"`([A-Z_]+)`", "".join(re.findall(r"^\|([^|]*)\|", (root / "docs/environment.md").read_text(), re.M))
+        )
+    )
+    assert not named - rows
