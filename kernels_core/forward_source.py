@@ -96,7 +96,7 @@ else:
 
 _FROZEN = """\
 def frozen{signature}:
-    if {module}.__class__ is not _kernels_class:
+    if {module}.__class__ is not _kernels_class and not _kernels_isinstance({module}, _kernels_class):
         return _kernels_elsewhere({call})
     if {is_traced}:
         if {odd}:

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from ..contract import check_call
 from ..environment import mapping_disabled
 from ..generated import frozen as frozen_forward
-from ..guards.gradients import keeps_gradients, records_autograd
+from ..guards.gradients import is_recorded, keeps_gradients
 from ..guards.proof import until_proven
 from ..guards.quarantine import find_quarantined
 from ..guards.tensors import is_pending, odd_classes, waiting
@@ -160,14 +160,13 @@ def make_forward(frozen: FrozenChoice) -> Forward:
     """Return the forward of a kernelized class."""
 
     def elsewhere(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run a call of a module that is of another class by now; one made from this, such as by `fully_shard`."""
-        if not isinstance(self, frozen.cls):
-            return cast(Any, type(self)).forward(self, *args, **kwargs)
-        if frozen.layer is None:
-            return frozen.active(self, *args, **kwargs)
+        """Run a call of a module that is of another class by now: suspended, kernelized anew, or not any more."""
+        return cast(Any, type(self)).forward(self, *args, **kwargs)
+
+    def serve(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run a call that the kernel was found to be fit for: not by the generated forward, which would ask again."""
         state = forward.__globals__
-        asked = state["_kernels_lossy"] if torch.compiler.is_compiling() else state["_kernels_unproven"]
-        recorded = asked and torch.is_grad_enabled() and records_autograd(self, (*args, *kwargs.values()))
+        recorded = state["_kernels_unproven"] and is_recorded(self, (*args, *kwargs.values()))
         return state["_kernels_proving" if recorded else "_kernels_kernel"](self, *args, **kwargs)
 
     def unfit(module: nn.Module | None, values: tuple[Any, ...]) -> Forward:
@@ -180,7 +179,7 @@ def make_forward(frozen: FrozenChoice) -> Forward:
             subject = f"{choice.request.place}, kernelized with {choice.origin}"
             frozen.run.warn(f"A call of {subject}, decides by itself, for {reason}")
             return frozen.original.forward
-        return waiting(elsewhere) if any(map(is_pending, odd)) else elsewhere
+        return waiting(serve) if any(map(is_pending, odd)) else serve
 
     forward: Any
     if frozen.layer is not None:
@@ -196,7 +195,7 @@ def make_forward(frozen: FrozenChoice) -> Forward:
 
         @functools.wraps(frozen.chosen)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return (frozen.active if self.__class__ is frozen.cls else elsewhere)(self, *args, **kwargs)
+            return (frozen.active if isinstance(self, frozen.cls) else elsewhere)(self, *args, **kwargs)
 
     forward.__dict__["kernels_elsewhere"] = elsewhere  # tells it where a library has kept it
     return cast(Forward, forward)
@@ -205,7 +204,8 @@ def make_forward(frozen: FrozenChoice) -> Forward:
 def refresh(frozen: FrozenChoice) -> None:
     """Let the forward of a kernelized class call the function that is to serve now."""
     resolution, frozen.active = frozen.resolution, frozen.chosen
-    state: dict[str, Any] = {"_kernels_class": frozen.cls, "_kernels_lossy": False, "_kernels_unproven": False}
+    state: dict[str, Any] = {"_kernels_class": frozen.cls, "_kernels_isinstance": isinstance}  # others derive from it
+    state.update(_kernels_lossy=False, _kernels_unproven=False)
     kernel = resolution.implementation if resolution is not None else None
     if mapping_disabled() and (kernel is not None or frozen.functions):
         frozen.active = frozen.original.forward

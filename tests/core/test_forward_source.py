@@ -176,8 +176,9 @@ def test_arguments_arrive_unchanged(data: Any) -> None:
     }
     calling = {"_kernels_kernel": expected, "_kernels_proving": expected, "_kernels_elsewhere": expected}
     calling |= {"_kernels_unfit": lambda module, values: expected, "_kernels_dispatched": expected}
+    calling |= {"_kernels_isinstance": lambda module, cls: cls is nn.Linear}
     calling |= {
-        "_kernels_class": data.draw(st.sampled_from([nn.Module, None])),
+        "_kernels_class": data.draw(st.sampled_from([nn.Module, nn.Linear, None])),
         "_kernels_unproven": data.draw(st.booleans()),
     }
     shared = {"_kernels_tensor": torch.Tensor, "_kernels_is_recorded": is_recorded}

@@ -585,3 +585,23 @@ def test_forward_mode_differentiation_is_recorded_without_gradients() -> None:
     with torch.no_grad(), torch.autograd.forward_ad.dual_level(), pytest.warns(KernelsWarning, match="no gradients"):
         dual = torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))
         assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent[0] == 1
+
+
+def test_compiled_code_follows_what_suspends_a_kernel(compiled: Make) -> None:
+    """train(), references(), a class that others made, and unkernelize(): compiled code sees each, without a break."""
+    model = frozen(Mode.INFERENCE | Mode.TORCH_COMPILE).eval()
+    run, _ = compiled(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run(X)[0] == 20
+        model.train()
+        assert run(X)[0] == 2
+        model.eval()
+        assert run(X)[0] == 20
+        with references(model):
+            assert run(X)[0] == 2
+        model[0].__class__ = type("Sharded", (type(model[0]),), {})
+        assert run(X)[0] == 20
+        model[0].__class__ = type(model[0]).__base__
+        unkernelize(model)
+        assert run(X)[0] == 2
