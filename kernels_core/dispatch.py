@@ -49,7 +49,7 @@ from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import Resolution
 from .resolver import decide, must_raise, no_kernel, ready
-from .scope import PATIENCE, Frame, FrameTable, keep_scopes, publish, resolving, root, withdraw
+from .scope import PATIENCE, ForkLock, Frame, FrameTable, keep_scopes, publish, resolving, root, withdraw
 from .torch_internals import constant_result, disabled, disabled_lazily, is_traced
 
 Odd = frozenset[type[torch.Tensor]]
@@ -83,7 +83,7 @@ class _Dispatcher:
         self._unproven: dict[int, tuple[weakref.ref[Forward], str]] = {}  # by id of a kernel that lives; its origin
         self._untraceable, self._watched = list[bool](), list[bool]()  # not empty: some kernel is; a call must ask more
         self._watching = threading.Lock()
-        self._busy = threading.RLock()
+        self._busy = ForkLock()
         self.names = set[str]()  # on frames, published or as tables
 
     def _name(self, device: torch.device, odd: Odd = frozenset()) -> str:
@@ -119,7 +119,8 @@ class _Dispatcher:
         if known is not None:
             return known
         # A plugin calls a decorated layer: no recursion, and no lock to wait for. Or another thread takes too long.
-        if resolving.get() or not self._busy.acquire(timeout=PATIENCE):
+        lock = self._busy.lock
+        if resolving.get() or not lock.acquire(timeout=PATIENCE):
             return self.layer.reference
         try:  # eight threads, one resolution
             meanwhile: Forward | None = getattr(frame, name, None)
@@ -131,7 +132,7 @@ class _Dispatcher:
             publish(frame, name, served, before)
             return served
         finally:
-            self._busy.release()
+            lock.release()
 
     def _settle(self, device: torch.device, odd: Odd, frame: Frame) -> Forward:
         """Return one function for both modes, or the selector that asks for the mode."""
@@ -278,7 +279,7 @@ class _Dispatcher:
         return traced
 
     def _table(self, name: str, resolve: Callable[[Frame], Forward]) -> str:
-        with self._busy:  # two tables of one name would each answer a part of the reads
+        with self._busy.lock:  # two tables of one name would each answer a part of the reads
             if name not in self._tables:
                 self._tables[name] = FrameTable(name, self.layer.reference, resolve)
                 self.names.add(name)

@@ -72,6 +72,11 @@ class ArgumentTypeError(KernelsError, TypeError):
     """An argument has a type that cannot be used."""
 
 
+def is_transient(error: BaseException | None) -> bool:
+    """Return whether an error may be gone by itself the next time: the network was down, or too slow."""
+    return isinstance(error, ConnectionError | TimeoutError)
+
+
 def require_type(value: object, kind: type | tuple[type, ...], name: str) -> None:
     """Refuse an argument of another type.
 
@@ -161,6 +166,8 @@ class ResolutionError(KernelsError):
         super().__init__(message)
         self.request = request
         self.refusals = tuple(refusals)
+        # `raise` without `from` keeps it: whoever raises this shows the traceback of the first kernel that failed.
+        self.__cause__ = next((refusal.error for refusal in refusals if refusal.error is not None), None)
 
 
 class NoKernelError(ResolutionError):

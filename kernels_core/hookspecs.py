@@ -122,6 +122,9 @@ def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | L
     type of device, except for classes and functions, of which nothing is remembered.
     An exception is the reason to refuse the candidate.
 
+    A `ConnectionError` or `TimeoutError` (also a kind of `LoadError` that is one) says that the source may be there
+    later: it is loaded again in the background, for a request without a layer and without scopes.
+
     Args:
         request: The question that made the source needed.
         source: What a candidate offers.

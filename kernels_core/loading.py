@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable
@@ -14,13 +16,13 @@ from typing import Any, cast
 import torch
 
 from .contract import BOUND
-from .errors import LoadError, ResolutionError, UntrustedError
+from .errors import LoadError, ResolutionError, UntrustedError, is_transient
 from .guards.parts import checks_parts
 from .layer import Layer, source_label
 from .mode import Mode
 from .plugins import plugin_manager
 from .resolution import Candidate, Cause, KernelLayer, LayerRequest, LoadedLayer, Refusal
-from .scope import PATIENCE
+from .scope import PATIENCE, forget, resolving
 from .torch_internals import no_dispatch_modes, no_torch_function
 
 _lock = threading.Lock()
@@ -35,6 +37,8 @@ class _Load:
     parts: list[Candidate] = field(default_factory=list)
     """The code in it that policies were asked about by `authorize`: they are asked again for each decision."""
     vetoed: bool = False
+    again: LayerRequest | None = None
+    """The request to load the source again with, where it could not be reached; it holds no layer and no scope."""
 
 
 _current: ContextVar[tuple[LayerRequest, _Load] | None] = ContextVar("kernels_core.loading", default=None)
@@ -56,46 +60,130 @@ def load(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Refusal:
     if isinstance(loaded, LoadedLayer):
         return loaded
     cause = Cause.POLICY if type(loaded) is UntrustedError else Cause.LOAD  # that of `authorize`, and no kind of it
-    return Refusal(_reason(loaded, candidate), candidate, candidate.plugin, loaded, cause)
+    later = "; it is loaded again in the background" if is_transient(loaded) else ""
+    return Refusal(_reason(loaded, candidate) + later, candidate, candidate.plugin, loaded, cause)
 
 
 def _outcome(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
     """Return the layer that a source was or is now turned into, or the exception that this raises."""
-    source, hook = candidate.source, plugin_manager().hook
-    fetched = not isinstance(source, type | types.FunctionType)  # of those, there is nothing to remember
-    load = _find(source, request.device.type) if fetched else _Load()
-    acquired = load.lock.acquire(timeout=PATIENCE)
-    token = _current.set((request, load))
+    source = candidate.source
+    if isinstance(source, type | types.FunctionType):  # there is nothing to remember
+        return _made(request, source, _Load())
+    load = _find(source, request.device.type)
+    lock = load.lock  # in a child that is forked meanwhile, it has another one
+    acquired = lock.acquire(timeout=PATIENCE)
     try:
-        if load.outcome is not None:
+        if (known := load.outcome) is not None:
             _ask(request, load.parts)
-        else:
-            try:
-                # Leave modes such as that of `torch.export`: kernels may make real tensors when they are imported.
-                with no_torch_function(), no_dispatch_modes():
-                    made = hook.kernels_load_layer(request=request, source=source)
-            except Exception as error:  # any fault of a kernel is a reason, never a crash of the model
-                made = error
-            if made is None:
-                made = LoadError(
-                    f"no plugin knows how to load a {type(source).__name__}: use a repository, an object with "
-                    "load(), an nn.Module class or a function"
-                )
-            load.outcome = made if isinstance(made, LoadedLayer | Exception) else LoadedLayer(made, source_label(made))
-            if fetched and isinstance(made, Exception):
-                if not load.vetoed:
-                    hook.kernels_kernel_failed(request=request, candidate=candidate, error=made)
-                _strip(made)
-            if load.vetoed:  # for this request: other requests load it anew
-                outcome, load.outcome, load.vetoed, load.parts = load.outcome, None, False, []
-                return outcome
-        return load.outcome
+            return known
+        made = _made(request, source, load)
+        if isinstance(made, Exception):
+            if not load.vetoed:
+                plugin_manager().hook.kernels_kernel_failed(request=request, candidate=candidate, error=made)
+            _strip(made)
+        if load.vetoed:  # for this request: other requests load it anew
+            load.vetoed, load.parts = False, []
+            return made
+        if is_transient(made):
+            load.again = LayerRequest(request.layer_name, request.device, request.modes[0], None, request.capability)
+        load.outcome = made
+        if load.again is not None:
+            _retry_later()
+        return made
     except UntrustedError as error:
         return error
     finally:
-        _current.reset(token)
         if acquired:
-            load.lock.release()
+            lock.release()
+
+
+def _made(request: LayerRequest, source: object, load: _Load) -> LoadedLayer | Exception:
+    """Let plugins turn a source into a layer."""
+    token = _current.set((request, load))
+    try:
+        # Leave modes such as that of `torch.export`: kernels may make real tensors when they are imported.
+        with no_torch_function(), no_dispatch_modes():
+            made = plugin_manager().hook.kernels_load_layer(request=request, source=source)
+    except Exception as error:  # any fault of a kernel is a reason, never a crash of the model
+        return error
+    finally:
+        _current.reset(token)
+    if made is None:
+        return LoadError(
+            f"no plugin knows how to load a {type(source).__name__}: use a repository, an object with "
+            "load(), an nn.Module class or a function"
+        )
+    return made if isinstance(made, LoadedLayer) else LoadedLayer(made, source_label(made))
+
+
+# --- Sources that could not be reached -------------------------------------------------------------
+
+RETRY_AFTER, RETRY_AT_MOST = 30.0, 600.0
+"""Seconds until a source that could not be reached is loaded again: at first, and at most."""
+
+_retrying: threading.Thread | None = None
+"""The thread that does: calls never wait for a network that is down."""
+
+
+def _retry_later() -> None:
+    """Start the thread that loads sources again which could not be reached, unless it runs."""
+    global _retrying
+    with _lock:
+        if _retrying is None or not _retrying.is_alive():
+            _retrying = threading.Thread(target=_retry, daemon=True, name="kernels-core-retry")
+            _retrying.start()
+
+
+def _retry() -> None:
+    """Load such sources until none is left; drop all decisions when one of them changes."""
+    global _retrying
+    resolving.set(True)  # in this thread: decorated layers that plugins call run on their reference
+    pause = RETRY_AFTER
+    while True:
+        time.sleep(pause)
+        pause = min(2 * pause, RETRY_AT_MOST)
+        with _lock:
+            waiting = [(source, load) for source, load in _all() if load.again is not None]
+            if not waiting:
+                _retrying = None
+                return
+        if any([_reached(source, load) for source, load in waiting]):
+            forget()
+        del waiting  # or the sources of scopes that are gone would live on
+
+
+def _all() -> list[tuple[object, _Load]]:
+    tables = (*_weak.items(), *_strong.values())
+    return [(source, load) for source, loads in tables for load in loads.values()]
+
+
+def _reached(source: object, load: _Load) -> bool:
+    """Load a source again; return whether another outcome than an unreachable source is known now, or will be."""
+    attempt = _Load()
+    assert load.again is not None
+    made = _made(load.again, source, attempt)
+    if is_transient(made) and not attempt.vetoed:
+        return False
+    load.again = None
+    if isinstance(made, LoadedLayer) and not attempt.vetoed:
+        load.parts, load.outcome = attempt.parts, made
+    else:  # the next call finds the reason for its own request, and reports it
+        load.parts, load.outcome = [], None
+    return True
+
+
+def _in_child() -> None:
+    """Start anew in a forked child: the threads that held locks, or were to try again, do not exist there."""
+    global _lock
+    _lock = threading.Lock()
+    for _, load in _all():
+        load.lock = threading.Lock()
+    if any(load.again is not None for _, load in _all()):
+        _retry_later()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def authorize(source: object, plugin: str = "") -> None:

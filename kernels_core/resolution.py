@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from .errors import is_transient
 from .layer import Layer, source_label
 from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .text import cleaned
@@ -250,6 +251,11 @@ class Resolution:
     def can_be_traced(self) -> bool:
         """Whether the kernel declares `can_torch_compile`; always so for the reference."""
         return self.is_reference or bool(getattr(self.kernel_layer, "can_torch_compile", False))
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether the reference runs only until a kernel can be reached, which is tried in the background."""
+        return self.is_reference and any(is_transient(refusal.error) for refusal in self.refusals)
 
     @property
     def plugin(self) -> str:

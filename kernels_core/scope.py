@@ -7,6 +7,7 @@ which the dispatcher reads. The innermost frame of this thread or task is a cont
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -24,6 +25,28 @@ PATIENCE = 60.0
 
 Such a thread may itself wait for an import that this thread is in the middle of, which looks
 the same as a long download from here: after this time, calls continue without it."""
+
+
+class ForkLock:
+    """A reentrant lock, `lock`, that is free in a forked child.
+
+    The thread that held it while another one forked does not exist in the child, which would wait for it in vain.
+    Release the lock that you acquired: in a child that is forked in between, `lock` is another one.
+    """
+
+    def __init__(self) -> None:
+        self.free()
+        _fork_locks.add(self)
+
+    def free(self) -> None:
+        """Replace the lock by a free one."""
+        self.lock = threading.RLock()
+
+
+_fork_locks: weakref.WeakSet[ForkLock] = weakref.WeakSet()
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=lambda: [one.free() for one in list(_fork_locks)])
 
 resolving: ContextVar[bool] = ContextVar("kernels_core_resolving", default=False)
 """Whether this thread or task is resolving a layer: decorated layers then run on their reference."""
@@ -237,7 +260,7 @@ class FrameTable(dict[Frame, Forward]):
         self.name = name
         self._reference = reference
         self._resolve = resolve
-        self._busy = threading.RLock()
+        self._busy = ForkLock()
         with _lock:
             _tables.add(self)
             setattr(Frame, name, property(self.__getitem__))
@@ -250,7 +273,8 @@ class FrameTable(dict[Frame, Forward]):
     def __missing__(self, frame: Frame) -> Forward:
         if resolving.get():  # a plugin calls a decorated layer: no recursion, and no lock to wait for
             return self._reference
-        if not self._busy.acquire(timeout=PATIENCE):
+        lock = self._busy.lock
+        if not lock.acquire(timeout=PATIENCE):
             return self._reference
         try:
             if (known := self.get(frame)) is not None:
@@ -263,7 +287,7 @@ class FrameTable(dict[Frame, Forward]):
                     frame.tables.add(self)
             return forward
         finally:
-            self._busy.release()
+            lock.release()
 
 
 def generation() -> int:

@@ -209,6 +209,8 @@ def refresh(frozen: FrozenChoice) -> None:
     kernel = resolution.implementation if resolution is not None else None
     if mapping_disabled() and (kernel is not None or frozen.functions):
         frozen.active = frozen.original.forward
+    elif resolution is not None and resolution.is_provisional:  # decides by itself, once the kernel can be reached
+        frozen.active = frozen.original.forward
     elif resolution is not None and kernel is not None and frozen.layer is not None:
         recorded = resolution.request.in_mode(Mode.TRAINING)
         if find_quarantined(resolution.request, kernel) is not None:
