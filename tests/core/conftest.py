@@ -83,7 +83,6 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
         )
         assert not check or done.returncode == 0, done.stderr
         return done

@@ -72,6 +72,12 @@ def test_folders_are_small() -> None:
     assert not {folder: count for folder, count in counts.items() if count > LARGER.get(folder, MAX_FILES)}
 
 
+def test_one_variable_bounds_hangs() -> None:
+    """Tests give processes no bound of their own: that of pytest, which PYTEST_TIMEOUT sets, holds for all."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    assert not {relative(path) for path, text in texts.items() if re.search(r"\btimeout=\d{2}", text)}
+
+
 IO_MODULES = {"ftplib", "http", "multiprocessing", "shutil", "socket", "sqlite3", "ssl", "subprocess", "tempfile"}
 IO_METHODS = {
     *("glob", "iterdir", "mkdir", "open", "read_bytes", "read_text", "rename", "rglob", "rmdir", "symlink_to", "touch"),

@@ -729,7 +729,6 @@ def test_installed_third_party_package(tmp_path: Path, python: Make) -> None:
         ],
         check=True,
         capture_output=True,
-        timeout=120,
     )
     done = python(
         RUN

@@ -101,7 +101,7 @@ def clean_environment(home: Path) -> dict[str, str]:
 
 
 def run(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
 def install_package(files: dict[str, str], folder: Path, environment: dict[str, str]) -> None:

@@ -196,7 +196,6 @@ class Both:
             env={**inherited, **environment},
             capture_output=True,
             text=True,
-            timeout=240,
         )
         if not check:
             return done

@@ -25,7 +25,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "kernels_core", "demo", "--device", "cpu", *arguments],
         capture_output=True,
         text=True,
-        timeout=280,
         env=environment,
     )
 

@@ -602,7 +602,7 @@ def test_a_pytest_plugin_by_either_path_gives_the_fixtures_once(paths: tuple[str
     (tmp_path / "conftest.py").write_text(f"pytest_plugins = {list(paths)}\n")
     (tmp_path / "test_plugin.py").write_text(TEST_OF_A_PLUGIN)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
@@ -636,6 +636,6 @@ def test_nothing_imports_the_local_hub_unasked(kernel_repository: Any, local_hub
     )
     environment = {**os.environ, **local_hub.environment(tmp_path / "home")}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"

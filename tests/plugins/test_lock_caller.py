@@ -48,7 +48,7 @@ def project(folder: Path, name: str = "tiny", tail: str = DEPENDENCIES) -> Path:
 def run(*command: object, where: Path, path: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, env=environment, cwd=where, capture_output=True, text=True, timeout=200)
+    return subprocess.run(words, env=environment, cwd=where, capture_output=True, text=True)
 
 
 def pip(*command: object, where: Path, path: str = "") -> None:

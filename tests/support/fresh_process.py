@@ -21,10 +21,10 @@ def run_script(script: Path, environment: dict[str, str], folder: Path) -> subpr
     streams = folder / "output.txt", folder / "errors.txt"
     process = _CONTEXT.Process(target=_run, args=(script, environment, folder, streams))
     process.start()
-    process.join(timeout=250)
-    if process.exitcode is None:
-        process.kill()
+    try:
         process.join()
+    finally:
+        process.kill()  # where the test was over its time
     output, errors = (stream.read_text(encoding="utf-8") for stream in streams)
     return subprocess.CompletedProcess(str(script), process.exitcode, output, errors)
 

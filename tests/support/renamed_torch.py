@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-PATIENCE = 240
+PATIENCE = 0.5 * float(os.environ.get("PYTEST_TIMEOUT", 900))
 """Seconds that a process may take; it needs a few."""
 
 MARKERS = ("_torchdynamo_inline", "_torchdynamo_disable", "_dynamo_marked_constant")
