@@ -207,9 +207,8 @@ def refresh(frozen: FrozenChoice) -> None:
     state: dict[str, Any] = {"_kernels_class": frozen.cls, "_kernels_isinstance": isinstance}  # others derive from it
     state.update(_kernels_lossy=False, _kernels_unproven=False)
     kernel = resolution.implementation if resolution is not None else None
-    if mapping_disabled() and (kernel is not None or frozen.functions):
-        frozen.active = frozen.original.forward
-    elif resolution is not None and resolution.is_provisional:  # decides by itself, once the kernel can be reached
+    provisional = resolution is not None and resolution.is_provisional  # decides by itself, and gets the kernel later
+    if provisional or (mapping_disabled() and (kernel is not None or frozen.functions)):
         frozen.active = frozen.original.forward
     elif resolution is not None and kernel is not None and frozen.layer is not None:
         recorded = resolution.request.in_mode(Mode.TRAINING)

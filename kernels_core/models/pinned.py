@@ -29,7 +29,7 @@ def pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
         choice = functions.get(request.layer) if request.layer else None
         if choice is None or choice.request.device != request.device:
             return None
-        if choice.inference_only and Mode.TRAINING in request.mode:
+        if choice.is_provisional or (choice.inference_only and Mode.TRAINING in request.mode):
             return None
         kernel = choice.implementation
         if kernel is not None and find_quarantined(request, kernel):

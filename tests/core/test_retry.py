@@ -101,7 +101,7 @@ def test_kernelized_models_get_the_kernel_later(mapping_plugin: object) -> None:
     source = Remote(ConnectionError("down"))
     with use_kernel_mapping({"Times": {"cpu": source}}):
         with pytest.warns(KernelsWarning):
-            model = kernelize(Times(), mode=Mode.INFERENCE, device="cpu", use_fallback=KernelizeFallback.ALL)
+            model: nn.Module = kernelize(Times(), mode=Mode.INFERENCE, device="cpu", use_fallback=KernelizeFallback.ALL)
         until(lambda: model(X)[0] == 3)
 
 
