@@ -72,7 +72,7 @@ class ArgumentTypeError(KernelsError, TypeError):
     """An argument has a type that cannot be used."""
 
 
-def is_transient(error: BaseException | None) -> bool:
+def is_transient(error: object) -> bool:
     """Return whether an error may be gone by itself the next time: the network was down, or too slow."""
     return isinstance(error, ConnectionError | TimeoutError)
 

@@ -45,8 +45,14 @@ class ForkLock:
 
 _fork_locks: weakref.WeakSet[ForkLock] = weakref.WeakSet()
 
+
+def _free_locks() -> None:
+    for one in list(_fork_locks):
+        one.free()
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=lambda: [one.free() for one in list(_fork_locks)])
+    os.register_at_fork(after_in_child=_free_locks)
 
 resolving: ContextVar[bool] = ContextVar("kernels_core_resolving", default=False)
 """Whether this thread or task is resolving a layer: decorated layers then run on their reference."""

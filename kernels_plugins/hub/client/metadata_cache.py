@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ...files import write_file
+from ...locks import KeyedLocks
 from ..builds.integrity import RemoteFile
 from ..names import is_commit, is_repo_id, is_revision
 
@@ -40,6 +41,9 @@ class Record:
     variants: Mapping[str, tuple[RemoteFile, ...]] = field(default_factory=dict)
     # repository and revision that it redirects to; empty if it is not redirected, None if that is not known yet
     redirect: tuple[()] | tuple[str, str] | None = None
+
+
+_changing = KeyedLocks()
 
 
 class MetadataCache:
@@ -69,13 +73,10 @@ class MetadataCache:
                 return Record(data["publisher_trusted"] is True, variants, _redirect(data.get("redirect")))
         return None
 
-    def write_record(self, commit: str, record: Record) -> None:
-        """Remember the metadata of a commit."""
-        self._write(self._commit(commit), asdict(record))
-
-    def trust(self, commit: str) -> None:
-        """Remember that the publisher was trusted."""
-        self.write_record(commit, replace(self.record(commit) or Record(), publisher_trusted=True))
+    def update_record(self, commit: str, **changes: Any) -> None:
+        """Change the metadata of a commit, and keep the rest of it, which another thread may change meanwhile."""
+        with _changing.hold(self._folder):
+            self._write(self._commit(commit), asdict(replace(self.record(commit) or Record(), **changes)))
 
     def newest(self) -> int | None:
         """Return the newest version, when the Hub was last asked for versions."""

@@ -135,7 +135,7 @@ def find_record(pin: Pin, client: Client) -> Record:
         found = () if status is None else parse_status(client.read_status(pin, status))
         listed = replace(record, variants=variants, redirect=found)
         if found:  # the file that says so was compared with the listing
-            cache.write_record(pin.commit, listed)
+            cache.update_record(pin.commit, variants=variants, redirect=found)
         if variants or found:  # an answer without either may be no answer of the Hub
             _listed[pin] = listed
     return listed
@@ -144,9 +144,7 @@ def find_record(pin: Pin, client: Client) -> Record:
 def keep_record(pin: Pin) -> None:
     """Keep the listing of a commit, whose files passed the checks, in the cache."""
     if (listed := _listed.get(pin)) is not None:
-        cache = metadata_cache(pin.repo_id)
-        trusted = (cache.record(pin.commit) or Record()).publisher_trusted
-        cache.write_record(pin.commit, replace(listed, publisher_trusted=trusted))
+        metadata_cache(pin.repo_id).update_record(pin.commit, variants=listed.variants, redirect=listed.redirect)
         _listed.pop(pin, None)  # after the file has it: threads that look meanwhile need not list again
 
 
@@ -156,4 +154,4 @@ def forget_record(pin: Pin) -> None:
     cache = metadata_cache(pin.repo_id)
     record = cache.record(pin.commit)
     if record is not None and record.variants:  # kept with another build, whose files passed
-        cache.write_record(pin.commit, replace(record, variants={}, redirect=None))
+        cache.update_record(pin.commit, variants={}, redirect=None)
