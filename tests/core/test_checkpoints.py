@@ -115,7 +115,7 @@ def test_a_reentrant_checkpoint_recomputes_in_its_scopes(layer: nn.Module, block
 
 
 def test_a_scope_inside_of_a_checkpoint_stays_inside(layer: nn.Module) -> None:
-    """What is called beside that scope is recomputed outside of it, too."""
+    """A layer that is called beside that scope is recomputed outside of it, too."""
 
     def function(x: torch.Tensor) -> Any:
         with use_kernel_mapping({"Times": {"cpu": times(3)}}):

@@ -32,7 +32,7 @@ from kernels_plugins import register_kernel_mapping
 
 @dataclass
 class Ran:
-    """What a run of the command line left behind."""
+    """The exit code and the output of a run of the command line."""
 
     code: int
     out: str
@@ -250,7 +250,7 @@ def test_resolve_imports_a_class(run: Run, tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_wrong_questions(run: Run, arguments: list[str], message: str) -> None:
-    """What cannot be answered is a message on standard error and exit code 2, never a traceback."""
+    """A question without an answer is a message on standard error and exit code 2, never a traceback."""
     ran = run(*arguments)
     assert message in ran.err
     assert "Traceback" not in ran.err
@@ -311,7 +311,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("models")
 def test_explain_prints_json_alone(run: Run) -> None:
-    """What a factory prints is no part of the answer; a factory may import from the current directory."""
+    """Text that a factory prints is no part of the answer; a factory may import from the current directory."""
     ran = run("explain", "cli_models:make", "--json", "--device", "cpu")
     assert [row["path"] for row in ran.json] == ["0"]
     assert ran.err == "loading weights\n"

@@ -197,7 +197,7 @@ class Returns:
     ids=["number", "None", "other class", "instance", "function", "builtin"],
 )
 def test_what_is_no_layer_class_is_refused(loaded: Any, part: str) -> None:
-    """What a source loads must be a class of nn.Module for a class."""
+    """A source for a class must load a class of nn.Module."""
     why = reason(layer("x"), Returns(loaded))
     assert why is not None and part in why
 

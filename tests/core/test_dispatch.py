@@ -578,7 +578,7 @@ def test_warm_calls_ask_nobody(make_layer: Make, make_kernel: Make, hook_recorde
     "error", [ValueError, AttributeError, IndexError, TypeError, KeyError, StopIteration, KeyboardInterrupt]
 )
 def test_errors_inside_a_kernel_are_unchanged(error: type[BaseException]) -> None:
-    """What a kernel raises, and the reference too, reaches the caller as the same object, each time."""
+    """An exception that kernel and reference raise reaches the caller as the same object, each time."""
     raised, runs = error("from the kernel"), []
 
     class Raises(nn.Module):
@@ -601,7 +601,7 @@ def test_errors_inside_a_kernel_are_unchanged(error: type[BaseException]) -> Non
 
 
 def test_errors_inside_the_reference_are_unchanged() -> None:
-    """What the reference raises reaches the caller as it is, AttributeError too."""
+    """An exception of the reference reaches the caller as it is, AttributeError too."""
     raised = AttributeError("from the reference")
 
     @use_kernel_forward_from_hub("Raises")

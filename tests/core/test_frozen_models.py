@@ -545,7 +545,7 @@ def test_compiled_code_loses_no_gradient(compiled: Make) -> None:
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception]) -> None:
-    """What no call can have is refused at once."""
+    """A mode that no call can have is refused at once."""
     with pytest.raises(error):
         kernelize(Scale(), **arguments)
     with pytest.raises(ArgumentError, match=r"The device of the model is unknown.*kernelize\(..., device='cuda'\)"):

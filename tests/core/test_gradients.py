@@ -201,7 +201,7 @@ def test_gradients_that_the_reference_lacks_too_are_no_loss() -> None:
 
 @pytest.mark.parametrize("reentrant", [pytest.param(False, marks=TELLS_HOOKS), True])
 def test_checkpointing_goes_on_when_a_kernel_is_refused(reentrant: bool) -> None:
-    """What a refused kernel saved for its backward is not counted as saved by the forward."""
+    """Tensors that a refused kernel saved for its backward are not counted as saved by the forward."""
     layer, x = make(scale, weight=ones()), ones(True)
     with kernels(loses_all, loses_weight, right):
         for _ in range(2):
@@ -229,7 +229,7 @@ def test_checkpointing_goes_on_when_a_kernel_is_compared_with_the_reference() ->
 
 @TELLS_HOOKS
 def test_hooks_for_saved_tensors_see_an_accepted_kernel_and_no_other() -> None:
-    """What hooks packed is what they unpack, and nothing of a run that is void."""
+    """Hooks unpack the tensors that they packed, and none of a run that is void."""
     packed: list[torch.Tensor] = []
     unpacked: list[torch.Tensor] = []
 
@@ -306,7 +306,7 @@ def test_a_reference_that_changes_a_buffer_does_not_keep_the_call_from_being_mad
 
 
 def test_a_kernel_that_serves_where_the_reference_fails_is_kept() -> None:
-    """What cannot be compared is said, and nobody is accused."""
+    """A gradient that cannot be compared is reported, and no kernel is accused."""
 
     def fails(self: Any, x: torch.Tensor) -> Any:
         raise ValueError("not implemented")

@@ -304,7 +304,7 @@ def test_kernels_wrap_forward(make_layer: Make, make_kernel: Make, isolated_plug
 
 
 def test_decorator_that_fails_is_left_out(make_layer: Make, isolated_plugins: PluginManager) -> None:
-    """What a decorator of kernels_wrap_forward raises is told in the plugin's name, and the call goes on without it."""
+    """An exception of a decorator of kernels_wrap_forward is reported in the plugin's name; the call goes on."""
 
     def wrap(resolution: Resolution) -> Any:
         return lambda forward: 1 / 0

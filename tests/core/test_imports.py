@@ -162,7 +162,7 @@ def test_public_names() -> None:
 
 
 def test_names_of_the_issue_are_public() -> None:
-    """What the issue promises can be imported."""
+    """Each name that the issue promises can be imported."""
     promised = {
         "use_kernel_forward_from_hub",
         "replace_kernel_forward_from_hub",

@@ -53,7 +53,7 @@ def test_transient_sources_are_warned_of_once(make_layer: Make) -> None:
 
 
 def test_dropped_layers_leave_no_names_and_no_source() -> None:
-    """What generated code and published answers of a dropped layer took is given back."""
+    """Memory of generated code and published answers of a dropped layer is given back."""
 
     def make() -> None:
         @use_kernel_forward_from_hub("Gone")

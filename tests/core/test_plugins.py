@@ -415,7 +415,7 @@ def test_what_wraps_no_forward_is_left_out(
 def test_kernels_are_not_blamed_for_wrappers(
     make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any, wrap: Any
 ) -> None:
-    """What a plugin put around calls raises by itself: that goes on, and no kernel is in quarantine for it."""
+    """A wrapper of calls raises by itself: the call goes on, and no kernel is in quarantine for it."""
     isolated_plugins.register(Wraps(wrap), "wraps")
     with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
         with pytest.raises((TypeError, ZeroDivisionError)):
@@ -527,7 +527,7 @@ def test_broken_veto_wrappers_refuse(
 
 
 def test_load_fault_of_a_plugin_names_it(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:
-    """What a kernels_load_layer hook raises becomes the refusal, with the error kept."""
+    """An exception of a kernels_load_layer hook becomes the refusal, with the error kept."""
     raised = OSError("the disk is full")
 
     class Loader:

@@ -215,7 +215,7 @@ def test_nothing_is_left_of_the_proof() -> None:
 
 
 def test_a_wrapped_kernel_is_proven(isolated_plugins: PluginManager, mapping_plugin: object) -> None:
-    """What a plugin puts around a kernel sees each call once, and the check is inside of it."""
+    """A wrapper that a plugin puts around a kernel gets each call once, and the check is inside of it."""
     calls: list[bool] = []
 
     class Plugin:

@@ -351,7 +351,7 @@ def test_a_device_may_be_named(make_layer: Make, make_kernel: Make) -> None:
 
 
 def test_arguments_of_the_wrong_type(make_layer: Make, make_kernel: Make) -> None:
-    """What would have no effect is an error: a class is not what is called."""
+    """An entry without effect is an error: calls call no class."""
     layer, kernel = make_layer(), make_kernel(10)
     with pytest.raises(ArgumentTypeError, match="decorated_layer"):
         quarantine(layer, kernel.forward, kernel="k", reason="r")

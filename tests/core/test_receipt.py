@@ -198,7 +198,7 @@ def test_layers_that_are_served_alike_are_one_line(make_layer: Make, make_kernel
 
 
 def test_wrappers_are_no_part_of_a_path(make_layer: Make) -> None:
-    """What wraps a whole model adds nothing to the paths; a child of the user's own that is named so does."""
+    """A wrapper of a whole model adds nothing to the paths; a child of the user's own that is named so does."""
     layer = make_layer()
     model = nn.ModuleDict({"layers": nn.ModuleList([layer(), layer()])})
     plain = receipt(model, device="cpu")
@@ -409,6 +409,6 @@ def test_a_shared_layer_is_found_at_each_of_its_paths(make_layer: Make, make_ker
 
 @pytest.mark.parametrize("ask", [lambda r: r.require(3), lambda r: r.require("*", 3), lambda r: r.diff(None)])
 def test_questions_of_the_wrong_type(ask: Make) -> None:
-    """What is no glob and no receipt is said to be none."""
+    """An argument that is no glob and no receipt is refused by name."""
     with pytest.raises(ArgumentTypeError, match=r"not (3|None)\."):
         ask(Receipt(()))

@@ -222,7 +222,7 @@ def test_resolve_runs_nothing(make_layer: Make) -> None:
 
 
 def test_resolve_agrees_with_the_call(make_layer: Make, make_kernel: Make) -> None:
-    """What resolve() says for each mode is what a call in that mode runs."""
+    """The answer of resolve() for each mode is the kernel that a call in that mode runs."""
     layer = make_layer()()
     kernel = make_kernel(10, has_backward=False)
     with use_kernel_mapping({"Add": {"cpu": kernel}}), warnings.catch_warnings():
@@ -280,7 +280,7 @@ def test_values_print_as_sentences(make_kernel: Make) -> None:
 
 
 def test_values_are_frozen() -> None:
-    """What travels between plugins cannot be changed on the way."""
+    """Values that travel between plugins cannot be changed on the way."""
     request = LayerRequest("Add", torch.device("cpu"), Mode.INFERENCE)
     for value, name in (
         (request, "layer_name"),

@@ -39,7 +39,7 @@ class Slow:
 
 
 def test_memories_are_apart() -> None:
-    """What one object warned of, another and the process warn of, too."""
+    """A warning of one object is issued by another and by the process, too."""
     with pytest.warns(KernelsWarning) as caught:
         for warn in (WarnOnce(), WarnOnce(), warn_once):
             warn("slow"), warn("slow")
@@ -178,7 +178,7 @@ def test_the_filter_of_the_docs_makes_errors(python: Make, make_layer: Make) -> 
 
 
 def test_forgetting() -> None:
-    """What is forgotten is issued again; the kit for plugins forgets all that the process has issued."""
+    """A warning that is forgotten is issued again; the kit for plugins forgets all that the process has issued."""
     warn = WarnOnce()
     with pytest.warns(KernelsWarning):
         warn("slow", "a"), warn("slow", "b"), warn_once("slow")

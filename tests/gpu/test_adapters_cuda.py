@@ -34,7 +34,7 @@ def _norm(x, weight, y, size: tl.constexpr, eps):  # type: ignore[no-untyped-def
 
 
 LAUNCH = {"norm": _norm}
-"""A launcher that is looked up at run time, through what Dynamo must not look into."""
+"""A launcher that is looked up at run time, through a function that Dynamo must not trace."""
 
 
 @torch._dynamo.disable

@@ -137,7 +137,7 @@ def test_gradients_that_are_made_in_threads_of_autograd(reentrant: bool) -> None
 
 
 def test_compiled_by_inductor() -> None:
-    """A compiled model: what Inductor made of the kernel is switched by compiling again."""
+    """A compiled model: the code that Inductor made of the kernel is switched by compiling again."""
     model = make(torch.bfloat16)[4:8].eval()
     with use_kernel_mapping({"GpuScale": {"cuda": TritonScale}}):
         result = bisect(torch.compile(model, fullgraph=True), outputs, tolerance=1e-2)

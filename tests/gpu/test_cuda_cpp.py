@@ -49,7 +49,7 @@ class SiluAndMul(nn.Module):
 
 @dataclass(frozen=True)
 class Build:
-    """What the compiler made: the files of one build variant, and the name of its library and operators."""
+    """The output of the compiler: the files of one build variant, and the name of its library and operators."""
 
     name: str
     variant: str
@@ -80,7 +80,7 @@ def find_compiler() -> tuple[Path, tuple[int, int]]:
 
 
 def compile_kernel(revision: int, folder: Path) -> Build:
-    """Compile the sources for this GPU into what a folder under `build/` holds."""
+    """Compile the sources for this GPU into the files of a folder under `build/`."""
     nvcc, cuda = find_compiler()
     machine = Machine.here("cuda")
     variant = str(Variant("torch-stable-abi", "cuda", STABLE_ABI, None, cuda, machine.cpu, machine.os))
@@ -186,7 +186,7 @@ def seed(repository: Repository) -> None:
 
 
 def test_origin_names_repository_commit_and_variant(repository: Repository, builds: list[Build]) -> None:
-    """The decision says which commit serves, that it is the compiled build for the stable ABI, and what was checked."""
+    """The decision says which commit serves, that it is the compiled build for the stable ABI, and its checks."""
     with kernels():
         resolution = decision()
     assert builds[0].variant.startswith("torch-stable-abi210-cu")
@@ -205,7 +205,7 @@ def test_eager(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_the_operator_runs_eagerly(builds: list[Build]) -> None:
-    """What autograd recorded is the operator of this very build."""
+    """The operator that autograd recorded is that of this very build."""
     with kernels():
         y = SiluAndMul()(torch.randn(4, 64, device="cuda", requires_grad=True))
     assert builds[0].name in y.grad_fn.name()
@@ -231,7 +231,7 @@ def test_compiled_full_graph(dtype: torch.dtype, dynamic: bool, builds: list[Bui
 
 
 def test_strided_and_unaligned_inputs() -> None:
-    """Transposed, sliced and unaligned inputs, and an expanded gradient, are read as what they are."""
+    """Transposed, sliced and unaligned inputs, and an expanded gradient, are read with their own strides."""
     flat = torch.randn(1 + 64 * 320, device="cuda")
     for x in (
         flat[1:].view(64, 320),

@@ -55,7 +55,7 @@ def load(name: str, path: Path) -> Any:
 
 
 def load_reference(name: str) -> Any:
-    """The demo's layers as `name`, undecorated: no installed plugin may serve what is compared against."""
+    """The demo's layers as `name`, undecorated: no installed plugin may serve the reference."""
     module = load(name, DEMO / "layers.py")
     for cls in (getattr(module, layer) for layer in module.__all__):
         layer = dispatched_layer(cls.forward)
@@ -105,7 +105,7 @@ def run(layer: Any, inputs: list[torch.Tensor], grads: list[torch.Tensor], diffe
 
 
 def exact(layer: Any, inputs: list[torch.Tensor], grads: list[torch.Tensor], differentiable: int = 1) -> list[Any]:
-    """What `run` gives for the eager layer on the same values in float64."""
+    """The output of `run` for the eager layer on the same values in float64."""
     forward, layer.forward = layer.forward, types.MethodType(type(layer).forward, layer)
     dtypes = {name: parameter.dtype for name, parameter in layer.named_parameters()}
     try:
@@ -275,7 +275,7 @@ def test_launches_are_told_apart() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 33])
 def test_no_epsilon(rows: int) -> None:
-    """Without an epsilon, what a block computes past the last row spoils no gradient."""
+    """Without an epsilon, numbers that a block computes past the last row spoil no gradient."""
     layer, x = make("RMSNorm", (rows, 320), F32)
     layer.variance_epsilon = 0.0
     dy = torch.randn_like(x)

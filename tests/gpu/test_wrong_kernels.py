@@ -1,4 +1,4 @@
-"""Triton kernels that are wrong on purpose: each is caught by what should catch it."""
+"""Triton kernels that are wrong on purpose: each is caught by the tool that is made for its fault."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_kernel_that_raises_is_replaced() -> None:
 
 @pytest.mark.parametrize("name", [*CASES, "missing_gradient", "make_stateful"])
 def test_verify_finds_wrong_kernels(name: str) -> None:
-    """From one call in float32, contiguous: also what is wrong for other dtypes and layouts."""
+    """From one call in float32, contiguous: also faults in other dtypes and layouts."""
     compute = getattr(wrong, name)
     with serving(compute() if name.startswith("make_") else compute):
         assert not verify(Columns(), torch.randn(64, COLUMNS, device="cuda")).ok
@@ -189,7 +189,7 @@ def test_verify_leaves_the_right_one_alone() -> None:
 
 
 def test_wrong_only_under_compile_is_bisected() -> None:
-    """What Inductor makes of a kernel is wrong, eager calls are right: bisect names where."""
+    """Code that Inductor makes of a kernel is wrong, eager calls are right: bisect names where."""
     model = nn.Sequential(nn.ReLU(), Columns(), nn.Tanh(), nn.Linear(COLUMNS, COLUMNS, device="cuda")).eval()
     x = torch.randn(64, COLUMNS, device="cuda")
 

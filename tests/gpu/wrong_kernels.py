@@ -92,7 +92,7 @@ def mutating(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def make_stateful() -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-    """Make a kernel that adds on each call what the ones before have added."""
+    """Make a kernel that adds on each call the sum of the calls before."""
     calls: list[int] = []
 
     def stateful(self: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -1317,7 +1317,7 @@ def test_results_that_hide_tensors_have_no_other_backward(make: Any) -> None:
 
 
 def test_memory_holds_inputs_and_no_activations() -> None:
-    """What is saved for the backward are the inputs."""
+    """The inputs are saved for the backward."""
 
     @use_kernel_forward_from_hub("Deep")
     class Deep(nn.Module):
@@ -1469,7 +1469,7 @@ def test_equal_sources_are_equal() -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3, nn.Linear(1, 1), int, b"acme/norm:Norm"])
 def test_what_is_no_source(wrong: Any) -> None:
-    """What no kernel can come from is refused at once."""
+    """An object that no kernel can come from is refused at once."""
     for adapter in (opaque, reference_backward):
         with pytest.raises(ArgumentTypeError, match="A source is a repository"):
             adapter(wrong)
@@ -1553,7 +1553,7 @@ def test_without_the_plugin_it_is_told(isolated_plugins: PluginManager) -> None:
 
 
 def test_a_failing_load_is_the_reason() -> None:
-    """What is raised while the kernel is loaded refuses the adapter."""
+    """An exception while the kernel is loaded refuses the adapter."""
 
     class Broken:
         def load(self) -> Any:

@@ -449,6 +449,6 @@ def test_environment_watches_from_the_start(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_bad_arguments(settings: dict[str, Any], error: type[Exception]) -> None:
-    """What cannot be is refused when it is said."""
+    """Impossible settings are refused when they are made."""
     with pytest.raises(error):
         canary(**settings)

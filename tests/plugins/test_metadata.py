@@ -159,7 +159,7 @@ def test_incomplete(key: str, value: object) -> None:
     ],
 )
 def test_wrong(changes: dict[str, Any], message: str) -> None:
-    """What is wrong inside is named."""
+    """The entry that is wrong inside is named."""
     with pytest.raises(LoadError, match=message):
         Metadata.from_bytes(changed(**changes))
 

@@ -1,4 +1,4 @@
-"""What the tests of the Hub loader share: a kernel, a layer it serves, and a look at what happened."""
+"""Shared by the tests of the Hub loader: a kernel, a layer it serves, and a look at what happened."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def new_process() -> Iterator[Callable[[], None]]:
 
 @dataclass
 class Outcome:
-    """What three calls of a decorated layer gave."""
+    """The results of three calls of a decorated layer."""
 
     value: float
     resolution: Resolution
