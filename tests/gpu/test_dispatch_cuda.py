@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +171,53 @@ def test_a_reentrant_checkpoint_has_the_gradient_of_its_output(in_scope: bool, c
         y = checkpoint(lambda x: Times()(x).sin(), x, use_reentrant=False, context_fn=checkpoint_scopes)
     y.sum().backward()
     torch.testing.assert_close(x.grad, 3 * torch.cos(3 * ones()))
+
+
+# --- Tensors that are not plain ---------------------------------------------------------------------
+
+
+def test_dtensors_and_pending_collectives_with_a_triton_kernel(tmp_path: Any) -> None:
+    """A `DTensor` takes the reference; a pending collective is waited for, and the kernel gets its memory."""
+    pytest.importorskip("triton")
+    path = Path(__file__).with_name("wrong_kernels.py")
+    spec = importlib.util.spec_from_file_location("scaling_kernels", path)
+    assert spec is not None and spec.loader is not None
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    import torch.distributed as dist
+    from torch.distributed import _functional_collectives as collectives
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    served: list[type] = []
+
+    @use_kernel_forward_from_hub("GpuScaled")
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, device="cuda"))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.data_ptr(), "no memory"
+            served.append(type(x))
+            return kernels.launch(x, self.weight)  # type: ignore[no-any-return]
+
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh, layer, x = init_device_mesh("cuda", (1,)), Scaled(), torch.randn(4, 8, device="cuda")
+        expected = x * 1
+        with use_kernel_mapping({"GpuScaled": {"cuda": Kernel}}), torch.no_grad():
+            pending = collectives.all_gather_tensor(x, 0, mesh.get_group())
+            torch.testing.assert_close(layer(pending), expected)
+            assert served == [torch.Tensor]
+            whole = Scaled()
+            whole.weight = nn.Parameter(distribute_tensor(whole.weight.detach(), mesh, [Shard(0)]))
+            result = whole(distribute_tensor(x, mesh, [Shard(0)]))
+            assert isinstance(result, DTensor) and served == [torch.Tensor]
+            torch.testing.assert_close(result.full_tensor(), expected)
+    finally:
+        dist.destroy_process_group()
