@@ -11,6 +11,9 @@ from torch.autograd.function import FunctionCtx
 
 from ..torch_internals import forward_grad_enabled
 
+_GENERATED = ("GeneratedBackwardFor_", "CompiledFunctionBackward")
+"""Functions that PyTorch makes for operators of `torch.library` and compiled code: their backward calls no layer."""
+
 
 def function_contexts() -> Iterator[Any]:
     """Yield the contexts of the custom autograd functions in whose forward this is, innermost first."""
@@ -19,7 +22,7 @@ def function_contexts() -> Iterator[Any]:
         frame, code = caller, caller.f_code
         if code.co_name == "forward" and code.co_argcount:
             context = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(context, FunctionCtx):
+            if isinstance(context, FunctionCtx) and not type(context).__name__.startswith(_GENERATED):
                 yield context
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..layer import Forward
 from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
-from .copies import attributes_of, copies_of, replica_of, same_numbers, tensors_of
+from .copies import attributes_of, copies_of, detached, replica_of, same_numbers, tensors_of
 from .gradients import computed, gradients_of
 from .precision import converted, only
 from .tree import each_tensor, leaves, mapped, nodes
@@ -119,6 +119,16 @@ class Call:
         buffers = self.module.named_buffers() if self.module is not None else ()
         return self._named_inputs() | {f"buffer {name}": buffer for name, buffer in buffers}
 
+    def why_failed(self, error: Exception) -> str:
+        """Describe why the reference fails on copies: a tensor of another class may be copied wrongly."""
+        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10) * 2)[0] or 'no message'}"
+        plain = (torch.Tensor, nn.Parameter)
+        for name, tensor in self.tensors.items():
+            if type(tensor) not in plain:
+                kind = type(tensor).__name__
+                return f"it cannot be compared, because {name} is a {kind}, and a run on copies of it fails: {text}"
+        return f"the reference fails: {text}"
+
     # --- Other calls ------------------------------------------------------------------------------
 
     def replaced(self, function: Callable[[str, Any], Any]) -> Call:
@@ -138,7 +148,7 @@ class Call:
         originals = self.tensors
         with unobserved():
             copies = copies_of(originals.values() if state else self.inputs.values())
-            copied = self._on(lambda t: copies[id(t)].detach().requires_grad_(t.requires_grad), module=state)
+            copied = self._on(lambda t: detached(copies[id(t)]).requires_grad_(t.requires_grad), module=state)
         return replace(copied, random=random_states(t.device for t in originals.values()))
 
     def converted(self, old: torch.dtype, new: torch.dtype) -> Call:
@@ -146,7 +156,7 @@ class Call:
         with unobserved():
             copies = copies_of(self.tensors.values())
             return self._on(
-                lambda t: copies[id(t)].detach().to(new if t.dtype is old else t.dtype).requires_grad_(t.requires_grad)
+                lambda t: detached(copies[id(t)]).to(new if t.dtype is old else t.dtype).requires_grad_(t.requires_grad)
             )
 
     def make(self, forward: Forward) -> Any:
@@ -248,7 +258,7 @@ class Call:
         copies = copies_of(
             tensor for name, tensor in originals.items() if id(tensor) not in kept or name.startswith("input ")
         )
-        call = self._on(lambda tensor: converted(copies.get(id(tensor), tensor).detach(), dtype))
+        call = self._on(lambda tensor: converted(detached(copies.get(id(tensor), tensor)), dtype))
         shared = (torch.Tensor, nn.Module, *CONSTANTS)
         return (
             call.replaced(lambda _, leaf: leaf if isinstance(leaf, shared) else copy.deepcopy(leaf))

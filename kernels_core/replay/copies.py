@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ def copies_of(originals: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
     """Copy tensors, by the `id` of the original.
 
     Strides are kept; tensors that share memory share it in their copies. A tensor that is more than a view of memory
-    (sparse, quantized, a subclass) is cloned by its own `clone`.
+    (sparse, quantized, a subclass) is cloned by its own `clone`, one with attributes is copied by `deepcopy`.
     """
     copies: dict[int, torch.Tensor] = {}
     spans: dict[object, list[tuple[int, int, torch.Tensor]]] = {}
@@ -29,7 +30,7 @@ def copies_of(originals: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
         if id(tensor) in copies:
             continue
         if not _is_plain(tensor):
-            copies[id(tensor)] = tensor.detach().clone()
+            copies[id(tensor)] = _copied_special(tensor)
             continue
         copies[id(tensor)] = tensor  # keeps its place in the order until it is copied below
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -63,6 +64,25 @@ def _copied_span(span: list[tuple[int, int, torch.Tensor]], end: int) -> Iterato
         yield id(tensor), empty.set_(memory.untyped_storage(), offset, tensor.shape, tensor.stride())
 
 
+def _copied_special(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor that is more than a view of memory."""
+    # PyTorch's operators drop the attributes of a subclass, and mostly the class. A forward that reads them, as with
+    # the parameters of libraries for quantization, needs a copy by `deepcopy`, which such a class must support.
+    return copy.deepcopy(tensor) if _has_attributes(tensor) else tensor.detach().clone()
+
+
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without its history; one whose attributes would be lost has none, for it is a copy."""
+    return tensor if _has_attributes(tensor) else tensor.detach()
+
+
+def _has_attributes(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a subclass with attributes, and is not built of other tensors, as those clone rightly."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or hasattr(type(tensor), "__tensor_flatten__"):
+        return False
+    return tensor.is_leaf and bool(getattr(tensor, "__dict__", None))
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a view of memory and nothing else."""
     return (
@@ -84,14 +104,15 @@ def replica_of(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) 
     def replaced(_: str, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and id(leaf) not in made:
             copied = make(leaf)
-            copied = nn.Parameter(copied, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else copied
+            if isinstance(leaf, nn.Parameter) and not isinstance(copied, nn.Parameter):
+                copied = nn.Parameter(copied, leaf.requires_grad)
             made[id(leaf)] = copied.requires_grad_(leaf.requires_grad)
         return made.get(id(leaf), leaf) if isinstance(leaf, nn.Module | torch.Tensor) else leaf
 
     originals = list(module.modules())
     for original in originals:
         kind = type(original)
-        made[id(original)] = kind.__new__(kind)
+        made[id(original)] = object.__new__(kind)  # not its own `__new__`: that of FSDP's classes calls `__init__`
     for original in originals:
         state = dict(original.__dict__)
         for name in _INSIDE:

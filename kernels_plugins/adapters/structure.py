@@ -265,15 +265,16 @@ def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> st
                 raise Unfit("it returns a number that depends on its inputs")
             return f"float({str(real)!r})"  # NaN and infinity have no other way to be written
         if kind == "dict":
-            if not all(isinstance(key, str | int) for key, _ in node[1]):
-                raise Unfit("it returns a dictionary with other keys than texts and integers")
-            return "{" + ", ".join(f"{key!r}: {code(child)}" for key, child in node[1]) + "}"
+            if not all(isinstance(key, str | int | enum.Enum) for key, _ in node[1]):
+                raise Unfit("it returns a dictionary with other keys than texts, integers and members of enums")
+            keys = (repr(key) if type(key) in (str, int, bool) else named(key) for key, _ in node[1])
+            return "{" + ", ".join(f"{key}: {code(child)}" for key, (_, child) in zip(keys, node[1], strict=True)) + "}"
         value: Any = next(objects) if kind not in ("tuple", "list") else None
         if kind in _BRACKETS:
             before, after = _BRACKETS[kind]
             made_by = named(value) if value is not None else ""
             return made_by + before + "".join(code(child) + ", " for child in node[1]) + after
-        if isinstance(value, (torch.dtype, torch.device)):
+        if isinstance(value, (torch.dtype, torch.device, enum.Enum)):
             return named(value)
         raise Unfit(f"it returns a {(type(value) if kind == 'object' else value).__name__}")
 

@@ -92,8 +92,7 @@ class _Watch:
         try:
             expected = before.run(self.layer.reference, parameters=False, mutations=False)
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-            self._say("reference", f"its reference fails, so there is nothing to compare with: {failure}")
+            self._say("reference", f"there is nothing to compare with: {before.why_failed(error)}")
             return None
         pairs = [(part(output), part(expected.outputs))]
         wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]

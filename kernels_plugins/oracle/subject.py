@@ -167,7 +167,7 @@ class Subject:
             first, second = (self._run(case, self.layer.reference, Mode.INFERENCE) for _ in range(2))
         except Exception as error:
             stop_if_broken(error)
-            return f"the reference fails: {_short(error)}"
+            return case.call.why_failed(error)
         difference = compare(second.outputs, first.outputs)
         if difference.ok:
             return None
@@ -185,7 +185,7 @@ class Subject:
                 expected = self._expected(case, mode)
             except Exception as error:
                 stop_if_broken(error)
-                reason = f"the reference fails: {_short(error)}"
+                reason = case.call.why_failed(error)
                 row = replace(self.blank, mode=str(mode.name).lower(), case=case.name, dtype=_dtype(case.call))
                 yield replace(row, verdict="undecided" if case.given else "skipped", reason=reason)
                 continue

@@ -366,7 +366,7 @@ def capability(patch: pytest.MonkeyPatch, *capabilities: int, hip: bool = False)
 
     from kernels.layer.repos import _find_capability
 
-    from kernels_core import device_capability
+    from kernels_core.device import _capability
 
     with patch.context() as context:
         context.setattr(torch.cuda, "is_available", lambda: True)
@@ -374,12 +374,12 @@ def capability(patch: pytest.MonkeyPatch, *capabilities: int, hip: bool = False)
         context.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         context.setattr(torch.cuda, "get_device_capability", of)
         context.setattr(torch.version, "hip" if hip else "cuda", "6.4" if hip else "12.8")
-        for cached in (_find_capability, device_capability):
+        for cached in (_find_capability, _capability):
             cached.cache_clear()
         try:
             yield
         finally:
-            for cached in (_find_capability, device_capability):
+            for cached in (_find_capability, _capability):
                 cached.cache_clear()
 
 

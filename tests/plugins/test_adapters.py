@@ -707,7 +707,7 @@ def test_objects_that_are_made_in_compiled_code() -> None:
 
 
 def test_texts_that_are_more_than_texts() -> None:
-    """An enumeration of texts reaches the kernel as it is; in a result, it cannot be."""
+    """A member of an enumeration of texts reaches the kernel, and the caller, as it is."""
     seen: list[Any] = []
 
     @use_kernel_forward_from_hub("told")
@@ -724,8 +724,7 @@ def test_texts_that_are_more_than_texts() -> None:
         for how in ("a", Text.A):
             assert torch.equal(run(x, how, False), x * 2)
             assert seen[-1] is how
-        with pytest.warns(KernelsWarning, match="it returns a Text"):
-            assert run(x, Text.A, True)[1] is Text.A
+        assert run(x, Text.A, True)[1] is Text.A and seen[-1] is Text.A
 
 
 def test_modules_whose_attributes_are_named_as_kinds() -> None:
@@ -1701,3 +1700,27 @@ def test_any_argument_and_any_result(argument: Any, result: Any) -> None:
                     torch.testing.assert_close(gradient, right)
                 else:
                     assert mine == theirs
+
+
+def test_members_of_enums_in_results() -> None:
+    """A result may be a dict with members of an enum as keys and values: compiled calls return it as eager ones do."""
+
+    class Key(str, enum.Enum):
+        OUT = "out"
+        GATE = "gate"
+
+    @use_kernel_forward_from_hub("OpaqueEnum")
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[Key, object]:
+            return {Key.OUT: x * 2, Key.GATE: [x + 1, Key.OUT]}
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[Key, object]:
+            return {Key.OUT: x + x, Key.GATE: [1 + x, Key.OUT]}
+
+    x = torch.ones(3)
+    with use_kernel_mapping({"OpaqueEnum": {"cpu": opaque(Kernel)}}), torch.no_grad():
+        result: Any = torch.compile(Two(), backend="eager", fullgraph=True)(x)
+        assert resolve(Two, device="cpu", mode=Mode.INFERENCE | Mode.TORCH_COMPILE).origin != "reference"
+    assert list(result) == [Key.OUT, Key.GATE] and type(next(iter(result))) is Key
+    assert torch.equal(result[Key.OUT], x * 2) and result[Key.GATE][1] is Key.OUT
