@@ -25,6 +25,7 @@ from kernels_core import (
     UntrustedError,
     authorize,
     hookimpl,
+    kernelize,
     plugin_manager,
     plugins,
     resolve,
@@ -112,6 +113,8 @@ def test_no_kernel_serves_where_a_policy_is_missing(
             assert re.search(reason, text), text
         with pytest.raises(UntrustedError, match=reason):
             authorize("the code of a kernel")
+        with pytest.warns(KernelsWarning, match=reason):
+            assert kernelize(layer(), mode=Mode.INFERENCE, device="cpu")(torch.ones(1)).item() == 2
         with pytest.raises(NoKernelError, match=reason):
             make_layer(use_fallback=False)()(torch.ones(1))
 

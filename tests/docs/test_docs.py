@@ -336,12 +336,3 @@ def test_the_tree_of_errors_is_that_of_the_code() -> None:
     assert tree and tree[1] in (DOCS / "errors.md").read_text(encoding="utf-8")
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.KernelsError)]
     assert all(re.search(rf"\b{c.__name__}\b", tree[1]) for c in classes)
-
-
-def test_every_environment_variable_is_in_the_table() -> None:
-    """A variable of ours that the sources name, in a string of its own, is on the page of the Hub."""
-    form = re.compile(r"[\"']((?:DISABLE_)?KERNELS?_[A-Z_]+|LOCAL_KERNELS)[\"']")
-    names = {name for file in FILES for name in form.findall(file.read_text(encoding="utf-8"))}
-    page = (DOCS / "hub.md").read_text(encoding="utf-8")
-    assert {"KERNELS_STRICT", "KERNELS_OBSERVE"} <= names
-    assert not [name for name in names if f"`{name}`" not in page]
