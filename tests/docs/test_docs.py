@@ -27,7 +27,6 @@ from pathlib import Path
 import pytest
 import torch
 from fresh_process import run_script
-from source_tree import FILES
 
 import kernels_core
 import kernels_core.replay
