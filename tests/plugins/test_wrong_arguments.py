@@ -94,6 +94,7 @@ VALID: dict[str, dict[str, Any]] = {
     "Scope": {"payload": 1},
     "authorize": {"source": "acme/silu", "plugin": "hub"},
     "as_json": {"value": 1, "indent": 2},
+    "checkpoint_scopes": {},
     "check_registered_mode": {"mode": Mode.INFERENCE},
     "count_calls": {},
     "decorated_layer": {"decorated": shift},
