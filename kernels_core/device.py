@@ -146,7 +146,10 @@ def device_capability(device: torch.device) -> int | None:
 def _capability(device: torch.device) -> int | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+    except AssertionError:  # PyTorch raises it for a device that is not there
+        return None
     return 10 * major + minor
 
 
