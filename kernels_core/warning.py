@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Hashable
+from types import NoneType
 
 from .errors import KernelsWarning, require_type
 
@@ -76,6 +77,8 @@ class WarnOnce:
         """
         require_type(message, str, "A warning")
         require_type(key, Hashable, "The key of a warning")
+        require_type(stacklevel, int, "stacklevel")
+        require_type(logger, (logging.Logger, NoneType), "logger")
         if key is None:
             key = re.sub(r" at 0x[0-9a-fA-F]+", "", message)  # two objects of a kind are not two things to report
         with _lock:

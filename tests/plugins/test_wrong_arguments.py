@@ -222,7 +222,7 @@ def use(made: Any) -> None:
 def faults(name: str) -> Iterator[str]:
     """Call a public function once for each parameter and wrong value; yield the errors that are not ours."""
     function, valid = public(name), VALID[name]
-    for parameter in valid.keys() - LEFT_OUT.get(name, set()):
+    for parameter in [each for each in valid if each not in LEFT_OUT.get(name, ())]:
         for label, value in ZOO.items():
             if (parameter, label) == ("lockfile", "none"):  # the default, for which all installed packages are searched
                 continue
