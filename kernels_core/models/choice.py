@@ -33,6 +33,7 @@ from ..resolution import Resolution
 from ..scope import listeners
 from ..torch_internals import constant_result, is_fake_class, is_traced
 from ..warning import WarnOnce
+from .modules import change_class
 
 
 @dataclass
@@ -130,12 +131,12 @@ class FrozenChoice:
             )
             forward = self.advising(advice) if why == "train" else self.original.forward
             self.suspended[why] = self.make_class(forward=forward, kernels_suspended=why)
-        object.__setattr__(module, "__class__", self.suspended[why])
+        change_class(module, self.suspended[why])
 
     def resume(self, module: nn.Module) -> None:
         """Undo `suspend`."""
         if type(module) in self.suspended.values():
-            object.__setattr__(module, "__class__", self.cls)
+            change_class(module, self.cls)
         elif self.is_suspended(module):
             del module.__dict__["forward"]
 

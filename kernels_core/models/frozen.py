@@ -18,7 +18,7 @@ from ..layer import Forward, Layer
 from ..resolution import Resolution
 from .choice import FrozenChoice, Run, choices, is_parametrized, make_forward, refresh
 from .copies import copied, reduced
-from .modules import own_device
+from .modules import change_class, own_device
 from .pinned import pinned
 
 
@@ -135,10 +135,10 @@ def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> No
     before = [type(module) for module in modules]
     try:
         for module, cls in zip(modules, classes, strict=True):
-            object.__setattr__(module, "__class__", cls)  # nn.Module's own takes a microsecond
+            change_class(module, cls)
     except BaseException:
         for index, cls in enumerate(before):
-            object.__setattr__(modules[index], "__class__", cls)
+            change_class(modules[index], cls)
         raise
     for module in modules:
         if "forward" in module.__dict__ and foreign_forward(module) is None:

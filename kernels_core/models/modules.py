@@ -120,3 +120,11 @@ def functions_of(cls: type[nn.Module]) -> Sequence[Layer]:
         ()
     """
     return cast(Sequence[Layer], getattr(cls, "kernels_functions", ()))
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module, so that compiled code notices it, too."""
+    object.__setattr__(module, "__class__", cls)  # nn.Module's own takes a microsecond
+    # From 2.8 to 2.12, Dynamo checks the guards on a module, also that of its class, only if its dict has changed.
+    module.__dict__["kernels_changed"] = True
+    del module.__dict__["kernels_changed"]

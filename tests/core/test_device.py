@@ -152,7 +152,9 @@ def test_calls_on_two_gpus_resolve_apart(
     ran = []
 
     def kernel(name: str) -> Any:
-        return type(name, (torch.nn.Module,), {"forward": lambda self, x: (ran.append(name), x)[1]})
+        return type(
+            name, (torch.nn.Module,), {"forward": lambda self, x: (ran.append(name), x)[1], "can_torch_compile": True}
+        )
 
     old, new = Device("cuda", CUDAProperties(70, 89)), Device("cuda", CUDAProperties(90, 99))
     layer = make_layer()()
