@@ -31,6 +31,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_plugins.LayerRepository",
             "kernels_plugins.LocalLayerRepository",
             "kernels_plugins.LockedLayerRepository",
+            "kernels_core.checkpoint_scopes",
             "kernels_core.Mode",
             "kernels_core.STAND_INS",
             "kernels_core.Device",
