@@ -10,7 +10,7 @@ from typing import Any, Generic, cast
 import torch
 
 from .guards.tensors import DECLARATION, check_tensors
-from .layer import Layer, call_signature
+from .layer import Layer, call_signature, function_kind
 from .mode import Mode
 from .resolution import KernelLayer, LayerRequest, Resolution
 
@@ -71,6 +71,8 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     if layer is None:
         return None
     forward: Any = cast(Any, kernel).forward if isinstance(kernel, type) else kernel
+    if (kind := function_kind(forward)) != layer.kind:
+        return f"it is a {kind or 'plain'} function, where the layer's own forward is a {layer.kind or 'plain'} one"
     try:
         ours = layer.signature
         theirs = call_signature(forward, drop_self=isinstance(kernel, type))

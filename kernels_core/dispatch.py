@@ -328,7 +328,7 @@ class _Dispatcher:
             source,
             _kernels_cold=self._cold,
             _kernels_condition=self.layer.condition,
-            _kernels_exception=Exception,
+            _kernels_exception=() if "generator" in self.layer.kind else Exception,  # parts were yielded already
             _kernels_failed=self._failed,
             _kernels_hardware=hardware,
             _kernels_names=tuple(names),

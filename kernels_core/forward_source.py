@@ -7,6 +7,7 @@ besides the parameters start with `_kernel`; a signature with such a parameter i
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,6 +154,7 @@ class ForwardSource:
         is_traced: Expression that is true while Dynamo traces a call.
         forward_level: Expression for the level of forward-mode differentiation, negative outside of it.
         is_recorded: Expression that is true while another tracer records a call of plain tensors.
+        kind: `"coroutine"`, `"generator"` or `"async generator"` if the layer is one.
     """
 
     parameters: tuple[inspect.Parameter, ...]
@@ -161,6 +163,7 @@ class ForwardSource:
     is_traced: str = "False"
     forward_level: str = "-1"
     is_recorded: str = "False"
+    kind: str = ""
 
     # --- The functions --------------------------------------------------------------------------
 
@@ -182,11 +185,11 @@ class ForwardSource:
         pieces["find"] = _fill(_FIND if self._first is not None else _ONLY_COLD, pieces)
         pieces["asked"] = self.call if self.is_function else self.module
         pieces["condition"] = _CONDITION.format(**pieces) if has_condition else ""
-        return _fill(_FORWARD, pieces)
+        return _of_kind(self.kind, _fill(_FORWARD, pieces))
 
     def frozen(self) -> str:
         """Write the function that calls `_kernels_kernel`, or another one in calls that it is unfit for."""
-        return _fill(_FROZEN, {**self._pieces, "records": self._records(exact=False)})
+        return _of_kind(self.kind, _fill(_FROZEN, {**self._pieces, "records": self._records(exact=False)}))
 
     def select(self, inference: str, training: str) -> str:
         """Write the function that calls one of two kernels, by mode; the arguments are attributes of a frame."""
@@ -313,6 +316,21 @@ class ForwardSource:
     def _self_is_packed(self) -> bool:
         """Whether a method takes its `self` as the first of `*args`."""
         return not self.is_function and self.parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+
+
+_RETURNS = {
+    "coroutine": r"\1return await \2",
+    "generator": r"\1return (yield from \2)",
+    "async generator": r"\1async for _kernel_item in \2:\n\1    yield _kernel_item\n\1return",
+}
+
+
+def _of_kind(kind: str, text: str) -> str:
+    """Turn a function into one of the kind of the layer, for callers ask `inspect` for it."""
+    if not kind:
+        return text
+    text = re.sub(r"^( +)return (.+)$", _RETURNS[kind], text, flags=re.MULTILINE)
+    return text if kind == "generator" else f"async {text}"
 
 
 def _fill(template: str, pieces: Mapping[str, Any]) -> str:

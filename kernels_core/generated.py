@@ -49,6 +49,7 @@ class Generator:
             IS_TRACED,
             FORWARD_LEVEL,
             IS_RECORDED,
+            layer.kind,
         )
 
     def generate(self, function: str, source: str, *, file: str = "", **names: object) -> Forward:

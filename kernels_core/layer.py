@@ -50,6 +50,11 @@ class Layer:
         """Signature of the reference as a caller sees it, without `self`."""
         return call_signature(self.reference, drop_self=not self.is_function)
 
+    @functools.cached_property
+    def kind(self) -> str:
+        """The kind of function that the reference is: see `function_kind`."""
+        return function_kind(self.reference)
+
     def __repr__(self) -> str:
         """Show name and place."""
         return f"<Layer {self.name!r} at {self.qualname}>"
@@ -100,6 +105,15 @@ def source_label(source: object) -> str:
     if type(source).__repr__ is object.__repr__:  # an address would make each object a new text
         return f"<{type(source).__module__}.{type(source).__qualname__} object>"
     return repr(source)
+
+
+def function_kind(function: Callable[..., Any]) -> str:
+    """Return `"coroutine"`, `"generator"` or `"async generator"` as `inspect` knows it; empty for other functions."""
+    if inspect.iscoroutinefunction(function):
+        return "coroutine"
+    if inspect.isasyncgenfunction(function):
+        return "async generator"
+    return "generator" if inspect.isgeneratorfunction(function) else ""
 
 
 def call_signature(function: Callable[..., Any], *, drop_self: bool) -> inspect.Signature:

@@ -147,8 +147,8 @@ def needs_proof(resolution: Resolution) -> bool:
 
 
 def keeps_gradients(layer: Layer, implementation: Forward) -> bool:
-    """Whether an implementation is proven to keep every gradient of a layer."""
-    return layer.number in _proven.get(implementation, ())
+    """Whether an implementation is proven to keep every gradient of a layer; one of coroutines cannot be run again."""
+    return bool(layer.kind) or layer.number in _proven.get(implementation, ())
 
 
 # --- Checking a recorded call --------------------------------------------------------------------
