@@ -110,4 +110,4 @@ def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Cand
 def quarantine_refusal(entry: Quarantined, candidate: Candidate) -> Refusal:
     """Return the refusal of a candidate whose kernel is in quarantine."""
     cause = Cause.POLICY if entry.mode is None else Cause.MODE
-    return Refusal(f"it is in quarantine: {entry.reason}", candidate, candidate.plugin, cause=cause)
+    return Refusal(f"it is in quarantine: {entry.reason}", candidate, candidate.plugin, entry.error, cause)

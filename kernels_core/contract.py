@@ -12,6 +12,7 @@ import torch
 from .guards.tensors import DECLARATION, check_tensors
 from .layer import Layer, call_signature, function_kind
 from .mode import Mode
+from .raised import message_of
 from .resolution import KernelLayer, LayerRequest, Resolution
 
 NOT_TRACED = "it does not declare can_torch_compile = True, and this call is being traced"
@@ -77,7 +78,7 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
         ours = layer.signature
         theirs = call_signature(forward, drop_self=isinstance(kernel, type))
     except (TypeError, ValueError) as error:
-        return f"signatures cannot be compared: {error}"
+        return f"signatures cannot be compared: {message_of(error)}"
     # A decorator with *args shows the signature that it wraps, and passes arguments on as they were written.
     reference = layer.reference
     passes_on = inspect.signature(reference) != inspect.signature(reference, follow_wrapped=False)
@@ -89,7 +90,8 @@ def _check_object(kernel: object) -> str | None:
     try:
         hash(weakref.ref(kernel))
     except TypeError as error:
-        return f"it is an object that must allow a hash and weak references, and does not ({error}): offer a function"
+        why = message_of(error)
+        return f"it is an object that must allow a hash and weak references, and does not ({why}): offer a function"
     return None
 
 

@@ -16,6 +16,7 @@ from . import hookspecs
 from .errors import LoadError, PluginError, PluginLoadError
 from .exports import __version__
 from .hookspecs import PROJECT
+from .raised import error_text
 from .resolution import TIERS, Candidate, Exclusive, Refusal, Resolution
 
 FAULTS = (Exception, SystemExit)
@@ -44,7 +45,7 @@ def raised_in(hook: str, plugin: str, error: BaseException) -> PluginError:
     """Return the error for an exception that a hook of a plugin raised: this one, if it is one of ours for plugins."""
     if isinstance(error, PluginError):
         return error
-    text = f"{type(error).__name__}: {error}".rstrip(".: ")
+    text = error_text(error).rstrip(".: ")
     fault = PluginError(f"Plugin {plugin!r} raised in {hook}: {text}.", plugin=plugin)
     fault.__cause__ = error
     return fault

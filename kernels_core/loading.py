@@ -21,6 +21,7 @@ from .guards.parts import checks_parts
 from .layer import Layer, source_label
 from .mode import Mode
 from .plugins import plugin_manager
+from .raised import detached, error_text, message_of
 from .resolution import Candidate, Cause, KernelLayer, LayerRequest, LoadedLayer, Refusal
 from .scope import PATIENCE, forget, resolving
 from .torch_internals import no_dispatch_modes, no_torch_function
@@ -80,7 +81,7 @@ def _outcome(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Excep
         if isinstance(made, Exception):
             if not load.vetoed:
                 plugin_manager().hook.kernels_kernel_failed(request=request, candidate=candidate, error=made)
-            _strip(made)
+            detached(made)  # or its frames would keep the source alive
         if load.vetoed:  # for this request: other requests load it anew
             load.vetoed, load.parts = False, []
             return made
@@ -290,14 +291,7 @@ def source_key(source: object) -> object:
 
 def _reason(error: Exception, candidate: Candidate) -> str:
     if isinstance(error, ResolutionError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
+        return message_of(error)
+    text = error_text(error)
     plugin = getattr(error, "kernels_plugin", candidate.plugin)
     return text if plugin == candidate.plugin else f"{text} (raised by plugin {plugin!r})"
-
-
-def _strip(error: BaseException | None) -> None:
-    """Drop the tracebacks of an error that is remembered: their frames would keep the source alive."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__

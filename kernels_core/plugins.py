@@ -16,6 +16,7 @@ from .environment import plugin_choice, required_plugins, strict
 from .errors import ArgumentError, PluginConflictError, PluginError, PluginLoadError, require_type
 from .hookspecs import PROJECT
 from .isolation import FAULTS, checked_hooks, isolated, raised_in
+from .raised import error_text
 from .resolution import Candidate, LayerRequest, Resolution
 from .scope import PATIENCE
 from .warning import WarnOnce
@@ -208,7 +209,7 @@ class PluginManager:
             if plugin is None or not isinstance(error, PluginError):  # of its import, or its constructor
                 fault = PluginLoadError(
                     f"Plugin {name!r} of distribution {_distribution(entry_point)!r} cannot be imported from "
-                    f"{entry_point.value!r}: {type(error).__name__}: {error}. Correct or uninstall it, or block it "
+                    f"{entry_point.value!r}: {error_text(error)}. Correct or uninstall it, or block it "
                     f"with KERNELS_PLUGINS=-{name}.",
                     plugin=name,
                 )

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 from ..environment import strict
 from ..errors import KernelsError
 from ..layer import Forward
+from ..raised import detached, error_text, message_of
 from ..replay import CONSTANTS, Call
 from ..resolution import Resolution
 from ..torch_internals import current_transform, dispatch_mode_count, is_traced, tree_leaves, version
@@ -63,17 +64,19 @@ def stand_in(
                 raise error
             warn_once(
                 f"{resolution.origin} raised in layer {layer.name!r} {spared}, where the reference does not: the "
-                f"reference serves such calls, and the kernel all others ({type(error).__name__}: {error})",
+                f"reference serves such calls, and the kernel all others ({error_text(error)})",
                 (layer.name, resolution.origin, spared),
             )
             return output
-        reason = str(error).partition("\n\n")[0].rstrip(".")  # PyTorch may list every kernel of an operator below
+        # Below an empty line, PyTorch may list every kernel of an operator.
+        reason = error_text(error).partition("\n\n")[0].rstrip(".")
         quarantine(
             layer,
             implementation,
             kernel=resolution.origin,
             device=resolution.request.device,
-            reason=f"it raised {type(error).__name__}: {reason}, where the reference does not. Report it to its author",
+            reason=f"it raised {reason}, where the reference does not. Report it to its author",
+            error=detached(error, copied=not safe),  # one that goes to the caller keeps its frames
         )
         if safe:
             return output
@@ -111,7 +114,7 @@ def _raised(kernel: Forward, error: Exception) -> bool:
 def _is_sticky(error: Exception) -> bool:
     """Whether a CUDA context is in an error from which this process cannot recover."""
     accelerator: type[Exception] | None = getattr(torch, "AcceleratorError", None)  # from PyTorch 2.8 on
-    return (accelerator is not None and isinstance(error, accelerator)) or "CUDA error" in str(error)
+    return (accelerator is not None and isinstance(error, accelerator)) or "CUDA error" in message_of(error)
 
 
 def _may_be_changed(values: list[Any]) -> bool:

@@ -20,6 +20,7 @@ import torch
 from ..forward_source import PLAIN
 from ..layer import Forward, Layer
 from ..mode import Mode
+from ..raised import error_text
 from ..replay import Call, random_states, set_random_states
 from ..resolution import Resolution
 from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, in_forward_ad, tree_leaves, version
@@ -284,7 +285,7 @@ def _missing_in_reference(
     except Exception as error:  # the kernel serves where the reference cannot: nothing to compare with
         warn(
             f"Layer {layer.name!r}: {', '.join(missing)} gets no gradient from its kernel, and whether that is "
-            f"right is not known, for the reference fails: {type(error).__name__}: {error}",
+            f"right is not known, for the reference fails: {error_text(error)}",
         )
         return missing
     reached = {id(original) for name, original in replay.originals.items() if name not in lost}

@@ -27,6 +27,7 @@ class Quarantined:
         device: The device on which it must not; None for all.
         mode: `Mode.TRAINING` if it still serves inference; None if it serves nothing.
         reason: Its fault.
+        error: What it raised, if it did; its traceback shows the lines and holds no values.
     """
 
     layer_name: str
@@ -37,6 +38,7 @@ class Quarantined:
     reason: str
     _layer: weakref.ref[Layer] = field(repr=False)
     _implementation: weakref.ref[Forward] = field(repr=False)
+    error: BaseException | None = field(default=None, repr=False)
 
     def concerns(self, request: LayerRequest, implementation: Forward) -> bool:
         """Whether this entry excludes an implementation for a request."""
@@ -74,6 +76,7 @@ def quarantine(
     reason: str,
     device: str | torch.device | None = None,
     mode: Mode | None = None,
+    error: BaseException | None = None,
 ) -> Quarantined:
     """Exclude a kernel from serving a layer, from the next call on.
 
@@ -84,6 +87,7 @@ def quarantine(
         reason: Its fault, and what to do about it.
         device: The device for which that holds; None for all.
         mode: `Mode.TRAINING` to let it serve inference; None for all.
+        error: What it raised.
 
     Returns:
         The entry, for `release`.
@@ -108,7 +112,7 @@ def quarantine(
         )
     where = as_torch_device(device) if device is not None else None
     entry = Quarantined(
-        layer.name, layer.qualname, kernel, where, mode, reason, weakref.ref(layer), weakref.ref(implementation)
+        layer.name, layer.qualname, kernel, where, mode, reason, weakref.ref(layer), weakref.ref(implementation), error
     )
     with _lock:
         _entries.append(entry)

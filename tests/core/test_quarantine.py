@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -371,3 +373,75 @@ def test_a_long_error_is_told_in_short(make_layer: Make) -> None:
     with use_kernel_mapping({"Add": {"cpu": type("Fails", (nn.Module,), {"forward": forward})}}):
         make_layer()()(X)
     assert quarantined()[0].reason.startswith("it raised NotImplementedError: Could not run 'op', where the reference")
+
+
+class MuteError(Exception):
+    """Has no text: asking for it raises."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("error", [MuteError(), ValueError("x" * 5_000_000)], ids=["mute", "long"])
+def test_errors_with_no_text_or_a_long_one(make_layer: Make, error: Exception) -> None:
+    """An exception whose `__str__` raises, or whose message has megabytes, is as good a reason as any other."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    def load() -> Any:
+        raise error
+
+    layer = make_layer()()
+    source = type("Source", (), {"load": staticmethod(load)})()
+    for kernel in type("Bad", (nn.Module,), {"forward": forward}), source:
+        with use_kernel_mapping({"Add": {"cpu": kernel}}), torch.no_grad(), pytest.warns(KernelsWarning) as caught:
+            assert layer(X)[0] == layer(X)[0] == 1
+            (refusal,) = resolve(layer, device="cpu", mode=Mode.INFERENCE).refusals
+        assert type(error).__name__ in refusal.reason
+        assert max(len(str(warning.message)) for warning in caught) < 5000
+
+
+def test_what_a_kernel_raised_is_kept_without_its_values(make_layer: Make) -> None:
+    """Entry and refusal have the exception with its cause and lines; nothing keeps the arguments of the call alive."""
+
+    def look(x: torch.Tensor) -> None:
+        raise KeyError("no such shape")
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        try:
+            look(x)
+        except KeyError as error:
+            raise LookupError("no code for this shape") from error
+        return x
+
+    layer, x = make_layer()(), torch.zeros(2)
+    kernel = type("Raises", (nn.Module,), {"forward": forward})
+    with use_kernel_mapping({"Add": {"cpu": kernel}}), torch.no_grad(), pytest.warns(KernelsWarning):
+        layer(x)
+        (refusal,) = resolve(layer, device="cpu", mode=Mode.INFERENCE).refusals
+    (entry,) = quarantined()
+    assert isinstance(entry.error, LookupError) and refusal.error is entry.error
+    assert isinstance(entry.error.__cause__, KeyError)
+    lines = "".join(traceback.format_exception(entry.error))
+    assert 'raise KeyError("no such shape")' in lines and "in look" in lines and "raise LookupError" in lines
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_error_that_the_caller_gets_keeps_its_frames(make_layer: Make) -> None:
+    """The kept exception is a copy where the caller gets the original, whose traceback a debugger may walk."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        raise LookupError("no code")
+
+    layer = make_layer(use_fallback=False)()
+    with use_kernel_mapping({"Add": {"cpu": type("Raises", (nn.Module,), {"forward": forward})}}), torch.no_grad():
+        with pytest.raises(LookupError) as told, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer(X)
+        kept = quarantined()[0].error
+    assert isinstance(kept, LookupError) and kept is not told.value and kept.args == ("no code",)
+    assert any("x" in entry.frame.f_locals for entry in told.traceback)
