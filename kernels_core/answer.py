@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .contract import check_contract, check_mode
 from .errors import ContractError, ResolutionError, UntrustedError
@@ -10,6 +12,7 @@ from .guards.quarantine import Quarantined, find_quarantined
 from .guards.tensors import check_tensors
 from .hookspecs import hookimpl
 from .loading import implementation_of, load, source_key
+from .mode import TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import Candidate, Cause, KernelLayer, LayerRequest, Refusal, Resolution, rank_offers
 from .warning import warn_once
@@ -33,6 +36,9 @@ class CorePlugin:
         """Try the candidates in order: authorize, load, check. The first without a refusal serves."""
         hook = plugin_manager().hook
         answers = hook.kernels_find_candidates(request=request) if self.only is None else [[self.only]]
+        if (training := _for_all_modes(request, answers)) is not None:
+            request = training
+            answers = hook.kernels_find_candidates(request=request) if self.only is None else [[self.only]]
         candidates, misfits, refusals = rank_offers(answers)
         if request.depends_on_mode and _differ_by_mode(request, candidates):
             raise ModesDiffer
@@ -61,6 +67,19 @@ class CorePlugin:
                     inference_only=not getattr(loaded.layer, "has_backward", True),
                 )
         return Resolution(request, refusals=tuple(refusals), misfits=misfits)
+
+
+def _for_all_modes(request: LayerRequest, answers: list[list[Any]]) -> LayerRequest | None:
+    """Return the request for training, where a candidate wants that kernel for inference, too; None where none does."""
+    mode = request.modes[-1]
+    training = TRACED_MODES[1] if Mode.TORCH_COMPILE in mode else Mode.TRAINING
+    if request.modes == (training,):
+        return None
+    for offer in itertools.chain.from_iterable(answers):
+        candidate = offer.candidate if isinstance(offer, Refusal) else offer
+        if isinstance(candidate, Candidate) and candidate.same_for_all_modes:
+            return request.in_mode(training)
+    return None
 
 
 def _differ_by_mode(request: LayerRequest, candidates: list[Candidate]) -> bool:

@@ -112,12 +112,15 @@ class Candidate:
         tier: `"plugin"` for plugin packages; `"scope"` and `"user"` are tried before, for sources that were
             specified in an open scope or registered by the user.
         priority: Among plugins, the larger is tried first; then the plugin's name decides.
+        same_for_all_modes: Whether the kernel that serves training is to serve the layer's inference, too. One such
+            candidate decides that for all, even if it is offered in a refusal.
     """
 
     source: object
     plugin: str = ""
     tier: Tier = "plugin"
     priority: int = 0
+    same_for_all_modes: bool = False
 
     @property
     def label(self) -> str:

@@ -73,9 +73,12 @@ class Level:
 
     sources: Mapping[str, Mapping[tuple[Device, Mode], tuple[object, ...]]]
     inherit: bool = True
+    same: frozenset[str] = frozenset()
+    """The layers that have one kernel for all modes."""
 
     def offers(self, request: LayerRequest, like: Candidate) -> list[Candidate | Refusal]:
         """Return candidates like `like`, those for the narrowest device first, then by mode; after them, refusals."""
+        like = replace(like, same_for_all_modes=request.layer_name in self.same)
         fitting: list[tuple[float, int, tuple[object, ...]]] = []
         unfit: list[tuple[tuple[object, ...], Cause, str]] = []
         for (device, mode), sources in self.sources.get(request.layer_name, {}).items():
@@ -108,7 +111,7 @@ class Level:
             replaced = {device for device, _ in entries}
             kept = {key: sources for key, sources in merged.get(name, {}).items() if key[0] not in replaced}
             merged[name] = {**kept, **entries}
-        return Level(merged, other.inherit)
+        return Level(merged, other.inherit, self.same.difference(other.sources) | other.same)
 
 
 def _why_not(device: Device, request: LayerRequest) -> tuple[Cause, str]:
@@ -124,7 +127,9 @@ _registering = threading.Lock()
 _registered = Level({})
 
 
-def register_kernel_mapping(mapping: KernelMapping, inherit_mapping: bool = True) -> None:
+def register_kernel_mapping(
+    mapping: KernelMapping, inherit_mapping: bool = True, *, same_for_all_modes: bool = False
+) -> None:
     """Register which kernels serve which layers, for the whole process, from the next call on.
 
     Args:
@@ -133,6 +138,9 @@ def register_kernel_mapping(mapping: KernelMapping, inherit_mapping: bool = True
             `load()`, an `nn.Module` class, or a function.
         inherit_mapping: Whether to add to the mappings registered before (an equal layer and device is
             replaced, with all its modes) and to those of plugin packages, or to replace them.
+        same_for_all_modes: Whether the kernel that serves training serves inference, too, for the layers of this
+            mapping: for models whose numbers in inference are compared with those in training, such as the
+            log-probabilities of a policy. A kernel that cannot train then serves neither.
 
     Raises:
         ArgumentError: For an unknown device or an impossible mode (a `ValueError`).
@@ -145,7 +153,7 @@ def register_kernel_mapping(mapping: KernelMapping, inherit_mapping: bool = True
         >>> register_kernel_mapping({"Identity": {"cpu": FastIdentity}})
     """
     global _registered
-    level = parse_mapping(mapping, inherit=inherit_mapping)
+    level = parse_mapping(mapping, inherit=inherit_mapping, same=same_for_all_modes)
     with _registering:
         _registered = _registered.updated(level) if inherit_mapping else level
     forget()
@@ -160,6 +168,7 @@ class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads li
     Args:
         mapping: As for `register_kernel_mapping`.
         inherit_mapping: Whether mappings from outside of the block apply, too, after this one.
+        same_for_all_modes: As for `register_kernel_mapping`.
 
     Raises:
         ArgumentError: As `register_kernel_mapping`, as does `ArgumentTypeError`.
@@ -173,18 +182,21 @@ class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads li
         False
     """
 
-    def __init__(self, mapping: KernelMapping, *, inherit_mapping: bool = True) -> None:
+    def __init__(
+        self, mapping: KernelMapping, *, inherit_mapping: bool = True, same_for_all_modes: bool = False
+    ) -> None:
         """Check the mapping; nothing changes before the block is entered."""
-        super().__init__(parse_mapping(mapping, inherit=inherit_mapping))
+        super().__init__(parse_mapping(mapping, inherit=inherit_mapping, same=same_for_all_modes))
 
 
 # --- Parsing -------------------------------------------------------------------------------------
 
 
-def parse_mapping(mapping: Mapping[str, Any], *, inherit: bool = True) -> Level:
+def parse_mapping(mapping: Mapping[str, Any], *, inherit: bool = True, same: bool = False) -> Level:
     """Check a mapping and bring it into one form."""
     _expect_mapping(mapping, "A kernel mapping", "{layer name: {device: source}}")
     require_type(inherit, bool, "inherit_mapping")
+    require_type(same, bool, "same_for_all_modes")
     sources: dict[str, dict[tuple[Device, Mode], tuple[object, ...]]] = {}
     for name, devices in mapping.items():
         if not isinstance(name, str):
@@ -198,7 +210,7 @@ def parse_mapping(mapping: Mapping[str, Any], *, inherit: bool = True) -> Level:
             for device in [key if isinstance(key, Device) else _device(key, name)]
             for mode, chosen in _modes(value, f"layer {name!r}, device {device.type!r}")
         }
-    return Level(sources, inherit)
+    return Level(sources, inherit, frozenset(sources) if same else frozenset())
 
 
 def _device(name: object, layer_name: str) -> Device:

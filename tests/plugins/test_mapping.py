@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,7 @@ from kernels_core import (
     PluginManager,
     Scope,
     hookimpl,
+    kernelize,
     resolve,
     use_kernel_forward_from_hub,
 )
@@ -348,3 +351,46 @@ def test_registering_in_threads_loses_nothing() -> None:
         thread.join()
     assert len(mapping_module._registered.sources) == 40
     assert serving("Layer3x4") == "A"
+
+
+# --- One kernel for all modes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["scope", "registered"])
+def test_one_kernel_for_all_modes(how: str) -> None:
+    """The kernel that serves training serves inference: dispatched, kernelized, compiled, and losing gradients."""
+
+    @use_kernel_forward_from_hub("SameForAll")
+    class Double(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    def times(factor: int, **members: Any) -> Any:
+        forward = members.pop("forward", lambda self, x: x * factor)
+        return type(f"Times{factor}", (nn.Module,), {"forward": forward, "can_torch_compile": True, **members})
+
+    def numbers(mapping: Any, **options: bool) -> list[float]:
+        """Return the factor of an inference call, a recorded one, a kernelized and a compiled inference call."""
+        torch.compiler.reset()
+        layer, x = Double(), torch.ones(1, requires_grad=True)
+        with contextlib.ExitStack() as stack:
+            if how == "scope":
+                stack.enter_context(use_kernel_mapping({"SameForAll": {"cpu": mapping}}, **options))
+            else:
+                register_kernel_mapping({"SameForAll": {"cpu": mapping}}, **options)
+            recorded = layer(x).item()
+            with torch.no_grad():
+                frozen = kernelize(nn.Sequential(Double()), mode=Mode.INFERENCE, device="cpu")
+                compiled = torch.compile(layer, backend="eager")
+                return [layer(x).item(), recorded, frozen(x).item(), compiled(x).item()]
+
+    traced = {mode | Mode.TORCH_COMPILE: times(n) for n, mode in ((5, Mode.INFERENCE), (6, Mode.TRAINING))}
+    by_mode = {Mode.INFERENCE: times(3), Mode.TRAINING: times(4), **traced}
+    assert numbers(by_mode) == [3, 4, 3, 5]
+    assert numbers(by_mode, same_for_all_modes=True) == [4, 4, 4, 6]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        assert numbers(times(6, has_backward=False)) == [6, 2, 6, 6]
+        assert numbers(times(6, has_backward=False), same_for_all_modes=True) == [2, 2, 2, 2]
+        lossy = times(7, forward=lambda self, x: x.detach() * 7)
+        assert numbers(lossy, same_for_all_modes=True) == [2, 2, 2, 2]
