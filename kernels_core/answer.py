@@ -8,13 +8,13 @@ from typing import Any
 
 from .contract import check_contract, check_mode
 from .errors import ContractError, ResolutionError, UntrustedError
-from .guards.quarantine import Quarantined, find_quarantined
+from .guards.quarantine import Quarantined, find_denied, find_quarantined
 from .guards.tensors import check_tensors
 from .hookspecs import hookimpl
 from .loading import implementation_of, load, source_key
 from .mode import TRACED_MODES, Mode
 from .plugins import plugin_manager
-from .resolution import Candidate, Cause, KernelLayer, LayerRequest, Refusal, Resolution, rank_offers
+from .resolution import Candidate, Cause, LayerRequest, LoadedLayer, Refusal, Resolution, rank_offers
 from .warning import warn_once
 
 
@@ -45,11 +45,13 @@ class CorePlugin:
         if rivals := find_rivals(candidates):
             warn_once(describe_tie(request.layer_name, rivals))
         for candidate in candidates:
-            if vetoes := plugin_manager().vetoes(request, candidate):
+            if entry := find_denied(request, candidate):  # of what is denied, nothing is fetched
+                refusals.append(quarantine_refusal(entry, candidate))
+            elif vetoes := plugin_manager().vetoes(request, candidate):
                 refusals.append(replace(_refusal(UntrustedError, request, candidate, vetoes), cause=Cause.POLICY))
             elif isinstance(loaded := load(request, candidate), Refusal):
                 refusals.append(loaded)
-            elif unfit := _unfit(request, candidate, loaded.layer):
+            elif unfit := _unfit(request, candidate, loaded):
                 refusals.append(unfit)
             elif vetoes := hook.kernels_check_layer(request=request, candidate=candidate, layer=loaded.layer):
                 refusals.append(_refusal(ContractError, request, candidate, vetoes))
@@ -109,15 +111,16 @@ def describe_tie(layer_name: str, rivals: list[str]) -> str:
     )
 
 
-def _unfit(request: LayerRequest, candidate: Candidate, kernel: KernelLayer) -> Refusal | None:
+def _unfit(request: LayerRequest, candidate: Candidate, loaded: LoadedLayer) -> Refusal | None:
     """Return the refusal of a kernel that breaks the contract, does not serve the mode, or is in quarantine."""
+    kernel = loaded.layer
     if reason := check_contract(request.layer, kernel):
         return _refusal(ContractError, request, candidate, [reason])
     if reason := check_mode(request, kernel):
         return replace(_refusal(ContractError, request, candidate, [reason]), cause=Cause.MODE)
     if reason := check_tensors(request.subclasses, kernel):
         return _refusal(ContractError, request, candidate, [reason])
-    entry = find_quarantined(request, implementation_of(request.layer, kernel))
+    entry = find_quarantined(request, implementation_of(request.layer, kernel), loaded.origin, candidate.plugin)
     return quarantine_refusal(entry, candidate) if entry is not None else None
 
 

@@ -88,5 +88,10 @@ def required_plugins() -> list[str]:
     return _words("KERNELS_REQUIRE_PLUGINS")
 
 
+def denied_globs() -> tuple[str, ...]:
+    """Return the globs of `KERNELS_DENY`, over the origin, plugin or layer name of kernels that must not serve."""
+    return tuple(_words("KERNELS_DENY"))
+
+
 def _words(name: str) -> list[str]:
     return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()]

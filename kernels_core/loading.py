@@ -18,6 +18,7 @@ import torch
 from .contract import BOUND
 from .errors import LoadError, ResolutionError, UntrustedError, is_transient
 from .guards.parts import checks_parts
+from .guards.quarantine import find_denied
 from .layer import Layer, source_label
 from .mode import Mode
 from .plugins import plugin_manager
@@ -218,7 +219,8 @@ def authorize(source: object, plugin: str = "") -> None:
 
 def _ask(request: LayerRequest, candidates: list[Candidate]) -> None:
     for candidate in candidates:
-        if reasons := plugin_manager().vetoes(request, candidate):
+        denied = find_denied(request, candidate)
+        if reasons := [denied.reason] if denied is not None else plugin_manager().vetoes(request, candidate):
             raise UntrustedError(f"{candidate.label}: {'; '.join(reasons)}", request=request)
 
 

@@ -203,7 +203,9 @@ def _decided_before(request: LayerRequest) -> Resolution | None:
 def _unless_quarantined(resolution: Resolution) -> Resolution:
     """Return a decision, or the reference in place of a kernel in quarantine on which a plugin insists."""
     request, implementation = resolution.request, resolution.implementation
-    entry = find_quarantined(request, implementation) if implementation is not None else None
+    if implementation is None:
+        return resolution
+    entry = find_quarantined(request, implementation, resolution.origin, resolution.plugin)
     if entry is None:
         return resolution
     refusal = quarantine_refusal(entry, resolution.candidate or Candidate(implementation))

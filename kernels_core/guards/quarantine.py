@@ -1,29 +1,34 @@
-"""Kernels that proved wrong in this process: excluded for the layers and devices concerned, until released."""
+"""Kernels that proved wrong in this process, or are denied: excluded for the calls concerned, until released."""
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 
 from ..device import as_torch_device
+from ..environment import denied_globs
 from ..errors import ArgumentTypeError
 from ..layer import Forward, Layer
 from ..mode import Mode
-from ..resolution import LayerRequest
+from ..resolution import Candidate, LayerRequest
 
 
 @dataclass(frozen=True, eq=False)
 class Quarantined:
-    """A kernel that must not serve a layer.
+    """A kernel that must not serve a layer, or all kernels that a glob matches.
 
     Attributes:
-        layer_name: The name that the layer was decorated with.
-        layer: Where the layer is defined.
-        kernel: The origin of the kernel.
+        layer_name: The name that the layer was decorated with; empty for a glob.
+        layer: Where the layer is defined; empty for a glob.
+        kernel: The origin of the kernel, or the glob.
         device: The device on which it must not; None for all.
         mode: `Mode.TRAINING` if it still serves inference; None if it serves nothing.
         reason: Its fault.
@@ -36,30 +41,42 @@ class Quarantined:
     device: torch.device | None
     mode: Mode | None
     reason: str
-    _layer: weakref.ref[Layer] = field(repr=False)
-    _implementation: weakref.ref[Forward] = field(repr=False)
     error: BaseException | None = field(default=None, repr=False)
+    _layer: weakref.ref[Layer] | None = field(default=None, repr=False)
+    _implementation: weakref.ref[Forward] | None = field(default=None, repr=False)
 
-    def concerns(self, request: LayerRequest, implementation: Forward) -> bool:
-        """Whether this entry excludes an implementation for a request."""
-        return (
-            self._implementation() is implementation
-            and request.layer is not None
-            and self._layer() is request.layer
-            and self.device in (None, request.device)
-            and (self.mode is None or self.mode in request.mode)
-        )
+    def concerns(self, request: LayerRequest, implementation: Forward | None, names: Iterable[str] = ()) -> bool:
+        """Whether this entry excludes an implementation for a request.
+
+        Args:
+            request: The request.
+            implementation: The function that would be called; None while it is not loaded.
+            names: What a glob is compared with, besides the layer name: origin, plugin.
+        """
+        if self._implementation is None or self._layer is None:
+            if not any(fnmatchcase(name, self.kernel) for name in (request.layer_name, *names)):
+                return False
+        elif (
+            implementation is None
+            or self._implementation() is not implementation
+            or request.layer is None
+            or self._layer() is not request.layer
+        ):
+            return False
+        # The mode of the request is read last: reading it limits the decision to one mode.
+        return self.device in (None, request.device) and (self.mode is None or self.mode in request.mode)
 
     @property
     def is_alive(self) -> bool:
         """Whether the kernel and the layer still exist."""
-        return self._implementation() is not None and self._layer() is not None
+        return all(reference is None or reference() is not None for reference in (self._layer, self._implementation))
 
     def __str__(self) -> str:
         """Name kernel, layer and reason."""
+        which = f" for layer {self.layer_name!r}" if self.layer_name else ""
         where = f" on {self.device}" if self.device is not None else ""
         when = f" for {str(self.mode.name).lower()}" if self.mode is not None else ""
-        return f"{self.kernel} for layer {self.layer_name!r}{where}{when}: {self.reason}"
+        return f"{self.kernel}{which}{where}{when}: {self.reason}"
 
 
 _lock = threading.Lock()
@@ -69,22 +86,23 @@ on_change: list[Callable[[], None]] = []
 
 
 def quarantine(
-    layer: Layer,
-    implementation: Forward,
+    layer: Layer | str,
+    implementation: Forward | None = None,
     *,
-    kernel: str,
     reason: str,
+    kernel: str = "",
     device: str | torch.device | None = None,
     mode: Mode | None = None,
     error: BaseException | None = None,
 ) -> Quarantined:
-    """Exclude a kernel from serving a layer, from the next call on.
+    """Exclude a kernel from serving a layer, from the next call on; or all kernels that a glob matches.
 
     Args:
-        layer: The layer that it must not serve any more.
-        implementation: The function that must not be called, as in `Resolution.implementation`.
-        kernel: Its origin, as in `Resolution.origin`.
+        layer: The layer that it must not serve any more; or a glob such as `"acme/*"`, which is compared with the
+            origin of each kernel, with the plugin that offers it, and with the layer name.
+        implementation: The function that must not be called, as in `Resolution.implementation`; none with a glob.
         reason: Its fault, and what to do about it.
+        kernel: Its origin, as in `Resolution.origin`.
         device: The device for which that holds; None for all.
         mode: `Mode.TRAINING` to let it serve inference; None for all.
         error: What it raised.
@@ -93,27 +111,35 @@ def quarantine(
         The entry, for `release`.
 
     Raises:
-        ArgumentTypeError: If `layer` is no layer, or `implementation` is a class or cannot be called.
+        ArgumentTypeError: If `layer` is neither a layer nor a glob, or `implementation` is a class or cannot be called.
 
     Example:
         >>> layer = decorated_layer(use_kernel_forward_from_hub("f")(lambda x: x))
-        >>> entry = quarantine(layer, abs, kernel="abs", reason="it is wrong for complex numbers")
-        >>> entry in quarantined()
+        >>> entries = [quarantine(layer, abs, kernel="abs", reason="it is wrong for complex numbers")]
+        >>> entries.append(quarantine("acme/*", reason="we do not use kernels of acme"))
+        >>> entries == quarantined()
         True
-        >>> release(entry)
-        1
+        >>> release(entries)
+        2
     """
-    if not isinstance(layer, Layer):
-        raise ArgumentTypeError(f"quarantine takes a layer, not {layer!r}: decorated_layer(...) returns it.")
-    if isinstance(implementation, type) or not callable(implementation):
+    is_glob = isinstance(layer, str) and bool(layer) and implementation is None
+    if not isinstance(layer, Layer) and not is_glob:
+        raise ArgumentTypeError(
+            f"quarantine takes a layer, not {layer!r}: decorated_layer(...) returns it. A glob such as 'acme/*' stands "
+            "by itself, without a function."
+        )
+    if not is_glob and (isinstance(implementation, type) or not callable(implementation)):
         raise ArgumentTypeError(
             f"quarantine takes the function that is called, not {implementation!r}: resolve(...).implementation, or "
             "the forward of a class."
         )
     where = as_torch_device(device) if device is not None else None
-    entry = Quarantined(
-        layer.name, layer.qualname, kernel, where, mode, reason, weakref.ref(layer), weakref.ref(implementation), error
-    )
+    if is_glob:
+        entry = Quarantined("", "", str(layer), where, mode, reason, error)
+    else:
+        known, kept = weakref.ref(cast(Layer, layer)), weakref.ref(cast(Forward, implementation))
+        name, place = cast(Layer, layer).name, cast(Layer, layer).qualname
+        entry = Quarantined(name, place, kernel, where, mode, reason, error, known, kept)
     with _lock:
         _entries.append(entry)
     _changed()
@@ -165,6 +191,30 @@ def _changed() -> None:
         listener()
 
 
-def find_quarantined(request: LayerRequest, implementation: Forward) -> Quarantined | None:
-    """Return the entry that excludes an implementation for a request, None if there is none."""
-    return next((entry for entry in _entries if entry.concerns(request, implementation)), None)
+def find_quarantined(request: LayerRequest, implementation: Forward | None, *names: str) -> Quarantined | None:
+    """Return the entry, or the glob of `KERNELS_DENY`, that excludes an implementation for a request.
+
+    Args:
+        request: The request.
+        implementation: The function that would be called; None while it is not loaded.
+        names: What globs are compared with, besides the layer name: origin, plugin.
+    """
+    if not _entries and "KERNELS_DENY" not in os.environ:  # the most frequent case costs no further call
+        return None
+    entries = (*_entries, *_denied(denied_globs()))
+    return next((entry for entry in entries if entry.concerns(request, implementation, names)), None)
+
+
+def find_denied(request: LayerRequest, candidate: Candidate) -> Quarantined | None:
+    """Return the glob that excludes a candidate before anything of it is fetched: by what its source names."""
+    if not _entries and "KERNELS_DENY" not in os.environ:
+        return None
+    source = candidate.source
+    named = source if isinstance(source, str) else str(getattr(source, "repo_id", ""))
+    return find_quarantined(request, None, candidate.plugin, candidate.label, named)
+
+
+@functools.lru_cache(maxsize=8)
+def _denied(globs: tuple[str, ...]) -> tuple[Quarantined, ...]:
+    """Return an entry for each glob of `KERNELS_DENY`; it cannot be released."""
+    return tuple(Quarantined("", "", glob, None, None, f"KERNELS_DENY has {glob!r}") for glob in globs)

@@ -212,10 +212,10 @@ def refresh(frozen: FrozenChoice) -> None:
     if provisional or (mapping_disabled() and (kernel is not None or frozen.functions)):
         frozen.active = frozen.original.forward
     elif resolution is not None and kernel is not None and frozen.layer is not None:
-        recorded = resolution.request.in_mode(Mode.TRAINING)
-        if find_quarantined(resolution.request, kernel) is not None:
+        recorded, names = resolution.request.in_mode(Mode.TRAINING), (resolution.origin, resolution.plugin)
+        if find_quarantined(resolution.request, kernel, *names) is not None:
             frozen.active = frozen.original.forward  # decides by itself, and gives the reason
-        elif resolution.inference_only or find_quarantined(recorded, kernel) is not None:
+        elif resolution.inference_only or find_quarantined(recorded, kernel, *names) is not None:
             advice = (
                 f"Layer {frozen.layer.name!r} was kernelized for {frozen.mode} with {resolution.origin}, which has no "
                 "gradients, and autograd records a call: such calls decide by themselves. Call the model under "

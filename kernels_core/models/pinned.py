@@ -32,7 +32,7 @@ def pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
         if choice.is_provisional or (choice.inference_only and Mode.TRAINING in request.mode):
             return None
         kernel = choice.implementation
-        if kernel is not None and find_quarantined(request, kernel):
+        if kernel is not None and find_quarantined(request, kernel, choice.origin, choice.plugin):
             return None
         if reason := check_call(choice, request.subclasses, traced=request.is_traced):
             return Resolution(request, refusals=(Refusal(reason, choice.candidate, choice.plugin),))

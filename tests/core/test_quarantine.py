@@ -21,6 +21,7 @@ from kernels_core import (
     Mode,
     NoKernelError,
     decorated_layer,
+    forget,
     kernelize,
     quarantine,
     quarantined,
@@ -445,3 +446,63 @@ def test_an_error_that_the_caller_gets_keeps_its_frames(make_layer: Make) -> Non
         kept = quarantined()[0].error
     assert isinstance(kept, LookupError) and kept is not told.value and kept.args == ("no code",)
     assert any("x" in entry.frame.f_locals for entry in told.traceback)
+
+
+@pytest.mark.parametrize("glob", ["Add", "*.Add10", "mapp?ng"], ids=["layer", "origin", "plugin"])
+@pytest.mark.parametrize("how", ["KERNELS_DENY", "quarantine"])
+def test_kernels_that_a_glob_names(
+    make_layer: Make, make_kernel: Make, monkeypatch: pytest.MonkeyPatch, how: str, glob: str
+) -> None:
+    """Dispatched, kernelized and compiled calls run the reference while a glob names the kernel, and say why."""
+    torch._dynamo.reset()
+    kernel = make_kernel(10, can_torch_compile=True)
+    with use_kernel_mapping({"Add": {"cpu": kernel}}), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        layer = make_layer()()
+        model = kernelize(nn.Sequential(make_layer()()), mode=Mode.INFERENCE, device="cpu")
+        compiled = torch.compile(make_layer()(), backend="eager", fullgraph=True)
+
+        def outputs() -> list[float]:
+            return [float(called(X)[0]) for called in (layer, model, compiled)]
+
+        assert outputs() == [10, 10, 10]
+        if how == "quarantine":
+            entry = quarantine(glob, reason="we do not use it")
+        else:
+            monkeypatch.setenv(how, f"other/*, {glob}")
+            forget()
+        assert outputs() == [1, 1, 1]
+        (refusal,) = resolve(layer, device="cpu", mode=Mode.INFERENCE).refusals
+        assert ("we do not use it" if how == "quarantine" else "KERNELS_DENY has") in refusal.reason
+        if how == "quarantine":
+            assert str(entry) == f"{glob}: we do not use it" and release(entry) == 1
+        else:
+            monkeypatch.delenv(how)
+            forget()
+        assert outputs() == [10, 10, 10]
+
+
+def test_the_next_candidate_serves_in_place_of_a_denied_one(make_layer: Make, make_kernel: Make) -> None:
+    """A glob takes out what it names only, also for a device; a denied source is not loaded."""
+    loaded = []
+
+    class Source:
+        repo_id = "acme/kernels"
+
+        def load(self) -> Any:
+            loaded.append(1)
+            return make_kernel(10)
+
+    quarantine("acme/*", reason="not ours", device="cpu")
+    quarantine("*.Add30", reason="not ours", device="meta")
+    with use_kernel_mapping({"Add": {"cpu": [Source(), make_kernel(30)]}}), torch.no_grad():
+        with pytest.warns(KernelsWarning, match="not ours"):
+            assert make_layer()()(X)[0] == 30
+    assert not loaded
+
+
+@pytest.mark.parametrize("given", [("",), ("acme/*", abs), (None,), (3, abs)])
+def test_globs_that_cannot_be_used(given: Any) -> None:
+    """An empty text, a glob with a function, and other values are refused."""
+    with pytest.raises(ArgumentTypeError, match="takes a layer"):
+        quarantine(*given, reason="none")
