@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_scene import new_process
 
 from kernels_core import (
     Candidate,
@@ -54,6 +55,9 @@ class NoEvil:
         """Look at the repository."""
         self.asked.append((request.layer_name, candidate.source))
         return "nothing of evil" if str(getattr(candidate.source, "repo_id", "")).startswith("evil/") else None
+
+
+pytestmark = pytest.mark.usefixtures("new_process")  # which leaves no kernel in `sys.modules`
 
 
 @pytest.fixture
