@@ -120,8 +120,8 @@ current_transform: Callable[[], object] = (
     or _find("torch._C._functorch:maybe_current_level")
     or (lambda: "unknown")
 )
-"""Return the innermost transform of `torch.func` that runs; None outside. Without the names, some is assumed: no
-kernel is compared then, and none goes into quarantine."""
+"""Return the innermost transform of `torch.func` that runs; None outside. Without the names, some is assumed: the
+reference answers for a kernel at fault, which goes into no quarantine."""
 
 
 _mode_stack = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack")

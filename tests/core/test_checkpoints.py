@@ -80,10 +80,13 @@ def derived_elsewhere(y: torch.Tensor, x: torch.Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize("function", [reentrant, Recomputing.apply])
 @pytest.mark.parametrize("by_mode", [False, True])
-def test_the_first_pass_is_training(layer: nn.Module, function: Any, by_mode: bool) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_pass_is_training(layer: nn.Module, function: Any, by_mode: bool, compiled: bool) -> None:
     """A kernel for inference serves neither pass: not one that declares it, nor one that is mapped for it."""
-    kernel: Any = {Mode.INFERENCE: times(3), Mode.TRAINING: times(4)} if by_mode else times(3, has_backward=False)
-    register_kernel_mapping({"Times": {"cpu": kernel}})
+    traced = Mode.TORCH_COMPILE  # a source for eager calls alone would not serve compiled code
+    modes = {m | t: times(f) for m, f in ((Mode.INFERENCE, 3), (Mode.TRAINING, 4)) for t in (m, traced)}
+    register_kernel_mapping({"Times": {"cpu": modes if by_mode else times(3, has_backward=False)}})
+    layer = torch.compile(layer, backend="eager") if compiled else layer
     expected = 4 if by_mode else 2
     for _ in range(2):  # cold, then warm
         x = torch.ones(1, requires_grad=True)

@@ -229,10 +229,13 @@ CAUTIOUS = {
     "torch.utils._python_dispatch:TorchDispatchMode": {
         "operator": r"ok; 1 warnings: .*the reference is compiled instead",
     },
-    NO_TRANSFORM: {"losing": r"RuntimeError: element 0 ", "internals": r"AssertionError"},
+    NO_TRANSFORM: {
+        **dict.fromkeys(["breaking", "losing"], r"ok; 1 warnings: .*under torch\.func.*reference serves such calls"),
+        "internals": r"AssertionError",
+    },
 }
 """Where a fallback does less: the call at fault is not made again; no kernel becomes an operator; or, with two names
-gone, no kernel is on trial."""
+gone, a transform is assumed: the reference steps in, and no kernel goes into quarantine."""
 
 
 TOGETHER = [

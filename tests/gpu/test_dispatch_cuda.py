@@ -148,10 +148,12 @@ def test_a_reentrant_checkpoint_has_the_gradient_of_its_output(in_scope: bool, c
         return type("Kernel", (nn.Module,), {"forward": forward, "can_torch_compile": True, **declared})
 
     layer: Any = torch.compile(Times(), backend="eager") if compiled else Times()
+    traced = Mode.TORCH_COMPILE  # a source for eager calls alone would not serve compiled code
+    by_mode = {m | t: times(f) for m, f in ((Mode.INFERENCE, 5), (Mode.TRAINING, 6)) for t in (m, traced)}
     for kernel, factor in (
         (times(3), 3),
         (times(4, has_backward=False), 2),
-        ({Mode.INFERENCE: times(5), Mode.TRAINING: times(6)}, 6),
+        (by_mode, 6),
     ):
         for within in (False, True):  # backward() after the scope, and in it
             mapping: Any = {"GpuTimes": {"cuda": kernel}}
