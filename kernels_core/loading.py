@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
 import threading
 import time
@@ -16,16 +18,18 @@ from typing import Any, cast
 import torch
 
 from .contract import BOUND
-from .errors import LoadError, ResolutionError, UntrustedError, is_transient
+from .environment import strict
+from .errors import LoadError, NoKernelError, ResolutionError, UntrustedError, is_transient
 from .guards.parts import checks_parts
 from .guards.quarantine import find_denied
-from .layer import Layer, source_label
+from .layer import Forward, Layer, source_label
 from .mode import Mode
 from .plugins import plugin_manager
 from .raised import detached, error_text, message_of
 from .resolution import Candidate, Cause, KernelLayer, LayerRequest, LoadedLayer, Refusal
 from .scope import PATIENCE, forget, resolving
-from .torch_internals import no_dispatch_modes, no_torch_function
+from .torch_internals import constant_result, no_dispatch_modes, no_torch_function
+from .warning import warn_once
 
 _lock = threading.Lock()
 
@@ -271,6 +275,8 @@ def implementation_of(layer: Layer | None, kernel: KernelLayer) -> Callable[...,
         known = layer.adapted.get(id(kernel))
         if known is None:
             checked = checks_parts(layer, kernel)
+            if hasattr(layer.reference, "__wrapped__"):
+                checked = _checks_keywords(layer, source_label(kernel), checked)
             if checked is forward:
                 return forward
             known = layer.adapted.setdefault(id(kernel), (kernel, checked))
@@ -280,6 +286,39 @@ def implementation_of(layer: Layer | None, kernel: KernelLayer) -> Callable[...,
         if BOUND not in vars(kernel):
             setattr(kernel, BOUND, types.MethodType(forward, kernel()))
     return cast(Callable[..., Any], getattr(kernel, BOUND))
+
+
+def _checks_keywords(layer: Layer, origin: str, forward: Forward) -> Forward:
+    """Return a forward that leaves keywords to the reference which a decorator of it may rename, drop or use itself.
+
+    A kernel is called in place of the decorator, so its `**kwargs` would swallow a keyword that the decorator renames.
+    """
+    shown = layer.signature.parameters.values()
+    taken = inspect.signature(layer.reference, follow_wrapped=False).parameters.values()
+    if not all(any(p.kind is p.VAR_KEYWORD for p in parameters) for parameters in (shown, taken)):
+        return forward
+    known = {p.name for p in shown if p.kind is not p.VAR_KEYWORD}
+    reference, name, use_fallback = layer.reference, layer.name, layer.use_fallback
+
+    @constant_result
+    def tell(keyword: str) -> None:
+        text = (
+            f"{origin} does not serve layer {name!r} here, for a decorator of the layer's forward may rename or drop "
+            f"the keyword {keyword!r}, which the forward does not name."
+        )
+        if strict() or not use_fallback:
+            raise NoKernelError(f"{text} Pass keywords that the forward names, or allow the reference.")
+        warn_once(f"{text} The reference runs instead.", stacklevel=3)
+
+    @functools.wraps(forward)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for keyword in kwargs:
+            if keyword not in known:
+                tell(keyword)
+                return reference(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    return checked
 
 
 def source_key(source: object) -> object:

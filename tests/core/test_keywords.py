@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from kernels_core import KernelsWarning, PluginManager, Resolution, hookimpl, release, use_kernel_forward_from_hub
+from kernels_core import (
+    KernelsWarning,
+    Mode,
+    NoKernelError,
+    PluginManager,
+    Resolution,
+    hookimpl,
+    kernelize,
+    release,
+    use_kernel_forward_from_hub,
+)
 from kernels_plugins import use_kernel_mapping
 
 X = torch.ones(1)
@@ -190,3 +200,51 @@ def test_unpacked_keywords_through_a_wrapper(isolated_plugins: PluginManager, ma
         warnings.simplefilter("error", KernelsWarning)
         assert [Unpacked()(X).item(), Unpacked()(X, scale=3.0).item()] == [25.0, 35.0]
     assert seen == [(2, ["scale", "shift"])] * 2
+
+
+def renames(forward: Any) -> Any:
+    """Rename an old keyword, as libraries do."""
+
+    @functools.wraps(forward)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        if "past" in kwargs:
+            kwargs["cache"] = kwargs.pop("past")
+        return forward(*args, **kwargs)
+
+    return inner
+
+
+@use_kernel_forward_from_hub("Renamed")
+class Renamed(nn.Module):
+    """Takes `past` for `cache`."""
+
+    @renames
+    def forward(self, x: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
+        return x if cache is None else x + cache
+
+
+class TakesCache(nn.Module):
+    """Adds 10 to tell that it ran."""
+
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
+        return x + 10 if cache is None else x + cache + 10
+
+
+@pytest.mark.parametrize("how", ["dispatched", "kernelized", "compiled"])
+def test_no_kernel_swallows_a_keyword_that_a_decorator_renames(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference serves calls with such a keyword and the user is told; the kernel serves all others."""
+    torch._dynamo.reset()
+    layer: Any = Renamed()
+    with use_kernel_mapping({"Renamed": {"cpu": TakesCache}}), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        if how == "kernelized":
+            layer = kernelize(layer, mode=Mode.INFERENCE, device="cpu")
+        if how == "compiled":
+            layer = torch.compile(layer, backend="eager", fullgraph=True)
+        assert [layer(X).item(), layer(X, cache=X).item(), layer(X, past=X).item()] == [11, 12, 2]
+        if how != "compiled":
+            monkeypatch.setenv("KERNELS_STRICT", "1")
+            with pytest.raises(NoKernelError, match="'past'"):
+                layer(X, past=X)
