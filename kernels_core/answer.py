@@ -34,7 +34,8 @@ class CorePlugin:
     @hookimpl(trylast=True)
     def kernels_resolve_forward(self, request: LayerRequest) -> Resolution:
         """Try the candidates in order: authorize, load, check. The first without a refusal serves."""
-        hook = plugin_manager().hook
+        manager = plugin_manager()
+        hook = manager.hook
         answers = hook.kernels_find_candidates(request=request) if self.only is None else [[self.only]]
         if (training := _for_all_modes(request, answers)) is not None:
             request = training
@@ -47,7 +48,7 @@ class CorePlugin:
         for candidate in candidates:
             if entry := find_denied(request, candidate):  # of what is denied, nothing is fetched
                 refusals.append(quarantine_refusal(entry, candidate))
-            elif vetoes := plugin_manager().vetoes(request, candidate):
+            elif vetoes := manager.vetoes(request, candidate):
                 refusals.append(replace(_refusal(UntrustedError, request, candidate, vetoes), cause=Cause.POLICY))
             elif isinstance(loaded := load(request, candidate), Refusal):
                 refusals.append(loaded)
@@ -96,6 +97,8 @@ def _differ_by_mode(request: LayerRequest, candidates: list[Candidate]) -> bool:
 
 def find_rivals(candidates: list[Candidate]) -> list[str]:
     """Return the plugins that share the top with an equal priority, so that only their names decide."""
+    if len(candidates) < 2:
+        return []
     top = [(c.tier, c.priority) for c in candidates[:1]]
     rivals = sorted({c.plugin for c in candidates if c.tier == "plugin" and (c.tier, c.priority) in top})
     return rivals if len(rivals) > 1 else []
@@ -118,7 +121,7 @@ def _unfit(request: LayerRequest, candidate: Candidate, loaded: LoadedLayer) -> 
         return _refusal(ContractError, request, candidate, [reason])
     if reason := check_mode(request, kernel):
         return replace(_refusal(ContractError, request, candidate, [reason]), cause=Cause.MODE)
-    if reason := check_tensors(request.subclasses, kernel):
+    if request.subclasses and (reason := check_tensors(request.subclasses, kernel)):
         return _refusal(ContractError, request, candidate, [reason])
     entry = find_quarantined(request, implementation_of(request.layer, kernel), loaded.origin, candidate.plugin)
     return quarantine_refusal(entry, candidate) if entry is not None else None

@@ -67,7 +67,7 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     elif (reason := _check_object(kernel)) is not None:
         return reason
     declared = getattr(kernel, DECLARATION, ())
-    if not isinstance(declared, tuple) or not all(isinstance(each, type) for each in declared):
+    if declared != () and not (isinstance(declared, tuple) and all(isinstance(each, type) for each in declared)):
         return f"its {DECLARATION} must be a tuple of classes, not {declared!r}"
     if layer is None:
         return None

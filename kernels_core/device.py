@@ -125,7 +125,8 @@ class Device:
 
     def matches(self, device: torch.device, *, capability: int | None = None) -> bool:
         """Whether a tensor on `device`, of that `capability`, is on such a device."""
-        require_type(device, torch.device, "device")
+        if not isinstance(device, torch.device):
+            require_type(device, torch.device, "device")
         if TORCH_DEVICE_TYPES[self.type] != device.type:
             return False
         if device.type == "cuda" and (self.type == "rocm") != (torch.version.hip is not None):
@@ -138,7 +139,8 @@ def device_capability(device: torch.device) -> int | None:
 
     Cached per device index: two GPUs of one machine may differ.
     """
-    require_type(device, torch.device, "device")
+    if not isinstance(device, torch.device):
+        require_type(device, torch.device, "device")
     return _capability(device)
 
 

@@ -25,7 +25,8 @@ def setting(name: str) -> bool | str:
         >>> setting("ACME_TUNING")
         False
     """
-    require_type(name, str, "The name of a variable")
+    if not isinstance(name, str):
+        require_type(name, str, "The name of a variable")
     try:
         text = os.environ.get(name, "").strip()
     except ValueError as error:  # the system cannot write it
@@ -85,12 +86,12 @@ def plugin_choice() -> tuple[frozenset[str] | None, frozenset[str]]:
 
 def required_plugins() -> list[str]:
     """Return the plugins without which no kernel serves: `KERNELS_REQUIRE_PLUGINS=a,b`."""
-    return _words("KERNELS_REQUIRE_PLUGINS")
+    return _words("KERNELS_REQUIRE_PLUGINS") if "KERNELS_REQUIRE_PLUGINS" in os.environ else []
 
 
 def denied_globs() -> tuple[str, ...]:
     """Return the globs of `KERNELS_DENY`, over the origin, plugin or layer name of kernels that must not serve."""
-    return tuple(_words("KERNELS_DENY"))
+    return tuple(_words("KERNELS_DENY")) if "KERNELS_DENY" in os.environ else ()
 
 
 def _words(name: str) -> list[str]:

@@ -60,7 +60,10 @@ _strong: dict[object, tuple[object, dict[str, _Load]]] = {}
 
 def load(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Refusal:
     """Turn the source of a candidate into a kernel layer for a request, or a refusal; this does I/O."""
-    loaded = _outcome(request, candidate)
+    if isinstance(candidate.source, type | types.FunctionType):  # there is nothing to remember
+        loaded = _made(request, candidate.source, _Load())
+    else:
+        loaded = _outcome(request, candidate)
     if isinstance(loaded, LoadedLayer) and loaded.adapt is not None and request.layer is not None:
         loaded = _adapted(request.layer, loaded)
     if isinstance(loaded, LoadedLayer):
@@ -73,8 +76,6 @@ def load(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Refusal:
 def _outcome(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
     """Return the layer that a source was or is now turned into, or the exception that this raises."""
     source = candidate.source
-    if isinstance(source, type | types.FunctionType):  # there is nothing to remember
-        return _made(request, source, _Load())
     load = _find(source, request.device.type)
     lock = load.lock  # in a child that is forked meanwhile, it has another one
     acquired = lock.acquire(timeout=PATIENCE)

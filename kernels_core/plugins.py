@@ -224,8 +224,11 @@ class PluginManager:
         These are the plugins that `KERNELS_REQUIRE_PLUGINS` names, and installed ones with `kernels_authorize`.
         """
         self._discover()
+        required = required_plugins()
+        if not required and not self._failed:
+            return None
         why = {name: f"it has {_POLICY}" for name, (_, is_policy) in self._failed.items() if is_policy}
-        why |= dict.fromkeys(required_plugins(), "KERNELS_REQUIRE_PLUGINS names it")
+        why |= dict.fromkeys(required, "KERNELS_REQUIRE_PLUGINS names it")
         for name in sorted(why.keys() - self._originals.keys()):
             cause, _ = self._failed.get(name, (None, False))
             more = cause or "no plugin of that name was found, or KERNELS_PLUGINS leaves it out."

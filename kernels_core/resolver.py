@@ -139,16 +139,16 @@ def decide(
     before it loads a kernel for only one of them: a training run does not fetch what is registered for inference.
     `notify="plugins"` calls `kernels_resolved`; `"all"` also warns the user of each refused candidate.
     """
-    request = _request(layer, device, modes, frame, subclasses)
+    manager, request = plugin_manager(), _request(layer, device, modes, frame, subclasses)
     with _resolving():
         resolution = _decided_before(request)
         if resolution is None:
             try:
-                resolution = plugin_manager().hook.kernels_resolve_forward(request=request) or Resolution(request)
+                resolution = manager.hook.kernels_resolve_forward(request=request) or Resolution(request)
             except (PluginError, KernelsWarning):  # raised in strict mode only, and where warnings are errors
                 raise
             except FAULTS as error:
-                plugin_manager().report(raised_in("kernels_resolve_forward", "core", error))
+                manager.report(raised_in("kernels_resolve_forward", "core", error))
                 resolution = Resolution(request)
             resolution = _unless_quarantined(
                 resolution if resolution.request is request else replace(resolution, request=request)
@@ -160,7 +160,7 @@ def decide(
         if len(modes) > 1:
             resolution = replace(resolution, request=request.in_mode(modes[0]), every_mode=True)
         if notify is not None:
-            plugin_manager().hook.kernels_resolved(resolution=resolution)
+            manager.hook.kernels_resolved(resolution=resolution)
         if notify == "all" and resolution.refusals and not must_raise(resolution):
             for refusal in resolution.refusals:
                 if refusal.candidate is not None:  # a plugin that failed was reported already

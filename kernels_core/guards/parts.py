@@ -33,9 +33,10 @@ def checks_parts(layer: Layer, kernel: Any) -> Forward:
     """
     forward: Forward = kernel.forward
     declared: Mapping[str, Any] = getattr(kernel, "reads", {})
+    if not declared and (type(forward) is not types.FunctionType or len(forward.__code__.co_names) < 2):
+        return forward  # most kernels name no two attributes, and this is a part of the price of a first call
     kinds = {tuple(path.split(".")): kind if isinstance(kind, tuple) else (kind,) for path, kind in declared.items()}
     code = forward.__code__ if type(forward) is types.FunctionType else None
-    # The price of a first call: most kernels name no two attributes, and a code is read once.
     found = _chains(code) if code is not None and code.co_argcount and len(code.co_names) > 1 else ()
     chains = [chain for chain in found if not any(chain[: len(path)] == path for path in kinds)]
     if not kinds and max(map(len, chains), default=0) < 2:
