@@ -40,8 +40,8 @@ from .mode import STAND_INS, Mode, check_registered_mode
 from .models.choice import FrozenChoice
 from .models.counting import count_calls
 from .models.frozen import frozen_choice
+from .models.functions import functions_of
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
-from .models.modules import functions_of
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
 from .models.references import references
 from .plugins import PluginManager, plugin_manager

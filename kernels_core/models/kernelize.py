@@ -21,11 +21,12 @@ from ..resolver import decide
 from ..warning import warn
 from .choice import Run
 from .frozen import foreign_forward, freeze_class, frozen_choice, original_class, swap
-from .modules import functions_of, locate, own_device, required_device, walk
+from .functions import functions_of, held_by
+from .modules import locate, own_device, required_device, walk
 
 Model = TypeVar("Model", bound=nn.Module)
 Class = TypeVar("Class", bound=type[nn.Module])
-_ByDevice = dict[torch.device, type[nn.Module]]
+_Classes = dict[tuple[torch.device, Sequence[Layer]], type[nn.Module]]
 
 
 class KernelizeFallback(Flag):
@@ -163,7 +164,7 @@ def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], 
     """Declare to `kernelize` the decorated functions that the forward of a class calls.
 
     Calls of a decorated function are dispatched with or without this; with it, `kernelize` freezes them
-    for this model, and for no other.
+    for this model, and for no other. Functions that a module holds in attributes need no declaration.
 
     Args:
         functions: Functions decorated with `use_kernel_forward_from_hub`.
@@ -197,7 +198,7 @@ def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], 
     def decorate(cls: Class) -> Class:
         if not isinstance(cls, type) or not issubclass(cls, nn.Module):
             raise ArgumentTypeError(f"@use_kernelized_func decorates an nn.Module class, not {cls!r}.")
-        cls.kernels_functions = (*functions_of(cls), *layers)  # type: ignore[attr-defined]
+        cls.kernels_functions = (*getattr(cls, "kernels_functions", ()), *layers)  # type: ignore[attr-defined]
         return cls
 
     return decorate
@@ -227,7 +228,7 @@ class _Freeze:
         """
         modules: list[nn.Module] = []  # two lists: ten thousand pairs would start the garbage collector
         classes: list[type[nn.Module]] = []
-        kinds: dict[type[nn.Module], tuple[type[nn.Module], Layer | None, Sequence[Layer], _ByDevice, _ByDevice]] = {}
+        kinds: dict[type[nn.Module], tuple[type[nn.Module], Layer | None, Sequence[Layer], _Classes, _Classes]] = {}
         where: dict[int, torch.device] = {}
         for module in walk(model):
             cls = type(module)
@@ -236,6 +237,8 @@ class _Freeze:
                 original = original_class(module)
                 kind = kinds[cls] = original, dispatched_layer(original.forward), functions_of(original), {}, {}
             original, layer, functions, served, unwanted = kind
+            if held := held_by(module):
+                functions = tuple(dict.fromkeys((*functions, *held)))
             if layer is None and not functions:
                 continue
             device = inferred
@@ -251,27 +254,33 @@ class _Freeze:
             foreign = None
             if "forward" in module.__dict__ and frozen_choice(module) is None:
                 foreign = foreign_forward(module)
-            if foreign is not None or device.type == "meta":  # there, the device of its calls is not known yet
+            obstacle = (
+                foreign and f"{foreign} was put on the module as its forward: kernelize before that, or take it off"
+            )
+            if original.forward is nn.Module.forward:  # a container, whose functions are called from somewhere else
+                obstacle = (
+                    f"{original.__name__} holds it, and has no forward to freeze: hold it in the module that calls it"
+                )
+            if obstacle is not None or device.type == "meta":  # there, the device of its calls is not known yet
                 for each in (layer, *functions) if wanted else functions:
-                    self._choose(cast(Layer, each), device, foreign)
+                    self._choose(cast(Layer, each), device, obstacle)
                 continue
             known = served if wanted else unwanted
-            frozen = known.get(device)
+            frozen = known.get((device, functions))
             if frozen is None:
                 resolution = self._choose(layer, device) if layer is not None and wanted else None
                 pins = {function: self._choose(function, device) for function in functions}
-                frozen = known[device] = freeze_class(original, layer, self.run, device, resolution, pins)
+                frozen = known[device, functions] = freeze_class(original, layer, self.run, device, resolution, pins)
             modules.append(module)
             classes.append(frozen)
         return modules, classes
 
-    def _choose(self, layer: Layer, device: torch.device, foreign: str | None = None) -> Resolution:
+    def _choose(self, layer: Layer, device: torch.device, obstacle: str | None = None) -> Resolution:
         resolution = decide(layer, device, (self.run.mode,), notify="plugins")
-        if resolution.note or not (resolution.is_reference or foreign):
+        if resolution.note or not (resolution.is_reference or obstacle):
             return resolution
-        if foreign is not None and not resolution.is_reference:
-            reason = f"{foreign} was put on the module as its forward: kernelize before that, or take it off"
-            refusal = Refusal(reason, resolution.candidate, resolution.plugin, cause=Cause.POLICY)
+        if obstacle is not None and not resolution.is_reference:
+            refusal = Refusal(obstacle, resolution.candidate, resolution.plugin, cause=Cause.POLICY)
             resolution = Resolution(resolution.request, refusals=(refusal,))
         want, case = _case(resolution)
         if want not in self.allowed or not layer.use_fallback or (strict() and resolution.refusals):

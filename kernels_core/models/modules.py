@@ -1,17 +1,16 @@
-"""Walks over the modules of a model: their paths, their devices, and the decorated functions that they call."""
+"""Walks over the modules of a model: their paths, and their devices."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..device import ACCELERATOR, as_torch_device
 from ..errors import ArgumentError
-from ..layer import Layer, find_layer
+from ..layer import find_layer
 
 _WRAPPED = {"_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Names under which `torch.compile`, Lightning, FSDP and checkpointing hold the module that they wrap."""
@@ -110,16 +109,6 @@ def locate(model: nn.Module, inferred: torch.device) -> dict[int, torch.device]:
             where[id(module)] = here
             stack.extend((child, here, moved_to) for child in module._modules.values() if child is not None)
     return where
-
-
-def functions_of(cls: type[nn.Module]) -> Sequence[Layer]:
-    """Return the layers of the decorated functions that a class declares with `use_kernelized_func`.
-
-    Example:
-        >>> functions_of(torch.nn.Linear)
-        ()
-    """
-    return cast(Sequence[Layer], getattr(cls, "kernels_functions", ()))
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:

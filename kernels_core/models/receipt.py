@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +17,15 @@ from .. import resolver
 from ..device import Device, as_torch_device
 from ..errors import ArgumentTypeError, RequirementError
 from ..generated import dispatched_layer
-from ..layer import Layer
+from ..layer import Forward, Layer
 from ..mode import Mode, check_call_mode
 from ..plugins import plugin_manager
 from ..resolution import Refusal, Resolution
 from ..table import Table, TableRow, Tabular, as_json, indented
 from .counting import calls_of
 from .frozen import foreign_forward, frozen_choice
-from .modules import device_of, functions_of, locate, paths, required_device
+from .functions import called_by, functions_of
+from .modules import device_of, locate, paths, required_device
 
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
 
@@ -318,7 +320,8 @@ def receipt(
             `Mode.INFERENCE`. Choices of `kernelize` keep the mode and device that they were made for.
 
     Returns:
-        A row for each decorated layer, and for each decorated function that `use_kernelized_func` names.
+        A row for each decorated layer, and for each decorated function that a module declares
+        (`use_kernelized_func`), holds in an attribute, or names in the code that serves it: it may call that.
 
     Raises:
         ArgumentError: If device or mode cannot be those of a call, or the model has no tensor on any device.
@@ -347,7 +350,8 @@ def receipt(
             known[key] = resolver.decide(*key, (chosen,))
         return known[key]
 
-    found = [pair for module, places in paths(model).items() for pair in _rows(places, module, decide)]
+    called = functools.cache(called_by)
+    found = [pair for module, places in paths(model).items() for pair in _rows(places, module, decide, called)]
     calls = calls_of([counted for counted, _ in found])
     return Receipt(
         tuple(
@@ -358,14 +362,17 @@ def receipt(
 
 
 def _rows(
-    places: Sequence[str], module: nn.Module, decide: Callable[[Layer, nn.Module], Resolution]
+    places: Sequence[str],
+    module: nn.Module,
+    decide: Callable[[Layer, nn.Module], Resolution],
+    called: Callable[[Forward, type[nn.Module]], Sequence[Layer]],
 ) -> Iterator[tuple[nn.Module | Layer, ReceiptRow]]:
     """Yield the row of a module, if it is decorated, and those of the functions that it calls, each with its caller."""
     frozen = frozen_choice(module)
     original = type(module) if frozen is None else frozen.original
     if frozen is not None and not frozen.serves(module):
         frozen = None  # suspended, or its kernel is in quarantine: calls decide by themselves
-    layer = dispatched_layer(original.forward)
+    layer, forward = dispatched_layer(original.forward), original.forward
     if layer is not None:
         resolution = frozen.resolution if frozen is not None else None
         if resolution is None and layer.condition is not None and not layer.condition(module):
@@ -374,8 +381,10 @@ def _rows(
         if (foreign := foreign_forward(module)) is not None:
             note = f"{foreign} runs, which was put on the module as its forward, and may call this one"
             resolution = replace(resolution, note="; ".join(filter(None, (resolution.note, note))))
+        forward = resolution.implementation or layer.reference
         yield module, ReceiptRow.of(resolution, *places, frozen=frozen is not None)
-    for function in functions_of(original):
-        chosen = frozen.functions[function] if frozen is not None else decide(function, module)
+    for function in dict.fromkeys((*functions_of(module), *called(forward, original))):
+        kept = frozen.functions.get(function) if frozen is not None else None
+        chosen = kept or decide(function, module)
         names = [f"{place}:{function.reference.__name__}" for place in places]
-        yield function, ReceiptRow.of(chosen, *names, frozen=frozen is not None)
+        yield function, ReceiptRow.of(chosen, *names, frozen=kept is not None)

@@ -65,7 +65,7 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
         for module in dict.fromkeys(inner for model in models for inner in model.modules())
         if (choice := frozen_choice(module)) is not None
         and choice.suspended_by(module) is None
-        and (layers is None or choice.layer in layers)
+        and (layers is None or any(layer in layers for layer in (choice.layer, *choice.functions)))
     ]
     try:
         for module, choice, _ in suspended:

@@ -92,7 +92,7 @@ class Switch:
     def has_layers(self) -> bool:
         """Whether anything of the model is known to be decorated."""
         return any(
-            find_layer(module) is not None or frozen_choice(module) is not None or functions_of(type(module))
+            find_layer(module) is not None or frozen_choice(module) is not None or functions_of(module)
             for module in self._modules.values()
         )
 

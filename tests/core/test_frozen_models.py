@@ -10,7 +10,7 @@ import pickle
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from kernels_core import (
     find_layer,
     forget,
     frozen_choice,
+    functions_of,
     hookimpl,
     kernelize,
     plugin_manager,
@@ -255,6 +256,111 @@ def test_functions_are_frozen_per_model() -> None:
     with use_kernel_mapping({"frozen_function": {"cpu": lambda x: x + 10}}):
         kernelize(model, mode=Mode.INFERENCE, device="cpu")
     assert (model(X)[0], other(X)[0], function(X)[0]) == (10, 1, 1)
+
+
+@use_kernel_forward_from_hub("held_function")
+def held(x: torch.Tensor) -> torch.Tensor:
+    """Run as a function that modules hold in an attribute."""
+    return x + 1
+
+
+class Holds(nn.Module):
+    """Holds something as an attribute, and calls the function that is inside."""
+
+    def __init__(self, item: Any, get: Callable[[Any], Any] = lambda item: item) -> None:
+        """Keep the attribute."""
+        super().__init__()
+        self.item, self.get = item, get
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Call the function."""
+        return self.get(self.item)(x)
+
+
+class HoldsAsMethod(Holds):
+    """Has two functions as attributes of its class, one of them static."""
+
+    static = staticmethod(held)
+    by_name: ClassVar[dict[str, Any]] = {"held": held}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Call both."""
+        return self.static(self.by_name["held"](x)) - 1
+
+
+HOLDING = {
+    "attribute": lambda: Holds(held),
+    "list": lambda: Holds([torch.relu, held], lambda item: item[1]),
+    "dict in tuple": lambda: Holds(({"a": held},), lambda item: item[0]["a"]),
+    "set": lambda: Holds({held}, lambda item: next(iter(item))),
+    "partial": lambda: Holds(functools.partial(functools.partial(held))),
+    "argument of a partial": lambda: Holds(functools.partial(lambda f, x: f(x), held)),
+    "bound method": lambda: Holds(types.MethodType(held, X.clone()), lambda item: item.__func__),
+    "class": lambda: HoldsAsMethod(None),
+    "decorated module": lambda: use_kernel_forward_from_hub("held_around")(
+        type("Around", (Holds,), {"forward": lambda self, x: self.item(x)})
+    )(held),
+}
+
+
+@pytest.mark.parametrize("make", HOLDING.values(), ids=HOLDING)
+def test_functions_that_modules_hold_are_frozen(make: Callable[[], nn.Module]) -> None:
+    """A decorated function in an attribute is frozen with the model, also in a copy, until `unkernelize`."""
+    model = nn.Sequential(nn.Sequential(make())).eval()
+    with use_kernel_mapping({"held_function": {"cpu": lambda x: x + 10}}):
+        kernelize(model, mode=Mode.INFERENCE, device="cpu")
+    rows = {row.path: row for row in receipt(model, device="cpu").rows}
+    assert rows["0.0:held"].frozen and not rows["0.0:held"].is_reference
+    served = model(X)[0]
+    assert served in (10, 19) and copy.deepcopy(model)(X)[0] == served
+    assert unkernelize(model)(X)[0] == 1 and not receipt(model, device="cpu").rows[-1].frozen
+
+
+def test_modules_of_one_class_hold_functions_of_their_own() -> None:
+    """Each gets the kernel of its function; one that is set after `kernelize` is dispatched, and listed so."""
+    other = use_kernel_forward_from_hub("held_other")(lambda x: x + 2)
+    model = nn.ModuleList([Holds(held), Holds(other), Holds(torch.relu)])
+    with use_kernel_mapping({"held_function": {"cpu": lambda x: x + 10}, "held_other": {"cpu": lambda x: x + 20}}):
+        kernelize(model, mode=Mode.INFERENCE, device="cpu")
+    assert [module(X)[0] for module in model] == [10, 20, 0] and type(model[2]) is Holds
+    model[0].item = other
+    row, *_ = receipt(model, device="cpu", mode=Mode.INFERENCE).rows
+    assert model[0](X)[0] == 2 and row.layer_name == "held_other" and row.is_reference and not row.frozen
+
+
+def test_functions_that_cannot_be_frozen() -> None:
+    """Without a kernel, or held by a container, whose forward never runs: a warning, or an error."""
+    container = nn.ModuleDict()
+    container.item = held  # type: ignore[assignment]
+    for model, source, reason in (
+        (Holds(held), lambda x, y: x, "held_function"),
+        (nn.Sequential(container), lambda x: x + 10, "ModuleDict holds it, and has no forward to freeze"),
+    ):
+        with use_kernel_mapping({"held_function": {"cpu": source}}):
+            with pytest.raises(KernelizeError, match=reason):
+                kernelize(model, mode=Mode.INFERENCE, device="cpu", use_fallback=False)
+            with pytest.warns(KernelsWarning, match=reason):
+                kernelize(model, mode=Mode.INFERENCE, device="cpu", use_fallback=KernelizeFallback.ALL)
+    with pytest.raises(ArgumentTypeError, match="functions_of takes an nn"):
+        functions_of(3)  # type: ignore[arg-type]
+
+
+def test_what_only_looks_like_a_function_is_not_opened() -> None:
+    """Containers that hold themselves end, and lazy values are not loaded."""
+
+    class Lazy(dict[str, Any]):
+        def values(self) -> Any:
+            raise AssertionError("loaded")
+
+    class Proxy:
+        @property
+        def __class__(self) -> Any:
+            raise AssertionError("loaded")
+
+    items: list[Any] = [Proxy(), Lazy(a=held)]
+    items.append(items)
+    assert [layer.name for layer in functions_of(Holds(items))] == ["held_function"]
+    assert functions_of(Scale) == () == functions_of(Scale())
 
 
 def test_frozen_models_compile(compiled: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import sys
@@ -146,6 +147,84 @@ def test_condition_frozen_quarantine_and_functions(make_layer: Make, make_kernel
         row = receipt(model["a"], device="cpu", mode=Mode.INFERENCE).rows[0]
         assert not row.frozen and row.is_reference and "it is wrong" in row.refusals[0][1]
     release()
+
+
+@use_kernel_forward_from_hub("called")
+def called(x: torch.Tensor) -> torch.Tensor:
+    """Run as a function that code names."""
+    return x * 2
+
+
+def helper(x: torch.Tensor) -> torch.Tensor:
+    """Call it, for others of this file."""
+    return called(x)
+
+
+class Caller(nn.Module):
+    """Calls it in several ways, by name."""
+
+    def direct(self, x: torch.Tensor) -> torch.Tensor:
+        """Call it from a function inside."""
+        return (lambda: called(x))()
+
+    def by_helper(self, x: torch.Tensor) -> torch.Tensor:
+        """Call a function of this file that calls it, and itself."""
+        return helper(x) if x.numel() else self.by_helper(x)
+
+    def by_method(self, x: torch.Tensor) -> torch.Tensor:
+        """Call another method."""
+        return self.direct(x)
+
+    def by_module(self, x: torch.Tensor) -> torch.Tensor:
+        """Find it in a module."""
+        return this.called(x)
+
+    def not_at_all(self, x: torch.Tensor) -> torch.Tensor:
+        """Call functions of others only."""
+        return torch.relu(x)
+
+
+this = sys.modules[__name__]
+
+
+@pytest.mark.parametrize("name", ["direct", "by_helper", "by_method", "by_module", "not_at_all", "closure", "wrapped"])
+def test_functions_that_code_calls(name: str) -> None:
+    """A receipt lists the decorated functions that the serving code names; `require` fails while one has no kernel."""
+    inner = called
+    ways: dict[str, Any] = {
+        "closure": lambda self, x: inner(x),
+        "wrapped": functools.wraps(Caller.direct)(lambda *_: _),
+    }
+    forward = ways.get(name) or getattr(Caller, name)
+    plain = type("Plain", (Caller,), {"forward": forward})()
+    expected = [] if name == "not_at_all" else ["called"]
+    assert [row.layer_name for row in receipt(plain, device="cpu").rows] == expected
+    with use_kernel_mapping({"called": {"cpu": lambda x, y: x}}):
+        found = receipt(nn.Sequential(plain), device="cpu")
+        assert [row.path for row in found.rows] == [f"0:{each}" for each in expected]
+        if expected:
+            with pytest.raises(RequirementError, match=r"0:called \(layer 'called'\): reference\n.*parameters"):
+                found.require("*")
+
+
+def test_functions_that_only_the_kernel_calls() -> None:
+    """Where a kernel serves, its code applies, and not that of the reference."""
+
+    @use_kernel_forward_from_hub("Calls")
+    class Calls(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    class Fast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return called(x)
+
+    model = nn.Sequential(Calls())
+    assert [row.path for row in receipt(model, device="cpu").rows] == ["0"]
+    with use_kernel_mapping({"Calls": {"cpu": Fast}}):
+        assert [row.path for row in receipt(model, device="cpu").rows] == ["0", "0:called"]
+        kernelize(model, mode=Mode.INFERENCE, device="cpu")
+    assert [(row.path, row.frozen) for row in receipt(model, device="cpu").rows] == [("0", True), ("0:called", False)]
 
 
 def test_require(make_layer: Make, make_kernel: Make) -> None:

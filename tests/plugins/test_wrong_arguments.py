@@ -104,7 +104,7 @@ VALID: dict[str, dict[str, Any]] = {
     "forget": {},
     "held_back": {},
     "frozen_choice": {"module": Shift()},
-    "functions_of": {"cls": Shift},
+    "functions_of": {"module": Shift()},
     "kernelize": {"model": Shift(), **CPU, "use_fallback": True},
     "plugin_manager": {},
     "quarantine": {"layer": decorated_layer(Shift), "implementation": one, "kernel": "k", "reason": "r", **CPU},
