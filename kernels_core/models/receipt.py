@@ -17,7 +17,7 @@ from .. import resolver
 from ..device import Device, as_torch_device
 from ..errors import ArgumentTypeError, RequirementError
 from ..generated import dispatched_layer
-from ..layer import Forward, Layer
+from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..plugins import plugin_manager
 from ..resolution import Refusal, Resolution
@@ -365,7 +365,7 @@ def _rows(
     places: Sequence[str],
     module: nn.Module,
     decide: Callable[[Layer, nn.Module], Resolution],
-    called: Callable[[Forward, type[nn.Module]], Sequence[Layer]],
+    called: Callable[..., Sequence[Layer]],
 ) -> Iterator[tuple[nn.Module | Layer, ReceiptRow]]:
     """Yield the row of a module, if it is decorated, and those of the functions that it calls, each with its caller."""
     frozen = frozen_choice(module)
