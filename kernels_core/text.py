@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_SECRET = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=Bearer )[^\s'\"]+")
+_SECRET = re.compile(r"(?<=://)[^/\s]+(?=@)|(?<![\w/])[^\s/:@]+:[^\s/]+(?=@)|(?<=Bearer )[^\s'\"]+")
 """The part of a URL before the host, and a token as the header of a request has it."""
 
 

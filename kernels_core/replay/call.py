@@ -127,6 +127,9 @@ class Call:
             if type(tensor) not in plain:
                 kind = type(tensor).__name__
                 return f"it cannot be compared, because {name} is a {kind}, and a run on copies of it fails: {text}"
+        for path, inner in self.module.named_modules() if self.module is not None else ():
+            if hasattr(type(inner), "reshard"):  # hooks of FSDP2 on the copy gather and free those of the original
+                return f"it cannot be compared, because FSDP manages module {path or '(itself)'} of it: {text}"
         return f"the reference fails: {text}"
 
     # --- Other calls ------------------------------------------------------------------------------

@@ -94,6 +94,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a tensor was freed, as FSDP does it after a forward: to read it ends the process."""
+    return _is_plain(tensor) and not tensor.untyped_storage().nbytes()
+
+
 def replica_of(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """Copy a module and every module in it, with `make(tensor)` in place of its tensors.
 
@@ -161,6 +166,8 @@ def same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if is_freed(one) or is_freed(other):
+        raise RuntimeError("the memory of a tensor was freed meanwhile")
     with torch.no_grad():
         if one.layout != torch.strided:  # PyTorch compares no sparse tensors
             one, other = one.to_dense(), other.to_dense()

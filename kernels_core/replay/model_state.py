@@ -37,6 +37,9 @@ class ModelState:
     def __init__(self, model: nn.Module) -> None:
         """Look at the model."""
         modules = list(model.modules())
+        # FSDP2 notes apart from the module whether its parameters are whole now: parts are put back by its own method.
+        self._sharded: list[Any] = [module for module in modules if hasattr(type(module), "reshard")]
+        self._reshard()
         self._attributes = [(module, type(module), dict(module.__dict__)) for module in modules]
         held = [value for _, _, state in self._attributes for value in state.values() if isinstance(value, list | dict)]
         self._held = [(value, value.copy()) for value in held]
@@ -60,6 +63,7 @@ class ModelState:
 
     def restore(self) -> None:
         """Restore the model."""
+        self._reshard()
         for module, cls, state in self._attributes:
             if type(module) is not cls:  # `train()` and `eval()` change that of a kernelized module, and so do others
                 object.__setattr__(module, "__class__", cls)
@@ -81,6 +85,10 @@ class ModelState:
                 if not buffer.is_meta and not same_numbers(buffer.detach(), before):
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.detach().copy_(before)
+
+    def _reshard(self) -> None:
+        for module in self._sharded:
+            module.reshard()
 
     def changed_parameters(self) -> list[str]:
         """Return the names of the parameters that were changed in place since, which `restore` cannot undo."""

@@ -119,3 +119,9 @@ def test_text_of_others_is_made_fit_to_be_shown() -> None:
         resolution.reason,
     ):
         assert shown.startswith(r"\x1b[2J http://***@hub 'Bearer ***'") and len(shown) < 50_000, shown[:200]
+
+
+@pytest.mark.parametrize("url", ["http://bob:hun@ter2@hub.local", "bob:hunter2@hub.local", "https://bob:hunter2@h/x"])
+def test_no_part_of_a_password_is_left_in_a_url(url: str) -> None:
+    """A password with an `@` in it, and one in a URL without a scheme, are left out of messages."""
+    assert "ter2" not in str(kernels_core.KernelsError(f"{url} cannot be reached"))

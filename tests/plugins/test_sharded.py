@@ -50,6 +50,11 @@ for kernel in (Right, Wrong):
         print(kernel.__name__, name, "|", text.replace(chr(10), " "))
 with use_kernel_mapping({"Sharded": {"cpu": Right}}):
     print("verify |", *verify(model, x, gradients=False).rows)
+    model(x).sum().backward()  # FSDP2 gathers and frees as before
+    inner = nn.Sequential(Mlp(8))
+    fully_shard(inner[0].linear, mesh=init_device_mesh("cpu", (1,)))
+    print("inner |", *verify(inner, x).rows)
+    inner(x).sum().backward()
 dist.destroy_process_group()
 """
 
@@ -63,6 +68,7 @@ def test_tools_on_sharded_layers(tmp_path: Path) -> None:
     assert lines["Right canary "].strip() == ""
     assert "instead of" in lines["Wrong canary "] and "quarantine" in lines["Wrong canary "]
     assert "is wrong" not in lines["Right probing "]
+    assert "cannot be compared, because" in lines["inner "] or "undecided" not in lines["inner "]
     assert "forward: ok" in lines["verify "] or "cannot be compared, because parameter" in lines["verify "]
 
 
