@@ -194,7 +194,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def authorize(source: object, plugin: str = "") -> None:
-    """Ask the policies about code that a loader finds on its way: where a kernel was moved, what it depends on.
+    """Ask the policies about code that a loader finds on its way: the new place of a kernel, its dependencies.
 
     For plugins that load kernels, before anything of that code is fetched or imported. `kernels_authorize` gets the
     request of the load and a candidate with this source; outside of a load, a request without a layer, whose

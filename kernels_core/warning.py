@@ -19,7 +19,7 @@ _LIBRARIES = {"kernels_core", "kernels_plugins", "pluggy", "torch"}
 
 
 def warn(message: str, stacklevel: int = 1) -> None:
-    """Issue a `KernelsWarning` that points to the line of the user, which is what filters and reports show."""
+    """Issue a `KernelsWarning` that points to the line of the user: filters and reports show that line."""
     frame, level, line = sys._getframe(1), 2, 0
     while True:
         # A generated forward has no name of a module, and Dynamo runs compiled code under the name of the user's.

@@ -206,7 +206,7 @@ def find_quarantined(request: LayerRequest, implementation: Forward | None, *nam
 
 
 def find_denied(request: LayerRequest, candidate: Candidate) -> Quarantined | None:
-    """Return the glob that excludes a candidate before anything of it is fetched: by what its source names."""
+    """Return the glob that excludes a candidate before anything of it is fetched: by the names of its source."""
     if not _entries and "KERNELS_DENY" not in os.environ:
         return None
     source = candidate.source

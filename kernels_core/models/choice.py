@@ -1,4 +1,4 @@
-"""The choice of kernelized modules of one class: what its forward calls now, and what suspends it.
+"""The choice of kernelized modules of one class: the function that its forward calls now, and why it is suspended.
 
 What suspends a kernel changes the class of a module: a forward of the module's own would replace one that another
 library has put there. Such a library has kept the forward that it found, so that each generated forward asks for the
@@ -79,7 +79,7 @@ class FrozenChoice:
     """The members of its classes, besides the forward."""
     cls: type[nn.Module] = field(init=False, repr=False)
     suspended: dict[str, type[nn.Module]] = field(init=False, default_factory=dict, repr=False)
-    """Classes of modules whose choice is suspended, by what does that."""
+    """Classes of modules whose choice is suspended, by the reason."""
 
     def serves(self, module: nn.Module) -> bool:
         """Whether calls of a module run the choice: not while it trains after `train()`, nor in quarantine."""
@@ -115,7 +115,7 @@ class FrozenChoice:
         return isinstance(put, types.MethodType) and put.__func__ is self.original.forward
 
     def suspended_by(self, module: nn.Module) -> str | None:
-        """Return what suspends the choice for a module: `"train"` or `"references"`; None if nothing does."""
+        """Return why the choice for a module is suspended: `"train"` or `"references"`; None if nothing does."""
         return "train" if self.is_suspended(module) else getattr(type(module), "kernels_suspended", None)
 
     def suspend(self, module: nn.Module, why: str) -> None:

@@ -49,7 +49,7 @@ def paths(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _is_wrapped(module: nn.Module, name: str) -> bool:
-    """Whether a child is what a module wraps: by its name, or as `module` where it is all that there is, as in DDP."""
+    """Whether a module is the wrapper of a child: by the child's name, or if `module` is the only child, as in DDP."""
     alone = name == "module" and len(module._modules) == 1
     return name in _WRAPPED or (alone and find_layer(module) is None)  # two layers would have one path
 

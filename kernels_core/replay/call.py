@@ -119,17 +119,22 @@ class Call:
         buffers = self.module.named_buffers() if self.module is not None else ()
         return self._named_inputs() | {f"buffer {name}": buffer for name, buffer in buffers}
 
-    def why_failed(self, error: Exception) -> str:
-        """Describe why the reference fails on copies: a tensor of another class may be copied wrongly."""
-        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10) * 2)[0] or 'no message'}"
-        plain = (torch.Tensor, nn.Parameter)
+    @property
+    def obstacle(self) -> str | None:
+        """Why copies of this call may not run as the call itself does; None if nothing is known."""
         for name, tensor in self.tensors.items():
-            if type(tensor) not in plain:
-                kind = type(tensor).__name__
-                return f"it cannot be compared, because {name} is a {kind}, and a run on copies of it fails: {text}"
+            if type(tensor) not in (torch.Tensor, nn.Parameter):
+                return f"{name} is a {type(tensor).__name__}"
         for path, inner in self.module.named_modules() if self.module is not None else ():
             if hasattr(type(inner), "reshard"):  # hooks of FSDP2 on the copy gather and free those of the original
-                return f"it cannot be compared, because FSDP manages module {path or '(itself)'} of it: {text}"
+                return f"FSDP manages module {path or '(itself)'} of it"
+        return None
+
+    def why_failed(self, error: Exception) -> str:
+        """Describe why the reference fails on copies: it may be the fault of the copies."""
+        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10) * 2)[0] or 'no message'}"
+        if obstacle := self.obstacle:
+            return f"it cannot be compared, because {obstacle}, and a run on copies of it fails: {text}"
         return f"the reference fails: {text}"
 
     # --- Other calls ------------------------------------------------------------------------------

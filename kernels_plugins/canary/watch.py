@@ -108,6 +108,9 @@ class _Watch:
                 self._say("memory", f"there is no memory to compare its gradients: {error}")
                 return None
             except Exception as error:
+                if before.obstacle is not None:  # the fault may be that of the copies
+                    self._say("copies", f"its gradients are not compared: {before.why_failed(error)}")
+                    return None
                 return f"its second run, for its gradients, raises {type(error).__name__}: {error}"
             missing = [name for name in wanted if again.gradients.get(name) is None]
             if missing:

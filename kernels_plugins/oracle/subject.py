@@ -165,10 +165,10 @@ class Subject:
         """Return why the reference cannot judge, None if it can."""
         try:
             first, second = (self._run(case, self.layer.reference, Mode.INFERENCE) for _ in range(2))
+            difference = compare(second.outputs, first.outputs)
         except Exception as error:
             stop_if_broken(error)
             return case.call.why_failed(error)
-        difference = compare(second.outputs, first.outputs)
         if difference.ok:
             return None
         return (

@@ -491,7 +491,7 @@ def hooked(module: nn.Module) -> None:
 
 
 def test_a_forward_of_another_library_stays_around_a_kernelized_one() -> None:
-    """Whatever happens to the kernelized module below, that forward stays, and runs what serves there by then."""
+    """That forward stays through all changes of the kernelized module below, and runs the function that serves then."""
     layer, x = Scale().eval(), torch.zeros(2)
     with use_kernel_mapping(MAPPING):
         kernelize(layer, mode=Mode.INFERENCE)
@@ -530,7 +530,7 @@ def test_a_forward_of_another_library_stays_around_a_kernelized_one() -> None:
 
 
 def test_accelerate_hooks_and_takes_its_hook_off() -> None:
-    """A hook of accelerate on a kernelized module, and the forward that it puts back: both run what serves."""
+    """A hook of accelerate on a kernelized module, and the forward that it puts back: both run the kernel."""
     hooks = pytest.importorskip("accelerate.hooks")
     layer = Scale().eval()
     with use_kernel_mapping(MAPPING), torch.no_grad():

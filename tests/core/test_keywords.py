@@ -234,7 +234,7 @@ class TakesCache(nn.Module):
 
 @pytest.mark.parametrize("how", ["dispatched", "kernelized", "compiled"])
 def test_no_kernel_swallows_a_keyword_that_a_decorator_renames(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference serves calls with such a keyword and the user is told; the kernel serves all others."""
+    """The reference serves calls with such a keyword, with a warning; the kernel serves all others."""
     torch._dynamo.reset()
     layer: Any = Renamed()
     with use_kernel_mapping({"Renamed": {"cpu": TakesCache}}), torch.no_grad(), warnings.catch_warnings():

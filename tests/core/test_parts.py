@@ -16,7 +16,7 @@ from kernels_plugins.mapping import use_kernel_mapping
 
 X = torch.ones(2, 4)
 SHIFT = 100.0
-"""What kernels add, so that outputs show who served."""
+"""The number that kernels add, so that an output shows which function made it."""
 
 
 @pytest.fixture(autouse=True)

@@ -483,7 +483,7 @@ def test_kernels_that_a_glob_names(
 
 
 def test_the_next_candidate_serves_in_place_of_a_denied_one(make_layer: Make, make_kernel: Make) -> None:
-    """A glob takes out what it names only, also for a device; a denied source is not loaded."""
+    """A glob takes out only the kernels that it matches, also for a device; a denied source is not loaded."""
     loaded = []
 
     class Source:
