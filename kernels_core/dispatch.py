@@ -42,7 +42,7 @@ from .errors import NoKernelError
 from .generated import Generator, unused_texts
 from .guards.breaker import stand_in
 from .guards.gradients import is_recorded, needs_proof
-from .guards.proof import until_proven
+from .guards.proof import Unproven, until_proven
 from .guards.tensors import is_pending, odd_classes, odd_parameters, subclasses_traced, waiting
 from .layer import Forward, Layer
 from .mode import EAGER_MODES, TRACED_MODES, Mode
@@ -80,11 +80,15 @@ class _Dispatcher:
         self._numbers = itertools.count()
         self._tables: dict[str, FrameTable] = {}
         self._selectors: dict[str, Forward] = {}
-        self._unproven: dict[int, tuple[weakref.ref[Forward], str]] = {}  # by id of a kernel that lives; its origin
+        self._unproven = Unproven()
         self._untraceable, self._watched = list[bool](), list[bool]()  # not empty: some kernel is; a call must ask more
         self._watching = threading.Lock()
         self._busy = ForkLock()
         self.names = set[str]()  # on frames, published or as tables
+        weakref.finalize(self, withdraw, self.names).atexit = False  # for a copied forward, which has no finalizer
+
+    def __reduce__(self) -> Any:
+        return _Dispatcher, (self.layer,)  # for a forward that is pickled by value; its code finds nothing in frames
 
     def _name(self, device: torch.device, odd: Odd = frozenset()) -> str:
         name = self._names.get((device, odd))

@@ -101,8 +101,8 @@ def _as_called(function: Forward, layer: Layer) -> list[tuple[Any, ...]]:
 def dispatched_layer(forward: object) -> Layer | None:
     """Return the layer that `forward` dispatches for; None for anything else, such as a wrapper of it."""
     layer = getattr(forward, "kernels_layer", None)
-    code = getattr(forward, "__code__", None)
-    return layer if isinstance(layer, Layer) and code is not None and code.co_filename == _file(layer) else None
+    cold = getattr(forward, "__globals__", {}).get("_kernels_cold")
+    return layer if isinstance(layer, Layer) and cold is not None and cold.__self__.layer is layer else None
 
 
 _SHARED_NAMES: dict[str, object] = {
@@ -128,5 +128,5 @@ _SHARED_NAMES: dict[str, object] = {
 """Names that generated functions use, besides those of their own."""
 
 
-def _file(layer: Layer, function: str = "forward") -> str:
+def _file(layer: Layer, function: str) -> str:
     return f"<kernels_core {function} {layer.number} of {layer.qualname}>"

@@ -55,6 +55,14 @@ class Layer:
         """The kind of function that the reference is: see `function_kind`."""
         return function_kind(self.reference)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out whatever belongs to this process: a copy is a layer of its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("number", "adapted", "signature")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Number a copy anew."""
+        vars(self).update(state, number=next(_numbers), adapted={})
+
     def __repr__(self) -> str:
         """Show name and place."""
         return f"<Layer {self.name!r} at {self.qualname}>"

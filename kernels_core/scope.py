@@ -7,6 +7,7 @@ which the dispatcher reads. The innermost frame of this thread or task is a cont
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import os
 import threading
 import weakref
@@ -83,6 +84,12 @@ class Frame:
         self.tables: set[FrameTable] = set()
         self.orphaned = False
 
+    def __reduce__(self) -> str:
+        """Pickle the root by its name, for pickles by value of decorated functions; no other frame."""
+        if self is not root:
+            raise TypeError("cannot pickle an open scope: the process that loads it opens its own")
+        return "root"
+
     def payloads(self) -> tuple[object, ...]:
         """Return the payloads of the open scopes, innermost first."""
         here, found = self, []
@@ -95,6 +102,22 @@ class Frame:
 root = Frame()
 
 _current: ContextVar[Frame] = ContextVar("kernels_core_frame", default=root)
+
+
+class _Nowhere:
+    """The frames of a copied forward, whose code has names of the process that it comes from: nothing is found."""
+
+    get = object
+
+
+def _copied(variable: ContextVar[Any]) -> tuple[type[_Nowhere], tuple[()]]:
+    """Pickle the variable, for pickles by value of decorated functions; no other one."""
+    if variable is not _current:
+        raise TypeError("cannot pickle 'ContextVar' object")
+    return _Nowhere, ()
+
+
+copyreg.pickle(ContextVar, _copied)
 
 active_frame = _current.get
 """Returns `root.active`, a little quicker, where Dynamo does not look."""

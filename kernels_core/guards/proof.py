@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -136,3 +137,10 @@ def read_attributes(layer: Layer) -> frozenset[str] | None:
         elif following.opname != "STORE_ATTR":
             return None
     return frozenset(names)
+
+
+class Unproven(dict[int, "tuple[weakref.ref[Forward], str]"]):
+    """Kernels that are not proven, by their id, with their origin; they live in frames, which are not pickled."""
+
+    def __reduce__(self) -> Any:
+        return dict, ()

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +20,17 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
 
-from kernels_core import Mode, frozen_choice, kernelize, unkernelize, use_kernel_forward_from_hub
+from kernels_core import (
+    Mode,
+    decorated_layer,
+    frozen_choice,
+    kernelize,
+    replace_kernel_forward_from_hub,
+    unkernelize,
+    use_kernel_forward_from_hub,
+)
+from kernels_core.errors import NoKernelError
+from kernels_core.scope import root
 from kernels_plugins.mapping import use_kernel_mapping
 
 X = torch.ones(2, 4)
@@ -149,3 +165,202 @@ def test_parametrizations_come_and_go_after_kernelize(undo: bool) -> None:
     parametrize.remove_parametrizations(layer, "bias")
     assert type(layer) is Shift and isinstance(layer.weight, nn.Parameter) and isinstance(layer.bias, nn.Parameter)
     torch.testing.assert_close(layer(X), right)
+
+
+# --- By value ------------------------------------------------------------------------------------
+
+SCRIPT = '''
+import importlib, subprocess, sys, torch
+from torch import nn
+from kernels_core import Mode, kernelize, use_kernel_forward_from_hub
+from kernels_plugins import use_kernel_mapping
+how = importlib.import_module(sys.argv[1])
+
+class Base(nn.Module):
+    def forward(self, x): return x
+
+@use_kernel_forward_from_hub("SentDouble")
+class Double(Base):
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.full((), 2.0))
+    def forward(self, x): return super().forward(x) * self.by
+
+class Derived(Double): pass
+
+@use_kernel_forward_from_hub("SentCount", condition=lambda x, n: n < 5)
+def count(x, n=3): return x if n == 0 else count(x + 1, n - 1)
+
+class Fast(nn.Module):
+    def forward(self, x): return x * 7 * self.by
+
+def work(x): return Double()(x) + count(x)
+
+frozen = nn.Sequential(Double())
+with use_kernel_mapping({"SentDouble": {"cpu": Fast}}):
+    kernelize(frozen, mode=Mode.INFERENCE)
+    frozen(torch.ones(1)), Double()(torch.ones(1))  # something is published and unproven
+things = (Double, Derived, Double(), Derived(), nn.Sequential(Double(), Derived()), frozen, count, work)
+with open("things", "wb") as file: how.dump(things, file)
+worker = """
+import importlib, sys, warnings, torch
+from torch import nn
+warnings.simplefilter("ignore")
+from kernels_core import Mode, kernelize, receipt, use_kernel_forward_from_hub
+from kernels_plugins import use_kernel_mapping
+how = importlib.import_module(sys.argv[1])
+
+if __name__ == "__main__":
+    @use_kernel_forward_from_hub("Other")  # takes the number that a layer has in the other process
+    class Other(nn.Module):
+        def forward(self, x): return x * 1000
+    assert Other()(torch.ones(1)).item() == 1000
+
+Double, Derived, one, derived, model, frozen, count, work = how.load(open("things", "rb"))
+
+class Quick(nn.Module):
+    def forward(self, x): return x * 70
+
+x = torch.ones(1)
+with torch.no_grad():
+    for layer in (Double(), Derived(), one, derived, frozen): assert layer(x).item() == 2
+    assert model(x).item() == 4 and count(x).item() == 4 and work(x).item() == 6
+    with use_kernel_mapping({"SentDouble": {"cpu": Quick}, "SentCount": {"cpu": lambda x, n=3: x * 50}}):
+        for layer in (Double(), Derived(), one, derived, frozen): assert layer(x).item() == 70
+        assert model(x).item() == 4900 and count(x).item() == 50 and count(x, n=9).item() == 300
+        assert work(x).item() == 120
+        assert [row.layer_name for row in receipt(model, device="cpu").rows] == ["SentDouble"] * 2
+        kernelize(model, mode=Mode.INFERENCE, device="cpu")
+    assert model(x).item() == 4900
+y = torch.ones(1, requires_grad=True)
+one(y).backward()
+assert y.grad.item() == 2
+"""
+subprocess.run([sys.executable, "-c", worker, *sys.argv[1:]], check=True)
+exec(compile(worker, "worker", "exec"), {"__name__": "same process"})
+assert Double()(torch.ones(1)).item() == 2 and frozen(torch.ones(1)).item() == 14
+print("right")
+'''
+
+
+@pytest.mark.parametrize("how", ["cloudpickle", "dill"])
+def test_what_a_script_defines_is_sent_by_value(how: str, tmp_path: Path) -> None:
+    """A class, instances, subclasses, a model, a function, and one that names them, all of `__main__`, work as copies.
+
+    They do in another process and in this one: gradients, conditions, mappings, receipts and `kernelize` find them.
+    """
+    pytest.importorskip(how)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    assert _run(tmp_path, how) == "right"
+
+
+def _run(folder: Path, *arguments: str, **environ: str) -> str:
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    command = [sys.executable, "-W", "ignore", "script.py", *arguments]
+    env = {**os.environ, "PYTHONPATH": paths, **environ}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_precompiled_models_hold_decorated_layers(tmp_path: Path) -> None:
+    """With `TORCH_CACHING_PRECOMPILE=1`, a model with decorated layers compiles, and mappings apply."""
+    (tmp_path / "script.py").write_text("""
+import torch
+from torch import nn
+from kernels_core import use_kernel_forward_from_hub
+from kernels_plugins import use_kernel_mapping
+@use_kernel_forward_from_hub("Precompiled")
+class Double(nn.Module):
+    def forward(self, x): return x * 2
+class Fast(nn.Module):
+    can_torch_compile = True
+    def forward(self, x): return x * 7
+model = torch.compile(nn.Sequential(Double()), backend="eager")
+with torch.no_grad():
+    print(model(torch.ones(1)).item())
+    torch._dynamo.reset()
+    with use_kernel_mapping({"Precompiled": {"cpu": Fast}}): print(model(torch.ones(1)).item())
+""")
+    assert _run(tmp_path, TORCH_CACHING_PRECOMPILE="1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")) == "2.0\n7.0"
+
+
+def test_copies_of_all_kinds_of_layers_dispatch() -> None:
+    """Whatever a forward reads is sent along: with conditions, packed arguments, no fallback; also of a copy."""
+    dill = pytest.importorskip("dill")  # cloudpickle finds a class of its own process again
+
+    class Packed(nn.Module):
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return args[1] * 2
+
+    class Conditional(nn.Module):
+        def forward(self, x: Any, *, by: Any = X) -> Any:
+            return x * 2
+
+    class Strict(nn.Module):
+        def forward(self, x: Any, mask: Any = None) -> Any:
+            return x * 2
+
+    class Fast(nn.Module):
+        can_torch_compile = True
+
+        def forward(self, x: Any) -> Any:
+            return x * 7
+
+    class FastPacked(Fast):
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return args[1] * 7
+
+    class FastConditional(Fast):
+        def forward(self, x: Any, *, by: Any = X) -> Any:
+            return x * 7
+
+    class FastStrict(Fast):
+        def forward(self, x: Any, mask: Any = None) -> Any:
+            return x * 7
+
+    replace_kernel_forward_from_hub(Packed, "CopiedPacked")
+    use_kernel_forward_from_hub("CopiedConditional", condition=lambda module: not module.training)(Conditional)
+    use_kernel_forward_from_hub("CopiedStrict", use_fallback=False)(Strict)
+    mapping = {f"Copied{kind.__name__[4:]}": {"cpu": kind} for kind in (FastPacked, FastConditional, FastStrict)}
+    for original in (Packed, Conditional, Strict):
+        with use_kernel_mapping(mapping), torch.no_grad():
+            original()(X)  # something is published
+            sent = original
+            for _ in range(2):
+                sent = dill.loads(dill.dumps(sent))
+                assert decorated_layer(sent).number != decorated_layer(original).number
+                torch.testing.assert_close(sent().eval()(X), X * 7)
+                if original is Conditional:
+                    torch.testing.assert_close(sent()(X), X * 2)
+            torch.testing.assert_close(torch.compile(sent().eval(), backend="eager")(X), X * 7)
+        if original is Strict:
+            with pytest.raises(NoKernelError):
+                sent()(X)
+
+
+def test_gone_copies_leave_nothing_in_frames() -> None:
+    """Whatever calls of a copy published is withdrawn when the copy is gone."""
+    dill = pytest.importorskip("dill")  # cloudpickle finds a class of its own process again
+
+    class Original(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * 2
+
+    sent = dill.dumps(use_kernel_forward_from_hub("CopiedAndGone")(Original))
+    gc.collect()
+    before = set(root.published)
+    copied = dill.loads(sent)
+    copied()(X)
+    assert root.published - before
+    del copied
+    gc.collect()
+    assert root.published <= before
+
+
+def test_only_what_can_be_a_copy_is_pickled() -> None:
+    """A context variable of another library cannot be pickled, as ever; nor can an open scope."""
+    with pytest.raises(TypeError, match="cannot pickle"):
+        pickle.dumps(ContextVar("theirs"))
+    with use_kernel_mapping({}), pytest.raises(TypeError, match="scope"):
+        pickle.dumps(root.active)
