@@ -294,7 +294,7 @@ def test_copies_of_all_kinds_of_layers_dispatch() -> None:
             return args[1] * 2
 
     class Conditional(nn.Module):
-        def forward(self, x: Any, *, by: Any = X) -> Any:
+        def forward(self, x: Any, *, by: Any = 2) -> Any:
             return x * 2
 
     class Strict(nn.Module):
@@ -312,7 +312,7 @@ def test_copies_of_all_kinds_of_layers_dispatch() -> None:
             return args[1] * 7
 
     class FastConditional(Fast):
-        def forward(self, x: Any, *, by: Any = X) -> Any:
+        def forward(self, x: Any, *, by: Any = 2) -> Any:
             return x * 7
 
     class FastStrict(Fast):
