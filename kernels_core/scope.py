@@ -110,7 +110,7 @@ class _Nowhere:
     get = object
 
 
-def _copied(variable: ContextVar[Any]) -> tuple[type[_Nowhere], tuple[()]]:
+def _copied(variable: ContextVar[Any]) -> Any:
     """Pickle the variable, for pickles by value of decorated functions; no other one."""
     if variable is not _current:
         raise TypeError("cannot pickle 'ContextVar' object")
