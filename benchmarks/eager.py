@@ -11,7 +11,7 @@ from measure import Row, compare
 from torch import nn
 
 from kernels_core import Mode, use_kernel_forward_from_hub
-from kernels_plugins import use_kernel_mapping
+from kernels_plugins import register_kernel_mapping, use_kernel_mapping
 
 PLAIN, HOP = "undecorated module", "one hop by hand"
 UNPROVEN = {
@@ -176,6 +176,8 @@ def on_device(device: str) -> Iterator[Row]:
 
     yield row("identity layer", times, "identity", PLAIN, "plain", LIMIT)
     yield row("identity layer", times, "identity", HOP, "hop", HOP_LIMIT)
+    yield row("identity layer, in a scope", best["scope"], "identity", PLAIN, "plain", LIMIT)
+    yield row("identity layer, in a scope", best["scope"], "identity", HOP, "hop", HOP_LIMIT)
     yield row("identity layer, nothing mapped", times, "unmapped", PLAIN, "plain", LIMIT)
     yield row("identity layer, nothing mapped", times, "unmapped", HOP, "hop", HOP_LIMIT)
     yield row("keyword-only layer, called with keywords", times_keywords, "scaled", PLAIN, "plain", LIMIT)
@@ -229,7 +231,8 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
         "identity": decorated(Identity, "bench_identity"),
         "unmapped": decorated(Identity, "bench_unmapped"),
     }
-    with use_kernel_mapping(names), warnings.catch_warnings():
+    register_kernel_mapping(names)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bench_uncompiled: refused where calls are traced
         taken = {}
         pairs = {
@@ -259,6 +262,9 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
         }
         with torch.no_grad():
             taken["no_grad"] = _times(x, mode_calls)
+        with use_kernel_mapping({}):  # each call asks whether it is in the forward of an autograd function
+            calls["identity"](x)
+            taken["scope"] = _times(x, calls)
         torch._dynamo.reset()
         torch.compile(cold, backend="eager", fullgraph=True)(x)  # traced before any eager call
         cold(recorded)

@@ -330,6 +330,8 @@ def publish(frame: Frame, name: str, answer: object, before: int) -> None:
         if before == _generation:
             setattr(frame, name, answer)
             frame.published.add(name)
+    if frame is root is active_frame():
+        _current.set(root)  # CPython caches the value of a variable that is set, but looks its default up at each read
 
 
 def forget() -> None:
