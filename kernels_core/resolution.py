@@ -293,10 +293,22 @@ def rank_offers(
         ['mine']
     """
     offers = list(itertools.chain.from_iterable(answers))
-    last = min((TIERS.index(offer.tier) for offer in offers if isinstance(offer, Exclusive)), default=len(TIERS))
+    last = len(TIERS)
+    for offer in offers:
+        if isinstance(offer, Exclusive):
+            last = min(last, TIERS.index(offer.tier))
     tiers = TIERS[: last + 1]
-    candidates = [offer for offer in offers if isinstance(offer, Candidate) and offer.tier in tiers]
+    candidates: list[Candidate] = []
+    misfits: list[Refusal] = []
+    failures: list[Refusal] = []
+    for offer in offers:  # once, without generators: this is a part of the price of a first call
+        if isinstance(offer, Candidate):
+            if offer.tier in tiers:
+                candidates.append(offer)
+        elif isinstance(offer, Refusal):
+            if offer.candidate is None:
+                failures.append(offer)
+            elif offer.candidate.tier in tiers:
+                misfits.append(offer)
     candidates.sort(key=lambda c: (TIERS.index(c.tier), -c.priority, c.plugin if c.tier == "plugin" else ""))
-    refusals = [offer for offer in offers if isinstance(offer, Refusal)]
-    misfits = tuple(refusal for refusal in refusals if refusal.candidate and refusal.candidate.tier in tiers)
-    return candidates, misfits, [refusal for refusal in refusals if refusal.candidate is None]
+    return candidates, tuple(misfits), failures

@@ -73,6 +73,8 @@ def _reported() -> Iterator[None]:
 
 def _implementations(hook: str) -> list[Callable[..., Any]]:
     """Return each active observer's implementation of a hook."""
+    if not os.environ.get(VARIABLE):  # as nearly always: two decisions of three ask for nothing else
+        return []
     names: tuple[str, ...] = ()
     observers = []
     with _reported():
