@@ -170,6 +170,43 @@ def test_dtensors_as_arguments_and_parameters(mesh: DeviceMesh, prepared: Prepar
     assert served == [] and not quarantined()
 
 
+@pytest.mark.parametrize("declares", [False, True])
+def test_compiled_calls_with_dtensors(
+    mesh: DeviceMesh, prepared: Prepare, declares: bool, request: pytest.FixtureRequest
+) -> None:
+    """In compiled code, too, the reference serves such calls, with one reason and its gradients; others the kernel."""
+    torch._dynamo.reset()
+
+    class Kernel(nn.Module):
+        can_torch_compile = True
+        tensor_subclasses = (DTensor,) if declares else ()
+
+        def forward(self, x: Any, other: Any = None) -> Any:
+            return 10 * weighted(self, x, other)
+
+    factor, replicated, name = 20.0 if declares else 2.0, [Replicate()], request.node.name
+    with use_kernel_mapping({name: {"cpu": Kernel}}), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer = prepared(make(name))
+        plain = layer.weight
+        run = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(run(X), 20 * X)
+        layer.weight = weight = nn.Parameter(distribute_tensor(plain.detach(), mesh, replicated))
+        x = distribute_tensor(X.clone(), mesh, [Shard(0)]).requires_grad_()
+        for call, added in (((x,), 0), ((x, distribute_tensor(X, mesh, replicated)), factor / 2)):
+            x.grad = weight.grad = None
+            result = run(*call)
+            assert isinstance(result, DTensor) and torch.equal(result.full_tensor()[1:], (factor + added) * X[1:])
+            result.sum().backward()
+            assert torch.equal(x.grad.full_tensor(), torch.full((4,), factor))
+            assert torch.equal(weight.grad.full_tensor(), factor / 2 * X)
+        layer.weight = plain
+        assert torch.equal(run(X), 20 * X)
+    reasons = [str(w.message) for w in caught if issubclass(w.category, KernelsWarning)]
+    assert len(reasons) == (not declares) and all("DTensor" in reason for reason in reasons)
+    assert not quarantined()
+
+
 def test_pending_collectives_are_waited_for(mesh: DeviceMesh, prepared: Prepare) -> None:
     """The kernel gets the result of a collective, in any argument, and gradients flow to what the collective got."""
 
