@@ -9,6 +9,7 @@ from typing import Any, Generic, cast
 
 import torch
 
+from .forward_source import own_signature
 from .guards.tensors import DECLARATION, check_tensors
 from .layer import Layer, call_signature, function_kind
 from .mode import Mode
@@ -80,8 +81,10 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     except (TypeError, ValueError) as error:
         return f"signatures cannot be compared: {message_of(error)}"
     # A decorator with *args shows the signature that it wraps, and passes arguments on as they were written.
-    reference = layer.reference
-    passes_on = inspect.signature(reference) != inspect.signature(reference, follow_wrapped=False)
+    passes_on = inspect.signature(layer.reference) != (taken := own_signature(layer.reference))
+    own = [p.name for p in taken.parameters.values() if p.default is not p.empty and p.name not in ours.parameters]
+    if passes_on and own:
+        return f"it would replace a decorator of the layer's forward that has parameters of its own: {', '.join(own)}"
     return _check_signature(ours, theirs, as_called=passes_on)
 
 

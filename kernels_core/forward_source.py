@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -347,11 +348,19 @@ def read_parameters(reference: Callable[..., Any]) -> tuple[inspect.Parameter, .
     """Return the parameters that a reference has; `*args, **kwargs` if they cannot be read, or have names of ours."""
     packed = inspect.signature(lambda *args, **kwargs: None)
     try:
-        signature = inspect.signature(reference, follow_wrapped=False)
+        signature = own_signature(reference)
     except (TypeError, ValueError):
         signature = packed
     taken = any(name.startswith("_kernel") for name in signature.parameters)
     return tuple((packed if taken else signature).parameters.values())
+
+
+def own_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature by which Python binds arguments: `__wrapped__` and `__signature__` are for readers."""
+    if isinstance(function, types.FunctionType) and "__signature__" in vars(function):
+        function, shown = types.FunctionType(function.__code__, {}, closure=function.__closure__), function
+        function.__defaults__, function.__kwdefaults__ = shown.__defaults__, shown.__kwdefaults__
+    return inspect.signature(function, follow_wrapped=False)
 
 
 def set_defaults(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
+import sys
 import threading
 import time
 import types
@@ -20,6 +20,7 @@ import torch
 from .contract import BOUND
 from .environment import strict
 from .errors import LoadError, NoKernelError, ResolutionError, UntrustedError, is_transient
+from .forward_source import own_signature
 from .guards.parts import checks_parts
 from .guards.quarantine import find_denied
 from .layer import Forward, Layer, source_label
@@ -267,56 +268,59 @@ def _adapted(layer: Layer, loaded: LoadedLayer) -> LoadedLayer | Exception:
 
 def implementation_of(layer: Layer | None, kernel: KernelLayer) -> Callable[..., Any]:
     """Return the function that a call calls: of a class, its `forward`, which runs on the module that is served."""
-    if not isinstance(kernel, type):
-        return kernel
-    forward: Callable[..., Any] = cast(Any, kernel).forward
+    forward: Forward = cast(Any, kernel).forward if isinstance(kernel, type) else kernel
     if layer is None:
         return forward
-    if not layer.is_function:
-        known = layer.adapted.get(id(kernel))
-        if known is None:
-            checked = checks_parts(layer, kernel)
-            if hasattr(layer.reference, "__wrapped__"):
-                checked = _checks_keywords(layer, source_label(kernel), checked)
-            if checked is forward:
-                return forward
-            known = layer.adapted.setdefault(id(kernel), (kernel, checked))
+    known = layer.adapted.get(id(kernel))
+    if known is not None:
         return cast(Callable[..., Any], known[1])
-    # A function has no module: bind an empty one, kept on the class so that both are dropped together.
-    with _lock:
-        if BOUND not in vars(kernel):
-            setattr(kernel, BOUND, types.MethodType(forward, kernel()))
-    return cast(Callable[..., Any], getattr(kernel, BOUND))
+    checked = forward
+    if not layer.is_function:
+        checked = checks_parts(layer, kernel)
+    elif isinstance(kernel, type):  # a function has no module: bind an empty one, dropped together with the class
+        with _lock:
+            if BOUND not in vars(kernel):
+                setattr(kernel, BOUND, types.MethodType(forward, kernel()))
+        checked = forward = getattr(kernel, BOUND)
+    if hasattr(layer.reference, "__wrapped__") or hasattr(layer.reference, "__signature__"):
+        checked = _checks_arguments(layer, source_label(kernel), checked)
+    return forward if checked is forward else layer.adapted.setdefault(id(kernel), (kernel, checked))[1]
 
 
-def _checks_keywords(layer: Layer, origin: str, forward: Forward) -> Forward:
-    """Return a forward that leaves keywords to the reference which a decorator of it may rename, drop or use itself.
+def _checks_arguments(layer: Layer, origin: str, forward: Forward) -> Forward:
+    """Return a forward that leaves calls to the reference whose arguments a decorator of it may rename, drop or move.
 
-    A kernel is called in place of the decorator, so its `**kwargs` would swallow a keyword that the decorator renames.
+    A kernel is called in place of the decorator. Its `**kwargs` would swallow a keyword that the decorator renames; and
+    one without them would raise, and seem to be at fault.
     """
-    shown = layer.signature.parameters.values()
-    taken = inspect.signature(layer.reference, follow_wrapped=False).parameters.values()
-    if not all(any(p.kind is p.VAR_KEYWORD for p in parameters) for parameters in (shown, taken)):
+    shown = [p for p in layer.signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    taken = own_signature(layer.reference).parameters.values()
+    if not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in taken):  # Python refuses such arguments
         return forward
-    known = {p.name for p in shown if p.kind is not p.VAR_KEYWORD}
+    known = frozenset(p.name for p in shown if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in shown) + (not layer.is_function)
+    most = sys.maxsize if any(p.kind is p.VAR_POSITIONAL for p in shown) else places
     reference, name, use_fallback = layer.reference, layer.name, layer.use_fallback
 
     @constant_result
-    def tell(keyword: str) -> None:
+    def tell(argument: str) -> None:
         text = (
-            f"{origin} does not serve layer {name!r} here, for a decorator of the layer's forward may rename or drop "
-            f"the keyword {keyword!r}, which the forward does not name."
+            f"{origin} does not serve layer {name!r} here, for a decorator of the layer's forward may rename, drop or "
+            f"move {argument}, which the forward itself does not take."
         )
         if strict() or not use_fallback:
-            raise NoKernelError(f"{text} Pass keywords that the forward names, or allow the reference.")
+            raise NoKernelError(f"{text} Pass arguments that the forward names, or allow the reference.")
         warn_once(f"{text} The reference runs instead.", stacklevel=3)
 
     @functools.wraps(forward)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for keyword in kwargs:
             if keyword not in known:
-                tell(keyword)
+                tell(f"the keyword {keyword!r}")
                 return reference(*args, **kwargs)
+        if len(args) > most:
+            tell(f"argument {len(args)}")
+            return reference(*args, **kwargs)
         return forward(*args, **kwargs)
 
     return checked

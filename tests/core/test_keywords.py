@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ from kernels_core import (
     Resolution,
     hookimpl,
     kernelize,
+    quarantined,
     release,
     use_kernel_forward_from_hub,
 )
@@ -214,37 +217,162 @@ def renames(forward: Any) -> Any:
     return inner
 
 
-@use_kernel_forward_from_hub("Renamed")
-class Renamed(nn.Module):
-    """Takes `past` for `cache`."""
+def kernel_function(x: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
+    return x + 10 if cache is None else x + cache + 10
 
-    @renames
-    def forward(self, x: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
+
+def kernel_function_without_rest(x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    return kernel_function(x, cache)
+
+
+def of_class(function: Callable[..., Any], **declarations: Any) -> type[nn.Module]:
+    """Return a kernel class that calls a function."""
+    if function is kernel_function:
+
+        def forward(self: Any, x: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
+            return kernel_function(x, cache, **kwargs)
+
+    else:
+
+        def forward(self: Any, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+            return kernel_function(x, cache)
+
+    return type("TakesCache", (nn.Module,), {"forward": forward, "can_torch_compile": True, **declarations})
+
+
+for each in (kernel_function, kernel_function_without_rest):
+    each.__dict__["can_torch_compile"] = True
+
+_numbers = itertools.count()
+
+
+def renamed(kind: str, rest: bool) -> tuple[str, Any]:
+    """Return a new layer name, and a function or module that takes `past` for `cache`."""
+    name = f"Renamed{next(_numbers)}"
+
+    def reference(x: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
+        assert not kwargs
         return x if cache is None else x + cache
 
+    def without_rest(x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        return x if cache is None else x + cache
 
-class TakesCache(nn.Module):
-    """Adds 10 to tell that it ran."""
+    def method(self: Any, x: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
+        return reference(x, cache, **kwargs)
 
-    can_torch_compile = True
+    def method_without_rest(self: Any, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        return without_rest(x, cache)
 
-    def forward(self, x: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
-        return x + 10 if cache is None else x + cache + 10
+    decorate = use_kernel_forward_from_hub(name)
+    if kind == "function":
+        return name, decorate(renames(reference if rest else without_rest))
+    cls = type("Renamed", (nn.Module,), {"forward": renames(method if rest else method_without_rest)})
+    return name, decorate(cls)()
 
 
 @pytest.mark.parametrize("how", ["dispatched", "kernelized", "compiled"])
-def test_no_kernel_swallows_a_keyword_that_a_decorator_renames(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference serves calls with such a keyword, with a warning; the kernel serves all others."""
+@pytest.mark.parametrize("rest", [True, False], ids=["rest", "no rest"])
+@pytest.mark.parametrize("kinds", ["module", "function", "function, class"])
+def test_no_kernel_swallows_a_keyword_that_a_decorator_renames(
+    how: str, rest: bool, kinds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference serves calls with such a keyword, with one warning; the kernel serves all others, before and after.
+
+    So it is for modules and functions, and whether or not the forward takes other keywords: the kernel is not at fault.
+    """
     torch._dynamo.reset()
-    layer: Any = Renamed()
-    with use_kernel_mapping({"Renamed": {"cpu": TakesCache}}), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
-        if how == "kernelized":
+    kind, _, is_class = kinds.partition(", ")
+    name, layer = renamed(kind, rest)
+    function = kernel_function if rest else kernel_function_without_rest
+    kernel = of_class(function) if is_class or kind == "module" else function
+    with use_kernel_mapping({name: {"cpu": kernel}}), torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if how == "kernelized" and kind == "module":
             layer = kernelize(layer, mode=Mode.INFERENCE, device="cpu")
-        if how == "compiled":
+        elif how == "kernelized":
+            holder = type(
+                "Holder", (nn.Module,), {"forward": lambda self, *args, **kwargs: self.held(*args, **kwargs)}
+            )()
+            holder.held = layer
+            layer = kernelize(holder, mode=Mode.INFERENCE, device="cpu")
+        elif how == "compiled":
             layer = torch.compile(layer, backend="eager", fullgraph=True)
-        assert [layer(X).item(), layer(X, cache=X).item(), layer(X, past=X).item()] == [11, 12, 2]
+        calls: list[dict[str, Any]] = [{}, {"cache": X}, {"past": X}, {"past": X}, {}]
+        assert [layer(X, **call).item() for call in calls] == [11, 12, 2, 2, 11]
         if how != "compiled":
             monkeypatch.setenv("KERNELS_STRICT", "1")
             with pytest.raises(NoKernelError, match="'past'"):
                 layer(X, past=X)
+    assert not quarantined()
+    reasons = {str(w.message) for w in caught if issubclass(w.category, KernelsWarning)}
+    assert len(reasons) == 1 and "'past'" in reasons.pop()
+
+
+def test_no_kernel_gets_an_argument_in_another_place() -> None:
+    """Where a decorator takes more arguments by position than the forward, or hides which, the reference serves."""
+
+    def by_position(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args[:1], **dict(zip(["cache"], args[1:], strict=False)), **kwargs)
+
+        return inner
+
+    def hidden(forward: Any) -> Any:
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return renames(forward)(*args, **kwargs)
+
+        inner.__dict__["__signature__"] = inspect.signature(forward)
+        return inner
+
+    def reference(x: torch.Tensor, *, cache: Any = None) -> torch.Tensor:
+        return x if cache is None else x + cache
+
+    def kernel(x: torch.Tensor, *, cache: Any = None) -> torch.Tensor:
+        return reference(x, cache=cache) + 10
+
+    first, second = by_position(reference), hidden(reference)
+    first, second = use_kernel_forward_from_hub("Moved")(first), use_kernel_forward_from_hub("Hidden")(second)
+    with use_kernel_mapping({name: {"cpu": kernel} for name in ("Moved", "Hidden")}), torch.no_grad():
+        for _ in range(2):
+            assert first(X, cache=X).item() == second(X, cache=X).item() == 12
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", KernelsWarning)
+                assert first(X, X).item() == second(X, past=X).item() == 2
+    assert not quarantined()
+
+
+@pytest.mark.parametrize("is_function", [True, False])
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_decorator_with_parameters_of_its_own_is_not_replaced(is_function: bool, packs: bool) -> None:
+    """Where the decorator has parameters that the forward has not, the kernel is refused, with that reason."""
+
+    def halves(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def packed(*args: Any, half: bool = False, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs) / (2 if half else 1)
+
+        @functools.wraps(forward)
+        def named(x: torch.Tensor, half: bool = False) -> Any:
+            return forward(x) / (2 if half else 1)
+
+        @functools.wraps(forward)
+        def method(self: Any, x: torch.Tensor, half: bool = False) -> Any:
+            return forward(self, x) / (2 if half else 1)
+
+        return packed if packs else named if is_function else method
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    name = f"Halved{is_function}{packs}"
+    decorate = use_kernel_forward_from_hub(name)
+    layer: Any
+    if is_function:
+        layer, kernel = decorate(halves(function)), lambda x: x * 20
+    else:
+        layer = decorate(type("Halved", (nn.Module,), {"forward": halves(lambda self, x: x * 2)}))()
+        kernel = type("Kernel", (nn.Module,), {"forward": lambda self, x: x * 20})
+    with use_kernel_mapping({name: {"cpu": kernel}}), pytest.warns(KernelsWarning, match="of its own: half"):
+        assert [layer(X).item(), layer(X, half=True).item()] == [2, 1]
+    assert not quarantined()
