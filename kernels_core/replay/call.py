@@ -17,7 +17,7 @@ from torch import nn
 
 from ..layer import Forward
 from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
-from .copies import attributes_of, copies_of, detached, replica_of, same_numbers, tensors_of
+from .copies import attributes_of, copies_of, detached, replica_of, same_numbers, tensors_of, with_memory
 from .gradients import computed, gradients_of
 from .precision import converted, only
 from .tree import each_tensor, leaves, mapped, nodes
@@ -357,7 +357,7 @@ class Replay:
         return {
             name: tensor
             for name, tensor in now.items()
-            if not same_numbers(converted(self._tensors[name].detach(), self._dtype), tensor)
+            if not same_numbers(converted(with_memory(self._tensors[name].detach()), self._dtype), tensor)
         }
 
     def attributes(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def copies_of(originals: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
         if not _is_plain(tensor):
             copies[id(tensor)] = _copied_special(tensor)
             continue
-        copies[id(tensor)] = tensor  # keeps its place in the order until it is copied below
+        copies[id(tensor)] = with_memory(tensor)  # keeps its place in the order until it is copied below
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         start = int(tensor.storage_offset()) * tensor.itemsize
         end = start + (int(reach) + 1) * tensor.itemsize
@@ -94,9 +94,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def is_freed(tensor: torch.Tensor) -> bool:
-    """Whether the memory of a tensor was freed, as FSDP does it after a forward: to read it ends the process."""
-    return _is_plain(tensor) and not tensor.untyped_storage().nbytes()
+def with_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, or raise if its memory was freed, as by FSDP after a forward: to read it ends the process."""
+    if _is_plain(tensor) and not tensor.untyped_storage().nbytes():
+        raise RuntimeError("the memory of a tensor was freed meanwhile")
+    return tensor
 
 
 def replica_of(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -166,8 +168,7 @@ def same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if is_freed(one) or is_freed(other):
-        raise RuntimeError("the memory of a tensor was freed meanwhile")
+    one, other = with_memory(one), with_memory(other)
     with torch.no_grad():
         if one.layout != torch.strided:  # PyTorch compares no sparse tensors
             one, other = one.to_dense(), other.to_dense()

@@ -33,6 +33,9 @@ def gradients_of(
 ) -> dict[str, torch.Tensor | None]:
     """Return the gradients of the sources, for fixed gradients of the outputs."""
     tensors = [leaf for _, leaf in leaves(outputs) if isinstance(leaf, torch.Tensor)] if sources else []
+    # The gradient of a distributed tensor has to be one, too: that of the part that this rank holds is a plain one.
+    with torch.enable_grad():
+        tensors = [cast(Any, leaf).to_local() if hasattr(type(leaf), "placements") else leaf for leaf in tensors]
     reached = {number: output for number, output in enumerate(tensors) if output.requires_grad}
     if not reached:
         return dict.fromkeys(sources)

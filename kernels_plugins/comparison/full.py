@@ -10,7 +10,7 @@ import torch
 from kernels_core import ArgumentTypeError
 from kernels_core.replay import leaves
 
-from .structure import metadata_mismatch, structure_mismatches, value_mismatches
+from .structure import metadata_mismatch, own_part, structure_mismatches, value_mismatches
 from .tolerance import OWN_MAX, OWN_RMS, Tolerance, Tolerances, Yardstick, norm, tolerance_of, widest
 
 
@@ -148,7 +148,9 @@ def compare(
             continue
         mismatch = metadata_mismatch(path or "output", ours, theirs)
         if mismatch is None:
-            found.append(_Measured(path, ours, theirs, ideal, tolerance_of(theirs.dtype, tolerances), quick))
+            ideal = own_part(ideal, theirs) if ideal is not None else None
+            tolerance = tolerance_of(theirs.dtype, tolerances)
+            found.append(_Measured(path, own_part(ours, theirs), own_part(theirs, theirs), ideal, tolerance, quick))
         else:
             mismatches.append(mismatch)
     return Comparison(tuple(mismatches), tuple(measured.difference() for measured in found))

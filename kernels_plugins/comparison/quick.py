@@ -13,7 +13,7 @@ import torch
 
 from kernels_core.replay import leaves
 
-from .structure import metadata_mismatch, structure_mismatches, value_mismatches
+from .structure import metadata_mismatch, own_part, structure_mismatches, value_mismatches
 from .tolerance import Yardstick, norm, tolerance_of, widest
 
 
@@ -43,12 +43,13 @@ def alike(pairs: Iterable[tuple[object, object]], same: Iterable[tuple[torch.Ten
                     continue
                 if not _is_comparable(ours, theirs):
                     return False
+                ours, theirs = own_part(ours, theirs), own_part(theirs, theirs)
                 if theirs.numel():
                     screens.append((_Near if theirs.dtype.is_floating_point else _Equal)(ours, theirs))
         for ours, theirs in same:
             if not _is_comparable(ours, theirs):
                 return False
-            screens.append(_Equal(ours, theirs))
+            screens.append(_Equal(own_part(ours, theirs), own_part(theirs, theirs)))
         found = _waited_for([screen.statistics for screen in screens])
     return all(screen.passes(*numbers) for screen, numbers in zip(screens, found, strict=True))
 

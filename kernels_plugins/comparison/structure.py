@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -59,4 +59,24 @@ def metadata_mismatch(path: str, ours: object, theirs: torch.Tensor) -> str | No
         return f"{path}: {ours.dtype} instead of {theirs.dtype}"
     if ours.device != theirs.device:
         return f"{path}: on {ours.device} instead of {theirs.device}"
+    if _is_distributed(ours) != _is_distributed(theirs):
+        return f"{path}: a {type(ours).__name__} instead of a {type(theirs).__name__}"
     return None
+
+
+def own_part(tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the part of a distributed tensor that this rank holds, placed as the expected tensor is.
+
+    PyTorch has no distributed version of many operations that a comparison needs. Other tensors are whole.
+    """
+    if not _is_distributed(expected):
+        return tensor
+    return (
+        cast(Any, tensor.detach())
+        .redistribute(cast(Any, expected).device_mesh, cast(Any, expected).placements)
+        .to_local()
+    )
+
+
+def _is_distributed(tensor: torch.Tensor) -> bool:
+    return hasattr(type(tensor), "placements")  # only `DTensor` has them; to import its module takes long
