@@ -71,11 +71,8 @@ def own_part(tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """
     if not _is_distributed(expected):
         return tensor
-    return (
-        cast(Any, tensor.detach())
-        .redistribute(cast(Any, expected).device_mesh, cast(Any, expected).placements)
-        .to_local()
-    )
+    placed = cast(Any, tensor.detach()).redistribute(cast(Any, expected).device_mesh, cast(Any, expected).placements)
+    return cast(torch.Tensor, placed.to_local())
 
 
 def _is_distributed(tensor: torch.Tensor) -> bool:
