@@ -151,9 +151,14 @@ def is_watched() -> bool:
     return bool(_is_jit_tracing() or current_transform() is not None or dispatch_mode_count())
 
 
+def is_recorded() -> bool:
+    """Whether `torch.jit.trace` or `torch.fx` records this call."""
+    return bool(_is_jit_tracing() or (_has_flag and _fx._is_fx_tracing_flag))
+
+
 def is_traced(classes: Iterable[type[Any]] = ()) -> bool:
     """Whether a tracer records this call, and not only counts or replays its operators; `classes`: of its tensors."""
-    if torch.compiler.is_compiling() or _is_jit_tracing() or (_has_flag and _fx._is_fx_tracing_flag):
+    if torch.compiler.is_compiling() or is_recorded():
         return True
     modes = map(type, _mode_stack()) if _mode_stack is not None and dispatch_mode_count() else ()
     tracers = ("torch._subclasses.", "torch.fx.experimental.")  # the other modes count operators, or cache results
@@ -168,10 +173,7 @@ def no_dispatch_modes() -> AbstractContextManager[object]:
 
 def no_torch_function() -> AbstractContextManager[object]:
     """Leave modes such as that of `with torch.device(...)`. Without the name, they stay."""
-    return cast(
-        "AbstractContextManager[object]",
-        (_find("torch._C:DisableTorchFunction") or contextlib.nullcontext)(),
-    )
+    return cast("AbstractContextManager[object]", (_find("torch._C:DisableTorchFunction") or contextlib.nullcontext)())
 
 
 _top_hooks = _find("torch._C._autograd:_top_saved_tensors_default_hooks")

@@ -18,7 +18,7 @@ import torch
 
 from kernels_core import Mode, Quarantined, WarnOnce, quarantine, quarantined, references
 from kernels_core.replay import Call, Replay, is_capturing
-from kernels_core.torch_internals import constant_result, dispatch_mode_count, fake_copies
+from kernels_core.torch_internals import constant_result, dispatch_mode_count, fake_copies, is_recorded
 
 from .ambient import autocast_now, is_transformed, under
 from .registration import outputs_like, register
@@ -272,8 +272,8 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
         return operator.outcome(call)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not (is_compiling() or is_watched()):
-            return eager(*args, **kwargs)
+        if not (is_compiling() or is_watched()):  # `torch.jit.trace` and `symbolic_trace` have no use for the operator
+            return (reference if is_recorded() else eager)(*args, **kwargs)
         if inline is not None and not torch.is_grad_enabled():
             return inline(*args, **kwargs)
         parts = Parts()

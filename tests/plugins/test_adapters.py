@@ -431,6 +431,27 @@ def test_modes_that_watch_operators() -> None:
             assert layer(fake.from_tensor(x)).shape == x.shape
 
 
+@EVERY_SOURCE
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("kernelized", [False, True])
+def test_traces_of_torchscript_and_fx_have_the_reference(source: Any, recorded: bool, kernelized: bool) -> None:
+    """`torch.jit.trace` and `symbolic_trace` record the reference: no result of a kernel, and no operator of ours."""
+    layer, x = Norm(), example().detach()
+    expected = reference_of(layer)(x + 1)
+    with serving(source), torch.set_grad_enabled(recorded):
+        model = layer
+        if kernelized:
+            model = kernelize(layer, mode=Mode.TRAINING if recorded else Mode.INFERENCE, device="cpu")
+        torch.testing.assert_close(model(x + 1), expected)
+        script = torch.jit.trace(model, (x,), check_trace=False)
+        graph = torch.fx.symbolic_trace(nn.Sequential(model))
+        assert "kernels_opaque" not in f"{script.graph}{graph.graph}" and "aten::rsqrt" in str(script.graph)
+        torch.testing.assert_close(script(x + 1), expected)
+        torch.testing.assert_close(graph(x + 1), expected)
+        torch.testing.assert_close(model(x + 1), expected)
+    assert not quarantined()
+
+
 def test_numbers_of_results_under_modes_that_watch() -> None:
     """Under a mode that watches operators, a number in the result is that of this call, not of the first one."""
     from torch.utils.flop_counter import FlopCounterMode
