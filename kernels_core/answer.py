@@ -8,13 +8,15 @@ from typing import Any
 
 from .contract import check_contract, check_mode
 from .errors import ContractError, ResolutionError, UntrustedError
+from .guards.limits import limits_of
 from .guards.quarantine import Quarantined, find_denied, find_quarantined
 from .guards.tensors import check_tensors
 from .hookspecs import hookimpl
+from .layer import Forward
 from .loading import implementation_of, load, source_key
 from .mode import TRACED_MODES, Mode
 from .plugins import plugin_manager
-from .resolution import Candidate, Cause, LayerRequest, LoadedLayer, Refusal, Resolution, rank_offers
+from .resolution import Candidate, Cause, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution, rank_offers
 from .warning import warn_once
 
 
@@ -123,8 +125,20 @@ def _unfit(request: LayerRequest, candidate: Candidate, loaded: LoadedLayer) -> 
         return replace(_refusal(ContractError, request, candidate, [reason]), cause=Cause.MODE)
     if request.subclasses and (reason := check_tensors(request.subclasses, kernel)):
         return _refusal(ContractError, request, candidate, [reason])
-    entry = find_quarantined(request, implementation_of(request.layer, kernel), loaded.origin, candidate.plugin)
-    return quarantine_refusal(entry, candidate) if entry is not None else None
+    return exclusion(request, candidate, implementation_of(request.layer, kernel), loaded.origin, kernel)
+
+
+def exclusion(
+    request: LayerRequest, candidate: Candidate, implementation: Forward, origin: str, kernel: KernelLayer | None
+) -> Refusal | None:
+    """Return the refusal of a kernel that is in quarantine, or has passed on the call that a request is about."""
+    entry = find_quarantined(request, implementation, origin, candidate.plugin)
+    if entry is not None:
+        return quarantine_refusal(entry, candidate)
+    if not request.passed_on or all(passed is not implementation for passed in request.passed_on):
+        return None
+    reason = limits_of(kernel) or "it passes some calls on (it returns NotImplemented)"
+    return Refusal(reason, candidate, candidate.plugin, cause=Cause.MODE)
 
 
 def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Candidate, reasons: list[str]) -> Refusal:

@@ -39,7 +39,7 @@ from .answer import ModesDiffer
 from .device import ACCELERATOR, MAX_INDEX, find_device, hardware
 from .environment import mapping_disabled
 from .errors import NoKernelError
-from .generated import Generator, unused_texts
+from .generated import Generator, made_once, passed_back, unused_texts
 from .guards.breaker import stand_in
 from .guards.gradients import is_recorded, needs_proof
 from .guards.proof import Unproven, until_proven
@@ -56,9 +56,15 @@ Odd = frozenset[type[torch.Tensor]]
 """The classes of the tensors of a call that are not plain."""
 
 
-def make_forward(layer: Layer) -> Forward:
-    """Return the dispatching forward of a layer, with the name, docstring and signature of its reference."""
-    dispatcher = _Dispatcher(layer)
+def make_forward(layer: Layer, after: int = 0, scopes: tuple[object, ...] | None = None) -> Forward:
+    """Return the dispatching forward of a layer, with the name, docstring and signature of its reference.
+
+    Args:
+        layer: The layer.
+        after: How many kernels have passed on the calls of this forward: see `decide`.
+        scopes: Payloads of scopes that are not open any more; None for those that are open at a call.
+    """
+    dispatcher = _Dispatcher(layer, after, scopes)
     forward = dispatcher.forward()
     functools.update_wrapper(forward, layer.reference)
     weakref.finalize(forward, withdraw, dispatcher.names).atexit = False
@@ -69,11 +75,23 @@ def make_forward(layer: Layer) -> Forward:
     return forward
 
 
-class _Dispatcher:
-    """Makes the functions of one layer, and answers them where nothing is published."""
+_following = itertools.count()
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
+
+class _Dispatcher:
+    """Makes the functions of one layer, and answers them where nothing is published.
+
+    Calls that kernels pass on go to the forward of another dispatcher, whose decisions are those after these kernels:
+    what holds for calls, of devices, modes, proofs and tracers, holds for these, too.
+    """
+
+    def __init__(self, layer: Layer, after: int = 0, scopes: tuple[object, ...] | None = None) -> None:
+        self.layer, self.after, self.scopes = layer, after, scopes
+        self.prefix = f"layer{layer.number}" + (f"_next{next(_following)}" if after else "")
+        self._decide = functools.partial(decide, layer, after=after, scopes=scopes)
+        self._has_kernel = False  # whether a kernel was ever served
+        self._last = layer.reference if layer.kind else passed_back  # serves where the reference has returned that
+        self._nowhere = self._last if after else layer.reference
         self.generator = Generator(layer)
         self.source = self.generator.source
         self._names: dict[tuple[torch.device, Odd], str] = {}
@@ -95,7 +113,7 @@ class _Dispatcher:
         if name is None:
             index = "" if device.index is None or device.type == "cpu" else f"_{device.index}"
             index += f"_odd{next(self._numbers)}" if odd else ""
-            name = self._names.setdefault((device, odd), f"layer{self.layer.number}_{device.type}{index}")
+            name = self._names.setdefault((device, odd), f"{self.prefix}_{device.type}{index}")
         return name
 
     # --- Eager calls ----------------------------------------------------------------------------
@@ -141,11 +159,13 @@ class _Dispatcher:
     def _settle(self, device: torch.device, odd: Odd, frame: Frame) -> Forward:
         """Return one function for both modes, or the selector that asks for the mode."""
         try:
-            return self._served(decide(self.layer, device, EAGER_MODES, frame=frame, notify="all", subclasses=odd))
+            return self._served(self._decide(device, EAGER_MODES, frame=frame, notify="all", subclasses=odd))
         except ModesDiffer:
             return self._selector(device, odd)
 
     def _served(self, resolution: Resolution) -> Forward:
+        if self._was_reference(resolution):
+            return self._last
         if must_raise(resolution):
             return self._refusing(resolution)
         kernel: Forward = resolution.implementation or self.layer.reference
@@ -165,8 +185,7 @@ class _Dispatcher:
             for mode in EAGER_MODES:
 
                 def decide_mode(frame: Frame, mode: Mode = mode) -> Forward:
-                    found = decide(self.layer, device, (mode,), frame=frame, notify="all", subclasses=odd)
-                    return self._served(found)
+                    return self._served(self._decide(device, (mode,), frame=frame, notify="all", subclasses=odd))
 
                 decisions[f"{base}_{str(mode.name).lower()}"] = decide_mode
 
@@ -220,7 +239,7 @@ class _Dispatcher:
     def _on_no_device(self) -> Forward:
         """Return the function that serves calls on no device: the reference, or one that raises."""
         refusing = self._refusing_no_device
-        return self.layer.reference if refusing is None or mapping_disabled() else refusing
+        return self._nowhere if refusing is None or mapping_disabled() else refusing
 
     @functools.cached_property
     def _refusing_no_device(self) -> Forward | None:
@@ -243,7 +262,7 @@ class _Dispatcher:
         if device is None or resolving.get():
             return None
         mode = Mode.TRAINING if is_recorded(module, values) else Mode.INFERENCE
-        judge = stand_in(decide(self.layer, device, (mode,)), error, module, values)
+        judge = stand_in(self._decide(device, (mode,)), error, module, values)
         if judge is None:
             return None
 
@@ -254,12 +273,19 @@ class _Dispatcher:
 
         return replaced
 
+    # --- Calls that a kernel has passed on ------------------------------------------------------
+
+    def _was_reference(self, resolution: Resolution) -> bool:
+        """Whether it was the reference that returned `NotImplemented`: that is the answer then."""
+        self._has_kernel = self._has_kernel or not resolution.is_reference
+        return len(resolution.request.passed_on) < self.after
+
     # --- Traced calls ---------------------------------------------------------------------------
 
     @functools.cached_property
     def _traced(self) -> Callable[..., Forward]:
         """The function that a forward calls while a tracer records it."""
-        reference, refusing = self.layer.reference, self._refusing_no_device
+        nowhere, refusing = self._nowhere, self._refusing_no_device
 
         @constant_result
         def table(kind: str, index: int | None, odd: tuple[type[torch.Tensor], ...]) -> str:
@@ -272,7 +298,7 @@ class _Dispatcher:
         def traced(module: torch.nn.Module | None, values: tuple[Any, ...]) -> Forward:
             device = find_device(module, values)
             if device is None:
-                return reference if refusing is None or mapping_disabled() else refusing
+                return nowhere if refusing is None or mapping_disabled() else refusing
             frame = root.active
             if frame is not root:
                 bool(frame.in_function)  # a value that is used has a guard, which keeps the scopes
@@ -292,12 +318,14 @@ class _Dispatcher:
     def _settle_traced(self, device: torch.device, odd: Odd, frame: Frame) -> Forward:
         """Return one function for both modes, or the selector that reads the table of one of them."""
         try:
-            found = decide(self.layer, device, TRACED_MODES, frame=frame, notify="all", subclasses=odd)
+            found = self._decide(device, TRACED_MODES, frame=frame, notify="all", subclasses=odd)
             return self._served_traced(found)
         except ModesDiffer:
             return self._selector_traced(device, odd)
 
     def _served_traced(self, resolution: Resolution) -> Forward:
+        if self._was_reference(resolution):
+            return self._last
         if must_raise(resolution):
             return disabled(self._refusing(resolution), reason=str(no_kernel(resolution)))
         return resolution.implementation or self.layer.reference
@@ -311,7 +339,7 @@ class _Dispatcher:
             for mode in TRACED_MODES:
 
                 def decide_mode(frame: Frame, mode: Mode = mode) -> Forward:
-                    found = decide(self.layer, device, (mode,), frame=frame, notify="all", subclasses=odd)
+                    found = self._decide(device, (mode,), frame=frame, notify="all", subclasses=odd)
                     return self._served_traced(found)
 
                 word = "training" if Mode.TRAINING in mode else "inference"
@@ -324,18 +352,22 @@ class _Dispatcher:
     def forward(self) -> Forward:
         """Generate the forward."""
         names = [self._name(torch.device(ACCELERATOR, index)) for index in range(MAX_INDEX) if ACCELERATOR]
-        source = self.source.forward(
-            f"layer{self.layer.number}", accelerator=ACCELERATOR, has_condition=self.layer.condition is not None
-        )
+        has_condition = self.layer.condition is not None and not self.after
+        source = self.source.forward(self.prefix, accelerator=ACCELERATOR, has_condition=has_condition)
         return self._generate(
             "forward",
             source,
+            file=f"forward{self.after or ''}",
             _kernels_cold=self._cold,
             _kernels_condition=self.layer.condition,
             _kernels_exception=() if "generator" in self.layer.kind else Exception,  # parts were yielded already
             _kernels_failed=self._failed,
             _kernels_hardware=hardware,
             _kernels_names=tuple(names),
+            # A dispatcher that has served only the reference ends the chain.
+            _kernels_next=made_once(
+                lambda: make_forward(self.layer, self.after + 1, self.scopes) if self._has_kernel else None, self._last
+            ),
             _kernels_reference=self.layer.reference,
             _kernels_traced=self._traced,
         )

@@ -32,14 +32,21 @@ _FORWARD = """\
 def forward{signature}:
     {condition}
     if {is_traced}:
-        return _kernels_traced({module}, {values})({call})
+        _kernel_output = _kernels_traced({module}, {values})({call})
+        if _kernel_output is _kernels_passed_on:
+            return _kernels_next()({call})
+        return _kernel_output
     {find}
     try:
-        return _kernel({call})
+        _kernel_output = _kernel({call})
     except _kernels_exception as _kernel_error:
         _kernel = _kernels_failed(_kernel_error, {module}, {values})
         if _kernel is None:
             raise
+    else:
+        if _kernel_output is not _kernels_passed_on:
+            return _kernel_output
+        _kernel = _kernels_next()
     return _kernel({call})
 """
 """The forward of a layer; `docs/path-of-a-call.md` explains it."""
@@ -100,18 +107,20 @@ _FROZEN = """\
 def frozen{signature}:
     if {module}.__class__ is not _kernels_class and not _kernels_isinstance({module}, _kernels_class):
         return _kernels_elsewhere({call})
+    _kernel = _kernels_kernel
     if {is_traced}:
         if {odd}:
             return _kernels_dispatched({call})
+        if _kernels_lossy and (_kernels_grad() or {forward_level} >= 0) and _kernels_records({module}, {values}):
+            _kernel = _kernels_proving
     elif {odd} or {tests}:
-        return _kernels_unfit({module}, {values})({call})
-    if _kernels_unproven and (_kernels_grad() or {forward_level} >= 0):
-        if {is_traced}:
-            if _kernels_lossy and _kernels_records({module}, {values}):
-                return _kernels_proving({call})
-        elif {forward_level} >= 0 or {records}:
-            return _kernels_proving({call})
-    return _kernels_kernel({call})
+        _kernel = _kernels_unfit({module}, {values})
+    elif _kernels_unproven and ({forward_level} >= 0 or _kernels_grad() and {records}):
+        _kernel = _kernels_proving
+    _kernel_output = _kernel({call})
+    if _kernel_output is _kernels_passed_on:
+        return _kernels_next()({call})
+    return _kernel_output
 """
 """The forward of a kernelized class; its names are changed while it lives, and others may have kept it."""
 
@@ -319,18 +328,21 @@ class ForwardSource:
         return not self.is_function and self.parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
 
 
-_RETURNS = {
-    "coroutine": r"\1return await \2",
-    "generator": r"\1return (yield from \2)",
-    "async generator": r"\1async for _kernel_item in \2:\n\1    yield _kernel_item\n\1return",
+_RUNS = {
+    "coroutine": r"\1\2 await \3",
+    "generator": r"\1\2 (yield from \3)",
+    "async generator": r"\1async for _kernel_item in \3:\n\1    yield _kernel_item\n\1return",
 }
+"""How a function of a kind runs another one, for the indentation, the start of the statement, and the call."""
 
 
 def _of_kind(kind: str, text: str) -> str:
     """Turn a function into one of the kind of the layer, for callers ask `inspect` for it."""
     if not kind:
         return text
-    text = re.sub(r"^( +)return (.+)$", _RETURNS[kind], text, flags=re.MULTILINE)
+    text = re.sub(r"^( +)(return|_kernel_output =) (.+\))$", _RUNS[kind], text, flags=re.MULTILINE)
+    if kind == "async generator":  # it returns nothing, so it passes nothing on
+        text = text.replace("return _kernel_output", "return")
     return text if kind == "generator" else f"async {text}"
 
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 import linecache
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .guards.proof import read_attributes
 from .guards.tensors import is_odd, is_odd_module, odd_parameters
 from .layer import Forward, Layer
 from .scope import active_frame, keep_scopes, root
-from .torch_internals import EXPRESSION_NAMES, FORWARD_LEVEL, IS_RECORDED, IS_TRACED, TraceError
+from .torch_internals import EXPRESSION_NAMES, FORWARD_LEVEL, IS_RECORDED, IS_TRACED, TraceError, constant_result
 
 _ABSENT = (AttributeError, IndexError, TraceError)
 """Raised by a generated forward where nothing is published, or the first argument is missing or not a tensor."""
@@ -105,6 +106,25 @@ def dispatched_layer(forward: object) -> Layer | None:
     return layer if isinstance(layer, Layer) and cold is not None and cold.__self__.layer is layer else None
 
 
+def made_once(make: Callable[[], Forward | None], otherwise: Forward) -> Callable[[], Forward]:
+    """Return a function that returns the forward that `make` makes, which it calls until there is one."""
+    made: list[Forward] = []
+
+    @constant_result
+    def prepare() -> bool:
+        """Run at trace time, outside of the graph; Dynamo then reads the list, which a guard can name."""
+        if not made and (forward := make()) is not None:
+            made.append(forward)
+        return bool(made)
+
+    return lambda: made[0] if prepare() else otherwise
+
+
+def passed_back(*args: Any, **kwargs: Any) -> Any:
+    """Return `NotImplemented`: it was the answer of a reference, which no other function has to replace."""
+    return NotImplemented
+
+
 _SHARED_NAMES: dict[str, object] = {
     "_kernels_frame": active_frame,  # first the names that each call reads: they share cache lines then
     **EXPRESSION_NAMES,
@@ -119,6 +139,7 @@ _SHARED_NAMES: dict[str, object] = {
     "_kernels_is_odd_module": is_odd_module,
     "_kernels_odd_parameters": odd_parameters,
     "_kernels_parameter": torch.nn.Parameter,
+    "_kernels_passed_on": NotImplemented,
     "_kernels_plain": PLAIN,
     "_kernels_records": records_autograd,
     "_kernels_requires_grad": requires_grad,

@@ -21,6 +21,7 @@ from .contract import BOUND
 from .environment import strict
 from .errors import LoadError, NoKernelError, ResolutionError, UntrustedError, is_transient
 from .forward_source import own_signature
+from .guards.limits import limited
 from .guards.parts import checks_parts
 from .guards.quarantine import find_denied
 from .layer import Forward, Layer, source_label
@@ -274,14 +275,15 @@ def implementation_of(layer: Layer | None, kernel: KernelLayer) -> Callable[...,
     known = layer.adapted.get(id(kernel))
     if known is not None:
         return cast(Callable[..., Any], known[1])
-    checked = forward
     if not layer.is_function:
-        checked = checks_parts(layer, kernel)
+        checked = limited(kernel, checks_parts(layer, kernel))
     elif isinstance(kernel, type):  # a function has no module: bind an empty one, dropped together with the class
         with _lock:
             if BOUND not in vars(kernel):
-                setattr(kernel, BOUND, types.MethodType(forward, kernel()))
+                setattr(kernel, BOUND, types.MethodType(limited(kernel, forward), kernel()))
         checked = forward = getattr(kernel, BOUND)
+    else:
+        checked = limited(kernel, forward)
     if hasattr(layer.reference, "__wrapped__") or hasattr(layer.reference, "__signature__"):
         checked = _checks_arguments(layer, source_label(kernel), checked)
     return forward if checked is forward else layer.adapted.setdefault(id(kernel), (kernel, checked))[1]

@@ -39,6 +39,8 @@ class LayerRequest:
         capability: Compute capability of the device, 90 for 9.0; None where there is none.
         scopes: The payloads of the open scopes, innermost first (see `Scope`).
         subclasses: The classes of the tensors of the call that are not plain, such as `DTensor`.
+        passed_on: The kernels that have passed a call on: they returned `NotImplemented`, and the answer is for such
+            calls.
     """
 
     layer_name: str
@@ -48,6 +50,7 @@ class LayerRequest:
     capability: int | None = None
     scopes: tuple[object, ...] = ()
     subclasses: frozenset[type[torch.Tensor]] = frozenset()
+    passed_on: tuple[Callable[..., Any], ...] = ()
 
     depends_on_mode = False  # not a field: only a request about several modes finds out
 
@@ -59,7 +62,14 @@ class LayerRequest:
     def in_mode(self, mode: Mode) -> LayerRequest:
         """Return the same request about one mode."""
         return LayerRequest(
-            self.layer_name, self.device, mode, self.layer, self.capability, self.scopes, self.subclasses
+            self.layer_name,
+            self.device,
+            mode,
+            self.layer,
+            self.capability,
+            self.scopes,
+            self.subclasses,
+            self.passed_on,
         )
 
     @property
@@ -147,7 +157,7 @@ class Cause(Enum):
     Attributes:
         DEVICE: It is for another type of device.
         PROPERTIES: It is for devices of this type with other properties.
-        MODE: It is for calls of another mode, or cannot do what this mode needs.
+        MODE: It is for calls of another mode, cannot do what this mode needs, or has passed the call on.
         POLICY: It must not be used here: a plugin does not authorize it, or it is in quarantine.
         LOAD: It cannot be used: not trusted, not there, broken, or made for another signature.
     """

@@ -7,6 +7,7 @@ their reference, so that nothing recurses and no two decisions wait for each oth
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,11 +15,11 @@ from typing import Any, Literal
 import torch
 
 from . import scope
-from .answer import CorePlugin, ModesDiffer, quarantine_refusal
+from .answer import CorePlugin, ModesDiffer, exclusion
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
 from .errors import KernelsWarning, NoKernelError, PluginError, require_type
-from .guards.quarantine import find_quarantined, on_change
+from .guards.quarantine import on_change
 from .guards.tensors import on_odd_parameter
 from .isolation import FAULTS, raised_in
 from .layer import Layer, decorated_layer
@@ -114,11 +115,14 @@ def _request(
     modes: Sequence[Mode],
     frame: Frame | None = None,
     subclasses: frozenset[type[torch.Tensor]] = frozenset(),
+    scopes: tuple[object, ...] | None = None,
+    passed_on: tuple[Callable[..., Any], ...] = (),
 ) -> LayerRequest:
     name, known = (layer, None) if isinstance(layer, str) else (layer.name, layer)
     kind = JointRequest if len(modes) > 1 else LayerRequest
-    scopes = (scope.root.active if frame is None else frame).payloads()
-    return kind(name, device, modes[0], known, device_capability(device), scopes, subclasses)
+    if scopes is None:
+        scopes = (scope.root.active if frame is None else frame).payloads()
+    return kind(name, device, modes[0], known, device_capability(device), scopes, subclasses, passed_on)
 
 
 # --- The decision ----------------------------------------------------------------------------------
@@ -132,14 +136,24 @@ def decide(
     frame: Frame | None = None,
     notify: Literal["plugins", "all"] | None = None,
     subclasses: frozenset[type[torch.Tensor]] = frozenset(),
+    scopes: tuple[object, ...] | None = None,
+    after: int = 0,
 ) -> Resolution:
     """Decide which kernel serves a layer in a frame (None: the active one); the only way to a decision.
 
     It is for one mode, or for the two of eager or of traced calls. If these need two decisions, it raises `ModesDiffer`
     before it loads a kernel for only one of them: a training run does not fetch what is registered for inference.
-    `notify="plugins"` calls `kernels_resolved`; `"all"` also warns the user of each refused candidate.
+    `notify="plugins"` calls `kernels_resolved`; `"all"` also warns the user of each refused candidate. Payloads of
+    scopes that are not open any more can be given as `scopes`. `after=1` decides for calls that the kernel passes on
+    which serves otherwise, `after=2` for those that the next one passes on, too; if it was the reference that returned
+    `NotImplemented`, `request.passed_on` is shorter than `after`.
     """
-    manager, request = plugin_manager(), _request(layer, device, modes, frame, subclasses)
+    manager, passed_on = plugin_manager(), ()
+    anew = functools.partial(decide, layer, device, frame=frame, subclasses=subclasses, scopes=scopes)
+    if after:
+        before = anew(modes, after=after - 1)
+        passed_on = (*before.request.passed_on, *filter(None, [before.implementation]))
+    request = _request(layer, device, modes, frame, subclasses, scopes, passed_on)
     with _resolving():
         resolution = _decided_before(request)
         if resolution is None:
@@ -150,22 +164,26 @@ def decide(
             except FAULTS as error:
                 manager.report(raised_in("kernels_resolve_forward", "core", error))
                 resolution = Resolution(request)
-            resolution = _unless_quarantined(
+            resolution = _unless_excluded(
                 resolution if resolution.request is request else replace(resolution, request=request)
             )
         if request.depends_on_mode:
-            second = decide(layer, device, modes[1:], frame=frame, subclasses=subclasses)
+            second = anew(modes[1:], after=after)
             if second.implementation is not resolution.implementation:
                 raise ModesDiffer
         if len(modes) > 1:
             resolution = replace(resolution, request=request.in_mode(modes[0]), every_mode=True)
         if notify is not None:
             manager.hook.kernels_resolved(resolution=resolution)
-        if notify == "all" and resolution.refusals and not must_raise(resolution):
+        # That a kernel passes a call on to another kernel is no news for the user.
+        noted = notify == "all" and (resolution.is_reference or not passed_on)
+        if noted and resolution.refusals and not must_raise(resolution):
+            which = " in some calls" if passed_on else ""
             for refusal in resolution.refusals:
                 if refusal.candidate is not None:  # a plugin that failed was reported already
                     warn_once(
-                        f"A kernel for {resolution.subject} is not used, {resolution.origin} runs instead: {refusal}",
+                        f"A kernel for {resolution.subject} is not used{which}, {resolution.origin} runs instead: "
+                        f"{refusal}",
                         (resolution.request.layer_name, str(refusal)),
                     )
     return resolution
@@ -200,15 +218,15 @@ def _decided_before(request: LayerRequest) -> Resolution | None:
     return next(filter(None, decisions), None)
 
 
-def _unless_quarantined(resolution: Resolution) -> Resolution:
-    """Return a decision, or the reference in place of a kernel in quarantine on which a plugin insists."""
+def _unless_excluded(resolution: Resolution) -> Resolution:
+    """Return a decision, or the reference in place of a kernel that is excluded and on which a plugin insists."""
     request, implementation = resolution.request, resolution.implementation
     if implementation is None:
         return resolution
-    entry = find_quarantined(request, implementation, resolution.origin, resolution.plugin)
-    if entry is None:
+    candidate = resolution.candidate or Candidate(implementation)
+    refusal = exclusion(request, candidate, implementation, resolution.origin, resolution.kernel_layer)
+    if refusal is None:
         return resolution
-    refusal = quarantine_refusal(entry, resolution.candidate or Candidate(implementation))
     return Resolution(request, refusals=(*resolution.refusals, refusal), misfits=resolution.misfits)
 
 

@@ -193,6 +193,9 @@ def try_gradients(
     drawn = random_states(tensor.device for tensor in touched)
     with held_back() as saved:
         output = call(implementation)
+    if output is NotImplemented:  # another kernel serves this call, and this one has proven nothing
+        saved.hand_over()
+        return output, True
     untouched = -1 not in versions and versions == [version(tensor) for tensor in touched]
     untouched = untouched and not any(isinstance(leaf, Iterator) for leaf in tree_leaves(list(values)))
     missing = _unreached(sources, output)

@@ -59,7 +59,7 @@ def until_proven(
         if current_transform() is not None or in_forward_ad():  # where the reference cannot run on copies
             output = forward(*args, **kwargs)
             given = [*values, *(module.parameters() if module is not None else ())]
-            if _is_differentiated(output) or not _is_differentiated(given):
+            if output is NotImplemented or _is_differentiated(output) or not _is_differentiated(given):
                 return output
             expected = layer.reference(*args, **kwargs)
             if _is_differentiated(expected):  # else an outer transform differentiates, which cannot be found out here

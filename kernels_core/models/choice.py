@@ -20,8 +20,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..contract import check_call
+from ..dispatch import make_forward as dispatching_forward
 from ..environment import mapping_disabled
 from ..generated import frozen as frozen_forward
+from ..generated import made_once, passed_back
 from ..guards.gradients import is_recorded, keeps_gradients
 from ..guards.proof import until_proven
 from ..guards.quarantine import find_quarantined
@@ -34,6 +36,7 @@ from ..scope import listeners
 from ..torch_internals import constant_result, is_fake_class, is_traced
 from ..warning import WarnOnce
 from .modules import change_class
+from .pinned import pinned
 
 
 @dataclass
@@ -182,6 +185,13 @@ def make_forward(frozen: FrozenChoice) -> Forward:
             return frozen.original.forward
         return waiting(serve) if any(map(is_pending, odd)) else serve
 
+    def following() -> Forward | None:
+        """Make the forward that serves the calls which the kernel passes on, from the scopes of the choice."""
+        if frozen.layer is None or frozen.resolution is None or frozen.resolution.is_reference:
+            return None
+        made = dispatching_forward(frozen.layer, 1, frozen.resolution.request.scopes)
+        return pinned(made, frozen.functions) if frozen.functions else made
+
     forward: Any
     if frozen.layer is not None:
         forward = frozen_forward(
@@ -189,6 +199,7 @@ def make_forward(frozen: FrozenChoice) -> Forward:
             frozen.chosen,
             elsewhere=elsewhere,
             unfit=unfit,
+            next=made_once(following, passed_back),
             dispatched=frozen.original.forward,
             untraceable=[] if frozen.resolution is None or frozen.resolution.can_be_traced else [True],
         )

@@ -78,10 +78,14 @@ class _Counter:
 def _counting(layer: Layer, origin: str, forward: Forward) -> Forward:
     @functools.wraps(forward)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        who = layer if layer.is_function else args[0]
-        with _lock:
-            if _counts is not None:
-                _counts.setdefault(who, Counter())[origin] += 1
-        return forward(*args, **kwargs)
+        who, output = layer if layer.is_function else args[0], None
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            if output is not NotImplemented:  # another kernel serves that call, and counts it
+                with _lock:
+                    if _counts is not None:
+                        _counts.setdefault(who, Counter())[origin] += 1
+        return output
 
     return counted

@@ -21,6 +21,18 @@ from ..torch_internals import constant_result
 from ..warning import warn
 
 
+def _after(choice: Resolution, request: LayerRequest) -> Resolution:
+    """Decide for calls that the kernel of a choice passes on."""
+    return decide(
+        choice.request.layer or choice.request.layer_name,
+        request.device,
+        request.modes,
+        subclasses=request.subclasses,
+        scopes=choice.request.scopes,
+        after=len(request.passed_on),
+    )
+
+
 def pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
     """Return a forward that runs in a scope in which the chosen functions serve."""
 
@@ -32,6 +44,8 @@ def pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
         if choice.is_provisional or (choice.inference_only and Mode.TRAINING in request.mode):
             return None
         kernel = choice.implementation
+        if any(passed is kernel for passed in request.passed_on):  # the next candidate is one of the same scopes
+            return replace(_after(choice, request), request=request)
         if kernel is not None and find_quarantined(request, kernel, choice.origin, choice.plugin):
             return None
         if reason := check_call(choice, request.subclasses, traced=request.is_traced):

@@ -169,9 +169,11 @@ class PrometheusCounters:
         def decorate(forward: Forward) -> Forward:
             @functools.wraps(forward)
             def counted(*args: Any, **kwargs: Any) -> Any:
-                if not torch.compiler.is_compiling():  # a trace is no call
+                output = forward(*args, **kwargs)
+                # A trace is no call, and a call that this kernel passes on is one of another.
+                if output is not NotImplemented and not torch.compiler.is_compiling():
                     count()
-                return forward(*args, **kwargs)
+                return output
 
             return counted
 

@@ -104,6 +104,7 @@ def compiled(text: str, **names: Any) -> Any:
         "_kernels_is_odd_module": lambda module: False,
         "_kernels_odd_parameters": [],
         "_kernels_parameter": nn.Parameter,
+        "_kernels_passed_on": NotImplemented,
         "_kernels_plain": PLAIN,
         "_kernels_untraceable": [],
         "_kernels_watched": [True],
