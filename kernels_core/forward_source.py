@@ -32,10 +32,7 @@ _FORWARD = """\
 def forward{signature}:
     {condition}
     if {is_traced}:
-        _kernel_output = _kernels_traced({module}, {values})({call})
-        if _kernel_output is _kernels_passed_on:
-            return _kernels_next()({call})
-        return _kernel_output
+        return _kernels_answer(_kernels_traced({module}, {values})({call}), _kernels_next, {call})
     {find}
     try:
         _kernel_output = _kernel({call})
@@ -113,7 +110,8 @@ def frozen{signature}:
             return _kernels_dispatched({call})
         if _kernels_lossy and (_kernels_grad() or {forward_level} >= 0) and _kernels_records({module}, {values}):
             _kernel = _kernels_proving
-    elif {odd} or {tests}:
+        return _kernels_answer(_kernel({call}), _kernels_next, {call})
+    if {odd} or {tests}:
         _kernel = _kernels_unfit({module}, {values})
     elif _kernels_unproven and ({forward_level} >= 0 or _kernels_grad() and {records}):
         _kernel = _kernels_proving

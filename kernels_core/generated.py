@@ -120,6 +120,14 @@ def made_once(make: Callable[[], Forward | None], otherwise: Forward) -> Callabl
     return lambda: made[0] if prepare() else otherwise
 
 
+def answer(_kernel_output: Any, _kernels_next: Callable[[], Forward], /, *args: Any, **kwargs: Any) -> Any:
+    """Return the output of a traced call, or that of the next candidate where a kernel has passed the call on.
+
+    The output is stored in no variable: Dynamo would name a node of its graph after that.
+    """
+    return _kernels_next()(*args, **kwargs) if _kernel_output is NotImplemented else _kernel_output
+
+
 def passed_back(*args: Any, **kwargs: Any) -> Any:
     """Return `NotImplemented`: it was the answer of a reference, which no other function has to replace."""
     return NotImplemented
@@ -129,6 +137,7 @@ _SHARED_NAMES: dict[str, object] = {
     "_kernels_frame": active_frame,  # first the names that each call reads: they share cache lines then
     **EXPRESSION_NAMES,
     "_kernels_absent": _ABSENT,
+    "_kernels_answer": answer,
     "_kernels_getattr": getattr,
     "_kernels_grad": torch.is_grad_enabled,
     "_kernels_has_trainable": has_trainable,

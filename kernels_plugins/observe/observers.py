@@ -169,9 +169,10 @@ class PrometheusCounters:
         def decorate(forward: Forward) -> Forward:
             @functools.wraps(forward)
             def counted(*args: Any, **kwargs: Any) -> Any:
+                if torch.compiler.is_compiling():  # a trace is no call
+                    return forward(*args, **kwargs)
                 output = forward(*args, **kwargs)
-                # A trace is no call, and a call that this kernel passes on is one of another.
-                if output is not NotImplemented and not torch.compiler.is_compiling():
+                if output is not NotImplemented:  # else another kernel serves it, and counts it
                     count()
                 return output
 
