@@ -148,7 +148,8 @@ def decide(
     which serves otherwise, `after=2` for those that the next one passes on, too; if it was the reference that returned
     `NotImplemented`, `request.passed_on` is shorter than `after`.
     """
-    manager, passed_on = plugin_manager(), ()
+    manager = plugin_manager()
+    passed_on: tuple[Callable[..., Any], ...] = ()
     anew = functools.partial(decide, layer, device, frame=frame, subclasses=subclasses, scopes=scopes)
     if after:
         before = anew(modes, after=after - 1)
