@@ -167,7 +167,7 @@ def variants(repo_id: Repository, revision: Revision = None, version: Version = 
     By default, of the newest version. Exits with 1 where none is for this machine.
     """
     _keep_client_quiet()
-    rows = _builds(_resolve(repo_id, *_chosen(repo_id, revision, version)))
+    rows = _builds(_resolve(repo_id, revision, version))
     print_rows(rows, as_json, style=_style)
     if not any(row["fits"] for row in rows):
         raise typer.Exit(1)
@@ -178,16 +178,11 @@ def variants(repo_id: Repository, revision: Revision = None, version: Version = 
 
 def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[fetching.FetchedBuild]:
     """Fetch the best build of a kernel, or each."""
-    from .client.download import variant_folder
-
     if not all_variants:
         return [fetching.fetch_build(fetching.select_build(request))]
     resolved = fetching.resolve_kernel(request)
-    builds = [name for name in resolved.variants if parse_variant(name) is not None]
-    return [
-        fetching.fetch_build(fetching.SelectedBuild(name, variant_folder(resolved.pin, name), resolved))
-        for name in builds
-    ]
+    builds = [resolved.build(name) for name in resolved.variants if parse_variant(name) is not None]
+    return [fetching.fetch_build(build) for build in builds]
 
 
 def _lock_before(path: Path, required: bool) -> Lock:
@@ -225,16 +220,14 @@ def _warn_of_old_lock(folder: Path, locked: Lock) -> None:
 
 
 def _resolve(repo_id: str, revision: str | None, version: int | None) -> fetching.ResolvedKernel:
-    """Find a kernel to look at; its publisher need not be trusted, as no code of it is run."""
+    """Find a kernel to look at, by default its newest version, or main.
+
+    Its publisher need not be trusted, as no code of it is run.
+    """
+    if revision is None and version is None:
+        known = _list(repo_id)
+        revision, version = (None, max(known)) if known else ("main", None)
     return fetching.resolve_kernel(KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True))
-
-
-def _chosen(repo_id: str, revision: str | None, version: int | None) -> tuple[str | None, int | None]:
-    """Return the revision and the version to look at: by default the newest version, or main."""
-    if revision is not None or version is not None:
-        return revision, version
-    known = _list(repo_id)
-    return (None, max(known)) if known else ("main", None)
 
 
 def _list(repo_id: str) -> dict[int, str]:
@@ -247,7 +240,6 @@ def _list(repo_id: str) -> dict[int, str]:
 
 
 def _describe_repository(repo_id: str, revision: str | None, version: int | None) -> Row:
-    revision, version = _chosen(repo_id, revision, version)
     found = _resolve(repo_id, revision, version)
     builds = {name: files for name, files in found.variants.items() if parse_variant(name) is not None}
     if not builds:

@@ -58,9 +58,12 @@ class ResolvedKernel:
     checked: Mapping[str, str]
     first: Pin  # the commit before redirects, of the repository in the request
 
-    def place(self, variant: str) -> str:
-        """Name a build, for messages."""
-        return f"{self.request} (commit {self.pin.commit[:12]}), variant {variant}"
+    def build(self, variant: str) -> SelectedBuild:
+        """Return a build of it, whether or not that fits this machine."""
+        from .client.download import variant_folder
+
+        asked = f"{self.request} (commit {self.pin.commit[:12]})"
+        return SelectedBuild(variant, variant_folder(self.pin, variant), self, asked)
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class SelectedBuild:
 
     variant: str  # its name, which is that of its folder
     folder: Path  # where its files lie, or will once they are downloaded
-    resolved: ResolvedKernel | None = None  # the kernel on the Hub; None for one on disk
-    asked: str = ""  # the place that was requested, for messages about one on disk
+    resolved: ResolvedKernel | None  # the kernel on the Hub; None for one on disk
+    asked: str  # the kernel or place that was requested, for messages
 
     @property
     def origin(self) -> str:
@@ -80,7 +83,7 @@ class SelectedBuild:
     @property
     def place(self) -> str:
         """The request and the build, for messages."""
-        return self.resolved.place(self.variant) if self.resolved else f"{self.asked}, variant {self.variant}"
+        return f"{self.asked}, variant {self.variant}"
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,6 @@ def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
 
 def select_build(request: KernelRequest, *, suggest: bool = True) -> SelectedBuild:
     """Find the build of a kernel that fits this machine best, and ask the policies about the commit that serves it."""
-    from .client.download import variant_folder
-
     resolved = resolve_kernel(request)
     with naming(str(request)):
         authorize(RepoInfo(resolved.pin.repo_id, resolved.pin.commit), PLUGIN)
@@ -129,7 +130,7 @@ def select_build(request: KernelRequest, *, suggest: bool = True) -> SelectedBui
             if not suggest or request.commit is not None:
                 raise
             raise AbsentError(f"{error}{_suggestion(resolved)}") from error
-    return SelectedBuild(name, variant_folder(resolved.pin, name), resolved)
+    return resolved.build(name)
 
 
 def fetch_build(selected: SelectedBuild) -> FetchedBuild:
@@ -172,13 +173,12 @@ def install_folder(path: Path, options: RequestOptions) -> FetchedBuild:
 
 def read_metadata(resolved: ResolvedKernel, variant: str) -> Metadata:
     """Return the metadata of a build; downloads that file, and no other, if it is not in the cache."""
-    from .client.download import variant_folder
-
-    with naming(resolved.place(variant)):
+    build = resolved.build(variant)
+    with naming(build.place):
         listed = next((file for file in resolved.variants[variant] if file.path == METADATA), None)
         if listed is None:
             raise LoadError(f"it has no {METADATA}. Rebuild the kernel with a current kernel builder.")
-        path = variant_folder(resolved.pin, variant) / METADATA
+        path = build.folder / METADATA
         if not path.is_file():
             path = _client(resolved.request).fetch_file(resolved.pin, f"build/{variant}/{METADATA}")
         content = path.read_bytes()
@@ -254,7 +254,7 @@ def _with_dependencies(
 def _read_folder(path: Path, options: RequestOptions, asked: str, trust: str = "local files") -> FetchedBuild:
     with naming(asked):
         folder = local_variant(path, options.backend, options.on_cpu)
-    selected = SelectedBuild(folder.name, folder, asked=asked)
+    selected = SelectedBuild(folder.name, folder, None, asked)
     with naming(selected.place):
         authorize(folder, PLUGIN)
         build = as_build(folder, read_files(folder))

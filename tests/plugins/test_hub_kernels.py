@@ -52,7 +52,6 @@ from kernels_plugins import (
 from kernels_plugins.hub import fetching
 from kernels_plugins.hub.builds.machine import Machine
 from kernels_plugins.hub.client import overrides
-from kernels_plugins.hub.client.download import variant_folder
 from kernels_plugins.hub.client.overrides import parse_overrides
 from kernels_plugins.hub.client.redirect import parse_status
 from kernels_plugins.hub.locking.lockfile import Dependency, Lock, LockedKernel
@@ -838,7 +837,7 @@ def test_a_listing_that_is_wrong_for_another_build_is_not_kept(
 
     def fetch(name: str) -> None:
         resolved = fetching.resolve_kernel(KernelRequest("acme/kernels", revision="main"))
-        fetching.fetch_build(fetching.SelectedBuild(name, variant_folder(resolved.pin, name), resolved))
+        fetching.fetch_build(resolved.build(name))
 
     fetch("torch-universal")
     new_process()
