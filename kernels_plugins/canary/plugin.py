@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kernels_core import Resolution, ScopeError, forget, hookimpl
@@ -60,9 +59,7 @@ class canary:  # noqa: N801 - a context manager that reads like a statement
         forget()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Compare as before."""
         with _lock:
             if self not in _open:

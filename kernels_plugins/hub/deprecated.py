@@ -34,10 +34,7 @@ class FuncRepository(_Function, LayerRepository):
     Arguments and errors are those of `LayerRepository`; `func_name` names the function.
 
     Example:
-        >>> import warnings
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")
-        ...     FuncRepository("acme/silu", func_name="silu", version=1)
+        >>> FuncRepository("acme/silu", func_name="silu", version=1)
         FuncRepository('acme/silu', func_name='silu', version=1)
     """
 
@@ -62,10 +59,7 @@ class LocalFuncRepository(_Function, LocalLayerRepository):
     Arguments and errors are those of `LocalLayerRepository`; `func_name` names the function.
 
     Example:
-        >>> import warnings
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")
-        ...     LocalFuncRepository("kernels/silu", func_name="silu")
+        >>> LocalFuncRepository("kernels/silu", func_name="silu")
         LocalFuncRepository('kernels/silu', func_name='silu')
     """
 
@@ -80,10 +74,7 @@ class LockedFuncRepository(_Function, LockedLayerRepository):
     Arguments and errors are those of `LockedLayerRepository`; `func_name` names the function.
 
     Example:
-        >>> import warnings
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")
-        ...     LockedFuncRepository("acme/silu", func_name="silu", lockfile="kernels.lock").func_name
+        >>> LockedFuncRepository("acme/silu", func_name="silu", lockfile="kernels.lock").func_name
         'silu'
     """
 
@@ -106,10 +97,7 @@ def use_kernel_func_from_hub(func_name: str) -> Callable[[Any], Any]:
         func_name: The layer name.
 
     Example:
-        >>> import warnings
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")
-        ...     double = use_kernel_func_from_hub("double")(lambda x: x * 2)
+        >>> double = use_kernel_func_from_hub("double")(lambda x: x * 2)
         >>> double(3)
         6
     """

@@ -18,6 +18,7 @@ from kernels_core.replay import mapped
 
 from .isolated import in_children, serve
 from .report import VerifyReport, VerifyRow
+from .subject import Plan
 from .verify import verify_each
 
 
@@ -44,13 +45,8 @@ def verify_command(
     model. Exits with 1 where a kernel is wrong, ends its process, or cannot be offered because a plugin failed. Each
     case is shown before it runs.
     """
-    arguments: dict[str, Any] = {
-        "factory": factory,
-        "inputs": inputs,
-        "device": device,
-        "gradients": gradients,
-        "dtypes": dtype,
-    }
+    model = {"factory": factory, "inputs": inputs, "device": device}
+    arguments: dict[str, Any] = {**model, "gradients": gradients, "dtypes": dtype}
     report: VerifyReport | int = compared(**arguments) if in_process else in_children(arguments)
     if isinstance(report, int):
         raise typer.Exit(report)
@@ -74,7 +70,7 @@ def compared(
     begin: Callable[[VerifyRow], bool] = lambda row: True,
     found: Callable[[VerifyRow], object] = lambda row: None,
 ) -> VerifyReport:
-    """Compare the kernels of a model that is named by its factory; `begin` and `found` as in `verify_each`."""
+    """Compare the kernels of a model that is named by its factory: see `Plan`; `found` is called with each row."""
     model = made(factory)
     given = _given(model, inputs)
     if device:
@@ -82,11 +78,11 @@ def compared(
             given = mapped(given, lambda _, leaf: leaf.to(where) if isinstance(leaf, torch.Tensor) else leaf)
             model = model.to(where) if isinstance(model, nn.Module) else model
     args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
-    chosen = [_dtype(name) for name in dtypes or ()] or None
+    plan = Plan(gradients, [_dtype(name) for name in dtypes or ()] or None, begin=begin)
     rows = []
     with printing_aside():
         values = args if isinstance(args, tuple | list) else (args,)
-        for row in verify_each(model, values, kwargs, gradients=gradients, dtypes=chosen, begin=begin):
+        for row in verify_each(model, values, kwargs, plan):
             found(row)
             rows.append(row)
     return VerifyReport(tuple(rows))

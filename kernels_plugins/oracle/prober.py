@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -67,9 +66,7 @@ class probing:  # noqa: N801 - a context manager that reads like a statement
         forget()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Do as before."""
         global _open
         with _lock:

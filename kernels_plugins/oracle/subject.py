@@ -27,6 +27,17 @@ from .inputs import Case, Recorded, cases, with_gradients
 from .report import Verdict, VerifyRow
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How kernels are compared: see `verify`."""
+
+    gradients: bool = True
+    dtypes: Sequence[torch.dtype] | None = None
+    tolerances: Tolerances | None = None
+    # called before a kernel is loaded, and before it runs on a case; False leaves that out
+    begin: Callable[[VerifyRow], bool] = lambda row: True
+
+
 def tried(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances | None = None) -> list[VerifyRow]:
     """Try one kernel on a call and on others like it, for inference and for training, even if it would not serve."""
     candidate = resolution.candidate or Candidate(resolution.implementation)
@@ -34,7 +45,7 @@ def tried(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances 
         mode: replace(resolution, request=replace(resolution.request, mode=mode))
         for mode in (Mode.INFERENCE, Mode.TRAINING)
     }
-    return list(Subject(recorded, True, tolerances).tried([_Kernel(candidate, decisions)], derived=True))
+    return list(Subject(recorded, Plan(tolerances=tolerances)).tried([_Kernel(candidate, decisions)], derived=True))
 
 
 @dataclass(frozen=True)
@@ -48,17 +59,10 @@ class _Kernel:
 class Subject:
     """A layer that is being verified on one of its calls."""
 
-    def __init__(
-        self,
-        recorded: Recorded,
-        gradients: bool,
-        tolerances: Tolerances | None,
-        dtypes: Sequence[torch.dtype] | None = None,
-        begin: Callable[[VerifyRow], bool] = lambda row: True,
-    ) -> None:
+    def __init__(self, recorded: Recorded, plan: Plan) -> None:
         self.path, self.layer, self.call = recorded.path, recorded.layer, recorded.call
-        self.modes = (Mode.INFERENCE, Mode.TRAINING) if gradients else (Mode.INFERENCE,)
-        self.tolerances, self.dtypes, self.begin = tolerances, dtypes, begin
+        self.modes = (Mode.INFERENCE, Mode.TRAINING) if plan.gradients else (Mode.INFERENCE,)
+        self.dtypes, self.tolerances, self.begin = plan.dtypes, plan.tolerances, plan.begin
         self.left_out = False
         self.device = (self.call.devices or [torch.device("cpu")])[0]
         self.blank = VerifyRow(self.path, self.layer.name, "ok", device=str(self.device))

@@ -17,7 +17,7 @@ from kernels_core.torch_internals import dynamo_is_imported
 from ..comparison import Tolerances, check_tolerances
 from .inputs import Recorded, decorated, record
 from .report import VerifyReport, VerifyRow
-from .subject import Subject
+from .subject import Plan, Subject
 
 
 def verify(
@@ -68,31 +68,14 @@ def verify(
     require_type(dtypes, (Sequence, NoneType), "dtypes")
     for dtype in dtypes or ():
         require_type(dtype, torch.dtype, "each of dtypes")
-    rows = verify_each(model_or_layer, inputs, named_inputs, gradients=gradients, dtypes=dtypes, tolerances=tolerances)
-    return VerifyReport(tuple(rows))
+    plan = Plan(gradients, dtypes, tolerances)
+    return VerifyReport(tuple(verify_each(model_or_layer, inputs, named_inputs, plan)))
 
 
 def verify_each(
-    model_or_layer: Any,
-    inputs: Sequence[Any],
-    named_inputs: Mapping[str, Any],
-    *,
-    gradients: bool,
-    dtypes: Sequence[torch.dtype] | None = None,
-    tolerances: Tolerances | None = None,
-    begin: Callable[[VerifyRow], bool] = lambda row: True,
+    model_or_layer: Any, inputs: Sequence[Any], named_inputs: Mapping[str, Any], plan: Plan
 ) -> Iterator[VerifyRow]:
-    """Yield each row of the report of `verify` when it is known.
-
-    Args:
-        model_or_layer: As in `verify`.
-        inputs: Positional arguments.
-        named_inputs: Keyword arguments.
-        gradients: As in `verify`.
-        dtypes: As in `verify`.
-        tolerances: As in `verify`.
-        begin: Called before a kernel is loaded, and before it runs on a case; False leaves that out.
-    """
+    """Yield each row of the report of `verify` when it is known."""
     layer = find_layer(model_or_layer)
     module = model_or_layer if isinstance(model_or_layer, nn.Module) else None
     if module is None and (layer is None or isinstance(model_or_layer, type)):
@@ -107,10 +90,10 @@ def verify_each(
         if module is None and layer is not None:
             recorded = [Recorded(layer.qualname.rpartition(".")[2], layer, call)]
         else:
-            recorded = _recorded(model_or_layer, call, gradients)
+            recorded = _recorded(model_or_layer, call, plan.gradients)
         for one in recorded:
             described = (one.layer.number, tuple((t.shape, t.dtype, t.device) for t in one.call.inputs.values()))
-            yield from Subject(one, gradients, tolerances, dtypes, begin).rows(derived=described not in known)
+            yield from Subject(one, plan).rows(derived=described not in known)
             known.add(described)
     if module is not None:
         called = {one.path for one in recorded}

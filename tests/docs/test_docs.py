@@ -221,6 +221,7 @@ def kernels_on_a_hub(local_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.Mo
     write_lock(tmp_path / "kernels.lock", Lock((locked,)))
 
 
+@pytest.mark.filterwarnings("ignore:.* is deprecated, as in:DeprecationWarning")
 @pytest.mark.parametrize("name", list(find_modules()))
 def test_examples_in_docstrings_run(name: str, request: pytest.FixtureRequest) -> None:
     """Every example in the docstrings of a module runs and prints what it says."""
