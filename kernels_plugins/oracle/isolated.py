@@ -42,7 +42,10 @@ def in_children(arguments: Mapping[str, Any]) -> VerifyReport | int:
         rows: list[VerifyRow] = []
         begun: VerifyRow | None = None
         with _child({"arguments": dict(arguments), "out": out, "path": sys.path}) as child, _showing() as show:
-            for message in _messages(child):
+            for line in child.stdout or ():
+                if not line.endswith("\n"):  # cut short: the process ended in it
+                    break
+                message = json.loads(line)
                 if "row" in message:
                     rows.append(VerifyRow(**message["row"]))
                 begun = VerifyRow(**message["begin"]) if "begin" in message else None
@@ -85,14 +88,6 @@ def _child(task: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
         except BaseException:  # such as Ctrl-C
             child.kill()
             raise
-
-
-def _messages(child: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """Yield the messages of a child; a line is cut short where the process ended in it."""
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.endswith("\n"):
-            yield json.loads(line)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from kernels_core.replay import Call, Outcome, leaves, mapped
 
 from ..comparison import Comparison, Tolerances, compare
 from .inputs import Case, Recorded, cases, with_gradients
-from .report import Verdict, VerifyRow
+from .report import VerifyRow
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,9 @@ class Subject:
             yield replace(self.blank, verdict="no kernel", reason="its condition is not met, so none may serve it")
             return
         kernels = self._kernels()
-        if not kernels and self.left_out:
-            return
         if not kernels:
-            failed = self._failed()  # a plugin that failed might have offered one
-            verdict: Verdict = "undecided" if failed else "no kernel"
-            yield replace(self.blank, verdict=verdict, reason=failed or self._why_none())
+            if not self.left_out:
+                yield self._without_kernel()
             return
         for kernel in kernels:
             for mode, resolution in kernel.decisions.items():
@@ -139,17 +136,18 @@ class Subject:
                 found.append(_Kernel(candidate, chosen or {Mode.INFERENCE: frozen}))
         return found
 
-    def _failed(self) -> str:
-        """Return the faults of plugins that failed: when they were loaded, or when they were asked for kernels."""
+    def _without_kernel(self) -> VerifyRow:
+        """Return the row of a layer that no kernel is offered for."""
         found = (find_candidates(self.layer, device=self.device, mode=mode)[1] for mode in self.modes)
-        failed = {str(refusal) for refused in found for refusal in refused if refusal.candidate is None}
-        return "; ".join(sorted(failed | {str(fault) for fault in plugin_manager().faults}))
-
-    def _why_none(self) -> str:
-        found = (find_candidates(self.layer, device=self.device, mode=mode)[1] for mode in self.modes)
-        refusals = {str(refusal) for refused in found for refusal in refused}
+        refused = [refusal for refusals in found for refusal in refusals]
+        # A plugin that failed, when it was loaded or when it was asked for kernels, might have offered one.
+        faults = {str(refusal) for refusal in refused if refusal.candidate is None}
+        faults |= {str(fault) for fault in plugin_manager().faults}
+        if faults:
+            return replace(self.blank, verdict="undecided", reason="; ".join(sorted(faults)))
         note = resolve(self.layer, device=self.device, mode=self.modes[0]).note
-        return note or "; ".join(sorted(refusals)) or "none is offered"
+        reason = note or "; ".join(sorted({str(refusal) for refusal in refused})) or "none is offered"
+        return replace(self.blank, verdict="no kernel", reason=reason)
 
     def _row(self, kernel: _Kernel, mode: Mode, case: Case | None = None) -> VerifyRow:
         resolution = kernel.decisions[mode]
