@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kernels_core import IntegrityError, LoadError, ResolutionError, authorize, plugin_manager
 
@@ -220,9 +220,7 @@ def _suggestion(resolved: ResolvedKernel) -> str:
 def _client(request: KernelRequest) -> Any:
     from .client.download import Client, describe_agent
 
-    agent = request.user_agent
-    assert agent is None or isinstance(agent, str)
-    return Client(describe_agent(agent), request.local_files_only)
+    return Client(describe_agent(cast("str | None", request.user_agent)), request.local_files_only)
 
 
 def _install(request: KernelRequest, path: tuple[str, ...], memo: dict[KernelRequest, FetchedBuild]) -> FetchedBuild:

@@ -50,12 +50,6 @@ def keep(key: str, report: ProbeReport) -> None:
         write_file(_folder() / f"{key}.json", json.dumps({"format": FORMAT, **asdict(report)}, indent=2))
 
 
-def forget_known() -> None:
-    """Drop the reports in memory; files stay."""
-    with _lock:
-        _known.clear()
-
-
 def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.device) -> str:
     """Return the key of a kernel: its code, that of the reference, the version of PyTorch, and the kind of device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

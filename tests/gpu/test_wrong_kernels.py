@@ -50,10 +50,10 @@ def _scene(
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
     for name, plugin in {"canary": canary_plugin, "oracle": oracle, "probe": prober}.items():
         isolated_plugins.register(plugin, name)
-    probe_cache.forget_known()
+    probe_cache._known.clear()
     torch.manual_seed(0)
     yield
-    probe_cache.forget_known()
+    probe_cache._known.clear()
     release()
 
 

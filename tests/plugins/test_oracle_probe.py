@@ -47,13 +47,13 @@ def _scene(
     isolated_plugins.register(prober, "probe")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KERNELS_PROBE", raising=False)
-    probe_cache.forget_known()
+    probe_cache._known.clear()
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    probe_cache.forget_known()
+    probe_cache._known.clear()
     release()
 
 
@@ -299,7 +299,7 @@ def test_reports_are_kept_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def served(setting: str) -> tuple[str, bool]:
         monkeypatch.setenv("KERNELS_PROBE", setting)
-        probe_cache.forget_known()
+        probe_cache._known.clear()
         forget()
         layer = made.Norm()
         with warnings.catch_warnings():
@@ -312,7 +312,7 @@ def test_reports_are_kept_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     release()
     file.write_text("{")
     monkeypatch.setenv("KERNELS_PROBE", "cached")
-    probe_cache.forget_known()
+    probe_cache._known.clear()
     forget()
     assert resolve(made.Norm(), device="cpu", mode=Mode.TRAINING).origin.endswith("MissingGradient")
 
