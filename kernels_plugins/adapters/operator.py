@@ -34,10 +34,9 @@ from .structure import (
     take_call,
 )
 from .trial import OperatorWatch, check_alike, check_attributes, check_replay, fresh
-from .work import Forward, Spec, Taken, Work, apart, gradients_of
+from .work import Forward, Gradients, Spec, Taken, Work, apart, gradients_of
 
 Tensors = list[torch.Tensor]
-Gradients = Sequence[torch.Tensor | None]
 
 _PROCESS = secrets.token_hex(4)
 """In every name: a compiler's cache on disk must not take an operator of another process for this one."""

@@ -118,12 +118,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        work: Work,
-        recorded: RecordedCall,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *tensors: torch.Tensor,
+        ctx: Any, work: Work, recorded: RecordedCall, args: Any, kwargs: Any, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)

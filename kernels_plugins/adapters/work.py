@@ -17,6 +17,7 @@ from .structure import Parts, Structure, rebuild, take
 Forward = Callable[..., Any]
 Taken = tuple[Structure, Parts]
 """A result of a forward, taken apart."""
+Gradients = Sequence[torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,8 @@ def apart(output: Any) -> Taken:
 
 
 def gradients_of(
-    outputs: Sequence[torch.Tensor],
-    wanted: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor | None],
-    *,
-    again: bool = False,
-) -> Sequence[torch.Tensor | None]:
+    outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], grads: Gradients, *, again: bool = False
+) -> Gradients:
     """Return the gradients of some tensors, for given gradients of the outputs."""
     pairs = [
         (output, grad.to(output.dtype))

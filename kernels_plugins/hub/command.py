@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +62,11 @@ def lock(
     """
     _keep_client_quiet()
     path, wanted = project_dir / LOCK, read_dependencies(project_dir)
-    before = _lock_before(path, required=check or bool(upgrade))
+    before = NOTHING
+    if path.exists():
+        # A malformed one is written anew, but for those that need it.
+        with nullcontext() if check or upgrade else suppress(ArgumentError):
+            before = read_lock(path)
     kept = Lock(tuple(kernel for kernel in before.kernels if upgrade and kernel.dependency.repo_id not in upgrade))
     with _bars() as report:
         made = make_lock(wanted, kept=kept, trust=trust_remote_code or (), report=report)
@@ -183,18 +187,6 @@ def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[fetching.Fetc
     resolved = fetching.resolve_kernel(request)
     builds = [resolved.build(name) for name in resolved.variants if parse_variant(name) is not None]
     return [fetching.fetch_build(build) for build in builds]
-
-
-def _lock_before(path: Path, required: bool) -> Lock:
-    """Return the lock that is there; none if it is malformed and to be written anew."""
-    if not path.exists():
-        return NOTHING
-    try:
-        return read_lock(path)
-    except ArgumentError:
-        if required:
-            raise
-        return NOTHING
 
 
 def _locked_rows(made: Lock, changes: Sequence[tuple[LockedKernel | None, LockedKernel | None]]) -> list[Row]:

@@ -23,7 +23,7 @@ from kernels_core import (
 from kernels_core.replay import Call, Outcome, leaves, mapped
 
 from ..comparison import Comparison, Tolerances, compare
-from .inputs import Case, Recorded, cases, with_gradients
+from .inputs import Case, Forward, Recorded, cases, with_gradients
 from .report import VerifyRow
 
 
@@ -203,7 +203,7 @@ class Subject:
                     reason = f"its results cannot be compared with those of the reference: {_short(error)}"
                     yield replace(row, verdict="undecided", reason=reason)
 
-    def _run(self, case: Case, forward: Callable[..., Any], mode: Mode, dtype: torch.dtype | None = None) -> Outcome:
+    def _run(self, case: Case, forward: Forward, mode: Mode, dtype: torch.dtype | None = None) -> Outcome:
         training = mode is Mode.TRAINING
         call = with_gradients(case.call) if training else case.call
         cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -226,18 +226,12 @@ class Subject:
         return run, exact if near else None
 
     def _judge(
-        self,
-        row: VerifyRow,
-        case: Case,
-        mode: Mode,
-        implementation: Callable[..., Any],
-        expected: Outcome,
-        exact: Outcome | None,
+        self, row: VerifyRow, case: Case, mode: Mode, kernel: Forward, expected: Outcome, exact: Outcome | None
     ) -> Iterator[VerifyRow]:
         """Compare the runs of a kernel on a case with those of the reference."""
         try:
-            run = self._run(case, implementation, mode)
-            again = self._run(case, implementation, mode) if case.given else None  # it may keep state between calls
+            run = self._run(case, kernel, mode)
+            again = self._run(case, kernel, mode) if case.given else None  # it may keep state between calls
         except Exception as error:
             stop_if_broken(error)
             yield replace(row, verdict="failed", reason=f"it raises {_short(error)}")

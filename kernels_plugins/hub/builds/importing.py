@@ -152,7 +152,7 @@ def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
     """Return a layer class or function of a kernel's `layers`."""
     try:
         layers: Any = getattr(module, "layers", None)
-        layer = getattr(layers, layer_name, None)
+        layer: KernelLayer | None = getattr(layers, layer_name, None)
     except Exception as error:  # a kernel may import its layers when they are asked for
         raise LoadError(_import_problem(error, module.__name__)) from error
     if layers is None:
@@ -161,8 +161,7 @@ def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
         members = getattr(layers, "__dict__", {})
         offered = sorted(name for name, value in members.items() if _is_layer(name, value, layers))
         raise UnknownError(f"its `layers` have no {layer_name!r}: there are {', '.join(offered) or 'none'}")
-    found: KernelLayer = layer
-    return found
+    return layer
 
 
 def find_function(module: ModuleType, name: str) -> KernelLayer:
