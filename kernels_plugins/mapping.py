@@ -280,8 +280,7 @@ def _repository(text: str, options: Mapping[str, Any], where: str) -> object:
             f"In the mapping of {where}: {text!r} names no layer of a repository: write 'owner/name:Layer', or "
             "'/path/to/kernel:Layer' for a folder."
         )
-    unknown = sorted(set(options) - _OPTIONS)
-    if unknown:
+    if unknown := sorted(set(options) - _OPTIONS):
         raise ArgumentError(
             f"In the mapping of {where}: {text!r} has unknown options {', '.join(map(repr, unknown))}: there are "
             f"{', '.join(sorted(_OPTIONS))}."

@@ -75,8 +75,7 @@ class Operator:
         """Return the name of a structure, or an empty one where a call of it cannot be an operator."""
         if is_transformed():  # it knows the operators of the reference, not this one
             return ""
-        problem = find_problem(structure, objects) or find_unmade(objects)
-        if problem is not None:
+        if problem := find_problem(structure, objects) or find_unmade(objects):
             self.refuse(problem)
             return ""
         autocast = autocast_now()

@@ -82,8 +82,7 @@ class Recompute:
         objects = tuple(object_key(value, type) for value in spec.objects)
         key = (spec.structure, objects, tuple((tensor.dtype, tensor.device) for tensor in parts.tensors))
         known = self._tried.get(key)
-        problem = find_problem(spec.structure if known is None else (), spec.objects)
-        if problem is not None:
+        if problem := find_problem(spec.structure if known is None else (), spec.objects):
             raise Unfit(problem)
         if known is not None or is_capturing():
             return bool(known)  # in a capture, no number can be read: warm up before
@@ -93,8 +92,7 @@ class Recompute:
                 ours = apart(replay.outputs)
                 check_replay(replay, ours[1].tensors)
                 draws = replay.drew
-            problem = find_problem([ours[0]], ours[1].objects)
-            if problem is not None:
+            if problem := find_problem([ours[0]], ours[1].objects):
                 raise Unfit(f"its result: {problem}")
             structure, theirs, drew = self.work.reference_on_copies(call)
         check_alike(ours, (structure, theirs))

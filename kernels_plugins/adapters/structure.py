@@ -237,8 +237,7 @@ def rebuild(structures: Iterable[Structure], *parts: Iterable[Any]) -> list[Any]
 
 def result_code(structure: Structure, parts: Parts, names: dict[str, Any]) -> str:
     """Return an expression that makes a result from the list `t` of its tensors; `Unfit` if other parts may change."""
-    problem = find_problem([structure])
-    if problem is not None:
+    if problem := find_problem([structure]):
         raise Unfit(f"its result: {problem}")
     tensors, ints = iter(range(len(parts.tensors))), iter(parts.ints)
     floats, objects = iter(parts.floats), iter(parts.objects)
@@ -328,10 +327,8 @@ def _problem_of_object(value: Any, depth: int = 0) -> str | None:
         value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set, frozenset)) else ()
     )
     for child in (*held, *getattr(value, "__dict__", {}).values()):
-        if isinstance(child, _WHERE_TENSORS_HIDE):
-            problem = _problem_of_object(child, depth + 1)
-            if problem is not None:
-                return f"{problem} (in a {type(value).__name__})" if depth == 0 else problem
+        if isinstance(child, _WHERE_TENSORS_HIDE) and (problem := _problem_of_object(child, depth + 1)):
+            return f"{problem} (in a {type(value).__name__})" if depth == 0 else problem
     return None
 
 

@@ -46,8 +46,7 @@ def check_replay(replay: Replay, outputs: Iterable[torch.Tensor]) -> None:
 
 def check_attributes(replay: Replay) -> None:
     """Raise `Unfit` if a run has set or deleted attributes of modules, or items of lists and dicts."""
-    changed = replay.attributes()
-    if changed:
+    if changed := replay.attributes():
         raise Unfit(f"it changes Python state: {', '.join(changed)}")
 
 
@@ -56,8 +55,7 @@ def check_alike(ours: Taken, theirs: Taken) -> None:
     if ours[0] != theirs[0]:
         raise Unfit("its result is not built as that of the reference")
     for index, (one, other) in enumerate(zip(ours[1].tensors, theirs[1].tensors, strict=True)):
-        mismatch = metadata_mismatch(f"output {index + 1}", one, other)
-        if mismatch is not None:
+        if mismatch := metadata_mismatch(f"output {index + 1}", one, other):
             raise Unfit(mismatch)
 
 

@@ -89,15 +89,13 @@ class Evaluations:
                     f"The metric raised at {where}: {type(error).__name__}: {error}. Nothing was found; the model "
                     "is as before."
                 ) from error
-        changed = self._state.changed_parameters()
-        if changed:
+        if changed := self._state.changed_parameters():
             raise failed(
                 f"At {where}, the metric changed {len(changed)} parameters of the model, such as {changed[0]!r}, and "
                 "those are not kept twice: they stay changed. Let the metric leave the model as it is; to compare "
                 "training, return losses or the norms of gradients."
             )
-        out = [entry for entry in quarantined() if entry not in before]
-        if out:
+        if out := [entry for entry in quarantined() if entry not in before]:
             raise failed(
                 f"At {where}, a kernel was taken out, and serves no more:\n"
                 + "".join(f"  {entry}\n" for entry in out)

@@ -115,8 +115,7 @@ class _Watch:
                 self._say("copies", f"its gradients are not compared: {before.why_failed(error)}")  # maybe their fault
                 wanted = []
             else:
-                missing = [name for name in wanted if again.gradients.get(name) is None]
-                if missing:
+                if missing := [name for name in wanted if again.gradients.get(name) is None]:
                     return f"no gradient reaches {', '.join(missing)}, as it does from the reference"
                 pairs.append((gradients(again), gradients(expected)))
         state = live.state

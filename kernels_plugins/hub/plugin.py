@@ -45,8 +45,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
 def _find_mismatch(kernel: LoadedKernel, request: LayerRequest) -> str | None:
     from .builds.requirements import find_mismatch
 
-    mismatch = find_mismatch(kernel.metadata.backend, request.device)
-    if mismatch is not None:
+    if mismatch := find_mismatch(kernel.metadata.backend, request.device):
         return f"{kernel.place}: {mismatch}"
     return next(filter(None, (_find_mismatch(dependency, request) for dependency in kernel.dependencies)), None)
 

@@ -44,8 +44,7 @@ def observed() -> tuple[str, ...]:
         return ()
     text = os.environ[VARIABLE].strip()
     wanted = dict.fromkeys(word.strip() for word in text.split(",") if word.strip())
-    unknown = [word for word in wanted if word not in _OBSERVERS]
-    if unknown:
+    if unknown := [word for word in wanted if word not in _OBSERVERS]:
         raise ArgumentError(
             f"{VARIABLE}={text!r}: there is no {', '.join(map(repr, unknown))}. Write any of {', '.join(_OBSERVERS)}, "
             "with commas between them, or unset it."

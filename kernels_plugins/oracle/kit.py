@@ -89,8 +89,7 @@ def check_kernel(
         source_label(kernel),
     )
     report = probe(Recorded("", layer, call), resolution, tolerances=tolerances)
-    unknown = sorted(set(ignore) - report.probes.keys() - {"gradients", "compile", "cuda graph"})
-    if unknown:
+    if unknown := sorted(set(ignore) - report.probes.keys() - {"gradients", "compile", "cuda graph"}):
         raise ArgumentError(f"ignore names {', '.join(unknown)}: there are {', '.join(report.probes)}.")
     failed = {name: reason for name, reason in report.failed.items() if name not in ignore}
     undecided = {n: p.reason for n, p in report.probes.items() if p.ok is None and n in ("undecided", "forward")}

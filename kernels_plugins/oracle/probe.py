@@ -97,8 +97,7 @@ def _judged(rows: list[VerifyRow]) -> Iterator[tuple[str, Probe]]:
         if not (untrained and row.mode == "training" and name != "gradients"):  # reported once
             groups.setdefault(name, []).append(row)
     for name, group in groups.items():
-        bad = next((row for row in group if row.verdict in ("wrong", "failed")), None)
-        if bad is not None:
+        if bad := next((row for row in group if row.verdict in ("wrong", "failed")), None):
             yield name, Probe(False, f"{', '.join(filter(None, (bad.case, bad.subject)))}: {bad.reason}")
         elif any(row.verdict == "ok" for row in group):
             yield name, Probe(True)

@@ -70,8 +70,7 @@ def _digest(function: Callable[..., Any]) -> str | None:
     if code is None:
         return None
     digest = hashlib.sha256(source_label(inner).encode())
-    commit = _COMMIT.search(code.co_filename.replace(os.sep, "/"))
-    if commit:
+    if commit := _COMMIT.search(code.co_filename.replace(os.sep, "/")):
         digest.update(commit[1].encode())
     try:
         digest.update(Path(code.co_filename).read_bytes())

@@ -203,8 +203,7 @@ def _take_out(resolution: Resolution, report: Any) -> None:
     assert layer is not None and implementation is not None
     device = resolution.request.device
     for mode, out in ((Mode.INFERENCE, None), (Mode.TRAINING, Mode.TRAINING)):
-        reason = _refusal(report, mode)
-        if reason is not None:
+        if reason := _refusal(report, mode):
             quarantine(layer, implementation, kernel=resolution.origin, reason=reason, device=device, mode=out)
             return
     forget()

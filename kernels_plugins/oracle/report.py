@@ -125,8 +125,7 @@ class VerifyReport(Tabular):
             >>> VerifyReport().raise_for_failures().ok
             True
         """
-        failures = self.failures
-        if failures:
+        if failures := self.failures:
             lines = "\n".join(f"  {row}" for row in failures[:20])
             more = f"\n  and {len(failures) - 20} more" if len(failures) > 20 else ""
             raise VerificationError(

@@ -94,8 +94,7 @@ class Subject:
         """Yield how kernels do with the given inputs, and with those derived from them."""
         for call in self._calls():
             given = Case("as given", call, given=True)
-            reason = self._undecided(given)
-            if reason is not None:
+            if reason := self._undecided(given):
                 yield replace(self.blank, verdict="undecided", case=given.name, dtype=_dtype(call), reason=reason)
                 continue
             for case in (given, *(cases(call) if derived else ())):
@@ -249,8 +248,7 @@ class Subject:
             ideal = exact.gradients.get(name) if exact is not None else None
             comparison = _gradient(run.gradients.get(name), gradient, ideal, self.tolerances)
             yield _with(replace(row, subject=f"gradient of {name}"), comparison, draws)
-        reason = _changes(run, expected, self.tolerances)
-        if reason:
+        if reason := _changes(run, expected, self.tolerances):
             yield replace(row, subject="changes", verdict="wrong", reason=reason)
 
 

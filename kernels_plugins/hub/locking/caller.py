@@ -57,8 +57,7 @@ def find_lock(caller: Caller) -> Lock:
     distributions = _distributions(caller)
     owner = next((distribution for distribution in distributions if _owns(distribution, caller.file)), None)
     if owner is None and caller.file is not None:
-        project = find_project(caller.file)
-        if project is not None:
+        if project := find_project(caller.file):
             return read_lock(project / LOCK)
         looked.append(f"beside a pyproject.toml above {caller.file}")
     for distribution in distributions if owner is None else [owner]:
