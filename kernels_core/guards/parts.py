@@ -10,6 +10,7 @@ import dis
 import functools
 import types
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from ..environment import strict
 from ..errors import NoKernelError
 from ..layer import Forward, Layer, source_label
+from ..resolution import Candidate, Cause, Refusal, Resolution
 from ..torch_internals import constant_result
 from ..warning import warn_once
 
@@ -61,6 +63,25 @@ def checks_parts(layer: Layer, kernel: Any) -> Forward:
 
     checked.__dict__["kernels_changed_part"] = lambda module: changed_part(module, kinds, chains)
     return checked
+
+
+def for_module(choice: Resolution, module: torch.nn.Module) -> Resolution:
+    """Return a decision; for a module with a changed part that its kernel reads past, that for the reference."""
+    look = getattr(choice.implementation, "kernels_changed_part", None)
+    if look is None or (problem := look(module)) is None:
+        return choice
+    candidate = choice.candidate or Candidate(choice.implementation)
+    refusal = Refusal(f"it reads past a part of the module: {problem}", candidate, choice.plugin, cause=Cause.POLICY)
+    return replace(
+        choice,
+        implementation=None,
+        candidate=None,
+        origin="reference",
+        refusals=(*choice.refusals, refusal),
+        checked={},
+        kernel_layer=None,
+        inference_only=False,
+    )
 
 
 def changed_part(module: torch.nn.Module, kinds: Mapping[Path, tuple[type, ...]], chains: list[Path]) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..guards.parts import for_module
 from ..hookspecs import hookimpl
 from ..layer import Forward, Layer
 from ..plugins import plugin_manager
@@ -72,13 +73,14 @@ class _Counter:
     @hookimpl
     def kernels_wrap_forward(self, resolution: Resolution) -> Callable[[Forward], Forward] | None:
         layer = resolution.request.layer
-        return functools.partial(_counting, layer, resolution.origin) if layer is not None else None
+        return functools.partial(_counting, layer, resolution) if layer is not None else None
 
 
-def _counting(layer: Layer, origin: str, forward: Forward) -> Forward:
+def _counting(layer: Layer, resolution: Resolution, forward: Forward) -> Forward:
     @functools.wraps(forward)
     def counted(*args: Any, **kwargs: Any) -> Any:
         who, output = layer if layer.is_function else args[0], None
+        origin = (resolution if layer.is_function else for_module(resolution, args[0])).origin
         try:
             output = forward(*args, **kwargs)
         finally:

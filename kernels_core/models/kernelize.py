@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from ..device import Device, as_torch_device
 from ..environment import strict
 from ..errors import ArgumentError, ArgumentTypeError, KernelizeError
 from ..generated import dispatched_layer
+from ..guards.parts import for_module
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..resolution import Cause, Refusal, Resolution
@@ -271,17 +272,25 @@ class _Freeze:
                 resolution = self._choose(layer, device) if layer is not None and wanted else None
                 pins = {function: self._choose(function, device) for function in functions}
                 frozen = known[device, functions] = freeze_class(original, layer, self.run, device, resolution, pins)
+            choice: Resolution | None = cast(Any, frozen).kernels_frozen.resolution
+            if choice is not None and (changed := for_module(choice, module)) is not choice:
+                self._check(changed)  # it is frozen all the same: once the part is as it was, the kernel serves
             modules.append(module)
             classes.append(frozen)
         return modules, classes
 
     def _choose(self, layer: Layer, device: torch.device, obstacle: str | None = None) -> Resolution:
         resolution = decide(layer, device, (self.run.mode,), notify="plugins")
-        if resolution.note or not (resolution.is_reference or obstacle):
-            return resolution
-        if obstacle is not None and not resolution.is_reference:
+        if obstacle is not None and not (resolution.note or resolution.is_reference):
             refusal = Refusal(obstacle, resolution.candidate, resolution.plugin, cause=Cause.POLICY)
             resolution = Resolution(resolution.request, refusals=(refusal,))
+        return self._check(resolution)
+
+    def _check(self, resolution: Resolution) -> Resolution:
+        """Return a decision; raise if it is for the reference, and that must not be kept."""
+        layer = resolution.request.layer
+        if resolution.note or not resolution.is_reference or layer is None:
+            return resolution
         want, case = _case(resolution)
         if want not in self.allowed or not layer.use_fallback or (strict() and resolution.refusals):
             rule = "use_fallback does not allow the reference there"

@@ -17,6 +17,7 @@ from .. import resolver
 from ..device import Device, as_torch_device
 from ..errors import ArgumentTypeError, RequirementError
 from ..generated import dispatched_layer
+from ..guards.parts import for_module
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..plugins import plugin_manager
@@ -377,7 +378,7 @@ def _rows(
         resolution = frozen.resolution if frozen is not None else None
         if resolution is None and layer.condition is not None and not layer.condition(module):
             resolution = Resolution(decide(layer, module).request, note="its condition is not met")
-        resolution = resolution or decide(layer, module)
+        resolution = for_module(resolution or decide(layer, module), module)
         if (foreign := foreign_forward(module)) is not None:
             note = f"{foreign} runs, which was put on the module as its forward, and may call this one"
             resolution = replace(resolution, note="; ".join(filter(None, (resolution.note, note))))

@@ -11,7 +11,19 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from kernels_core import KernelsWarning, Mode, kernelize, quarantined, release, resolve, use_kernel_forward_from_hub
+from kernels_core import (
+    KernelizeError,
+    KernelsWarning,
+    Mode,
+    RequirementError,
+    count_calls,
+    kernelize,
+    quarantined,
+    receipt,
+    release,
+    resolve,
+    use_kernel_forward_from_hub,
+)
 from kernels_plugins.mapping import use_kernel_mapping
 
 X = torch.ones(2, 4)
@@ -117,6 +129,41 @@ def test_a_changed_part_is_not_ignored(kernel: Any, change: str, kernelized: boo
     told = [str(w.message) for w in caught if issubclass(w.category, KernelsWarning) and "'gate'" in str(w.message)]
     assert len(told) == 1 and name in told[0]
     assert not quarantined() and other is not layer
+
+
+@pytest.mark.parametrize("kernel", [Fused, Declared])
+@pytest.mark.parametrize("when", ["dispatched", "after kernelize", "before kernelize", "while suspended"])
+def test_receipts_show_a_changed_part(kernel: Any, when: str) -> None:
+    """The row of that module alone is for the reference, with the part; its count, too; until the part is as it was."""
+    name = f"Shown{kernel.__name__}{when}"
+    cls = type(make(name))
+    model = nn.Sequential(cls(), cls()).eval()
+    with use_kernel_mapping({name: {"cpu": kernel}}), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        if when in ("after kernelize", "while suspended"):
+            kernelize(model, mode=Mode.INFERENCE, device="cpu")
+        assert [row.is_reference for row in receipt(model).rows] == [False, False]
+        if when == "while suspended":
+            model.train()
+        gate = model[1].gate
+        model[1].gate = Adapter(gate)
+        if when == "before kernelize":
+            with pytest.raises(KernelizeError, match="'gate'"):
+                kernelize(model, mode=Mode.INFERENCE, device="cpu", use_fallback=False)
+            with pytest.warns(KernelsWarning, match="'gate'"):
+                kernelize(model, mode=Mode.INFERENCE, device="cpu")
+        with count_calls():
+            model(X)
+        first, second = receipt(model).rows
+        assert not first.is_reference and second.is_reference
+        assert first.calls == {first.origin: 1} and second.calls == {"reference": 1}
+        assert first.frozen is second.frozen is ("kernelize" in when)
+        assert second.refusals[-1][0].endswith(kernel.__name__) and "'gate'" in second.refusals[-1][1]
+        with pytest.raises(RequirementError, match="'gate'"):
+            receipt(model).require("*")
+        model[1].gate = gate
+        receipt(model).require("*")
+        torch.testing.assert_close(model[1](X), gate(X) + SHIFT)
 
 
 def test_a_part_that_is_called_may_be_anything() -> None:
