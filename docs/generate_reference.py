@@ -77,6 +77,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.unkernelize",
             "kernels_core.frozen_choice",
             "kernels_core.functions_of",
+            "kernels_core.module_paths",
             "kernels_core.FrozenChoice",
             "kernels_core.KernelizeFallback",
             "kernels_core.use_kernelized_func",

@@ -42,6 +42,7 @@ from .models.counting import count_calls
 from .models.frozen import frozen_choice
 from .models.functions import functions_of
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
+from .models.modules import module_paths
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
 from .models.references import references
 from .plugins import PluginManager, plugin_manager
@@ -123,6 +124,7 @@ __all__ = [
     "held_back",
     "hookimpl",
     "kernelize",
+    "module_paths",
     "plugin_manager",
     "quarantine",
     "quarantined",

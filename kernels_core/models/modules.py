@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..device import ACCELERATOR, as_torch_device
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..layer import find_layer
 
 _WRAPPED = {"_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -30,11 +30,22 @@ def walk(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Return the paths of each module, in order: several if it is shared.
 
-    A wrapper has the path of the module that it wraps, so that what holds for a model holds for the wrapped one.
+    A wrapper (DDP, FSDP, `torch.compile`, checkpointing, Lightning) has the path of the module that it wraps, so that
+    receipts and reports name the layers of a wrapped model as those of the model.
+
+    Raises:
+        ArgumentTypeError: If the model is no module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.ReLU())
+        >>> [path for module, (path,) in module_paths(torch.compile(model)).items() if module is model[0]]
+        ['0']
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"module_paths takes an nn.Module, not {model!r}.")
     found: dict[nn.Module, dict[str, None]] = {}
 
     def visit(module: nn.Module, path: str, around: tuple[nn.Module, ...]) -> None:

@@ -26,7 +26,7 @@ from ..table import Table, TableRow, Tabular, as_json, indented
 from .counting import calls_of
 from .frozen import foreign_forward, frozen_choice
 from .functions import called_by, functions_of
-from .modules import device_of, locate, paths, required_device
+from .modules import device_of, locate, module_paths, required_device
 
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
 
@@ -36,7 +36,7 @@ class ReceiptRow:
     """One layer of a model.
 
     Attributes:
-        path: Where it is in the model, as in `named_modules`; for a decorated function that a module calls,
+        path: Where it is in the model, as in `module_paths`; for a decorated function that a module calls,
             the module's path, a colon, and the function's name.
         layer_name: The name that mappings use.
         layer: Where the layer is defined.
@@ -352,7 +352,7 @@ def receipt(
         return known[key]
 
     called = functools.cache(called_by)
-    found = [pair for module, places in paths(model).items() for pair in _rows(places, module, decide, called)]
+    found = [pair for module, places in module_paths(model).items() for pair in _rows(places, module, decide, called)]
     calls = calls_of([counted for counted, _ in found])
     return Receipt(
         tuple(

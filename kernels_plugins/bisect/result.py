@@ -36,7 +36,7 @@ class Culprit:
     """A kernel that changes the metric, by itself or with others.
 
     Attributes:
-        path: Its module, as in `named_modules`; for a decorated function, that of the calling module, a colon, and
+        path: Its module, as in `module_paths`; for a decorated function, that of the calling module, a colon, and
             its name (`*:name` for all calls in compiled code).
         layer: The name of the layer in mappings.
         origin: The origin of the kernel: repository and commit, or class.

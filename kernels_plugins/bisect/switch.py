@@ -27,6 +27,7 @@ from kernels_core import (
     frozen_choice,
     functions_of,
     hookimpl,
+    module_paths,
     plugin_manager,
     references,
 )
@@ -79,9 +80,7 @@ class Switch:
         self.kernels: dict[Key, Kernel] = {}
         self.found_elsewhere = False  # whether a kernel ran for a module that is no part of the model
         self._modules = {id(module): module for module in model.modules()}
-        self._paths: dict[int, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            self._paths.setdefault(id(module), []).append(path)
+        self._paths = {id(module): paths for module, paths in module_paths(model).items()}
         self._places = {key: place for place, key in enumerate(self._modules)}
         self._bound: dict[Key, Layer] = {}
         self._traced: dict[Layer, str] = {}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, quarantine
+from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, module_paths, quarantine
 from kernels_core.replay import Call, Outcome, is_observed, mapped, same_numbers
 
 from ..comparison import alike, compare
@@ -217,4 +217,4 @@ def _path(module: nn.Module) -> str:
     """Return the path of a module in the outermost module that is being called, from the stack; empty if none."""
     callers = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(sys._getframe()))
     *_, outermost = (module, *(caller for caller in callers if isinstance(caller, nn.Module)))
-    return next((name for name, inner in outermost.named_modules() if inner is module), "")
+    return module_paths(outermost).get(module, [""])[0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels_core import Layer, Resolution, find_layer, hookimpl, plugin_manager
+from kernels_core import Layer, Resolution, find_layer, hookimpl, module_paths, plugin_manager
 from kernels_core.replay import Call, each_tensor
 
 Forward = Callable[..., Any]
@@ -76,10 +76,9 @@ def record(model: nn.Module) -> Iterator[list[Recorded]]:
             keep(path, layer, Call(module, args, kwargs, layer.signature))
 
     with contextlib.ExitStack() as stack:
-        modules = dict(model.named_modules())
-        for path, layer in decorated(model):
+        for path, module, layer in decorated(model):
             watch = functools.partial(hook, path, layer)
-            handle = modules[path].register_forward_pre_hook(watch, with_kwargs=True)
+            handle = module.register_forward_pre_hook(watch, with_kwargs=True)
             stack.callback(handle.remove)
         name = f"oracle-recorder-{id(calls)}"
         plugin_manager().register(_Functions(keep), name)
@@ -87,10 +86,12 @@ def record(model: nn.Module) -> Iterator[list[Recorded]]:
         yield calls
 
 
-def decorated(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """Return the decorated layers of a model, with their paths."""
-    found = ((path, find_layer(module)) for path, module in model.named_modules())
-    return ((path, layer) for path, layer in found if layer is not None)
+def decorated(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layer]]:
+    """Yield the modules of decorated layers, with the first path of each."""
+    for module, (path, *_) in module_paths(model).items():
+        layer = find_layer(module)
+        if layer is not None:
+            yield path, module, layer
 
 
 class _Functions:

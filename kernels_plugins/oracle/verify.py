@@ -97,7 +97,7 @@ def verify_each(
             known.add(described)
     if module is not None:
         called = {one.path for one in recorded}
-        for path, uncalled in decorated(module):
+        for path, _, uncalled in decorated(module):
             if path not in called:
                 reason = "the model does not call it with these inputs"
                 yield VerifyRow(path, uncalled.name, "not called", reason=reason)

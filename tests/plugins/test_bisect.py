@@ -317,7 +317,7 @@ def test_compiled_models(kernelized: bool) -> None:
             assert bisect(model, total, tolerance=0.5).ok
             result = bisect(compiled, total, tolerance=0.5)
             assert total(compiled) == 3.0
-    assert paths(result) == [f"_orig_mod.{item}" for item in (3, 17, 29)]
+    assert paths(result) == ["3", "17", "29"]
     torch._dynamo.reset()
 
 
@@ -373,7 +373,7 @@ def test_a_metric_that_changes_the_mode_of_a_compiled_model() -> None:
     model = make(0, 0.25)
     compiled = torch.compile(model, backend="eager")
     result = bisect(compiled, lambda model: total(model.eval()), tolerance=0.1)
-    assert paths(result) == ["_orig_mod.1"]
+    assert paths(result) == ["1"]
     assert compiled.training and all(module.training for module in model.modules())
     torch._dynamo.reset()
 

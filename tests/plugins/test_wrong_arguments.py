@@ -105,6 +105,7 @@ VALID: dict[str, dict[str, Any]] = {
     "held_back": {},
     "frozen_choice": {"module": Shift()},
     "functions_of": {"module": Shift()},
+    "module_paths": {"model": Shift()},
     "kernelize": {"model": Shift(), **CPU, "use_fallback": True},
     "plugin_manager": {},
     "quarantine": {"layer": decorated_layer(Shift), "implementation": one, "kernel": "k", "reason": "r", **CPU},
@@ -117,7 +118,7 @@ VALID: dict[str, dict[str, Any]] = {
     "release": {"entries": None},
     "require_type": {"value": 1, "kind": int, "name": "x"},
     "replace_kernel_forward_from_hub": {
-        "cls": nn.Linear,
+        "cls": type("Linear", (nn.Linear,), {}),
         "layer_name": "Linear",
         "condition": None,
         "use_fallback": True,
