@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, ForwardRef
@@ -11,7 +12,7 @@ from .errors import require_type
 __version__ = "0.1.0"
 
 
-def set_module(package: str, namespace: Mapping[str, Any], names: Iterable[str]) -> None:
+def set_module(package: str, namespace: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
     """Make classes and functions say that they come from the package that exports them.
 
     Reprs, tracebacks and pickles then name the import path that is promised, and pickles survive a move of the
@@ -21,13 +22,14 @@ def set_module(package: str, namespace: Mapping[str, Any], names: Iterable[str])
     Args:
         package: The package, which has each of the names as an attribute.
         namespace: Where the names are found now: `globals()` of the package, or `vars()` of a defining module.
-        names: The public names.
+        names: The public names; by default `__all__` of the package, of which the namespace may have any.
 
     Example:
         >>> Mode.__module__, resolve.__module__
         ('kernels_core', 'kernels_core')
     """
     require_type(namespace, Mapping, "namespace")
+    names = importlib.import_module(package).__all__ if names is None else names
     require_type(names, Iterable, "names")
     for name in names:
         require_type(name, str, "A public name")

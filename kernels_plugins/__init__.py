@@ -147,11 +147,6 @@ class _Package(types.ModuleType):
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=self)
         value = getattr(importlib.import_module(_HOMES[name], __name__), name)
-        from kernels_core import set_module
-
-        for home, names in _NAMES.items():  # the modules that came with it, too: with `verify`, that of its report
-            if module := sys.modules.get(f"{__name__}{home}"):
-                set_module(__name__, vars(module), names.split())
         setattr(self, name, value)
         return value
 

@@ -43,6 +43,7 @@ from kernels_core import (
     hookimpl,
     plugin_manager,
     require_type,
+    set_module,
     source_label,
 )
 
@@ -349,3 +350,6 @@ def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | L
         loaded = load()
         return loaded if isinstance(loaded, LoadedLayer) else LoadedLayer(loaded, source_label(source))
     return source if callable(source) else None
+
+
+set_module("kernels_plugins", globals())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kernels_core import LoadError, source_label
+from kernels_core import LoadError, set_module, source_label
 
 from ..mapping import as_source
 
@@ -92,3 +92,6 @@ def reference_backward(source: object) -> Adapted:
     """
     inner = as_source(source, "reference_backward(...)")
     return replace(inner if isinstance(inner, Adapted) else Adapted(inner), from_reference=True)
+
+
+set_module("kernels_plugins", globals())

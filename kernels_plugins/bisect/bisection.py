@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from kernels_core import ArgumentTypeError
+from kernels_core import ArgumentTypeError, set_module
 
 from .evaluations import Evaluations, progress_bar
 from .measure import Plain, Reading, Tolerance
@@ -149,3 +149,6 @@ def _nothing(switch: Switch) -> str:
         "No kernel is in use: the metric ran every decorated layer on its reference. print(receipt(model)) shows why; "
         "call bisect in the scope of the mapping, and let the metric call the model."
     )
+
+
+set_module("kernels_plugins", globals())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kernels_core import KernelsError, Table, TableRow, Tabular, as_json
+from kernels_core import KernelsError, Table, TableRow, Tabular, as_json, set_module
 
 from .measure import Plain, Reading
 
@@ -146,3 +146,6 @@ class BisectResult(Tabular):
 def _cells(culprit: Culprit) -> tuple[str, ...]:
     path = " = ".join((culprit.path or "(the model)", *culprit.also))
     return path, culprit.layer, culprit.origin, str(Reading(culprit.metric)), f"{culprit.change:.3g}"
+
+
+set_module("kernels_plugins", globals())

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kernels_core import Resolution, ScopeError, forget, hookimpl
+from kernels_core import Resolution, ScopeError, forget, hookimpl, set_module
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -92,3 +92,6 @@ def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward]
     from .watch import watched  # what compares is imported where it is used
 
     return lambda forward: watched(resolution, forward, settings)
+
+
+set_module("kernels_plugins", globals())

@@ -78,7 +78,7 @@ class Part:
     @property
     def layers(self) -> list[Layer]:
         """The decorated layers in it, each as often as it occurs."""
-        return [layer for _, layer in decorated(self.module)]
+        return [layer for _, _, layer in decorated(self.module)]
 
     def step(self, call: Callable[..., Any]) -> Step:
         """Return one step of training, the same each time: outputs, and gradients of all that has some."""

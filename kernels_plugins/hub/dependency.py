@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from kernels_core import set_module
+
 from .errors import DependencyError
 from .names import is_repo_id, is_revision, is_version
 
@@ -124,3 +126,6 @@ def get_kernel_dep(repo_id: str) -> ModuleType:
             f"metadata are: {there}. Its publisher declares them in build.toml"
         )
     return kernels[repo_id]
+
+
+set_module("kernels_plugins", globals())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kernels_core import use_kernel_forward_from_hub
+from kernels_core import set_module, use_kernel_forward_from_hub
 
 from .locking.locked import LockedLayerRepository
 from .source import KernelSource, LayerRepository, LocalLayerRepository
@@ -103,3 +103,6 @@ def use_kernel_func_from_hub(func_name: str) -> Callable[[Any], Any]:
     """
     _deprecate("use_kernel_func_from_hub", "use_kernel_forward_from_hub", "use")
     return use_kernel_forward_from_hub(func_name)
+
+
+set_module("kernels_plugins", globals())

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kernels_core import require_type
+from kernels_core import require_type, set_module
 
 from .builds.machine import this_machine
 from .builds.metadata import METADATA, Metadata
@@ -216,3 +216,6 @@ def get_kernel_variants(
         *map(VariantAccepted, choice.accepted),
         *(VariantRejected(variant, reason) for variant, reason in rejected if variant is not None),
     ]
+
+
+set_module("kernels_plugins", globals())

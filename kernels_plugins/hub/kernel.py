@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+from kernels_core import set_module
+
 from ..locks import KeyedLocks
 from .builds.importing import import_build
 from .builds.machine import this_machine
@@ -104,3 +106,6 @@ def _import(fetched: FetchedBuild) -> LoadedKernel:
     with _guard.hold():
         _loaded[module.__name__, selected.origin] = kernel
     return kernel
+
+
+set_module("kernels_plugins", globals())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from kernels_core import ArgumentError, ArgumentTypeError, require_type
+from kernels_core import ArgumentError, ArgumentTypeError, require_type, set_module
 
 from .dependency import Dependency
 from .errors import DependencyError
@@ -158,3 +158,6 @@ def _agent(agent: Any) -> str | None:
     if not agent.isascii() or not agent.isprintable():
         raise ArgumentError(f"user_agent is {agent!r}: a header holds only printable ASCII characters.")
     return agent.strip() or None
+
+
+set_module("kernels_plugins", globals())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kernels_core import KernelLayer, LoadedLayer, ResolutionError, require_type
+from kernels_core import KernelLayer, LoadedLayer, ResolutionError, require_type, set_module
 
 from .request import KernelRequest, RequestOptions
 
@@ -159,3 +159,6 @@ class LocalLayerRepository(KernelSource):
 
     def __repr__(self) -> str:
         return self._written(repr(str(self.repo_path)))
+
+
+set_module("kernels_plugins", globals())

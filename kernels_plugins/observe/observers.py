@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import record_function
 
-from kernels_core import Candidate, LayerRequest, PluginLoadError, Resolution, hookimpl, require_type
+from kernels_core import Candidate, LayerRequest, PluginLoadError, Resolution, hookimpl, require_type, set_module
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter
@@ -183,3 +183,6 @@ class PrometheusCounters:
 
 def _place(request: LayerRequest) -> tuple[str, str]:
     return request.layer_name, str(request.device)
+
+
+set_module("kernels_plugins", globals())

@@ -18,6 +18,7 @@ from kernels_core import (
     Resolution,
     find_layer,
     require_type,
+    set_module,
     source_label,
 )
 from kernels_core.replay import Call
@@ -100,3 +101,6 @@ def check_kernel(
             f"{len(failed) or len(undecided)} of {len(report.probes)} probes:\n{lines}"
         )
     return report
+
+
+set_module("kernels_plugins", globals())

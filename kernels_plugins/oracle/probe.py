@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from kernels_core import Resolution
+from kernels_core import Resolution, set_module
 from kernels_core.replay import Call, each_tensor, mapped
 
 from ..comparison import Tolerances, compare
@@ -193,3 +193,6 @@ def implementation_of(kernel: Any, *, function: bool) -> Forward:
         return kernel  # type: ignore[no-any-return]
     forward: Forward = kernel.forward  # type: ignore[attr-defined]
     return types.MethodType(forward, kernel()) if function else forward
+
+
+set_module("kernels_plugins", globals())

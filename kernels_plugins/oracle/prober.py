@@ -30,6 +30,7 @@ from kernels_core import (
     quarantine,
     resolve,
     serving_forward,
+    set_module,
     setting,
     warn_once,
 )
@@ -234,3 +235,6 @@ def _declared(resolution: Resolution, name: str) -> bool:
 
 def _function(implementation: Any) -> Any:
     return getattr(implementation, "__func__", implementation)
+
+
+set_module("kernels_plugins", globals())

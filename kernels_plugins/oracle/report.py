@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kernels_core import KernelsError, Table, TableRow, Tabular, VerificationError, as_json
+from kernels_core import KernelsError, Table, TableRow, Tabular, VerificationError, as_json, set_module
 
 Verdict = Literal["ok", "wrong", "failed", "undecided", "refused", "skipped", "no kernel", "not called"]
 
@@ -227,3 +227,6 @@ def _remarks(rows: list[VerifyRow]) -> Iterator[str]:
         others = f", and in {count} other {'case' if count == 1 else 'cases'}" if count else ""
         place = ", ".join(part for part in (alike[0].case, subject) if part)
         yield f"{place}{others}: {alike[0].reason}" if place else alike[0].reason
+
+
+set_module("kernels_plugins", globals())

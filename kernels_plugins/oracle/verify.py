@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels_core import ArgumentError, ArgumentTypeError, find_layer, references, require_type, source_label
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    find_layer,
+    references,
+    require_type,
+    set_module,
+    source_label,
+)
 from kernels_core.replay import Call, ModelState
 from kernels_core.torch_internals import dynamo_is_imported
 
@@ -130,3 +138,6 @@ def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
                 f"The model cannot be run with these inputs, on its references: {type(error).__name__}: {error}"
             ) from error
     return calls
+
+
+set_module("kernels_plugins", globals())

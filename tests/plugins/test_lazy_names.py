@@ -258,6 +258,23 @@ print(pickle.dumps(values).hex())
     ), done.stderr
 
 
+def test_names_that_are_imported_from_their_modules_first() -> None:
+    """Each module of the table sets the public path of its names itself: pickles of them have no private path."""
+    program = """
+import importlib, inspect, pickle, kernels_plugins
+for place, names in kernels_plugins._NAMES.items():
+    module = importlib.import_module(place, "kernels_plugins")
+    for name, value in [(name, getattr(module, name)) for name in names.split()]:
+        if isinstance(value, type) or inspect.isroutine(value):
+            package = "kernels_plugins" if place.startswith(".") else place
+            assert value.__module__ == package, name
+            assert pickle.loads(pickle.dumps(value)) is value is getattr(kernels_plugins, name), name
+            assert inspect.isclass(value) or name in inspect.getsource(value), name
+print("right")
+"""
+    assert run(program) == "right"
+
+
 def test_errors_of_plugins_say_where_they_come_from_unasked() -> None:
     """An error that a public function raises names its public path, although the name of the error was never used."""
     program = "import kernels_plugins; kernels_plugins.bisect; import sys; "

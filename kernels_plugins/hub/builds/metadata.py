@@ -12,7 +12,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from kernels_core import require_type
+from kernels_core import require_type, set_module
 
 from ..dependency import Dependency, parse_dependency
 from ..errors import UnknownError
@@ -265,3 +265,6 @@ def _git(data: Mapping[str, Any], where: str) -> GitStatus:
     if not is_commit(commit.lower()):
         raise UnknownError(f"{METADATA}: {where}commit is {commit!r}, no commit. {_REBUILD}")
     return GitStatus(commit.lower(), dirty)
+
+
+set_module("kernels_plugins", globals())

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from kernels_core import set_module
+
 from .machine import BACKENDS, Machine, Release, digits, title
 
 _KIND_OF_TAG = {backend.tag: kind for kind, backend in BACKENDS.items()}
@@ -231,3 +233,6 @@ def _backend_fits(variant: Variant, machine: Machine) -> bool:
 
 def _backend_title(of: Variant | Machine) -> str:
     return title(BACKENDS[of.backend].title, of.backend_version)
+
+
+set_module("kernels_plugins", globals())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from kernels_core import require_type
+from kernels_core import require_type, set_module
 
 from ..kernel import load
 from ..request import KernelRequest, locked_request
@@ -117,3 +117,6 @@ def load_kernel(repo_id: str, *, lockfile: str | Path | None, backend: str | Non
 
 def _lock(lockfile: str | Path | None) -> Lock:
     return find_lock(find_caller()) if lockfile is None else read_lock(lockfile)
+
+
+set_module("kernels_plugins", globals())
