@@ -9,7 +9,7 @@ from typing import Any
 from .contract import check_contract, check_mode
 from .errors import ContractError, ResolutionError, UntrustedError
 from .guards.limits import limits_of
-from .guards.quarantine import Quarantined, find_denied, find_quarantined
+from .guards.quarantine import Quarantined, excluded_dtypes, find_denied, find_quarantined
 from .guards.tensors import check_tensors
 from .hookspecs import hookimpl
 from .layer import Forward
@@ -137,8 +137,17 @@ def exclusion(
         return quarantine_refusal(entry, candidate)
     if not request.passed_on or all(passed is not implementation for passed in request.passed_on):
         return None
-    reason = limits_of(kernel) or "it passes some calls on (it returns NotImplemented)"
-    return Refusal(reason, candidate, candidate.plugin, cause=Cause.MODE)
+    served = Resolution(request, implementation, candidate, origin, kernel_layer=kernel)
+    reason = not_taken(served) or "it passes some calls on (it returns NotImplemented)"
+    error = next((entry.error for entry in excluded_dtypes(served).values()), None)
+    return Refusal(reason, candidate, candidate.plugin, error, Cause.MODE)
+
+
+def not_taken(resolution: Resolution) -> str:
+    """Return in words the calls that the kernel of a decision passes on, as far as it is known; else an empty text."""
+    dtypes = excluded_dtypes(resolution).items()
+    out = [f"it is in quarantine for {dtype}: {entry.reason}" for dtype, entry in dtypes]
+    return "; ".join(filter(None, [*out, limits_of(resolution.kernel_layer)]))
 
 
 def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Candidate, reasons: list[str]) -> Refusal:

@@ -43,6 +43,7 @@ from .generated import Generator, made_once, passed_back, unused_texts
 from .guards.breaker import stand_in
 from .guards.gradients import is_recorded, needs_proof
 from .guards.proof import Unproven, until_proven
+from .guards.quarantine import excluded_dtypes, without_dtypes
 from .guards.tensors import is_pending, odd_classes, odd_parameters, subclasses_traced, waiting
 from .layer import Forward, Layer
 from .mode import EAGER_MODES, TRACED_MODES, Mode
@@ -173,7 +174,7 @@ class _Dispatcher:
         if resolution.implementation is not None:
             self._watch(resolution, kernel)
             proving = self._find_proving(kernel)
-        served: Forward = plugin_manager().wrap_forward(resolution, proving or kernel)
+        served = without_dtypes(resolution, plugin_manager().wrap_forward(resolution, proving or kernel))
         return kernel if served is proving else served  # a plugin wraps the proof with the kernel
 
     def _selector(self, device: torch.device, odd: Odd) -> Forward:
@@ -262,13 +263,16 @@ class _Dispatcher:
         if device is None or resolving.get():
             return None
         mode = Mode.TRAINING if is_recorded(module, values) else Mode.INFERENCE
-        judge = stand_in(self._decide(device, (mode,)), error, module, values)
+        resolution = self._decide(device, (mode,))
+        judge = stand_in(resolution, error, module, values)
         if judge is None:
             return None
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
             output = judge(*args, **kwargs)
             self._cold(module, values)  # decides anew at once, and warns of the reason
+            if excluded_dtypes(resolution):
+                self._decide(device, (mode,), after=self.after + 1, notify="all")
             return output
 
         return replaced
@@ -328,7 +332,7 @@ class _Dispatcher:
             return self._last
         if must_raise(resolution):
             return disabled(self._refusing(resolution), reason=str(no_kernel(resolution)))
-        return resolution.implementation or self.layer.reference
+        return without_dtypes(resolution, resolution.implementation or self.layer.reference)
 
     def _selector_traced(self, device: torch.device, odd: Odd) -> Forward:
         """Return the same for traced calls: it reads one of two properties."""

@@ -43,7 +43,7 @@ class Layer:
     condition: Callable[..., bool] | None = None
     use_fallback: bool = True
     number: int = field(default_factory=lambda: next(_numbers))
-    adapted: dict[int, Any] = field(default_factory=dict, repr=False)
+    adapted: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:

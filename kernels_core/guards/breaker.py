@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 import types
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from ..replay import CONSTANTS, Call
 from ..resolution import Resolution
 from ..torch_internals import current_transform, dispatch_mode_count, is_traced, tree_leaves, version
 from ..warning import warn, warn_once
+from .limits import first_dtype
 from .quarantine import quarantine
 from .tensors import is_odd, is_odd_module
 
@@ -29,15 +31,30 @@ _UNCHANGED = (torch.Tensor, *CONSTANTS)
 """Arguments that a kernel cannot have changed in silence: a tensor counts its changes."""
 
 
+_NAMES: dict[torch.dtype | None, tuple[str, ...]] = {
+    torch.bfloat16: ("bf16",),
+    torch.float16: ("half", "fp16"),
+    torch.float32: ("float", "fp32"),
+    torch.float64: ("double", "fp64"),
+    torch.int8: ("char",),
+    torch.uint8: ("byte",),
+    torch.int16: ("short",),
+    torch.int32: ("int",),
+    torch.int64: ("long",),
+}
+"""The names that errors of C++ and of compilers have for dtypes, besides those of Python."""
+
+
 def stand_in(
     resolution: Resolution, error: Exception, module: torch.nn.Module | None, values: Iterable[Any]
 ) -> Forward | None:
     """Return the function to call in place of a kernel that has raised; None if the error is to be raised.
 
-    It runs the reference. If that raises too, the error is the caller's. If not, the kernel is quarantined, unless the
-    call is not plain: under a transform of `torch.func`, or with tensors of a subclass, other calls may work. If the
-    kernel may have changed an argument before it failed, the reference runs on copies, to judge, and the error is
-    raised; a call whose arguments cannot be copied, such as a generator, is not judged.
+    It runs the reference. If that raises too, the error is the caller's. If not, the kernel is quarantined (for calls
+    of this dtype, if the error names it), unless the call is not plain: under a transform of `torch.func`, or with
+    tensors of a subclass, other calls may work. If the kernel may have changed an argument before it failed, the
+    reference runs on copies, to judge, and the error is raised; a call whose arguments cannot be copied, such as a
+    generator, is not judged.
     """
     layer, implementation = resolution.request.layer, resolution.implementation
     if layer is None or implementation is None or not _is_judged(error) or not _raised(implementation, error):
@@ -68,6 +85,7 @@ def stand_in(
                 (layer.name, resolution.origin, spared),
             )
             return output
+        dtype = _dtype_named(error, values) if not layer.kind else None
         # Below an empty line, PyTorch may list every kernel of an operator.
         reason = error_text(error).partition("\n\n")[0].rstrip(".")
         quarantine(
@@ -75,6 +93,7 @@ def stand_in(
             implementation,
             kernel=resolution.origin,
             device=resolution.request.device,
+            dtype=dtype,
             reason=f"it raised {reason}, where the reference does not. Report it to its author",
             error=detached(error, copied=not safe),  # one that goes to the caller keeps its frames
         )
@@ -82,8 +101,8 @@ def stand_in(
             return output
         warn(
             f"{resolution.origin} raised in layer {layer.name!r}, where the reference does not: it is in quarantine "
-            "from now on. This call was not made anew, for arguments may have been changed already, or the reference "
-            "must not serve.",
+            f"from now on{f' for {dtype}' if dtype is not None else ''}. This call was not made anew, for arguments "
+            "may have been changed already, or the reference must not serve.",
         )
         raise error
 
@@ -115,6 +134,13 @@ def _is_sticky(error: Exception) -> bool:
     """Whether a CUDA context is in an error from which this process cannot recover."""
     accelerator: type[Exception] | None = getattr(torch, "AcceleratorError", None)  # from PyTorch 2.8 on
     return (accelerator is not None and isinstance(error, accelerator)) or "CUDA error" in message_of(error)
+
+
+def _dtype_named(error: Exception, values: Iterable[Any]) -> torch.dtype | None:
+    """Return the dtype of the first tensor of a call, if an error is about it: the kernel may serve others."""
+    dtype = first_dtype(values)
+    words = set(re.findall(r"\w+", message_of(error).lower()))
+    return dtype if words & {str(dtype).removeprefix("torch."), *_NAMES.get(dtype, ())} else None
 
 
 def _may_be_changed(values: list[Any]) -> bool:

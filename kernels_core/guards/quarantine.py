@@ -9,16 +9,18 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import cast
+from types import NoneType
+from typing import Any, cast
 
 import torch
 
 from ..device import as_torch_device
 from ..environment import denied_globs
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, require_type
 from ..layer import Forward, Layer
 from ..mode import Mode
-from ..resolution import Candidate, LayerRequest
+from ..resolution import Candidate, LayerRequest, Resolution
+from .limits import first_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,7 @@ class Quarantined:
         mode: `Mode.TRAINING` if it still serves inference; None if it serves nothing.
         reason: Its fault.
         error: What it raised, if it did; its traceback shows the lines and holds no values.
+        dtype: The dtype of the calls that it must not serve, that of their first tensor; None for all.
     """
 
     layer_name: str
@@ -42,11 +45,12 @@ class Quarantined:
     mode: Mode | None
     reason: str
     error: BaseException | None = field(default=None, repr=False)
+    dtype: torch.dtype | None = None
     _layer: weakref.ref[Layer] | None = field(default=None, repr=False)
     _implementation: weakref.ref[Forward] | None = field(default=None, repr=False)
 
     def concerns(self, request: LayerRequest, implementation: Forward | None, names: Iterable[str] = ()) -> bool:
-        """Whether this entry excludes an implementation for a request.
+        """Whether this entry excludes an implementation for a request, if only for calls with a dtype.
 
         Args:
             request: The request.
@@ -76,7 +80,8 @@ class Quarantined:
         which = f" for layer {self.layer_name!r}" if self.layer_name else ""
         where = f" on {self.device}" if self.device is not None else ""
         when = f" for {str(self.mode.name).lower()}" if self.mode is not None else ""
-        return f"{self.kernel}{which}{where}{when}: {self.reason}"
+        dtype = f" for {self.dtype}" if self.dtype is not None else ""
+        return f"{self.kernel}{which}{where}{when}{dtype}: {self.reason}"
 
 
 _lock = threading.Lock()
@@ -93,6 +98,7 @@ def quarantine(
     kernel: str = "",
     device: str | torch.device | None = None,
     mode: Mode | None = None,
+    dtype: torch.dtype | None = None,
     error: BaseException | None = None,
 ) -> Quarantined:
     """Exclude a kernel from serving a layer, from the next call on; or all kernels that a glob matches.
@@ -105,13 +111,15 @@ def quarantine(
         kernel: Its origin, as in `Resolution.origin`.
         device: The device for which that holds; None for all.
         mode: `Mode.TRAINING` to let it serve inference; None for all.
+        dtype: The dtype of the calls for which that holds, that of their first tensor; None for all.
         error: What it raised.
 
     Returns:
         The entry, for `release`.
 
     Raises:
-        ArgumentTypeError: If `layer` is neither a layer nor a glob, or `implementation` is a class or cannot be called.
+        ArgumentTypeError: If `layer` is neither a layer nor a glob, or `implementation` is a class or cannot be called,
+            or `dtype` is none.
 
     Example:
         >>> layer = decorated_layer(use_kernel_forward_from_hub("f")(lambda x: x))
@@ -133,13 +141,14 @@ def quarantine(
             f"quarantine takes the function that is called, not {implementation!r}: resolve(...).implementation, or "
             "the forward of a class."
         )
+    require_type(dtype, (torch.dtype, NoneType), "dtype")
     where = as_torch_device(device) if device is not None else None
     if is_glob:
-        entry = Quarantined("", "", str(layer), where, mode, reason, error)
+        entry = Quarantined("", "", str(layer), where, mode, reason, error, dtype)
     else:
         known, kept = weakref.ref(cast(Layer, layer)), weakref.ref(cast(Forward, implementation))
         name, place = cast(Layer, layer).name, cast(Layer, layer).qualname
-        entry = Quarantined(name, place, kernel, where, mode, reason, error, known, kept)
+        entry = Quarantined(name, place, kernel, where, mode, reason, error, dtype, known, kept)
     with _lock:
         _entries.append(entry)
     _changed()
@@ -192,7 +201,7 @@ def _changed() -> None:
 
 
 def find_quarantined(request: LayerRequest, implementation: Forward | None, *names: str) -> Quarantined | None:
-    """Return the entry, or the glob of `KERNELS_DENY`, that excludes an implementation for a request.
+    """Return the entry, or the glob of `KERNELS_DENY`, that excludes an implementation for calls of all dtypes.
 
     Args:
         request: The request.
@@ -201,8 +210,34 @@ def find_quarantined(request: LayerRequest, implementation: Forward | None, *nam
     """
     if not _entries and "KERNELS_DENY" not in os.environ:  # the most frequent case costs no further call
         return None
-    entries = (*_entries, *_denied(denied_globs()))
+    # A coroutine or generator cannot pass calls of one dtype on.
+    whole = (entry for entry in _entries if entry.dtype is None or (request.layer is not None and request.layer.kind))
+    entries = (*whole, *_denied(denied_globs()))
     return next((entry for entry in entries if entry.concerns(request, implementation, names)), None)
+
+
+def excluded_dtypes(resolution: Resolution) -> dict[torch.dtype, Quarantined]:
+    """Return the dtypes of calls that the kernel of a decision must not serve, with the entry for each."""
+    if not _entries or resolution.implementation is None:
+        return {}
+    about = (resolution.request, resolution.implementation, (resolution.origin, resolution.plugin))
+    return {entry.dtype: entry for entry in _entries if entry.dtype is not None and entry.concerns(*about)}
+
+
+def without_dtypes(resolution: Resolution, forward: Forward) -> Forward:
+    """Return a forward that passes on the calls with such a dtype; `forward` itself if there is none."""
+    dtypes, layer = frozenset(excluded_dtypes(resolution)), resolution.request.layer
+    if not dtypes or layer is None or layer.kind:
+        return forward
+
+    @functools.wraps(forward)
+    def excluding(*args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if first_dtype((*args, *kwargs.values())) in dtypes else forward(*args, **kwargs)
+
+    if forward is not resolution.implementation:
+        return excluding
+    # The same function each time: code is not compiled again where a decision is the same.
+    return cast(Forward, layer.adapted.setdefault((id(forward), dtypes), (forward, excluding))[1])
 
 
 def find_denied(request: LayerRequest, candidate: Candidate) -> Quarantined | None:

@@ -26,7 +26,7 @@ from ..generated import frozen as frozen_forward
 from ..generated import made_once, passed_back
 from ..guards.gradients import is_recorded, keeps_gradients
 from ..guards.proof import until_proven
-from ..guards.quarantine import find_quarantined
+from ..guards.quarantine import find_quarantined, without_dtypes
 from ..guards.tensors import is_pending, odd_classes, waiting
 from ..layer import Forward, Layer
 from ..mode import Mode
@@ -242,10 +242,12 @@ def refresh(frozen: FrozenChoice) -> None:
 
 
 def _wrapped(frozen: FrozenChoice, forward: Forward) -> Forward:
-    """Let plugins put something around the choice: not in code that is compiled."""
-    if frozen.resolution is None or forward is frozen.original.forward or Mode.TORCH_COMPILE in frozen.mode:
+    """Let plugins put something around the choice, not in code that is compiled; leave out dtypes in quarantine."""
+    if frozen.resolution is None or forward is frozen.original.forward:
         return forward
-    return plugin_manager().wrap_forward(frozen.resolution, forward)
+    if Mode.TORCH_COMPILE not in frozen.mode:
+        forward = plugin_manager().wrap_forward(frozen.resolution, forward)
+    return without_dtypes(frozen.resolution, forward)
 
 
 def _refresh_all() -> None:

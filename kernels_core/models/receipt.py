@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import resolver
+from ..answer import not_taken
 from ..device import Device, as_torch_device
 from ..errors import ArgumentTypeError, RequirementError
 from ..generated import dispatched_layer
@@ -48,7 +49,7 @@ class ReceiptRow:
         refusals: Candidate and reason, for each that was tried and refused.
         misfits: Candidate and reason, for each that is offered only for other calls.
         checked: The checks that it passed, with their results.
-        note: Why no plugin was asked for candidates, where that is so.
+        note: Why no plugin was asked for candidates, where that is so; the calls that the kernel does not take.
         frozen: Whether `kernelize` made the decision.
         calls: The number of calls per origin, while calls were counted; None if no call of the model was, and for
             compiled code, whose calls are not.
@@ -121,7 +122,7 @@ class ReceiptRow:
             refusals=_reasons(resolution.refusals),
             misfits=_reasons(resolution.misfits),
             checked=dict(resolution.checked),
-            note=resolution.note,
+            note="; ".join(filter(None, (resolution.note, not_taken(resolution)))),
             aliases=aliases,
             **more,
         )

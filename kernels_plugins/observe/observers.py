@@ -39,8 +39,8 @@ class LogResolutions:
 
     The logger is `kernels_core`: decisions have the level `INFO`, refusals `WARNING`. All records have the fields
     `event` (`"resolution"` or `"refusal"`), `layer`, `device`, `mode`, `origin` and `plugin`; refusals also
-    `candidate`, `reason` and `cause`. There `origin` is the origin of the kernel that serves instead,
-    and `plugin` the one that offered the candidate.
+    `candidate`, `reason` and `cause`, and `exc_info` where the kernel has raised. There `origin` is the origin of the
+    kernel that serves instead, and `plugin` the one that offered the candidate.
 
     Example:
         >>> plugin_manager().register(LogResolutions(), "log")
@@ -70,7 +70,9 @@ class LogResolutions:
                 "reason": refusal.reason,
                 "cause": refusal.cause.name.lower(),
             }
-            logger.warning("%s: refused %s", resolution.subject, refusal, extra={**fields, **more})
+            # An error of our own that was never raised has no lines to show, and its text is that of the refusal.
+            raised = refusal.error if refusal.error is not None and refusal.error.__traceback__ is not None else None
+            logger.warning("%s: refused %s", resolution.subject, refusal, extra={**fields, **more}, exc_info=raised)
 
 
 class ProfileRanges:

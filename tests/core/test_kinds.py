@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -109,3 +110,30 @@ def test_errors_of_kernels() -> None:
             assert result("coroutine", wait()) == 2
         with pytest.raises(OSError, match="broken"):
             list(steps()(X))
+
+
+@pytest.mark.parametrize("is_kernelized", [False, True])
+@pytest.mark.parametrize("kind", ["coroutine", "generator"])
+def test_what_returns_not_implemented_passes_the_call_on(kind: str, is_kernelized: bool) -> None:
+    """A coroutine or generator returns it before anything else: the next candidate serves, then the reference."""
+
+    async def coroutine(self: Any, x: torch.Tensor) -> Any:
+        return NotImplemented
+
+    def generator(self: Any, x: torch.Tensor) -> Iterator[Any]:
+        return NotImplemented
+        yield
+
+    passes = type("Passes", (nn.Module,), {"forward": {"coroutine": coroutine, "generator": generator}[kind]})
+    also = type("Also", (passes,), {"forward": lambda self, x: passes.forward(self, x)})  # not of the kind
+    serves = type("Serves", (nn.Module,), {"forward": scaled(3)[kind]})
+    layer = use_kernel_forward_from_hub("Kinds")(type("Kinds", (nn.Module,), {"forward": scaled(2)[kind]}))()
+    for sources, factor in (([passes, also, serves], 3), ([passes], 2)):
+        with use_kernel_mapping({"Kinds": {"cpu": list(sources)}}), warnings.catch_warnings():
+            warnings.simplefilter("ignore", KernelsWarning)
+            called = kernelize(type(layer)(), mode=Mode.INFERENCE, device="cpu") if is_kernelized else layer
+            assert result(kind, called) == factor
+    declares = type("Declares", (serves,), {"dtypes": (torch.float32,)})
+    with use_kernel_mapping({"Kinds": {"cpu": declares}}):
+        (refusal,) = resolve(layer, device="cpu", mode=Mode.INFERENCE).refusals
+    assert "let it return NotImplemented" in refusal.reason

@@ -11,16 +11,21 @@ import torch
 from torch import nn
 
 from kernels_core import (
+    ArgumentTypeError,
     KernelsWarning,
     Mode,
     NoKernelError,
     count_calls,
+    decorated_layer,
+    forget,
     kernelize,
+    quarantine,
     quarantined,
     receipt,
     release,
     resolve,
     use_kernel_forward_from_hub,
+    use_kernelized_func,
 )
 from kernels_core.generated import passed_back
 from kernels_plugins.mapping import use_kernel_mapping
@@ -169,6 +174,135 @@ def test_declarations_that_cannot_be_used(make_layer: Make, members: Any, reason
     with use_kernel_mapping({"Add": {"cpu": declaring(10, **members)}}):
         (refusal,) = resolve(make_layer(), device="cpu", mode=Mode.INFERENCE).refusals
     assert reason in refusal.reason
+
+
+def test_an_error_about_a_dtype_excludes_that_dtype(make_layer: Make) -> None:
+    """Python and C++ name the dtype of the first tensor in an error: the kernel serves others, kernelized too."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float16:
+            raise RuntimeError("\"add\" not implemented for 'Half'")
+        if x.dtype == torch.bfloat16:
+            raise TypeError("torch.bfloat16 is unknown")
+        return x + 10
+
+    kernel = type("Raises", (nn.Module,), {"forward": forward, "can_torch_compile": True})
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": kernel}}), torch.no_grad():
+        model = kernelize(make_layer()(), mode=Mode.INFERENCE, device="cpu")
+        frozen = decorated_layer(model)
+        quarantine(frozen, kernel.forward, kernel="Raises", reason="by hand", dtype=torch.float16)
+        assert values(model, EVEN, EVEN.half(), EVEN) == [10, 1, 10]
+        with pytest.warns(KernelsWarning, match="quarantine for torch.float16: it raised RuntimeError"):
+            assert values(layer, EVEN, EVEN.half(), EVEN, EVEN.half()) == [10, 1, 10, 1]
+        assert values(layer, EVEN.bfloat16(), EVEN) == [1, 10]
+        assert [entry.dtype for entry in quarantined()] == [torch.float16, torch.float16, torch.bfloat16]
+        release()
+        assert values(model, EVEN) == values(layer, EVEN) == [10]
+
+
+def test_compiled_code_leaves_out_a_dtype(make_layer: Make, make_kernel: Make, compiled: Make) -> None:
+    """The graph of another dtype stays; a change of mappings compiles nothing again; released, the kernel is back."""
+    layer, kernel = make_layer()(), make_kernel(10, can_torch_compile=True)
+    other = make_kernel(20, can_torch_compile=True)
+    called, counter = compiled(layer)
+    with use_kernel_mapping({"Add": {"cpu": [kernel, other]}}), torch.no_grad():
+        args = decorated_layer(layer), kernel.forward
+        entry = quarantine(*args, kernel="Add10", reason="by hand", dtype=torch.float64, device="cpu")
+        assert values(called, EVEN, EVEN.double()) == [10, 20]
+        graphs = counter.frame_count
+        forget()
+        assert values(called, EVEN, EVEN.double()) == [10, 20] and counter.frame_count == graphs
+        release(entry)
+        assert values(called, EVEN.double()) == [10]
+
+
+def test_the_receipt_names_the_calls_that_are_left_out(make_layer: Make) -> None:
+    """Declared dtypes, and those in quarantine, are a remark of the row, kernelized or not."""
+    kernel = declaring(10, dtypes=(torch.float32, torch.float16))
+    with use_kernel_mapping({"Add": {"cpu": kernel}}):
+        for model in nn.Sequential(make_layer()()), kernelize(make_layer()(), mode=Mode.INFERENCE, device="cpu"):
+            (row,) = receipt(model, device="cpu").rows
+            assert list(row.remarks) == ["it takes only float16, float32"]
+    entry = quarantine("*.Declaring", reason="by hand", dtype=torch.float16)
+    assert str(entry) == "*.Declaring for torch.float16: by hand"
+    with use_kernel_mapping({"Add": {"cpu": kernel}}):
+        (row,) = receipt(nn.Sequential(make_layer()()), device="cpu").rows
+    assert "it is in quarantine for torch.float16: by hand; it takes only" in str(row.note)
+    with pytest.raises(ArgumentTypeError, match="dtype"):
+        quarantine("*", reason="r", dtype="float16")  # type: ignore[arg-type]
+
+
+def test_functions_of_a_kernelized_module_pass_on() -> None:
+    """The scope is gone when the kernel of a frozen function passes a call on: its next candidate serves."""
+
+    @use_kernel_forward_from_hub("Plus")
+    def plus(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    def first(x: torch.Tensor) -> Any:
+        return x + 10 if x.shape[-1] % 2 == 0 else NotImplemented
+
+    def second(x: torch.Tensor) -> torch.Tensor:
+        return x + 20
+
+    class Calls(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return plus(x)
+
+    with use_kernel_mapping({"Plus": {"cpu": [first, second]}}):
+        model = kernelize(use_kernelized_func(plus)(Calls)(), mode=Mode.INFERENCE, device="cpu")
+    with torch.no_grad():
+        assert values(model, EVEN, ODD) == [10, 20]
+
+
+def test_a_recorded_call_of_an_inference_model_gets_a_kernel_for_training(make_layer: Make, make_kernel: Make) -> None:
+    """The first kernel passes a recorded call on: one without a backward does not serve it, the one after it does."""
+    mapping = {"Add": {"cpu": [even(10), make_kernel(20, has_backward=False), make_kernel(30)]}}
+    with use_kernel_mapping(mapping), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        model = kernelize(make_layer()(), mode=Mode.INFERENCE, device="cpu")
+        x = torch.zeros(3, requires_grad=True)
+        model(x).sum().backward()
+        assert x.grad is not None and values(model, x.detach()) == [20] and model(x)[0].item() == 30
+
+
+@pytest.mark.parametrize("is_kernelized", [False, True])
+def test_tracers_and_transforms_follow(make_layer: Make, make_kernel: Make, is_kernelized: bool) -> None:
+    """Export, make_fx, vmap, grad and jvp get the next candidate, too."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    layer = make_layer()()
+    mapping = {"Add": {"cpu": [even(10), make_kernel(20, can_torch_compile=True)]}}
+    with use_kernel_mapping(mapping):
+        if is_kernelized:
+            layer = kernelize(layer, mode=Mode.TRAINING, device="cpu")
+        assert values(torch.export.export(nn.Sequential(layer), (ODD,)).module(), ODD) == [20]
+        assert values(make_fx(layer)(ODD), ODD) == [20]
+        assert values(torch.func.vmap(layer), torch.zeros(2, 3)) == [20]
+        assert bool((torch.func.grad(lambda x: layer(x).sum())(ODD) == 1).all())
+        assert torch.func.jvp(layer, (ODD,), (ODD + 1,))[0][0] == 20
+
+
+def test_a_reference_behind_a_selector_is_called_once(make_kernel: Make) -> None:
+    """Also where a kernel serves the other mode, and where a plugin is around the call, the answer is final."""
+    calls = []
+
+    @use_kernel_forward_from_hub("Odd")
+    def answers(x: torch.Tensor) -> Any:
+        calls.append(1)
+        return NotImplemented
+
+    def inference(x: torch.Tensor) -> Any:
+        return NotImplemented if x.shape[-1] % 2 else x
+
+    inference.has_backward = False  # type: ignore[attr-defined]
+    recorded = torch.zeros(3, requires_grad=True)
+    with use_kernel_mapping({"Odd": {"cpu": inference}}), count_calls(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        for x in EVEN, recorded, ODD, recorded, ODD:
+            answers(x)
+    assert len(calls) == 4
 
 
 def test_the_next_candidate_is_judged_as_the_first(make_layer: Make, make_kernel: Make) -> None:

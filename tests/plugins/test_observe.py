@@ -25,6 +25,7 @@ from kernels_core import (
     PluginManager,
     forget,
     kernelize,
+    release,
     scope,
     use_kernel_forward_from_hub,
 )
@@ -191,6 +192,24 @@ def test_records_have_fields(isolated_plugins: PluginManager, mapping_plugin: An
     ]
     assert refused[1].candidate == f"{__name__}.InferenceScale" and "has_backward" in refused[1].reason
     assert refused[1].origin == FAST and refused[1].plugin == "mapping"
+
+
+def test_what_a_kernel_raised_is_in_the_record(isolated_plugins: Any, mapping_plugin: Any, caplog: Any) -> None:
+    """The refusal of a kernel that raised, in a call or when it was loaded, has the exception and its lines."""
+    isolated_plugins.register(LogResolutions(), "log")
+    caplog.set_level(logging.WARNING, "kernels_core")
+
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("boom")
+
+    with pytest.warns(KernelsWarning):
+        call(Fails)
+        call(LocalLayerRepository("/nowhere", layer_name="Scale"), InferenceScale, grad=True)
+    release()
+    raised, missing, declared = caplog.records
+    assert raised.exc_info[0] is RuntimeError and "in forward" in caplog.text
+    assert issubclass(missing.exc_info[0], OSError) and declared.exc_info is None
 
 
 def test_a_decision_for_every_mode_is_one_record(isolated_plugins: Any, mapping_plugin: Any, caplog: Any) -> None:
