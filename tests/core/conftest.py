@@ -1,4 +1,4 @@
-"""What the tests of the core share: isolated plugins, layers and kernels made to order, subprocesses."""
+"""Shared by the tests of the core: isolated plugins, layers and kernels made to order, subprocesses."""
 
 from __future__ import annotations
 

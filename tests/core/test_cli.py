@@ -1,4 +1,4 @@
-"""The command line: what it prints, for whom, and its exit codes."""
+"""The command line: its output for people and for programs, and its exit codes."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_resolve_exits_with_1_for_the_reference(run: Run) -> None:
 
 
 def test_resolve_passes_mode_device_and_compile_on(run: Run) -> None:
-    """The options make the request, and the refusal of a kernel that they rule out is told."""
+    """The options make the request, and the output has the refusal of a kernel that they rule out."""
     register_kernel_mapping({"Double": {"cpu": EagerDouble}})
     ran = run("resolve", "Double", "--mode", "training", "--compile", "--device", "cpu", "--json")
     assert ran.json["mode"] == ["training", "torch_compile"]
@@ -358,7 +358,7 @@ def test_plugins_add_commands(run: Run, isolated_plugins: PluginManager) -> None
 
 
 def test_a_plugin_cannot_replace_a_command(run: Run, isolated_plugins: PluginManager) -> None:
-    """A command with the name of another is left out, and that is told with both places."""
+    """A command with the name of another is left out, and a warning names both places."""
 
     class Clumsy:
         @hookimpl

@@ -386,7 +386,7 @@ def test_device_from_parameters_under_compile(compiled: Make, warm: bool) -> Non
 
 @WARM
 def test_condition_is_traced(make_layer: Make, traceable: Make, compiled: Make, warm: bool) -> None:
-    """The condition decides under compile as it does eagerly, and a change of it is seen."""
+    """The condition decides under compile as it does eagerly, and a change of it has an effect."""
     layer = make_layer(condition=lambda module: module.fast)()
     layer.fast = True
     with use_kernel_mapping({"Add": {"cpu": traceable(10)}}):

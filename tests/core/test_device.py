@@ -100,7 +100,7 @@ def test_kinds_of_ranges_differ() -> None:
 
 @given(st.integers(0, 130), st.integers(0, 130), st.one_of(st.none(), st.integers(0, 130)))
 def test_range_holds_both_ends(low: int, high: int, capability: int | None) -> None:
-    """A range holds what lies between its ends, ends included, and never an unknown capability."""
+    """A range holds the capabilities between its ends, ends included, and never an unknown one."""
     low, high = sorted((low, high))
     properties = CUDAProperties(low, high)
     assert properties.holds(capability) == (capability is not None and low <= capability <= high)
@@ -108,7 +108,7 @@ def test_range_holds_both_ends(low: int, high: int, capability: int | None) -> N
 
 
 def test_matching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Device matches torch devices of its type; cuda and rocm part by what PyTorch was built for."""
+    """A Device matches torch devices of its type; the build of PyTorch tells cuda from rocm."""
     assert Device("cpu").matches(torch.device("cpu"))
     assert Device("metal").matches(torch.device("mps", 0)) and Device("mps").matches(torch.device("mps"))
     assert not Device("cpu").matches(CUDA) and not Device("cuda").matches(torch.device("meta"))

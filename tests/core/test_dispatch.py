@@ -128,7 +128,7 @@ def test_builtin_function_can_be_decorated() -> None:
 
 
 def test_replace_changes_a_third_party_class() -> None:
-    """A class of somebody else is dispatched after replace_kernel_forward_from_hub, its instances too."""
+    """A class of another library is dispatched after replace_kernel_forward_from_hub, its instances too."""
 
     class Theirs(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_only_layers_and_functions_can_be_decorated(target: Any) -> None:
 
 
 def test_what_could_never_be_called_is_refused_when_decorating() -> None:
-    """A forward that never gets its module, and a condition that is no function, are told at once."""
+    """A forward that never gets its module, and a condition that is no function, are errors of the decorator."""
 
     class Unbindable:
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -268,7 +268,7 @@ def test_device_falls_back_to_the_module(kind: str, hook_recorder: HookRecorder)
 
 
 def test_reference_runs_without_any_device(make_kernel: Make, hook_recorder: HookRecorder) -> None:
-    """A call with no tensor anywhere runs the reference and asks nobody."""
+    """A call with no tensor anywhere runs the reference and asks no plugin."""
 
     @use_kernel_forward_from_hub("Nowhere")
     class Nowhere(nn.Module):

@@ -1,4 +1,4 @@
-"""The settings that the core obeys: what they may say, and that they are read when needed."""
+"""The settings that the core obeys: their values, and that they are read when needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BAD = ["2", "maybe", "y", "enable", "truee"]
 @pytest.mark.parametrize("name", ["KERNELS_STRICT", "DISABLE_KERNEL_MAPPING"])
 @pytest.mark.parametrize("value", ON + OFF)
 def test_switches(monkeypatch: pytest.MonkeyPatch, name: str, value: str | None) -> None:
-    """Yes and no can be said in the usual ways, in any case; unset and empty are no."""
+    """Yes and no can be written in the usual ways, in any case; unset and empty are no."""
     if value is not None:
         monkeypatch.setenv(name, value)
     read = strict if name == "KERNELS_STRICT" else mapping_disabled
@@ -35,7 +35,7 @@ def test_switches(monkeypatch: pytest.MonkeyPatch, name: str, value: str | None)
 @pytest.mark.parametrize("name", ["KERNELS_STRICT", "DISABLE_KERNEL_MAPPING"])
 @pytest.mark.parametrize("value", BAD)
 def test_bad_values_say_so(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """Any other value is an error that names variable, value, and what may be said."""
+    """Any other value is an error that names variable, value, and the values that are allowed."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ArgumentError, match=f"{name}='{value}'.*1, true or yes"):
         switch(name)

@@ -1,4 +1,4 @@
-"""The tree of errors: what can be caught by what."""
+"""The tree of errors: the base classes by which each can be caught."""
 
 from __future__ import annotations
 

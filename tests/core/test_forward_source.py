@@ -155,7 +155,7 @@ def test_each_device_finds_its_kernel(accelerator: str, accelerators: int, where
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_arguments_arrive_unchanged(data: Any) -> None:
-    """Every generated function calls its kernel with what it was called with, whatever the signature."""
+    """Every generated function passes its arguments on to its kernel, for any signature."""
     signature, with_self = data.draw(signatures()), data.draw(st.booleans())
     args, kwargs = data.draw(calls(signature))
     if with_self:

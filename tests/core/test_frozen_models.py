@@ -1,4 +1,4 @@
-"""Kernelized models: what is chosen, what is noticed, and what is undone."""
+"""Kernelized models: the choice of kernels, the changes that are noticed, and the way back."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_policy_does_not_stop_an_application(make_layer: Make, make_kernel: Make
 
 
 def test_train_rests_and_eval_wakes() -> None:
-    """After train(), calls decide by themselves until eval(); that is said once, at a call: a library may do better."""
+    """After train(), calls decide by themselves until eval(); one warning at a call states that."""
     model = frozen()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

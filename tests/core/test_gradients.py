@@ -34,7 +34,7 @@ TELLS_HOOKS = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _released() -> Iterator[None]:
-    """Leave nothing in quarantine, and tell nothing: what is refused shows in the list."""
+    """Leave nothing in quarantine, and silence warnings: the list shows the kernels that are refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KernelsWarning)
         yield
@@ -117,7 +117,7 @@ def test_the_reference_takes_over_where_no_candidate_is_left() -> None:
 @pytest.mark.parametrize("first", ["frozen weight", "input without gradient"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["dispatched", "kernelized"])
 def test_what_required_no_gradient_on_the_first_call_is_looked_at_later(first: str, frozen: bool) -> None:
-    """A kernel is proven for what required gradients, not for what was frozen, or came from data, that time."""
+    """A kernel is proven for tensors that required gradients, not for those that were frozen, or data, that time."""
     layer = make(scale, weight=ones())
     with kernels(loses_weight if first == "frozen weight" else loses_input):
         if frozen:
@@ -212,7 +212,7 @@ def test_checkpointing_goes_on_when_a_kernel_is_refused(reentrant: bool) -> None
 
 @TELLS_HOOKS
 def test_checkpointing_goes_on_when_a_kernel_is_compared_with_the_reference() -> None:
-    """Neither does what the reference saved count, and what an accepted kernel saved does."""
+    """Tensors that the reference saved do not count either; those that an accepted kernel saved do."""
 
     def reference(self: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
         return (x * mask.detach()).exp()
@@ -291,7 +291,7 @@ def test_what_was_changed_in_place_is_changed_once(where: str) -> None:
 
 
 def test_a_reference_that_changes_a_buffer_does_not_keep_the_call_from_being_made_anew() -> None:
-    """Only what the kernel changed counts; the comparison puts back what the reference did."""
+    """Only changes by the kernel count; the comparison undoes those of the reference."""
 
     def counts(self: Any, x: torch.Tensor) -> Any:
         self.count.add_(1)

@@ -43,7 +43,7 @@ def card(hook: str) -> str:
 
 
 def section(text: str, name: str) -> str:
-    """Return what stands, indented, under a heading."""
+    """Return the indented lines under a heading."""
     found = re.search(rf"^{name}:\n((?:    .*\n|\n)+)", text + "\n", re.MULTILINE)
     return found.group(1) if found else ""
 
@@ -204,7 +204,7 @@ def test_kernels_check_layer(make_layer: Make, make_kernel: Make, isolated_plugi
 
 
 def test_kernels_resolved(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:
-    """Each decision is told once, with its refusals, and not again for warm calls."""
+    """Plugins are notified of each decision once, with its refusals, and not again for warm calls."""
     told: list[Resolution] = []
     isolated_plugins.register(plugin(kernels_resolved=lambda resolution: told.append(resolution)))
     layer = make_layer()()
@@ -218,7 +218,7 @@ def test_kernels_resolved(make_layer: Make, make_kernel: Make, isolated_plugins:
 
 
 def test_kernels_kernel_failed(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:
-    """A source that fails to load is told once, with the error itself."""
+    """Plugins are notified once of a source that fails to load, with the error itself."""
     told: list[tuple[Any, ...]] = []
     raised = OSError("no network")
 
@@ -278,7 +278,7 @@ def test_kernels_register_commands(isolated_plugins: PluginManager) -> None:
 
 
 def test_kernels_wrap_forward(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:
-    """Decorators are put around what serves, in eager calls of layers, references and kernelized modules alike."""
+    """Decorators are put around the serving function, in eager calls of layers, references and kernelized modules."""
     calls: list[str] = []
 
     def wrap(resolution: Resolution) -> Any:
@@ -318,7 +318,7 @@ def test_decorator_that_fails_is_left_out(make_layer: Make, isolated_plugins: Pl
 
 
 def test_order_of_the_hooks(make_layer: Make, make_kernel: Make, hook_recorder: HookRecorder) -> None:
-    """A decision is asked for, candidates are found, authorized, loaded, checked; then it is told."""
+    """A decision is asked for, candidates are found, authorized, loaded, checked; then plugins are notified."""
     layer = make_layer()
     kernel = make_kernel(10, can_torch_compile=True)
     source = type("Source", (), {"load": lambda self: kernel})()
@@ -357,7 +357,7 @@ def test_hooks_may_take_fewer_arguments(make_layer: Make, make_kernel: Make, iso
 def test_recorder_keeps_arguments_answers_and_errors(
     make_kernel: Make, isolated_plugins: PluginManager, hook_recorder: HookRecorder
 ) -> None:
-    """The recorder of the kit keeps what each hook was called with, what it answered, and what it raised."""
+    """The recorder of the kit keeps the arguments, the answer and the error of each call of a hook."""
     kernel = make_kernel(10)
 
     class Source:

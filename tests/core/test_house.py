@@ -1,4 +1,4 @@
-"""The walls of docs/house.md: where code lives, and what a room may do."""
+"""The walls of docs/house.md: where code lives, and which side effects a room may have."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ IO_OF_OS = {
 
 
 def side_effects(path: Path) -> set[str]:
-    """Return what a file does to files, sockets and processes, by the names that it uses for it."""
+    """Return the names that a file uses to reach files, sockets and processes."""
     found = {module for module, _ in imports(path) if module.split(".")[0] in IO_MODULES or module == "urllib.request"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":

@@ -1,4 +1,4 @@
-"""Imports go one way, and the public names are what they are meant to be."""
+"""Imports go one way, and the public names are those that are documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made and dropped leaves nothing behind, and tracers see through what is dispatched."""
+"""Layers, kernels and scopes that are dropped leave nothing behind, and tracers record dispatched layers."""
 
 from __future__ import annotations
 

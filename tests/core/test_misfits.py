@@ -1,4 +1,4 @@
-"""Misfits: what is offered for a layer, but not for such a device or mode. It is told, and never tried."""
+"""Misfits: kernels that are offered for a layer, but for another device or mode. They are reported, never tried."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _quiet() -> Iterator[None]:
 
 
 def misfits(device: str = "cpu", mode: Mode = Mode.INFERENCE) -> list[str]:
-    """Return what is told of the layer."""
+    """Return the misfits that are reported for the layer."""
     return [str(misfit) for misfit in resolve(Add, device=device, mode=mode).misfits]
 
 
@@ -159,7 +159,7 @@ def test_one_source_for_several_devices_is_told_once() -> None:
 
 
 def test_scopes_registrations_and_inheritance() -> None:
-    """Misfits of each place that counts are told, innermost first; of one that does not, none."""
+    """Misfits of each place that applies are reported, innermost first; none of a place that does not."""
     register_kernel_mapping({"Add": {"cuda": Never("registered")}})
     with use_kernel_mapping({"Add": {"cuda": Never("outer")}}), use_kernel_mapping({"Add": {"cuda": Never("inner")}}):
         assert [told.partition(":")[0] for told in misfits()] == ["inner", "outer", "registered"]
@@ -190,7 +190,7 @@ def test_the_command_line_has_them(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_misfit_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strict mode raises where what was offered was refused; what is for another device was not."""
+    """Strict mode raises where an offered kernel was refused; one for another device was not refused."""
     monkeypatch.setenv("KERNELS_STRICT", "1")
     with use_kernel_mapping({"Add": {"cuda": Never("a")}}):
         assert Add()(X).tolist() == [2, 2]
@@ -209,7 +209,7 @@ def test_a_layer_that_insists_says_what_there_is_elsewhere() -> None:
 
 
 def test_plugins_may_tell_of_misfits(isolated_plugins: PluginManager) -> None:
-    """A refusal with a candidate among what a plugin offers is one."""
+    """A refusal with a candidate among the offers of a plugin is a misfit."""
 
     class Plugin:
         @hookimpl
@@ -223,7 +223,7 @@ def test_plugins_may_tell_of_misfits(isolated_plugins: PluginManager) -> None:
 
 
 def test_what_is_off_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With DISABLE_KERNEL_MAPPING nothing is asked, so nothing is told."""
+    """With DISABLE_KERNEL_MAPPING no plugin is asked, so no misfit is reported."""
     monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
     with use_kernel_mapping({"Add": {"cuda": Never("a")}}):
         assert misfits() == []

@@ -44,7 +44,7 @@ def test_training_when_autograd_records(make_layer: Make, by_mode: Any) -> None:
 
 
 def test_train_and_eval_say_nothing(make_layer: Make, by_mode: Any) -> None:
-    """module.train() and module.eval() do not decide: what autograd does is what counts."""
+    """module.train() and module.eval() do not decide: whether autograd records does."""
     layer = make_layer()()
     with by_mode:
         assert layer.train()(X)[0] == 10

@@ -67,7 +67,7 @@ def values(layer: Any, *tensors: torch.Tensor) -> list[float]:
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("how", ["dispatched", "kernelized", "compiled", "kernelized and compiled"])
 def test_the_next_candidate_serves_the_call(make_layer: Make, make_kernel: Make, how: str, recorded: bool) -> None:
-    """What the first kernel passes on, the second one serves, or the reference; also where autograd records."""
+    """Calls that the first kernel passes on are served by the second, or the reference; also where autograd records."""
     torch._dynamo.reset()
     other = even(20)
     other.forward = lambda self, x: NotImplemented if x.shape[-1] == 5 else x + 20  # type: ignore[method-assign]

@@ -65,7 +65,7 @@ RUN = """
 
 
 def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """Read what a subprocess printed last."""
+    """Read the last line that a subprocess printed."""
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -200,7 +200,7 @@ BAD_PLUGINS = {
 
 @pytest.mark.parametrize("make", BAD_PLUGINS, ids=lambda make: make.__name__)
 def test_bad_plugins_are_refused(isolated_plugins: PluginManager, make: Callable[[], Any]) -> None:
-    """A plugin that pluggy would take and never call right is refused by name, with what is wrong."""
+    """A plugin that pluggy would take and never call right is refused by name, with its fault."""
     with pytest.raises(PluginLoadError, match=BAD_PLUGINS[make]) as caught:  # type: ignore[index]
         isolated_plugins.register(make(), "bad one")
     assert caught.value.plugin == "bad one"
@@ -227,7 +227,7 @@ def raising(hook: str) -> Any:
 def test_hook_that_raises_is_isolated(
     make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any, hook: str
 ) -> None:
-    """A raising hook is told once, with plugin, hook and error; the other plugins' kernels serve all the same."""
+    """A raising hook causes one warning with plugin, hook and error; kernels of other plugins serve all the same."""
     isolated_plugins.register(raising(hook), "clumsy")
 
     class Offers:
@@ -290,7 +290,7 @@ ANSWERS = {
 def test_answers_of_the_wrong_type_are_isolated(
     make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any, hook: str, answer: Any
 ) -> None:
-    """A hook that answers something else is told with its plugin and its answer, and crashes no call."""
+    """A hook that answers something else causes a warning with plugin and answer, and crashes no call."""
 
     def implementation() -> Any:
         return answer
@@ -328,7 +328,7 @@ def test_what_a_plugin_does_wrong_again_is_told_once(
 def test_plugins_that_exit_do_not_end_the_process(
     make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any, hook: str, wrapper: bool
 ) -> None:
-    """`sys.exit` in a hook, or in a wrapper of one, is a fault like any other, and told in the plugin's name."""
+    """`sys.exit` in a hook, or in a wrapper of one, is a fault like any other, reported with the plugin's name."""
 
     def leaves(self: Any) -> Any:
         sys.exit("no GPU here")
@@ -404,7 +404,7 @@ def raises_in_calls(forward: Any) -> Any:
 def test_what_wraps_no_forward_is_left_out(
     make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any
 ) -> None:
-    """A decorator of kernels_wrap_forward that returns no function is told by plugin, and the kernel serves."""
+    """A decorator of kernels_wrap_forward that returns no function is reported with its plugin; the kernel serves."""
     isolated_plugins.register(Wraps(no_function), "wraps")
     with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
         assert make_layer()()(X)[0] == 10
@@ -498,7 +498,7 @@ def yields_twice(self: Any) -> Any:
 def test_broken_wrappers_are_isolated(
     make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any, hook: str, wrapper: Any
 ) -> None:
-    """A wrapper with whatever mistake is told by plugin and hook, and the answer that it wrapped stands."""
+    """A faulty wrapper is reported with plugin and hook, and the answer that it wrapped is used."""
 
     class Offers:
         @hookimpl
@@ -519,7 +519,7 @@ def test_broken_wrappers_are_isolated(
 def test_broken_veto_wrappers_refuse(
     make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager, caught: Any, hook: str, wrapper: Any
 ) -> None:
-    """A broken wrapper of a veto hook cannot let pass what the policy meant to stop: the candidate is refused."""
+    """A broken wrapper of a veto hook cannot let a candidate pass that the policy stops: it is refused."""
     isolated_plugins.register(type("Wraps", (), {hook: hookimpl(wrapper=True)(wrapper)})(), "wraps")
     with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
         assert make_layer()()(X)[0] == 1
@@ -640,7 +640,7 @@ def test_faulty_distribution_raises_in_strict_mode(python: Make, distribution: M
 
 
 def test_plugins_are_chosen_by_the_environment(python: Make, distribution: Make) -> None:
-    """KERNELS_PLUGINS=a,b allows those alone, -c blocks one, and a name that nobody offers is told."""
+    """KERNELS_PLUGINS=a,b allows only those, -c blocks one, and an unknown name causes a warning."""
     distribution("acme", {"acme": "acme_module"}, {"acme_module": GOOD_PLUGIN.format(added=50)})
     distribution("beta", {"beta": "beta_module"}, {"beta_module": GOOD_PLUGIN.format(added=60)})
     code = RUN + "\n    tell(value=run())"
@@ -654,7 +654,7 @@ def test_plugins_are_chosen_by_the_environment(python: Make, distribution: Make)
 
 
 def test_leaving_out_what_asks_for_mappings_is_told(python: Make, distribution: Make) -> None:
-    """KERNELS_PLUGINS=a without the plugin `mapping` is told, for no mapping counts then; -mapping is meant so."""
+    """KERNELS_PLUGINS=a without `mapping` warns, for no mapping applies then; -mapping does not: it is meant so."""
     distribution("acme", {"acme": "acme_module"}, {"acme_module": GOOD_PLUGIN.format(added=50)})
     code = RUN + "\n    tell(value=run())"
     alone = told(python(code, {"KERNELS_PLUGINS": "acme"}))

@@ -34,7 +34,7 @@ Forward = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def _released() -> Iterator[None]:
-    """Leave nothing in quarantine; the list of it is what the tests read."""
+    """Leave nothing in quarantine: the tests read the list of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KernelsWarning)
         yield

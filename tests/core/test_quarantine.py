@@ -47,7 +47,7 @@ counter: list[int] = []
 
 @use_kernel_forward_from_hub("Consumes")
 class Consumes(nn.Module):
-    """Adds what an iterator gives, or a list holds, and leaves a trace in the latter."""
+    """Adds the numbers of an iterator or a list, and leaves a trace in the list."""
 
     def forward(self, x: torch.Tensor, numbers: Any) -> torch.Tensor:
         """Add."""
@@ -114,7 +114,7 @@ def test_next_candidate_takes_over(make_layer: Make, make_kernel: Make, raising:
 
 
 def test_released_kernel_serves_again(make_layer: Make, raising: Any) -> None:
-    """release() lets kernels back in, one entry or all; what is not there is not counted."""
+    """release() lets kernels back in, one entry or all; entries that are not there are not counted."""
     layer = make_layer()()
     with use_kernel_mapping({"Add": {"cpu": raising}}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -129,7 +129,7 @@ def test_released_kernel_serves_again(make_layer: Make, raising: Any) -> None:
 
 
 def test_error_of_the_caller_is_no_fault_of_the_kernel(make_layer: Make) -> None:
-    """Where the reference raises, too, the kernel's error goes on unchanged, and nobody is taken out."""
+    """Where the reference raises, too, the kernel's error goes on unchanged, and no kernel goes into quarantine."""
     raised, why, meanwhile = ValueError("from the kernel"), OSError("why"), KeyError("meanwhile")
 
     class Kernel(nn.Module):
@@ -317,7 +317,7 @@ def test_tracers_are_not_held_against_a_kernel(make_layer: Make) -> None:
 
 
 def test_checkpoints_stop_early_without_harm(make_layer: Make, make_kernel: Make) -> None:
-    """Activation checkpointing ends a recomputation with an exception of its own: nobody is blamed."""
+    """Activation checkpointing ends a recomputation with an exception of its own: no kernel is blamed."""
 
     class Kernel(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -344,7 +344,7 @@ def test_reference_in_the_stand_in_keeps_autograd(make_layer: Make) -> None:
 
 
 def test_a_device_may_be_named(make_layer: Make, make_kernel: Make) -> None:
-    """A device is said as anywhere else."""
+    """A device is given in any form that other functions take."""
     layer, kernel = make_layer(), make_kernel(10)
     with use_kernel_mapping({"Add": {"cpu": kernel}}):
         for device, is_out in (("cpu", True), ("cuda:0", False)):

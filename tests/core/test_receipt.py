@@ -1,4 +1,4 @@
-"""Receipts: what serves a model, required, compared, counted."""
+"""Receipts: the kernels that serve a model, required, compared, counted."""
 
 from __future__ import annotations
 
@@ -116,14 +116,14 @@ def test_a_model_without_a_device(make_layer: Make) -> None:
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception]) -> None:
-    """A thing that is no module, a device that does not exist and a mode that no call has are told."""
+    """A value that is no module, a device that does not exist and a mode that no call has are errors of ours."""
     model, device, mode = (*arguments, None, None)[:3]
     with pytest.raises(error):
         receipt(model, device=device, mode=mode)
 
 
 def test_condition_frozen_quarantine_and_functions(make_layer: Make, make_kernel: Make) -> None:
-    """Conditions, kernelized modules, quarantine and functions that a class calls are told as they are."""
+    """Conditions, kernelized modules, quarantine and functions that a class calls have their rows and remarks."""
 
     @use_kernel_forward_from_hub("twice")
     def twice(x: torch.Tensor) -> torch.Tensor:
@@ -351,7 +351,7 @@ def test_require_that_matches_nothing(make_layer: Make) -> None:
 
 
 def test_diff(make_layer: Make, make_kernel: Make) -> None:
-    """A comparison tells what is served otherwise, what is new, and what is gone."""
+    """A comparison lists the layers that are served otherwise, that are new, and that are gone."""
     model = model_of(make_layer())
     before = receipt(model, device="cpu", mode=Mode.INFERENCE)
     assert not before.diff(before) and str(before.diff(before)) == "no difference"
@@ -451,7 +451,7 @@ def test_counting_opens_and_closes_in_threads() -> None:
 
 
 def test_explain(python: Callable[..., Any], distribution: Callable[..., Any]) -> None:
-    """The command tells what a receipt tells, as text and JSON, and exits with 1 if a requirement fails."""
+    """The command prints a receipt as text and JSON, and exits with 1 if a requirement fails."""
     site = distribution("nothing", {}, {})
     (site / "models.py").write_text(
         "import torch\nfrom kernels_core import use_kernel_forward_from_hub\n"

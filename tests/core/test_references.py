@@ -1,4 +1,4 @@
-"""`references`, `find_candidates`, and `resolve` for one candidate: what can be tried beside what serves."""
+"""`references`, `find_candidates`, and `resolve` for one candidate: trying other kernels than the serving one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How candidates are ranked, tried and reported; what a Resolution tells."""
+"""How candidates are ranked, tried and reported; the members of a Resolution."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_training_does_not_fetch_what_is_for_inference(make_layer: Make, make_ke
 
 
 def test_resolve_runs_nothing(make_layer: Make) -> None:
-    """resolve() decides without calling the kernel or the reference, and tells nobody that it was put to use."""
+    """resolve() decides without calling the kernel or the reference, and notifies no plugin of a use."""
 
     class Runs(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -241,7 +241,7 @@ def test_impossible_devices_are_errors_of_ours(device: Any) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks about a device that is not there")
 def test_resolving_for_a_device_that_is_not_here(make_kernel: Make) -> None:
-    """Asking on a machine without CUDA what would serve on CUDA answers, or is an error of ours."""
+    """A question about CUDA on a machine without it gets an answer, or an error of ours."""
     register_kernel_mapping({"Add": {"cuda": make_kernel(10)}})
     try:
         resolution = resolve("Add", device="cuda", mode=Mode.INFERENCE)
@@ -254,7 +254,7 @@ def test_resolving_for_a_device_that_is_not_here(make_kernel: Make) -> None:
 def test_disabled_mapping_gives_the_reference_with_a_note(
     make_layer: Make, make_kernel: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DISABLE_KERNEL_MAPPING=1 gives the reference, says so, asks nobody, and does not trip use_fallback=False."""
+    """DISABLE_KERNEL_MAPPING=1 gives the reference, says so, asks no plugin, and does not trip use_fallback=False."""
     monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
     register_kernel_mapping({"Add": {"cpu": make_kernel(10)}})
     layer = make_layer(use_fallback=False)

@@ -35,7 +35,7 @@ def sizes() -> tuple[int, int]:
 
 
 def test_scopes_nest(make_layer: Make, adding: Make) -> None:
-    """The innermost scope goes first, and what was outside counts again after it."""
+    """The innermost scope goes first, and the outer one applies again after it."""
     layer, seen = make_layer()(), []
     with adding(10):
         seen.append(layer(X)[0].item())
@@ -72,7 +72,7 @@ def test_same_scope_nested_in_itself(make_layer: Make, adding: Make) -> None:
 
 
 def test_requests_carry_the_payloads_innermost_first() -> None:
-    """LayerRequest.scopes lists what open scopes carry, innermost first."""
+    """LayerRequest.scopes lists the contents of open scopes, innermost first."""
     with Scope("outer"), Scope("inner"):
         assert resolve("X", device="cpu", mode=Mode.INFERENCE).request.scopes == ("inner", "outer")
     assert resolve("X", device="cpu", mode=Mode.INFERENCE).request.scopes == ()

@@ -91,7 +91,7 @@ def calls(draw: Any, signature: inspect.Signature) -> tuple[list[Any], dict[str,
 
 
 def outcome(function: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[str, Any]:
-    """Return what a call returns, or the type of error that it raises."""
+    """Return the result of a call, or the type of error that it raises."""
     try:
         return "returned", function(*args, **kwargs)
     except TypeError as error:
@@ -246,7 +246,7 @@ def test_static_forward() -> None:
 @pytest.mark.parametrize("name", ["getattr", "AttributeError", "IndexError", "_kernels_root", "_kernel", "_index"])
 @pytest.mark.parametrize("value", [torch.zeros(1), [torch.zeros(1)]], ids=["tensor", "list"])
 def test_parameter_names_cannot_clash(name: str, value: Any) -> None:
-    """Parameters named like what the generated code uses work, also where the mode makes a difference."""
+    """Parameters with the names of variables of the generated code work, also where the mode makes a difference."""
     scope: dict[str, Any] = {}
     exec(f"def function({name}, y=0):\n    return 'reference', {name}", scope)
     exec(f"def kernel({name}, y=0):\n    return 'kernel', {name}", scope)

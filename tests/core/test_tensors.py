@@ -124,7 +124,7 @@ def test_a_parameter_as_argument_is_plain() -> None:
 
 
 def test_a_kernel_may_declare_what_it_accepts() -> None:
-    """A declared subclass, or a base of it, is served; the next candidate serves what the first does not accept."""
+    """A declared subclass, or a base of it, is served; the next candidate serves those that the first rejects."""
     for number, declared in enumerate(((Mine,), (torch.Tensor,))):
         served: Served = []
 
@@ -208,7 +208,7 @@ def test_compiled_calls_with_dtensors(
 
 
 def test_pending_collectives_are_waited_for(mesh: DeviceMesh, prepared: Prepare) -> None:
-    """The kernel gets the result of a collective, in any argument, and gradients flow to what the collective got."""
+    """The kernel gets the result of a collective, in any argument, and gradients flow to the collective's input."""
 
     class Pending(torch.autograd.Function):
         @staticmethod

@@ -94,7 +94,7 @@ def test_layers_that_share_a_source_load_it_once(make_layer: Make, make_kernel: 
 
 
 def test_failing_load_is_tried_once_by_eight_threads(make_layer: Make, hook_recorder: HookRecorder) -> None:
-    """A source that fails is tried once, told once, warned about once, and all threads run the reference."""
+    """A source that fails is tried once, with one notification and one warning; all threads run the reference."""
 
     class Fails:
         loads = 0
@@ -271,7 +271,7 @@ def test_load_that_waits_for_a_thread_that_calls_the_layer(make_layer: Make, mak
 def test_scopes_in_many_threads_share_what_was_resolved(
     make_layer: Make, make_kernel: Make, hook_recorder: HookRecorder
 ) -> None:
-    """One scope object entered by eight threads at once resolves once, and is seen by each."""
+    """One scope object entered by eight threads at once resolves once, and applies in each."""
     layer, source = make_layer()(), Slow(make_kernel(10, can_torch_compile=True))
     inside = use_kernel_mapping({"Add": {"cpu": source}})
 

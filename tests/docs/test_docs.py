@@ -1,4 +1,4 @@
-"""The documentation is true: its examples run, its links lead somewhere, what is generated is current.
+"""The documentation is true: its examples run, its links lead somewhere, generated pages are current.
 
 A fence with `title="some/file.py"` is a file of an example package: the package of a page is installed
 and its tests are run. Any other python block of a page runs, in order, in one process. A fence
@@ -118,7 +118,7 @@ def install_package(files: dict[str, str], folder: Path, environment: dict[str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_of_a_page_run_and_print_what_it_shows(page: Path, tmp_path: Path) -> None:
-    """Every python block runs, after those before it, and prints what the page shows below it."""
+    """Every python block runs, after those before it, and prints the output that the page shows below it."""
     steps, files = find_steps(page), find_files(page)
     if not steps:
         pytest.skip("no examples")
@@ -180,7 +180,7 @@ def test_a_page_leaves_out_no_example_and_misspells_no_fence(page: Path) -> None
 
 @functools.cache
 def public_namespace() -> dict[str, object]:
-    """Return what examples in docstrings may use without importing it."""
+    """Return the names that examples in docstrings may use without importing them."""
     names = {name: getattr(package, name) for package in PUBLIC for name in package.__all__}
     return {**names, "torch": torch, "Path": Path}
 
@@ -224,7 +224,7 @@ def kernels_on_a_hub(local_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.filterwarnings("ignore:.* is deprecated, as in:DeprecationWarning")
 @pytest.mark.parametrize("name", list(find_modules()))
 def test_examples_in_docstrings_run(name: str, request: pytest.FixtureRequest) -> None:
-    """Every example in the docstrings of a module runs and prints what it says."""
+    """Every example in the docstrings of a module runs and prints the output that it shows."""
     if name.startswith("kernels_plugins.hub"):
         request.getfixturevalue("kernels_on_a_hub")
     module = importlib.import_module(name)
@@ -303,12 +303,12 @@ def load_generator(name: str) -> types.ModuleType:
 
 
 def test_hooks_and_stand_ins_are_current(capsys: pytest.CaptureFixture[str]) -> None:
-    """hooks.md says what the cards in hookspecs.py say, and mapping.md has the table of the code."""
+    """hooks.md has the text of the cards in hookspecs.py, and mapping.md has the table of the code."""
     assert load_generator("hooks").main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_the_reference_is_current(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every public name is on the page, in one group; what the plugins have from the core is there once."""
+    """Every public name is on the page, in one group; names that the plugins have from the core are there once."""
     generator = load_generator("reference")
     assert generator.main(["--check"]) == 0, capsys.readouterr().out
     text = (DOCS / "reference.md").read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 class Plus(nn.Module):
-    """A kernel that can be told from the reference."""
+    """A kernel whose outputs differ from those of the reference."""
 
     can_torch_compile = True
 

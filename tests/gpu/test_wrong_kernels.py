@@ -100,7 +100,7 @@ def test_canary_sees_wrong_kernels(name: str) -> None:
 
 
 def test_canary_sees_a_stateful_kernel() -> None:
-    """Right on its first call, and seen on the second."""
+    """Right on its first call, and found on the second."""
     layer, x = Columns(), tensor(64, COLUMNS).detach()
     with serving(wrong.make_stateful()), canary(first=2, action="raise"), torch.no_grad():
         layer(x)

@@ -1,4 +1,4 @@
-"""Two sides and one scenario: what happens in `kernels` and what happens in ours, to be compared.
+"""Two sides and one scenario: the outcomes in `kernels` and in ours, to be compared.
 
 A scenario is a function of a `Side`. `Both.run` plays it on each side, with a cache of its own, and gives a
 `Pair` of outcomes: the value or the error, what was said meanwhile, and what the Hub was asked.
@@ -94,7 +94,7 @@ SIDES = (THEIRS, OURS)
 
 @dataclass
 class Outcome:
-    """What came of a scenario on one side."""
+    """The outcome of a scenario on one side."""
 
     value: Any = None
     error: BaseException | None = None
@@ -102,14 +102,14 @@ class Outcome:
     requests: list[Request] = field(default_factory=list)
 
     def get(self) -> Any:
-        """Return the value; raise what was raised."""
+        """Return the value, or raise the error of the scenario."""
         if self.error is not None:
             raise self.error
         return self.value
 
     @property
     def why(self) -> str:
-        """What was raised, with what it comes from."""
+        """The error, with the chain of its causes."""
         told, error = [], self.error
         while error is not None:
             told.append(f"{type(error).__name__}: {error}")
@@ -186,7 +186,7 @@ class Both:
             return play(side, scenario, self.hub)
 
     def process(self, side: Side, code: str, *, check: bool = True, **environment: str) -> Any:
-        """Run code in a new process of one side, where `lib` is the library; return what it prints last, as JSON."""
+        """Run code in a new process of one side, where `lib` is the library; return its last line, read as JSON."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KERNELS_", "HF_"))}
         if self.hub is not None:
             inherited |= {**self.hub.environment(self.home / side.name), "HF_HUB_DISABLE_TELEMETRY": "0"}
@@ -244,7 +244,7 @@ def kernels_hub(local_hub: LocalHub, tmp_path: Path) -> Both:
 
 @pytest.fixture(autouse=True)
 def fresh_theirs() -> Iterator[Callable[[], None]]:
-    """Let `kernels` forget what it knows, as a new process would not know it."""
+    """Clear all that `kernels` keeps between calls, as in a new process."""
     from kernels import importer, load
     from kernels.layer import globals as shared
     from kernels.layer import layer, repos
@@ -271,7 +271,7 @@ def fresh_theirs() -> Iterator[Callable[[], None]]:
 
 
 def kernel_class(factor: float, **declarations: bool) -> type[nn.Module]:
-    """Make a kernel that multiplies; what it declares are members."""
+    """Make a kernel that multiplies; its declarations are members."""
 
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return x * factor

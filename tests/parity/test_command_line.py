@@ -1,4 +1,4 @@
-"""Lock files and the command line: each library reads what the other writes, and tells the same."""
+"""Lock files and the command line: each library reads the files of the other, and prints the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kernels_plugins.local_hub.server import Repository
 
 @dataclass
 class Done:
-    """What a command printed, and how it ended."""
+    """The output of a command, and its exit code."""
 
     code: object
     stdout: str
@@ -119,7 +119,7 @@ def _head(both: Both, repo_id: str) -> str:
 
 
 class EggInfo:
-    """What setuptools hands to those who write into the metadata of a project."""
+    """The argument that setuptools passes to writers of a project's metadata."""
 
     def __init__(self) -> None:
         self.written: dict[str, str | None] = {}
@@ -153,7 +153,7 @@ def _writers() -> list[importlib.metadata.EntryPoint]:
 
 @pytest.mark.parametrize("all_variants", [False, True])
 def test_download(kernels_hub: Both, published: Repository, all_variants: bool) -> None:
-    """Both download the build for this machine, or all of them where that is said."""
+    """Both download the build for this machine, or all of them with the option for it."""
     files = dict(published.files())
     other = "torch29-cxx11-cu126-riscv64-linux"
     files |= {path.replace("torch-universal", other): data for path, data in files.items()}

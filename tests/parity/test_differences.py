@@ -1,4 +1,4 @@
-"""Where `kernels` 0.17.2 goes wrong: each test shows what it does, and what ours does instead.
+"""Where `kernels` 0.17.2 goes wrong: each test shows its behaviour, and ours.
 
 The tests are named after the lines of the second table in docs/coming-from-kernels.md.
 """
@@ -121,7 +121,7 @@ def test_capability_of_one_gpu_for_all(both: Both, monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_device_name() -> None:
-    """Theirs takes it where it is said and refuses it where it is used; ours refuses it at once."""
+    """Theirs accepts it when it is written and refuses it when it is used; ours refuses it at once."""
     assert THEIRS.lib.Device("abacus").type == "abacus"
     with pytest.raises(ValueError, match="abacus"):
         OURS.lib.Device("abacus")
@@ -177,7 +177,7 @@ def test_kernel_with_other_names_and_defaults(both: Both, frozen: bool) -> None:
 
 
 def test_layer_that_is_a_function(both: Both) -> None:
-    """Theirs refuses what is no class in a kernel's `layers`; in ours, a function there serves a decorated one."""
+    """Theirs refuses functions in a kernel's `layers`; in ours, a function there serves a decorated one."""
     folder = write_kernel(both.home / "kernel", "def scale(x):\n    return x * 7\n")
 
     def scenario(side: Side) -> float:
@@ -349,7 +349,7 @@ def test_gradients_lost_in_silence(both: Both) -> None:
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
 def test_saved_and_loaded_model(both: Both, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """Theirs gives back a model without its kernels and says nothing; ours says so, and obeys what is registered."""
+    """Theirs returns a model without its kernels and says nothing; ours says so, and obeys registered mappings."""
     module = sys.modules[__name__]
 
     def scenario(side: Side) -> tuple[float, float]:
@@ -386,7 +386,7 @@ class Times(nn.Module):
 
 
 def in_thread(work: Callable[[], Any]) -> Any:
-    """Run in a new thread, and return or raise what came of it."""
+    """Run in a new thread, and return its result or raise its error."""
     found: list[Any] = []
 
     def run() -> None:
@@ -417,7 +417,7 @@ def test_registration_invisible_to_threads(both: Both) -> None:
 
 
 def test_registration_inside_of_a_scope(both: Both) -> None:
-    """Theirs forgets what was registered for the process when the scope around it ends; ours does not."""
+    """Theirs drops mappings registered for the process when the scope around it ends; ours does not."""
 
     def scenario(side: Side) -> float:
         layer = side.layer()
@@ -536,14 +536,14 @@ def test_trust_as_a_tuple(kernels_hub: Both) -> None:
 
 
 def repository(side: Side, repo_id: str = "acme/kernels", **options: Any) -> Any:
-    """Name the layer of a repository, version 1 unless told otherwise."""
+    """Name the layer of a repository, by default of version 1."""
     if "revision" not in options:
         options.setdefault("version", 1)
     return side.lib.LayerRepository(repo_id, layer_name="Scale", **options)
 
 
 def test_network_failure_told_as_distrust(kernels_hub: Both) -> None:
-    """Theirs says that trust could not be verified when the Hub is in trouble; ours says what happened."""
+    """Theirs says that trust could not be verified when the Hub is in trouble; ours names the trouble."""
     publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(3)).branch("v1")
 
     def scenario(side: Side) -> float:
@@ -665,7 +665,7 @@ def test_branch_resolved_twice(kernels_hub: Both) -> None:
         checked.branch("main", first)
 
         def push(request: Any) -> bool:
-            """Push once the metadata was read: what comes next needs packages that are not here."""
+            """Push once the metadata was read: the next steps need packages that are not here."""
             if request.method == "GET" and "metadata.json" in request.path and checked.branches["main"] == first:
                 changes = {"python-depends": ["nvidia-cutlass-dsl"]}
                 publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(5), digest=False, metadata=changes)
@@ -719,7 +719,7 @@ def test_calls_on_the_cpu(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_renamed_to_a_stranger(kernels_hub: Both) -> None:
-    """Theirs runs code of an organisation that nobody trusts, under the name that it had before; ours does not."""
+    """Theirs runs code of an untrusted organisation, under the name that it had before; ours does not."""
     publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(3)).branch("v1")
     kernels_hub.hub.organization("stranger", trusted=False)
     kernels_hub.hub.rename("acme/kernels", "stranger/kernels")
@@ -870,7 +870,7 @@ def test_user_agent_missing_from_requests(kernels_hub: Both) -> None:
 
 
 def test_telemetry_opt_out(kernels_hub: Both) -> None:
-    """Theirs cannot send a request where telemetry is switched off; ours leaves out what it would have told."""
+    """Theirs cannot send a request where telemetry is switched off; ours leaves out the details in the user agent."""
     publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(3)).branch("v1")
 
     def scenario(side: Side) -> float:

@@ -1,4 +1,4 @@
-"""`kernelize`: what is served, what falls back, what is raised, and what it does to a model."""
+"""`kernelize`: kernels that serve, fallbacks, errors, and the changes to a model."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ SITUATIONS: dict[str, Situation] = {
 
 
 def kernelized(side: Side, situation: Situation, use_fallback: Any) -> float | str:
-    """Kernelize one layer in a situation; give what it then does, or that it was refused."""
+    """Kernelize one layer in a situation; return its behaviour then, or that it was refused."""
     _, sources, mode, device = situation
     layer = side.layer()
     model, devices = layer(), sources(side)
@@ -122,7 +122,7 @@ def test_true_and_false(both: Both, monkeypatch: pytest.MonkeyPatch, what: str, 
 
 
 def test_nothing_to_say_without_a_mapping() -> None:
-    """A model that nobody offers kernels for is kernelized without a warning of ours."""
+    """A model without offered kernels is kernelized without a warning of ours."""
     outcome = play(OURS, lambda side: kernelized(side, SITUATIONS["no mapping"], True))
     assert (outcome.value, outcome.said) == (REFERENCE, [])
 
@@ -273,7 +273,7 @@ def test_torch_device(both: Both) -> None:
 
 
 def test_choices_outlive_the_scope(both: Both) -> None:
-    """Both keep what was chosen when the scope is left, or another mapping is registered."""
+    """Both keep the choice when the scope is left, or another mapping is registered."""
 
     def scenario(side: Side) -> list[float]:
         layer = side.layer()
@@ -406,7 +406,7 @@ def test_training(both: Both) -> None:
 
 
 def test_scopes_nest(both: Both) -> None:
-    """Both let an inner scope add to, or stand instead of, what is said outside; and give all back at its end."""
+    """Both let an inner scope add to the outer one, or replace it, and restore the outer one at its end."""
 
     def scenario(side: Side) -> list[float]:
         a, b = side.layer(), side.layer()
@@ -422,7 +422,7 @@ def test_scopes_nest(both: Both) -> None:
 
 
 def test_register_instead(both: Both) -> None:
-    """To both, `register_kernel_mapping(..., inherit_mapping=False)` drops what was registered before."""
+    """In both, `register_kernel_mapping(..., inherit_mapping=False)` drops earlier registrations."""
 
     def scenario(side: Side) -> float:
         a, b = side.layer(), side.layer()
@@ -491,7 +491,7 @@ def test_function_alone(both: Both) -> None:
 
 
 def test_function_kernelized(both: Both) -> None:
-    """Both serve the function that a class is said to call, by a kernel class."""
+    """Both serve the function that a class declares to call, by a kernel class."""
 
     def scenario(side: Side) -> float:
         name, _, model = function_model(side)
@@ -552,7 +552,7 @@ def test_only_classes_and_functions(both: Both) -> None:
 
 
 def test_function_that_declares(both: Both) -> None:
-    """Both obey what a kernel for a function declares."""
+    """Both obey the declarations of a kernel for a function."""
 
     def scenario(side: Side) -> list[float]:
         name, _, model = function_model(side)
@@ -602,7 +602,7 @@ def test_condition_by_position(both: Both) -> None:
 
 
 def test_replace(both: Both) -> None:
-    """Both make a class of somebody else dispatch, by name or position of the arguments."""
+    """Both make a class of another library dispatch, by name or position of the arguments."""
 
     def scenario(side: Side) -> list[object]:
         class Theirs(nn.Module):
@@ -650,7 +650,7 @@ def test_mapping_switched_off(both: Both, value: str) -> None:
 
 
 def test_exactly_the_reference_is_restored() -> None:
-    """What theirs cannot do: `unkernelize` gives back the class, the forward and the state of every module."""
+    """Only in ours: `unkernelize` restores the class, the forward and the state of every module."""
     assert not hasattr(THEIRS.lib, "unkernelize")
     layer = OURS.layer()
     model = nn.Sequential(layer(), nn.Linear(1, 1))

@@ -18,7 +18,7 @@ VERDICTS = ("same", "better", "not here")
 
 
 def table() -> dict[str, str]:
-    """Read the first table of the page: names and what became of them."""
+    """Read the first table of the page: old names and their replacements."""
     found = {}
     for line in PAGE.read_text().splitlines():
         if match := re.match(r"\| `([^`]+)` \| (\S.*?) \| \S", line):
@@ -40,14 +40,14 @@ def test_page_lists(name: str) -> None:
 
 @pytest.mark.parametrize("name", here())
 def test_name(name: str) -> None:
-    """What the page calls the same or better can be imported, and is public."""
+    """Names that the page calls the same or better can be imported, and are public."""
     assert hasattr(OURS.lib, name)
     assert name in OURS.lib.__all__
 
 
 @pytest.mark.parametrize("name", [name for name in kernels.__all__ if name not in here()])
 def test_name_that_is_not_here(name: str) -> None:
-    """What the page says is not here is not."""
+    """Names that the page calls missing are missing."""
     assert not hasattr(OURS.lib, name)
 
 

@@ -122,7 +122,7 @@ def test_dirty_build(both: Both, dirty: bool) -> None:
 
 @pytest.mark.parametrize("lacks", ["id", "name", "version", "python-depends", "backend"])
 def test_incomplete_metadata(both: Both, lacks: str) -> None:
-    """Both refuse a build that does not describe itself, and say what is missing."""
+    """Both refuse a build that does not describe itself, and name the missing file."""
     folder = write_kernel(both.home / "kernel", kernel_source(3), changes={lacks: None})
     pair = both.run(lambda side: times(side.lib.get_local_kernel(folder)))
     pair.refuse(ValueError)
@@ -130,7 +130,7 @@ def test_incomplete_metadata(both: Both, lacks: str) -> None:
 
 
 def test_loaded_kernels(both: Both) -> None:
-    """Both tell what was loaded: metadata, module, and where it came from; once for each build."""
+    """Both list the loaded kernels: metadata, module, and origin; once for each build."""
     folder = write_kernel(both.home / "kernel", kernel_source(3))
 
     def scenario(side: Side) -> list[object]:
@@ -253,7 +253,7 @@ def test_version_that_is_not_there(kernels_hub: Both) -> None:
     ("trust", "taken"), [(False, False), (True, True), (["stranger/kernels"], True), (["acme/kernels"], False)]
 )
 def test_trust(kernels_hub: Both, trust: bool | list[str], taken: bool, how: str) -> None:
-    """Both refuse what nobody trusts with a ValueError, unless the caller trusts all or this one."""
+    """Both refuse untrusted publishers with a ValueError, unless the caller trusts all or this one."""
     publish_kernels(kernels_hub.hub, "stranger/kernels", kernel_source(3), trusted=False).branch("v1")
 
     def scenario(side: Side) -> object:
@@ -299,7 +299,7 @@ def test_the_list_of_the_caller_is_copied(both: Both) -> None:
 
 
 def test_backend(kernels_hub: Both) -> None:
-    """Both load for the backend that is said, and refuse one that this PyTorch was not built for."""
+    """Both load for the given backend, and refuse one that this PyTorch was not built for."""
     publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(3)).branch("v1")
     kernels_hub.run(lambda side: times(side.lib.get_kernel("acme/kernels", version=1, backend="cpu"))).agree(3.0)
     kernels_hub.run(lambda side: side.lib.get_kernel("acme/kernels", version=1, backend="tpu")).refuse(ValueError)
@@ -371,7 +371,7 @@ def test_install_kernel_offline_without_it(kernels_hub: Both) -> None:
 
 
 def test_kernel_variants(kernels_hub: Both) -> None:
-    """Both list the builds of a repository, what fits first, with a reason for each that does not."""
+    """Both list the builds of a repository, those that fit first, with a reason for each that does not."""
     published = publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(3))
     names = ["torch-cpu", "torch-cuda", "torch29-cxx11-cu126-riscv64-linux"]
     files = dict(published.files())
@@ -401,7 +401,7 @@ def test_kernel_variants(kernels_hub: Both) -> None:
 
 
 def test_loaded_from_the_hub(kernels_hub: Both) -> None:
-    """Both tell the repository and the revision of what was loaded with `get_kernel`."""
+    """Both give the repository and the revision of a kernel loaded with `get_kernel`."""
     published = publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(3))
     commit = published.head()
 
@@ -428,7 +428,7 @@ def test_cache_variable(kernels_hub: Both) -> None:
 
 
 def depends(*repo_ids: str) -> dict[str, object]:
-    """Describe what a kernel needs."""
+    """Describe the dependencies of a kernel."""
     return {"kernel-depends": [{"repo-id": repo_id, "version": 1} for repo_id in repo_ids]}
 
 
@@ -480,7 +480,7 @@ def test_dependency_that_is_not_declared(kernels_hub: Both) -> None:
 
 
 def test_dependency_outside_of_a_load(both: Both) -> None:
-    """Both give kernels that a kernel needs to nobody else."""
+    """Both give kernels that a kernel needs to no other importer."""
     both.run(lambda side: side.lib.get_kernel_dep("acme/base")).refuse(RuntimeError)
 
 
@@ -617,7 +617,7 @@ def test_older_names(kernels_hub: Both, how: str) -> None:
 @pytest.mark.parametrize("agent", [None, "caller/7", {"caller": "7"}])
 @pytest.mark.parametrize("how", ["get_kernel", "install_kernel"])
 def test_user_agent(kernels_hub: Both, agent: Any, how: str) -> None:
-    """Both tell the Hub the library, the backend, the platform, PyTorch, and what the caller adds."""
+    """Both have a user agent with library, backend, platform, PyTorch, and the additions of the caller."""
     publish_kernels(kernels_hub.hub, "acme/kernels", kernel_source(3)).branch("v1")
     pair = kernels_hub.run(lambda side: getattr(side.lib, how)("acme/kernels", version=1, user_agent=agent) and True)
     pair.agree(True)

@@ -12,7 +12,7 @@ WAYS = {
 
 
 def count(both: Both, side: Side, code: str) -> int:
-    """Run in a new process; return the number of requests about the kernel, without what the client asks for itself."""
+    """Run in a new process; return the number of requests about the kernel, without those of the client for itself."""
     assert both.hub is not None
     both.hub.forget()
     assert both.process(side, f"tell({code})") == 3.0

@@ -165,7 +165,7 @@ def test_names(name: str) -> None:
 
 
 def test_plain_names_of_backends() -> None:
-    """What is not compiled goes by the name of the backend on both; for CANN, that is `npu`."""
+    """Builds without compiled code go by the name of the backend on both; for CANN, that is `npu`."""
     for kind in BACKENDS:
         machine = next(here for here in MACHINES.values() if here.backend == kind)
         assert theirs(PLAIN, machine) == [f"torch-{kind}", "torch-universal"]
@@ -248,7 +248,7 @@ def test_any_names_on_any_machine(data: st.DataObject, machine: Machine) -> None
 def test_this_machine(
     monkeypatch: pytest.MonkeyPatch, processor: str, system: str, mac: str, expected: str, free_threaded: bool
 ) -> None:
-    """Both tell the same of a machine by what Python says of it: processor, system, and free-threaded builds."""
+    """Both describe a machine alike from Python's answers: processor, system, and free-threaded builds."""
     flag = sysconfig.get_config_var
     monkeypatch.setattr(sysconfig, "get_config_var", lambda n: free_threaded if n == "Py_GIL_DISABLED" else flag(n))
     monkeypatch.setattr(platform, "machine", lambda: processor)

@@ -537,7 +537,7 @@ class Rich(nn.Module):
 def compute(
     self: Any, x: Any, others: Any, mask: Any, count: int, factor: float, flag: bool, how: str, extra: Any
 ) -> Any:
-    """What `Rich` does."""
+    """The computation of `Rich`."""
     y = self.act(self.inner(x) * self.weight + self.table) * self.plain * self.config.scale
     for other in others:
         y = y + other * count
@@ -662,7 +662,7 @@ def test_bools_that_depend_on_sizes() -> None:
 
 @dataclasses.dataclass
 class Options:
-    """What a caller may make for one call."""
+    """Objects that a caller may make for one call."""
 
     scale: float = 1.0
     tensor: torch.Tensor | None = None
@@ -898,7 +898,7 @@ def test_what_was_changed_is_named() -> None:
 
 
 def references() -> dict[str, Any]:
-    """Decorated functions whose reference cannot tell what an operator returns, with the reason."""
+    """Decorated functions whose reference cannot show the results of an operator, with the reason."""
 
     def depends_on_data(x: torch.Tensor) -> torch.Tensor:
         return x[x > 0]
@@ -922,7 +922,7 @@ def references() -> dict[str, Any]:
 
 @pytest.mark.parametrize("reason", references())
 def test_layers_that_cannot_be_operators(reason: str) -> None:
-    """Said once, with the reason; what is compiled is the reference."""
+    """One warning, with the reason; the reference is compiled."""
     reference = references()[reason]
     layer = use_kernel_forward_from_hub("odd")(reference)
     kernel = function_of(reference)
@@ -951,7 +951,7 @@ def test_layers_that_cannot_be_operators(reason: str) -> None:
     ids=["generator", "tensor", "method"],
 )
 def test_attributes_that_cannot_be_constants(attribute: Any, reason: str) -> None:
-    """What compiled code could not see change is refused, and the reference is compiled."""
+    """Arguments whose changes compiled code could not notice are refused, and the reference is compiled."""
     layer, x = Norm(), example()
     layer.odd = attribute()
     with serving(opaque(NumpyNorm)), pytest.warns(KernelsWarning, match=reason):
@@ -964,7 +964,7 @@ def test_attributes_that_cannot_be_constants(attribute: Any, reason: str) -> Non
 @pytest.mark.parametrize("adapt", [opaque, reference_backward])
 @pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
 def test_no_reference_where_none_is_allowed(adapt: Any, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a fallback, and in strict mode, what cannot be wrapped raises with the reason."""
+    """Without a fallback, and in strict mode, kernels that cannot be wrapped raise with the reason."""
     layer = use_kernel_forward_from_hub("insists", use_fallback=strict)(lambda x: Config(x * 2))
     if strict:
         monkeypatch.setenv("KERNELS_STRICT", "1")
@@ -1026,7 +1026,7 @@ def test_references_that_draw_random_numbers() -> None:
 
 
 def test_hooks_of_modules_inside() -> None:
-    """A module inside with a hook is refused: the hook would not be seen."""
+    """A module inside with a hook is refused: the hook would not run."""
     layer = Rich()
     layer.inner.linear.register_forward_hook(lambda module, args, output: output * 2)
     x = example()
@@ -1057,7 +1057,7 @@ def test_a_kernel_that_lost_its_gradients() -> None:
 
 
 def test_a_kernel_that_lost_one_gradient() -> None:
-    """One that detaches the weight alone is out for training as well; what the reference has none of may be missing."""
+    """One that detaches only the weight is out for training, too; gradients that the reference lacks may be missing."""
 
     class Careless(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -1101,7 +1101,7 @@ def test_inference_tensors_among_the_inputs() -> None:
 
 
 def test_the_contract_holds_inside() -> None:
-    """What may not stand in for a layer may not when it is opaque, either; the reason is the same."""
+    """A kernel that may not serve a layer may not when it is opaque, either; the reason is the same."""
 
     class Stateful(nn.Module):
         def __init__(self) -> None:
@@ -1208,7 +1208,7 @@ def test_the_kernel_runs_forward_and_the_reference_backward() -> None:
 
 
 def test_random_numbers_are_the_same_backward() -> None:
-    """A reference that draws random numbers draws those of the forward again, and disturbs nobody."""
+    """A reference that draws random numbers draws those of the forward again, and restores the generators."""
 
     @use_kernel_forward_from_hub("drop")
     def drop(x: torch.Tensor) -> torch.Tensor:
@@ -1321,7 +1321,7 @@ def test_objects_that_are_made_for_each_call() -> None:
 
 @pytest.mark.parametrize("make", [lambda y: collections.OrderedDict(y=y), lambda y: [Config(y)]])
 def test_results_that_hide_tensors_have_no_other_backward(make: Any) -> None:
-    """A result whose tensors nobody sees would lose its gradients: the kernel is out for training."""
+    """A result whose tensors are out of reach would lose its gradients: the kernel is out for training."""
 
     @use_kernel_forward_from_hub("hides")
     def hides(x: torch.Tensor) -> Any:
@@ -1498,7 +1498,7 @@ def test_what_is_no_source(wrong: Any) -> None:
 
 
 def test_provenance_and_checks_are_kept() -> None:
-    """The resolution has origin and checks of what is inside, and says what was made of it."""
+    """The resolution has origin and checks of the kernel inside, and names the operator made of it."""
     from kernels_core import LoadedLayer
 
     class Source:
@@ -1633,7 +1633,7 @@ def test_operators_go_with_their_layer() -> None:
 
 
 def test_operators_that_are_gone_are_no_longer_listed() -> None:
-    """What goes through all operators, as exporting and compiling for training do, does not meet one that is gone."""
+    """Code that walks all operators, as exporting and compiling for training do, meets none that was deleted."""
 
     def make() -> None:
         layer = use_kernel_forward_from_hub("gone")(lambda x: x * 2)
@@ -1673,7 +1673,7 @@ def made_of(shape: Any, x: torch.Tensor) -> Any:
 
 
 def folded(value: Any) -> Any:
-    """Add up what a value consists of."""
+    """Add up the parts of a value."""
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, dict):

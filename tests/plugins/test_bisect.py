@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("mapping_plugin")
 
 @use_kernel_forward_from_hub("Step")
 class Step(nn.Module):
-    """Adds nothing on its reference, and what it is told to on its kernel."""
+    """Adds nothing on its reference, and a given number on its kernel."""
 
     def __init__(self, wrong: float = 0.0) -> None:
         super().__init__()
@@ -432,7 +432,7 @@ def test_forms_of_metrics(form: Callable[[torch.Tensor], Any]) -> None:
     ("tolerance", "relative", "ok"), [(0.3, 0.0, True), (0.2, 0.0, False), (0.0, 0.06, True), (0.1, 0.04, True)]
 )
 def test_tolerances_add_up(tolerance: float, relative: float, ok: bool) -> None:
-    """What is allowed is the absolute tolerance, and a share of the metric on references besides."""
+    """The absolute tolerance is allowed, and a share of the metric on references besides."""
     result = bisect(make(0.25), lambda model: 5 - total(model), tolerance=tolerance, relative=relative)
     assert result.ok is ok
 
@@ -458,7 +458,7 @@ def test_nan_on_references_is_an_error(value: float) -> None:
     ids=repr,
 )
 def test_no_number_is_an_error(answer: object) -> None:
-    """The message says at which evaluation, and what came back."""
+    """The message names the evaluation and the value that the metric returned."""
     with pytest.raises(ArgumentTypeError, match="At evaluation 1, with the model as it is, the metric returned"):
         bisect(make(1.0), lambda model: (total(model), answer)[1], tolerance=0.1)
 
@@ -537,7 +537,7 @@ def test_kernels_that_are_not_deterministic() -> None:
 
 
 def test_noise_within_the_tolerance_is_told() -> None:
-    """What differs by less than the tolerance is no error, and is in the result."""
+    """A difference below the tolerance is no error, and is in the result."""
     numbers = iter(range(100))
     result = bisect(make(1.0), lambda model: float(total(model)) + next(numbers) % 2 / 64, tolerance=0.5)
     assert result.noise == 1 / 64 and paths(result) == ["0"]
@@ -545,7 +545,7 @@ def test_noise_within_the_tolerance_is_told() -> None:
 
 
 def test_random_numbers_start_alike() -> None:
-    """A metric that draws them is deterministic, and what the caller draws next is as without."""
+    """A metric that draws them is deterministic, and the caller's next numbers are as without."""
     torch.manual_seed(3), random.seed(3)
     expected = torch.rand(1), random.random()
     torch.manual_seed(3), random.seed(3)
@@ -570,7 +570,7 @@ def test_no_kernel_in_use() -> None:
 
 
 def test_a_metric_that_copies_the_model() -> None:
-    """Kernels of a copy are not those of the model: said, rather than finding nothing."""
+    """Kernels of a copy are not those of the model: an error, rather than finding nothing."""
     with pytest.raises(BisectError, match="no copy of it"):
         bisect(make(1.0), lambda model: total(copy.deepcopy(model)), tolerance=0.1)
 
@@ -588,7 +588,7 @@ def test_a_metric_that_changes_parameters() -> None:
 
 
 def test_a_kernel_that_raises() -> None:
-    """It goes into quarantine, as in any call, and that is said."""
+    """It goes into quarantine, as in any call, and the error states that."""
 
     @kernel
     def fast(self: Step, x: torch.Tensor) -> torch.Tensor:
@@ -651,7 +651,7 @@ def replaced(model: nn.Sequential) -> torch.Tensor:
 @pytest.mark.parametrize("kernelized", [False, True])
 @pytest.mark.parametrize("metric", [fine, raising, interrupted, halved, replaced])
 def test_everything_is_as_before(metric: Callable[[nn.Module], Any], kernelized: bool) -> None:
-    """Parameters, buffers, gradients, modes, attributes, plugins and what serves, after answers, errors, interrupts."""
+    """Parameters, buffers, gradients, modes, attributes, plugins, decisions: kept after answers, errors, interrupts."""
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), Step(1.0), Step(), nn.Dropout(0.5))
     if kernelized:
         kernelize(model, mode=Mode.TRAINING, device="cpu")

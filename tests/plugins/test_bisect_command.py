@@ -1,4 +1,4 @@
-"""The command `kernels-core bisect`: exit codes, and what it prints."""
+"""The command `kernels-core bisect`: exit codes and output."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.mark.parametrize("model", ["scene:model", "scene:make"])
 def test_culprits_are_printed_and_the_code_is_1(run: Run, model: str) -> None:
-    """A module or a factory: the table is on standard output, and nothing else is said."""
+    """A module or a factory: the table is on standard output, and nothing else."""
     done = run(model, "scene:loss", "--tolerance", "1e-3")
     assert (done.returncode, done.stderr) == (1, "")
     assert "1 of 3 kernels changes the metric" in done.stdout and "scene.FastStep" in done.stdout
 
 
 def test_json(run: Run) -> None:
-    """Everything for programs; what the metric prints is no part of it."""
+    """The JSON has everything, without the output of the metric."""
     done = run("scene:model", "scene:loud", "--tolerance", "1e-3", "--json")
     assert done.returncode == 1
     assert "measuring" in done.stderr

@@ -73,7 +73,7 @@ def test_every_item_that_fails_alone_or_in_a_pair_is_found(question: Question) -
 
 @given(st.integers(1, 40), st.data())
 def test_any_question_ends_with_sets_that_fail(count: int, data: st.DataObject) -> None:
-    """Even where more items mend what fewer break: the search ends, and what it returns was seen to fail."""
+    """Even where more items repair the fault of fewer: the search ends, and the set that it returns did fail."""
     answers: dict[frozenset[int], bool] = {frozenset(range(count)): True}
 
     def fails(items: frozenset[int]) -> bool:

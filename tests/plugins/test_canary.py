@@ -1,4 +1,4 @@
-"""Canaries: kernels that are wrong on purpose are seen in a live model, and right ones are left alone."""
+"""Canaries: kernels that are wrong on purpose are found in a live model, and right ones are left alone."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_missing_gradient_is_seen_without_a_canary() -> None:
 
 
 def test_stateful_kernel_is_seen_on_a_later_call() -> None:
-    """A kernel whose second call differs from its first passes the first, and is seen on the second."""
+    """A kernel whose second call differs from its first passes the first, and is found on the second."""
     norm, x = Norm(), torch.randn(4, SIZE)
     with use_kernel_mapping({"Norm": {"cpu": kernel_of(stateful([]))}}), canary(first=2, action="raise"):
         with torch.no_grad():
@@ -235,7 +235,7 @@ def test_nothing_is_disturbed() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_under_checkpointing_autocast_and_accumulation(reentrant: bool) -> None:
-    """Checkpointing, autocast and accumulated gradients work as without, and a wrong kernel is seen there."""
+    """Checkpointing, autocast and accumulated gradients work as without, and a wrong kernel is found there."""
     x = torch.randn(4, SIZE, requires_grad=True)
 
     def step(compute: Any, watch: bool) -> list[Any]:
@@ -258,7 +258,7 @@ def test_under_checkpointing_autocast_and_accumulation(reentrant: bool) -> None:
     not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="this PyTorch does not tell the hooks"
 )
 def test_checkpointing_goes_on_when_a_kernel_is_taken_out() -> None:
-    """What a kernel saved for a call that the reference answers is not counted as saved by the forward."""
+    """Tensors that a kernel saved for a call that the reference answers are not counted as saved by the forward."""
     norm, x = Norm(), torch.randn(4, SIZE, requires_grad=True)
     expected = torch.autograd.grad(norm(x).sum(), (x, norm.weight))
     with use_kernel_mapping({"Norm": {"cpu": kernel_of(wrong_gradient)}}), canary(first=9), warnings.catch_warnings():
@@ -287,7 +287,7 @@ def test_what_cannot_be_compared_is_told() -> None:
 
 
 def test_quarantine_gives_the_answer_of_the_reference() -> None:
-    """With the action quarantine, the same call and all later ones have the reference's answer, and it is said."""
+    """With the action quarantine, this call and all later ones have the reference's answer, with a warning."""
     norm, x = Norm(), torch.randn(4, SIZE)
     expected = Norm.forward.__wrapped__(norm, x)  # type: ignore[attr-defined]
     kernel = kernel_of(lambda self, x: right(self, x) * 3)
@@ -364,7 +364,7 @@ def test_a_reference_that_fails_hides_no_later_disagreement() -> None:
 
 
 def test_other_threads_are_watched() -> None:
-    """A canary counts for the process: a wrong kernel is seen in another thread."""
+    """A canary watches the whole process: a wrong kernel is found in another thread."""
     norm, caught = Norm(), []
 
     def work() -> None:
@@ -392,7 +392,7 @@ def test_canaries_nest_and_are_left_once() -> None:
 
 
 def test_large_tensors_are_seen_in_part_on_later_calls() -> None:
-    """A later call looks at some rows of a large tensor, others each time: a kernel that is wrong all over is seen."""
+    """A later call compares some rows of a large tensor, others each time: a kernel that is wrong all over is found."""
     norm, x, calls = Norm(), torch.randn(2**18, SIZE), []
 
     def compute(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -424,7 +424,7 @@ def test_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", ["first", "first=x", "last=3", "action=explode", "first=-1", "first=1;every=2"])
 def test_bad_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting that cannot be understood is told with its name and the form."""
+    """A setting that cannot be parsed is an error with its name and the form."""
     monkeypatch.setenv("KERNELS_CANARY", text)
     with pytest.raises(ArgumentError, match="KERNELS_CANARY"):
         settings_of_environment()

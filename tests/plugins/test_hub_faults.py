@@ -1,4 +1,4 @@
-"""What can go wrong with a kernel or on the way to it: a refusal that says so once, and the reference runs."""
+"""Faults of a kernel or on the way to it: one refusal that names the fault, and the reference runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytest_plugins = ["kernels_plugins.hub.testing"]
 
 
 def refused(source: object, *patterns: str) -> str:
-    """Call, and insist that the reference runs, that the reason matches, and that it is said once."""
+    """Call, and check that the reference runs, that the reason matches, and that there is one warning."""
     outcome = call(source)
     assert outcome.value == REFERENCE
     for pattern in patterns:
@@ -170,7 +170,7 @@ BAD: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_kernel(kernel_repository: Publish, new_process: Callable[[], None], what: str) -> None:
-    """What is wrong with a kernel is said with repository, revision, variant and next step; a mended one serves."""
+    """The fault of a kernel is reported with repository, revision, variant and next step; a fixed one serves."""
     files, metadata, message = BAD[what]
     good = GOOD if what != "no package" else {}
     repository = kernel_repository(layers={})
@@ -196,7 +196,7 @@ def test_bad_kernel(kernel_repository: Publish, new_process: Callable[[], None],
     "files", [{"README.md": "x"}, {"build": "a file"}, {"build/readme.txt": "x"}, {"builds/torch-cpu/__init__.py": ""}]
 )
 def test_no_build(local_hub: LocalHub, files: dict[str, str]) -> None:
-    """A repository without builds is told as that."""
+    """A repository without builds is reported as one."""
     local_hub.organization("acme", trusted=True)
     local_hub.add("acme/kernels", files)
     refused(scale(), "^acme/kernels at main: (.*no folder `build`|.*`build` is empty)")
@@ -204,7 +204,7 @@ def test_no_build(local_hub: LocalHub, files: dict[str, str]) -> None:
 
 
 def test_variant_without_metadata(local_hub: LocalHub) -> None:
-    """A variant without metadata is told as that."""
+    """A variant without metadata is reported as one."""
     local_hub.organization("acme", trusted=True)
     local_hub.add("acme/kernels", {f"build/torch-cpu/{path}": content for path, content in GOOD.items()})
     refused(scale(), "^acme/kernels at main .*variant torch-cpu: it has no metadata.json. Rebuild")
@@ -285,7 +285,7 @@ def test_gated(
 def test_private(
     local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
 ) -> None:
-    """A private repository is told as one that may be private; with a token it serves."""
+    """A private repository is reported as one that may be private; with a token it serves."""
     local_hub.add("acme/private", kernel_repository(layers=kernel()).files(), private=True)
     for token in ("", local_hub.stranger_token):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -297,13 +297,13 @@ def test_private(
 
 
 def test_disabled(local_hub: LocalHub, kernel_repository: Publish) -> None:
-    """A disabled repository is told as that."""
+    """A disabled repository is reported as one."""
     local_hub.add("acme/gone", kernel_repository(layers=kernel()).files(), disabled=True)
     refused(scale("acme/gone"), "^acme/gone at main: .*disabled.*publisher")
 
 
 def test_bad_token(local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token that the Hub does not know is told as that."""
+    """A token that the Hub does not know is reported as one."""
     kernel_repository(layers=kernel())
     monkeypatch.setenv("HF_TOKEN", "hf_invented")
     refused(scale(), r"^acme/kernels at main: .*token \(401\).*hf auth login")
@@ -348,7 +348,7 @@ NETWORK = ("429", "500", "503", "drop", "half an answer")
 def test_fault(
     local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], stage: str, fault: str
 ) -> None:
-    """A lasting fault of the Hub or network, at any stage, is told as what it is; healed, the kernel serves."""
+    """A lasting fault of the Hub or network, at any stage, is named; after its end, the kernel serves."""
     kernel_repository(layers=kernel())
     options, message = FAULTS[fault]
     local_hub.fail(STAGES[stage], times=None, **options)
@@ -381,7 +381,7 @@ def test_corrupted_download(
 
 
 def test_unreachable(local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]) -> None:
-    """A Hub that is not there is told as a network error; what is in the cache serves, and says so."""
+    """A Hub that cannot be reached is a network error; a kernel in the cache serves, and says so."""
     kernel_repository(layers=kernel())
     local_hub.stop()
     refused(scale(), rf"^acme/kernels at main: {local_hub.url} cannot be reached .*check the network and HF_ENDPOINT")
@@ -399,7 +399,7 @@ def test_unreachable(local_hub: LocalHub, kernel_repository: Publish, new_proces
 def test_trouble_with_cache(
     local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], fault: dict[str, Any]
 ) -> None:
-    """With the kernel in the cache, a Hub in trouble costs nothing but the newest commit, which is said."""
+    """With the kernel in the cache, a Hub in trouble only costs the newest commit, and a warning says so."""
     kernel_repository(layers=kernel())
     assert served(scale()) == 3
     kernel_repository(layers=kernel(4))
@@ -413,7 +413,7 @@ def test_trouble_with_cache(
 def test_a_no_is_a_no(
     local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], status: int
 ) -> None:
-    """What the Hub refuses by branch is not taken from the cache instead."""
+    """A kernel that the Hub refuses by branch is not taken from the cache instead."""
     kernel_repository(layers=kernel())
     assert served(scale()) == 3
     local_hub.fail("/api/", status=status, times=None)
@@ -424,7 +424,7 @@ def test_a_no_is_a_no(
 def test_network_dies_during_second_attempt(
     local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]
 ) -> None:
-    """A half download whose rest cannot be fetched is told as a network error, and what is there stays."""
+    """A half download whose rest cannot be fetched is a network error, and the files that are there stay."""
     repository = kernel_repository(layers=kernel())
     local_hub.fail(re.compile("GET /kernels.*/layers.py"), status=500, times=None)
     assert call(scale()).value == REFERENCE
@@ -443,7 +443,7 @@ def test_network_dies_during_second_attempt(
 
 
 def test_disk(kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cache that cannot be written to is told as an error of the disk, not of the network."""
+    """A cache that cannot be written to is reported as an error of the disk, not of the network."""
     kernel_repository(layers=kernel())
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "file" / "cache"))

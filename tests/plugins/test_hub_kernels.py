@@ -1,4 +1,4 @@
-"""Kernels by name: functions, kernels that depend on kernels, redirects, overrides, versions, what the Hub is told."""
+"""Kernels by name: functions, kernels that depend on kernels, redirects, overrides, versions, the user agent."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def factor(module: Any) -> float:
 
 
 def on_disk(repository: Repository, folder: Path) -> Path:
-    """Write what a repository has to disk."""
+    """Write the files of a repository to disk."""
     for path, data in repository.files().items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
@@ -79,7 +79,7 @@ def on_disk(repository: Repository, folder: Path) -> Path:
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """List what was logged by the loader, and forget it."""
+    """Return the log messages of the loader, and clear them."""
     said = [record.getMessage() for record in caplog.records if record.name == "kernels_plugins.hub"]
     caplog.clear()
     return said
@@ -89,7 +89,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_get_kernel(local_hub: LocalHub, kernel_repository: Publish) -> None:
-    """A kernel is loaded by version, branch and commit as one module, which is told with where it is from."""
+    """A kernel is loaded by version, branch and commit as one module, listed with its origin."""
     repository = kernel_repository(layers=kernel(3))
     commit = repository.branch("v1")
     modules = {get_kernel("acme/kernels", **pin) for pin in ({"version": 1}, {"revision": "v1"}, {"revision": commit})}
@@ -119,7 +119,7 @@ def test_get_local_kernel(local_hub: LocalHub, kernel_repository: Publish, tmp_p
 
 @pytest.mark.parametrize("function", [get_kernel, has_kernel, install_kernel, get_kernel_variants])
 def test_arguments(local_hub: LocalHub, function: Callable[..., Any]) -> None:
-    """Each function refuses what makes no sense before it asks anything, and says what to write."""
+    """Each function refuses senseless arguments before any request, and says what to write."""
     for pins in ({}, {"version": 1, "revision": "main"}):
         with pytest.raises(ArgumentError, match="exactly one of revision"):
             function("acme/kernels", **pins)
@@ -131,7 +131,7 @@ def test_arguments(local_hub: LocalHub, function: Callable[..., Any]) -> None:
 
 
 def test_user_agent_arguments() -> None:
-    """What cannot travel in a header, and a list that is none, are refused where they are said."""
+    """Text that cannot stand in a header, and a list that is none, are refused by the call that gets them."""
     with pytest.raises(ArgumentTypeError, match="user_agent is a text or a mapping"):
         get_kernel("acme/kernels", version=1, user_agent=7)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="printable ASCII"):
@@ -155,7 +155,7 @@ def test_has_kernel(local_hub: LocalHub, kernel_repository: Publish) -> None:
 def test_has_kernel_does_not_know(
     local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None]
 ) -> None:
-    """No such version, nobody's trust and no network are errors, each of its own kind; the network is named as that."""
+    """No such version, no trust and no network are errors, each of its own kind; the network is named as such."""
     kernel_repository(layers=kernel()).branch("v1")
     kernel_repository("eve/kernels", kernel(), trusted=False).branch("v1")
     with pytest.raises(LoadError, match="versions that exist are 1") as caught:
@@ -283,7 +283,7 @@ def test_dirty_build(kernel_repository: Publish) -> None:
 
 
 def depends(**versions: int) -> dict[str, object]:
-    """Describe what a kernel depends on, all of acme."""
+    """Describe the dependencies of a kernel, all of acme."""
     return {"kernel-depends": [{"repo-id": f"acme/{name}", "version": number} for name, number in versions.items()]}
 
 
@@ -294,7 +294,7 @@ def needing(*names: str, line: str = "from kernels_plugins import get_kernel_dep
 
 
 def publish(make: Publish, name: str, files: dict[str, str] | int, version: int = 1, **options: Any) -> Repository:
-    """Publish a version of a kernel, with a factor or that of what it depends on."""
+    """Publish a version of a kernel, with a factor or that of its dependency."""
     files = {"__init__.py": f"FACTOR = {files}\n"} if isinstance(files, int) else files
     repository = make(f"acme/{name}", files, **options)
     repository.branch(f"v{version}")
@@ -303,7 +303,7 @@ def publish(make: Publish, name: str, files: dict[str, str] | int, version: int 
 
 @pytest.mark.parametrize("line", ["from kernels_plugins", "from kernels", "from kernels.deps"])
 def test_dependencies(kernel_repository: Publish, line: str) -> None:
-    """What a kernel depends on, and what that does, is loaded first and given to it, as published ones ask."""
+    """Dependencies of a kernel, and theirs, are loaded first and given to it, as published kernels ask for them."""
     publish(kernel_repository, "base", 3)
     publish(kernel_repository, "other", 5)
     line = f"{line} import get_kernel_dep"
@@ -362,7 +362,7 @@ def test_same_content_other_dependency(
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_circle(kernel_repository: Publish, length: int) -> None:
-    """Kernels that depend on each other are refused, and the circle is named; whether there is a build is told."""
+    """Kernels that depend on each other are refused, and the circle is named; whether there is a build is answered."""
     for number in range(length):
         publish(kernel_repository, f"k{number}", 1, metadata=depends(**{f"k{(number + 1) % length}": 1}))
     with pytest.raises(LoadError) as caught:
@@ -400,7 +400,7 @@ def test_dependency_without_a_build(kernel_repository: Publish) -> None:
 
 
 def test_get_kernel_dep_elsewhere(kernel_repository: Publish) -> None:
-    """Outside of an import, in a function that runs later, and for what is not declared, the error says so."""
+    """Outside of an import, in a function that runs later, and for undeclared dependencies, the error says so."""
     with pytest.raises(LoadError, match="where no kernel is being imported") as caught:
         get_kernel_dep("acme/base")
     assert isinstance(caught.value, RuntimeError)
@@ -417,7 +417,7 @@ def test_get_kernel_dep_elsewhere(kernel_repository: Publish) -> None:
 
 
 def test_local_kernel_with_dependencies(local_hub: LocalHub, kernel_repository: Publish, tmp_path: Path) -> None:
-    """What a kernel on disk depends on comes from the Hub, under the terms of the caller."""
+    """Dependencies of a kernel on disk come from the Hub, under the terms of the caller."""
     kernel_repository("eve/base", {"__init__.py": "FACTOR = 3\n"}, trusted=False).branch("v1")
     needs = {"kernel-depends": [{"repo-id": "eve/base", "version": 1}]}
     source = {"__init__.py": "from kernels import get_kernel_dep\n\nFACTOR = get_kernel_dep('eve/base').FACTOR\n"}
@@ -466,7 +466,7 @@ def test_redirect(
     caplog: pytest.LogCaptureFixture,
     revision: str | None,
 ) -> None:
-    """A redirect is followed, said once, and shown; warm, it costs its two revisions, and a commit nothing."""
+    """A redirect is followed, with one warning, and shown; warm, it costs its two revisions, and a commit nothing."""
     new = kernel_repository("acme/new", kernel(5))
     new.branch("v1")
     commit = redirect(kernel_repository("acme/old", kernel(3)), "acme/new", revision)
@@ -493,7 +493,7 @@ def test_redirect_offline(
     new_process: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was loaded through a redirect loads again with the Hub gone, and with HF_HUB_OFFLINE."""
+    """A kernel that was loaded through a redirect loads again without the Hub, and with HF_HUB_OFFLINE."""
     kernel_repository("acme/new", kernel(5))
     redirect(kernel_repository("acme/old", kernel(3)), "acme/new")
     assert factor(get_kernel("acme/old", version=1)) == 5
@@ -551,7 +551,7 @@ def test_redirects_in_a_row(kernel_repository: Publish) -> None:
     ],
 )
 def test_malformed_status(kernel_repository: Publish, text: str | bytes, what: str) -> None:
-    """A status file that cannot be followed refuses the kernel, and says what is wrong with it."""
+    """A status file that cannot be followed refuses the kernel, with the fault of the file."""
     repository = kernel_repository(layers=kernel())
     repository.commit({**repository.files(), "kernel-status.toml": text})
     outcome = call(scale())
@@ -689,7 +689,7 @@ def test_a_version_is_a_branch(
 
 @pytest.mark.parametrize("revision", ["..", "../main", "a/../b", "/main", ".hidden", "a b", "a\0b", "main.", "a:b", ""])
 def test_revisions_that_are_paths(revision: str) -> None:
-    """What git takes for no name is refused before anything is asked, and so it becomes no part of a path."""
+    """Names that git refuses are refused before any request, and so become no part of a path."""
     with pytest.raises(ArgumentError, match="name a branch, tag or commit"):
         get_kernel("acme/kernels", revision=revision)
     with pytest.raises(ArgumentError, match="name a branch, tag or commit"):
@@ -746,7 +746,7 @@ def test_a_fault_that_passes(
 
 
 def test_a_hub_that_asks_to_wait_too_long(local_hub: LocalHub, kernel_repository: Publish) -> None:
-    """Where the Hub names a time beyond the bound, the request is not repeated, and the error says what happened."""
+    """Where the Hub names a time beyond the bound, the request is not repeated, and the error names the answer."""
     kernel_repository(layers=kernel()).branch("v1")
     local_hub.fail("/refs", status=429, headers={"Retry-After": "86400"})
     with pytest.raises(ConnectionError, match=r"too many requests \(429\)"):
@@ -900,7 +900,7 @@ def test_user_agent(
 
 @pytest.mark.parametrize("variable", ["HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", ""])
 def test_opting_out(local_hub: LocalHub, kernel_repository: Publish, tmp_path: Path, variable: str) -> None:
-    """The variables that switch telemetry off do so in a real process; without them it is told."""
+    """The variables that switch telemetry off do so in a real process; without them, the user agent has details."""
     kernel_repository(layers=kernel()).branch("v1")
     environment = {**os.environ, **local_hub.environment(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "0"}
     environment |= {variable: "1"} if variable else {}

@@ -1,4 +1,4 @@
-"""Loading layers from the Hub, through the dispatcher: what is asked, fetched, trusted, kept and imported."""
+"""Loading layers from the Hub, through the dispatcher: requests, downloads, trust, cache and imports."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FETCH = re.compile(r"/resolve/")
 
 
 def test_layout(kernel_repository: Publish) -> None:
-    """A kernel in `build/<variant>/` serves a decorated layer, with where it is from and what was checked."""
+    """A kernel in `build/<variant>/` serves a decorated layer, with its origin and the checks that were made."""
     repository = kernel_repository(layers=kernel())
     outcome = call(scale())
     assert (outcome.value, outcome.said, outcome.resolution.refusals) == (3.0, [], ())
@@ -156,7 +156,7 @@ def test_two_revisions_in_one_forward(kernel_repository: Publish) -> None:
 
 
 def test_branch_moves_between_processes(kernel_repository: Publish, new_process: Callable[[], None]) -> None:
-    """A branch is what it is when a process first asks, and the same for the rest of that process."""
+    """A branch is the commit that it has when a process first asks, for the rest of that process."""
     kernel_repository(layers=kernel(3))
     assert served(scale()) == 3
     kernel_repository(layers=kernel(4))
@@ -260,7 +260,7 @@ def test_calls_on_the_cpu_get_a_build_for_the_cpu(local_hub: LocalHub, tmp_path:
 
 @pytest.mark.usefixtures("built_for_cuda")
 def test_a_build_for_cuda_alone_does_not_serve_the_cpu(local_hub: LocalHub) -> None:
-    """What is not compiled has no code for the CPU: the reason says so."""
+    """A kernel that is not compiled for the CPU is refused there: the reason says so."""
     variants(local_hub, torch_cuda=kernel(5))
     outcome = call(scale())
     assert outcome.value == REFERENCE
@@ -442,7 +442,7 @@ def test_two_processes(
 
 
 def test_untrusted(local_hub: LocalHub, kernel_repository: Publish) -> None:
-    """An untrusted publisher is refused before anything is listed or fetched, and how to allow it is said."""
+    """An untrusted publisher is refused before anything is listed or fetched; the error says how to allow it."""
     kernel_repository("eve/kernels", kernel(), trusted=False)
     outcome = call(scale("eve/kernels"))
     assert outcome.value == REFERENCE and len(outcome.said) == 1
@@ -456,7 +456,7 @@ def test_untrusted(local_hub: LocalHub, kernel_repository: Publish) -> None:
 
 @pytest.mark.parametrize("unknown", ["user", "no field"])
 def test_not_known_as_trusted(local_hub: LocalHub, kernel_repository: Publish, unknown: str) -> None:
-    """A user, and an organisation of which nothing is said, are no trusted publishers."""
+    """A user, and an organisation without a mark of trust, are no trusted publishers."""
     kernel_repository("eve/kernels", kernel(), trusted=True)
     if unknown == "user":
         local_hub.organizations.clear()
@@ -545,7 +545,7 @@ def test_trust_is_remembered_with_the_download(
 def test_allowed_once_is_not_trusted(
     kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one caller allowed is in the cache, and still refused to another who did not, offline as well."""
+    """A kernel that one caller allowed is in the cache, and refused to another who did not, offline as well."""
     kernel_repository("eve/kernels", kernel(), trusted=False)
     assert served(scale("eve/kernels", trust_remote_code=True)) == 3
     assert "not a trusted publisher" in call(scale("eve/kernels")).why
@@ -657,7 +657,7 @@ def test_tampering(
 def test_holes_in_the_cache(
     kernel_repository: Publish, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Files missing in the cache are fetched again; offline that is told as such, and what is left stays."""
+    """Files missing in the cache are fetched again; offline the error names them, and the other files stay."""
     repository = kernel_repository(layers=kernel())
     commit = repository.head()
     assert served(scale()) == 3
@@ -778,7 +778,7 @@ def test_offline(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    """What was loaded once by branch, tag, commit or version loads again offline, without a request."""
+    """A kernel loaded once by branch, tag, commit or version loads again offline, without a request."""
     repository = kernel_repository(layers=kernel())
     repository.branch("v1")
     options: Any = {

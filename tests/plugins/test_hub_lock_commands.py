@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass
 class Ran:
-    """What a process left behind."""
+    """The output, errors and exit code of a process."""
 
     code: int
     out: str
@@ -65,7 +65,7 @@ def cli(python: Run) -> Run:
 def here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, new_process: object
 ) -> Run:
-    """Run the command line in this process, for what only looks: that is faster."""
+    """Run the command line in this process, for commands that only read: that is faster."""
 
     def run(*arguments: str) -> Ran:
         monkeypatch.setattr(sys, "argv", ["kernels-core", *arguments])
@@ -207,7 +207,7 @@ def test_the_lock_counts_not_what_the_cache_says(project: Path, cli: Run, python
 def test_all_that_any_variant_depends_on_is_locked(
     project: Path, here: Run, published: Repository, kernel_repository: Publish
 ) -> None:
-    """Kernels that only the build for another machine depends on are locked, too, and what those depend on."""
+    """Kernels that only the build for another machine depends on are locked, too, and their dependencies."""
     inner = kernel_repository("acme/inner", kernel())
     middle = kernel_repository("acme/middle", kernel(), metadata=needs("acme/inner", revision="main"))
     middle.branch("v1")
@@ -312,7 +312,7 @@ def test_whom_nobody_trusts_is_not_locked(project: Path, here: Run, kernel_repos
 
 
 def test_a_lock_says_what_the_hub_has_now(project: Path, cli: Run, published: Repository) -> None:
-    """What was cached is not locked again while the Hub is not asked, and an old lock stays as it is."""
+    """A cached kernel is not locked while the Hub cannot be asked, and an old lock stays as it is."""
     assert cli("lock", ".").code == cli("download", ".").code == 0
     before = (project / LOCK).read_bytes()
     ran = cli("lock", ".", HF_HUB_OFFLINE="1")
@@ -337,7 +337,7 @@ def test_a_lock_says_what_the_hub_has_now(project: Path, cli: Run, published: Re
 def test_projects_that_cannot_be_locked(
     project: Path, here: Run, published: Repository, pyproject: str, message: str
 ) -> None:
-    """What cannot be locked is one line on standard error and exit code 2; there is no lock then."""
+    """A kernel that cannot be locked is one line on standard error and exit code 2; there is no lock then."""
     (project / "pyproject.toml").write_text(pyproject)
     ran = here("lock", ".")
     assert message in ran.err and "Traceback" not in ran.err
@@ -364,7 +364,7 @@ def test_download_takes_one_build_or_all(project: Path, cli: Run, published: Rep
 def test_download_goes_on_after_a_failure(
     project: Path, here: Run, published: Repository, kernel_repository: Publish
 ) -> None:
-    """A kernel without a build for this machine is told, the others are downloaded, and the exit code is 1."""
+    """A kernel without a build for this machine is reported, the others are downloaded, and the exit code is 1."""
     with (project / "pyproject.toml").open("a") as file:
         file.write('"acme/foreign" = 1\n')
     kernel_repository("acme/foreign", kernel(), variant=FOREIGN).branch("v1")
@@ -413,7 +413,7 @@ def test_download_needs_a_lock(project: Path, here: Run) -> None:
 
 
 def test_info_describes_a_repository(here: Run, published: Repository) -> None:
-    """Of the newest version unless told otherwise: for programs the keys of `kernels info`, and some more."""
+    """By default of the newest version: for programs the keys of `kernels info`, and some more."""
     published.branch("v2")
     add_variant(published, "torch-cuda", **needs("acme/base"))
     ran = here("info", "acme/kernels", "--json", "--version", "2")
@@ -490,7 +490,7 @@ def test_variants_tells_what_fits_and_why_not(here: Run, published: Repository, 
 
 
 def test_looking_needs_no_trust(here: Run, kernel_repository: Publish) -> None:
-    """What does not run code of a kernel may be asked about any publisher, and does not make it trusted."""
+    """Commands that run no code of a kernel work for any publisher, and do not make it trusted."""
     kernel_repository("stranger/kernels", kernel(), trusted=False).branch("v1")
     for command in ("info", "versions", "variants"):
         assert here(command, "stranger/kernels").code == 0
@@ -514,7 +514,7 @@ def test_looking_needs_no_trust(here: Run, kernel_repository: Publish) -> None:
     ],
 )
 def test_wrong_questions(here: Run, published: Repository, arguments: list[str], message: str) -> None:
-    """What cannot be answered is a message on standard error and exit code 2, never a traceback."""
+    """A question without an answer is a message on standard error and exit code 2, never a traceback."""
     ran = here(*arguments)
     assert message in ran.err and "Traceback" not in ran.err
     assert (ran.code, ran.out) == (2, "")

@@ -1,4 +1,4 @@
-"""Locked kernels: what the lock says is what is loaded, checked by its hashes, with all that it depends on."""
+"""Locked kernels: the locked commit is loaded, checked by its hashes, with all its dependencies."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(module: Any) -> float:
 
 
 def test_the_commit_of_the_lock_serves(lockfile: Path, published: Repository) -> None:
-    """Not the newest commit of the version serves, but the one that was locked; and what was checked is told."""
+    """Not the newest commit of the version serves, but the one that was locked; the resolution names the checks."""
     outcome = call(locked(lockfile))
     assert (outcome.value, outcome.said) == (3.0, [])
     commit = read_lock(lockfile).kernels[0].commit
@@ -71,7 +71,7 @@ def test_the_commit_of_the_lock_serves(lockfile: Path, published: Repository) ->
 
 
 def test_modules_of_locked_kernels(lockfile: Path, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """get_locked_kernel downloads, saying who asks; load_kernel takes what is there, and asks nothing."""
+    """get_locked_kernel downloads, with a user agent; load_kernel takes cached files, without a request."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
     with pytest.raises(FileNotFoundError, match="not in the cache") as caught:
         load_kernel("acme/kernels", lockfile=lockfile)
@@ -103,7 +103,7 @@ def test_the_lock_of_the_caller_counts(lockfile: Path, tmp_path: Path, monkeypat
 
 
 def test_a_lock_without_hashes(lockfile: Path) -> None:
-    """A lock that `kernels` 0.17 wrote has no hashes: the commit counts, and it is said that files are not checked."""
+    """A lock that `kernels` 0.17 wrote has no hashes: the commit applies; a note says that no file is checked."""
     lockfile.with_suffix(".hashes").unlink()
     outcome = call(locked(lockfile))
     assert outcome.value == 3.0
@@ -111,7 +111,7 @@ def test_a_lock_without_hashes(lockfile: Path) -> None:
 
 
 def test_a_lock_of_the_older_form(lockfile: Path) -> None:
-    """What `kernels` before 0.17 wrote is read, and its hashes are compared."""
+    """Locks that `kernels` before 0.17 wrote are read, and their hashes are compared."""
     lock = read_lock(lockfile)
     lockfile.with_suffix(".hashes").unlink()
     lockfile.write_text(format_hashes(lock))
@@ -150,7 +150,7 @@ def test_trust_counts_for_locked_kernels(tmp_path: Path, kernel_repository: Publ
 
 
 def test_locked_sources_are_values(lockfile: Path, tmp_path: Path, local_hub: LocalHub) -> None:
-    """Equal by what they and their locks say, hashable also with a list, copied and pickled; nobody is asked."""
+    """Equal by their values and locks, hashable also with a list, copied and pickled, without a request."""
     local_hub.forget()
     other = tmp_path / "other" / LOCK
     other.parent.mkdir()
@@ -235,7 +235,7 @@ def chain(tmp_path: Path, kernel_repository: Publish, new_process: Callable[[], 
 
 
 def test_dependencies_come_from_the_lock(chain: Path) -> None:
-    """What a locked kernel depends on is the commit that was locked, not the newest one; also from the cache alone."""
+    """Dependencies of a locked kernel are those that were locked, not the newest; also from the cache only."""
     assert run(get_locked_kernel("acme/kernels", lockfile=chain)) == 7.0
     assert run(load_kernel("acme/kernels", lockfile=chain)) == 7.0
 
@@ -277,7 +277,7 @@ def test_a_redirected_kernel_is_not_locked(local_hub: LocalHub, kernel_repositor
 
 
 def test_a_renamed_repository_is_locked(tmp_path: Path, local_hub: LocalHub, published: Repository) -> None:
-    """A repository that the Hub serves under another name is locked and loaded under the name that was said."""
+    """A repository that the Hub serves under another name is locked and loaded under the given name."""
     local_hub.rename("acme/kernels", "acme/renamed")
     write_lock(tmp_path / LOCK, make_lock([WANTED]))
     assert read_lock(tmp_path / LOCK).kernels[0].dependency == WANTED

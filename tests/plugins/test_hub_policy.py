@@ -44,7 +44,7 @@ CPU: dict[str, Any] = {"device": "cpu", "mode": Mode.INFERENCE}
 
 
 class NoEvil:
-    """Refuses what is of 'evil', and notes each source that it is asked about."""
+    """Refuses kernels of 'evil', and notes each source that it is asked about."""
 
     def __init__(self) -> None:
         """Start without notes."""

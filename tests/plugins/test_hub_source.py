@@ -17,7 +17,7 @@ pytest_plugins = ["kernels_plugins.hub.testing"]
 
 
 def silu(repo_id: Any = "acme/kernels", layer_name: Any = "Silu", **options: Any) -> LayerRepository:
-    """Name a layer, by version 1 unless told otherwise."""
+    """Name a layer, by default of version 1."""
     if not options.keys() & {"revision", "version"}:
         options["version"] = 1
     return LayerRepository(repo_id, layer_name=layer_name, **options)
@@ -104,7 +104,7 @@ def test_no_input_or_output(local_hub: LocalHub, tmp_path: Path) -> None:
     "trust", [True, False, [], ["acme/kernels", "eve/kernels"], ("acme/kernels",), {"acme/kernels"}]
 )
 def test_trust_hashes(trust: Any) -> None:
-    """However trust is said, the source hashes, equals its like, and shows it so that it can be typed again."""
+    """However trust is written, the source hashes, equals its like, and has a repr that can be typed again."""
     source = silu(trust_remote_code=trust)
     assert source == silu(trust_remote_code=trust) and hash(source) == hash(silu(trust_remote_code=trust))
     assert eval(repr(source)) == source or trust == []

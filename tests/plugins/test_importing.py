@@ -108,7 +108,7 @@ def test_relative_imports(tmp_path: Path) -> None:
 
 
 def test_import_later(tmp_path: Path) -> None:
-    """What is imported inside a function, long after loading, still comes from the verified bytes."""
+    """Modules imported inside a function, long after loading, still come from the verified bytes."""
     files: Files = {
         "__init__.py": "def late():\n    from . import more\n    return more.value\n",
         "more.py": "value = 1\n",
@@ -227,7 +227,7 @@ def test_no_byte_code_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["extra.py", "extra.pyc", "extra/__init__.py"])
 def test_unverified_files(tmp_path: Path, name: str) -> None:
-    """What was not among the verified files cannot be imported, also not byte code without a source."""
+    """Files that were not verified cannot be imported, also not byte code without a source."""
     variant = build(
         tmp_path, {"__init__.py": "try:\n    from .extra import value\nexcept ImportError:\n    value = None\n"}
     )
@@ -296,7 +296,7 @@ def test_linked_folder_is_no_part(tmp_path: Path) -> None:
     ],
 )
 def test_failed_import(tmp_path: Path, source: str | bytes, message: str) -> None:
-    """A failed import says what happened and leaves nothing in sys.modules; mended, it works."""
+    """A failed import names its error and leaves nothing in sys.modules; after a fix, it works."""
     variant = build(
         tmp_path, {"__init__.py": "from . import early\nfrom . import layers\n", "early.py": "", "layers.py": source}
     )
@@ -310,14 +310,14 @@ def test_failed_import(tmp_path: Path, source: str | bytes, message: str) -> Non
 
 
 def test_missing_submodule(tmp_path: Path) -> None:
-    """A missing module of the kernel itself is not told as a package to install."""
+    """A missing module of the kernel itself is not reported as a package to install."""
     with pytest.raises(LoadError, match="nothing") as caught:
         load(tmp_path, {"__init__.py": "from .nothing import x\n"})
     assert "pip install" not in str(caught.value)
 
 
 def test_interrupt(tmp_path: Path) -> None:
-    """An interrupt goes through as what it is, and leaves nothing behind either."""
+    """An interrupt goes through unchanged, and leaves nothing behind either."""
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path, {"__init__.py": "from . import early\nraise KeyboardInterrupt\n", "early.py": ""})
     assert leftovers() == []
@@ -418,7 +418,7 @@ def test_bad_layers(source: str, message: str) -> None:
 
 
 def test_imported_helpers_are_not_offered(tmp_path: Path) -> None:
-    """The names offered are the kernel's own, not what its layers import."""
+    """The names offered are the kernel's own, not those that its layers import."""
     files: Files = {"__init__.py": "from . import layers\n", "layers.py": "from pathlib import Path\nclass Silu: ...\n"}
     with pytest.raises(LoadError, match=r"there are Silu$"):
         find_layer(load(tmp_path, files), "Nope")

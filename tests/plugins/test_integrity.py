@@ -1,4 +1,4 @@
-"""Are these the bytes that were promised? Any change, removal or addition is seen."""
+"""Are these the bytes that were promised? Any change, removal or addition is found."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_exceptions() -> None:
 
 
 def test_no_digests() -> None:
-    """A kernel without digests is said not to have been checked."""
+    """A kernel without digests is reported as not checked."""
     assert check_digest(described(FILES, None)) == "not checked: the kernel has no digests"
 
 
@@ -189,7 +189,7 @@ def test_read_files(tmp_path: Path) -> None:
 
 
 def test_no_metadata(tmp_path: Path) -> None:
-    """A variant without metadata says so, and what to do."""
+    """A variant without metadata is an error with the next step."""
     with pytest.raises(LoadError, match=r"no metadata.json. Rebuild"):
         as_build(tmp_path, {"__init__.py": b""})
 
@@ -209,7 +209,7 @@ def snapshot(cache: Path) -> tuple[Path, Path]:
 
 
 def test_discard(tmp_path: Path) -> None:
-    """Discarding removes links with what they lead to in the cache, broken links and plain files."""
+    """Discarding removes links with their targets in the cache, broken links and plain files."""
     folder, blob = snapshot(tmp_path)
     (folder / "copied.py").write_text("bad")
     (folder / "broken.py").symlink_to("../../../../blobs/gone")
@@ -218,7 +218,7 @@ def test_discard(tmp_path: Path) -> None:
 
 
 def test_discard_stays_inside(tmp_path: Path) -> None:
-    """A link out of the cache is removed, and what it leads to is left alone: files and folders."""
+    """A link out of the cache is removed, and its target is left alone: files and folders."""
     folder, _ = snapshot(tmp_path / "cache")
     precious = tmp_path / "home" / "thesis.txt"
     precious.parent.mkdir()

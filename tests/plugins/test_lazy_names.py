@@ -34,7 +34,7 @@ PUBLIC = [
 
 
 def run(program: str, **variables: str) -> str:
-    """Run a program in a process of its own, and return what it prints."""
+    """Run a program in a process of its own, and return its output."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", **variables}
     environment.pop("KERNELS_CANARY", None)
     command = [sys.executable, "-c", program]
@@ -163,7 +163,7 @@ def test_there_are_homonyms() -> None:
     ],
 )
 def test_public_name_wins_over_sub_package(before: str) -> None:
-    """The function or class is what the name gives, before and after the sub-package is imported, and re-imported."""
+    """The name gives the function or class, before and after the sub-package is imported, and re-imported."""
     program = "\n".join(before.format(name) for name in HOMONYMS)
     for name in HOMONYMS:
         check = f"from kernels_plugins import {name}; import kernels_plugins, sys; "

@@ -1,4 +1,4 @@
-"""The local Hub, seen through the real `huggingface_hub` client and over real sockets."""
+"""The local Hub, through the real `huggingface_hub` client and over real sockets."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def kernels(local_hub: LocalHub) -> Repository:
 
 
 def fetch(local_hub: LocalHub, path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
-    """Send one plain request, for what the client does not show."""
+    """Send one plain request, for answers that the client does not show."""
     connection = http.client.HTTPConnection(urlsplit(local_hub.url).netloc, timeout=5)
     connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
     response = connection.getresponse()
@@ -384,7 +384,7 @@ def test_error_status_for_ever_and_heal(local_hub: LocalHub, kernels: Repository
 
 
 def test_lasting_error_with_cache(local_hub: LocalHub, kernels: Repository) -> None:
-    """What was downloaded before stays usable while the Hub is down."""
+    """Files that were downloaded before stay usable while the Hub is down."""
     snapshot = snapshot_download("acme/kernels", repo_type="kernel")
     local_hub.fail("", status=500, times=None)
     assert snapshot_download("acme/kernels", repo_type="kernel") == snapshot
@@ -462,7 +462,7 @@ def test_fault_by_function(api: HfApi, local_hub: LocalHub, kernels: Repository)
 
 
 def test_request_log(api: HfApi, local_hub: LocalHub, kernels: Repository) -> None:
-    """Requests are kept in order with what was answered, and can be counted and forgotten."""
+    """Requests are kept in order with their answers, and can be counted and cleared."""
     api.kernel_info("acme/kernels")
     with pytest.raises(RevisionNotFoundError):
         api.kernel_info("acme/kernels", revision="a/b")
@@ -502,7 +502,7 @@ def test_keep_alive_and_prompt_stop(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 def test_stop_and_start_again(api: HfApi, local_hub: LocalHub, kernels: Repository) -> None:
-    """A Hub that comes back listens where it did, with what it had."""
+    """A Hub that comes back listens at the same port, with the same repositories."""
     local_hub.stop()
     with pytest.raises(Exception, match=r"[Cc]onnection refused"):
         api.kernel_info("acme/kernels")

@@ -1,4 +1,4 @@
-"""The form of locks: what is written, what is read, and what malformed files are answered with."""
+"""The form of locks: files as written, as read, and the errors for malformed ones."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ json_values = st.recursive(
 
 @given(st.lists(json_values, max_size=2))
 def test_any_json_is_read_or_refused_by_us(data: Any) -> None:
-    """No JSON makes the parser raise anything but an ArgumentError, and what it reads can be written."""
+    """No JSON makes the parser raise anything but an ArgumentError, and locks that it reads can be written."""
     try:
         lock = parse_lock(json.dumps(data))
     except ArgumentError:
@@ -159,7 +159,7 @@ def test_an_older_lock_serves_any_version() -> None:
 
 
 def test_a_kernel_that_is_not_locked() -> None:
-    """The message says what is locked, what to write, and what to run."""
+    """The message names the locked kernels, the line to write, and the command to run."""
     lock = Lock((LockedKernel(Dependency("acme/silu", version=1), COMMIT),), origin="here/kernels.lock")
     with pytest.raises(ArgumentError) as caught:
         lock.require("acme/gelu")
@@ -228,7 +228,7 @@ def sealed(**said: Any) -> dict[str, Any]:
     ],
 )
 def test_a_malformed_entry_is_told_with_its_place(entry: Any, problem: str) -> None:
-    """The message names the entry, says what is wrong with which value, and ends in the next step."""
+    """The message names the entry, the value and its fault, and ends in the next step."""
     with pytest.raises(ArgumentError) as caught:
         parse_lock(json.dumps([{**GOOD, "dependency": {"repo-id": "acme/other", "version": 1}}, entry]))
     message = str(caught.value)
@@ -249,7 +249,7 @@ def test_a_malformed_entry_is_told_with_its_place(entry: Any, problem: str) -> N
     ],
 )
 def test_a_malformed_file_is_told(text: str, problem: str) -> None:
-    """What is no list of entries, or says one thing twice, is refused with the next step."""
+    """JSON that is no list of entries, or has one entry twice, is refused with the next step."""
     with pytest.raises(ArgumentError, match="kernels-core lock") as caught:
         parse_lock(text)
     assert problem in str(caught.value)
@@ -307,7 +307,7 @@ def test_a_link_to_a_lock_stays_one(tmp_path: Path) -> None:
 
 
 def test_paths_that_hold_no_lock(tmp_path: Path) -> None:
-    """A missing file, a folder, a file that is no text and what is no path: each says what to do."""
+    """A missing file, a folder, a file that is no text, a value that is no path: each error has the next step."""
     with pytest.raises(ArgumentError, match=r"There is no lock .*run `kernels-core lock"):
         read_lock(tmp_path / "kernels.lock")
     with pytest.raises(ArgumentError, match="a folder: name the file in it"):

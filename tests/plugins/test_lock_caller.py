@@ -176,7 +176,7 @@ def test_a_checkout_finds_the_lock_of_its_project(tmp_path: Path) -> None:
 
 
 def test_the_environment_in_a_project_is_not_the_project(tmp_path: Path) -> None:
-    """What is installed into a project's own environment does not get that project's lock."""
+    """Packages in a project's own environment do not get that project's lock."""
     source = project(tmp_path / "source")
     write_lock(source / "kernels.lock", lock())
     packages = source / ".venv" / "lib" / "site-packages"
@@ -196,7 +196,7 @@ def test_the_caller_is_found_by_frame() -> None:
 
 
 def test_no_lock_is_an_error_with_the_next_step() -> None:
-    """At a prompt, and in a package without a lock, the message says where was looked and what to do."""
+    """At a prompt, and in a package without a lock, the message names the places searched and the next step."""
     with pytest.raises(ArgumentError) as caught:
         find_lock(Caller("__main__", None))
     assert str(caught.value) == (
@@ -235,7 +235,7 @@ def test_dependencies_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_dependencies_that_cannot_be_read(tmp_path: Path, text: str | None, problem: str) -> None:
-    """What names no kernels is an error that says what to write."""
+    """A source without kernels is an error that says what to write."""
     if text is not None:
         (tmp_path / "pyproject.toml").write_text(text)
     with pytest.raises(ArgumentError, match=problem):

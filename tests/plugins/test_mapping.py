@@ -1,4 +1,4 @@
-"""The plugin `mapping`: what a mapping may look like, and which source it finds."""
+"""The plugin `mapping`: forms of a mapping, and the source that it finds."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ BAD_MAPPINGS: dict[str, tuple[Any, type[Exception]]] = {
 @pytest.mark.parametrize("name", BAD_MAPPINGS)
 @pytest.mark.parametrize("use", [register_kernel_mapping, use_kernel_mapping])
 def test_bad_mappings_are_refused_at_once(name: str, use: Callable[..., Any]) -> None:
-    """A mistake in a mapping is told when it is said, and nothing of it is registered."""
+    """A mistake in a mapping is an error of the call that gets it, and nothing of it is registered."""
     bad, error = BAD_MAPPINGS[name]
     if isinstance(bad, dict):
         bad = {"Good": {"cpu": B}, **bad}
@@ -179,7 +179,7 @@ def test_sources_of_every_kind() -> None:
 
 
 def test_empty_list_of_sources_offers_nothing() -> None:
-    """An empty list leaves a layer to what was said further out."""
+    """An empty list leaves a layer to the mappings further out."""
     register_kernel_mapping({"Layer": {"cpu": A}})
     with use_kernel_mapping({"Layer": {"cpu": []}}):
         assert serving() == "A"
@@ -209,7 +209,7 @@ def test_sources_are_tried_in_order() -> None:
 
 
 def test_registering_adds_and_replaces() -> None:
-    """A second mapping adds layers and devices; what was said for an equal device goes, with all its modes."""
+    """A second mapping adds layers and devices; the entry for an equal device is replaced, with all its modes."""
     register_kernel_mapping({"Layer": {"cpu": {Mode.INFERENCE: A, Mode.TRAINING: B}}, "Other": {"cpu": A}})
     register_kernel_mapping({"Layer": {"cuda": C}})
     assert (serving(), serving(mode=Mode.TRAINING), serving("Other")) == ("A", "B", "A")
@@ -220,7 +220,7 @@ def test_registering_adds_and_replaces() -> None:
 
 
 def test_registering_without_inheriting(isolated_plugins: PluginManager) -> None:
-    """inherit_mapping=False drops what was registered, and what plugin packages bring; True brings both back."""
+    """inherit_mapping=False drops registered mappings, and those of plugin packages; True brings both back."""
 
     class Package:
         @hookimpl
@@ -255,7 +255,7 @@ def test_not_inheriting_leaves_out_what_plugins_offer_by_themselves(isolated_plu
 
 
 def test_a_scope_that_a_plugin_opens_inside_counts(isolated_plugins: PluginManager) -> None:
-    """What a plugin offers for a scope of its own counts inside of a mapping that does not inherit."""
+    """Offers of a plugin for a scope of its own apply inside of a mapping that does not inherit."""
 
     class Package:
         @hookimpl
@@ -268,7 +268,7 @@ def test_a_scope_that_a_plugin_opens_inside_counts(isolated_plugins: PluginManag
 
 
 def test_scope_without_inheriting(isolated_plugins: PluginManager) -> None:
-    """A scope with inherit_mapping=False hides what was registered and what packages bring, and inner scopes count."""
+    """A scope with inherit_mapping=False hides mappings of program and packages, and inner scopes apply."""
 
     class Package:
         @hookimpl

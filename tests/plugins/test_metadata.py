@@ -1,4 +1,4 @@
-"""`metadata.json`: what is read of it, and that nothing in it can do more than be refused."""
+"""`metadata.json`: the entries that are read, and that nothing in it can do more than be refused."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_least() -> None:
 
 
 def test_provenance() -> None:
-    """A build is dirty if the kernel or the builder was, and says which; what is not known is not dirty."""
+    """A build is dirty if the kernel or the builder was, and says which; an unknown state is not dirty."""
     git = {"commit": "a" * 40, "dirty": True}
     table: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"kernel-builder": {"version": "1"}}, ()),
@@ -115,7 +115,7 @@ def test_encodings(encoding: str) -> None:
 @pytest.mark.parametrize("key", ["id", "name", "version", "backend", "python-depends"])
 @pytest.mark.parametrize("value", ["missing", 3.5, [1], True])
 def test_incomplete(key: str, value: object) -> None:
-    """A missing entry, or one of another type, is named, with what to do."""
+    """A missing entry, or one of another type, is named, with the next step."""
     content = json.dumps({k: v for k, v in {**GOOD, key: value}.items() if v != "missing"}).encode()
     with pytest.raises(LoadError, match=key) as caught:
         Metadata.from_bytes(content)
@@ -168,7 +168,7 @@ def test_wrong(changes: dict[str, Any], message: str) -> None:
     "content", [b"", b"{", b"<html>", b"\xff\xfe\xff", b"[]", b"null", b'"x"', b"NaN", b"[" * 200_000]
 )
 def test_unreadable(content: bytes) -> None:
-    """What is no JSON object is told as that, also JSON made to exhaust the stack."""
+    """Text that is no JSON object is reported as such, also JSON made to exhaust the stack."""
     with pytest.raises(LoadError, match=r"metadata.json (cannot be read|holds) .*Rebuild the kernel"):
         Metadata.from_bytes(content)
 
@@ -204,7 +204,7 @@ def test_any_bytes(content: bytes) -> None:
 @given(st.dictionaries(KEYS, JSON, max_size=3), st.dictionaries(st.sampled_from(["algorithm", "files", "type"]), JSON))
 @settings(max_examples=200, deadline=None)
 def test_any_entries(changes: dict[str, Any], inner: dict[str, Any]) -> None:
-    """Good metadata with arbitrary entries is read or refused; what is read can be checked or refused."""
+    """Good metadata with arbitrary entries is read or refused; metadata that is read can be checked or refused."""
     data = {**GOOD, **changes}
     for key in ("digest", "backend", "provenance"):
         if isinstance(data[key], dict):

@@ -1,4 +1,4 @@
-"""What a build requires: level of the interface, Python packages, a device that it has code for."""
+"""Requirements of a build: level of the interface, Python packages, a device that it has code for."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_all_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "torch", "\0", "\ud800", "x" * 300, "/etc/passwd", "-r x"])
 def test_unknown_package(name: str) -> None:
-    """A package that is not known is refused as that, for nobody could install it; it is a ValueError, too."""
+    """An unknown package is refused as one, for it could not be installed; the error is a ValueError, too."""
     with pytest.raises(LoadError, match="may not: those that may be needed are") as caught:
         check_packages([name], ["cpu"])
     assert isinstance(caught.value, ValueError)
@@ -147,7 +147,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("archs", "capability", "runs"), RUNS)
 def test_cuda(archs: list[str], capability: tuple[int, int], runs: bool) -> None:
-    """Code for an architecture runs on it, and on others as its suffix says; what nobody can read refuses nothing."""
+    """Code for an architecture runs on it, and on others as its suffix says; unreadable names refuse nothing."""
     assert runs_on_cuda(archs, capability) is runs
 
 
@@ -172,7 +172,7 @@ def test_more_archs_run_on_more(archs: list[str], capability: tuple[int, int], m
 
 @given(st.lists(st.text(max_size=6), max_size=3), st.lists(ARCH, min_size=1, max_size=3), CAPABILITY)
 def test_unknown_forms(noise: list[str], archs: list[str], capability: tuple[int, int]) -> None:
-    """Forms that nobody knows neither refuse nor allow beside those that are known."""
+    """Unknown forms neither refuse nor allow beside those that are known."""
     noise = [text for text in noise if not text[:1].isdigit()]
     assert runs_on_cuda(noise, capability)
     assert runs_on_cuda([*noise, *archs], capability) == runs_on_cuda(archs, capability)
@@ -227,7 +227,7 @@ def test_amd_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dirty_is_said_once() -> None:
-    """A dirty build is warned of once for each place, with what was dirty; where warnings are errors, each time."""
+    """A dirty build causes one warning for each place, with the dirty part; where warnings are errors, each time."""
     dirty = build(provenance=Provenance(BuilderInfo("1"), GitStatus("a" * 40, True)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

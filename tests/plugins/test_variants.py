@@ -224,7 +224,7 @@ def test_a_name_survives_its_variant(name: str) -> None:
 
 @pytest.mark.parametrize(("machine", "name", "needs", "has"), REJECTED)
 def test_a_reason_says_what_is_needed_and_what_is_there(machine: Machine, name: str, needs: str, has: str) -> None:
-    """A variant that does not fit is rejected for exactly what it lacks."""
+    """A variant that does not fit is rejected with exactly the requirement that it misses."""
     reason = f"built for {needs}, this machine has {has}"
     assert choose_variants([name], machine).rejected == ((name, reason),)
 
@@ -326,7 +326,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 def test_the_backend_is_that_of_torch(
     monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], kind: str, version: tuple[int, int] | None
 ) -> None:
-    """The kind and the version of the backend come from how torch was built and what is plugged into it."""
+    """The kind and the version of the backend come from the build of torch and its plugged-in backends."""
     pretend(monkeypatch, **versions)
     machine = Machine.here()
     assert (machine.backend, machine.backend_version, machine.tvm_ffi) == (kind, version, (0, 1))

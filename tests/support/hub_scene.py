@@ -1,4 +1,4 @@
-"""Shared by the tests of the Hub loader: a kernel, a layer it serves, and a look at what happened."""
+"""Shared by the tests of the Hub loader: a kernel, a layer that it serves, and a look at requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kernel(factor: float = 3) -> str:
 
 @pytest.fixture(autouse=True)
 def new_process() -> Iterator[Callable[[], None]]:
-    """Let a test forget what was resolved, loaded and imported, as a new process would not know it."""
+    """Clear all that was resolved, loaded and imported, as in a new process."""
 
     def start() -> None:
         _start_anew()
@@ -105,7 +105,7 @@ def served(source: object) -> float:
 
 
 def scale(repo_id: str = "acme/kernels", **options: Any) -> LayerRepository:
-    """Name the layer of a repository, on its main branch unless told otherwise."""
+    """Name the layer of a repository, by default on its main branch."""
     if "version" not in options:
         options.setdefault("revision", "main")
     return LayerRepository(repo_id, layer_name="Scale", **options)
@@ -142,7 +142,7 @@ print(json.dumps(answers))
 
 @pytest.fixture
 def process(local_hub: LocalHub, tmp_path: Path) -> Callable[..., Any]:
-    """Run layers of sources in a new Python; its cache is that of this process unless told otherwise."""
+    """Run layers of sources in a new Python; its cache is by default that of this process."""
 
     def run(
         *sources: object, home: Path = tmp_path / "hub-home", without: tuple[str, ...] = (), **environment: str

@@ -26,7 +26,7 @@ def imports(path: Path, *, typing: bool = False) -> Iterator[tuple[str, list[str
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
-    """Walk everything but what stands under `if TYPE_CHECKING`."""
+    """Walk everything but the code under `if TYPE_CHECKING`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue

@@ -1,4 +1,4 @@
-"""Kernels of the Acme company: a plugin package as anybody may write one, on public names alone."""
+"""Kernels of the Acme company: a plugin package such as third parties write, on public names only."""
 
 from __future__ import annotations
 
