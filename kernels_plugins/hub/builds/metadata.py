@@ -154,14 +154,13 @@ class Metadata:
         name = _field(data, "name", str)
         if not _NAME.fullmatch(name):
             raise UnknownError(f"{METADATA}: {name!r} is no kernel name ({_NAME.pattern}). Rename the kernel.")
-        archs = _field(backend, "archs", list, where="backend.", optional=True)
+        archs = _field(backend, "backend.archs", list, optional=True)
         return cls(
             id=_field(data, "id", str),
             name=KernelName(name),
             version=_field(data, "version", int),
             backend=BackendInfo(
-                _field(backend, "type", str, where="backend."),
-                None if archs is None else _strings(archs, "backend.archs"),
+                _field(backend, "backend.type", str), None if archs is None else _strings(archs, "backend.archs")
             ),
             license=_field(data, "license", str, optional=True),
             upstream=_field(data, "upstream", str, optional=True),
@@ -188,14 +187,15 @@ class Metadata:
         return cls.from_bytes(content)
 
 
-def _field(data: Mapping[str, Any], key: str, kind: type, *, where: str = "", optional: bool = False) -> Any:
-    value = data.get(key)
+def _field(data: Mapping[str, Any], place: str, kind: type, *, optional: bool = False) -> Any:
+    """Return a value of an object; the place has the names of the objects around it, too."""
+    value = data.get(place.rpartition(".")[2])
     if value is None:
         if optional:
             return None
-        raise UnknownError(f"{METADATA} is incomplete: {where}{key} is missing. {_REBUILD}")
+        raise UnknownError(f"{METADATA} is incomplete: {place} is missing. {_REBUILD}")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UnknownError(f"{METADATA}: {where}{key} is {value!r}, not {kind.__name__}. {_REBUILD}")
+        raise UnknownError(f"{METADATA}: {place} is {value!r}, not {kind.__name__}. {_REBUILD}")
     return value
 
 
@@ -235,10 +235,10 @@ def _minver(text: str | None) -> Version | None:
 def _digest(digest: Mapping[str, Any] | None) -> Digest | None:
     if digest is None:
         return None
-    algorithm: str = _field(digest, "algorithm", str, where="digest.").lower()
+    algorithm: str = _field(digest, "digest.algorithm", str).lower()
     if algorithm not in ("sha256", "sha512"):
         raise UnknownError(f"{METADATA}: digest.algorithm is {algorithm!r}; sha256 and sha512 are known.")
-    files = _field(digest, "files", dict, where="digest.")
+    files = _field(digest, "digest.files", dict)
     if not all(isinstance(value, str) for value in files.values()):
         raise UnknownError(f"{METADATA}: digest.files does not map paths to digests. {_REBUILD}")
     return Digest(algorithm, files)
@@ -247,23 +247,18 @@ def _digest(digest: Mapping[str, Any] | None) -> Digest | None:
 def _provenance(data: Mapping[str, Any] | None) -> Provenance | None:
     if data is None:
         return None
-    where = "provenance."
-    builder = _field(data, "kernel-builder", dict, where=where)
-    kernel = _field(data, "kernel", dict, where=where, optional=True)
+    place = "provenance.kernel-builder"
+    builder = _field(data, place, dict)
+    kernel = _field(data, "provenance.kernel", dict, optional=True)
     known = builder.get("commit") is not None or builder.get("dirty") is not None
-    return Provenance(
-        BuilderInfo(
-            _field(builder, "version", str, where=f"{where}kernel-builder."),
-            _git(builder, f"{where}kernel-builder.") if known else None,
-        ),
-        None if kernel is None else _git(kernel, f"{where}kernel."),
-    )
+    made_by = BuilderInfo(_field(builder, f"{place}.version", str), _git(builder, place) if known else None)
+    return Provenance(made_by, None if kernel is None else _git(kernel, "provenance.kernel"))
 
 
-def _git(data: Mapping[str, Any], where: str) -> GitStatus:
-    commit, dirty = _field(data, "commit", str, where=where), _field(data, "dirty", bool, where=where)
+def _git(data: Mapping[str, Any], place: str) -> GitStatus:
+    commit, dirty = _field(data, f"{place}.commit", str), _field(data, f"{place}.dirty", bool)
     if not is_commit(commit.lower()):
-        raise UnknownError(f"{METADATA}: {where}commit is {commit!r}, no commit. {_REBUILD}")
+        raise UnknownError(f"{METADATA}: {place}.commit is {commit!r}, no commit. {_REBUILD}")
     return GitStatus(commit.lower(), dirty)
 
 

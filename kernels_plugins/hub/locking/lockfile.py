@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,28 +69,22 @@ class Lock:
 
     def find(self, dependency: Dependency) -> LockedKernel | None:
         """Return the entry of a kernel that another one depends on; None if it is not locked."""
-        for kernel in self.kernels:
-            known = kernel.dependency
-            if known == dependency or (known.repo_id == dependency.repo_id and known.wanted is None):
-                return kernel
-        return None
+        wanted = (dependency, Dependency(dependency.repo_id))  # the latter in a lock of the older form
+        return next((kernel for kernel in self.kernels if kernel.dependency in wanted), None)
 
     def changes(self, before: Lock) -> list[tuple[LockedKernel | None, LockedKernel | None]]:
         """Return each kernel that differs from an older lock: as it was, and as it is; None where there is none."""
         known = {kernel.dependency: kernel for kernel in before.kernels}
-        added = [kernel for kernel in self.kernels if kernel.dependency not in known]
-        gone = [known[wanted] for wanted in known.keys() - {kernel.dependency for kernel in self.kernels}]
+        kept = {kernel.dependency for kernel in self.kernels}
+        gone = [kernel for kernel in before.kernels if kernel.dependency not in kept]
         pairs: list[tuple[LockedKernel | None, LockedKernel | None]] = []
         for now in self.kernels:
             was = known.get(now.dependency)
-            if now in added:  # another version of a repository takes the place of one that is gone
+            if was is None:  # another version of a repository takes the place of one that is gone
                 was = next((old for old in gone if old.dependency.repo_id == now.dependency.repo_id), None)
                 gone = [old for old in gone if old is not was]
-            if was is None or (was.dependency, was.commit, was.hashes or now.hashes) != (
-                now.dependency,
-                now.commit,
-                now.hashes,
-            ):  # a lock without hashes, as `kernels` writes it, is not out of date for that
+            # A lock without hashes, as `kernels` writes it, is not out of date for that.
+            if was is None or replace(was, hashes=was.hashes or now.hashes) != now:
                 pairs.append((was, now))
         return pairs + [(old, None) for old in sorted(gone, key=lambda kernel: kernel.dependency.order)]
 
@@ -216,8 +210,8 @@ def parse_lock(text: str, hashes: str | None = None, *, origin: str = LOCK) -> L
     return Lock(tuple(kernels.values()), origin)
 
 
-def _entries(text: str, origin: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return each entry with the name of its place."""
+def _entries(text: str, origin: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield each entry with the name of its place."""
     try:
         data = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object)
         text.encode()
@@ -226,9 +220,10 @@ def _entries(text: str, origin: str) -> list[tuple[str, Mapping[str, Any]]]:
     if not isinstance(data, list):
         raise _malformed(origin, f"it holds {type(data).__name__}, not a list")
     for number, entry in enumerate(data, 1):
+        place = f"{origin}, entry {number}"
         if not isinstance(entry, dict):
-            raise _malformed(f"{origin}, entry {number}", f"{entry!r} is no object")
-    return [(f"{origin}, entry {number}", entry) for number, entry in enumerate(data, 1)]
+            raise _malformed(place, f"{entry!r} is no object")
+        yield place, entry
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
