@@ -73,7 +73,11 @@ def demo(
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        _print(result)
+        rows = [TableRow(_cells(row), "" if row["served"] and row["is_right"] else "red") for row in result["rows"]]
+        print_found(Table((*_TEXTS, *_NUMBERS), rows, right=_NUMBERS))
+        for refusal in result["refusals"]:
+            print_found(Table((), title=f"refused {refusal}", style="red"))
+        print(_summary(result))
     raise typer.Exit(0 if result["ok"] else 1)
 
 
@@ -91,14 +95,6 @@ def _run(hub: LocalHub, home: Path, *arguments: str) -> int:
 
 
 # --- Printing ------------------------------------------------------------------------------------
-
-
-def _print(result: dict[str, Any]) -> None:
-    rows = [TableRow(_cells(row), "" if row["served"] and row["is_right"] else "red") for row in result["rows"]]
-    print_found(Table((*_TEXTS, *_NUMBERS), rows, right=_NUMBERS))
-    for refusal in result["refusals"]:
-        print_found(Table((), title=f"refused {refusal}", style="red"))
-    print(_summary(result))
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
