@@ -163,20 +163,35 @@ class Operator:
             if self._is_out(Mode.TORCH_COMPILE):  # compiled code may go on calling, until its guards are asked
                 structure, parts, _ = self.work.reference_on_copies(call)
             elif key in self._tried or is_capturing():
-                structure, parts = apart(call.make(self.work.kernel))
+                structure, parts = self._run(call)
             else:
-                structure, parts = self._try(call, tensors, ints, floats, name)
-                self._tried.add(key)
+                structure, parts = self._try(call, tensors, ints, floats, name, key)
             try:
                 self._keep_outcome(name, structure, parts)
             except Unfit as problem:
                 self.refuse(str(problem))
             return fresh(parts.tensors)
 
-    def _try(self, call: Call, tensors: Tensors, ints: list[int], floats: list[float], name: str) -> Taken:
+    def _run(self, call: Call) -> Taken:
+        """Run the kernel, or the reference where it passes the call on: an operator has no next candidate."""
+        output = call.make(self.work.kernel)
+        return apart(output) if output is not NotImplemented else self._passed_on(call)
+
+    def _passed_on(self, call: Call) -> Taken:
+        self.work.fall_back("passes on a call of compiled code")
+        self._warn(
+            f"Layer {self.work.layer.name!r}: {self.work.origin} passes on a call of compiled code, where it is one "
+            "operator, and the reference runs in its place. Let it declare dtypes or supports(...): these are asked "
+            "when code is traced, and the next candidate is compiled instead."
+        )
+        return self.work.reference(call)
+
+    def _try(self, call: Call, tensors: Tensors, ints: list[int], floats: list[float], name: str, key: object) -> Taken:
         """Run the kernel on copies; if an operator must not do as it does, it is out, and the reference answers."""
         try:
             with call.replayed(self.work.kernel) as replay:
+                if replay.outputs is NotImplemented:
+                    return self._passed_on(call)
                 structure, parts = apart(replay.outputs)
                 check_replay(replay, parts.tensors)
                 if replay.drew:
@@ -187,6 +202,7 @@ class Operator:
         except Unfit as problem:
             self._quarantine(str(problem), Mode.TORCH_COMPILE)
             structure, parts, _ = self.work.reference_on_copies(call)
+        self._tried.add(key)
         return structure, parts
 
     def _quarantine(self, reason: str, mode: Mode) -> None:
@@ -217,7 +233,7 @@ class Operator:
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             call = spec.call(leaves, ints, floats)
             by_kernel = self.work.own_backward and not any(map(self._is_out, (Mode.TORCH_COMPILE, Mode.TRAINING)))
-            _, parts = apart(call.make(self.work.kernel)) if by_kernel else self.work.reference(call)
+            _, parts = self._run(call) if by_kernel else self.work.reference(call)
             found = gradients_of(parts.tensors, wanted, grads)
             key = (name, tuple(needs))
             if by_kernel and key not in self._derived and any(gradient is None for gradient in found):

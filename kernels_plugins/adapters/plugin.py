@@ -105,9 +105,11 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
     fits = issubclass(kernel, module) and kernel.forward is not module.forward if is_class else layer.is_function
     if not fits:
         return cast(KernelLayer, kernel)
-    forward = kernel.forward if is_class else kernel
+    forward, declared = kernel.forward if is_class else kernel, _declarations(kernel, source)
     if layer.is_function and is_class:
         forward = types.MethodType(forward, kernel())  # a function has no module: lend it an empty one
+        if "supports" in declared:
+            declared["supports"] = types.MethodType(declared["supports"], kernel())
     work = Work(layer, forward, loaded.origin, own_backward=has_backward)
     recompute = None if has_backward else Recompute(work)
     eager = forward if recompute is None else recompute.forward()
@@ -124,14 +126,15 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
         recompute.implementation = made
     if is_class and not layer.is_function:
         return _subclass(kernel, source, {"forward": made})
-    made.__dict__.update(_declarations(kernel, source))
+    made.__dict__.update(declared)
     _kernels[made] = kernel
     return cast(KernelLayer, made)
 
 
 def _declarations(layer: KernelLayer, source: Adapted) -> dict[str, Any]:
     traceable = source.as_operator or bool(getattr(cast(Any, layer), "can_torch_compile", False))
-    return {"can_torch_compile": traceable, "has_backward": True}
+    limits = {name: value for name in ("dtypes", "supports") if (value := getattr(layer, name, None)) is not None}
+    return {"can_torch_compile": traceable, "has_backward": True, **limits}
 
 
 def _subclass(kernel: type[Any], source: Adapted, members: dict[str, Any]) -> type[Any]:

@@ -59,6 +59,8 @@ class Recompute:
         spec = Spec(self.work.layer, structure, tuple(parts.objects), autocast_now())
         try:
             draws = self._draws(spec, parts)
+            if draws is None:
+                return NotImplemented
         except Unfit as problem:
             self._refuse(str(problem))
             return self.work.layer.reference(*args, **kwargs)
@@ -74,9 +76,10 @@ class Recompute:
         result = recorded.result
         return rebuild([recorded.structure], tensors, result.ints, result.floats, result.objects)[0]
 
-    def _draws(self, spec: Spec, parts: Parts) -> bool:
+    def _draws(self, spec: Spec, parts: Parts) -> bool | None:
         """Whether random numbers are drawn; runs kernel and reference on copies, once per kind of call.
 
+        None if the kernel passes the call on.
         `Unfit` if the kernel cannot have other gradients than its own.
         """
         objects = tuple(object_key(value, type) for value in spec.objects)
@@ -89,6 +92,8 @@ class Recompute:
         call = spec.call(parts.tensors, parts.ints, parts.floats)
         with torch.no_grad():
             with call.replayed(self.work.kernel) as replay:
+                if replay.outputs is NotImplemented:
+                    return None
                 ours = apart(replay.outputs)
                 check_replay(replay, ours[1].tensors)
                 draws = replay.drew

@@ -1745,3 +1745,54 @@ def test_members_of_enums_in_results() -> None:
         assert resolve(Two, device="cpu", mode=Mode.INFERENCE | Mode.TORCH_COMPILE).origin != "reference"
     assert list(result) == [Key.OUT, Key.GATE] and type(next(iter(result))) is Key
     assert torch.equal(result[Key.OUT], x * 2) and result[Key.GATE][1] is Key.OUT
+
+
+# --- Calls that are passed on ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("declares", [False, True])
+@pytest.mark.parametrize("make", [opaque, reference_backward])
+def test_an_adapted_kernel_passes_calls_on(make: Callable[[object], object], declares: bool) -> None:
+    """The next candidate serves, recorded and compiled too; in place of an operator that runs, the reference does."""
+
+    @use_kernel_forward_from_hub("Sized")
+    class Sized(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 1
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        if x.shape[-1] % 2:
+            assert not declares  # else it is not asked
+            return NotImplemented
+        return torch.from_numpy(x.detach().numpy() * 1) + (x - x.detach())  # else it has no gradient
+
+    class Next(nn.Module):
+        can_torch_compile = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            served.append(1)
+            return x * 1
+
+    members = {"supports": lambda self, x: x.shape[-1] % 2 == 0} if declares else {}
+    kernel, served, layer = type("Even", (nn.Module,), {"forward": forward, **members}), [], Sized()
+    with use_kernel_mapping({"Sized": {"cpu": [make(kernel), Next]}}), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KernelsWarning)
+        for columns in (2, 3, 2, 3):
+            for grad in False, True:
+                x = torch.ones(columns, requires_grad=grad)
+                y = layer(x)
+                assert torch.equal(y, x) and len(served) == columns % 2, (columns, grad)
+                served.clear()
+                if grad:
+                    y.sum().backward()
+                    assert x.grad is not None and bool((x.grad == 1).all())
+        assert not caught and not quarantined()
+        if make is opaque:
+            call, _ = compiled(Sized(), dynamic=False)
+            for columns in (2, 3, 2, 3):
+                x = torch.ones(columns, requires_grad=True)
+                y = call(x)
+                y.sum().backward()
+                assert torch.equal(y, x) and x.grad is not None and bool((x.grad == 1).all())
+            assert bool(served) == declares and not quarantined()
+            assert [str(w.message) for w in caught if "passes on a call of compiled code" in str(w.message)] or declares

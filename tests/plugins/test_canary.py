@@ -452,3 +452,22 @@ def test_bad_arguments(settings: dict[str, Any], error: type[Exception]) -> None
     """Impossible settings are refused when they are made."""
     with pytest.raises(error):
         canary(**settings)
+
+
+def test_a_call_that_is_passed_on_is_not_compared() -> None:
+    """The kernel has no output to compare: it stays, and the next one is compared."""
+
+    def passes(self: Any, x: torch.Tensor) -> Any:
+        return NotImplemented
+
+    def wrong(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return right(self, x) * 2
+
+    layer, x = Norm(), torch.randn(2, SIZE)
+    kernels = [kernel_of(passes), kernel_of(wrong)]
+    with use_kernel_mapping({"Norm": {"cpu": kernels}}), canary(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", KernelsWarning)
+        layer(x)
+    assert [entry.reason.partition(":")[0] for entry in quarantined()] == [
+        "a canary found that it disagrees with the reference"
+    ]

@@ -45,6 +45,18 @@ def verified(forward: Callable[..., Any], *, layer: nn.Module | None = None, **o
         return verify(layer or made.Norm(), torch.randn(4, 8, 64), **options)
 
 
+def test_a_call_that_a_kernel_passes_on_is_refused_and_no_failure() -> None:
+    """Only the cases that it takes are compared; the report gives the others, as the probes do."""
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        return made.fused(self, x) if x.dtype == torch.float32 and x.shape[-2] == 8 else NotImplemented
+
+    report = verified(forward)
+    refused = {row.case for row in report.rows if row.verdict == "refused"}
+    assert report.ok and refused == {"bfloat16", "float16", "odd size"}
+    assert {"as given", "strided"} <= {row.case for row in report.rows if row.verdict == "ok"}
+
+
 # --- Wrong ones are caught ------------------------------------------------------------------------
 
 CAUGHT = [
