@@ -205,8 +205,9 @@ def kernels_wrap_forward(resolution: Resolution) -> Callable[[Callable[..., Any]
 
     Returns:
         A decorator for the forward, or None. What it makes is called as the forward is: with the module
-        first, if the layer is a class. It must return what the forward returns. An exception of its own
-        reaches the caller, and the kernel is not blamed for it.
+        first, if the layer is a class. It must return what the forward returns, also `NotImplemented`: then
+        another kernel serves the call, which has a decision of its own. An exception of its own reaches the
+        caller, and the kernel is not blamed for it.
 
     Example:
         ```python

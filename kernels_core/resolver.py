@@ -264,6 +264,8 @@ def no_kernel(resolution: Resolution) -> NoKernelError:
 def serving_forward(resolution: Resolution) -> Callable[..., Any]:
     """Return the forward that serves calls by a decision: that of the kernel, else the reference.
 
+    For a call that the kernel does not take, it returns `NotImplemented`.
+
     Raises:
         NoKernelError: If the reference must not serve.
 
