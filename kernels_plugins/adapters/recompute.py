@@ -33,7 +33,6 @@ class Recompute:
     """Runs a kernel, and the reference for its gradients."""
 
     def __init__(self, work: Work) -> None:
-        """Keep the work; nothing is registered."""
         self.work = work
         self.implementation: Forward | None = None
         self._tried: dict[object, bool] = {}

@@ -11,28 +11,17 @@ from ..mapping import as_source
 
 @dataclass(frozen=True)
 class Adapted:
-    """A source whose kernel is made to fit.
+    """A source whose kernel is made to fit."""
 
-    Attributes:
-        source: Where the kernel comes from: anything that a mapping takes.
-        as_operator: Whether the kernel is one operator in traced calls, and is not traced itself.
-        from_reference: Whether all gradients are those of the reference.
-    """
-
-    source: object
-    as_operator: bool = False
-    from_reference: bool = False
+    source: object  # where the kernel comes from: anything that a mapping takes
+    as_operator: bool = False  # whether the kernel is one operator in traced calls, and is not traced itself
+    from_reference: bool = False  # whether all gradients are those of the reference
 
     def load(self) -> object:
-        """Refuse: only the plugin `adapters` can load it, for the result depends on the layer.
-
-        Raises:
-            LoadError: Always.
-        """
+        """Refuse, with a `LoadError`: only the plugin `adapters` can load it, for the result depends on the layer."""
         raise LoadError(f"{self!r} needs the plugin 'adapters': do not block it with KERNELS_PLUGINS")
 
     def __repr__(self) -> str:
-        """Show the calls that make it."""
         text = source_label(self.source)
         if self.from_reference:
             text = f"reference_backward({text})"

@@ -19,7 +19,6 @@ class OperatorWatch(DispatchMode):  # type: ignore[no-untyped-call]
     """Notices changes that tensors without data do not show: writes to them, and random numbers."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Remember whose memory is watched."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()  # positions of tensors
         self.draws = False

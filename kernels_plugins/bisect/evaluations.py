@@ -44,7 +44,6 @@ class Evaluations:
     """The evaluations of one bisection."""
 
     def __init__(self, model: nn.Module, metric: Metric, switch: Switch, show: Show) -> None:
-        """Evaluate nothing yet."""
         self.count = 0
         self.kernels: Sequence[Kernel] = ()  # in use, known after the suspect was evaluated
         self._model = model

@@ -55,7 +55,6 @@ class Reading:
         return max(_gap(value, other.numbers[name]) for name, value in self.numbers.items())
 
     def __str__(self) -> str:
-        """The numbers, short."""
         return ", ".join(f"{name} {value:.6g}".strip() for name, value in self.numbers.items())
 
 
@@ -96,7 +95,6 @@ class Tolerance:
     relative: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse impossible tolerances."""
         for name, value in (("tolerance", self.absolute), ("relative", self.relative)):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ArgumentTypeError(f"{name} is a number such as 1e-3, not {value!r}.")
@@ -117,6 +115,5 @@ class Tolerance:
         )
 
     def __str__(self) -> str:
-        """Both parts, where both are there."""
         parts = [f"{self.absolute:g}"] if self.absolute or not self.relative else []
         return " + ".join([*parts, *([f"{self.relative:g} of the baseline"] if self.relative else [])])

@@ -21,13 +21,11 @@ class BisectError(KernelsError):
     """
 
     def __init__(self, message: str, *, evaluation: int = 0, paths: Sequence[str] = ()) -> None:
-        """Keep the evaluation at which the problem was noticed."""
         super().__init__(message)
         self.evaluation = evaluation
         self.paths = tuple(paths)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the keywords of the constructor."""
         return functools.partial(type(self), evaluation=self.evaluation, paths=self.paths), self.args
 
 

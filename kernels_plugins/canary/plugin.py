@@ -60,7 +60,6 @@ class canary:  # noqa: N801 - a context manager that reads like a statement
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Compare as before."""
         with _lock:
             if self not in _open:
                 raise ScopeError("This canary is not open: leave it once for each time that it is entered.")

@@ -19,7 +19,6 @@ class Settings:
     action: str = "quarantine"
 
     def __post_init__(self) -> None:
-        """Refuse impossible settings."""
         for name in ("first", "every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

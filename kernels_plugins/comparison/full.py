@@ -66,15 +66,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of `compare`.
+    """The result of `compare`."""
 
-    Attributes:
-        mismatches: Differences of structure, shape, dtype and device, where no numbers are compared.
-        differences: A difference for each tensor whose numbers are compared.
-    """
-
-    mismatches: tuple[str, ...] = ()
-    differences: tuple[Difference, ...] = ()
+    mismatches: tuple[str, ...] = ()  # of structure, shape, dtype and device, where no numbers are compared
+    differences: tuple[Difference, ...] = ()  # one for each tensor whose numbers are compared
 
     @property
     def ok(self) -> bool:

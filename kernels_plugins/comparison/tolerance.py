@@ -69,20 +69,14 @@ def check_tolerances(tolerances: Any) -> None:
 
 
 class Yardstick:
-    """The allowed difference between two tensors of a dtype and shape.
-
-    Attributes:
-        rtol: The allowed error of a number, relative to its size.
-        atol: The error that is allowed besides.
-        eps: Of the dtype; 0 for integers.
-        rows: How many rows there are: errors of a row may go one way.
-    """
+    """The allowed difference between two tensors of a dtype and shape."""
 
     def __init__(self, tensor: torch.Tensor, tolerance: Tolerance) -> None:
-        """Measure for tensors like this one."""
         self.dtype, self.shape = tensor.dtype, tuple(tensor.shape)
         self.rtol, self.atol = tolerance
+        # Of the dtype; 0 for integers.
         self.eps = torch.finfo(tensor.dtype).eps if tensor.dtype.is_floating_point or tensor.is_complex() else 0.0
+        # Errors of a row may go one way.
         self.rows = max(1, tensor.numel() // max(1, tensor.shape[-1] if tensor.dim() else 1))
 
     def relative(self, *, exact: bool) -> float:

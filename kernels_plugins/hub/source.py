@@ -36,11 +36,7 @@ class KernelSource:
         return self.kernel_request().trusts(repo_id)
 
     def load_kernel(self, **options: Any) -> LoadedKernel:
-        """Fetch, check and import the kernel.
-
-        Args:
-            options: Those of `RequestOptions` that replace those of the source.
-        """
+        """Fetch, check and import the kernel; options of `RequestOptions` replace those of the source."""
         from .kernel import load  # imports what a mapping that is only written down does not need
 
         return load(replace(self.kernel_request(), **options))
@@ -148,11 +144,7 @@ class LocalLayerRepository(KernelSource):
         return Path(self.repo_path)
 
     def load_kernel(self, **options: Any) -> LoadedKernel:
-        """Check and import the kernel.
-
-        Args:
-            options: Those of `RequestOptions`.
-        """
+        """Check and import the kernel, with options of `RequestOptions`."""
         from .kernel import load_folder
 
         return load_folder(self.path, RequestOptions(**{"check_arch": False, **options}))

@@ -82,7 +82,6 @@ class Router(Repositories):
     lfs_threshold: int | None = None
 
     def __init__(self, directory: Path | None = None) -> None:
-        """Start with the folders of `directory` and no organization."""
         super().__init__(directory)
         self.organizations: dict[str, bool] = {}
 

@@ -79,11 +79,9 @@ class LocalHub(Router):
             server.hang_up()
 
     def __enter__(self) -> LocalHub:
-        """Start."""
         return self.start()
 
     def __exit__(self, *error: object) -> None:
-        """Stop."""
         self.stop()
 
     @property

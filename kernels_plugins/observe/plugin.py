@@ -31,10 +31,7 @@ _OBSERVERS = {"log": "LogResolutions", "ranges": "ProfileRanges", "prometheus": 
 
 
 def observed() -> tuple[str, ...]:
-    """Return the names of the observers that `KERNELS_OBSERVE` switches on, each once.
-
-    Raises:
-        ArgumentError: If it contains an unknown name.
+    """Return the names of the observers that `KERNELS_OBSERVE` switches on, each once; refuse an unknown name.
 
     Example:
         >>> observed()

@@ -27,13 +27,9 @@ _Kernel = tuple[str, str, str]
 
 
 def in_children(arguments: Mapping[str, Any]) -> VerifyReport | int:
-    """Compare in child processes.
+    """Compare in child processes, with arguments of `command.compared` as JSON holds them.
 
-    Args:
-        arguments: Of `kernels_plugins.oracle.command.compared`, as JSON holds them.
-
-    Returns:
-        The report; or the exit code of a child that could not compare, and has written why.
+    Returns the report; or the exit code of a child that could not compare, and has written why.
     """
     out: list[_Kernel] = []
     kept: list[VerifyRow] = []

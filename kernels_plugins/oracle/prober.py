@@ -68,7 +68,6 @@ class probing:  # noqa: N801 - a context manager that reads like a statement
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Do as before."""
         global _open
         with _lock:
             if _open == 0:

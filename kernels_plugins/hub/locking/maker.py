@@ -26,15 +26,10 @@ _ORDER = attrgetter("order")
 def make_lock(
     wanted: Iterable[Dependency], *, kept: Lock = NOTHING, trust: Iterable[str] = (), report: Report | None = None
 ) -> Lock:
-    """Lock kernels, and all that they depend on in any of their build variants.
+    """Lock the kernels of a project, and after them all that they depend on in any of their build variants.
 
-    The lock has first the kernels of the project, then those that they depend on.
-
-    Args:
-        wanted: The kernels of the project.
-        kept: Kernels that stay at their commit; each other gets the newest one.
-        trust: Repositories to lock though the Hub does not list their publishers as trusted.
-        report: Called as locking proceeds.
+    Those in `kept` stay at their commit, and each other gets the newest one. Repositories in `trust` are locked though
+    the Hub does not list their publishers as trusted.
     """
     allowed = tuple(trust)
     commits = {kernel.dependency: kernel.commit for kernel in kept.kernels}
