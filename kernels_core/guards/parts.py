@@ -65,6 +65,11 @@ def checks_parts(layer: Layer, kernel: Any) -> Forward:
     return checked
 
 
+def reads_past(choice: Resolution) -> bool:
+    """Whether the kernel that serves reads past parts of its module."""
+    return hasattr(choice.implementation, "kernels_changed_part")
+
+
 def for_module(choice: Resolution, module: torch.nn.Module) -> Resolution:
     """Return a decision; for a module with a changed part that its kernel reads past, that for the reference."""
     look = getattr(choice.implementation, "kernels_changed_part", None)

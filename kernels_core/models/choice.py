@@ -35,7 +35,7 @@ from ..resolution import Resolution
 from ..scope import listeners
 from ..torch_internals import constant_result, is_fake_class, is_traced
 from ..warning import WarnOnce
-from .modules import change_class
+from .modules import change_class, own_device
 from .pinned import pinned
 
 
@@ -118,7 +118,7 @@ class FrozenChoice:
         return isinstance(put, types.MethodType) and put.__func__ is self.original.forward
 
     def suspended_by(self, module: nn.Module) -> str | None:
-        """Return why the choice for a module is suspended: `"train"` or `"references"`; None if nothing does."""
+        """Return why a choice is suspended for a module: `"train"`, `"references"`, `"move to ..."`; else None."""
         return "train" if self.is_suspended(module) else getattr(type(module), "kernels_suspended", None)
 
     def suspend(self, module: nn.Module, why: str) -> None:
@@ -127,12 +127,15 @@ class FrozenChoice:
             module.__dict__.setdefault("forward", types.MethodType(self.original.forward, module))
             return
         if why not in self.suspended:
-            # The advice waits for a call: after `train()`, a library may kernelize anew.
-            advice = (
-                f"train() on a model that was kernelized for {self.mode}: its kernels are suspended until eval(), and "
-                "each call decides by itself. To freeze for training: kernelize(model, mode=Mode.TRAINING)."
-            )
-            forward = self.advising(advice) if why == "train" else self.original.forward
+            # The advice waits for a call: after `train()`, a library may kernelize anew, or move the module back.
+            where = f"train() on a model that was kernelized for {self.mode}"
+            until, freeze = "eval()", "for training: kernelize(model, mode=Mode.TRAINING)"
+            if (device := why.removeprefix("move to ")) != why:
+                where = f"A model that was kernelized for {self.device} was moved to {device}"
+                until, freeze = "it is moved back", "there: kernelize(model, mode=...)"
+            advice = f"{where}: its kernels are suspended until {until}, and each call decides by itself. "
+            advice += f"To freeze {freeze}."
+            forward = self.original.forward if why == "references" else self.advising(advice)
             self.suspended[why] = self.make_class(forward=forward, kernels_suspended=why)
         change_class(module, self.suspended[why])
 
@@ -148,9 +151,30 @@ class FrozenChoice:
         why = self.suspended_by(module)
         if Mode.INFERENCE in self.mode and training and why is None:
             self.suspend(module, "train")
-        elif not training and why == "train":
+        elif not training and why == "train" and not self.is_elsewhere(own_device(module)):
             self.resume(module)
 
+    def is_elsewhere(self, device: torch.device | None) -> bool:
+        """Whether a module with tensors there runs on another device than the one that the choice is for."""
+        if device is None or device.type == "meta":  # from or to the memory in which its tensors wait for calls
+            return False
+        ours = self.device
+        return device.type != ours.type or (device.index != ours.index and None not in (device.index, ours.index))
+
+    def notice_move(self, module: nn.Module, device: torch.device) -> None:
+        """Suspend the kernel of a module that was moved to another device, and restore it on the way back.
+
+        Libraries move whole models to a device and back for each call, such as accelerate's `cpu_offload_with_hook`.
+        """
+        if self.is_elsewhere(device):
+            self.suspend(module, f"move to {device}")
+        elif (self.suspended_by(module) or "").startswith("move") and device.type != "meta" and not blocks:
+            self.resume(module)
+            self.notice_train(module, module.training)
+
+
+blocks: list[object] = []
+"""The open blocks of `references`: no kernel is restored there because its module is moved."""
 
 choices: weakref.WeakSet[FrozenChoice] = weakref.WeakSet()
 

@@ -54,19 +54,6 @@ def freeze_class(
     return frozen.cls
 
 
-def _notice_move(frozen: FrozenChoice, module: nn.Module, device: torch.device) -> None:
-    """Drop the choice when the module was moved to another device."""
-    if device.type == "meta" or (device.type, device.index) == (frozen.device.type, frozen.device.index):
-        return
-    if device.type == frozen.device.type and None in (device.index, frozen.device.index):
-        return
-    swap([module], [original_class(module)])
-    frozen.run.warn(
-        f"A model that was kernelized for {frozen.device} was moved to {device}: its kernels are dropped, and "
-        "each call decides by itfrozen. To freeze again: kernelize(model, mode=...).",
-    )
-
-
 def _train(self: nn.Module, mode: bool = True) -> nn.Module:
     """Set training mode, as ever, and notice it."""
     frozen: FrozenChoice = type(self).kernels_frozen  # type: ignore[attr-defined]
@@ -84,7 +71,7 @@ def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: A
         with contextlib.suppress(Exception):  # a function that fails for an empty tensor moves nothing
             device = fn(torch.empty(0, device=frozen.device)).device
     if device is not None:
-        _notice_move(frozen, self, device)
+        frozen.notice_move(self, device)
     return self
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from ..device import Device, as_torch_device
 from ..environment import strict
 from ..errors import ArgumentError, ArgumentTypeError, KernelizeError
 from ..generated import dispatched_layer
-from ..guards.parts import for_module
+from ..guards.parts import for_module, reads_past
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..resolution import Cause, Refusal, Resolution
@@ -231,7 +231,12 @@ class _Freeze:
         classes: list[type[nn.Module]] = []
         kinds: dict[type[nn.Module], tuple[type[nn.Module], Layer | None, Sequence[Layer], _Classes, _Classes]] = {}
         where: dict[int, torch.device] = {}
+        partial: dict[type[nn.Module], Resolution] = {}
+        hooked = False
         for module in walk(model):
+            own = module.__dict__
+            # Inside of a module that is moved for its calls, tensors are where they wait for that.
+            hooked = hooked or "_hf_hook" in own or "_diffusers_hook" in own
             cls = type(module)
             kind = kinds.get(cls)
             if kind is None:
@@ -244,16 +249,16 @@ class _Freeze:
                 continue
             device = inferred
             if not exact:
-                own = own_device(module)
-                if own is None:
+                here = own_device(module) if not hooked else None
+                if here is None:
                     where = where or locate(model, inferred)
-                    own = where[id(module)]
-                if given is None or own.type == given.type:
-                    device = own
+                    here = where[id(module)]
+                if given is None or here.type == given.type:
+                    device = here
             wanted = layer is not None and (layer.condition is None or layer.condition(module))
             # A forward that another library has put on the module stays, and what it kept would never be frozen.
             foreign = None
-            if "forward" in module.__dict__ and frozen_choice(module) is None:
+            if "forward" in own and frozen_choice(module) is None:
                 foreign = foreign_forward(module)
             obstacle = (
                 foreign and f"{foreign} was put on the module as its forward: kernelize before that, or take it off"
@@ -272,9 +277,10 @@ class _Freeze:
                 resolution = self._choose(layer, device) if layer is not None and wanted else None
                 pins = {function: self._choose(function, device) for function in functions}
                 frozen = known[device, functions] = freeze_class(original, layer, self.run, device, resolution, pins)
-            choice: Resolution | None = cast(Any, frozen).kernels_frozen.resolution
-            if choice is not None and (changed := for_module(choice, module)) is not choice:
-                self._check(changed)  # it is frozen all the same: once the part is as it was, the kernel serves
+                if resolution is not None and reads_past(resolution):
+                    partial[frozen] = resolution
+            if partial and frozen in partial:  # it is frozen all the same: once a part is as it was, the kernel serves
+                self._check(for_module(partial[frozen], module))
             modules.append(module)
             classes.append(frozen)
         return modules, classes

@@ -67,7 +67,8 @@ def _is_wrapped(module: nn.Module, name: str) -> bool:
 
 def own_device(module: nn.Module) -> torch.device | None:
     """Return the device of the module's first own parameter or buffer; that of its calls, where accelerate moves it."""
-    if "_hf_hook" in module.__dict__ and (device := _execution_device(module)) is not None:
+    own = module.__dict__
+    if ("_hf_hook" in own or "_diffusers_hook" in own) and (device := _execution_device(module)) is not None:
         return device
     for tensors in (module._parameters, module._buffers):  # no chain of iterators: it runs once per module of a model
         for tensor in tensors.values():
@@ -77,10 +78,12 @@ def own_device(module: nn.Module) -> torch.device | None:
 
 
 def _execution_device(module: nn.Module) -> torch.device | None:
-    """Return the device to which a hook of accelerate moves a module for its calls; None if there is none."""
+    """Return the device to which a hook of accelerate or diffusers moves a module for its calls; None without one."""
     hook: Any = module.__dict__.get("_hf_hook")
-    for each in (hook, *getattr(hook, "hooks", ())):  # it may be a chain of hooks
-        device = getattr(each, "execution_device", None)
+    registry = module.__dict__.get("_diffusers_hook")  # it offloads groups of modules
+    groups = [getattr(each, "group", None) for each in getattr(registry, "hooks", {}).values()]
+    for each in (hook, *getattr(hook, "hooks", ()), *groups):  # it may be a chain of hooks
+        device = getattr(each, "execution_device", getattr(each, "onload_device", None))
         if isinstance(device, str | int | torch.device):
             return as_torch_device(f"{ACCELERATOR or 'cuda'}:{device}" if isinstance(device, int) else device)
     return None

@@ -15,7 +15,9 @@ from ..mode import Mode
 from ..resolution import LayerRequest, Resolution
 from ..resolver import Decided
 from ..scope import Scope
+from .choice import blocks
 from .frozen import frozen_choice
+from .modules import own_device
 
 
 def _reference(numbers: frozenset[int] | None, mode: Mode | None, request: LayerRequest) -> Resolution | None:
@@ -67,13 +69,18 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
         and choice.suspended_by(module) is None
         and (layers is None or any(layer in layers for layer in (choice.layer, *choice.functions)))
     ]
+    blocks.append(scope)
     try:
         for module, choice, _ in suspended:
             choice.suspend(module, "references")
         with scope:
             yield
     finally:
+        blocks.remove(scope)
         for module, choice, trained in suspended:
-            choice.resume(module)
+            if choice.suspended_by(module) == "references":
+                choice.resume(module)
+            elif (device := own_device(module)) is not None:  # it was moved meanwhile
+                choice.notice_move(module, device)
             if module.training and not trained and frozen_choice(module) is choice:
                 choice.notice_train(module, True)

@@ -10,6 +10,7 @@ import pickle
 import types
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -32,6 +33,7 @@ from kernels_core import (
     kernelize,
     plugin_manager,
     quarantine,
+    quarantined,
     receipt,
     references,
     release,
@@ -205,17 +207,46 @@ def test_train_rests_and_eval_wakes() -> None:
 
 
 def test_moves_are_noticed() -> None:
-    """A move to another device drops the choice and says so; another dtype does not."""
+    """On another device, each call decides by itself, with one warning; back again, the kernel serves, as it should."""
     model = frozen()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.half().float()
     assert type(model[0]) is not Scale
     with use_kernel_mapping({"FrozenScale": {"cuda": Kernel}}):
-        moved = kernelize(Scale(), mode=Mode.INFERENCE, device="cuda")
-    with pytest.warns(KernelsWarning, match="was moved to cpu"):
+        moved = kernelize(Scale().eval(), mode=Mode.INFERENCE, device="cuda")
+    choice: Any = frozen_choice(moved)
+    there = torch.device("cuda", 0)  # no machine is needed to notice where a module was moved
+
+    def state() -> str:
+        return str(choice.suspended_by(moved))
+
+    with torch.no_grad():
         moved.to("cpu")
-    assert type(moved) is Scale
+        with pytest.warns(KernelsWarning, match="for cuda was moved to cpu.*until it is moved back") as caught:
+            assert moved(X)[0] == moved(X)[0] == 1
+        assert len(caught) == 1
+    assert receipt(moved).rows[0].is_reference and not choice.serves(moved)
+    moved.to("meta")
+    assert state() == "move to cpu"
+    choice.notice_move(moved, there)
+    assert choice.serves(moved) and receipt(moved).rows[0].frozen
+    # What else suspends it, meanwhile, or before.
+    choice.notice_move(moved, torch.device("cpu"))
+    moved.train()
+    choice.notice_move(moved, there)
+    assert state() == "train"
+    choice.notice_move(moved, torch.device("cpu"))
+    moved.eval()
+    assert state() == "move to cpu"
+    with references(moved):
+        choice.notice_move(moved, there)
+        assert not choice.serves(moved)
+    choice.notice_move(moved, there)
+    with references(moved):
+        choice.notice_move(moved, torch.device("cpu"))
+    assert state() == "move to cpu"
+    assert type(unkernelize(moved)) is Scale
 
 
 @pytest.mark.parametrize("asleep", [False, True])
@@ -544,6 +575,117 @@ def test_accelerate_hooks_and_takes_its_hook_off() -> None:
         assert layer(X)[0] == 1
     layer.eval()
     assert "forward" not in unkernelize(layer).__dict__ and layer(X)[0] == 1
+
+
+class Weighted(nn.Module):
+    """A decorated layer with tensors that libraries move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), 2.0))
+        self.register_buffer("shift", torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight + self.shift  # type: ignore[no-any-return,operator]
+
+
+class WeightedKernel(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.weight.device.type == self.shift.device.type == x.device.type  # type: ignore[union-attr]
+        return x * self.weight + self.shift + 100  # type: ignore[no-any-return,operator]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.other = use_kernel_forward_from_hub("Offloaded")(Weighted)(), nn.Linear(2, 2)
+        nn.init.eye_(self.other.weight), nn.init.zeros_(self.other.bias)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.other(self.scale(x))
+
+
+def offload(tool: str, model: nn.Module, folder: Any) -> Any:
+    """Let a library move the tensors of a model for its calls; the model runs on the CPU."""
+    accelerate, cpu = pytest.importorskip("accelerate"), torch.device("cpu")
+    if tool.startswith("group"):
+        hooks = pytest.importorskip("diffusers.hooks")
+        more = {"num_blocks_per_group": 1} if tool == "group of blocks" else {}
+        kind = "block_level" if more else "leaf_level"
+        hooks.apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type=kind, **more)
+    elif tool == "model offload":
+        model.offloading = accelerate.cpu_offload_with_hook(model, execution_device=cpu)[1]  # type: ignore[assignment]
+    elif tool == "sequential offload":
+        accelerate.cpu_offload(model, execution_device=cpu, offload_buffers=True)
+    elif tool == "dispatch_model":
+        places = {"0.scale": "cpu", "0.other": "disk", "1": "disk"}
+        accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True, offload_dir=folder)
+    else:
+        accelerate.cpu_offload(model, execution_device=cpu)
+    return model
+
+
+TOOLS = ["cpu_offload", "sequential offload", "model offload", "dispatch_model", "group of leaves", "group of blocks"]
+
+
+@pytest.mark.parametrize("when", ["dispatched", "before kernelize", "after kernelize"])
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_offloaded_models(tool: str, recorded: bool, when: str, tmp_path: Any) -> None:
+    """Tensors that wait elsewhere are there when the kernel runs, also after the hooks; receipts show where it runs."""
+
+    def run(mapping: Any) -> tuple[Any, Any, list[Any]]:
+        with use_kernel_mapping(mapping), torch.set_grad_enabled(recorded):
+            model: Any = nn.Sequential(Block(), Block()).eval()
+            mode = Mode.TRAINING if recorded else Mode.INFERENCE
+            if when == "after kernelize":
+                kernelize(model, mode=mode, device="cpu")
+            offload(tool, model, tmp_path)
+            if when == "before kernelize":
+                kernelize(model, mode=mode)
+            rows = receipt(model, mode=mode).rows
+            x = torch.arange(2.0)
+            results = [model(x), model(x)]
+            if tool == "model offload":
+                model.offloading.offload()
+                results.append(model(x))
+            if recorded:
+                results[0].sum().backward()
+            grads = [parameter.grad is None for parameter in model.parameters()]
+            if "group" not in tool:
+                accelerate.hooks.remove_hook_from_submodules(model)
+                results.append(model(x))
+            assert all(torch.equal(result, results[0]) for result in results)
+            return results[0], grads, list(rows)
+
+    accelerate = pytest.importorskip("accelerate")
+    expected, kept, rows = run({})
+    assert all(row.is_reference for row in rows)
+    result, grads, rows = run({"Offloaded": {"cpu": WeightedKernel}})
+    assert torch.equal(result, expected + 300) and grads == kept
+    assert [(row.path, row.device, row.is_reference) for row in rows] == [
+        ("0.scale", "cpu", False),
+        ("1.scale", "cpu", False),
+    ]
+    assert not quarantined()
+
+
+@pytest.mark.parametrize("hook", ["_hf_hook", "_diffusers_hook"])
+def test_offloaded_models_are_frozen_for_the_device_of_their_calls(hook: str) -> None:
+    """`kernelize` after a hook on the model: modules whose tensors wait on a CPU get kernels for that device."""
+    group = SimpleNamespace(group=SimpleNamespace(onload_device=torch.device("cuda", 0)))
+    model = nn.Sequential(Block()).eval()
+    model.__dict__[hook] = SimpleNamespace(execution_device="cuda:0", hooks={} if hook == "_hf_hook" else {"a": group})
+    with use_kernel_mapping({"Offloaded": {"cuda": WeightedKernel}}):
+        kernelize(model, mode=Mode.INFERENCE)
+        (row,) = receipt(model).rows
+    choice: Any = frozen_choice(model[0].scale)  # type: ignore[arg-type,union-attr]
+    assert (row.device, row.origin, row.frozen) == ("cuda:0", f"{__name__}.WeightedKernel", True)
+    assert choice.device == torch.device("cuda:0")
+    with torch.no_grad():
+        model.to("cpu")  # as the hook does after a call
+        assert choice.suspended_by(model[0].scale) == "move to cpu"  # type: ignore[union-attr]
 
 
 def test_a_bound_method_of_another_library_is_not_taken_for_ours() -> None:

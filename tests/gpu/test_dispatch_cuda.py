@@ -17,6 +17,8 @@ from kernels_core import (
     Mode,
     checkpoint_scopes,
     device_capability,
+    kernelize,
+    receipt,
     resolve,
     use_kernel_forward_from_hub,
 )
@@ -223,3 +225,42 @@ def test_dtensors_and_pending_collectives_with_a_triton_kernel(tmp_path: Any) ->
             torch.testing.assert_close(result.full_tensor(), expected)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tool", ["model offload", "cpu_offload"])
+@pytest.mark.parametrize("first", ["kernelize", "offload"])
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_offloaded_models_run_kernels_for_the_gpu(tool: str, first: str) -> None:
+    """Weights that wait on the CPU: each call runs the kernel on the GPU, and the receipt shows so, also in between."""
+    accelerate = pytest.importorskip("accelerate")
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    class Fast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.is_cuda and self.weight.is_cuda  # type: ignore[union-attr]
+            return x * self.weight + 1  # type: ignore[operator,no-any-return]
+
+    use_kernel_forward_from_hub("GpuOffloaded")(Scale)
+    model: nn.Module = nn.Sequential(nn.Sequential(Scale()), Scale()).eval()
+    with use_kernel_mapping({"GpuOffloaded": {"cuda": Fast}}), torch.no_grad():
+        if first == "kernelize":
+            kernelize(model, mode=Mode.INFERENCE, device="cuda")
+        if tool == "model offload":
+            model, hook = accelerate.cpu_offload_with_hook(model, execution_device=0)
+        else:
+            accelerate.cpu_offload(model, execution_device=0)
+        if first == "offload":
+            kernelize(model, mode=Mode.INFERENCE)
+        for _ in range(3):
+            assert torch.equal(model(torch.ones(8)).cpu(), torch.full((8,), 3.0))
+            if tool == "model offload":
+                hook.offload()
+                assert next(model.parameters()).device.type == "cpu"
+            assert [(row.device, row.is_reference) for row in receipt(model).rows] == [("cuda:0", False)] * 2
