@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels_core.replay import CONSTANTS
 from kernels_core.torch_internals import DYNAMO_LISTS_ATTRIBUTES, constant_result, is_fake_class
 
 Structure = Any
@@ -26,18 +27,6 @@ _DEEPEST = 24
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 """Attributes in which `nn.Module` itself keeps its state."""
 
-
-_PLAIN = (
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    enum.Enum,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-"""Types of values that are the same object in every call."""
 
 # --- Attributes that older Dynamos do not list -----------------------------------------------------
 
@@ -132,7 +121,7 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
         return ("dict", _take_items(value.items(), parts, depth))
     is_module = isinstance(value, nn.Module)
     by_attributes = is_module or (not sees_all and torch.compiler.is_dynamo_compiling())
-    if not isinstance(value, _PLAIN) and (by_attributes or _is_record(type(value))):
+    if not isinstance(value, CONSTANTS) and (by_attributes or _is_record(type(value))):
         if True in [outer is value for outer in parts.inside]:
             return ("deep",)
         parts.objects.append(type(value))
@@ -315,7 +304,7 @@ def _entries(structure: Structure) -> Iterator[Structure]:
 
 def _problem_of_object(value: Any, depth: int = 0) -> str | None:
     """Return why an object cannot be a constant of a call."""
-    if isinstance(value, _PLAIN) or depth > 3:
+    if isinstance(value, CONSTANTS) or depth > 3:
         return None
     if isinstance(value, torch.Generator):
         return "it uses a torch.Generator, whose state is no tensor"
