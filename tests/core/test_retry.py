@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import nn
 
 from kernels_core import (
@@ -55,9 +56,9 @@ class Remote:
 
 def until(condition: Callable[[], Any]) -> None:
     """Wait for another thread."""
-    end = time.monotonic() + 300
+    end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, "it did not happen in five minutes"
+        assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
 
 
@@ -128,7 +129,7 @@ def test_a_forked_child_waits_for_no_thread_that_resolves(mapping_plugin: object
         def load(self) -> type[nn.Module]:
             if threading.current_thread() is not threading.main_thread():
                 loading_now.set()
-                finish.wait(300)
+                finish.wait(PATIENCE)
             return Fast
 
     layer, mapping = Times(), use_kernel_mapping({"Times": {"cpu": Slow()}})
@@ -139,13 +140,13 @@ def test_a_forked_child_waits_for_no_thread_that_resolves(mapping_plugin: object
 
     thread = threading.Thread(target=call)
     thread.start()
-    assert loading_now.wait(300)
+    assert loading_now.wait(PATIENCE)
     start = time.monotonic()
     child = os.fork()
     if child == 0:
         with mapping:
             served = layer(X)[0] == 3
-        os._exit(7 if served and time.monotonic() - start < 50 else 1)
+        os._exit(7 if served and time.monotonic() - start < PATIENCE / 9 else 1)  # a minute: that of a lock
     _, status = os.waitpid(child, 0)
     finish.set()
     thread.join()

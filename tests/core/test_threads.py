@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import nn
 
 from kernels_core import Candidate, Mode, PluginManager, dispatch, hookimpl, resolve, use_kernel_forward_from_hub
@@ -23,6 +24,9 @@ from kernels_plugins.mapping import register_kernel_mapping, use_kernel_mapping
 
 Make = Callable[..., Any]
 X = torch.zeros(2)
+
+SOON = PATIENCE / 9
+"""Seconds, less than those after which a thread stops to wait for another."""
 
 
 class Slow:
@@ -38,7 +42,7 @@ class Slow:
         return self.kernel
 
 
-def together(jobs: Iterable[Callable[[], Any]], seconds: float = 300) -> list[Any]:
+def together(jobs: Iterable[Callable[[], Any]], seconds: float = PATIENCE) -> list[Any]:
     """Start all jobs at the same moment, each in a thread; return results, or fail if one does not end."""
     jobs = list(jobs)
     barrier, results = threading.Barrier(len(jobs)), [None] * len(jobs)
@@ -146,14 +150,14 @@ def test_change_is_seen_by_a_thread_that_resolves(make_layer: Make, make_kernel:
     class Waits:
         def load(self) -> Any:
             loading.set()
-            assert go_on.wait(300)
+            assert go_on.wait(PATIENCE)
             return old
 
     layer = make_layer()()
     register_kernel_mapping({"Add": {"cpu": Waits()}})
 
     def change() -> None:
-        assert loading.wait(300)
+        assert loading.wait(PATIENCE)
         threading.Timer(0.1, go_on.set).start()
         register_kernel_mapping({"Add": {"cpu": make_kernel(20)}})
 
@@ -246,7 +250,7 @@ def test_plugin_that_asks_again_while_resolving(
     register_kernel_mapping({"Add": {"cpu": Source()}})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = together([lambda: layer(X)[0].item()], seconds=4)[0]
+        result = together([lambda: layer(X)[0].item()], seconds=SOON)[0]
     assert result in (1, 10)
     assert result == 10 or hook != "kernels_resolved"
 
@@ -260,7 +264,7 @@ def test_load_that_waits_for_a_thread_that_calls_the_layer(make_layer: Make, mak
             context = contextvars.copy_context()  # as asyncio.to_thread does, and executors of libraries
             worker = threading.Thread(target=context.run, args=(layer, X), daemon=True)
             worker.start()
-            worker.join(300)
+            worker.join(PATIENCE)
             assert not worker.is_alive()
             return kernel
 
@@ -305,7 +309,7 @@ def test_import_that_calls_a_layer_which_another_thread_resolves(
     monkeypatch.setattr(dispatch, "PATIENCE", 0.5)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "calls_at_import.py").write_text(
-        "import builtins\nbuiltins._importing.set()\nbuiltins._loading.wait(5)\nbuiltins._call()\n"
+        "import builtins\nbuiltins._importing.set()\nbuiltins._loading.wait()\nbuiltins._call()\n"
     )
     layer, kernel, importing, loading = make_layer()(), make_kernel(10), threading.Event(), threading.Event()
     for name, value in {"_importing": importing, "_loading": loading, "_call": lambda: layer(X)}.items():
@@ -318,10 +322,10 @@ def test_import_that_calls_a_layer_which_another_thread_resolves(
             return kernel
 
     def call() -> float:
-        importing.wait(5)
+        importing.wait(PATIENCE)
         return float(layer(X)[0])
 
     register_kernel_mapping({"Add": {"cpu": Source()}})
-    served, imported = together([call, lambda: importlib.import_module("calls_at_import")], seconds=15)
+    served, imported = together([call, lambda: importlib.import_module("calls_at_import")], seconds=SOON)
     assert served == 10 and not isinstance(imported, BaseException)
     sys.modules.pop("calls_at_import", None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import nn
 
 from kernels_core import KernelsWarning, LayerRequest, Mode, PluginManager, WarnOnce, hookimpl, kernelize, warn_once
@@ -76,7 +77,7 @@ def test_what_shows_a_warning_may_warn() -> None:
         shown.append(str(message))
         other = threading.Thread(target=warn, args=("inner",))
         other.start()
-        other.join(60)
+        other.join(PATIENCE)
         assert not other.is_alive()
 
     with warnings.catch_warnings():

@@ -35,6 +35,7 @@ from parity_scene import (
     telemetry,
     write_kernel,
 )
+from patience import PATIENCE
 from torch import nn
 
 X = torch.ones(1)
@@ -397,7 +398,7 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(60)
+    thread.join(PATIENCE)
     (value,) = found
     if isinstance(value, Exception):
         raise value
@@ -442,18 +443,18 @@ def test_one_scope_in_two_threads(both: Both) -> None:
             with scope:
                 inside.append(call(side.lib.kernelize(layer(), mode=side.lib.Mode.INFERENCE, device="cpu")))
                 entered.set()
-                leave.wait(60)
+                leave.wait(PATIENCE)
 
         thread = threading.Thread(target=other)
         said = ""
         try:
             with scope:
                 thread.start()
-                entered.wait(60)
+                entered.wait(PATIENCE)
         except ValueError as error:
             said = str(error)
         leave.set()
-        thread.join(60)
+        thread.join(PATIENCE)
         after = call(side.lib.kernelize(layer(), mode=side.lib.Mode.INFERENCE, device="cpu"))
         return inside[0], said, after
 
@@ -480,7 +481,7 @@ def test_eight_threads_eight_loads(both: Both) -> None:
         mapping = {layer.kernel_layer_name: {"cpu": source}}
 
         def work() -> None:
-            barrier.wait(60)
+            barrier.wait(PATIENCE)
             values.append(side.freeze(layer(), mapping))
 
         values: list[float] = []
@@ -488,7 +489,7 @@ def test_eight_threads_eight_loads(both: Both) -> None:
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(60)
+            worker.join(PATIENCE)
         assert values == [3.0] * threads
         return source.loads
 

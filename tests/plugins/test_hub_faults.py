@@ -31,6 +31,7 @@ from hub_scene import (
     served,
 )
 from huggingface_hub import constants
+from patience import PATIENCE
 
 from kernels_core import ArgumentError, NoKernelError, use_kernel_forward_from_hub
 from kernels_plugins import LayerRepository, register_kernel_mapping
@@ -481,10 +482,10 @@ def test_killed_download(
 ) -> None:
     """A process killed in the middle of its download leaves nothing that the next one trips over."""
     kernel_repository(layers=kernel())
-    local_hub.fail(re.compile("GET /kernels.*/layers.py"), delay=60)
+    local_hub.fail(re.compile("GET /kernels.*/layers.py"), delay=2 * PATIENCE)
     environment = {**os.environ, **local_hub.environment(tmp_path / "hub-home")}
     started = subprocess.Popen([sys.executable, "-c", PROGRAM, repr(scale())], env=environment)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     blobs = Path(constants.HF_HUB_CACHE) / "kernels--acme--kernels" / "blobs"
     while not list(blobs.glob("*.incomplete")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from hub_scene import REFERENCE, Publish, cached, call, kernel, new_process, scale, served
 from huggingface_hub import constants
+from patience import PATIENCE
 
 from kernels_core import (
     ArgumentError,
@@ -769,11 +771,11 @@ def test_a_stalled_repository_blocks_no_other(local_hub: LocalHub, kernel_reposi
     local_hub.fail(concerns_slow, delay=600, drop=True, times=None)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(get_kernel, "acme/slow", revision="main")
-        assert asked.wait(60)
+        assert asked.wait(PATIENCE)
         assert factor(get_kernel("acme/fast", revision="main")) == 4 and not slow.done()
         local_hub.stop()
         with pytest.raises(ConnectionError):
-            slow.result(120)
+            slow.result(PATIENCE)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -784,11 +786,11 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
     def hold() -> None:
         with locks.hold("acme/kernels"):
             held.set()
-            done.wait(60)
+            done.wait(PATIENCE)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert held.wait(60)
+    assert held.wait(PATIENCE)
     child = os.fork()
     if child == 0:
         with locks.hold("acme/kernels"):
@@ -905,7 +907,7 @@ def test_opting_out(local_hub: LocalHub, kernel_repository: Publish, tmp_path: P
     environment = {**os.environ, **local_hub.environment(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "0"}
     environment |= {variable: "1"} if variable else {}
     code = "from kernels_plugins import get_kernel; get_kernel('acme/kernels', version=1, user_agent='caller/7')"
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    run_python("-c", code, environment=environment, folder=tmp_path).check_returncode()
     told = {"caller/7" in r.headers["user-agent"] for r in local_hub.requests if "harnesses" not in r.path}
     assert told == {not variable}
 
@@ -932,7 +934,7 @@ def test_requests_of_a_start(local_hub: LocalHub, kernel_repository: Publish, tm
     def start(**variables: str) -> int:
         local_hub.forget()
         environment = {**os.environ, **local_hub.environment(tmp_path / "home"), **variables}
-        done = subprocess.run([sys.executable, "-c", START, wanted], env=environment, capture_output=True, text=True)
+        done = run_python("-c", START, wanted, environment=environment, folder=tmp_path)
         assert (done.returncode, done.stdout.strip()) == (0, "9"), done.stderr
         return local_hub.count()
 

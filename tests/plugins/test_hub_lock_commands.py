@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fresh_process import run_python
 from hub_scene import Publish, kernel, new_process
 
 from kernels_core import cli as command_line
@@ -48,8 +49,7 @@ def python(local_hub: LocalHub, tmp_path: Path) -> Run:
     def run(*arguments: str, **environment: str) -> Ran:
         # The client shows no bars where it is told so; these tests are about ours, too.
         variables = {**os.environ, **local_hub.environment(tmp_path / "hub-home"), "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, env={**variables, **environment}, cwd=tmp_path, capture_output=True, text=True)
+        done = run_python(*arguments, environment={**variables, **environment}, folder=tmp_path)
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return run

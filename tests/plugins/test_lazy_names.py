@@ -197,7 +197,7 @@ def use(number):
     found.append({name: getattr(kernels_plugins, name) for name in (turned if number % 2 else turned[::-1])})
 threads = [threading.Thread(target=use, args=(number,)) for number in range(16)]
 [thread.start() for thread in threads]
-[thread.join(120) for thread in threads]
+[thread.join() for thread in threads]
 print(len(found), all(other[name] is found[0][name] for other in found for name in names))
 """
     assert run(program) == "16 True"

@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from patience import PATIENCE
 
 from kernels_plugins.local_hub.server import LocalHub, Repository, Request
 
@@ -55,7 +56,7 @@ def kernels(local_hub: LocalHub) -> Repository:
 
 def fetch(local_hub: LocalHub, path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
     """Send one plain request, for answers that the client does not show."""
-    connection = http.client.HTTPConnection(urlsplit(local_hub.url).netloc, timeout=5)
+    connection = http.client.HTTPConnection(urlsplit(local_hub.url).netloc, timeout=PATIENCE)
     connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
     response = connection.getresponse()
     body = response.read()
@@ -371,7 +372,7 @@ def test_error_status_is_retried(local_hub: LocalHub, kernels: Repository) -> No
     started = time.monotonic()
     assert download() == "class Silu: ...\n"
     assert local_hub.count(lambda request: request.status == 429) == 3
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # not 90, as the Hub asks
 
 
 def test_error_status_for_ever_and_heal(local_hub: LocalHub, kernels: Repository) -> None:
@@ -482,20 +483,20 @@ def test_keep_alive_and_prompt_stop(tmp_path: Path, capfd: pytest.CaptureFixture
     hub = LocalHub(tmp_path).start()
     address = urlsplit(hub.url)
     assert address.hostname and address.port
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=5)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=PATIENCE)
     for _ in range(2):
         connection.request("GET", "/api/whoami-v2")
         connection.getresponse().read()
         assert connection.sock is not None
-    hub.fail("", delay=60)
-    slow = socket.create_connection((address.hostname, address.port), timeout=5)
+    hub.fail("", delay=2 * PATIENCE)
+    slow = socket.create_connection((address.hostname, address.port), timeout=PATIENCE)
     slow.sendall(b"GET /api/whoami-v2 HTTP/1.1\r\n\r\n")
     started = time.monotonic()
     hub.stop()
     hub.stop()
-    assert connection.sock.recv(1) == b"" and time.monotonic() - started < 2
+    assert connection.sock.recv(1) == b"" and time.monotonic() - started < PATIENCE
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((address.hostname, address.port), timeout=5)
+        socket.create_connection((address.hostname, address.port), timeout=PATIENCE)
     assert capfd.readouterr() == ("", "")
     slow.close()
     connection.close()

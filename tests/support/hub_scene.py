@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from huggingface_hub import constants
 
 from kernels_core import KernelsWarning, Mode, Resolution, resolve, use_kernel_forward_from_hub
@@ -149,8 +149,7 @@ def process(local_hub: LocalHub, tmp_path: Path) -> Callable[..., Any]:
     ) -> Any:
         variables = {**os.environ, **local_hub.environment(home), **environment}
         variables = {name: value for name, value in variables.items() if name not in without}
-        command = [sys.executable, "-c", PROGRAM, *map(repr, sources)]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        done = run_python("-c", PROGRAM, *map(repr, sources), environment=variables, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         answers = json.loads(done.stdout.splitlines()[-1])
         run.stderr = done.stderr  # type: ignore[attr-defined]

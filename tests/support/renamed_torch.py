@@ -25,13 +25,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from patience import PATIENCE
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-
-PATIENCE = 0.5 * float(os.environ.get("PYTEST_TIMEOUT", 900))
-"""Seconds that a process may take; it needs a few."""
 
 MARKERS = ("_torchdynamo_inline", "_torchdynamo_disable", "_dynamo_marked_constant")
 """Attributes of functions that Dynamo reads."""
