@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -77,13 +77,8 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             for name, value in os.environ.items()
             if not name.startswith(("KERNELS_", "DISABLE_KERNEL_MAPPING", "PYTHONPATH", "PYTHONWARNINGS"))
         }
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            env={**clean, "PYTHONPATH": str(tmp_path / "site"), **(environment or {})},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
+        variables = {**clean, "PYTHONPATH": str(tmp_path / "site"), **(environment or {})}
+        done = run_python("-c", textwrap.dedent(code), environment=variables, folder=tmp_path)
         assert not check or done.returncode == 0, done.stderr
         return done
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fresh_process import run_python
 from patience import PATIENCE
 
 SCENE = """
@@ -61,13 +62,7 @@ def run(tmp_path: Path) -> Run:
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("KERNELS_", "DISABLE_"))}
-        return subprocess.run(
-            [sys.executable, "-m", "kernels_core", "bisect", *arguments],
-            env={**kept, "PYTHONPATH": str(Path(__file__).parents[2])},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
+        return run_python("-m", "kernels_core", "bisect", *arguments, environment=kept, folder=tmp_path)
 
     return call
 

@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 
 from kernels_plugins.demo import command, measure
 from kernels_plugins.demo.block import Block
@@ -21,12 +21,8 @@ LAYERS = {"RMSNorm", "RotaryEmbedding", "SiluAndMul", "GeluAndMul"}
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # a setting of the user's that the demo must not mind
-    return subprocess.run(
-        [sys.executable, "-m", "kernels_core", "demo", "--device", "cpu", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    command = ("-m", "kernels_core", "demo", "--device", "cpu", *arguments)
+    return run_python(*command, environment=environment, folder=Path.cwd())
 
 
 def repository_with(tmp_path: Path, spoil: dict[str, bytes]) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from prometheus_client import CollectorRegistry, generate_latest
 from torch import nn
 
@@ -138,7 +138,7 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch, manager: PluginManager, 
         call(FastScale)
 
 
-def test_switched_on_by_the_environment_and_found_by_the_entry_point() -> None:
+def test_switched_on_by_the_environment_and_found_by_the_entry_point(tmp_path: Path) -> None:
     """In a process of its own, with the installed plugins: all three report a call."""
     code = """
 import logging, sys, torch
@@ -163,7 +163,7 @@ print("calls", line in generate_latest().decode())
 """
     environment = {**os.environ, "KERNELS_OBSERVE": "log,ranges,prometheus", "KERNELS_PLUGINS": "mapping,observe"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = run_python("-c", code, environment=environment, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "kernels_core resolution __main__.Fast",

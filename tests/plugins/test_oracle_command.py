@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_python
 from typer.testing import CliRunner
 
 import kernels_plugins.oracle.plugin as oracle
@@ -164,9 +165,10 @@ def test_a_kernel_that_ends_its_process_is_a_row(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(SUPPORT), str(tmp_path), *sys.path])
 
     def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "kernels_core", "verify", *arguments, "--json"]
         environment = {**os.environ, "PYTHONPATH": paths}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        return run_python(
+            "-m", "kernels_core", "verify", *arguments, "--json", environment=environment, folder=tmp_path
+        )
 
     done = verify("oracle_models:crashes", "--inputs", "oracle_models:one", "--dtype", "float32")
     rows = json.loads(done.stdout)["rows"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from torch import nn
 
 from kernels_core import KernelsWarning, use_kernel_forward_from_hub
@@ -81,7 +80,7 @@ dist.destroy_process_group()
 
 def test_tools_on_sharded_layers(tmp_path: Path) -> None:
     """No tool accuses a right kernel on a sharded layer, each finds a wrong one or states that it cannot compare."""
-    done = subprocess.run([sys.executable, "-c", SHARDED], cwd=tmp_path, env=os.environ, capture_output=True, text=True)
+    done = run_python("-c", SHARDED, environment=os.environ, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = dict(line.split(" |", 1) for line in done.stdout.splitlines() if " |" in line)
     assert "reference fails" not in done.stdout
