@@ -7,7 +7,7 @@ import inspect
 import linecache
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -106,18 +106,26 @@ def dispatched_layer(forward: object) -> Layer | None:
     return layer if isinstance(layer, Layer) and cold is not None and cold.__self__.layer is layer else None
 
 
+class _Made:
+    """Holds a forward, where guards of Dynamo find it."""
+
+    forward: Forward | None = None
+
+
 def made_once(make: Callable[[], Forward | None], otherwise: Forward) -> Callable[[], Forward]:
     """Return a function that returns the forward that `make` makes, which it calls until there is one."""
-    made: list[Forward] = []
+    made = _Made()
 
     @constant_result
     def prepare() -> bool:
-        """Run at trace time, outside of the graph; Dynamo then reads the list, which a guard can name."""
-        if not made and (forward := make()) is not None:
-            made.append(forward)
-        return bool(made)
+        """Run at trace time, outside of the graph; Dynamo reads the attribute afterwards. (2.6 reads a list before.)"""
+        made.forward = made.forward or make()
+        return made.forward is not None
 
-    return lambda: made[0] if prepare() else otherwise
+    def get() -> Forward:
+        return cast(Forward, made.forward) if prepare() else otherwise
+
+    return get
 
 
 def answer(_kernel_output: Any, _kernels_next: Callable[[], Forward], /, *args: Any, **kwargs: Any) -> Any:
