@@ -57,15 +57,15 @@ Odd = frozenset[type[torch.Tensor]]
 """The classes of the tensors of a call that are not plain."""
 
 
-def make_forward(layer: Layer, after: int = 0, scopes: tuple[object, ...] | None = None) -> Forward:
+def make_forward(layer: Layer, after: int = 0, **decided: Any) -> Forward:
     """Return the dispatching forward of a layer, with the name, docstring and signature of its reference.
 
     Args:
         layer: The layer.
         after: How many kernels have passed on the calls of this forward: see `decide`.
-        scopes: Payloads of scopes that are not open any more; None for those that are open at a call.
+        **decided: Further arguments for `decide`: `scopes` and `passed_on`.
     """
-    dispatcher = _Dispatcher(layer, after, scopes)
+    dispatcher = _Dispatcher(layer, after, **decided)
     forward = dispatcher.forward()
     functools.update_wrapper(forward, layer.reference)
     weakref.finalize(forward, withdraw, dispatcher.names).atexit = False
@@ -86,10 +86,10 @@ class _Dispatcher:
     what holds for calls, of devices, modes, proofs and tracers, holds for these, too.
     """
 
-    def __init__(self, layer: Layer, after: int = 0, scopes: tuple[object, ...] | None = None) -> None:
-        self.layer, self.after, self.scopes = layer, after, scopes
-        self.prefix = f"layer{layer.number}" + (f"_next{next(_following)}" if after else "")
-        self._decide = functools.partial(decide, layer, after=after, scopes=scopes)
+    def __init__(self, layer: Layer, after: int = 0, **decided: Any) -> None:
+        self.layer, self.after, self.decided = layer, after, decided
+        self.prefix = f"layer{layer.number}" + (f"_next{next(_following)}" if after or decided else "")
+        self._decide: Callable[..., Resolution] = functools.partial(decide, layer, after=after, **decided)
         self._has_kernel = False  # whether a kernel was ever served
         self._last = layer.reference if layer.kind else passed_back  # serves where the reference has returned that
         self._nowhere = self._last if after else layer.reference
@@ -279,10 +279,14 @@ class _Dispatcher:
 
     # --- Calls that a kernel has passed on ------------------------------------------------------
 
+    def _make_next(self) -> Forward | None:
+        """Make the forward that serves such calls; a dispatcher that has served only the reference ends the chain."""
+        return make_forward(self.layer, self.after + 1, **self.decided) if self._has_kernel else None
+
     def _was_reference(self, resolution: Resolution) -> bool:
         """Whether it was the reference that returned `NotImplemented`: that is the answer then."""
         self._has_kernel = self._has_kernel or not resolution.is_reference
-        return len(resolution.request.passed_on) < self.after
+        return len(resolution.request.passed_on) < self.after + len(self.decided.get("passed_on", ()))
 
     # --- Traced calls ---------------------------------------------------------------------------
 
@@ -356,7 +360,7 @@ class _Dispatcher:
     def forward(self) -> Forward:
         """Generate the forward."""
         names = [self._name(torch.device(ACCELERATOR, index)) for index in range(MAX_INDEX) if ACCELERATOR]
-        has_condition = self.layer.condition is not None and not self.after
+        has_condition = self.layer.condition is not None and self.prefix == f"layer{self.layer.number}"
         source = self.source.forward(self.prefix, accelerator=ACCELERATOR, has_condition=has_condition)
         return self._generate(
             "forward",
@@ -368,10 +372,7 @@ class _Dispatcher:
             _kernels_failed=self._failed,
             _kernels_hardware=hardware,
             _kernels_names=tuple(names),
-            # A dispatcher that has served only the reference ends the chain.
-            _kernels_next=made_once(
-                lambda: make_forward(self.layer, self.after + 1, self.scopes) if self._has_kernel else None, self._last
-            ),
+            _kernels_next=made_once(self._make_next, self._last),
             _kernels_reference=self.layer.reference,
             _kernels_traced=self._traced,
         )

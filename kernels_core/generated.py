@@ -118,7 +118,7 @@ def made_once(make: Callable[[], Forward | None], otherwise: Forward) -> Callabl
 
     @constant_result
     def prepare() -> bool:
-        """Run at trace time, outside of the graph; Dynamo reads the attribute afterwards. (2.6 reads a list before.)"""
+        """Run at trace time, outside of the graph; Dynamo reads the attribute afterwards (2.6 reads a list before)."""
         made.forward = made.forward or make()
         return made.forward is not None
 

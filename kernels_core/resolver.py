@@ -137,6 +137,7 @@ def decide(
     notify: Literal["plugins", "all"] | None = None,
     subclasses: frozenset[type[torch.Tensor]] = frozenset(),
     scopes: tuple[object, ...] | None = None,
+    passed_on: tuple[Callable[..., Any], ...] = (),
     after: int = 0,
 ) -> Resolution:
     """Decide which kernel serves a layer in a frame (None: the active one); the only way to a decision.
@@ -144,13 +145,13 @@ def decide(
     It is for one mode, or for the two of eager or of traced calls. If these need two decisions, it raises `ModesDiffer`
     before it loads a kernel for only one of them: a training run does not fetch what is registered for inference.
     `notify="plugins"` calls `kernels_resolved`; `"all"` also warns the user of each refused candidate. Payloads of
-    scopes that are not open any more can be given as `scopes`. `after=1` decides for calls that the kernel passes on
-    which serves otherwise, `after=2` for those that the next one passes on, too; if it was the reference that returned
-    `NotImplemented`, `request.passed_on` is shorter than `after`.
+    scopes that are not open any more can be given as `scopes`, and kernels that have passed a call on as `passed_on`.
+    `after=1` decides for calls that the kernel passes on which serves otherwise, `after=2` for those that the next one
+    passes on, too; if it was the reference that returned `NotImplemented`, `request.passed_on` lacks an item.
     """
     manager = plugin_manager()
-    passed_on: tuple[Callable[..., Any], ...] = ()
-    anew = functools.partial(decide, layer, device, frame=frame, subclasses=subclasses, scopes=scopes)
+    where = functools.partial(decide, layer, device, frame=frame, subclasses=subclasses)
+    anew = functools.partial(where, scopes=scopes, passed_on=passed_on)
     if after:
         before = anew(modes, after=after - 1)
         passed_on = (*before.request.passed_on, *filter(None, [before.implementation]))

@@ -211,9 +211,12 @@ def make_forward(frozen: FrozenChoice) -> Forward:
 
     def following() -> Forward | None:
         """Make the forward that serves the calls which the kernel passes on, from the scopes of the choice."""
-        if frozen.layer is None or frozen.resolution is None or frozen.resolution.is_reference:
+        choice = frozen.resolution
+        if frozen.layer is None or choice is None or choice.implementation is None:
             return None
-        made = dispatching_forward(frozen.layer, 1, frozen.resolution.request.scopes)
+        # Other calls, such as traced ones, may have another first candidate: it is this kernel that passed them on.
+        scopes = choice.request.scopes
+        made = dispatching_forward(frozen.layer, scopes=scopes, passed_on=(choice.implementation,))
         return pinned(made, frozen.functions) if frozen.functions else made
 
     forward: Any

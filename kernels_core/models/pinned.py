@@ -21,31 +21,22 @@ from ..torch_internals import constant_result
 from ..warning import warn
 
 
-def _after(choice: Resolution, request: LayerRequest) -> Resolution:
-    """Decide for calls that the kernel of a choice passes on."""
-    return decide(
-        choice.request.layer or choice.request.layer_name,
-        request.device,
-        request.modes,
-        subclasses=request.subclasses,
-        scopes=choice.request.scopes,
-        after=len(request.passed_on),
-    )
-
-
 def pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
     """Return a forward that runs in a scope in which the chosen functions serve."""
 
     def choice_for(request: LayerRequest) -> Resolution | None:
         """Return the choice for a function, unless it is for another device or its kernel is in quarantine."""
-        choice = functions.get(request.layer) if request.layer else None
-        if choice is None or choice.request.device != request.device:
+        layer = request.layer
+        choice = functions.get(layer) if layer is not None else None
+        if layer is None or choice is None or choice.request.device != request.device:
             return None
         if choice.is_provisional or (choice.inference_only and Mode.TRAINING in request.mode):
             return None
         kernel = choice.implementation
         if any(passed is kernel for passed in request.passed_on):  # the next candidate is one of the same scopes
-            return replace(_after(choice, request), request=request)
+            anew = functools.partial(decide, subclasses=request.subclasses, passed_on=request.passed_on)
+            found = anew(layer, request.device, request.modes, scopes=choice.request.scopes)
+            return replace(found, request=request)
         if kernel is not None and find_quarantined(request, kernel, choice.origin, choice.plugin):
             return None
         if reason := check_call(choice, request.subclasses, traced=request.is_traced):

@@ -24,6 +24,7 @@ from kernels_core import (
     receipt,
     release,
     resolve,
+    unkernelize,
     use_kernel_forward_from_hub,
     use_kernelized_func,
 )
@@ -95,6 +96,23 @@ def test_after_the_scope_a_kernelized_model_keeps_the_next_candidate(make_layer:
         kernelize(model, mode=Mode.INFERENCE, device="cpu")
     with torch.no_grad():
         assert values(model, EVEN, ODD) == [10, 20]
+
+
+def test_a_frozen_kernel_passes_on_traced_calls_that_it_would_not_serve(make_layer: Make, make_kernel: Make) -> None:
+    """Kernelized for eager calls and compiled, or mapped otherwise since: the frozen kernel has passed them on."""
+    second, model = make_kernel(20, can_torch_compile=True), nn.Sequential(make_layer()())
+    for sources, number in (
+        ([even(10, can_torch_compile=False), second], 20),
+        ([even(10, can_torch_compile=False)], 1),
+    ):
+        with use_kernel_mapping({"Add": {"cpu": sources}}), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore", KernelsWarning)
+            kernelize(model, mode=Mode.INFERENCE, device="cpu")
+            torch._dynamo.reset()
+            assert values(torch.compile(model, backend="eager", fullgraph=True), EVEN, ODD) == [10, number]
+        with use_kernel_mapping({"Add": {"cpu": make_kernel(30)}}), torch.no_grad():
+            assert values(model, EVEN, ODD) == [10, number]
+        unkernelize(model)
 
 
 def test_a_helper_may_say_it(make_layer: Make) -> None:
