@@ -50,12 +50,13 @@ class CorePlugin:
         for candidate in candidates:
             if entry := find_denied(request, candidate):  # of what is denied, nothing is fetched
                 refusals.append(quarantine_refusal(entry, candidate))
-            elif vetoes := manager.vetoes(request, candidate):
+            elif vetoes := manager.vetoes(request, candidate):  # asked before code is fetched or imported
                 refusals.append(replace(_refusal(UntrustedError, request, candidate, vetoes), cause=Cause.POLICY))
             elif isinstance(loaded := load(request, candidate), Refusal):
                 refusals.append(loaded)
             elif unfit := _unfit(request, candidate, loaded):
                 refusals.append(unfit)
+            # Plugins judge only kernels that fit the layer.
             elif vetoes := hook.kernels_check_layer(request=request, candidate=candidate, layer=loaded.layer):
                 refusals.append(_refusal(ContractError, request, candidate, vetoes))
             else:

@@ -103,7 +103,7 @@ def _check_object(kernel: object) -> str | None:
 def _check_class(kernel: type[Any]) -> str | None:
     if not issubclass(kernel, torch.nn.Module):
         return f"{kernel.__qualname__} is not a subclass of torch.nn.Module"
-    if kernel.__init__ is not torch.nn.Module.__init__:
+    if kernel.__init__ is not torch.nn.Module.__init__:  # its forward runs on modules that the decorated class has made
         return f"{kernel.__qualname__} has a constructor of its own, which would never run"
     if kernel.forward is torch.nn.Module.forward:
         return f"{kernel.__qualname__} has no forward"
@@ -112,6 +112,7 @@ def _check_class(kernel: type[Any]) -> str | None:
             f"{kernel.__qualname__} declares reads = {reads!r}, which must map the path of each part that it reads "
             'past to its class, or a tuple of classes: {"gate_proj": nn.Linear}'
         )
+    # `Generic` adds members, and no state: a kernel class may have type parameters.
     own = [base for base in kernel.__mro__ if base not in torch.nn.Module.__mro__ and base is not Generic]
     extra = sorted({name for base in own for name in vars(base)} - _BENIGN)
     if extra:

@@ -106,6 +106,7 @@ def replace_kernel_forward_from_hub(
         raise ArgumentTypeError(f"{cls!r} is not an nn.Module class, so it has no forward to dispatch.")
     if cls.forward is torch.nn.Module.forward:
         raise ArgumentTypeError(f"{cls.__qualname__} has no forward, so there is no reference to fall back to.")
+    # Read without binding: `cls.forward` of a static method looks like a function that takes the module.
     stated = inspect.getattr_static(cls, "forward")
     if isinstance(stated, staticmethod | classmethod) or not hasattr(stated, "__get__"):  # an object is never bound
         kind = "a static or class method" if hasattr(stated, "__get__") else f"{stated!r}, which never gets the module"

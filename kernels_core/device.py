@@ -129,6 +129,7 @@ class Device:
             require_type(device, torch.device, "device")
         if TORCH_DEVICE_TYPES[self.type] != device.type:
             return False
+        # PyTorch calls both "cuda": its build tells them apart.
         if device.type == "cuda" and (self.type == "rocm") != (torch.version.hip is not None):
             return False
         return self.properties is None or self.properties.holds(capability)
@@ -176,6 +177,7 @@ def as_torch_device(device: torch.device | Device | str) -> torch.device:
         ) from error
     if index and int(index) != found.index:  # PyTorch silently keeps only the last eight bits
         raise ArgumentError(f"No machine has a device {device!r}: indices are small numbers, as in 'cuda:1'.")
+    # Else "cuda" and "cuda:0" would have two decisions: tensors always have an index.
     if found.index is None and found.type == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return found

@@ -112,6 +112,7 @@ class _Dispatcher:
     def _name(self, device: torch.device, odd: Odd = frozenset()) -> str:
         name = self._names.get((device, odd))
         if name is None:
+            # PyTorch has one CPU: a tensor on "cpu:0" is where one on "cpu" is.
             index = "" if device.index is None or device.type == "cpu" else f"_{device.index}"
             index += f"_odd{next(self._numbers)}" if odd else ""
             name = self._names.setdefault((device, odd), f"{self.prefix}_{device.type}{index}")
@@ -149,6 +150,7 @@ class _Dispatcher:
             meanwhile: Forward | None = getattr(frame, name, None)
             if meanwhile is not None:
                 return meanwhile
+            # Read before the decision: `publish` keeps none that a change of mappings has overtaken.
             before = ready()
             served = decide(frame)
             self.names.add(name)

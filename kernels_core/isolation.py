@@ -57,6 +57,7 @@ def isolated(hook: str, name: str, plugin: object, function: Callable[..., Any],
         return _isolated_wrapper(hook, name, function, report)
     priority = getattr(plugin, "kernels_priority", 0)
 
+    # pluggy reads the names of the arguments, and the mark of `hookimpl`, from the wrapped function.
     @wraps(function)
     def guarded(*args: Any) -> Any:
         try:
@@ -94,7 +95,7 @@ def _isolated_wrapper(hook: str, name: str, function: Callable[..., Any], report
         try:
             next(generator)
         except FAULTS as raised:
-            return failed(raised, (yield))
+            return failed(raised, (yield))  # pluggy requires one yield of each wrapper
         inner: BaseException | None = None
         answer: Any = None
         try:
@@ -221,5 +222,5 @@ def _problems(plugin: object) -> Iterator[str]:
     if not _HOOKS.keys() & set(dir(plugin)):
         yield f" ({plugin!r}) implements no hook: mark at least one function with @hookimpl."
     priority = getattr(plugin, "kernels_priority", 0)
-    if isinstance(priority, bool) or not isinstance(priority, int):
+    if isinstance(priority, bool) or not isinstance(priority, int):  # True is an int, and no rank
         yield f": kernels_priority is {priority!r}, not an integer."

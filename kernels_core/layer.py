@@ -78,6 +78,7 @@ def find_layer(decorated: object) -> Layer | None:
     if isinstance(decorated, torch.nn.Module):
         decorated = type(decorated)
     if isinstance(decorated, type) and issubclass(decorated, torch.nn.Module):
+        # A kernelized class has the layer itself, for its forward may be the kernel.
         decorated = decorated if hasattr(decorated, "kernels_layer") else decorated.forward
     layer = getattr(decorated, "kernels_layer", None)
     return layer if isinstance(layer, Layer) else None

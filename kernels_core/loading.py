@@ -334,7 +334,7 @@ def source_key(source: object) -> object:
         hash(source)
     except TypeError:
         return (type(source), id(source))
-    return (type(source), source)
+    return (type(source), source)  # 1 == True == 1.0: equal, and sources of other kinds
 
 
 def _reason(error: Exception, candidate: Candidate) -> str:

@@ -93,6 +93,7 @@ class PluginManager:
         hooks = checked_hooks(plugin, name)
         if not trusted:
             hooks = {hook: isolated(hook, name, plugin, function, self.report) for hook, function in hooks.items()}
+        # pluggy gets the isolated hooks, and looks at no other attribute of the plugin.
         self._pluggy.register(types.SimpleNamespace(**hooks), name)
         self._originals[name] = plugin
         self._changed()
@@ -303,6 +304,7 @@ def _mentions_policy(module: str) -> bool:
     path: Any = None
     parts = module.split(".")
     for end in range(1, len(parts) + 1):
+        # `importlib.util.find_spec` would import the packages around the module.
         spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:end]), path)
         try:
             source = spec.loader.get_source(spec.name) if spec is not None else None  # type: ignore[union-attr]

@@ -166,9 +166,11 @@ def decide(
             except FAULTS as error:
                 manager.report(raised_in("kernels_resolve_forward", "core", error))
                 resolution = Resolution(request)
+            # The request may be another one: that for training, where a candidate is the same for all modes.
             resolution = _unless_excluded(
                 resolution if resolution.request is request else replace(resolution, request=request)
             )
+        # A hook has read the mode: its answer may be another one for the second mode.
         if request.depends_on_mode:
             second = anew(modes[1:], after=after)
             if second.implementation is not resolution.implementation:
@@ -196,6 +198,7 @@ def _resolving() -> Iterator[None]:
     """Mark this thread or task as resolving, under the modes in which modules expect to be imported."""
     token = scope.resolving.set(True)
     try:
+        # What a kernel makes at import would be inference tensors, which autograd refuses ever after.
         with torch.inference_mode(False):
             yield
     finally:

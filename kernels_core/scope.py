@@ -167,6 +167,7 @@ class Scope:
                     _frames.add(frame)
                     frame.finalizer = weakref.finalize(self, _drop, weakref.ref(frame))
                     frame.finalizer.atexit = False
+        # No token to reset: one object may be entered many times, and by several threads at once.
         _current.set(frame)
         return self
 
@@ -252,7 +253,7 @@ class _InFunction(dict[Frame, bool]):
 
     def __missing__(self, frame: Frame) -> bool:
         keep_scopes()
-        return in_function()
+        return in_function()  # not kept in the dict: the next call may have another answer
 
 
 Frame.in_function = property(_InFunction().__getitem__)
@@ -344,6 +345,7 @@ def forget() -> None:
         for frame in list(_frames):
             frame.tables.clear()
             _unpublish(frame, set(frame.published))
+    # Without the lock: a listener may take other locks, whose holders may wait for this one.
     for listener in listeners:
         listener()
 

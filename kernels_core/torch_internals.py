@@ -81,7 +81,7 @@ def _marker_in_dynamo() -> None:
 
 _marker.__dict__["_torchdynamo_inline"] = _marker_in_dynamo
 
-_fx: Any = sys.modules.get("torch.fx._symbolic_trace")
+_fx: Any = sys.modules.get("torch.fx._symbolic_trace")  # `import torch` has loaded it
 _has_flag = _find("torch.fx._symbolic_trace:_is_fx_tracing_flag") is not None
 _has_level = _find("torch.autograd.forward_ad:_current_level") is not None
 

@@ -18,6 +18,7 @@ _GENERATED = ("GeneratedBackwardFor_", "CompiledFunctionBackward")
 def function_contexts() -> Iterator[Any]:
     """Yield the contexts of the custom autograd functions in whose forward this is, innermost first."""
     frame = sys._getframe(1)
+    # Autograd gives Python no way to ask: the context is the first argument of a `forward` in the stack.
     while (caller := frame.f_back) is not None:
         frame, code = caller, caller.f_code
         if code.co_name == "forward" and code.co_argcount:

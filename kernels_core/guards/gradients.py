@@ -190,13 +190,15 @@ def try_gradients(
     touched = [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
     touched += [*module.parameters(), *module.buffers()] if module is not None else []
     versions = [version(tensor) for tensor in touched]
-    drawn = random_states(tensor.device for tensor in touched)
+    drawn = random_states(tensor.device for tensor in touched)  # for a call that has to be made anew
     with held_back() as saved:
         output = call(implementation)
     if output is NotImplemented:  # another kernel serves this call, and this one has proven nothing
         saved.hand_over()
         return output, True
+    # -1: inference tensors count no changes, so none can be excluded.
     untouched = -1 not in versions and versions == [version(tensor) for tensor in touched]
+    # An iterator is used up: the call cannot be made anew.
     untouched = untouched and not any(isinstance(leaf, Iterator) for leaf in tree_leaves(list(values)))
     missing = _unreached(sources, output)
     if missing:
@@ -218,7 +220,7 @@ def try_gradients(
     mode = None if ignores else Mode.TRAINING
     quarantine(layer, implementation, kernel=kernel, reason=reason, mode=mode)
     if untouched:
-        set_random_states(drawn)
+        set_random_states(drawn)  # or the call that is made anew would draw the next numbers
         return output, False
     saved.hand_over()
     warn(
@@ -291,6 +293,7 @@ def _missing_in_reference(
             f"right is not known, for the reference fails: {error_text(error)}",
         )
         return missing
+    # By object: a replay has other names for the same tensors.
     reached = {id(original) for name, original in replay.originals.items() if name not in lost}
     return [name for name in missing if id(sources[name]) not in reached]
 

@@ -155,11 +155,12 @@ def _descend(module: torch.nn.Module, chain: Path) -> tuple[Any, Path, str]:
     return module, chain, ""
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # the code of a kernel is read for each layer that it may serve
 def _chains(code: types.CodeType) -> tuple[Path, ...]:
     """Return the attributes that a function reads of its first argument, as far as each expression reads on."""
     chains: list[Path] = []
     module = code.co_varnames[0]
+    # These two are no steps of their own, but parts of others.
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("EXTENDED_ARG", "CACHE")]
     for index, step in enumerate(steps):
         loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)  # from Python 3.13 on, two at once

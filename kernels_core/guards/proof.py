@@ -125,7 +125,7 @@ def read_attributes(layer: Layer) -> frozenset[str] | None:
     if _FINDS_LOCALS.intersection(code.co_names):
         return None
     module, names = code.co_varnames[0], set()
-    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]  # a prefix of the next one
     for step, following in itertools.pairwise([*steps, steps[-1]]):
         loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)  # from Python 3.13 on, two at once
         if module not in loaded:

@@ -146,6 +146,7 @@ def quarantine(
     if is_glob:
         entry = Quarantined("", "", str(layer), where, mode, reason, error, dtype)
     else:
+        # Weak: an entry must not keep a layer, or the code of a kernel, that nothing else uses.
         known, kept = weakref.ref(cast(Layer, layer)), weakref.ref(cast(Forward, implementation))
         name, place = cast(Layer, layer).name, cast(Layer, layer).qualname
         entry = Quarantined(name, place, kernel, where, mode, reason, error, dtype, known, kept)

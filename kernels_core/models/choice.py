@@ -278,7 +278,7 @@ def _wrapped(frozen: FrozenChoice, forward: Forward) -> Forward:
 
 
 def _refresh_all() -> None:
-    for frozen in list(choices):
+    for frozen in list(choices):  # a list: other threads kernelize meanwhile
         refresh(frozen)
 
 

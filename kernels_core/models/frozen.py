@@ -66,6 +66,7 @@ def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: A
     """Change all tensors, as ever, and notice where they are now."""
     frozen: FrozenChoice = type(self).kernels_frozen  # type: ignore[attr-defined]
     cast(Any, frozen.original)._apply(self, fn, *args, **kwargs)
+    # Asked after the change: the function decides where each tensor goes.
     device = own_device(self)
     if device is None:
         with contextlib.suppress(Exception):  # a function that fails for an empty tensor moves nothing
@@ -123,7 +124,7 @@ def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> No
     try:
         for module, cls in zip(modules, classes, strict=True):
             change_class(module, cls)
-    except BaseException:
+    except BaseException:  # also an interrupt: no model is half kernelized
         for index, cls in enumerate(before):
             change_class(modules[index], cls)
         raise

@@ -82,5 +82,6 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
                 choice.resume(module)
             elif (device := own_device(module)) is not None:  # it was moved meanwhile
                 choice.notice_move(module, device)
+            # `train()` was called inside of the block, where a suspended choice did not notice it.
             if module.training and not trained and frozen_choice(module) is choice:
                 choice.notice_train(module, True)

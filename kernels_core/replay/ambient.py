@@ -28,6 +28,7 @@ def random_states(devices: Iterable[torch.device]) -> RandomStates:
     for device in dict.fromkeys(devices) if not is_capturing() else ():
         if device.type not in ("cpu", "meta"):  # the state of the CPU is there, and meta has no generator
             module = torch.get_device_module(device.type)
+            # MPS has one device, and its functions take none.
             states[device] = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
     return states
 

@@ -38,7 +38,7 @@ def only(dtype: torch.dtype | None, inputs: Iterable[torch.Tensor], device_types
     given = [tensor.dtype for tensor in inputs if tensor.dtype in _REAL]
     least = max((torch.finfo(d).eps for d in given), default=1.0)
     with contextlib.ExitStack() as stack:
-        for kind in {*device_types, "cpu"} - {"meta"}:
+        for kind in {*device_types, "cpu"} - {"meta"}:  # PyTorch has no autocast for meta tensors
             stack.enter_context(torch.autocast(kind, enabled=False))  # it would cast to 16 bits again
         stack.enter_context(_OneDtype(dtype, {d for d in _REAL if torch.finfo(d).eps <= least}))
         yield

@@ -86,6 +86,7 @@ def _open(value: Any, inside: tuple[int, ...]) -> tuple[list[tuple[str, Any]], R
         return [(f"[{i}]", child) for i, child in enumerate(value)], lambda new: kind(new)
     if isinstance(value, list):
         return [(f"[{i}]", child) for i, child in enumerate(value)], lambda new: _list(value, new)
+    # After lists and tuples, whose classes are registered, too, and whose items have better paths.
     node = registered_node(kind)
     if node is not None:
         children, context = node.flatten_fn(value)
