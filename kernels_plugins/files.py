@@ -20,6 +20,7 @@ def write_file(path: Path, text: str) -> None:
         ('whole', ['file.txt'])
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder: a rename across file systems would be a copy, which readers could find half done.
     new = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.new")
     try:
         with new.open("x", encoding="utf-8", newline="\n") as file:
@@ -28,4 +29,4 @@ def write_file(path: Path, text: str) -> None:
             os.fsync(file.fileno())  # before the rename: after a power cut, a file of this name would be empty
         os.replace(new, path)
     finally:
-        new.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)  # there only if the writing failed

@@ -32,5 +32,5 @@ class KeyedLocks:
         """Hold the lock of a key."""
         with self._guard:
             lock = self._locks.setdefault(key, threading.RLock())
-        with lock:
+        with lock:  # outside of the guard: threads that want other keys go on
             yield

@@ -68,6 +68,7 @@ def get_loaded_kernels() -> list[LoadedKernel]:
 
 
 def _load(fetched: FetchedBuild, options: RequestOptions) -> LoadedKernel:
+    # All are checked before one is imported: a kernel that is refused leaves no import behind.
     for one in _each(fetched):
         with naming(one.selected.place):
             metadata = one.build.metadata
@@ -104,6 +105,7 @@ def _import(fetched: FetchedBuild) -> LoadedKernel:
         tuple(needed.values()),
     )
     with _guard.hold():
+        # One build may have two origins, as through a redirect: each is listed.
         _loaded[module.__name__, selected.origin] = kernel
     return kernel
 

@@ -99,6 +99,7 @@ class LayerRepository(KernelSource):
     def __post_init__(self) -> None:
         require_type(self.layer_name, str, "layer_name")
         request = self.kernel_request()
+        # Checked, and made hashable: a list that the caller changes later would change this value.
         object.__setattr__(self, "trust_remote_code", request.trust_remote_code)
         object.__setattr__(self, "user_agent", request.user_agent)
 

@@ -37,6 +37,7 @@ class Build:
         """Hash of all paths and contents."""
         total = hashlib.sha256()
         for path, content in sorted(self.files.items()):
+            # A path has no zero byte, and a hash has one length: no other files make the same bytes.
             total.update(path.encode() + b"\0" + hashlib.sha256(content).digest())
         return total.hexdigest()
 
@@ -70,7 +71,7 @@ def check_transfer(files: Mapping[str, bytes], listed: Iterable[RemoteFile]) -> 
         elif file.sha256 is not None:
             if hashlib.sha256(content).hexdigest() != file.sha256:
                 problems.append(f"{path} has other bytes")
-        elif hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != file.blob:
+        elif hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != file.blob:  # the header of git
             problems.append(f"{path} has other bytes")
     if problems:
         raise IntegrityError(f"the files on disk are not those on the Hub: {'; '.join(problems)}")
@@ -82,6 +83,7 @@ def check_digest(build: Build) -> str:
     digest = build.metadata.digest
     if digest is None:
         return "not checked: the kernel has no digests"
+    # The metadata cannot hold a digest of itself, and the signature is made after it.
     files = {path: content for path, content in build.files.items() if path not in (METADATA, SIGNATURE)}
     problems = _names(set(digest.files), set(files), "not in the digest")
     for path in sorted(digest.files.keys() & files.keys()):

@@ -79,7 +79,7 @@ def check_packages(names: Iterable[str], backends: Iterable[str]) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):
+    except (ImportError, ValueError):  # a parent that cannot be imported, or a module without a spec
         return False
 
 
@@ -134,7 +134,7 @@ def runs_on_cuda(archs: Iterable[str], capability: tuple[int, int]) -> bool:
 
 
 def _runs(arch: tuple[int, int], suffix: str, ptx: bool, capability: tuple[int, int]) -> bool:
-    if suffix == "a":
+    if suffix == "a":  # code that uses what only this architecture has
         return capability == arch
     if ptx and not suffix:
         return capability >= arch

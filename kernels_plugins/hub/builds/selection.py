@@ -33,7 +33,7 @@ def local_variant(path: Path, backend: str | None = None, on_cpu: bool = False) 
     """Return the folder of the build that fits best: of a repository, of a folder with builds, or of a build."""
     if not path.is_dir():
         raise AbsentError("there is no such folder: check the path")
-    if (path / METADATA).is_file():
+    if (path / METADATA).is_file():  # the folder is a build itself
         return path
     builds = {folder.name: folder for folder in local_builds(path)}
     return builds[select_variant(builds, backend, on_cpu)]

@@ -140,7 +140,7 @@ class Client:
             with self._request(repo_id, revision, repo_type):
                 try:
                     return self._ask(partial(ask, repo_type)), repo_type
-                except errors.GatedRepoError:
+                except errors.GatedRepoError:  # a subclass of the next one: it is there, and may not be read
                     raise
                 except errors.RepositoryNotFoundError:
                     if repo_type == REPO_TYPES[-1]:
@@ -157,6 +157,7 @@ class Client:
             except BaseException as error:
                 answer.set_exception(error)
 
+        # A daemon: a request that is never answered must not keep the process from ending.
         threading.Thread(target=ask, daemon=True, name="kernels-core-request").start()
         if not wait([answer], self.patience).done:
             raise UnreachableError(
@@ -224,7 +225,7 @@ class Client:
 
     def read_status(self, pin: Pin, listed: RemoteFile) -> bytes:
         """Return the file that redirects a repository."""
-        if listed.size > LARGEST:
+        if listed.size > LARGEST:  # before it is downloaded
             raise UnknownError(f"its {STATUS} has {listed.size} bytes, so it is none. Tell its publisher")
         content = self.fetch_file(pin, STATUS).read_bytes()
         check_transfer({STATUS: content}, [listed])
@@ -237,7 +238,7 @@ class Client:
             raise not_cached(self.silence)
         try:
             yield
-        except LoadError:
+        except LoadError:  # one of ours already, as from `_ask`
             raise
         except errors.RevisionNotFoundError as error:
             raise RevisionError(self._no_revision(repo_id, str(revision), repo_type)) from error

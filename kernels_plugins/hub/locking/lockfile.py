@@ -213,6 +213,7 @@ def parse_lock(text: str, hashes: str | None = None, *, origin: str = LOCK) -> L
 def _entries(text: str, origin: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each entry with the name of its place."""
     try:
+        # Some editors put this mark at the start of a file.
         data = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object)
         text.encode()
     except (ValueError, RecursionError) as error:
@@ -228,7 +229,7 @@ def _entries(text: str, origin: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) != len(pairs):
+    if len(found) != len(pairs):  # Python keeps the last value of a key, other readers of the file may keep the first
         raise ValueError(f"a key is repeated among {', '.join(key for key, _ in pairs)}")
     return found
 
