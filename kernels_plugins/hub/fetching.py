@@ -1,22 +1,11 @@
 """The way of a kernel from its name to checked files, step by step. No code of the kernel runs here.
 
-Each step returns the input of the next one:
+Each step returns the input of the next one: `resolve_kernel`, `select_build`, `fetch_build`. `install` takes all of
+them, also for the kernels that a kernel depends on, and `hub.kernel.load` imports the result. Locks are made from
+`ResolvedKernel.variants`, which has the files of every build, also of those for other machines.
 
-* `resolve_kernel(request)`: the commit, the grounds on which its code may run, and its builds. Sends the requests to
-  the Hub that this needs; downloads nothing of the repository, but for a redirect. `ResolvedKernel.variants` has the
-  files of *every* build as the Hub lists them, so locks are made from this, with `hash_variant` and
-  `read_metadata(resolved, name)`.
-* `select_build(request)`: that, and the build that fits this machine. Downloads nothing.
-* `fetch_build(selected)`: its files on disk and in memory, checked. Also those of a build for another machine.
-* `install(request)`: both, and the same for all kernels that it depends on.
-
-`hub.kernel.load` imports the result. Errors are kinds of `ResolutionError` that name repository or folder, revision,
-variant and what to do.
-
-A locked kernel is requested with `commit` (it replaces revision and version), `locked` (the hashes of its builds,
-compared in `fetch_build`, before anything is downloaded, and so with the files), and `lock` (where dependencies are
-looked up): `locked_request(lock, repo_id)` makes such a request. All steps work offline with kernels that were loaded
-before, and with `local_files_only=True` as with `HF_HUB_OFFLINE`.
+Errors are kinds of `ResolutionError` that name repository or folder, revision, variant and what to do. All steps work
+offline with kernels that were loaded before, and with `local_files_only=True` as with `HF_HUB_OFFLINE`.
 """
 
 from __future__ import annotations
@@ -101,7 +90,7 @@ class FetchedBuild:
 
 
 def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
-    """Find the commit of a kernel, whether its code may run, and its builds."""
+    """Find the commit of a kernel, whether its code may run, and its builds; download nothing, but for a redirect."""
     from .client import revision, trust  # import huggingface_hub: only when a repository is really requested
 
     client = _client(request)
@@ -120,7 +109,7 @@ def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
 
 
 def select_build(request: KernelRequest, *, suggest: bool = True) -> SelectedBuild:
-    """Find the build of a kernel that fits this machine best, and ask the policies about the commit that serves it."""
+    """Find the build that fits this machine best, and ask the policies about its commit; download nothing."""
     resolved = resolve_kernel(request)
     with naming(str(request)):
         authorize(RepoInfo(resolved.pin.repo_id, resolved.pin.commit), PLUGIN)
