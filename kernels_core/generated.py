@@ -68,6 +68,7 @@ class Generator:
             linecache.cache.pop(unused_texts.pop(), None)
         if path not in linecache.cache:  # once, however often a model is kernelized
             weakref.finalize(self.layer, unused_texts.append, path).atexit = False
+        # Without a time of change, `linecache.checkcache` does not look for such a file on disk.
         linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
         generated: Forward = scope.pop(function)  # Dynamo may keep the namespace: not the function with it
         set_defaults(generated, self.source.parameters)
@@ -95,7 +96,9 @@ def _as_called(function: Forward, layer: Layer) -> list[tuple[Any, ...]]:
     """Return the parts of a signature that a caller relies on: names, kinds, and defaults, plain ones by value."""
     parameters = list(inspect.signature(function).parameters.values())[0 if layer.is_function else 1 :]
     return [
-        (p.name, p.kind, type(p.default), p.default if type(p.default) in PLAIN else id(p.default)) for p in parameters
+        # Others by identity: to compare tensors gives a tensor, and any class may raise.
+        (p.name, p.kind, type(p.default), p.default if type(p.default) in PLAIN else id(p.default))
+        for p in parameters
     ]
 
 

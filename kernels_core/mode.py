@@ -49,6 +49,7 @@ TRACED_MODES = (Mode.INFERENCE | Mode.TORCH_COMPILE, Mode.TRAINING | Mode.TORCH_
 _TRACED_INFERENCE, _TRACED_TRAINING = TRACED_MODES
 
 STAND_INS: dict[Mode, tuple[Mode, ...]] = {
+    # A kernel for training has a forward, too; one for inference may have no backward.
     Mode.INFERENCE: (Mode.INFERENCE, _TRACED_INFERENCE, Mode.TRAINING, _TRACED_TRAINING, Mode.FALLBACK),
     Mode.TRAINING: (Mode.TRAINING, _TRACED_TRAINING, Mode.FALLBACK),
     _TRACED_INFERENCE: (_TRACED_INFERENCE, _TRACED_TRAINING, Mode.FALLBACK),

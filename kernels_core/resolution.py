@@ -320,5 +320,6 @@ def rank_offers(
                 failures.append(offer)
             elif offer.candidate.tier in tiers:
                 misfits.append(offer)
+    # Stable: among the candidates of scopes, and of the user, the order is that in which they were written.
     candidates.sort(key=lambda c: (TIERS.index(c.tier), -c.priority, c.plugin if c.tier == "plugin" else ""))
     return candidates, tuple(misfits), failures

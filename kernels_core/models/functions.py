@@ -74,7 +74,7 @@ def _held(values: Iterable[object]) -> Iterator[Layer]:
     opened = set[int]()
     stack = [iter(values)]
     while stack:
-        value: Any = next(stack[-1], stack)
+        value: Any = next(stack[-1], stack)  # the stack marks the end of a container: no container holds it
         if value is stack:
             stack.pop()
         elif issubclass(type(value), _HOLDERS) and id(value) not in opened:
@@ -128,6 +128,7 @@ def _named(function: types.FunctionType, cls: type[nn.Module]) -> Iterator[objec
         except ValueError:  # the cell is empty yet
             continue
     for module in [value for value in values if isinstance(value, types.ModuleType)]:
+        # `vars`: a module that loads names lazily would import them for `getattr`.
         values += (vars(module)[name] for name in names if name in vars(module))
     for value in values:
         if isinstance(value, types.FunctionType) and (value.__globals__ is known or dispatched_layer(value)):

@@ -357,6 +357,7 @@ def receipt(
     calls = calls_of([counted for counted, _ in found])
     return Receipt(
         tuple(
+            # Calls in compiled code are not counted: that none was is not known.
             replace(row, calls=count if count or "compile" not in row.mode else None)
             for (_, row), count in zip(found, calls, strict=True)
         )

@@ -53,4 +53,5 @@ def _output_gradient(output: torch.Tensor, seed: int, contiguous: bool) -> torch
     gradient = (torch.view_as_complex(numbers) if output.is_complex() else numbers).to(output.dtype)
     if contiguous or gradient.dim() == 0:
         return gradient
+    # A backward that takes the memory to be contiguous reads NaN.
     return torch.stack([gradient, torch.full_like(gradient, torch.nan)], -1)[..., 0]

@@ -194,7 +194,7 @@ def _field(data: Mapping[str, Any], place: str, kind: type, *, optional: bool = 
         if optional:
             return None
         raise UnknownError(f"{METADATA} is incomplete: {place} is missing. {_REBUILD}")
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):  # True is an int
         raise UnknownError(f"{METADATA}: {place} is {value!r}, not {kind.__name__}. {_REBUILD}")
     return value
 

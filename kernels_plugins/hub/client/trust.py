@@ -28,7 +28,7 @@ def require_trust(request: KernelRequest, pin: Pin, client: Client) -> str:
             f"online, or {allow}"
         )
     if client.is_trusted_publisher(owner):
-        known.update_record(pin.commit, publisher_trusted=True)
+        known.update_record(pin.commit, publisher_trusted=True)  # a refusal is not kept, and asked about again
         return f"{owner} is a trusted publisher"
     moved = "" if pin.repo_id == request.repo_id else f" ({request.repo_id!r} was moved to {pin.repo_id!r})"
     raise PublisherError(
