@@ -114,6 +114,9 @@ class _Made:
 
     forward: Forward | None = None
 
+    def __reduce__(self) -> Any:
+        return _Made, ()  # in a forward that is pickled by value: the copy makes its own
+
 
 def made_once(make: Callable[[], Forward | None], otherwise: Forward) -> Callable[[], Forward]:
     """Return a function that returns the forward that `make` makes, which it calls until there is one."""

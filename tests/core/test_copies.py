@@ -322,7 +322,11 @@ def test_copies_of_all_kinds_of_layers_dispatch() -> None:
     replace_kernel_forward_from_hub(Packed, "CopiedPacked")
     use_kernel_forward_from_hub("CopiedConditional", condition=lambda module: not module.training)(Conditional)
     use_kernel_forward_from_hub("CopiedStrict", use_fallback=False)(Strict)
-    mapping = {f"Copied{kind.__name__[4:]}": {"cpu": kind} for kind in (FastPacked, FastConditional, FastStrict)}
+    half = {"dtypes": (torch.float16,)}  # passes each call on
+    mapping = {
+        f"Copied{kind.__name__[4:]}": {"cpu": [type("Half", (kind,), half), kind]}
+        for kind in (FastPacked, FastConditional, FastStrict)
+    }
     for original in (Packed, Conditional, Strict):
         with use_kernel_mapping(mapping), torch.no_grad():
             original()(X)  # something is published
