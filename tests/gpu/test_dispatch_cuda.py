@@ -14,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from kernels_core import (
     CUDAProperties,
     Device,
+    KernelsWarning,
     Mode,
     checkpoint_scopes,
     device_capability,
     kernelize,
     receipt,
+    release,
     resolve,
     use_kernel_forward_from_hub,
 )
@@ -225,6 +227,41 @@ def test_dtensors_and_pending_collectives_with_a_triton_kernel(tmp_path: Any) ->
             torch.testing.assert_close(result.full_tensor(), expected)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["dispatched", "kernelized", "compiled", "kernelized and compiled"])
+def test_a_call_that_is_passed_on(how: str) -> None:
+    """On each GPU, the next candidate for CUDA serves it, with its gradient; an error about bfloat16 is about that."""
+
+    class Half(nn.Module):
+        dtypes = (torch.float16, torch.bfloat16)
+        can_torch_compile = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+                raise RuntimeError("no kernel for 'BFloat16'")
+            return x * 4
+
+    torch._dynamo.reset()
+    for index in range(torch.cuda.device_count()):
+        layer: Any = nn.Sequential(Identity())
+        with use_kernel_mapping({"GpuIdentity": {"cuda": [Half, Plus]}}):
+            if "kernelized" in how:
+                mode = Mode.TRAINING | Mode.TORCH_COMPILE if "compiled" in how else Mode.TRAINING
+                layer = kernelize(layer, mode=mode, device=f"cuda:{index}")
+            called = torch.compile(layer, fullgraph=True) if "compiled" in how else layer
+            for dtype, number in ((torch.float16, 4), (torch.float32, 2), (torch.float16, 4)):
+                x = torch.ones(8, device=f"cuda:{index}", dtype=dtype, requires_grad=True)
+                y = called(x)
+                y.sum().backward()
+                assert y.detach().unique().tolist() == [number] and x.grad is not None
+                assert x.grad.unique().tolist() == [number if dtype == torch.float16 else 1]
+            if how == "dispatched":
+                x = ones(f"cuda:{index}").bfloat16()
+                with pytest.warns(KernelsWarning, match="quarantine for torch.bfloat16"):
+                    assert layer(x).unique().tolist() == [1]
+                assert layer(x).unique().tolist() == [2] and layer(x.half()).unique().tolist() == [4]
+                assert release() == 1
 
 
 @pytest.mark.parametrize("tool", ["model offload", "cpu_offload"])
