@@ -12,6 +12,7 @@ from pathlib import Path
 
 import packaging
 import pytest
+from fresh_process import run_python
 from packaging.version import Version
 
 from kernels_core import ArgumentError
@@ -75,7 +76,8 @@ def ask(site: Path) -> Callable[..., str]:
     """Ask in a new process, of an installed package or a file."""
 
     def ask(*command: str, where: Path, path: Path | str = "") -> str:
-        done = run(*command, where=where, path=f"{path}{os.pathsep}{site}")
+        environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{site}", "PYTHONWARNINGS": "ignore"}
+        done = run_python(*command, environment=environment, folder=where)
         return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
     return ask
