@@ -139,9 +139,10 @@ def exclusion(
     if not request.passed_on or all(passed is not implementation for passed in request.passed_on):
         return None
     served = Resolution(request, implementation, candidate, origin, kernel_layer=kernel)
+    excluded = excluded_dtypes(served)
     reason = not_taken(served) or "it passes some calls on (it returns NotImplemented)"
-    error = next((entry.error for entry in excluded_dtypes(served).values()), None)
-    return Refusal(reason, candidate, candidate.plugin, error, Cause.MODE)
+    error = next((entry.error for entry in excluded.values()), None)
+    return Refusal(reason, candidate, candidate.plugin, error, Cause.POLICY if excluded else Cause.MODE)
 
 
 def not_taken(resolution: Resolution) -> str:

@@ -179,12 +179,12 @@ def decide(
             resolution = replace(resolution, request=request.in_mode(modes[0]), every_mode=True)
         if notify is not None:
             manager.hook.kernels_resolved(resolution=resolution)
-        # That a kernel passes a call on to another kernel is no news for the user.
-        noted = notify == "all" and (resolution.is_reference or not passed_on)
-        if noted and resolution.refusals and not must_raise(resolution):
+        if notify == "all" and resolution.refusals and not must_raise(resolution):
             which = " in some calls" if passed_on else ""
             for refusal in resolution.refusals:
-                if refusal.candidate is not None:  # a plugin that failed was reported already
+                # That a kernel passes calls on to another one is no news for the user, if it is not in quarantine.
+                is_news = not passed_on or resolution.is_reference or refusal.cause is not Cause.MODE
+                if is_news and refusal.candidate is not None:  # a plugin that failed was reported already
                     warn_once(
                         f"A kernel for {resolution.subject} is not used{which}, {resolution.origin} runs instead: "
                         f"{refusal}",

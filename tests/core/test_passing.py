@@ -219,6 +219,25 @@ def test_an_error_about_a_dtype_excludes_that_dtype(make_layer: Make) -> None:
         assert values(model, EVEN) == values(layer, EVEN) == [10]
 
 
+def test_the_user_learns_of_a_dtype_that_another_kernel_serves(make_layer: Make, make_kernel: Make) -> None:
+    """One warning when the kernel raises, though the next candidate takes over; none where a call is only passed on."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float16:
+            raise RuntimeError("no code for 'Half'")
+        return x + 10
+
+    kernel = type("Raises", (nn.Module,), {"forward": forward})
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always", KernelsWarning)
+        for kernels in [kernel, make_kernel(20)], [even(10), make_kernel(20)]:
+            layer = make_layer()()
+            with use_kernel_mapping({"Add": {"cpu": kernels}}):
+                values(layer, EVEN.half(), EVEN.half(), ODD, ODD)
+    (warned,) = caught
+    assert "Raises: it is in quarantine for torch.float16: it raised" in str(warned.message)
+
+
 def test_compiled_code_leaves_out_a_dtype(make_layer: Make, make_kernel: Make, compiled: Make) -> None:
     """The graph of another dtype stays; a change of mappings compiles nothing again; released, the kernel is back."""
     layer, kernel = make_layer()(), make_kernel(10, can_torch_compile=True)
