@@ -28,6 +28,7 @@ _IN_VALUES: dict[Any, str] = {
 }
 """How a parameter is written, if not as its name: in a call that passes it on, and in a tuple of all values."""
 
+# The next candidate is called after the `try`: an error that it raises is no fault of this kernel.
 _FORWARD = """\
 def forward{signature}:
     {condition}
@@ -53,6 +54,7 @@ if not _kernels_condition({asked}):
     return _kernels_reference({call})
 """
 
+# The `try` only looks a kernel up: an AttributeError of the kernel itself must not look like a cold frame.
 _FIND = """\
 try:
     _kernel_frame = _kernels_frame()
@@ -122,6 +124,7 @@ def frozen{signature}:
 """
 """The forward of a kernelized class; its names are changed while it lives, and others may have kept it."""
 
+# The name is set before the read that may fail: the cold path then decides for that mode only.
 _SELECT = """\
 def select{signature}:
     _kernel_name = {inference!r}
@@ -376,6 +379,7 @@ def own_signature(function: Callable[..., Any]) -> inspect.Signature:
 def set_defaults(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> None:
     """Give a function the defaults of parameters, the same objects."""
     given = [p for p in parameters if p.default is not p.empty]
+    # Not in the text: a default may be any object, and the reference may compare it by identity.
     changed: Any = function
     changed.__defaults__ = tuple(p.default for p in given if p.kind is not p.KEYWORD_ONLY)
     changed.__kwdefaults__ = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}

@@ -139,6 +139,7 @@ def fetch_build(selected: SelectedBuild) -> FetchedBuild:
             revision.forget_record(pin)  # the listing may be wrong, not the files
             download.discard(selected.folder)
             raise
+        # Written only now: a listing that the files do not match would refuse them for ever.
         revision.keep_record(pin)
         cache = download.metadata_cache(request.repo_id)
         if request.commit is None:
@@ -182,6 +183,7 @@ def naming(place: str) -> Iterator[None]:
     try:
         yield
     except ResolutionError as error:
+        # The cause stays that of the loader, such as the SyntaxError of a kernel: callers look at `__cause__`.
         raise type(error)(f"{place}: {error}") from error.__cause__ or error
     except OSError as error:
         raise LoadError(f"{place}: {type(error).__name__}: {error}. Check the disk and its permissions") from error
@@ -220,12 +222,14 @@ def _install(request: KernelRequest, path: tuple[str, ...], memo: dict[KernelReq
         circle = " -> ".join((*path[path.index(name) :], name))
         raise UnknownError(f"kernels depend on each other in a circle: {circle}. Tell their publishers")
     if request not in memo:
+        # A lock promises a commit: a folder in place of the repository has other files.
         folder = None if request.lock or request.commit else find_override(request.repo_id)
         if folder is None:
             own = fetch_build(select_build(request))
         else:
             asked = f"{request.repo_id} ({VARIABLE}): {folder}"
             own = _read_folder(folder, request, asked, f"local files: {VARIABLE}")
+        # After its dependencies: a circle is found on the path, not in the memo.
         memo[request] = _with_dependencies(own, request, (*path, name), memo)
     return memo[request]
 

@@ -88,7 +88,7 @@ class MetadataCache:
         self._write(self._folder / "versions.json", {"newest": version})
 
     def _revision(self, revision: str) -> Path:
-        return self._folder / "revisions" / f"{quote(revision, safe='')}.json"
+        return self._folder / "revisions" / f"{quote(revision, safe='')}.json"  # a branch may have slashes in its name
 
     def _commit(self, commit: str) -> Path:
         return self._folder / "commits" / f"{commit}.json"
@@ -103,6 +103,7 @@ class MetadataCache:
     def _write(self, path: Path, data: dict[str, Any]) -> None:
         """Write a file, where that is possible: a read-only cache costs one more request."""
         with contextlib.suppress(OSError):
+            # As it would be read: tuples are lists then.
             if self._read(path) != json.loads(json.dumps(data)):
                 write_file(path, json.dumps(data))
 
