@@ -19,7 +19,7 @@ from typing import Any
 from .errors import ScopeError
 from .guards.functions import function_contexts, in_function, outside_functions
 from .layer import Forward
-from .warning import warn
+from .warning import warn_once
 
 PATIENCE = 60.0
 """Seconds to wait for another thread that resolves or loads the same.
@@ -234,17 +234,22 @@ def keep_scopes() -> None:
     if outside_functions() or not in_function():
         return
     for context in function_contexts():
-        if "kernels_scopes" in vars(context):
+        is_class = isinstance(context, type)  # with `setup_context`, there is no context yet that could keep them
+        if not is_class and "kernels_scopes" in vars(context):
             continue
-        context.kernels_scopes = kept = KeptScopes()
-        if hasattr(context, "run_function"):  # of checkpoints: those of PyTorch, DeepSpeed, Megatron and fairscale
-            context.run_function = kept(context.run_function)
-        elif kept.frame is not root:
-            warn(
-                f"A layer is called in a scope and in the forward of {type(context).__qualname__}, a custom autograd "
-                "function. If its backward calls the layer again, that is not in this scope on a GPU: output and "
-                "gradient may be of two kernels. Register the mapping for the process, or keep `run_function`, which "
-                "the backward calls, on the context of the function."
+        kept = KeptScopes()
+        if not is_class:
+            context.kernels_scopes = kept
+            if hasattr(context, "run_function"):  # of checkpoints: those of PyTorch, DeepSpeed, Megatron and fairscale
+                context.run_function = kept(context.run_function)
+                continue
+        if kept.frame is not root:
+            name = context.__qualname__ if is_class else type(context).__qualname__
+            warn_once(
+                f"A layer is called in a scope and in the forward of {name}, a custom autograd function. If its "
+                "backward calls the layer again, that is not in this scope on a GPU: output and gradient may be of two "
+                "kernels. Register the mapping for the process, or keep `run_function`, which the backward calls, on "
+                "the context that the forward gets.",
             )
 
 

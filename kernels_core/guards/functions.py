@@ -15,8 +15,14 @@ _GENERATED = ("GeneratedBackwardFor_", "CompiledFunctionBackward")
 """Functions that PyTorch makes for operators of `torch.library` and compiled code: their backward calls no layer."""
 
 
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+
+
 def function_contexts() -> Iterator[Any]:
-    """Yield the contexts of the custom autograd functions in whose forward this is, innermost first."""
+    """Yield the contexts of the custom autograd functions in whose forward this is, innermost first.
+
+    Of a function with `setup_context`, whose forward gets no context, yield the class.
+    """
     frame = sys._getframe(1)
     # Autograd gives Python no way to ask: the context is the first argument of a `forward` in the stack.
     while (caller := frame.f_back) is not None:
@@ -25,6 +31,10 @@ def function_contexts() -> Iterator[Any]:
             context = frame.f_locals.get(code.co_varnames[0])
             if isinstance(context, FunctionCtx) and not type(context).__name__.startswith(_GENERATED):
                 yield context
+        elif code is _APPLY:
+            function = frame.f_locals.get("cls")
+            if getattr(function, "setup_context", None) is not torch.autograd.Function.setup_context:
+                yield function
 
 
 outside_functions: Callable[[], bool] = forward_grad_enabled or (lambda: next(function_contexts(), None) is None)

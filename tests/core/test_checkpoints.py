@@ -161,6 +161,54 @@ def test_a_function_that_cannot_be_brought_into_its_scopes_is_reported(layer: nn
         assert len(told) == scoped and all("Recomputing" in text for text in told)
 
 
+class SetsUp(torch.autograd.Function):
+    """A checkpoint whose forward gets no context."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(layer: Any, x: torch.Tensor) -> Any:
+        return layer(x.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.layer, x = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        return None, *torch.func.vjp(ctx.layer, *ctx.saved_tensors)[1](gradient)
+
+
+@pytest.mark.parametrize("by_mode", [False, True])
+@pytest.mark.parametrize("transformed", [False, True])
+def test_functions_with_setup_context(layer: nn.Module, by_mode: bool, transformed: bool) -> None:
+    """They get the kernel for training in both passes, under `torch.func`, too; in a scope, a warning names them."""
+    mapping: Any = {"Times": {"cpu": times(3)}}
+    if by_mode:
+        mapping = {"Times": {"cpu": {Mode.INFERENCE: times(5), Mode.TRAINING: times(3)}}}
+
+    def derived(x: torch.Tensor) -> tuple[float, float]:
+        if transformed:
+            gradient, y = torch.func.grad_and_value(lambda x: SetsUp.apply(layer, x).sum())(x)
+            return y.item(), gradient.item()
+        x = x.clone().requires_grad_()
+        y = SetsUp.apply(layer, x)
+        y.backward()
+        return y.item(), x.grad.item()  # type: ignore[union-attr]
+
+    with (
+        pytest.warns(KernelsWarning, match="in the forward of SetsUp, a custom") as caught,
+        use_kernel_mapping(mapping),
+    ):
+        assert [derived(torch.ones(1)) for _ in range(3)] == [(3, 3)] * 3
+    assert len([w for w in caught if issubclass(w.category, KernelsWarning)]) == 1
+    register_kernel_mapping(mapping)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KernelsWarning)
+        assert derived(torch.ones(1)) == (3, 3)
+
+
 def test_checkpoint_scopes(layer: nn.Module) -> None:
     """With this `context_fn`, a checkpoint that is not reentrant recomputes in its scopes, again and again."""
     x = torch.ones(1, requires_grad=True)

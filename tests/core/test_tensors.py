@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -314,17 +315,51 @@ class Double(torch.autograd.Function):
         return gradient * 2
 
 
+def set_up(*, rules: bool) -> type[torch.autograd.Function]:
+    """Return a function with `setup_context`, which transforms need, with or without rules for them."""
+
+    class SetUp(torch.autograd.Function):
+        generate_vmap_rule = rules
+
+        @staticmethod
+        def forward(x: Any, factor: Any) -> Any:
+            return x * factor
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(inputs[1]), ctx.save_for_forward(inputs[1])
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            return gradient * ctx.saved_tensors[0], None
+
+        if rules:
+
+            @staticmethod
+            def jvp(ctx: Any, x: Any, factor: Any) -> Any:
+                return x * ctx.saved_tensors[0]
+
+    return SetUp
+
+
+def forward_mode(f: Callable[..., Any]) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(X, torch.ones(4)))).tangent
+
+
 TRANSFORMS: dict[str, Callable[[Callable[..., Any]], torch.Tensor]] = {
     "vmap": lambda f: torch.func.vmap(f)(X[None].repeat(2, 1))[0] / X.clamp(min=1),
     "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(X),
     "jacrev": lambda f: torch.func.jacrev(f)(X).sum(0),
     "jacfwd": lambda f: torch.func.jacfwd(f)(X).sum(0),
     "jvp": lambda f: torch.func.jvp(f, (X,), (torch.ones(4),))[1],
+    "forward mode": forward_mode,
+    "nested": lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(x[None]).sum())(X),
     "per sample": lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(X[None]).squeeze(0),
 }
 
 
-@pytest.mark.parametrize("kind", ["function without rules", "detached", "item"])
+@pytest.mark.parametrize("kind", ["function without rules", "set up", "set up with rules", "detached", "item"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_are_right_and_not_held_against_a_kernel(transform: str, kind: str) -> None:
     """Values and derivatives are those of the reference, no kernel goes into quarantine, and it serves plain calls."""
@@ -335,7 +370,10 @@ def test_transforms_are_right_and_not_held_against_a_kernel(transform: str, kind
         def forward(self, x: Any, other: Any = None) -> Any:
             if kind == "item":
                 x = x + 0 * x.detach().sum().item()
-            result = Double.apply(x) if kind == "function without rules" else x * 2
+            if kind.startswith("set up"):
+                result = set_up(rules="rules" in kind).apply(x, self.weight.detach())
+            else:
+                result = Double.apply(x) if kind == "function without rules" else x * 2
             ran.append(True)
             return result.detach() if kind == "detached" else result
 
@@ -344,7 +382,9 @@ def test_transforms_are_right_and_not_held_against_a_kernel(transform: str, kind
         layer.weight.requires_grad_(False)
         with torch.no_grad():
             layer(X)
+        ran.clear()
         result = TRANSFORMS[transform](layer)
+        assert ran or kind != "set up with rules"
         expected = torch.full((4,), 2.0)
         expected[0] = 0.0 if transform == "vmap" else 2.0
         torch.testing.assert_close(result, expected)
