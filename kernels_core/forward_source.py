@@ -115,7 +115,9 @@ def frozen{signature}:
         return _kernels_answer(_kernel({call}), _kernels_next, {call})
     if {odd} or {tests}:
         _kernel = _kernels_unfit({module}, {values})
-    elif _kernels_unproven and ({forward_level} >= 0 or _kernels_grad() and {records}):
+    elif _kernels_unproven and (
+        {forward_level} >= 0 or _kernels_grad() and ({records} or _kernels_lossy and _kernels_transform() is not None)
+    ):
         _kernel = _kernels_proving
     _kernel_output = _kernel({call})
     if _kernel_output is _kernels_passed_on:
@@ -313,6 +315,8 @@ class ForwardSource:
                 tests.append(f"({asked} else _kernels_requires_grad({p.name}))")
         if not self.is_function and (exact or self.reads_module):
             tests.append(f"_kernels_{'has' if exact else 'reads'}_trainable({self.module})")
+        if exact:
+            tests.append("_kernels_transform() is not None")  # inside of `vmap`, no tensor shows what derives it
         only_first = all(type(p.default) in PLAIN and p.default is not None for p in self._arguments[1:])
         mode = "" if only_first and not exact and not self.reads_module else "_kernels_grad() and "
         joined = "\n    or ".join(tests)

@@ -18,7 +18,15 @@ from .guards.proof import read_attributes
 from .guards.tensors import is_odd, is_odd_module, odd_parameters
 from .layer import Forward, Layer
 from .scope import active_frame, keep_scopes, root
-from .torch_internals import EXPRESSION_NAMES, FORWARD_LEVEL, IS_RECORDED, IS_TRACED, TraceError, constant_result
+from .torch_internals import (
+    EXPRESSION_NAMES,
+    FORWARD_LEVEL,
+    IS_RECORDED,
+    IS_TRACED,
+    TraceError,
+    constant_result,
+    current_transform,
+)
 
 _ABSENT = (AttributeError, IndexError, TraceError)
 """Raised by a generated forward where nothing is published, or the first argument is missing or not a tensor."""
@@ -168,6 +176,7 @@ _SHARED_NAMES: dict[str, object] = {
     "_kernels_requires_grad": requires_grad,
     "_kernels_root": root,
     "_kernels_tensor": torch.Tensor,
+    "_kernels_transform": current_transform,
 }
 """Names that generated functions use, besides those of their own."""
 

@@ -23,7 +23,7 @@ from ..mode import Mode
 from ..raised import error_text
 from ..replay import Call, random_states, set_random_states
 from ..resolution import Resolution
-from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, in_forward_ad, tree_leaves, version
+from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, current_transform, in_forward_ad, tree_leaves, version
 from ..warning import warn
 from .functions import in_function
 from .quarantine import quarantine
@@ -55,8 +55,13 @@ _HOLD_NO_TENSOR = PLAIN | {set, type, collections.OrderedDict}
 
 
 def is_recorded(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
-    """Whether autograd records a call, or may record it later (`in_function`), or differentiates it forwards."""
-    return (torch.is_grad_enabled() and records_autograd(module, values)) or in_forward_ad() or in_function()
+    """Whether autograd records a call, or may record it later (`in_function`), or differentiates it forwards.
+
+    Inside of `torch.func.vmap`, no tensor shows that autograd, or a transform around it, records it.
+    """
+    if torch.is_grad_enabled() and (records_autograd(module, values) or current_transform() is not None):
+        return True
+    return in_forward_ad() or in_function()
 
 
 def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:

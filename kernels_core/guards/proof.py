@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import inspect
@@ -51,18 +52,20 @@ def until_proven(
             return forward(*args, **kwargs)
         module, values = _arguments(layer, args, kwargs)
         changed_part = getattr(kernel, "kernels_changed_part", None)  # then the reference runs, and proves nothing
-        recorded = torch.is_grad_enabled() and records_autograd(module, values)
+        transformed = current_transform() is not None
+        recorded = torch.is_grad_enabled() and (transformed or records_autograd(module, values))
         if torch.compiler.is_compiling() or not (recorded or in_forward_ad()):
             return forward(*args, **kwargs)
         if changed_part is not None and changed_part(module) is not None:
             return forward(*args, **kwargs)
-        if current_transform() is not None or in_forward_ad():  # where the reference cannot run on copies
+        if transformed or in_forward_ad():  # where the reference cannot run on copies
             output = forward(*args, **kwargs)
             given = [*values, *(module.parameters() if module is not None else ())]
-            if output is NotImplemented or _is_differentiated(output) or not _is_differentiated(given):
+            unknown = transformed and _unwrapped is None  # whether a transform around this one derives the call
+            if output is NotImplemented or _is_differentiated(output) or not (unknown or _is_differentiated(given)):
                 return output
             expected = layer.reference(*args, **kwargs)
-            if _is_differentiated(expected):  # else an outer transform differentiates, which cannot be found out here
+            if _is_differentiated(expected):
                 warn_once(
                     f"Layer {layer.name!r}: {origin} loses gradients under torch.func or in forward-mode "
                     "differentiation: the reference serves such calls."
@@ -80,12 +83,22 @@ def until_proven(
     return proving
 
 
+_unwrapped: Callable[..., Any] | None = getattr(torch.func, "debug_unwrap", None)  # from PyTorch 2.7 on
+
+
 def _is_differentiated(values: Any) -> bool:
-    """Whether a tensor in a nested value requires grad, or has a tangent."""
-    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-    return any(
-        tensor.requires_grad or cast(Any, forward_ad).unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
+    """Whether a tensor in a nested value requires grad, or has a tangent, here or in a transform around this one."""
+    for leaf in tree_leaves(values):
+        tensor = leaf if isinstance(leaf, torch.Tensor) else None
+        while tensor is not None:
+            if tensor.requires_grad:
+                return True
+            with contextlib.suppress(RuntimeError):  # of `vmap`, which has no rule for this question
+                if cast(Any, forward_ad).unpack_dual(tensor).tangent is not None:
+                    return True
+            inner = _unwrapped(tensor, recurse=False) if _unwrapped is not None else tensor
+            tensor = inner if inner is not tensor else None
+    return False
 
 
 def _arguments(
