@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -29,6 +28,7 @@ from kernels_core import (
     scope,
     use_kernel_forward_from_hub,
 )
+from kernels_core.models.choice import choices
 from kernels_plugins import (
     LocalLayerRepository,
     LogResolutions,
@@ -66,7 +66,7 @@ FAST = f"{__name__}.FastScale"
 @pytest.fixture
 def manager(isolated_plugins: PluginManager, mapping_plugin: object) -> PluginManager:
     """A plugin manager with `mapping` and `observe`, as an entry point has it."""
-    gc.collect()  # kernelized models that other tests left would be observed, too
+    choices.clear()  # kernelized models that other tests left, or that Dynamo keeps, would be observed, too
     isolated_plugins.register(observe, "observe")
     return isolated_plugins
 
