@@ -41,7 +41,7 @@ def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.ReLU())
-        >>> [path for module, (path,) in module_paths(torch.compile(model)).items() if module is model[0]]
+        >>> module_paths(torch.compile(model)).get(model[0])
         ['0']
     """
     if not isinstance(model, nn.Module):
