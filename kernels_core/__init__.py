@@ -41,6 +41,7 @@ from .models.choice import FrozenChoice
 from .models.counting import count_calls
 from .models.frozen import frozen_choice
 from .models.functions import functions_of
+from .models.modules import change_class
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
 from .models.modules import module_paths
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
@@ -111,6 +112,7 @@ __all__ = [
     "__version__",
     "as_json",
     "authorize",
+    "change_class",
     "check_registered_mode",
     "checkpoint_scopes",
     "count_calls",

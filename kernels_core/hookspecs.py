@@ -276,6 +276,26 @@ def kernels_mapping() -> Mapping[str, Any] | None:
 
 
 @hookspec
+def kernels_adoption_rules() -> Sequence[object] | None:
+    """Offer rules by which `adopt` recognises layers in the classes of a model that nobody decorated.
+
+    Kind: collect. Called: each time a model is adopted without rules of its own.
+
+    Returns:
+        Rules (`kernels_plugins.Rule`), which are tried in this order, or None.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_adoption_rules():
+            return [Rule("our norm", "RMSNorm", ("acme.*Norm",), oracle=rms_norm, inputs=hidden_states)]
+        ```
+
+    Used by: `adopt`; implemented by the plugin `adopt`.
+    """
+
+
+@hookspec
 def kernels_register_commands(cli: typer.Typer) -> None:
     """Add subcommands to the command line `kernels-core`.
 

@@ -141,6 +141,7 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_VETO, _REASON),
     "kernels_wrap_forward": ("a decorator or None", callable),
     "kernels_mapping": ("a mapping or None", lambda answer: isinstance(answer, Mapping)),
+    "kernels_adoption_rules": ("a sequence of rules or None", lambda answer: isinstance(answer, Sequence)),
 }
 
 
@@ -154,7 +155,7 @@ def _accepted(hook: str, name: str, priority: int, answer: Any) -> Any:
         return [_signed(offer, name) for offer in answer]
     if hook == "kernels_mapping":
         return PluginMapping(name, priority, answer)
-    return (name, answer) if hook == "kernels_wrap_forward" else answer
+    return (name, answer) if hook in ("kernels_wrap_forward", "kernels_adoption_rules") else answer
 
 
 def _signed(offer: Candidate | Refusal | Exclusive, name: str) -> Candidate | Refusal | Exclusive:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     )
 
     from .adapters.source import opaque, reference_backward
+    from .adopt.adoption import Adopted, AdoptedLayer, RefusedLayer, adopt
+    from .adopt.classes import adopted_rule
+    from .adopt.rule import Rule
     from .bisect.bisection import bisect
     from .bisect.result import BisectError, BisectResult, Culprit, CulpritSet
     from .canary.plugin import canary
@@ -55,6 +58,9 @@ _NAMES = {
         "replace_kernel_forward_from_hub use_kernel_forward_from_hub use_kernelized_func"
     ),
     ".adapters.source": "opaque reference_backward",
+    ".adopt.adoption": "Adopted AdoptedLayer RefusedLayer adopt",
+    ".adopt.classes": "adopted_rule",
+    ".adopt.rule": "Rule",
     ".bisect.bisection": "bisect",
     ".bisect.result": "BisectError BisectResult Culprit CulpritSet",
     ".canary.plugin": "canary",
@@ -80,6 +86,8 @@ _NAMES = {
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
+    "Adopted",
+    "AdoptedLayer",
     "BisectError",
     "BisectResult",
     "CUDAProperties",
@@ -102,12 +110,16 @@ __all__ = [
     "ProfileRanges",
     "PrometheusCounters",
     "ROCMProperties",
+    "RefusedLayer",
     "RepoInfo",
+    "Rule",
     "VariantAccepted",
     "VariantRejected",
     "VerifyReport",
     "VerifyRow",
     "__version__",
+    "adopt",
+    "adopted_rule",
     "bisect",
     "canary",
     "check_kernel",

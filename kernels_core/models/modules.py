@@ -126,7 +126,18 @@ def locate(model: nn.Module, inferred: torch.device) -> dict[int, torch.device]:
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the class of a module, so that compiled code notices it, too."""
+    """Change the class of a module, so that compiled code notices it, too.
+
+    Args:
+        module: The module.
+        cls: A class that differs in its methods only: nothing else about the module changes.
+
+    Example:
+        >>> module, class_of_one_layer = nn.Identity(), type("Identity", (nn.Identity,), {})
+        >>> change_class(module, class_of_one_layer)
+        >>> type(module) is class_of_one_layer
+        True
+    """
     object.__setattr__(module, "__class__", cls)  # nn.Module's own takes a microsecond
     # From 2.8 to 2.12, Dynamo checks the guards on a module, also that of its class, only if its dict has changed.
     module.__dict__["kernels_changed"] = True

@@ -1,0 +1,109 @@
+"""The classes of adopted modules: as the original one, with a forward that dispatches.
+
+Nothing is stored on a module, so that its state dict stays as it is, and undoing is exact. A copy of an adopted module
+is adopted; a pickle holds a module of the original class, and can be read without kernels-core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import nn
+
+from kernels_core import Layer, decorated_layer, replace_kernel_forward_from_hub
+
+from .rule import Rule
+
+_rules: weakref.WeakKeyDictionary[Layer, Rule] = weakref.WeakKeyDictionary()
+
+
+def adopted_rule(layer: Layer | None) -> Rule | None:
+    """Return the rule by which a layer was adopted; None for one that was decorated.
+
+    Packs offer kernels for adopted layers only: such a layer was measured to compute what its name says.
+
+    Args:
+        layer: That of a request, for example.
+
+    Example:
+        >>> adopted = adopt(torch.nn.Sequential(torch.nn.RMSNorm(4)))
+        >>> adopted_rule(find_layer(adopted.model[0])).name
+        'RMSNorm'
+    """
+    return _rules.get(layer) if layer is not None else None
+
+
+def make_class(module: nn.Module, rule: Rule) -> type[nn.Module]:
+    """Make the class that modules like this one get."""
+    original = type(module)
+    members: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": _reduced,
+        "__copy__": _copied,  # no __deepcopy__: wrappers that pass attributes on would copy the module without them
+        "kernels_adopted": original,
+    }
+    for canonical in rule.binds:
+        read = rule.bound(module, canonical)
+        if read is not None and canonical not in module.__dict__:
+            members[canonical] = property(read)
+    made = cast("type[nn.Module]", type(original)(original.__name__, (original,), members))
+    replace_kernel_forward_from_hub(made, rule.layer_name)
+    _rules[decorated_layer(made)] = rule
+    return made
+
+
+def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """Return the class that an adopted one was made of; None for any other, also one that derives from it."""
+    return vars(cls).get("kernels_adopted")
+
+
+@contextlib.contextmanager
+def _as_original(module: nn.Module) -> Iterator[type[nn.Module]]:
+    """Show a module as one of its original class."""
+    cls = type(module)
+    adopted = next(each for each in cls.__mro__ if original_class(each) is not None)
+    if adopted is not cls:  # others have made a class of it, such as fully_shard: they know how to copy theirs
+        raise TypeError(f"cannot copy or pickle a {cls.__qualname__} that was made of an adopted module: undo() first")
+    object.__setattr__(module, "__class__", original_class(cls))
+    try:
+        yield cast("type[nn.Module]", original_class(cls))
+    finally:
+        object.__setattr__(module, "__class__", cls)
+
+
+class _Class:
+    """A class of a module in a copy or in a pickle: the adopted one, or the original one."""
+
+    def __init__(self, adopted: type[nn.Module], original: type[nn.Module]) -> None:
+        self._adopted, self._original = adopted, original
+
+    def __deepcopy__(self, memo: object) -> type[nn.Module]:
+        return self._adopted
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self._original,)  # which returns the class itself
+
+
+def _copied(self: nn.Module) -> nn.Module:
+    """Copy an adopted module, which shares its tensors: the copy is adopted, too."""
+    cls = type(self)
+    with _as_original(self):
+        clone = copy.copy(self)
+    object.__setattr__(clone, "__class__", cls)
+    return clone
+
+
+def _reduced(self: nn.Module, protocol: Any) -> Any:
+    """Copy as a module of this class; pickle as one of the original class."""
+    cls = type(self)
+    with _as_original(self) as original:
+        answer = self.__reduce_ex__(protocol)
+    if isinstance(answer, tuple) and answer[1] == (original,):  # as any class without a way of its own
+        return (object.__new__, (_Class(cls, original),), *answer[2:])
+    return answer

@@ -1,0 +1,36 @@
+"""The command `kernels-core adopt`: the layers of a model that would be adopted, refused and served."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kernels_core import ArgumentError
+from kernels_core.cli import Json, made, print_found, printing_aside, using_device
+
+from .adoption import adopt
+
+
+def adopt_model(
+    factory: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
+    device: Annotated[str, typer.Option(help="Of the calls, such as cuda; by default that of the model.")] = "",
+    served: Annotated[bool, typer.Option("--served", help="Show the receipt, too: who serves each layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the layers of an undecorated model that `adopt` would make dispatch, and why it leaves others alone.
+
+    Exits with 1 where no layer is adopted.
+    """
+    from torch import nn
+
+    model = made(factory)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{factory} is a {type(model).__name__}, not a module: name a model, or its factory.")
+    with printing_aside():
+        adopted = adopt(model)
+    print_found(adopted, as_json)
+    if served:
+        with using_device(device or "cpu") as where:
+            print_found(adopted.receipt(device=where if device else None), as_json)
+    raise typer.Exit(0 if adopted.layers else 1)

@@ -1,0 +1,128 @@
+"""Does a module compute what a rule says? Measured on a copy with random weights, once for each kind of module."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .rule import Rule
+
+_AT_MOST = 2e-5
+"""Largest difference to the oracle, in units of its largest number: classes may compute in float32."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, str, type(None))
+
+Kind = tuple[object, ...]
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """Return the kind of a module: its class, plain attributes and children, for which one measurement is enough."""
+    plain = sorted((name, repr(value)) for name, value in module.__dict__.items() if _is_plain(name, value))
+    tensors = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
+    children = tuple((name, kind_of(child)) for name, child in module.named_children())
+    return (type(module), tuple(plain), tensors, children)
+
+
+def _is_plain(name: str, value: object) -> bool:
+    return name != "training" and (isinstance(value, _PLAIN) or inspect.isroutine(value))
+
+
+def has_parts(module: nn.Module, rule: Rule) -> bool:
+    """Whether a module has the parts of a rule, of whatever class."""
+    return all(_part(module, path) is not None for path in rule.parts)
+
+
+def misfit(module: nn.Module, rule: Rule) -> str | None:
+    """Return why a module with the parts of a rule is no layer of it, or None."""
+    for path, kinds in rule.parts.items():
+        part = _part(module, path)
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if type(part) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            return f"its part {path} is a {_name(type(part))}, not a plain {names}"
+    for path, part in module.named_modules():
+        if path and (part.__dict__.get("forward") is not None or any(part.__dict__.get(name) for name in _HOOKS)):
+            return f"its part {path} has a hook or a forward of its own, which a kernel would not run"
+    try:
+        for canonical in rule.binds:
+            rule.bound(module, canonical)
+        if isinstance(getattr(module, "weight", module), type(None)):
+            return "its weight is None"
+        return _measured(module, rule)
+    except Exception as error:  # of code that was written for other purposes: one more class that is not adopted
+        return f"it cannot be measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _part(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _measured(module: nn.Module, rule: Rule) -> str | None:
+    ours, theirs = (_required(function) for function in (rule.oracle, type(module).forward))
+    if ours != theirs:
+        return f"its forward takes {theirs} argument{'s' * (theirs != 1)}, and the layer takes {ours}"
+    copied = _random_copy(module)
+    view = _View(copied, rule)
+    for training in (False, True):  # dropout shows in one of them only
+        copied.train(training)
+        inputs = rule.inputs(view)
+        with torch.no_grad():
+            wanted = rule.oracle(view, *(value.clone() for value in inputs))
+            found = type(module).forward(copied, *(value.clone() for value in inputs))
+        if not isinstance(found, Tensor) or found.shape != wanted.shape:
+            return f"it returns {_described(found)}, and the layer returns {_described(wanted)}"
+        error = float((found.double() - wanted).abs().max() / wanted.abs().max())
+        if not error <= _AT_MOST:
+            return f"it computes something else: it differs by {error:.1g} of the largest number"
+    return None
+
+
+def _required(function: Any) -> int:
+    """Return the number of arguments of a forward: all, since a kernel takes them all."""
+    return len(inspect.signature(function).parameters) - 1
+
+
+def _described(value: object) -> str:
+    return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _random_copy(module: nn.Module) -> nn.Module:
+    """Copy a module with random numbers in float64, on the CPU; its own tensors are never copied, nor read."""
+    generator = torch.Generator().manual_seed(1)
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(module):
+        made: Tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        if tensor.is_floating_point():
+            spread = max(1, tensor.shape[-1] if tensor.dim() > 1 else 1) ** -0.5
+            made = torch.empty(tensor.shape, dtype=torch.float64).normal_(0.0, spread, generator=generator)
+        memo[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+    return copy.deepcopy(module, memo)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+class _View:
+    """A module with the canonical attributes of a rule."""
+
+    def __init__(self, module: nn.Module, rule: Rule) -> None:
+        self._module, self._bound = module, {name: rule.bound(module, name) for name in rule.binds}
+
+    def __getattr__(self, name: str) -> Any:
+        read = self._bound.get(name)
+        return read(self._module) if read is not None else getattr(self._module, name)

@@ -1,0 +1,27 @@
+"""Plugin `adopt`: the rules that come with kernels-core, and the command `kernels-core adopt`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kernels_core import hookimpl
+
+if TYPE_CHECKING:
+    import typer
+
+
+@hookimpl(trylast=True)  # rules of other plugins come first
+def kernels_adoption_rules() -> Sequence[object]:
+    """Offer the shipped rules."""
+    from .shipped import RULES  # nobody needs them before a model is adopted
+
+    return RULES
+
+
+@hookimpl
+def kernels_register_commands(cli: typer.Typer) -> None:
+    """Add `adopt`."""
+    from .command import adopt_model  # only the command line needs it
+
+    cli.command("adopt")(adopt_model)

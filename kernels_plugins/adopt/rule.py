@@ -1,0 +1,117 @@
+"""`Rule`: how a layer is recognised in classes that nobody decorated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from kernels_core import ArgumentTypeError, PluginError, plugin_manager, require_type
+
+Binding = str | tuple[str, ...] | Callable[[Any], object]
+"""The attribute of a class that stands for a canonical one: its name, several to try, or a function of the module."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Recognises a layer in the classes of a model, by what they compute.
+
+    A class whose name matches is measured, once for each kind of module: a copy with random weights in float64 has to
+    compute what `oracle` computes. So a rule may match too many classes, and `Gemma3RMSNorm` is told from
+    `LlamaRMSNorm` without naming either.
+
+    Attributes:
+        name: Names the rule in lists and reasons.
+        layer_name: The name under which mappings and packs offer kernels for the layer.
+        classes: Patterns of class names with their modules, such as `"*.*RMSNorm"`.
+        oracle: Computes the layer in plain PyTorch, from a module with the canonical attributes and the arguments.
+        inputs: Makes the arguments of one call for a module, float64 tensors on the CPU.
+        binds: For each attribute that the oracle and the kernels read, the attribute of the class that stands for it.
+        parts: For each child module that kernels read past, its path and exact class, or classes.
+
+    Raises:
+        ArgumentTypeError: For anything of the wrong type.
+
+    Example:
+        >>> double = Rule(
+        ...     "double", "Double", ("*.Twice",),
+        ...     oracle=lambda self, x: 2 * x,
+        ...     inputs=lambda module: (torch.randn(4, dtype=torch.float64),),
+        ... )
+        >>> class Twice(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x + x
+        >>> [layer.layer_name for layer in adopt(torch.nn.Sequential(Twice()), rules=[double]).layers]
+        ['Double']
+    """
+
+    name: str
+    layer_name: str
+    classes: tuple[str, ...]
+    oracle: Callable[..., Tensor]
+    inputs: Callable[[Any], tuple[Any, ...]]
+    binds: Mapping[str, Binding] = field(default_factory=dict)
+    parts: Mapping[str, type[nn.Module] | tuple[type[nn.Module], ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        for name in ("name", "layer_name"):
+            require_type(getattr(self, name), str, f"{name} of a Rule")
+        if isinstance(self.classes, str) or not all(isinstance(each, str) for each in self.classes):
+            raise ArgumentTypeError(f"classes of a Rule is a tuple of patterns, not {self.classes!r}.")
+        for name in ("oracle", "inputs"):
+            if not callable(getattr(self, name)):
+                raise ArgumentTypeError(f"{name} of a Rule is a function, not {getattr(self, name)!r}.")
+        for name in ("binds", "parts"):
+            require_type(getattr(self, name), Mapping, f"{name} of a Rule")
+
+    def matches(self, cls: type[nn.Module]) -> bool:
+        """Whether the name of a class, or of a class that it derives from, matches one of the patterns."""
+        return any(
+            fnmatchcase(f"{each.__module__}.{each.__qualname__}", pattern)
+            for each in cls.__mro__
+            for pattern in self.classes
+        )
+
+    def bound(self, module: nn.Module, canonical: str) -> Callable[[Any], object] | None:
+        """Return a function that reads a canonical attribute off modules like this one; None if it has the attribute.
+
+        Raises:
+            AttributeError: If the module has no attribute that stands for it.
+        """
+        binding = self.binds[canonical]
+        if callable(binding):
+            binding(module)
+            return binding
+        names = (binding,) if isinstance(binding, str) else binding
+        for name in names:
+            if hasattr(module, name):
+                return None if name == canonical else lambda self: getattr(self, name)
+        raise AttributeError(f"it has no attribute {' or '.join(names)}")
+
+
+def find_rules(rules: Sequence[Rule] | None) -> list[Rule]:
+    """Return the rules to apply: those given, or those of all plugins.
+
+    Raises:
+        ArgumentTypeError: If one that was given is no rule.
+    """
+    if rules is not None:
+        if isinstance(rules, str) or not isinstance(rules, Sequence):
+            raise ArgumentTypeError(f"rules is a list of Rule, not {rules!r}.")
+        for rule in rules:
+            require_type(rule, Rule, "An item of rules")
+        return list(rules)
+    found = []
+    manager = plugin_manager()
+    for plugin, offered in manager.hook.kernels_adoption_rules():
+        for rule in offered:
+            if isinstance(rule, Rule):
+                found.append(rule)
+            else:
+                problem = f"Plugin {plugin!r}: kernels_adoption_rules returned {rule!r}, which is no Rule."
+                manager.report(PluginError(problem, plugin=plugin))
+    return found

@@ -1,0 +1,133 @@
+"""The rules that come with kernels-core, and their oracles: norms, gated MLPs and activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .rule import Rule
+
+
+def _random(*shape: int) -> Tensor:
+    """Return numbers of several magnitudes: a small row shows the epsilon of a norm, a large one the tails."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    return rows * torch.tensor([1e-3, 1.0, 8.0], dtype=torch.float64).view(3, *(1 for _ in shape))
+
+
+def _hidden(module: Any) -> tuple[Tensor]:
+    return (_random(2, module.weight.shape[-1]),)
+
+
+def _projected(module: Any) -> tuple[Tensor]:
+    projection = module.gate_proj if hasattr(module, "gate_proj") else module.gate_up_proj
+    return (_random(1, projection.in_features),)
+
+
+def _gated(module: Any) -> tuple[Tensor]:
+    return (_random(2, 16),)
+
+
+# --- Norms -----------------------------------------------------------------------------------------
+
+
+def _epsilon(module: Any) -> float:
+    """Return the epsilon of an RMSNorm, under any of its names; that of `nn.RMSNorm` may be that of its dtype."""
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        epsilon = module.__dict__.get(name, module)
+        if epsilon is None:
+            return torch.finfo(module.weight.dtype).eps
+        if isinstance(epsilon, float):
+            return epsilon
+    raise AttributeError("it has no epsilon named variance_epsilon, eps or epsilon")
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
+
+
+def rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """Divide each row by its root mean square, and multiply by the weight."""
+    return _rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def rms_norm_offset(self: Any, hidden_states: Tensor) -> Tensor:
+    """Divide each row by its root mean square, and multiply by 1 + weight."""
+    return _rms_norm(hidden_states, 1 + self.weight, self.variance_epsilon)
+
+
+def layer_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """Normalise each row, multiply by the weight and add the bias."""
+    return functional.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+_RMS_NORMS = ("*.*RMSNorm*", "*.*RmsNorm*", "*.*T5LayerNorm")
+_RMS_BINDS = {"weight": ("weight", "scale"), "variance_epsilon": _epsilon}
+
+# --- MLPs ------------------------------------------------------------------------------------------
+
+
+def swiglu_mlp(self: Any, x: Tensor) -> Tensor:
+    """Project up twice, gate by SiLU, project down."""
+    return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+def geglu_mlp(self: Any, x: Tensor) -> Tensor:
+    """Project up twice, gate by the exact GELU, project down."""
+    return self.down_proj(functional.gelu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+def geglu_tanh_mlp(self: Any, x: Tensor) -> Tensor:
+    """Project up twice, gate by GELU in its approximation by tanh, project down."""
+    gate = functional.gelu(self.gate_proj(x), approximate="tanh")
+    return self.down_proj(gate * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+def packed_swiglu_mlp(self: Any, x: Tensor) -> Tensor:
+    """Do the same by SiLU, with one projection whose first half is the gate."""
+    gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+    return self.down_proj(up * functional.silu(gate))  # type: ignore[no-any-return]
+
+
+_MLPS = ("*.*MLP", "*.*MLP2", "*.*FeedForward")
+_SEPARATE = {"gate_proj": nn.Linear, "up_proj": nn.Linear, "down_proj": nn.Linear}
+_PACKED = {"gate_up_proj": nn.Linear, "down_proj": nn.Linear}
+
+# --- Activations -----------------------------------------------------------------------------------
+
+
+def gelu_tanh(self: Any, x: Tensor) -> Tensor:
+    """Compute GELU in its approximation by tanh."""
+    return functional.gelu(x, approximate="tanh")
+
+
+def silu_and_mul(self: Any, x: Tensor) -> Tensor:
+    """Multiply the second half of each row by the SiLU of the first."""
+    gate, up = x.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+_GELUS = ("*.*NewGELU*", "*.*FastGELU*", "*.*AccurateGELU*")  # those in one operation have nothing to gain
+
+RULES = (
+    Rule("RMSNorm", "RMSNorm", _RMS_NORMS, rms_norm, _hidden, _RMS_BINDS),
+    Rule("RMSNorm, 1 + weight", "RMSNormOffset", _RMS_NORMS, rms_norm_offset, _hidden, _RMS_BINDS),
+    Rule(
+        "LayerNorm",
+        "LayerNorm",
+        ("*.*LayerNorm", "*.*LayerNorm1P"),
+        layer_norm,
+        _hidden,
+        {"weight": ("weight", "gamma"), "bias": ("bias", "beta"), "eps": ("eps", "variance_epsilon", "epsilon")},
+    ),
+    Rule("SwiGLU MLP", "SwiGLUMLP", _MLPS, swiglu_mlp, _projected, parts=_SEPARATE),
+    Rule("GeGLU MLP", "GeGLUMLP", _MLPS, geglu_mlp, _projected, parts=_SEPARATE),
+    Rule("GeGLU MLP, tanh", "GeGLUTanhMLP", _MLPS, geglu_tanh_mlp, _projected, parts=_SEPARATE),
+    Rule("SwiGLU MLP, packed", "PackedSwiGLUMLP", _MLPS, packed_swiglu_mlp, _projected, parts=_PACKED),
+    Rule("GELU, tanh", "GeluTanh", _GELUS, gelu_tanh, _gated),
+    Rule("SiLU and mul", "SiluAndMul", ("*.*SiluAndMul", "*.*SwiGLU"), silu_and_mul, _gated),
+)
+"""In the order in which they are tried."""

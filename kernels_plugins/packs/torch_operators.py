@@ -1,0 +1,82 @@
+"""Plugin `torch`: PyTorch's own fused operators, for the norms and activations of adopted models.
+
+Licence: that of PyTorch, BSD. Tried with PyTorch 2.6, 2.11 and 2.13, on CPUs and on an NVIDIA GPU. Limits: arguments and
+weights of two dtypes are left to the next candidate, for classes differ in the dtype that they return then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels_core import Candidate, LayerRequest, hookimpl
+
+
+class RMSNorm(nn.Module):
+    """`torch.nn.functional.rms_norm`."""
+
+    can_torch_compile = True
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """Return rows of the same shape and dtype."""
+        weight = self.weight
+        if weight.dtype is not hidden_states.dtype:
+            return NotImplemented
+        output = functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+        return output.to(hidden_states.dtype)  # autocast makes it float32
+
+
+class RMSNormOffset(nn.Module):
+    """The same with 1 + weight, in float32: in bfloat16, that sum would lose the weight's last digits."""
+
+    can_torch_compile = True
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """Return rows of the same shape and dtype."""
+        weight = self.weight
+        if weight.dtype is not hidden_states.dtype:
+            return NotImplemented
+        weight = 1.0 + weight.float()
+        output = functional.rms_norm(hidden_states.float(), weight.shape, weight, self.variance_epsilon)
+        return output.to(hidden_states.dtype)
+
+
+class LayerNorm(nn.Module):
+    """`torch.nn.functional.layer_norm`."""
+
+    can_torch_compile = True
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """Return rows of the same shape and dtype."""
+        weight, bias = self.weight, self.bias
+        if weight.dtype is not hidden_states.dtype:
+            return NotImplemented
+        return functional.layer_norm(hidden_states, weight.shape, weight, bias, self.eps).to(hidden_states.dtype)
+
+
+class GeluTanh(nn.Module):
+    """`torch.nn.functional.gelu`, approximated by tanh."""
+
+    can_torch_compile = True
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        """Return a tensor of the same shape and dtype."""
+        return functional.gelu(input, approximate="tanh")
+
+
+_KERNELS = {kernel.__name__: kernel for kernel in (RMSNorm, RMSNormOffset, LayerNorm, GeluTanh)}
+
+
+@hookimpl
+def kernels_find_candidates(request: LayerRequest) -> list[Candidate] | None:
+    """Offer them after those of all other plugins, on CPUs and CUDA GPUs."""
+    from ..adopt.classes import adopted_rule  # loaded where a model is adopted, and not needed before
+
+    kernel = _KERNELS.get(request.layer_name)
+    if kernel is None or request.device.type not in ("cpu", "cuda") or adopted_rule(request.layer) is None:
+        return None
+    if request.layer is None or request.layer.qualname.startswith("torch."):  # that is the same operator
+        return None
+    return [Candidate(kernel, priority=-10)]
