@@ -49,11 +49,11 @@ def misfit(module: nn.Module, rule: Rule) -> str | None:
     for path, part in module.named_modules():
         if path and (part.__dict__.get("forward") is not None or any(part.__dict__.get(name) for name in _HOOKS)):
             return f"its part {path} has a hook or a forward of its own, which a kernel would not run"
+    if getattr(module, "weight", module) is None:
+        return "its weight is None"
     try:
         for canonical in rule.binds:
             rule.bound(module, canonical)
-        if isinstance(getattr(module, "weight", module), type(None)):
-            return "its weight is None"
         return _measured(module, rule)
     except Exception as error:  # of code that was written for other purposes: one more class that is not adopted
         return f"it cannot be measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

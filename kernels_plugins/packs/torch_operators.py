@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormOffset(nn.Module):
-    """The same with 1 + weight, in float32: in bfloat16, that sum would lose the weight's last digits."""
+    """The same with 1 + weight, in float32 or wider: in bfloat16, that sum would lose the weight's last digits."""
 
     can_torch_compile = True
 
@@ -38,8 +39,9 @@ class RMSNormOffset(nn.Module):
         weight = self.weight
         if weight.dtype is not hidden_states.dtype:
             return NotImplemented
-        weight = 1.0 + weight.float()
-        output = functional.rms_norm(hidden_states.float(), weight.shape, weight, self.variance_epsilon)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        weight = 1.0 + weight.to(dtype)
+        output = functional.rms_norm(hidden_states.to(dtype), weight.shape, weight, self.variance_epsilon)
         return output.to(hidden_states.dtype)
 
 

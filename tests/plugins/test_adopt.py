@@ -1,0 +1,485 @@
+"""Adoption: models of others dispatch, compute what they computed, and are given back as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from kernels_core import (
+    ArgumentTypeError,
+    KernelizeError,
+    Mode,
+    count_calls,
+    find_layer,
+    hookimpl,
+    kernelize,
+    plugin_manager,
+    receipt,
+    unkernelize,
+    use_kernel_forward_from_hub,
+)
+from kernels_plugins import Rule, adopt, adopted_rule, use_kernel_mapping
+from kernels_plugins.adopt.shipped import RULES
+
+WIDTH = 8
+
+
+class PlainRMSNorm(nn.Module):
+    """As models write it."""
+
+    def __init__(self, width: int = WIDTH, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class OffsetRMSNorm(PlainRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * (1 + self.weight.to(wide.dtype))).to(x.dtype)
+
+
+class CentredRMSNorm(PlainRMSNorm):
+    """Named as one, and none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class PlainLayerNorm(PlainRMSNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return self.weight * centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.eps) + self.bias
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, act: Any = functional.silu, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(WIDTH, 12, bias=False) for _ in range(2))
+        self.down_proj, self.dropout = nn.Linear(12, WIDTH, bias=False), nn.Dropout(dropout)
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)))
+
+
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+class PackedMLP(nn.Module):
+    def __init__(self, *, swapped: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(WIDTH, 24), nn.Linear(12, WIDTH)
+        self.swapped = swapped
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(functional.silu(up) * gate if self.swapped else functional.silu(gate) * up)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.head = PlainRMSNorm(), GatedMLP(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.mlp(self.norm(x)))
+
+
+X = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+# --- Which layers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "layer_name"),
+    [
+        (PlainRMSNorm(), "RMSNorm"),
+        (OffsetRMSNorm(), "RMSNormOffset"),
+        (PlainLayerNorm(), "LayerNorm"),
+        (nn.RMSNorm(WIDTH), "RMSNorm"),
+        (nn.RMSNorm(WIDTH, eps=1e-3), "RMSNorm"),
+        (nn.LayerNorm(WIDTH), "LayerNorm"),
+        (nn.LayerNorm(WIDTH, bias=False), "LayerNorm"),
+        (GatedMLP(), "SwiGLUMLP"),
+        (GatedMLP(functional.gelu), "GeGLUMLP"),
+        (GatedMLP(tanh_gelu), "GeGLUTanhMLP"),
+        (GatedMLP(nn.SiLU()), "SwiGLUMLP"),
+        (PackedMLP(), "PackedSwiGLUMLP"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_layer_is_known_by_what_it_computes(module: nn.Module, layer_name: str) -> None:
+    """Classes that share a name are told apart by measuring them, and compute the same after being adopted."""
+    holder = nn.Sequential(module)
+    wanted = holder(X)
+    with adopt(holder) as adopted:
+        assert [(layer.path, layer.layer_name) for layer in adopted.layers] == [("0", layer_name)]
+        torch.testing.assert_close(holder(X), wanted)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (CentredRMSNorm(), "it computes something else: it differs by "),
+        (nn.RMSNorm(WIDTH, elementwise_affine=False), "its weight is None"),
+        (GatedMLP(functional.relu), "it computes something else: it differs by "),
+        (GatedMLP(dropout=0.5), "it computes something else: it differs by "),
+        (PackedMLP(swapped=True), "it computes something else: it differs by "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_class_that_computes_something_else_is_refused(module: nn.Module, reason: str) -> None:
+    """A class whose name matches and whose numbers do not stays as it was, and the reason is listed."""
+    cls = type(module)
+    adopted = adopt(nn.Sequential(module))
+    assert not adopted.layers and type(module) is cls
+    assert {each.path for each in adopted.refused} == {"0"}
+    assert all(each.reason.startswith(reason) for each in adopted.refused), adopted.refused
+
+
+def test_other_parts_are_one_reason() -> None:
+    """An MLP of other parts is listed once, with the parts that it has."""
+
+    class OtherMLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc2(self.fc1(x))
+
+    (refused,) = adopt(nn.Sequential(OtherMLP())).refused
+    assert refused.reason == "it has other parts than the layers that rules know: fc1, fc2"
+
+
+class LowRank(nn.Linear):
+    """An adapter as PEFT makes them."""
+
+
+def hooked(module: GatedMLP) -> None:
+    module.up_proj.register_forward_hook(lambda *_: None)
+
+
+def adapted(module: GatedMLP) -> None:
+    module.up_proj = LowRank(WIDTH, 12)
+
+
+def parametrized(module: GatedMLP) -> None:
+    parametrize.register_parametrization(module.up_proj, "weight", nn.Identity())
+
+
+def rebound(module: GatedMLP) -> None:
+    module.up_proj.forward = lambda x: functional.linear(x, module.up_proj.weight)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hooked, "its part up_proj has a hook or a forward of its own, which a kernel would not run"),
+        (adapted, "its part up_proj is a test_adopt.LowRank, not a plain Linear"),
+        (parametrized, "its part up_proj is a torch.nn.utils.parametrize.ParametrizedLinear, not a plain Linear"),
+        (rebound, "its part up_proj has a hook or a forward of its own, which a kernel would not run"),
+    ],
+)
+def test_changed_parts_are_refused(model: Model, change: Any, reason: str) -> None:
+    """A kernel that reads past an adapter, a hook or a parametrization would ignore it: the MLP is refused."""
+    change(model.mlp)
+    adopted = adopt(model)
+    assert {layer.path for layer in adopted.layers} == {"norm"}
+    assert {each.reason.replace(f"{__name__}.", "test_adopt.") for each in adopted.refused} == {reason}
+
+
+def test_what_is_taken_is_refused(model: Model) -> None:
+    """Adopted, kernelized and decorated modules, and those with a forward of their own, are left alone."""
+    adopted = adopt(model)
+    assert {each.reason for each in adopt(model).refused} == {"it is adopted already"}
+    kernelize(model, mode=Mode.INFERENCE, device="cpu")
+    assert {each.reason for each in adopt(model).refused} == {"it is kernelized: adopt the model before that"}
+    adopted.undo()
+    model.norm.forward = lambda x: x  # type: ignore[method-assign]
+    (refused,) = adopt(model).refused
+    assert refused.reason.startswith("another library has put a forward on it")
+
+
+# --- As before -------------------------------------------------------------------------------------
+
+
+def test_undo_is_exact(model: Model) -> None:
+    """State dict, attributes and classes are the same objects before, during and after; undoing twice is nothing."""
+    before = {name: (type(m), dict(m.__dict__)) for name, m in model.named_modules()}
+    keys, wanted = list(model.state_dict()), model(X)
+    adopted = adopt(model)
+    assert isinstance(model.norm, PlainRMSNorm) and type(model.norm).__name__ == "PlainRMSNorm"
+    assert list(model.state_dict()) == keys
+    assert {name: dict(m.__dict__) for name, m in model.named_modules()} == {n: d for n, (_, d) in before.items()}
+    adopted.undo()
+    adopted.undo()
+    assert {name: (type(m), dict(m.__dict__)) for name, m in model.named_modules()} == before
+    torch.testing.assert_close(model(X), wanted, rtol=0, atol=0)
+
+
+def test_other_models_are_not_touched(model: Model) -> None:
+    """Another model of the same classes keeps its classes, and does not dispatch."""
+    other = Model()
+    with adopt(model):
+        assert type(other.norm) is PlainRMSNorm and find_layer(other.norm) is None
+        assert type(model.norm) is not PlainRMSNorm
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+def test_undo_after_kernelize(model: Model, suspended: bool) -> None:
+    """A kernelized model is given back as it was, also while `train()` suspends its kernels."""
+    adopted = adopt(model.eval())
+    with torch.no_grad():
+        wanted = model(X)
+        kernelize(model, mode=Mode.INFERENCE, device="cpu")
+        torch.testing.assert_close(model(X), wanted)
+        assert {row.plugin for row in adopted.receipt().rows if row.layer_name == "RMSNorm"} == {"torch"}
+    if suspended:
+        model.train()
+    adopted.undo()
+    assert type(model.norm) is PlainRMSNorm and "forward" not in model.norm.__dict__
+    unkernelize(model)
+
+
+def test_undo_refuses_a_class_that_others_changed(model: Model) -> None:
+    """Where another library has made a class of the adopted one, nothing is undone, and the error says so."""
+    adopted = adopt(model)
+    theirs = type("Sharded", (type(model.norm),), {})
+    model.norm.__class__ = theirs
+    with pytest.raises(KernelizeError, match="The class of 'norm' was changed since it was adopted, to .*Sharded"):
+        adopted.undo()
+    assert type(model.mlp) is not GatedMLP
+
+
+def test_copies_are_adopted(model: Model) -> None:
+    """A copy dispatches by the same layers, and has tensors of its own."""
+    adopt(model)
+    deep, shallow = copy.deepcopy(model), copy.copy(model.norm)
+    assert type(deep.norm) is type(model.norm) is type(shallow)
+    assert deep.norm.weight is not model.norm.weight and shallow.weight is model.norm.weight
+    torch.testing.assert_close(deep(X), model(X))
+    kernelize(deep, mode=Mode.INFERENCE, device="cpu")
+    assert type(copy.deepcopy(deep).norm) is type(deep.norm) is not type(model.norm)
+
+
+@pytest.mark.parametrize("kernelized", [False, True])
+def test_pickles_are_of_the_original_class(model: Model, kernelized: bool) -> None:
+    """`torch.save` and pickle give plain models."""
+    adopt(model)
+    if kernelized:
+        kernelize(model, mode=Mode.INFERENCE, device="cpu")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with pytest.warns(match="was saved while kernelized") if kernelized else contextlib.nullcontext():
+        for loaded in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model, 2))):
+            assert type(loaded.norm) is PlainRMSNorm and type(loaded.mlp) is GatedMLP
+            torch.testing.assert_close(loaded(X), model(X))
+
+
+def test_a_pickle_needs_nothing_of_ours(model: Model) -> None:
+    """A process without kernels-core can read the pickle of an adopted model."""
+    norm = nn.Sequential(nn.RMSNorm(WIDTH))
+    adopt(norm)
+    code = (
+        "import sys, pickle\nsys.modules['kernels_core'] = sys.modules['kernels_plugins'] = None\n"
+        "model = pickle.load(sys.stdin.buffer)\nprint(type(model[0]).__mro__[0])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(norm), capture_output=True, check=False)
+    assert ran.stdout.decode().strip() == "<class 'torch.nn.modules.normalization.RMSNorm'>", ran.stderr
+
+
+def test_no_weight_is_copied(model: Model) -> None:
+    """A model on the meta device, whose weights cannot be read, is adopted: only shapes are."""
+    adopted = adopt(Model().to("meta"))
+    assert {layer.layer_name for layer in adopted.layers} == {"RMSNorm", "SwiGLUMLP"}
+
+
+def test_random_numbers_are_left_alone(model: Model) -> None:
+    """Measuring draws from generators of its own."""
+    before = torch.random.get_rng_state()
+    adopt(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- Kernels ---------------------------------------------------------------------------------------
+
+
+class Fast(nn.Module):
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.variance_epsilon
+
+
+def test_a_mapped_kernel_reads_canonical_attributes() -> None:
+    """A kernel finds the epsilon under its canonical name, whatever the class calls it."""
+    holder = nn.Sequential(PlainRMSNorm(eps=2.0), nn.RMSNorm(WIDTH))
+    adopt(holder)
+    with use_kernel_mapping({"RMSNorm": {"cpu": Fast}}), torch.no_grad():
+        torch.testing.assert_close(holder[0](X), X * 2)
+        torch.testing.assert_close(holder[1](X), X * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("cls", [PlainRMSNorm, OffsetRMSNorm, PlainLayerNorm])
+def test_the_pack_of_torch_is_right(cls: type[nn.Module], dtype: torch.dtype) -> None:
+    """Its kernels serve, and give numbers and gradients as close to float64 as the reference, in the same dtype."""
+    torch.manual_seed(0)
+    module, x = cls().to(dtype), torch.randn(5, WIDTH).to(dtype)
+    exact, wide = copy.deepcopy(module).double(), x.clone().double().requires_grad_()
+    exact(wide).pow(2).sum().backward()
+    adopted = adopt(nn.Sequential(module))
+    given = x.clone().requires_grad_()
+    with count_calls():
+        output = module(given)
+        (row,) = adopted.receipt(mode=Mode.TRAINING).rows
+    assert row.plugin == "torch" and row.calls == {row.origin: 1}
+    output.pow(2).sum().backward()
+    assert output.dtype is dtype and given.grad is not None and wide.grad is not None
+    bound = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(output.double(), exact(wide), rtol=bound, atol=bound)
+    torch.testing.assert_close(given.grad.double(), wide.grad, rtol=bound, atol=bound * 10)
+
+
+def test_the_pack_of_torch_leaves_mixed_dtypes_to_the_reference() -> None:
+    """A weight in float32 makes the output float32 in such classes: the reference serves that call, and only that."""
+    module = PlainRMSNorm()
+    adopted = adopt(nn.Sequential(module))
+    with count_calls(), torch.no_grad():
+        with pytest.warns(match="it passes some calls on"):
+            assert module(X.bfloat16()).dtype is torch.float32
+        assert module(X).dtype is torch.float32
+        (row,) = adopted.receipt(mode=Mode.INFERENCE).rows
+    assert row.plugin == "torch"
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_gives_the_dtype_of_the_reference(enabled: bool) -> None:
+    """In autocast, weights and arguments in bfloat16 give bfloat16, as without a kernel."""
+    module = PlainRMSNorm().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
+        wanted = module(X.bfloat16())
+        with adopt(nn.Sequential(module)):
+            found = module(X.bfloat16())
+    assert found.dtype is wanted.dtype
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_pack_of_torch_is_for_adopted_layers_only() -> None:
+    """A decorated layer of the same name is served by nothing: nobody has measured what it computes."""
+    decorated = use_kernel_forward_from_hub("RMSNorm")(type("Theirs", (OffsetRMSNorm,), {}))()
+    (row,) = receipt(decorated, device="cpu").rows
+    assert row.is_reference and not list(row.remarks)
+
+
+# --- Rules -----------------------------------------------------------------------------------------
+
+
+def twice(name: str = "twice") -> Rule:
+    return Rule(name, "Twice", ("*.Twice",), lambda self, x: 2 * x, lambda module: (X.double(),))
+
+
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+
+@pytest.fixture
+def plugin() -> Iterator[list[object]]:
+    rules: list[object] = [twice()]
+
+    class Plugin:
+        @hookimpl
+        def kernels_adoption_rules(self) -> list[object]:
+            return rules
+
+    made = Plugin()
+    plugin_manager().register(made, "acme")
+    yield rules
+    plugin_manager().unregister(made)
+
+
+def test_rules_of_plugins_come_first(plugin: list[object]) -> None:
+    """A plugin's rules are applied, before the shipped ones, and know their layers later."""
+    (layer,) = adopt(nn.Sequential(Twice(), nn.Linear(2, 2))).layers
+    assert (layer.layer_name, layer.rule) == ("Twice", "twice")
+    plugin[:] = [Rule("ours", "Ours", ("*RMSNorm",), RULES[0].oracle, RULES[0].inputs, RULES[0].binds)]
+    norm = nn.Sequential(PlainRMSNorm())
+    assert [layer.layer_name for layer in adopt(norm).layers] == ["Ours"]
+    rule = adopted_rule(find_layer(norm[0]))
+    assert rule is plugin[0]
+
+
+def test_a_bad_rule_of_a_plugin_is_reported(plugin: list[object]) -> None:
+    """What is no rule is left out, with the plugin's name; the others apply."""
+    plugin[:] = ["RMSNorm", twice()]
+    with pytest.warns(match="Plugin 'acme': kernels_adoption_rules returned 'RMSNorm', which is no Rule"):
+        assert adopt(nn.Sequential(Twice())).layers
+
+
+def test_given_rules_replace_those_of_plugins() -> None:
+    """With rules of the caller's own, no other rule applies."""
+    assert not adopt(nn.Sequential(nn.RMSNorm(2)), rules=[twice()]).layers
+
+
+def test_a_rule_that_raises_refuses() -> None:
+    """An oracle or inputs that raise are a reason, and the model stays as it was."""
+    rule = Rule("broken", "Twice", ("*.Twice",), lambda self, x: 1 / 0, lambda module: (X,))
+    (refused,) = adopt(nn.Sequential(Twice()), rules=[rule]).refused
+    assert refused.reason == "it cannot be measured: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: adopt(3), "A model"),
+        (lambda: adopt(nn.Linear(1, 1), rules="x"), "rules is a list of Rule, not 'x'"),
+        (lambda: adopt(nn.Linear(1, 1), rules=[3]), "An item of rules"),
+        (lambda: Rule("r", "L", "*.X", lambda self, x: x, lambda m: ()), "classes of a Rule is a tuple of patterns"),
+        (lambda: Rule("r", "L", (), 3, lambda m: ()), "oracle of a Rule is a function, not 3"),
+    ],
+)
+def test_wrong_arguments(make: Any, message: str) -> None:
+    """Wrong types are errors of ours that name the argument."""
+    with pytest.raises(ArgumentTypeError, match=message):
+        make()
+
+
+def test_the_list_is_readable(model: Model) -> None:
+    """Equal modules share a line, and the JSON has a record for each."""
+    model.extra = nn.ModuleList(PlainRMSNorm() for _ in range(3))
+    model.other = CentredRMSNorm()
+    adopted = adopt(model)
+    assert "norm and 3 more" in str(adopted) and "refused: it computes something else" in str(adopted)
+    assert '"path": "extra.2"' in adopted.to_json()
+    assert adopted._repr_html_().startswith("<")
