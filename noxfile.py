@@ -39,7 +39,7 @@ MINIMUMS = (
 )
 """The oldest dependencies that pyproject.toml allows."""
 
-nox.options.sessions = ["tests", "lint", "types", "docs", "parity"]
+nox.options.sessions = ["tests", "lint", "types", "docs", "parity", "models"]
 nox.options.reuse_existing_virtualenvs = True
 
 
@@ -70,6 +70,13 @@ def parity(session: nox.Session) -> None:
     """Run the same scenarios through Hugging Face's `kernels` and through this library."""
     install(session, *TEST_TOOLS, KERNELS)
     session.run("pytest", "-n", "2", "tests/parity", *session.posargs)
+
+
+@nox.session
+def models(session: nox.Session) -> None:
+    """Adopt models of transformers, and compare them with untouched ones."""
+    install(session, *TEST_TOOLS, "transformers", "peft", "accelerate")
+    session.run("pytest", "-n", "2", "-k", "adopt", "tests/plugins", "tests/docs", *session.posargs)
 
 
 @nox.session

@@ -23,6 +23,18 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.replace_kernel_forward_from_hub",
         ],
     ),
+    "Adopt a model": (
+        "Rules, and what stays as it was: [adopt a model](adopt.md).",
+        [
+            "kernels_plugins.adopt",
+            "kernels_plugins.Adopted",
+            "kernels_plugins.AdoptedLayer",
+            "kernels_plugins.RefusedLayer",
+            "kernels_plugins.Rule",
+            "kernels_plugins.adopted_rule",
+            "kernels_core.change_class",
+        ],
+    ),
     "Map kernels to layers": (
         "For users. Forms and rules: [mappings](mapping.md).",
         [

@@ -41,9 +41,8 @@ from .models.choice import FrozenChoice
 from .models.counting import count_calls
 from .models.frozen import frozen_choice
 from .models.functions import functions_of
-from .models.modules import change_class
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
-from .models.modules import module_paths
+from .models.modules import change_class, module_paths
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
 from .models.references import references
 from .plugins import PluginManager, plugin_manager

@@ -132,12 +132,17 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
         module: The module.
         cls: A class that differs in its methods only: nothing else about the module changes.
 
+    Raises:
+        ArgumentTypeError: If it is no module, or cannot be of that class.
+
     Example:
         >>> module, class_of_one_layer = nn.Identity(), type("Identity", (nn.Identity,), {})
         >>> change_class(module, class_of_one_layer)
         >>> type(module) is class_of_one_layer
         True
     """
+    if not isinstance(module, nn.Module) or not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ArgumentTypeError(f"change_class takes a module and a class of modules, not {module!r} and {cls!r}.")
     object.__setattr__(module, "__class__", cls)  # nn.Module's own takes a microsecond
     # From 2.8 to 2.12, Dynamo checks the guards on a module, also that of its class, only if its dict has changed.
     module.__dict__["kernels_changed"] = True

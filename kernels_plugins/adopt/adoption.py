@@ -130,7 +130,9 @@ class Adopted(Tabular):
         for each in self.refused:
             together.setdefault(("", each.rule, f"refused: {each.reason}"), []).append(each.path)
         rows = [
-            TableRow((f"{paths[0]} and {len(paths) - 1} more" if paths[1:] else paths[0], *cells), "" if cells[0] else "dim")
+            TableRow(
+                (f"{paths[0]} and {len(paths) - 1} more" if paths[1:] else paths[0], *cells), "" if cells[0] else "dim"
+            )
             for cells, paths in together.items()
         ]
         summary = f"{len(self.layers)} adopted, {len({each.path for each in self.refused})} refused"

@@ -10,11 +10,12 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Iterator
+from types import NoneType
 from typing import Any, cast
 
 from torch import nn
 
-from kernels_core import Layer, decorated_layer, replace_kernel_forward_from_hub
+from kernels_core import Layer, decorated_layer, replace_kernel_forward_from_hub, require_type
 
 from .rule import Rule
 
@@ -34,6 +35,7 @@ def adopted_rule(layer: Layer | None) -> Rule | None:
         >>> adopted_rule(find_layer(adopted.model[0])).name
         'RMSNorm'
     """
+    require_type(layer, (Layer, NoneType), "A layer")
     return _rules.get(layer) if layer is not None else None
 
 
@@ -52,7 +54,7 @@ def make_class(module: nn.Module, rule: Rule) -> type[nn.Module]:
         read = rule.bound(module, canonical)
         if read is not None and canonical not in module.__dict__:
             members[canonical] = property(read)
-    made = cast("type[nn.Module]", type(original)(original.__name__, (original,), members))
+    made = cast("type[nn.Module]", cast(Any, type(original))(original.__name__, (original,), members))
     replace_kernel_forward_from_hub(made, rule.layer_name)
     _rules[decorated_layer(made)] = rule
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -89,7 +90,7 @@ class Rule:
         names = (binding,) if isinstance(binding, str) else binding
         for name in names:
             if hasattr(module, name):
-                return None if name == canonical else lambda self: getattr(self, name)
+                return None if name == canonical else operator.attrgetter(name)
         raise AttributeError(f"it has no attribute {' or '.join(names)}")
 
 

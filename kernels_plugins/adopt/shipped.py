@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .rule import Rule
+from .rule import Binding, Rule
 
 
 def _random(*shape: int) -> Tensor:
@@ -65,7 +65,7 @@ def layer_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 _RMS_NORMS = ("*.*RMSNorm*", "*.*RmsNorm*", "*.*T5LayerNorm")
-_RMS_BINDS = {"weight": ("weight", "scale"), "variance_epsilon": _epsilon}
+_RMS_BINDS: dict[str, Binding] = {"weight": ("weight", "scale"), "variance_epsilon": _epsilon}
 
 # --- MLPs ------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Plugin `torch`: PyTorch's own fused operators, for the norms and activations of adopted models.
 
-Licence: that of PyTorch, BSD. Tried with PyTorch 2.6, 2.11 and 2.13, on CPUs and on an NVIDIA GPU. Limits: arguments and
+Licence: that of PyTorch, BSD. Tried with PyTorch 2.6, 2.11 and 2.13, on CPUs and an NVIDIA GPU. Limits: arguments and
 weights of two dtypes are left to the next candidate, for classes differ in the dtype that they return then.
 """
 
@@ -15,12 +15,12 @@ from torch.nn import functional
 from kernels_core import Candidate, LayerRequest, hookimpl
 
 
-class RMSNorm(nn.Module):
+class TorchRMSNorm(nn.Module):
     """`torch.nn.functional.rms_norm`."""
 
     can_torch_compile = True
 
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor) -> Any:
         """Return rows of the same shape and dtype."""
         weight = self.weight
         if weight.dtype is not hidden_states.dtype:
@@ -29,12 +29,12 @@ class RMSNorm(nn.Module):
         return output.to(hidden_states.dtype)  # autocast makes it float32
 
 
-class RMSNormOffset(nn.Module):
+class TorchRMSNormOffset(nn.Module):
     """The same with 1 + weight, in float32 or wider: in bfloat16, that sum would lose the weight's last digits."""
 
     can_torch_compile = True
 
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor) -> Any:
         """Return rows of the same shape and dtype."""
         weight = self.weight
         if weight.dtype is not hidden_states.dtype:
@@ -45,12 +45,12 @@ class RMSNormOffset(nn.Module):
         return output.to(hidden_states.dtype)
 
 
-class LayerNorm(nn.Module):
+class TorchLayerNorm(nn.Module):
     """`torch.nn.functional.layer_norm`."""
 
     can_torch_compile = True
 
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor) -> Any:
         """Return rows of the same shape and dtype."""
         weight, bias = self.weight, self.bias
         if weight.dtype is not hidden_states.dtype:
@@ -58,7 +58,7 @@ class LayerNorm(nn.Module):
         return functional.layer_norm(hidden_states, weight.shape, weight, bias, self.eps).to(hidden_states.dtype)
 
 
-class GeluTanh(nn.Module):
+class TorchGeluTanh(nn.Module):
     """`torch.nn.functional.gelu`, approximated by tanh."""
 
     can_torch_compile = True
@@ -68,7 +68,12 @@ class GeluTanh(nn.Module):
         return functional.gelu(input, approximate="tanh")
 
 
-_KERNELS = {kernel.__name__: kernel for kernel in (RMSNorm, RMSNormOffset, LayerNorm, GeluTanh)}
+_KERNELS = {
+    "RMSNorm": TorchRMSNorm,
+    "RMSNormOffset": TorchRMSNormOffset,
+    "LayerNorm": TorchLayerNorm,
+    "GeluTanh": TorchGeluTanh,
+}
 
 
 @hookimpl

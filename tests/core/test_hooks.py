@@ -63,6 +63,7 @@ def test_the_hooks_of_the_design_are_there() -> None:
         "kernels_wrap_forward",
         "kernels_kernel_failed",
         "kernels_mapping",
+        "kernels_adoption_rules",
         "kernels_register_commands",
     ]
 
@@ -252,6 +253,14 @@ def test_kernels_mapping(make_layer: Make, make_kernel: Make, isolated_plugins: 
     isolated_plugins.register(plugin(kernels_resolved=lambda: None), "another")
     make_layer("Third")()(X)
     assert len(reads) == 2
+
+
+def test_kernels_adoption_rules(isolated_plugins: PluginManager) -> None:
+    """The rules of each plugin come with its name; an answer that is no sequence is reported."""
+    isolated_plugins.register(plugin(kernels_adoption_rules=lambda: ["rule"]), "package")
+    isolated_plugins.register(plugin(kernels_adoption_rules=lambda: 3), "broken")
+    with pytest.warns(match="Plugin 'broken': kernels_adoption_rules returned 3, not a sequence of rules or None"):
+        assert isolated_plugins.hook.kernels_adoption_rules() == [("package", ["rule"])]
 
 
 def test_kernels_register_commands(isolated_plugins: PluginManager) -> None:

@@ -3,7 +3,7 @@
 A fence with `title="some/file.py"` is a file of an example package: the package of a page is installed
 and its tests are run. Any other python block of a page runs, in order, in one process. A fence
 `text title="Output"` after a python block is what that block prints, with `...` for what varies.
-A python fence with the word `notest` is left out.
+A python fence with the word `notest` is left out, and one with `needs=package` where that is not installed.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ class Block:
         found = re.search(r'title="([^"]*)"', self.options)
         return found[1] if found else None
 
+    @property
+    def is_run(self) -> bool:
+        needed = re.search(r"needs=(\w+)", self.options)
+        installed = needed is None or importlib.util.find_spec(needed[1]) is not None
+        return self.language == "python" and self.title is None and "notest" not in self.options and installed
+
 
 def read_blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
@@ -79,7 +85,7 @@ def find_steps(page: Path) -> list[tuple[Block, Block | None]]:
     return [
         (block, following if following is not None and following.title == "Output" else None)
         for block, following in zip(blocks, [*blocks[1:], None], strict=False)
-        if block.language == "python" and block.title is None and "notest" not in block.options
+        if block.is_run
     ]
 
 

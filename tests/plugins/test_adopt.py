@@ -277,7 +277,7 @@ def test_undo_refuses_a_class_that_others_changed(model: Model) -> None:
     adopted = adopt(model)
     theirs = type("Sharded", (type(model.norm),), {})
     model.norm.__class__ = theirs
-    with pytest.raises(KernelizeError, match="The class of 'norm' was changed since it was adopted, to .*Sharded"):
+    with pytest.raises(KernelizeError, match=r"The class of 'norm' was changed since it was adopted, to .*Sharded"):
         adopted.undo()
     assert type(model.mlp) is not GatedMLP
 

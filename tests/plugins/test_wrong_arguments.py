@@ -106,6 +106,9 @@ VALID: dict[str, dict[str, Any]] = {
     "frozen_choice": {"module": Shift()},
     "functions_of": {"module": Shift()},
     "module_paths": {"model": Shift()},
+    "adopt": {"model": Shift(), "rules": []},
+    "adopted_rule": {"layer": None},
+    "change_class": {"module": Shift(), "cls": Shift},
     "kernelize": {"model": Shift(), **CPU, "use_fallback": True},
     "plugin_manager": {},
     "quarantine": {
