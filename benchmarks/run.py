@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
+import adopt
 import canary
 import cold
 import compiled
@@ -46,6 +47,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "startup": startup.run,
     "cold": cold.run,
     "canary": canary.run,
+    "adopt": adopt.run,
 }
 COLUMNS = ("bench", "subject", "measured", "peer", "peer measured", "ratio", "limit", "goal", "")
 

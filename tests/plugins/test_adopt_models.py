@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels_core import Mode, kernelize
 from kernels_plugins import adopt
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -196,3 +197,79 @@ def test_the_layers_of_the_table(name: str) -> None:
     counts = made(name)[3]
     wanted = ", ".join(f"{count} {layer}" for layer, count in sorted(counts.items()))
     assert table()[name]["layers"] == wanted
+
+
+# --- Among other libraries -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama() -> Any:
+    return copy.deepcopy(made("Llama")[0])
+
+
+def test_peft_before_and_after(llama: Any) -> None:
+    """With an adapter inside, an MLP is refused; one that is added later is computed, and goes as it came."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    inputs, config = made("Llama")[2], peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    plain = peft.get_peft_model(copy.deepcopy(llama), config)
+    with adopt(plain) as adopted:
+        assert {each.path.rpartition(".")[2] for each in adopted.refused} == {"mlp"}
+        assert {layer.layer_name for layer in adopted.layers} == {"RMSNorm"}
+    adopted = adopt(llama)
+    torch.manual_seed(0)
+    later = peft.get_peft_model(llama, config)
+    with torch.no_grad():
+        torch.testing.assert_close(later(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-5)
+    adopted.undo()
+    assert type(llama.model.norm).__mro__[1] is torch.nn.Module
+
+
+def test_save_pretrained(llama: Any, tmp_path: Path) -> None:
+    """What an adopted model saves is what the untouched one saves."""
+    llama.save_pretrained(tmp_path / "plain")
+    adopt(llama)
+    llama.save_pretrained(tmp_path / "adopted")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "adopted" / name).read_bytes()
+    again = type(llama).from_pretrained(tmp_path / "adopted")
+    torch.testing.assert_close(again.state_dict(), llama.state_dict(), rtol=0, atol=0)
+
+
+def test_accelerate_moves_an_adopted_model(llama: Any) -> None:
+    """A model whose weights wait elsewhere for their calls computes the same, adopted before."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    inputs = made("Llama")[2]
+    wanted = logits(llama, inputs)
+    adopt(llama)
+    accelerate.cpu_offload(llama, "cpu")
+    torch.testing.assert_close(logits(llama, inputs), wanted)
+
+
+def test_kernelized_and_compiled(llama: Any) -> None:
+    """An adopted model is kernelized as any other, generates the same tokens, and is given back as it was."""
+    inputs = made("Llama")[2]
+    wanted = tokens(llama, inputs)
+    adopted = adopt(llama)
+    kernelize(llama, mode=Mode.INFERENCE, device="cpu")
+    assert torch.equal(tokens(llama, inputs), wanted)
+    assert adopted.receipt().rows and all(row.frozen for row in adopted.receipt().rows)
+    adopted.undo()
+    assert type(llama.model.norm).__mro__[1] is torch.nn.Module
+    assert torch.equal(tokens(llama, inputs), wanted)
+
+
+def test_training_steps_are_equal(llama: Any) -> None:
+    """Ten steps of an optimizer leave the same weights, adopted and untouched."""
+    inputs, losses = made("Llama")[2], []
+    for model in (llama, copy.deepcopy(llama)):
+        if losses:
+            adopt(model)
+        optimizer = torch.optim.AdamW(model.train().parameters(), 1e-3)
+        for _ in range(10):
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

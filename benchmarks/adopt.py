@@ -1,0 +1,80 @@
+"""A model of transformers, plain and adopted: prefill, one step of decoding, and a training step."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from measure import Row
+
+from kernels_plugins import adopt
+
+SIZES: dict[str, dict[str, int]] = {
+    "cpu": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16},
+    "cuda": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "num_attention_heads": 32},
+}
+PROMPT = {"cpu": 256, "cuda": 4096}
+ROUNDS = {"cpu": 8, "cuda": 12}
+CACHED = 64
+
+
+def run() -> Iterator[Row]:
+    """Measure on the CPU in float32 and, where there is one, on a CUDA device in bfloat16."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        model, steps = make_steps(device)
+        for name, step in steps.items():
+            times = measure(model, step, device, ROUNDS[device] * (5 if name == "decoding" else 1))
+            yield Row("adopt", f"Llama, {name} ({device})", times["adopted"], "ms", "plain", times["plain"])
+
+
+def make_steps(device: str) -> tuple[Any, dict[str, Callable[[], None]]]:
+    """Return a Llama, and the steps to measure."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SIZES[device], num_key_value_heads=8, vocab_size=32000, attn_implementation="sdpa")
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    ids = torch.randint(0, 32000, (1, PROMPT[device]), device=device)
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        model(ids[:, :CACHED], use_cache=True, past_key_values=cache)
+
+    def prefill() -> None:
+        with torch.no_grad():
+            model(ids, use_cache=False, logits_to_keep=1)
+
+    def decoding() -> None:
+        with torch.no_grad():
+            model(ids[:, :1], use_cache=True, past_key_values=cache, logits_to_keep=1)
+        cache.crop(CACHED)
+
+    def training() -> None:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return model, {"prefill": prefill, "decoding": decoding, "training": training}
+
+
+def measure(model: Any, step: Callable[[], None], device: str, rounds: int) -> dict[str, float]:
+    """Time the step in turns, plain and adopted; return the median in milliseconds for each."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times: dict[str, list[float]] = {"plain": [], "adopted": []}
+    for _ in range(rounds):
+        for name, taken in times.items():
+            adopted = adopt(model) if name == "adopted" else None
+            step()  # warm
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            taken.append((time.perf_counter() - start) * 1e3)
+            if adopted is not None:
+                adopted.undo()
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
