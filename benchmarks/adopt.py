@@ -52,7 +52,7 @@ def make_steps(device: str) -> tuple[Any, dict[str, Callable[[], None]]]:
     def decoding() -> None:
         with torch.no_grad():
             model(ids[:, :1], use_cache=True, past_key_values=cache, logits_to_keep=1)
-        cache.crop(CACHED)
+        cache.crop(-1)
 
     def training() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
