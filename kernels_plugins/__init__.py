@@ -29,9 +29,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     )
 
     from .adapters.source import opaque, reference_backward
-    from .adopt.adoption import Adopted, AdoptedLayer, RefusedLayer, adopt
-    from .adopt.classes import adopted_rule
-    from .adopt.rule import Rule
+    from .adoption.adopted import Adopted, AdoptedLayer, RefusedLayer, adopt
+    from .adoption.classes import adopted_rule
+    from .adoption.rule import Rule
     from .bisect.bisection import bisect
     from .bisect.result import BisectError, BisectResult, Culprit, CulpritSet
     from .canary.plugin import canary
@@ -58,9 +58,9 @@ _NAMES = {
         "replace_kernel_forward_from_hub use_kernel_forward_from_hub use_kernelized_func"
     ),
     ".adapters.source": "opaque reference_backward",
-    ".adopt.adoption": "Adopted AdoptedLayer RefusedLayer adopt",
-    ".adopt.classes": "adopted_rule",
-    ".adopt.rule": "Rule",
+    ".adoption.adopted": "Adopted AdoptedLayer RefusedLayer adopt",
+    ".adoption.classes": "adopted_rule",
+    ".adoption.rule": "Rule",
     ".bisect.bisection": "bisect",
     ".bisect.result": "BisectError BisectResult Culprit CulpritSet",
     ".canary.plugin": "canary",

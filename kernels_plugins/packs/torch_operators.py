@@ -79,7 +79,7 @@ _KERNELS = {
 @hookimpl
 def kernels_find_candidates(request: LayerRequest) -> list[Candidate] | None:
     """Offer them after those of all other plugins, on CPUs and CUDA GPUs."""
-    from ..adopt.classes import adopted_rule  # loaded where a model is adopted, and not needed before
+    from ..adoption.classes import adopted_rule  # loaded where a model is adopted, and not needed before
 
     kernel = _KERNELS.get(request.layer_name)
     if kernel is None or request.device.type not in ("cpu", "cuda") or adopted_rule(request.layer) is None:

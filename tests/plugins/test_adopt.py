@@ -31,7 +31,7 @@ from kernels_core import (
     use_kernel_forward_from_hub,
 )
 from kernels_plugins import Rule, adopt, adopted_rule, use_kernel_mapping
-from kernels_plugins.adopt.shipped import RULES
+from kernels_plugins.adoption.shipped import RULES
 
 WIDTH = 8
 

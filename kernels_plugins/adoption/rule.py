@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernels_core import ArgumentTypeError, PluginError, plugin_manager, require_type
+from kernels_core import ArgumentTypeError, PluginError, plugin_manager, require_type, set_module
 
 Binding = str | tuple[str, ...] | Callable[[Any], object]
 """The attribute of a class that stands for a canonical one: its name, several to try, or a function of the module."""
@@ -116,3 +116,6 @@ def find_rules(rules: Sequence[Rule] | None) -> list[Rule]:
                 problem = f"Plugin {plugin!r}: kernels_adoption_rules returned {rule!r}, which is no Rule."
                 manager.report(PluginError(problem, plugin=plugin))
     return found
+
+
+set_module("kernels_plugins", globals())

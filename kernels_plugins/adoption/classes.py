@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from kernels_core import Layer, decorated_layer, replace_kernel_forward_from_hub, require_type
+from kernels_core import Layer, decorated_layer, replace_kernel_forward_from_hub, require_type, set_module
 
 from .rule import Rule
 
@@ -109,3 +109,6 @@ def _reduced(self: nn.Module, protocol: Any) -> Any:
     if isinstance(answer, tuple) and answer[1] == (original,):  # as any class without a way of its own
         return (object.__new__, (_Class(cls, original),), *answer[2:])
     return answer
+
+
+set_module("kernels_plugins", globals())

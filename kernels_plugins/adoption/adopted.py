@@ -20,8 +20,10 @@ from kernels_core import (
     change_class,
     find_layer,
     frozen_choice,
+    module_paths,
     receipt,
     require_type,
+    set_module,
     unkernelize,
 )
 
@@ -35,7 +37,7 @@ class AdoptedLayer:
     """A module that dispatches now.
 
     Attributes:
-        path: Where it is in the model, as in `named_modules`.
+        path: Where it is in the model, without what wrappers add to that.
         layer_name: The name under which mappings and packs offer kernels.
         cls: Its class, as before.
         rule: The name of the rule that it fits.
@@ -177,7 +179,7 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     matching: dict[type, list[Rule]] = {}
     found: dict[Kind, tuple[type[nn.Module] | None, list[tuple[Rule, str]]]] = {}
-    for path, module in model.named_modules():
+    for module, (path, *_) in module_paths(model).items():
         cls = type(module)
         if cls not in matching:
             matching[cls] = [rule for rule in applied if rule.matches(cls)]
@@ -227,3 +229,6 @@ def _made(module: nn.Module, rules: Sequence[Rule]) -> tuple[type[nn.Module] | N
             return make_class(module, rule), reasons
     own = ", ".join(name for name, _ in module.named_children()) or "none"
     return None, reasons or [(rules[0], f"it has other parts than the layers that rules know: {own}")]
+
+
+set_module("kernels_plugins", globals())

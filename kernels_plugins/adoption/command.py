@@ -9,7 +9,7 @@ import typer
 from kernels_core import ArgumentError
 from kernels_core.cli import Json, made, print_found, printing_aside, using_device
 
-from .adoption import adopt
+from .adopted import adopt
 
 
 def adopt_model(
