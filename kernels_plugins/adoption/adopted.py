@@ -166,8 +166,8 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8))
         >>> adopted = adopt(model)
-        >>> [(layer.path, layer.layer_name) for layer in adopted.layers]
-        [('1', 'RMSNorm')]
+        >>> adopted.layers[0].path, adopted.layers[0].layer_name
+        ('1', 'RMSNorm')
         >>> adopted.undo()
         >>> type(model[1]) is torch.nn.RMSNorm
         True

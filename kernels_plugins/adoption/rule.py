@@ -45,8 +45,8 @@ class Rule:
         >>> class Twice(torch.nn.Module):
         ...     def forward(self, x):
         ...         return x + x
-        >>> [layer.layer_name for layer in adopt(torch.nn.Sequential(Twice()), rules=[double]).layers]
-        ['Double']
+        >>> adopt(torch.nn.Sequential(Twice()), rules=[double]).layers[0].layer_name
+        'Double'
     """
 
     name: str
