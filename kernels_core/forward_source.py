@@ -108,7 +108,7 @@ def frozen{signature}:
         return _kernels_elsewhere({call})
     _kernel = _kernels_kernel
     if {is_traced}:
-        if {odd}:
+        if _kernels_is_odd({values}):
             return _kernels_dispatched({call})
         if _kernels_lossy and (_kernels_grad() or {forward_level} >= 0) and _kernels_records({module}, {values}):
             _kernel = _kernels_proving
