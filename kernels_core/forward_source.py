@@ -110,7 +110,7 @@ def frozen{signature}:
     if {is_traced}:
         if _kernels_is_odd({values}):
             return _kernels_dispatched({call})
-        if _kernels_lossy and (_kernels_grad() or {forward_level} >= 0) and _kernels_records({module}, {values}):
+        if _kernels_lossy and ({forward_level} >= 0 or _kernels_grad() and ({records_traced})):
             _kernel = _kernels_proving
         return _kernels_answer(_kernel({call}), _kernels_next, {call})
     if {odd} or {tests}:
@@ -145,7 +145,7 @@ def select{signature}:
 
 _SELECT_TRACED = """\
 def select_traced{signature}:
-    if {forward_level} >= 0 or _kernels_grad() and ({records}) or _kernels_root.in_function:
+    if {forward_level} >= 0 or _kernels_grad() and ({records_traced}) or _kernels_root.in_function:
         return _kernels_root.active.{training}({call})
     return _kernels_root.active.{inference}({call})
 """
@@ -211,11 +211,11 @@ class ForwardSource:
 
     def select_traced(self, inference: str, training: str) -> str:
         """Write the same for calls that are traced."""
-        records = f"_kernels_records({self.module}, {self.values})"
-        if self._first is not None and self._first.isidentifier():  # Dynamo need not guard on all tensors then
-            records = f"_kernels_getattr({self._first}, 'requires_grad', False) is True or {records}"
         pieces = {**self._pieces, "inference": inference, "training": training}
-        return _fill(_SELECT_TRACED, {**pieces, "records": records})
+        if self._first is not None and self._first.isidentifier():  # Dynamo need not guard on all tensors then
+            first = f"_kernels_getattr({self._first}, 'requires_grad', False) is True"
+            pieces["records_traced"] = f"{first} or {pieces['records_traced']}"
+        return _fill(_SELECT_TRACED, pieces)
 
     def adapted(self) -> str:
         """Write the function that calls another one, with these parameters."""
@@ -233,6 +233,7 @@ class ForwardSource:
             "is_traced": self.is_traced,
             "forward_level": self.forward_level,
             "odd": self._odd(exact=True),
+            "records_traced": f"_kernels_records({self.module}, {self.values}) or _kernels_is_transformed()",
             "tests": self._unfit_tests,
         }
 

@@ -13,7 +13,14 @@ import torch
 
 from .forward_source import PLAIN, ForwardSource, read_parameters, set_defaults
 from .guards.functions import outside_functions
-from .guards.gradients import has_trainable, is_recorded, reads_trainable, records_autograd, requires_grad
+from .guards.gradients import (
+    has_trainable,
+    is_recorded,
+    is_transformed,
+    reads_trainable,
+    records_autograd,
+    requires_grad,
+)
 from .guards.proof import read_attributes
 from .guards.tensors import is_odd, is_odd_module, odd_parameters
 from .layer import Forward, Layer
@@ -166,6 +173,7 @@ _SHARED_NAMES: dict[str, object] = {
     "_kernels_is_recorded": is_recorded,
     "_kernels_keep_scopes": keep_scopes,
     "_kernels_outside_functions": outside_functions,
+    "_kernels_is_transformed": is_transformed,
     "_kernels_is_odd": is_odd,
     "_kernels_is_odd_module": is_odd_module,
     "_kernels_odd_parameters": odd_parameters,

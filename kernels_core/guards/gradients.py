@@ -23,7 +23,14 @@ from ..mode import Mode
 from ..raised import error_text
 from ..replay import Call, random_states, set_random_states
 from ..resolution import Resolution
-from ..torch_internals import DYNAMO_LISTS_ATTRIBUTES, current_transform, in_forward_ad, tree_leaves, version
+from ..torch_internals import (
+    DYNAMO_LISTS_ATTRIBUTES,
+    constant_result,
+    current_transform,
+    in_forward_ad,
+    tree_leaves,
+    version,
+)
 from ..warning import warn
 from .functions import in_function
 from .quarantine import quarantine
@@ -62,6 +69,12 @@ def is_recorded(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
     if torch.is_grad_enabled() and (records_autograd(module, values) or current_transform() is not None):
         return True
     return in_forward_ad() or in_function()
+
+
+@constant_result
+def is_transformed() -> bool:
+    """Whether `torch.func` transforms a call that Dynamo traces: Dynamo enters transforms, and runs this then."""
+    return current_transform() is not None
 
 
 def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:

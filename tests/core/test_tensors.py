@@ -408,6 +408,39 @@ def test_transforms_are_right_and_not_held_against_a_kernel(transform: str, kind
     assert ran
 
 
+COMPILED = ["grad", "jacrev", "jvp", "per sample", "nested", "vmap, recorded"]
+
+
+@pytest.mark.parametrize("kernelized", [False, True])
+@pytest.mark.parametrize("transform", COMPILED)
+def test_compiled_transforms_lose_no_derivative(transform: str, kernelized: bool) -> None:
+    """A kernel that declares to have no backward serves no compiled call that a transform may derive, or autograd."""
+    if "nested" in transform and torch.__version__ < "2.7":
+        pytest.skip("this Dynamo does not trace vmap of a module")
+    torch._dynamo.reset()
+    name = f"Compiled {transform} {kernelized}"
+
+    class Kernel(nn.Module):
+        can_torch_compile, has_backward = True, False
+
+        def forward(self, x: Any, other: Any = None) -> Any:
+            return (x * self.weight).detach()
+
+    with use_kernel_mapping({name: {"cpu": Kernel}}):
+        layer = make(name).requires_grad_(False)
+        if kernelized:
+            kernelize(layer, mode=Mode.INFERENCE | Mode.TORCH_COMPILE, device="cpu")
+        # The recorded call is compiled without the derivation, which Dynamo does not trace.
+        inner = (lambda x: torch.func.vmap(layer)(x)) if "recorded" in transform else None
+        run: Any = torch.compile(inner or (lambda: TRANSFORMS[transform](layer)), backend="eager")
+        if inner is not None:
+            x = X[None].clone().requires_grad_()
+            result = torch.autograd.grad(run(x).sum() + x.sum(), x)[0][0] - 1
+        else:
+            result = run()
+    torch.testing.assert_close(result, torch.full((4,), 2.0))
+
+
 def test_a_decision_is_still_about_plain_calls() -> None:
     """`resolve` is not concerned: the kernel is the choice for plain calls."""
     with use_kernel_mapping({"Resolved": {"cpu": native([])}}):
