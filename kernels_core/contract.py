@@ -132,6 +132,8 @@ def _is_reads(reads: object) -> bool:
 
 def _check_signature(ours: inspect.Signature, theirs: inspect.Signature, *, as_called: bool) -> str | None:
     """Compare signatures; `as_called`: the kernel gets arguments by position and by name as the caller wrote them."""
+    if _names_and_kinds(ours) == _names_and_kinds(theirs):  # as of nearly all: this is part of a first call
+        return None
     mine, other = ([p.name for p in s.parameters.values() if p.kind not in _NOT_BY_POSITION] for s in (ours, theirs))
     hint = ""
     if _shape(ours) != _shape(theirs) or (as_called and _names(ours) != _names(theirs)):
@@ -142,6 +144,11 @@ def _check_signature(ours: inspect.Signature, theirs: inspect.Signature, *, as_c
     else:
         return None
     return f"its forward takes {problem}\n    layer:  {_bare(ours)}\n    kernel: {_bare(theirs)}{hint}"
+
+
+def _names_and_kinds(signature: inspect.Signature) -> list[tuple[Any, ...]]:
+    """Return name and kind of each parameter, and whether it has a default."""
+    return [(p.name, p.kind, p.default is p.empty) for p in signature.parameters.values()]
 
 
 def _shape(signature: inspect.Signature) -> list[tuple[int, str]]:

@@ -260,8 +260,9 @@ class _Freeze:
             foreign = None
             if "forward" in own and frozen_choice(module) is None:
                 foreign = foreign_forward(module)
-            obstacle = (
-                foreign and f"{foreign} was put on the module as its forward: kernelize before that, or take it off"
+            obstacle = foreign and (
+                f"{foreign} was put on the module as its forward: kernelize before that, or take it off; until then, "
+                "its calls decide by themselves"
             )
             if original.forward is nn.Module.forward:  # a container, whose functions are called from somewhere else
                 obstacle = (
