@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         [
             "kernels_plugins.register_kernel_mapping",
             "kernels_plugins.use_kernel_mapping",
+            "kernels_core.Reference",
             "kernels_plugins.LayerRepository",
             "kernels_plugins.LocalLayerRepository",
             "kernels_plugins.LockedLayerRepository",

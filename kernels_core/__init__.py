@@ -53,6 +53,7 @@ from .resolution import (
     KernelLayer,
     LayerRequest,
     LoadedLayer,
+    Reference,
     Refusal,
     Resolution,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "Receipt",
     "ReceiptDiff",
     "ReceiptRow",
+    "Reference",
     "Refusal",
     "RequirementError",
     "Resolution",

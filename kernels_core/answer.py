@@ -16,7 +16,17 @@ from .layer import Forward
 from .loading import implementation_of, load, source_key
 from .mode import TRACED_MODES, Mode
 from .plugins import plugin_manager
-from .resolution import Candidate, Cause, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution, rank_offers
+from .resolution import (
+    Candidate,
+    Cause,
+    KernelLayer,
+    LayerRequest,
+    LoadedLayer,
+    Reference,
+    Refusal,
+    Resolution,
+    rank_offers,
+)
 from .warning import warn_once
 
 
@@ -48,6 +58,9 @@ class CorePlugin:
         if rivals := find_rivals(candidates):
             warn_once(describe_tie(request.layer_name, rivals))
         for candidate in candidates:
+            if isinstance(candidate.source, type(Reference)):  # no policy can refuse it: it is the model's own code
+                by = f"plugin {candidate.plugin!r} offers" if candidate.tier == "plugin" else "the mapping names"
+                return Resolution(request, refusals=tuple(refusals), misfits=misfits, note=f"{by} it")
             if entry := find_denied(request, candidate):  # of what is denied, nothing is fetched
                 refusals.append(quarantine_refusal(entry, candidate))
             elif vetoes := manager.vetoes(request, candidate):  # asked before code is fetched or imported

@@ -139,6 +139,18 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class _Reference:
+    """The type of `Reference`: a value, so that copies and pickles of a mapping still name the reference."""
+
+    def __repr__(self) -> str:
+        return "Reference"
+
+
+Reference = _Reference()
+"""A source that names the layer's own forward: it serves from its place on, and no candidate after it is tried."""
+
+
+@dataclass(frozen=True)
 class Exclusive:
     """Offered besides candidates: offers of the tiers after this one are left out.
 
@@ -231,7 +243,7 @@ class Resolution:
         origin: Where the implementation came from; `"reference"` for the reference.
         refusals: Candidates that were refused, in the order in which they were tried.
         checked: The checks that were made on the kernel, or were left out.
-        note: Why no candidate was asked for, where that is so.
+        note: Why the reference is the right answer, where it was chosen: the candidates were not asked, or it was one.
         every_mode: Whether the decision is the same for training and inference.
         misfits: Inapplicable candidates: offered for this layer, but for other devices or modes, so never tried.
         inference_only: Whether the kernel declares that it has no backward.

@@ -183,7 +183,8 @@ def decide(
             which = " in some calls" if passed_on else ""
             for refusal in resolution.refusals:
                 # That a kernel passes calls on to another one is no news for the user, if it is not in quarantine.
-                is_news = not passed_on or resolution.is_reference or refusal.cause is not Cause.MODE
+                unwanted = resolution.is_reference and not resolution.note
+                is_news = not passed_on or unwanted or refusal.cause is not Cause.MODE
                 if is_news and refusal.candidate is not None:  # a plugin that failed was reported already
                     warn_once(
                         f"A kernel for {resolution.subject} is not used{which}, {resolution.origin} runs instead: "

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         Device,
         KernelizeFallback,
         Mode,
+        Reference,
         ROCMProperties,
         __version__,
         kernelize,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
 
 _NAMES = {
     "kernels_core": (
-        "CUDAProperties Device KernelizeFallback Mode ROCMProperties __version__ kernelize unkernelize "
+        "CUDAProperties Device KernelizeFallback Mode ROCMProperties Reference __version__ kernelize unkernelize "
         "replace_kernel_forward_from_hub use_kernel_forward_from_hub use_kernelized_func"
     ),
     ".adapters.source": "opaque reference_backward",
@@ -110,6 +111,7 @@ __all__ = [
     "ProfileRanges",
     "PrometheusCounters",
     "ROCMProperties",
+    "Reference",
     "RefusedLayer",
     "RepoInfo",
     "Rule",

@@ -36,6 +36,7 @@ from kernels_core import (
     PluginError,
     PluginManager,
     PluginMapping,
+    Reference,
     Refusal,
     Scope,
     check_registered_mode,
@@ -257,6 +258,8 @@ def _named(value: object) -> tuple[str, Mapping[str, Any]] | None:
 def as_source(source: object, where: str) -> object:
     """Check one source, and turn one that is written as text into a repository."""
     if named := _named(source):
+        if source == "reference":
+            return Reference
         return _repository(*named, where)
     problem = ""
     if isinstance(source, type):

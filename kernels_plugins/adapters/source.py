@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kernels_core import LoadError, set_module, source_label
+from kernels_core import ArgumentError, LoadError, Reference, set_module, source_label
 
 from ..mapping import as_source
 
@@ -28,6 +28,13 @@ class Adapted:
         return f"opaque({text})" if self.as_operator else text
 
 
+def _adapted(source: object, where: str) -> Adapted:
+    inner = as_source(source, where)
+    if inner is Reference:
+        raise ArgumentError(f"{where}: the reference needs no adapter: name it in the mapping itself.")
+    return inner if isinstance(inner, Adapted) else Adapted(inner)
+
+
 def opaque(source: object) -> Adapted:
     """Let compiled code call a kernel that cannot be traced.
 
@@ -42,7 +49,7 @@ def opaque(source: object) -> Adapted:
         A source for mappings. Those of equal sources are equal.
 
     Raises:
-        ArgumentError: If the source is a text that names no layer.
+        ArgumentError: If the source is a text that names no layer, or the reference.
         ArgumentTypeError: If no kernel can come from it.
 
     Example:
@@ -53,8 +60,7 @@ def opaque(source: object) -> Adapted:
         >>> opaque(LayerRepository("acme/norm", layer_name="Norm", version=1))
         opaque(LayerRepository('acme/norm', layer_name='Norm', version=1))
     """
-    inner = as_source(source, "opaque(...)")
-    return replace(inner if isinstance(inner, Adapted) else Adapted(inner), as_operator=True)
+    return replace(_adapted(source, "opaque(...)"), as_operator=True)
 
 
 def reference_backward(source: object) -> Adapted:
@@ -70,7 +76,7 @@ def reference_backward(source: object) -> Adapted:
         A source for mappings. Those of equal sources are equal.
 
     Raises:
-        ArgumentError: If the source is a text that names no layer.
+        ArgumentError: If the source is a text that names no layer, or the reference.
         ArgumentTypeError: If no kernel can come from it.
 
     Example:
@@ -79,8 +85,7 @@ def reference_backward(source: object) -> Adapted:
         >>> opaque(reference_backward("acme/norm:Norm")) == reference_backward(opaque("acme/norm:Norm"))
         True
     """
-    inner = as_source(source, "reference_backward(...)")
-    return replace(inner if isinstance(inner, Adapted) else Adapted(inner), from_reference=True)
+    return replace(_adapted(source, "reference_backward(...)"), from_reference=True)
 
 
 set_module("kernels_plugins", globals())

@@ -12,6 +12,7 @@ import torch
 from kernels_core import (
     Candidate,
     Mode,
+    Reference,
     Resolution,
     VerificationError,
     find_candidates,
@@ -115,6 +116,8 @@ class Subject:
         found: list[_Kernel] = []
         for mode in self.modes:
             for candidate in find_candidates(self.layer, device=self.device, mode=mode)[0]:
+                if isinstance(candidate.source, type(Reference)):  # there is nothing to compare it with
+                    continue
                 kernel = next((kernel for kernel in found if kernel.candidate == candidate), None)
                 if kernel is None:
                     kernel = _Kernel(candidate, {})

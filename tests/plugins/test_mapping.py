@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from kernels_core import (
+    STAND_INS,
     ArgumentError,
     ArgumentTypeError,
     Candidate,
@@ -22,14 +25,17 @@ from kernels_core import (
     KernelsWarning,
     LayerRequest,
     Mode,
+    NoKernelError,
     PluginManager,
+    Reference,
     Scope,
     hookimpl,
     kernelize,
+    receipt,
     resolve,
     use_kernel_forward_from_hub,
 )
-from kernels_plugins import LayerRepository, LocalLayerRepository
+from kernels_plugins import LayerRepository, LocalLayerRepository, opaque, reference_backward, verify
 from kernels_plugins import mapping as mapping_module
 from kernels_plugins.mapping import parse_mapping, register_kernel_mapping, use_kernel_mapping
 
@@ -394,3 +400,113 @@ def test_one_kernel_for_all_modes(how: str) -> None:
         assert numbers(times(6, has_backward=False), same_for_all_modes=True) == [2, 2, 2, 2]
         lossy = times(7, forward=lambda self, x: x.detach() * 7)
         assert numbers(lossy, same_for_all_modes=True) == [2, 2, 2, 2]
+
+
+# --- The reference, by name ------------------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("Named", use_fallback=False)
+class Named(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+class Tripled(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+
+class Even(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x * 3 if len(x) % 2 == 0 else NotImplemented
+
+
+class Broken:
+    def load(self) -> Any:
+        raise ImportError("not built")
+
+
+ONE, TWO = torch.ones(1), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    "named", [Reference, "reference", copy.deepcopy(Reference), pickle.loads(pickle.dumps(Reference))]
+)
+def test_reference_can_be_named(named: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A named reference serves in every mode, and no candidate after it does: no warning, no error in strict mode."""
+    monkeypatch.setenv("KERNELS_STRICT", "1")
+    model = nn.Sequential(Named())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with (
+            use_kernel_mapping({"Named": {"cpu": Tripled}}),
+            use_kernel_mapping({"Named": {"cpu": [named, Tripled], "cuda": Tripled}}),
+        ):
+            assert model(ONE).item() == 2
+            with torch.no_grad():
+                assert model(ONE).item() == 2
+                assert torch.compile(model, backend="eager", fullgraph=True)(ONE).item() == 2
+            for mode in STAND_INS:
+                resolution = resolve(Named, device="cpu", mode=mode)
+                assert resolution.is_reference and resolution.note == "the mapping names it"
+                row = receipt(model, device="cpu", mode=mode).rows[0]
+                assert (row.origin, row.note) == ("reference", "the mapping names it")
+            kernelize(model, mode=Mode.INFERENCE, device="cpu")
+        assert model(ONE).item() == 2
+        with use_kernel_mapping({"Named": "reference"}):
+            assert resolve(Named, device="cuda", mode=Mode.TRAINING).note == "the mapping names it"
+
+
+def test_reference_by_mode() -> None:
+    """Each mode has its own choice, and where no source is mapped, a layer without a fallback still raises."""
+    model = Named()
+    with use_kernel_mapping({"Named": {"cpu": {Mode.INFERENCE: Reference, Mode.TRAINING: Tripled}}}):
+        assert model(ONE).item() == 2 and model(ONE.clone().requires_grad_()).item() == 3
+    with use_kernel_mapping({"Named": {"cpu": {Mode.INFERENCE: Reference}}}):
+        assert model(ONE).item() == 2
+        with pytest.raises(NoKernelError):
+            model(ONE.clone().requires_grad_())
+    with use_kernel_mapping({"Named": {"cpu": {Mode.TRAINING: Reference}}}, same_for_all_modes=True):
+        assert model(ONE).item() == 2
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_reference_after_kernels(strict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels before it serve the calls that they take, silently; one that cannot be loaded is warned of."""
+    monkeypatch.setenv("KERNELS_STRICT", strict)
+    model = Named()
+    with warnings.catch_warnings(), use_kernel_mapping({"Named": {"cpu": [Even, Reference, Tripled]}}):
+        warnings.simplefilter("error")
+        assert model(TWO)[0].item() == 3 and model(ONE).item() == 2
+        traced = torch.compile(model, backend="eager")
+        assert traced(TWO)[0].item() == 3 and traced(ONE).item() == 2
+    with pytest.warns(KernelsWarning, match="reference runs instead: .*not built"):
+        with use_kernel_mapping({"Named": {"cpu": [Broken(), Reference]}}):
+            assert model(ONE).item() == 2
+
+
+def test_reference_is_nothing_to_adapt_or_verify() -> None:
+    """Adapters refuse it, and `verify` compares the kernels around it."""
+    for adapter in (opaque, reference_backward):
+        with pytest.raises(ArgumentError, match="needs no adapter"):
+            adapter("reference")
+    with use_kernel_mapping({"Named": {"cpu": [Reference, Tripled]}}):
+        assert {row.kernel.rpartition(".")[2] for row in verify(Named(), ONE).rows} == {"Tripled"}
+    with use_kernel_mapping({"Named": {"cpu": Reference}}):
+        assert [row.reason for row in verify(Named(), ONE).rows] == ["the mapping names it"]
+
+
+def test_reference_that_a_plugin_offers(isolated_plugins: PluginManager) -> None:
+    """A plugin may offer it, too, with a priority; the note names the plugin."""
+
+    class Plugin:
+        @hookimpl
+        def kernels_find_candidates(self, request: LayerRequest) -> list[Candidate]:
+            return [Candidate(Tripled), Candidate(Reference, priority=1)]
+
+    isolated_plugins.register(Plugin(), "acme")
+    assert resolve(Named, device="cpu", mode=Mode.INFERENCE).note == "plugin 'acme' offers it"
