@@ -29,7 +29,7 @@ def run() -> Iterator[Row]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         model, steps = make_steps(device)
         for name, step in steps.items():
-            times = measure(model, step, device, ROUNDS[device] * (5 if name == "decoding" else 1))
+            times = measure(model, step, device, ROUNDS[device] * (3 if name == "decoding" else 1))
             yield Row("adopt", f"Llama, {name} ({device})", times["adopted"], "ms", "plain", times["plain"])
 
 

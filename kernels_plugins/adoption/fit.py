@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import torch
@@ -74,7 +74,19 @@ def _measured(module: nn.Module, rule: Rule) -> str | None:
     ours, theirs = (_required(function) for function in (rule.oracle, type(module).forward))
     if ours != theirs:
         return f"its forward takes {theirs} argument{'s' * (theirs != 1)}, and the layer takes {ours}"
-    copied = _random_copy(module)
+    small = _narrowed(module, rule)
+    try:
+        reason = _difference(module, rule, small)
+    except Exception:  # its forward relies on its own width
+        if not small:
+            raise
+        reason = "unknown"
+    return _difference(module, rule, {}) if small and reason is not None else reason
+
+
+def _difference(module: nn.Module, rule: Rule, narrowed: dict[int, nn.Linear]) -> str | None:
+    """Return how a random copy of a module differs from the oracle, or None."""
+    copied = _random_copy(module, narrowed)
     view = _View(copied, rule)
     for training in (False, True):  # dropout shows in one of them only
         copied.train(training)
@@ -99,22 +111,43 @@ def _described(value: object) -> str:
     return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _random_copy(module: nn.Module) -> nn.Module:
+_LARGE = 1 << 20
+
+
+def _narrowed(module: nn.Module, rule: Rule) -> dict[int, nn.Linear]:
+    """Return a narrow layer for each large linear part, by its id: all sizes are divided by one number."""
+    parts = [module.get_submodule(path) for path in rule.parts]
+    linear = [part for part in parts if type(part) is nn.Linear]
+    if sum(part.weight.numel() for part in linear) < _LARGE:
+        return {}
+    divisor = max(1, math.gcd(*(size for part in linear for size in part.weight.shape)) // 8)
+    sizes = [(part, part.in_features // divisor, part.out_features // divisor) for part in linear]
+    return {
+        id(part): nn.utils.skip_init(nn.Linear, inner, outer, part.bias is not None, dtype=torch.float64)
+        for part, inner, outer in sizes
+    }
+
+
+def _random_copy(module: nn.Module, replaced: dict[int, nn.Linear]) -> nn.Module:
     """Copy a module with random numbers in float64, on the CPU; its own tensors are never copied, nor read."""
     generator = torch.Generator().manual_seed(1)
-    memo: dict[int, Any] = {}
-    for tensor in _tensors(module):
+    memo: dict[int, Any] = dict(replaced)
+    kept = {id(tensor) for part in module.modules() if id(part) in replaced for tensor in part.parameters()}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) in kept:
+            continue
         made: Tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
         if tensor.is_floating_point():
-            spread = max(1, tensor.shape[-1] if tensor.dim() > 1 else 1) ** -0.5
-            made = torch.empty(tensor.shape, dtype=torch.float64).normal_(0.0, spread, generator=generator)
+            made = _random(torch.empty(tensor.shape, dtype=torch.float64), generator)
         memo[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+    for part in replaced.values():
+        for parameter in part.parameters():
+            _random(parameter.data, generator)
     return copy.deepcopy(module, memo)
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return tensor.normal_(0.0, max(1, tensor.shape[-1] if tensor.dim() > 1 else 1) ** -0.5, generator=generator)
 
 
 class _View:

@@ -326,6 +326,32 @@ def test_no_weight_is_copied(model: Model) -> None:
     assert {layer.layer_name for layer in adopted.layers} == {"RMSNorm", "SwiGLUMLP"}
 
 
+class WideMLP(GatedMLP):
+    """Too wide to be copied for measuring."""
+
+    def __init__(self, *, by_width: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(1024, 2816, bias=False) for _ in range(2))
+        self.down_proj, self.width = nn.Linear(2816, 1024, bias=False), 1024 if by_width else -1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.view(-1, self.width) if self.width > 0 else x).view(x.shape)
+
+
+@pytest.mark.parametrize(("by_width", "largest"), [(False, 4096), (True, 1024 * 2816)])
+def test_wide_layers_are_measured_narrow(by_width: bool, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No random weights of the full width are made, but for a class whose forward relies on its width."""
+    from kernels_plugins.adoption import fit
+
+    made: list[int] = []
+    random = fit._random
+    monkeypatch.setattr(
+        fit, "_random", lambda tensor, generator: made.append(tensor.numel()) or random(tensor, generator)
+    )
+    assert [layer.layer_name for layer in adopt(nn.Sequential(WideMLP(by_width=by_width))).layers] == ["SwiGLUMLP"]
+    assert max(made) <= largest
+
+
 def test_random_numbers_are_left_alone(model: Model) -> None:
     """Measuring draws from generators of its own."""
     before = torch.random.get_rng_state()
