@@ -123,7 +123,7 @@ def _narrowed(module: nn.Module, rule: Rule) -> dict[int, nn.Linear]:
     divisor = max(1, math.gcd(*(size for part in linear for size in part.weight.shape)) // 8)
     sizes = [(part, part.in_features // divisor, part.out_features // divisor) for part in linear]
     return {
-        id(part): nn.utils.skip_init(nn.Linear, inner, outer, part.bias is not None, dtype=torch.float64)
+        id(part): nn.Linear(inner, outer, part.bias is not None, "meta", torch.float64).to_empty(device="cpu")
         for part, inner, outer in sizes
     }
 
