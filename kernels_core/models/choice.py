@@ -35,7 +35,7 @@ from ..resolution import Resolution
 from ..scope import listeners
 from ..torch_internals import constant_result, is_fake_class, is_traced
 from ..warning import WarnOnce
-from .modules import change_class, own_device
+from .modules import own_device, put_class
 from .pinned import pinned
 
 
@@ -137,12 +137,12 @@ class FrozenChoice:
             advice += f"To freeze {freeze}."
             forward = self.original.forward if why == "references" else self.advising(advice)
             self.suspended[why] = self.make_class(forward=forward, kernels_suspended=why)
-        change_class(module, self.suspended[why])
+        put_class(module, self.suspended[why])
 
     def resume(self, module: nn.Module) -> None:
         """Undo `suspend`."""
         if type(module) in self.suspended.values():
-            change_class(module, self.cls)
+            put_class(module, self.cls)
         elif self.is_suspended(module):
             del module.__dict__["forward"]
 

@@ -18,7 +18,7 @@ from ..layer import Forward, Layer
 from ..resolution import Resolution
 from .choice import FrozenChoice, Run, choices, is_parametrized, make_forward, refresh
 from .copies import copied, reduced
-from .modules import change_class, own_device
+from .modules import own_device, put_class
 from .pinned import pinned
 
 
@@ -123,10 +123,10 @@ def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> No
     before = [type(module) for module in modules]
     try:
         for module, cls in zip(modules, classes, strict=True):
-            change_class(module, cls)
+            put_class(module, cls)
     except BaseException:  # also an interrupt: no model is half kernelized
         for index, cls in enumerate(before):
-            change_class(modules[index], cls)
+            put_class(modules[index], cls)
         raise
     for module in modules:
         if "forward" in module.__dict__ and foreign_forward(module) is None:

@@ -19,7 +19,8 @@ _CALLABLE = (types.FunctionType, types.MethodType)
 _ITEMS = (list, tuple, set, frozenset, deque)
 _MAPPINGS = (dict, types.MappingProxyType)
 _HOLDERS = (*_CALLABLE, *_ITEMS, *_MAPPINGS, functools.partial, functools.partialmethod, staticmethod, classmethod)
-_OF_TORCH = frozenset(nn.Module().__dict__)
+OF_TORCH = frozenset(nn.Module().__dict__)
+"""The attributes that any module has: with no others, it holds nothing of its class or of another library."""
 """Attributes that each module has: skipped at once, for this runs once per module of a model."""
 
 
@@ -60,9 +61,9 @@ def functions_of(module: nn.Module | type[nn.Module]) -> tuple[Layer, ...]:
 def held_by(module: Any) -> tuple[Layer, ...]:
     """Return the layers of the decorated functions that a module holds in attributes of its own."""
     own = module.__dict__
-    if own.keys() <= _OF_TORCH:
+    if own.keys() <= OF_TORCH:
         return ()
-    values = [own[name] for name in own if name not in _OF_TORCH and name != "forward"]
+    values = [own[name] for name in own if name not in OF_TORCH and name != "forward"]
     return tuple(dict.fromkeys(_held(values))) if any(issubclass(type(value), _HOLDERS) for value in values) else ()
 
 

@@ -22,8 +22,8 @@ from ..resolver import decide
 from ..warning import warn
 from .choice import Run
 from .frozen import foreign_forward, freeze_class, frozen_choice, original_class, swap
-from .functions import functions_of, held_by
-from .modules import locate, own_device, required_device, walk
+from .functions import OF_TORCH, functions_of, held_by
+from .modules import locate, required_device, tensor_device, walk
 
 Model = TypeVar("Model", bound=nn.Module)
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -235,21 +235,22 @@ class _Freeze:
         hooked = False
         for module in walk(model):
             own = module.__dict__
+            bare = own.keys() <= OF_TORCH
             # Inside of a module that is moved for its calls, tensors are where they wait for that.
-            hooked = hooked or "_hf_hook" in own or "_diffusers_hook" in own
+            hooked = hooked or (not bare and ("_hf_hook" in own or "_diffusers_hook" in own))
             cls = type(module)
             kind = kinds.get(cls)
             if kind is None:
                 original = original_class(module)
                 kind = kinds[cls] = original, dispatched_layer(original.forward), functions_of(original), {}, {}
             original, layer, functions, served, unwanted = kind
-            if held := held_by(module):
+            if not bare and (held := held_by(module)):
                 functions = tuple(dict.fromkeys((*functions, *held)))
             if layer is None and not functions:
                 continue
             device = inferred
             if not exact:
-                here = own_device(module) if not hooked else None
+                here = tensor_device(module) if not hooked else None
                 if here is None:
                     where = where or locate(model, inferred)
                     here = where[id(module)]
@@ -258,7 +259,7 @@ class _Freeze:
             wanted = layer is not None and (layer.condition is None or layer.condition(module))
             # A forward that another library has put on the module stays, and what it kept would never be frozen.
             foreign = None
-            if "forward" in own and frozen_choice(module) is None:
+            if not bare and "forward" in own and frozen_choice(module) is None:
                 foreign = foreign_forward(module)
             obstacle = foreign and (
                 f"{foreign} was put on the module as its forward: kernelize before that, or take it off; until then, "
@@ -268,13 +269,13 @@ class _Freeze:
                 obstacle = (
                     f"{original.__name__} holds it, and has no forward to freeze: hold it in the module that calls it"
                 )
-            if obstacle is not None or device.type == "meta":  # there, the device of its calls is not known yet
-                for each in (layer, *functions) if wanted else functions:
-                    self._choose(cast(Layer, each), device, obstacle)
-                continue
             known = served if wanted else unwanted
-            frozen = known.get((device, functions))
+            frozen = known.get((device, functions)) if obstacle is None else None
             if frozen is None:
+                if obstacle is not None or device.type == "meta":  # there, the device of its calls is not known yet
+                    for each in (layer, *functions) if wanted else functions:
+                        self._choose(cast(Layer, each), device, obstacle)
+                    continue
                 resolution = self._choose(layer, device) if layer is not None and wanted else None
                 pins = {function: self._choose(function, device) for function in functions}
                 frozen = known[device, functions] = freeze_class(original, layer, self.run, device, resolution, pins)

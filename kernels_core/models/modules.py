@@ -70,6 +70,11 @@ def own_device(module: nn.Module) -> torch.device | None:
     own = module.__dict__
     if ("_hf_hook" in own or "_diffusers_hook" in own) and (device := _execution_device(module)) is not None:
         return device
+    return tensor_device(module)
+
+
+def tensor_device(module: nn.Module) -> torch.device | None:
+    """Return the device of the module's first own parameter or buffer."""
     for tensors in (module._parameters, module._buffers):  # no chain of iterators: it runs once per module of a model
         for tensor in tensors.values():
             if tensor is not None:
@@ -143,6 +148,11 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """
     if not isinstance(module, nn.Module) or not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ArgumentTypeError(f"change_class takes a module and a class of modules, not {module!r} and {cls!r}.")
+    put_class(module, cls)
+
+
+def put_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module, unchecked: ten thousand in a row."""
     object.__setattr__(module, "__class__", cls)  # nn.Module's own takes a microsecond
     # From 2.8 to 2.12, Dynamo checks the guards on a module, also that of its class, only if its dict has changed.
     module.__dict__["kernels_changed"] = True
