@@ -28,7 +28,7 @@ from kernels_core import (
 )
 
 from .classes import make_class, original_class
-from .fit import Kind, has_parts, kind_of, misfit
+from .fit import Kind, has_parts, kind_of, misfit, unmeasured
 from .rule import Rule, find_rules
 
 
@@ -189,9 +189,13 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
         if taken is not None:
             refused.append(RefusedLayer(path, matching[cls][0].name, taken))
             continue
-        kind = kind_of(module)
-        if kind not in found:
-            found[kind] = _made(module, matching[cls])
+        try:
+            kind = kind_of(module)
+            if kind not in found:
+                found[kind] = _made(module, matching[cls])
+        except Exception as error:  # an attribute, a metaclass or __init_subclass__ of theirs, a lazy module
+            refused.append(RefusedLayer(path, matching[cls][0].name, unmeasured(error)))
+            continue
         made, reasons = found[kind]
         if made is None:
             refused.extend(RefusedLayer(path, rule.name, reason) for rule, reason in reasons)
@@ -223,7 +227,10 @@ def _made(module: nn.Module, rules: Sequence[Rule]) -> tuple[type[nn.Module] | N
     """Return the class for modules of a kind, with the rule that fits last; None with the reason of each rule."""
     reasons: list[tuple[Rule, str]] = []
     for rule in filter(partial(has_parts, module), rules):
-        reason = misfit(module, rule)
+        try:
+            reason = misfit(module, rule)
+        except Exception as error:  # the next rule may fit all the same
+            reason = unmeasured(error)
         reasons.append((rule, reason or ""))
         if reason is None:
             return make_class(module, rule), reasons

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Iterator
+from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -13,24 +16,36 @@ from torch import Tensor, nn
 from .rule import Rule
 
 _AT_MOST = 2e-5
-"""Largest difference to the oracle, in units of its largest number: classes may compute in float32."""
+"""Largest difference to the oracle in a row, in units of its largest number: classes may compute in float32."""
+
+_BIG, _NARROW = 2**20, 16
+"""Projections of more numbers than this are measured at a fraction of their size, no narrower than that."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PLAIN = (bool, int, float, str, type(None))
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 Kind = tuple[object, ...]
 
 
 def kind_of(module: nn.Module) -> Kind:
-    """Return the kind of a module: its class, plain attributes and children, for which one measurement is enough."""
-    plain = sorted((name, repr(value)) for name, value in module.__dict__.items() if _is_plain(name, value))
-    tensors = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
+    """Return the kind of a module: its class, attributes, hooks and children, for which one measurement is enough."""
+    own = tuple((name, _frozen(value)) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
+    tensors = tuple((name, tuple(tensor.shape)) for name, tensor in _tensors(module, recurse=False))
     children = tuple((name, kind_of(child)) for name, child in module.named_children())
-    return (type(module), tuple(plain), tensors, children)
+    return (type(module), own, tensors, _is_hooked(module), children)
 
 
-def _is_plain(name: str, value: object) -> bool:
-    return name != "training" and (isinstance(value, _PLAIN) or inspect.isroutine(value))
+def _frozen(value: object) -> object:
+    """Return what is equal for attributes of equal effect; objects of other types count as themselves."""
+    if type(value) in (bool, int, float, str, NoneType):
+        return (type(value), value)
+    if isinstance(value, partial):
+        return (partial, _frozen(value.func), _frozen(value.args), _frozen((*value.keywords.items(),)))
+    return (type(value), *map(_frozen, value)) if isinstance(value, tuple) else id(value)
+
+
+def _is_hooked(part: nn.Module) -> bool:
+    return part.__dict__.get("forward") is not None or any(part.__dict__.get(name) for name in _HOOKS)
 
 
 def has_parts(module: nn.Module, rule: Rule) -> bool:
@@ -47,16 +62,21 @@ def misfit(module: nn.Module, rule: Rule) -> str | None:
             names = " or ".join(kind.__name__ for kind in kinds)
             return f"its part {path} is a {_name(type(part))}, not a plain {names}"
     for path, part in module.named_modules():
-        if path and (part.__dict__.get("forward") is not None or any(part.__dict__.get(name) for name in _HOOKS)):
+        if path and _is_hooked(part):
             return f"its part {path} has a hook or a forward of its own, which a kernel would not run"
+        for name, value in (*part.__dict__.items(), *_tensors(part, recurse=False)):
+            if isinstance(value, Tensor) and (name in part.__dict__ or not value.is_floating_point()):
+                return f"its {name} is no floating-point parameter or buffer: its numbers are part of what it computes"
     if getattr(module, "weight", module) is None:
         return "its weight is None"
-    try:
-        for canonical in rule.binds:
-            rule.bound(module, canonical)
-        return _measured(module, rule)
-    except Exception as error:  # of code that was written for other purposes: one more class that is not adopted
-        return f"it cannot be measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    for canonical in rule.binds:
+        rule.bound(module, canonical)
+    return _measured(module, rule)
+
+
+def unmeasured(error: Exception) -> str:
+    """Return as a reason what code raised that was written for other purposes."""
+    return f"it cannot be measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _part(module: nn.Module, path: str) -> nn.Module | None:
@@ -74,31 +94,50 @@ def _measured(module: nn.Module, rule: Rule) -> str | None:
     ours, theirs = (_required(function) for function in (rule.oracle, type(module).forward))
     if ours != theirs:
         return f"its forward takes {theirs} argument{'s' * (theirs != 1)}, and the layer takes {ours}"
-    small = _narrowed(module, rule)
+    fraction = _fraction(module, rule)
     try:
-        reason = _difference(module, rule, small)
-    except Exception:  # its forward relies on its own width
-        if not small:
+        return _compared(module, rule, fraction)
+    except Exception:  # the forward knows the size of its projections
+        if fraction == 1:
             raise
-        reason = "unknown"
-    return _difference(module, rule, {}) if small and reason is not None else reason
+    return _compared(module, rule, 1)
 
 
-def _difference(module: nn.Module, rule: Rule, narrowed: dict[int, nn.Linear]) -> str | None:
-    """Return how a random copy of a module differs from the oracle, or None."""
-    copied = _random_copy(module, narrowed)
-    view = _View(copied, rule)
-    for training in (False, True):  # dropout shows in one of them only
-        copied.train(training)
-        inputs = rule.inputs(view)
-        with torch.no_grad():
+def _fraction(module: nn.Module, rule: Rule) -> int:
+    """Return by how much the projections of a module can be smaller: what it computes does not depend on their size."""
+    parts = [part for path in rule.parts if type(part := _part(module, path)) is nn.Linear]
+    ours = {id(tensor) for part in parts for _, tensor in _tensors(part)}
+    theirs = {id(tensor): tensor.numel() for _, tensor in _tensors(module)}
+    if sum(theirs.values()) <= _BIG or ours != set(theirs):
+        return 1
+    sizes = [size for part in parts for size in (part.in_features, part.out_features)]
+    common, least = math.gcd(*sizes), min(sizes)
+    return next((each for each in range(common, 1, -1) if common % each == 0 and least // each >= _NARROW), 1)
+
+
+def _compared(module: nn.Module, rule: Rule, fraction: int) -> str | None:
+    # A default device, autocast and generators of the caller's have no part in the measurement.
+    with (
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+    ):
+        copied = _random_copy(module, fraction)
+        for path in rule.parts if fraction > 1 else ():
+            part: Any = copied.get_submodule(path)
+            part.in_features, part.out_features = part.in_features // fraction, part.out_features // fraction
+        view = _View(copied, rule)
+        for training in (False, True):  # dropout shows in one of them only
+            copied.train(training)
+            inputs = rule.inputs(view)
             wanted = rule.oracle(view, *(value.clone() for value in inputs))
             found = type(module).forward(copied, *(value.clone() for value in inputs))
-        if not isinstance(found, Tensor) or found.shape != wanted.shape:
-            return f"it returns {_described(found)}, and the layer returns {_described(wanted)}"
-        error = float((found.double() - wanted).abs().max() / wanted.abs().max())
-        if not error <= _AT_MOST:
-            return f"it computes something else: it differs by {error:.1g} of the largest number"
+            if not isinstance(found, Tensor) or found.shape != wanted.shape:
+                return f"it returns {_described(found)}, and the layer returns {_described(wanted)}"
+            error = float(((found.double() - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
+            if not error <= _AT_MOST:
+                return f"it computes something else: it differs by {error:.1g} of the largest number of a row"
     return None
 
 
@@ -111,43 +150,24 @@ def _described(value: object) -> str:
     return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-_LARGE = 1 << 20
-
-
-def _narrowed(module: nn.Module, rule: Rule) -> dict[int, nn.Linear]:
-    """Return a narrow layer for each large linear part, by its id: all sizes are divided by one number."""
-    parts = [module.get_submodule(path) for path in rule.parts]
-    linear = [part for part in parts if type(part) is nn.Linear]
-    if sum(part.weight.numel() for part in linear) < _LARGE:
-        return {}
-    divisor = max(1, math.gcd(*(size for part in linear for size in part.weight.shape)) // 8)
-    sizes = [(part, part.in_features // divisor, part.out_features // divisor) for part in linear]
-    return {
-        id(part): nn.Linear(inner, outer, part.bias is not None, "meta", torch.float64).to_empty(device="cpu")
-        for part, inner, outer in sizes
-    }
-
-
-def _random_copy(module: nn.Module, replaced: dict[int, nn.Linear]) -> nn.Module:
+def _random_copy(module: nn.Module, fraction: int) -> nn.Module:
     """Copy a module with random numbers in float64, on the CPU; its own tensors are never copied, nor read."""
     generator = torch.Generator().manual_seed(1)
-    memo: dict[int, Any] = dict(replaced)
-    kept = {id(tensor) for part in module.modules() if id(part) in replaced for tensor in part.parameters()}
-    for tensor in (*module.parameters(), *module.buffers()):
-        if id(tensor) in kept:
-            continue
-        made: Tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        if tensor.is_floating_point():
-            made = _random(torch.empty(tensor.shape, dtype=torch.float64), generator)
+    memo: dict[int, Any] = {}
+    for _, tensor in _tensors(module):
+        shape = [size // fraction for size in tensor.shape]
+        made = _random(torch.empty(shape, dtype=torch.float64), generator)
         memo[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
-    for part in replaced.values():
-        for parameter in part.parameters():
-            _random(parameter.data, generator)
     return copy.deepcopy(module, memo)
 
 
 def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor.normal_(0.0, max(1, tensor.shape[-1] if tensor.dim() > 1 else 1) ** -0.5, generator=generator)
+
+
+def _tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=recurse)
+    yield from module.named_buffers(recurse=recurse)
 
 
 class _View:

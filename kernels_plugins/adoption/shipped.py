@@ -19,7 +19,11 @@ def _random(*shape: int) -> Tensor:
 
 
 def _hidden(module: Any) -> tuple[Tensor]:
-    return (_random(2, module.weight.shape[-1]),)
+    """Return rows, in training with one more dimension: classes may treat images, (batch, channels, ...), apart."""
+    shape = tuple(module.weight.shape)
+    if len(shape) != 1 or shape == (1,):  # kernels normalise over the shape of the weight, which broadcasts here
+        raise ValueError(f"its weight is of shape {shape}, not as long as a row")
+    return (_random(2, *shape) if not module.training else _random(1, 2, *shape),)
 
 
 def _projected(module: Any) -> tuple[Tensor]:
@@ -34,15 +38,26 @@ def _gated(module: Any) -> tuple[Tensor]:
 # --- Norms -----------------------------------------------------------------------------------------
 
 
+def _is_wide() -> bool:
+    """Whether `rms_norm` without an epsilon takes that of the dtype in which it computes, as PyTorch 2.6 does not."""
+    row = torch.full((1,), 2.0**-9, dtype=torch.bfloat16, device="cpu")
+    wide = functional.rms_norm(row, (1,), eps=torch.finfo(torch.float32).eps)
+    return torch.equal(functional.rms_norm(row, (1,)), wide)
+
+
+_IS_WIDE = _is_wide()
+
+
 def _epsilon(module: Any) -> float:
     """Return the epsilon of an RMSNorm, under any of its names; that of `nn.RMSNorm` may be that of its dtype."""
     for name in ("variance_epsilon", "eps", "epsilon"):
         epsilon = module.__dict__.get(name, module)
-        if epsilon is None:
-            return torch.finfo(module.weight.dtype).eps
-        if isinstance(epsilon, float):
+        if epsilon is None and isinstance(module, nn.RMSNorm):
+            dtype = module.weight.dtype
+            return torch.finfo(torch.promote_types(dtype, torch.float32) if _IS_WIDE else dtype).eps
+        if isinstance(epsilon, (int, float)):
             return epsilon
-    raise AttributeError("it has no epsilon named variance_epsilon, eps or epsilon")
+    raise AttributeError("it has no number as variance_epsilon, eps or epsilon")
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

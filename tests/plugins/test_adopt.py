@@ -9,13 +9,14 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from kernels_core import (
     ArgumentTypeError,
@@ -180,6 +181,127 @@ def test_other_parts_are_one_reason() -> None:
 
     (refused,) = adopt(nn.Sequential(OtherMLP())).refused
     assert refused.reason == "it has other parts than the layers that rules know: fc1, fc2"
+
+
+# --- Modules that share a class and differ ---------------------------------------------------------
+
+
+class ConfiguredMLP(GatedMLP):
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config, self.act = type("Config", (), config), lambda x: getattr(functional, self.config.act)(x)
+
+
+class ListedRMSNorm(PlainRMSNorm):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.options = [factor]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.options[0]
+
+
+def with_hooked_part() -> GatedMLP:
+    module = GatedMLP()
+    module.up_proj.register_forward_hook(lambda module, args, output: output * 2)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("fits", "differs"),
+    [
+        (GatedMLP(partial(functional.gelu, approximate="tanh")), GatedMLP(partial(torch.add, other=1))),
+        (GatedMLP(partial(functional.silu)), GatedMLP(partial(functional.relu))),
+        (ConfiguredMLP(act="silu"), ConfiguredMLP(act="relu")),
+        (ListedRMSNorm(1.0), ListedRMSNorm(2.0)),
+        (GatedMLP(), with_hooked_part()),
+    ],
+)
+def test_one_measurement_stands_for_equal_modules_only(fits: nn.Module, differs: nn.Module) -> None:
+    """A module that differs by a function, a configuration, a list or a hook is measured by itself, and refused."""
+    holder = nn.Sequential(fits, differs)
+    wanted = holder(X)
+    with adopt(holder) as adopted:
+        assert [layer.path for layer in adopted.layers] == ["0"]
+        assert {each.path for each in adopted.refused} == {"1"}
+        torch.testing.assert_close(holder(X), wanted)
+
+
+class ImageLayerNorm(nn.LayerNorm):
+    """Channels are first in images, and last in all else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if x.dim() == 4 else super().forward(x)
+
+
+class CountingRMSNorm(PlainRMSNorm):
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.register_buffer("shift", value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.shift
+
+
+class SealedRMSNorm(PlainRMSNorm):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("this class is sealed")
+
+
+class HostileRMSNorm(nn.Identity):
+    @property
+    def weight(self) -> Any:
+        raise RuntimeError("no weight")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+class LazyMLP(GatedMLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.LazyLinear(12)
+
+
+def shaped(module: nn.Module, *shape: int) -> nn.Module:
+    module.weight = nn.Parameter(torch.randn(shape))
+    return module
+
+
+def pruned(module: nn.Module) -> nn.Module:
+    prune.random_unstructured(module, "weight", 0.5)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (shaped(PlainRMSNorm(), 2, WIDTH), "its weight is of shape (2, 8), not as long as a row"),
+        (shaped(PlainRMSNorm(), 1, WIDTH), "its weight is of shape (1, 8), not as long as a row"),
+        (shaped(PlainRMSNorm(), 1), "its weight is of shape (1,), not as long as a row"),
+        (nn.LayerNorm((2, WIDTH)), "its weight is of shape (2, 8), not as long as a row"),
+        (ImageLayerNorm(WIDTH), "RuntimeError: Given normalized_shape=[8]"),
+        (CountingRMSNorm(torch.tensor(1)), "its shift is no floating-point parameter or buffer"),
+        (pruned(nn.LayerNorm(WIDTH)), "its weight is no floating-point parameter or buffer"),
+        (SealedRMSNorm(), "it cannot be measured: TypeError: this class is sealed"),
+        (HostileRMSNorm(), "it cannot be measured: RuntimeError: no weight"),
+        (LazyMLP(), "it cannot be measured: RuntimeError: Can't access the shape of an uninitialized parameter"),
+        (PlainRMSNorm(eps=None), "it has no number as variance_epsilon, eps or epsilon"),  # type: ignore[arg-type]
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_strange_modules_are_refused(module: nn.Module, reason: str) -> None:
+    """What kernels would compute wrongly, or no one can measure, is refused with a reason; others are adopted."""
+    adopted = adopt(nn.Sequential(module, PlainRMSNorm()))
+    assert [layer.path for layer in adopted.layers] == ["1"]
+    assert all(reason in each.reason for each in adopted.refused) and adopted.refused, adopted.refused
+
+
+@pytest.mark.parametrize("context", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)])
+def test_settings_of_the_caller_have_no_part(model: Model, context: Any) -> None:
+    """Under a default device, or autocast, the same layers are adopted."""
+    with context:
+        assert {layer.path for layer in adopt(model).layers} == {"norm", "mlp"}
 
 
 class LowRank(nn.Linear):
@@ -353,7 +475,8 @@ def test_wide_layers_are_measured_narrow(by_width: bool, largest: int, monkeypat
 
 
 def test_random_numbers_are_left_alone(model: Model) -> None:
-    """Measuring draws from generators of its own."""
+    """Measuring draws from generators of its own, also where a class has dropout."""
+    model.mlp.dropout.p = 0.5
     before = torch.random.get_rng_state()
     adopt(model)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -374,6 +497,14 @@ def test_a_mapped_kernel_reads_canonical_attributes() -> None:
     with use_kernel_mapping({"RMSNorm": {"cpu": Fast}}), torch.no_grad():
         torch.testing.assert_close(holder[0](X), X * 2)
         torch.testing.assert_close(holder[1](X), X * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_epsilon_of_an_rms_norm_without_one(dtype: torch.dtype) -> None:
+    """Kernels get the epsilon that PyTorch takes then, which is not that of half precision in newer versions."""
+    norm, x = nn.RMSNorm(WIDTH).to(dtype), (X * 1e-2).to(dtype)
+    with adopt(nn.Sequential(norm)):
+        torch.testing.assert_close(norm(x), functional.rms_norm(x, (WIDTH,), eps=norm.variance_epsilon))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
