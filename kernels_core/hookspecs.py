@@ -296,6 +296,33 @@ def kernels_adoption_rules() -> Sequence[object] | None:
 
 
 @hookspec
+def kernels_packs() -> Mapping[str, Callable[..., object]] | None:
+    """Offer kernels that serve only where a mapping asks for them: those of pack NAME, by the source `"pack:NAME"`.
+
+    Kind: collect. Called: when a mapping that names a pack is parsed, and when a kernel of a pack is loaded.
+
+    Returns:
+        For each name, a function of a layer name and a `torch.device`. It returns what `kernels_load_layer` does, and
+        None for a layer that the pack does not know. Called once per layer name and type of device, it may import
+        what it needs; an exception is the reason to refuse the candidate.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_packs():
+            def load(layer_name, device):
+                import acme  # only where it is asked for
+
+                return acme.layers.get(layer_name)
+
+            return {"acme": load}
+        ```
+
+    Used by: the plugin `mapping`; implemented by the plugins `torch`, `liger` and `inductor`.
+    """
+
+
+@hookspec
 def kernels_register_commands(cli: typer.Typer) -> None:
     """Add subcommands to the command line `kernels-core`.
 

@@ -140,7 +140,9 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     **dict.fromkeys(_VETO, _REASON),
     "kernels_wrap_forward": ("a decorator or None", callable),
-    "kernels_mapping": ("a mapping or None", lambda answer: isinstance(answer, Mapping)),
+    **dict.fromkeys(
+        ("kernels_mapping", "kernels_packs"), ("a mapping or None", lambda answer: isinstance(answer, Mapping))
+    ),
     "kernels_adoption_rules": ("a sequence of rules or None", lambda answer: isinstance(answer, Sequence)),
 }
 

@@ -48,6 +48,8 @@ from kernels_core import (
     source_label,
 )
 
+from .packs.source import PREFIX, Pack, as_pack
+
 
 class _Loads(Protocol):
     """A source that loads itself."""
@@ -210,7 +212,7 @@ def parse_mapping(mapping: Mapping[str, Any], *, inherit: bool = True, same: boo
             (device, mode): chosen
             for key, value in devices.items()
             for device in [key if isinstance(key, Device) else _device(key, name)]
-            for mode, chosen in _modes(value, f"layer {name!r}, device {device.type!r}")
+            for mode, chosen in _modes(value, f"layer {name!r}, device {device.type!r}", name)
         }
     return Level(sources, inherit, frozenset(sources) if same else frozenset())
 
@@ -227,19 +229,20 @@ def _device(name: object, layer_name: str) -> Device:
         raise ArgumentError(f"{where}: {error}") from None
 
 
-def _modes(value: object, where: str) -> Iterator[tuple[Mode, tuple[object, ...]]]:
+def _modes(value: object, where: str, layer_name: str) -> Iterator[tuple[Mode, tuple[object, ...]]]:
     if not isinstance(value, Mapping):
-        yield Mode.FALLBACK, _sources(value, where)
+        yield Mode.FALLBACK, _sources(value, where, layer_name)
         return
     for mode, chosen in value.items():
         if not isinstance(mode, Mode):
             raise ArgumentTypeError(f"In the mapping of {where}: {mode!r} is not a Mode such as Mode.TRAINING.")
-        yield check_registered_mode(mode), _sources(chosen, where)
+        yield check_registered_mode(mode), _sources(chosen, where, layer_name)
 
 
-def _sources(value: object, where: str) -> tuple[object, ...]:
+def _sources(value: object, where: str, layer_name: str) -> tuple[object, ...]:
     several = isinstance(value, list | tuple) and not _named(value)
-    return tuple(as_source(source, where) for source in (cast("Sequence[object]", value) if several else (value,)))
+    sources = cast("Sequence[object]", value) if several else (value,)
+    return tuple(as_source(source, where, layer_name) for source in sources)
 
 
 _EVERYWHERE = ("cpu", "cuda", "mps", "neuron", "npu", "rocm", "tpu", "xpu")
@@ -255,11 +258,13 @@ def _named(value: object) -> tuple[str, Mapping[str, Any]] | None:
     return (value, {}) if isinstance(value, str) else None
 
 
-def as_source(source: object, where: str) -> object:
-    """Check one source, and turn one that is written as text into a repository."""
+def as_source(source: object, where: str, layer_name: str = "") -> object:
+    """Check one source of a layer, and turn one that is written as text into a repository, a pack or the reference."""
     if named := _named(source):
         if source == "reference":
             return Reference
+        if isinstance(source, str) and source.startswith(PREFIX):
+            return as_pack(source, where, layer_name)
         return _repository(*named, where)
     problem = ""
     if isinstance(source, type):
@@ -345,9 +350,11 @@ def kernels_find_candidates(request: LayerRequest) -> list[Candidate | Refusal |
 
 @hookimpl
 def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | LoadedLayer | None:
-    """Take classes and functions as they are, and ask any other object to load itself."""
+    """Take classes and functions as they are, and ask packs and any other object to load themselves."""
     if isinstance(source, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType):
         return source
+    if isinstance(source, Pack):
+        return cast("KernelLayer | LoadedLayer", source.load(request.device))
     load = getattr(source, "load", None)
     if callable(load):
         loaded = load()

@@ -6,6 +6,7 @@ weights of two dtypes are left to the next candidate, for classes differ in the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -87,3 +88,9 @@ def kernels_find_candidates(request: LayerRequest) -> list[Candidate] | None:
     if request.layer is None or request.layer.qualname.startswith("torch."):  # that is the same operator
         return None
     return [Candidate(kernel, priority=-10)]
+
+
+@hookimpl
+def kernels_packs() -> Mapping[str, Callable[..., object]]:
+    """Offer them for layers that a mapping names, too: the user knows then what these compute."""
+    return {"torch": lambda layer_name, device: _KERNELS.get(layer_name)}

@@ -64,6 +64,7 @@ def test_the_hooks_of_the_design_are_there() -> None:
         "kernels_kernel_failed",
         "kernels_mapping",
         "kernels_adoption_rules",
+        "kernels_packs",
         "kernels_register_commands",
     ]
 
@@ -261,6 +262,25 @@ def test_kernels_adoption_rules(isolated_plugins: PluginManager) -> None:
     isolated_plugins.register(plugin(kernels_adoption_rules=lambda: 3), "broken")
     with pytest.warns(match="Plugin 'broken': kernels_adoption_rules returned 3, not a sequence of rules or None"):
         assert isolated_plugins.hook.kernels_adoption_rules() == [("package", ["rule"])]
+
+
+def test_kernels_packs(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:
+    """A mapping may name the packs of plugins; an answer that is no mapping is reported, and hides no other pack."""
+    asked: list[tuple[str, str]] = []
+
+    def load(layer_name: str, device: torch.device) -> Any:
+        asked.append((layer_name, device.type))
+        return make_kernel(10) if layer_name == "Add" else None
+
+    isolated_plugins.register(plugin(kernels_packs=lambda: {"acme": load}), "package")
+    isolated_plugins.register(plugin(kernels_packs=lambda: 3), "broken")
+    with pytest.warns(match="Plugin 'broken': kernels_packs returned 3, not a mapping or None"):
+        scope = use_kernel_mapping({"Add": {"cpu": "pack:acme"}, "Other": {"cpu": "pack:acme"}})
+    with scope:
+        assert make_layer()()(X)[0] == 10
+        (refusal,) = resolve_layer("Other", device="cpu", mode=Mode.INFERENCE).refusals
+    assert refusal.reason == "pack 'acme': it has no kernel for 'Other' on cpu"
+    assert asked == [("Add", "cpu"), ("Other", "cpu")]
 
 
 def test_kernels_register_commands(isolated_plugins: PluginManager) -> None:

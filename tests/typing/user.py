@@ -99,7 +99,7 @@ class Registry:
 repository = LayerRepository("acme/kernels", layer_name="RMSNorm", version=1, trust_remote_code=("acme/kernels",))
 local = LocalLayerRepository("kernels", layer_name="RMSNorm")
 hopper = Device("cuda", CUDAProperties(min_capability=90, max_capability=90))
-register_kernel_mapping({"RMSNorm": {"cuda": [Theirs, kernels_plugins.Reference, "reference"]}})
+register_kernel_mapping({"RMSNorm": {"cuda": [Theirs, "pack:liger", kernels_plugins.Reference, "reference"]}})
 register_kernel_mapping({"RMSNorm": {"cuda": repository, hopper: {Mode.TRAINING: [repository, local]}}})
 register_kernel_mapping({"RMSNorm": Theirs})  # type: ignore[dict-item]
 register_kernel_mapping({"RMSNorm": "acme/kernels:RMSNorm", "Gate": ("acme/kernels:Gate", {"version": 2})})

@@ -1,0 +1,290 @@
+"""Packs: kernels of other libraries, which serve where a mapping names them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import re
+import sys
+import types
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from kernels_core import (
+    ArgumentError,
+    KernelsWarning,
+    Mode,
+    PluginManager,
+    forget,
+    kernelize,
+    receipt,
+    resolve,
+    use_kernel_forward_from_hub,
+)
+from kernels_plugins import adopt, opaque, use_kernel_mapping
+from kernels_plugins.adapters import plugin as adapters
+from kernels_plugins.adoption.shipped import RULES
+from kernels_plugins.packs import inductor, liger, torch_operators
+
+CUDA = torch.device("cuda")
+LAYERS = ("RMSNorm", "RMSNormOffset", "SwiGLUMLP", "GeGLUTanhMLP", "PackedSwiGLUMLP")
+
+
+@pytest.fixture(autouse=True)
+def packs(isolated_plugins: PluginManager, mapping_plugin: types.ModuleType) -> None:
+    """Register the three packs, and the plugin that asks for them."""
+    for name, pack in (("inductor", inductor), ("liger", liger), ("torch", torch_operators)):
+        isolated_plugins.register(pack, name)
+    liger._kernels.cache_clear()
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+class Gated(nn.Module):
+    """A gated MLP, with the attributes of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+        self.gate_up_proj = nn.Linear(8, 12)
+
+
+class FakeLiger:
+    """The functions of Liger, in PyTorch and without its memory tricks."""
+
+    @staticmethod
+    def norm(x: torch.Tensor, w: torch.Tensor, eps: float, offset: float, casting: str, in_place: bool) -> torch.Tensor:
+        assert (offset, casting, in_place) in ((0.0, "llama", False), (1.0, "gemma", False))
+        return functional.rms_norm(x, w.shape, offset + w, eps)
+
+    LigerRMSNormFunction = types.SimpleNamespace(apply=norm)
+    LigerSiLUMulFunction = types.SimpleNamespace(apply=lambda a, b: functional.silu(a) * b)
+    LigerGELUMulFunction = types.SimpleNamespace(apply=lambda a, b: functional.gelu(a, approximate="tanh") * b)
+
+
+@pytest.fixture
+def fake_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.SimpleNamespace(ops=FakeLiger))  # type: ignore[arg-type]
+    monkeypatch.setattr(liger, "version", lambda name: "1.2.3")
+
+
+# --- The source ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("pack:acme", "there is no pack 'acme': there are inductor, liger, torch"),
+        ("pack:", "there is no pack ''"),
+        ("pack:torch:", "'pack:torch:' names no layer: write 'pack:torch:LAYER'"),
+        ("pack:torch/x", "there is no pack 'torch/x'"),
+        (("pack:torch", {"version": 1}), "names no layer of a repository"),
+    ],
+)
+def test_wrong_packs(source: Any, problem: str) -> None:
+    """A mapping with a pack that does not exist, or that names no layer, is refused at once, with what there is."""
+    with pytest.raises(ArgumentError, match=problem):
+        use_kernel_mapping({"RMSNorm": {"cpu": source}})
+
+
+def test_adapted_pack_names_its_layer(isolated_plugins: PluginManager) -> None:
+    """Around a pack, an adapter needs the layer in the text, for it is outside of a mapping."""
+    isolated_plugins.register(adapters)
+    with pytest.raises(ArgumentError, match="write 'pack:torch:LAYER'"):
+        opaque("pack:torch")
+    with use_kernel_mapping({"RMSNorm": {"cpu": opaque("pack:torch:RMSNorm")}}):
+        assert resolve(Norm, device="cpu", mode=Mode.INFERENCE).origin.endswith("TorchRMSNorm")
+
+
+def test_torch_pack_by_name() -> None:
+    """A pack that a mapping names serves a decorated layer; another of its layers may be named, too."""
+    layer, x = Norm(), torch.randn(2, 8)
+    expected = layer(x)
+    assert resolve(Norm, device="cpu", mode=Mode.INFERENCE).is_reference
+    for text in ("pack:torch", "pack:torch:RMSNorm"):
+        with use_kernel_mapping({"RMSNorm": text}):
+            (row,) = receipt(layer, device="cpu", mode=Mode.TRAINING).rows
+            assert row.origin.endswith("TorchRMSNorm") and row.plugin == "mapping"
+            torch.testing.assert_close(layer(x), expected)
+    with use_kernel_mapping({"RMSNorm": {"cpu": "pack:torch:SwiGLUMLP"}}):
+        (refusal,) = resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals
+        assert str(refusal) == "pack:torch:SwiGLUMLP: pack 'torch': it has no kernel for 'SwiGLUMLP' on cpu"
+
+
+def test_pack_whose_plugin_is_gone(isolated_plugins: PluginManager) -> None:
+    """A pack that is unregistered after the mapping was parsed refuses, with the reason."""
+    with use_kernel_mapping({"RMSNorm": {"cpu": "pack:torch"}}):
+        isolated_plugins.unregister(torch_operators)
+        (refusal,) = resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals
+    assert refusal.reason == "pack 'torch': it is not installed any more on cpu"
+
+
+# --- Liger -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fake_liger")
+@pytest.mark.parametrize("name", LAYERS)
+def test_liger_computes_the_layer(name: str) -> None:
+    """Each kernel gives Liger's function the right arguments: it computes the oracle of the adopted layer."""
+    rule = next(rule for rule in RULES if rule.layer_name == name)
+    module: Any = Norm() if "Norm" in name else Gated()
+    loaded = liger.kernels_packs()["liger"](name, CUDA)
+    x = torch.randn(3, 8)
+    assert loaded.origin == "liger-kernel 1.2.3"
+    torch.testing.assert_close(loaded.layer.forward(module, x), rule.oracle(module, x))
+    if "Norm" in name:
+        assert loaded.layer.forward(module, x.bfloat16()) is NotImplemented
+
+
+@pytest.mark.usefixtures("fake_liger")
+def test_liger_serves_where_it_is_named() -> None:
+    """It is never offered by itself; named, it serves calls on GPUs that are not traced."""
+    with adopt(nn.Sequential(nn.RMSNorm(8)), rules=RULES) as adopted:
+        layer = adopted.model[0]
+        assert resolve(layer, device="cuda", mode=Mode.TRAINING).is_reference
+        with use_kernel_mapping({"RMSNorm": "pack:liger", "LayerNorm": "pack:liger"}):
+            assert resolve(layer, device="cuda", mode=Mode.TRAINING).origin == "liger-kernel 1.2.3"
+            assert "it takes only bfloat16, float16, float32" in str(adopted.receipt(device="cuda"))
+            traced = resolve(layer, device="cuda", mode=Mode.TRAINING | Mode.TORCH_COMPILE)
+            assert "it does not declare can_torch_compile" in str(traced)
+            assert "for GPUs, and this call is on cpu" in str(resolve(layer, device="cpu", mode=Mode.TRAINING))
+            assert "it has no kernel for 'LayerNorm'" in str(resolve("LayerNorm", device="cuda", mode=Mode.TRAINING))
+
+
+class Raising(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("no driver")
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, r"pip install 'kernels-core\[liger\]' installs liger-kernel"),
+        (Raising("liger_kernel"), "no driver"),
+        (types.SimpleNamespace(ops=None), "LigerSiLUMulFunction"),
+    ],
+)
+def test_liger_that_cannot_be_imported(module: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is missing, raises, or has other names refuses with the reason, and is tried again later."""
+    monkeypatch.setitem(sys.modules, "liger_kernel", module)
+    with use_kernel_mapping({"RMSNorm": {"cuda": "pack:liger"}}):
+        (refusal,) = resolve(Norm, device="cuda", mode=Mode.INFERENCE).refusals
+        assert re.search(reason, refusal.reason)
+        monkeypatch.setitem(sys.modules, "liger_kernel", types.SimpleNamespace(ops=FakeLiger))  # type: ignore[arg-type]
+        monkeypatch.setattr(liger, "version", lambda name: "1.2.3")
+        forget()
+        assert resolve(Norm, device="cuda", mode=Mode.INFERENCE).origin == "liger-kernel 1.2.3"
+
+
+@pytest.mark.slow
+def test_liger_has_these_functions() -> None:
+    """The real package has the functions that the pack calls, with these parameters."""
+    ops = pytest.importorskip("liger_kernel.ops", reason="liger-kernel is not installed")
+    parameters = list(inspect.signature(ops.LigerRMSNormFunction.forward).parameters)
+    assert parameters[1:7] == ["X", "W", "eps", "offset", "casting_mode", "in_place"]
+    for name in LAYERS:
+        assert liger.kernels_packs()["liger"](name, CUDA).origin.startswith("liger-kernel ")
+
+
+# --- Inductor --------------------------------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("Scaled")
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor, *, by: float = 2.0) -> torch.Tensor:
+        return x.sin() * by
+
+
+@use_kernel_forward_from_hub("scaled")
+def scaled(x: torch.Tensor, *, by: float = 2.0) -> torch.Tensor:
+    return x.sin() * by
+
+
+@use_kernel_forward_from_hub("Printing")
+class Printing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + float(x.sum()) + len(os.getcwd())
+
+
+@pytest.fixture
+def eager_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile without a compiler, for tests of all but its numbers."""
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiling(f, backend="eager", **options))
+
+
+@pytest.mark.usefixtures("eager_inductor")
+def test_inductor_serves_eager_calls_only() -> None:
+    """It serves classes and functions, in both modes, and kernelized; a traced call runs what it ran before."""
+    layer, x = nn.Sequential(Norm(), Norm()), torch.randn(2, 8, requires_grad=True)
+    expected = layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KernelsWarning)
+        with use_kernel_mapping({"RMSNorm": "pack:inductor", "scaled": {"cpu": "pack:inductor"}}):
+            torch.testing.assert_close(layer(x), expected)
+            layer(x).sum().backward()
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x), expected)
+            torch.testing.assert_close(scaled(x, by=3.0), x.sin() * 3)
+            for subject in (Norm, scaled, "RMSNorm"):
+                resolution = resolve(subject, device="cpu", mode=Mode.INFERENCE)
+                assert resolution.origin == f"inductor of torch {torch.__version__}"
+            traced = resolve(Norm, device="cpu", mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
+            assert traced.is_reference and "it does not declare can_torch_compile" in str(traced)
+            kernelize(layer, mode=Mode.TRAINING, device="cpu")
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.usefixtures("eager_inductor")
+def test_inductor_that_cannot_compile() -> None:
+    """A forward that does not compile as one graph runs as it is, with one warning and a reason in the receipt."""
+    layer, x = Printing(), torch.ones(2)
+    expected = layer(x)
+    with use_kernel_mapping({"Printing": {"cpu": "pack:inductor"}}):
+        with torch.no_grad(), pytest.warns(KernelsWarning, match="reference runs instead: .*it raised"):
+            torch.testing.assert_close(layer(x), expected)
+        assert "it is in quarantine for torch.float32: it raised" in str(
+            receipt(layer, device="cpu", mode=Mode.INFERENCE)
+        )
+
+
+@pytest.mark.usefixtures("eager_inductor")
+@pytest.mark.parametrize("strict", [False, True])
+def test_inductor_compiles_few_variants(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the limit of PyTorch for one function, the reference serves with a reason; strict mode raises."""
+    monkeypatch.setenv("KERNELS_STRICT", str(int(strict)))
+    raises = pytest.raises(Exception, match=r"(?i)limit|fullgraph") if strict else contextlib.nullcontext()
+    with use_kernel_mapping({"Scaled": {"cpu": "pack:inductor"}}), torch.no_grad(), raises:
+        with pytest.warns(KernelsWarning, match="quarantine"):
+            for rank in range(12):
+                x = torch.ones([2] * rank)
+                torch.testing.assert_close(Scaled()(x), x.sin() * 2)
+    assert (rank < 11) == strict
+
+
+@pytest.mark.slow
+def test_inductor_numbers() -> None:
+    """The compiled forward computes the layer, and its gradients."""
+    if not any(os.access(f"{folder}/g++", os.X_OK) for folder in os.environ["PATH"].split(":")):
+        pytest.skip("inductor needs a C++ compiler on the CPU")
+    layer, x = Norm(), torch.randn(4, 8, requires_grad=True)
+    wanted = torch.autograd.grad(layer(x).pow(3).sum(), (x, layer.weight))
+    with use_kernel_mapping({"RMSNorm": {"cpu": "pack:inductor"}}):
+        found = torch.autograd.grad(layer(x).pow(3).sum(), (x, layer.weight))
+        assert not receipt(layer, device="cpu", mode=Mode.TRAINING).rows[0].is_reference
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
