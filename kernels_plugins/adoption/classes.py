@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import weakref
 from collections.abc import Iterator
 from types import NoneType
@@ -40,8 +41,15 @@ def adopted_rule(layer: Layer | None) -> Rule | None:
 
 
 def make_class(module: nn.Module, rule: Rule) -> type[nn.Module]:
-    """Make the class that modules like this one get."""
-    original = type(module)
+    """Return the class that modules like this one get; the same one again, so that compiled code can be used again."""
+    reads = {canonical: rule.bound(module, canonical) for canonical in rule.binds if canonical not in module.__dict__}
+    original: Any = type(module)
+    # Liger and others replace the forward of a class: then, one made before would run the old one.
+    return _make_class(original, original.forward, rule, tuple((name, read) for name, read in reads.items() if read))
+
+
+@functools.lru_cache(maxsize=256)  # weak entries would not do: a class that is made refers to its original
+def _make_class(original: Any, forward: Any, rule: Rule, reads: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
     members: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -49,12 +57,9 @@ def make_class(module: nn.Module, rule: Rule) -> type[nn.Module]:
         "__reduce_ex__": _reduced,
         "__copy__": _copied,  # no __deepcopy__: wrappers that pass attributes on would copy the module without them
         "kernels_adopted": original,
+        **{canonical: property(read) for canonical, read in reads},
     }
-    for canonical in rule.binds:
-        read = rule.bound(module, canonical)
-        if read is not None and canonical not in module.__dict__:
-            members[canonical] = property(read)
-    made = cast("type[nn.Module]", cast(Any, type(original))(original.__name__, (original,), members))
+    made = cast("type[nn.Module]", type(original)(original.__name__, (original,), members))
     replace_kernel_forward_from_hub(made, rule.layer_name)
     _rules[decorated_layer(made)] = rule
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from kernels_core import ArgumentTypeError, PluginError, plugin_manager, require
 
 Binding = str | tuple[str, ...] | Callable[[Any], object]
 """The attribute of a class that stands for a canonical one: its name, several to try, or a function of the module."""
+
+_reader = functools.cache(operator.attrgetter)  # equal names give one function
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +64,18 @@ class Rule:
         """Check the types."""
         for name in ("name", "layer_name"):
             require_type(getattr(self, name), str, f"{name} of a Rule")
-        if isinstance(self.classes, str) or not all(isinstance(each, str) for each in self.classes):
+        if not isinstance(self.classes, (tuple, list)) or not all(isinstance(each, str) for each in self.classes):
             raise ArgumentTypeError(f"classes of a Rule is a tuple of patterns, not {self.classes!r}.")
         for name in ("oracle", "inputs"):
             if not callable(getattr(self, name)):
                 raise ArgumentTypeError(f"{name} of a Rule is a function, not {getattr(self, name)!r}.")
         for name in ("binds", "parts"):
             require_type(getattr(self, name), Mapping, f"{name} of a Rule")
+        for canonical, binding in self.binds.items():
+            if not isinstance(canonical, str) or not canonical.isidentifier() or hasattr(nn.Module, canonical):
+                raise ArgumentTypeError(f"binds of a Rule names attributes that a module has not, not {canonical!r}.")
+            if not callable(binding):
+                require_type(binding, (str, tuple), f"binds[{canonical!r}] of a Rule")
 
     def matches(self, cls: type[nn.Module]) -> bool:
         """Whether the name of a class, or of a class that it derives from, matches one of the patterns."""
@@ -90,7 +98,7 @@ class Rule:
         names = (binding,) if isinstance(binding, str) else binding
         for name in names:
             if hasattr(module, name):
-                return None if name == canonical else operator.attrgetter(name)
+                return None if name == canonical else _reader(name)
         raise AttributeError(f"it has no attribute {' or '.join(names)}")
 
 

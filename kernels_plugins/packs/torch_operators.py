@@ -54,7 +54,7 @@ class TorchLayerNorm(nn.Module):
     def forward(self: Any, hidden_states: Tensor) -> Any:
         """Return rows of the same shape and dtype."""
         weight, bias = self.weight, self.bias
-        if weight.dtype is not hidden_states.dtype:
+        if weight.dtype is not hidden_states.dtype or (bias is not None and bias.dtype is not weight.dtype):
             return NotImplemented
         return functional.layer_norm(hidden_states, weight.shape, weight, bias, self.eps).to(hidden_states.dtype)
 

@@ -378,6 +378,23 @@ def test_other_models_are_not_touched(model: Model) -> None:
         assert type(model.norm) is not PlainRMSNorm
 
 
+def test_adopted_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules get the same classes again, so compiled graphs serve again; not where a forward was replaced since."""
+    graphs: list[object] = []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            with adopt(model):
+                compiled(X)
+    assert len(graphs) == 1
+    classes, plain = set(), PlainRMSNorm.forward
+    for forward in (plain, lambda self, x: plain(self, x)):
+        monkeypatch.setattr(PlainRMSNorm, "forward", forward)
+        with adopt(model):
+            classes.add(type(model.norm))
+    assert len(classes) == 2
+
+
 @pytest.mark.parametrize("suspended", [False, True])
 def test_undo_after_kernelize(model: Model, suspended: bool) -> None:
     """A kernelized model is given back as it was, also while `train()` suspends its kernels."""
@@ -538,6 +555,11 @@ def test_the_pack_of_torch_leaves_mixed_dtypes_to_the_reference() -> None:
         assert module(X).dtype is torch.float32
         (row,) = adopted.receipt(mode=Mode.INFERENCE).rows
     assert row.plugin == "torch"
+    biased = PlainLayerNorm()
+    biased.bias.data = biased.bias.data.bfloat16()
+    adopt(nn.Sequential(biased))
+    with pytest.warns(match="it passes some calls on"):
+        torch.testing.assert_close(biased(X), PlainLayerNorm.forward(biased, X))
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -623,7 +645,10 @@ def test_a_rule_that_raises_refuses() -> None:
         (lambda: adopt(nn.Linear(1, 1), rules="x"), "rules is a list of Rule, not 'x'"),
         (lambda: adopt(nn.Linear(1, 1), rules=[3]), "An item of rules"),
         (lambda: Rule("r", "L", "*.X", lambda self, x: x, lambda m: ()), "classes of a Rule is a tuple of patterns"),
+        (lambda: Rule("r", "L", None, lambda self, x: x, lambda m: ()), "classes of a Rule is a tuple of patterns"),
         (lambda: Rule("r", "L", (), 3, lambda m: ()), "oracle of a Rule is a function, not 3"),
+        (lambda: Rule("r", "L", (), max, max, {"forward": "x"}), "a module has not, not 'forward'"),
+        (lambda: Rule("r", "L", (), max, max, {"weight": 3}), "of a Rule"),
     ],
 )
 def test_wrong_arguments(make: Any, message: str) -> None:
