@@ -1,37 +1,60 @@
 """Plugin `inductor`: the layer's own forward, compiled by PyTorch, as a candidate for eager calls.
 
 Licence: that of PyTorch, BSD. Tried with PyTorch 2.13 on CPUs. Served only where a mapping names `"pack:inductor"`:
-compiling takes seconds, and on a CPU a C++ compiler. Limits: the whole forward has to compile as one graph, in as many
-variants as PyTorch allows for one function (8); no second derivatives. If one of these fails, the reference serves.
+compiling takes seconds, and on a CPU a C++ compiler. Limits: the whole forward has to compile as one graph; it is
+compiled for as many kinds of calls as PyTorch allows for one function (8), and others run eager; no second derivatives.
 """
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from kernels_core import KernelLayer, Layer, LoadedLayer, hookimpl
+from kernels_core import KernelLayer, Layer, LoadedLayer, hookimpl, warn_once
 
 
-def _own(function: Any) -> Any:
-    """Return a copy of a function: PyTorch counts variants by code object, which several layers may share."""
-    if type(function) is not types.FunctionType:
-        return function
-    code, name = function.__code__.replace(), function.__name__
-    copied = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    copied.__kwdefaults__, copied.__qualname__ = function.__kwdefaults__, function.__qualname__
-    copied.__dict__.update(function.__dict__)
-    return copied
+def _kind(*values: Any) -> tuple[object, ...]:
+    """Return what PyTorch compiles variants for, roughly: sizes from 2 on may be variable in one of them."""
+    return tuple(
+        (value.dtype, value.device, value.is_contiguous(), *(min(size, 2) for size in value.shape))
+        if isinstance(value, torch.Tensor)
+        else type(value)
+        for value in values
+    )
 
 
 def _compiled(layer: Layer) -> KernelLayer:
-    # fullgraph: a graph that breaks, or one variant too many, raises with a reason, rather than run eagerly in silence
-    forward = torch.compile(_own(layer.reference), fullgraph=True)
-    return cast(KernelLayer, forward if layer.is_function else type("Compiled", (nn.Module,), {"forward": forward}))
+    reference = layer.reference
+    eager: set[object] = set()
+    """The kinds of calls for which there are too many variants already."""
+
+    def inlined(*args: Any, **kwargs: Any) -> Any:
+        return reference(*args, **kwargs)
+
+    # PyTorch counts variants by code object: a copy gives each layer its own, also where classes share a forward.
+    own = types.FunctionType(inlined.__code__.replace(), globals(), closure=inlined.__closure__)
+    compiled = torch.compile(own, fullgraph=True)  # a graph that breaks raises with a reason
+
+    @functools.wraps(reference)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # Each call that asks for one variant too many costs milliseconds, and is logged: one of a kind is enough.
+        if not eager or (torch.is_grad_enabled(), *_kind(*args, *kwargs.values())) not in eager:
+            try:
+                return compiled(*args, **kwargs)
+            except Exception as error:
+                if not type(error).__name__.endswith("LimitHit"):  # its class is private, and has had two names
+                    raise
+                eager.add((torch.is_grad_enabled(), *_kind(*args, *kwargs.values())))
+                few = "is compiled for as many kinds of calls as PyTorch allows for one function: others run eager"
+                warn_once(f"Layer {layer.name!r} {few}.")
+        return reference(*args, **kwargs)
+
+    return forward if layer.is_function else type("Compiled", (nn.Module,), {"forward": forward})
 
 
 class _Unbound(nn.Module):

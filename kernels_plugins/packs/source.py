@@ -30,13 +30,15 @@ class Pack:
         """Ask the pack for its kernel.
 
         Raises:
-            LoadError: If it has none, or its plugin was blocked or unregistered since the mapping was parsed.
+            LoadError: If it has none, or the plugin of the pack is blocked, or was unregistered.
         """
         make = _packs().get(self.name)
         kernel = make(self.layer_name, device) if make is not None else None
         if kernel is None:
-            problem = "it is not installed any more" if make is None else f"it has no kernel for {self.layer_name!r}"
-            raise LoadError(f"pack {self.name!r}: {problem} on {device.type}")
+            problem = f"it has no kernel for {self.layer_name!r} on {device.type}"
+            if make is None:
+                problem = "no plugin offers it: KERNELS_PLUGINS leaves it out, or it was unregistered"
+            raise LoadError(f"pack {self.name!r}: {problem}")
         return kernel
 
     def __repr__(self) -> str:
@@ -51,11 +53,9 @@ def as_pack(text: str, where: str, layer_name: str) -> Pack:
     """
     name, colon, named = text.removeprefix(PREFIX).partition(":")
     packs = _packs()
-    if name not in packs:
-        raise ArgumentError(
-            f"In the mapping of {where}: there is no pack {name!r}: there are {', '.join(sorted(map(str, packs)))}. "
-            "Packs are offered by plugins, which KERNELS_PLUGINS may leave out."
-        )
+    if name not in packs and plugin_manager().allows(name):  # or KERNELS_PLUGINS would make a program raise
+        known = ", ".join(sorted(map(str, packs))) or "none"
+        raise ArgumentError(f"In the mapping of {where}: there is no pack {name!r}: there are {known}.")
     chosen = named if colon else layer_name
     if not chosen:
         raise ArgumentError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import re
@@ -27,7 +26,7 @@ from kernels_core import (
     resolve,
     use_kernel_forward_from_hub,
 )
-from kernels_plugins import adopt, opaque, use_kernel_mapping
+from kernels_plugins import adopt, opaque, use_kernel_mapping, verify
 from kernels_plugins.adapters import plugin as adapters
 from kernels_plugins.adoption.shipped import RULES
 from kernels_plugins.packs import inductor, liger, torch_operators
@@ -126,12 +125,14 @@ def test_torch_pack_by_name() -> None:
         assert str(refusal) == "pack:torch:SwiGLUMLP: pack 'torch': it has no kernel for 'SwiGLUMLP' on cpu"
 
 
-def test_pack_whose_plugin_is_gone(isolated_plugins: PluginManager) -> None:
-    """A pack that is unregistered after the mapping was parsed refuses, with the reason."""
-    with use_kernel_mapping({"RMSNorm": {"cpu": "pack:torch"}}):
+def test_pack_whose_plugin_is_gone(isolated_plugins: PluginManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack that `KERNELS_PLUGINS` blocks, or that is unregistered later, refuses with the reason."""
+    monkeypatch.setenv("KERNELS_PLUGINS", "-acme")
+    with use_kernel_mapping({"RMSNorm": {"cpu": ["pack:acme", "pack:torch"]}}):
         isolated_plugins.unregister(torch_operators)
-        (refusal,) = resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals
-    assert refusal.reason == "pack 'torch': it is not installed any more on cpu"
+        refusals = resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals
+    problem = "no plugin offers it: KERNELS_PLUGINS leaves it out, or it was unregistered"
+    assert [refusal.reason for refusal in refusals] == [f"pack {name!r}: {problem}" for name in ("acme", "torch")]
 
 
 # --- Liger -----------------------------------------------------------------------------------------
@@ -264,17 +265,32 @@ def test_inductor_that_cannot_compile() -> None:
 
 
 @pytest.mark.usefixtures("eager_inductor")
-@pytest.mark.parametrize("strict", [False, True])
-def test_inductor_compiles_few_variants(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the limit of PyTorch for one function, the reference serves with a reason; strict mode raises."""
-    monkeypatch.setenv("KERNELS_STRICT", str(int(strict)))
-    raises = pytest.raises(Exception, match=r"(?i)limit|fullgraph") if strict else contextlib.nullcontext()
-    with use_kernel_mapping({"Scaled": {"cpu": "pack:inductor"}}), torch.no_grad(), raises:
-        with pytest.warns(KernelsWarning, match="quarantine"):
-            for rank in range(12):
-                x = torch.ones([2] * rank)
-                torch.testing.assert_close(Scaled()(x), x.sin() * 2)
-    assert (rank < 11) == strict
+def test_inductor_compiles_few_variants(caplog: pytest.LogCaptureFixture) -> None:
+    """Past the limit of PyTorch for one function, other kinds of calls run eager: one warning, one attempt a kind."""
+    layer = Scaled()
+    inputs = [torch.ones([2] * rank) for rank in range(12)]
+    with use_kernel_mapping({"Scaled": {"cpu": "pack:inductor"}}), torch.no_grad():
+        with pytest.warns(KernelsWarning, match="compiled for as many kinds of calls as PyTorch allows") as found:
+            for x in inputs:
+                torch.testing.assert_close(layer(x), x.sin() * 2)
+        assert len(found) == 1
+        assert receipt(layer, device="cpu", mode=Mode.INFERENCE).rows[0].origin.startswith("inductor")
+        assert any("recompile_limit" in record.getMessage() for record in caplog.records)
+        caplog.clear()
+        for x in inputs:
+            torch.testing.assert_close(layer(x), x.sin() * 2)
+        assert not any("recompile_limit" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.usefixtures("eager_inductor")
+def test_inductor_is_verified() -> None:
+    """`verify` compares more kinds of calls than are compiled; layers of PyTorch have variants of their own."""
+    with adopt(nn.Sequential(nn.RMSNorm(8), nn.LayerNorm(8)), rules=RULES) as adopted:
+        with use_kernel_mapping(dict.fromkeys(("RMSNorm", "LayerNorm"), "pack:inductor")):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", KernelsWarning)
+                report = verify(adopted.model, torch.randn(4, 8))
+    assert {(row.layer, row.verdict) for row in report.rows} == {("RMSNorm", "ok"), ("LayerNorm", "ok")}
 
 
 @pytest.mark.slow
