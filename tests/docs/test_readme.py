@@ -25,6 +25,15 @@ def test_tour_runs() -> None:
     assert "refused __main__.FastSiluAndMul: it declares has_backward = False" in run.stdout
 
 
+def test_adopt_runs() -> None:
+    """The block that needs transformers runs, and its receipt shows the plugin that serves."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    (program,) = blocks("python needs=transformers")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"model\.norm +RMSNorm +cpu +inference +\S+ +torch", run.stdout), run.stdout
+
+
 def test_commands_name_sessions_that_exist() -> None:
     """Both commands run a nox session of noxfile.py."""
     sessions = re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
