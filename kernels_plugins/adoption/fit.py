@@ -97,9 +97,11 @@ def _measured(module: nn.Module, rule: Rule) -> str | None:
     fraction = _fraction(module, rule)
     try:
         return _compared(module, rule, fraction)
-    except Exception:  # the forward knows the size of its projections
+    except Exception:  # the forward knows the size of its projections, or does not run here at all, as one in Triton
         if fraction == 1:
             raise
+        copied = _random_copy(module, 1, "meta")
+        type(module).forward(copied, *(value.to("meta") for value in rule.inputs(_View(copied, rule))))
     return _compared(module, rule, 1)
 
 
@@ -150,13 +152,15 @@ def _described(value: object) -> str:
     return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _random_copy(module: nn.Module, fraction: int) -> nn.Module:
+def _random_copy(module: nn.Module, fraction: int, device: str = "cpu") -> nn.Module:
     """Copy a module with random numbers in float64, on the CPU; its own tensors are never copied, nor read."""
     generator = torch.Generator().manual_seed(1)
     memo: dict[int, Any] = {}
     for _, tensor in _tensors(module):
         shape = [size // fraction for size in tensor.shape]
-        made = _random(torch.empty(shape, dtype=torch.float64), generator)
+        made = torch.empty(shape, dtype=torch.float64, device=device)
+        if device == "cpu":
+            _random(made, generator)
         memo[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
     return copy.deepcopy(module, memo)
 

@@ -465,11 +465,15 @@ def test_no_weight_is_copied(model: Model) -> None:
     assert {layer.layer_name for layer in adopted.layers} == {"RMSNorm", "SwiGLUMLP"}
 
 
+def needs_a_gpu(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no GPU")
+
+
 class WideMLP(GatedMLP):
     """Too wide to be copied for measuring."""
 
-    def __init__(self, *, by_width: bool = False) -> None:
-        super().__init__()
+    def __init__(self, act: Any = functional.silu, *, by_width: bool = False) -> None:
+        super().__init__(act)
         self.gate_proj, self.up_proj = (nn.Linear(1024, 2816, bias=False) for _ in range(2))
         self.down_proj, self.width = nn.Linear(2816, 1024, bias=False), 1024 if by_width else -1
 
@@ -489,6 +493,9 @@ def test_wide_layers_are_measured_narrow(by_width: bool, largest: int, monkeypat
     )
     assert [layer.layer_name for layer in adopt(nn.Sequential(WideMLP(by_width=by_width))).layers] == ["SwiGLUMLP"]
     assert max(made) <= largest
+    made.clear()
+    (reason,) = {each.reason for each in adopt(nn.Sequential(WideMLP(needs_a_gpu))).refused}
+    assert reason == "it cannot be measured: RuntimeError: no GPU" and max(made) <= 4096
 
 
 def test_random_numbers_are_left_alone(model: Model) -> None:
