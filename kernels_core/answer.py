@@ -60,7 +60,7 @@ class CorePlugin:
         for candidate in candidates:
             if isinstance(candidate.source, type(Reference)):  # no policy can refuse it: it is the model's own code
                 by = f"plugin {candidate.plugin!r} offers" if candidate.tier == "plugin" else "the mapping names"
-                return Resolution(request, refusals=tuple(refusals), misfits=misfits, note=f"{by} it")
+                return Resolution(request, refusals=tuple(refusals), note=f"{by} it")
             if entry := find_denied(request, candidate):  # of what is denied, nothing is fetched
                 refusals.append(quarantine_refusal(entry, candidate))
             elif vetoes := manager.vetoes(request, candidate):  # asked before code is fetched or imported
