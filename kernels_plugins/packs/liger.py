@@ -2,8 +2,8 @@
 
 Licence of `liger-kernel`: BSD 2-clause. Tried with 0.8.5. Served only where a mapping names `"pack:liger"`, for they
 make the decoding of single tokens slower. Limits: float16, bfloat16 and float32; rows of at most 65,536 items; not in
-compiled code, where the layer's own operators are fused as well. The backward of an MLP writes gradients over the
-outputs of its projections: run it once for each forward.
+compiled code, where the layer's own operators are fused as well; no second derivatives, and for an MLP one backward for
+each forward, for it writes the gradients over the outputs of the projections.
 """
 
 from __future__ import annotations
@@ -21,6 +21,22 @@ from kernels_core import KernelLayer, LoadedLayer, LoadError, hookimpl
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def _checked(output: Tensor, *, once: bool = False) -> Tensor:
+    """Let a backward raise that Liger would compute wrongly in silence."""
+    runs = 0
+
+    def check(gradients: object) -> None:
+        nonlocal runs
+        runs += 1
+        if torch.is_grad_enabled() or (once and runs > 1):  # autograd records a backward for a second derivative only
+            why = "a second backward through one forward" if runs > 1 else "second derivatives"
+            raise RuntimeError(f"Liger's kernels cannot compute {why}: leave pack:liger out of the mapping there.")
+
+    if output.grad_fn is not None:
+        output.grad_fn.register_prehook(check)
+    return output
+
+
 def _norm(apply: Callable[..., Tensor], offset: float, casting: str) -> type[nn.Module]:
     class LigerRMSNorm(nn.Module):
         dtypes = _DTYPES
@@ -30,7 +46,7 @@ def _norm(apply: Callable[..., Tensor], offset: float, casting: str) -> type[nn.
             if weight.dtype is not hidden_states.dtype:  # classes differ in the dtype that they return then
                 return NotImplemented
             # Not in place: that would overwrite the gradient of the output, which a residual connection reads, too.
-            return apply(hidden_states, weight, self.variance_epsilon, offset, casting, False)
+            return _checked(apply(hidden_states, weight, self.variance_epsilon, offset, casting, False))
 
     return LigerRMSNorm
 
@@ -41,7 +57,7 @@ def _mlp(apply: Callable[..., Tensor], *, packed: bool = False) -> type[nn.Modul
 
         def forward(self: Any, x: Tensor) -> Any:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if packed else (self.gate_proj(x), self.up_proj(x))
-            return self.down_proj(apply(gate, up))
+            return self.down_proj(_checked(apply(gate, up), once=True))
 
     return LigerMLP
 

@@ -12,6 +12,7 @@ pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
+import torch.utils.checkpoint  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -121,6 +122,26 @@ def test_calls_that_are_left_to_others() -> None:
             torch.testing.assert_close(model[0](x.bfloat16()), mixed)
             compiled = torch.compile(model, fullgraph=True)(x)
             torch.testing.assert_close(compiled, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_backwards_that_liger_gets_wrong() -> None:
+    """A second backward of an MLP, and second derivatives, raise; checkpointing is right."""
+    torch.manual_seed(0)
+    model = nn.Sequential(SwiMLP()).cuda()
+    x = torch.randn(4, WIDTH, device="cuda", requires_grad=True)
+    wanted = torch.autograd.grad(model(x).sum(), x)
+    with adopt(model), use_kernel_mapping(MAPPING):
+        output = model(x).sum()
+        torch.testing.assert_close(torch.autograd.grad(output, x, retain_graph=True), wanted, rtol=1e-3, atol=1e-3)
+        with pytest.raises(RuntimeError, match="a second backward"):
+            torch.autograd.grad(output, x)
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        for reentrant in (False, True):
+            output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum()
+            x.grad = None
+            output.backward()
+            torch.testing.assert_close((x.grad,), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_kernelized_and_captured() -> None:

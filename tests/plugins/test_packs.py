@@ -153,6 +153,24 @@ def test_liger_computes_the_layer(name: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_liger")
+@pytest.mark.parametrize("name", LAYERS)
+def test_backwards_that_liger_gets_wrong(name: str) -> None:
+    """A backward that is recorded raises, as does a second one of an MLP, whose saved tensors are overwritten."""
+    module: Any = Norm() if "Norm" in name else Gated()
+    forward = liger.kernels_packs()["liger"](name, CUDA).layer.forward
+    x = torch.randn(3, 8, requires_grad=True)
+    output = forward(module, x).sum()
+    (first,) = torch.autograd.grad(output, x, retain_graph=True)
+    if "Norm" in name:
+        torch.testing.assert_close(torch.autograd.grad(output, x)[0], first)
+    else:
+        with pytest.raises(RuntimeError, match="cannot compute a second backward through one forward"):
+            torch.autograd.grad(output, x)
+    with pytest.raises(RuntimeError, match="cannot compute second derivatives: leave pack:liger out"):
+        torch.autograd.grad(forward(module, x).sum(), x, create_graph=True)
+
+
+@pytest.mark.usefixtures("fake_liger")
 def test_liger_serves_where_it_is_named() -> None:
     """It is never offered by itself; named, it serves calls on GPUs that are not traced."""
     with adopt(nn.Sequential(nn.RMSNorm(8)), rules=RULES) as adopted:
