@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from types import TracebackType
-from typing import Any
+from types import FunctionType, TracebackType
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -27,19 +28,21 @@ from kernels_core import (
     unkernelize,
 )
 
-from .classes import make_class, original_class
+from .classes import dispatching, make_class, original_class
 from .fit import Kind, has_parts, kind_of, misfit, unmeasured
+from .functions import caller_of, calling
 from .rule import Rule, find_rules
 
 
 @dataclass(frozen=True)
 class AdoptedLayer:
-    """A module that dispatches now.
+    """A module that dispatches now, or a function that it calls.
 
     Attributes:
-        path: Where it is in the model, without what wrappers add to that.
+        path: Where it is in the model, without what wrappers add to that; for a function, the path of the module that
+            calls it, a colon, and its name.
         layer_name: The name under which mappings and packs offer kernels.
-        cls: Its class, as before.
+        cls: Its class, as before; for a function, its module and name.
         rule: The name of the rule that it fits.
     """
 
@@ -51,10 +54,10 @@ class AdoptedLayer:
 
 @dataclass(frozen=True)
 class RefusedLayer:
-    """A module whose class a rule names, and which stays as it was.
+    """A module whose class a rule names, or a function that it calls, which stays as it was.
 
     Attributes:
-        path: Where it is in the model.
+        path: Where it is in the model, as that of an adopted one.
         rule: The name of the rule.
         reason: Why it does not fit.
     """
@@ -83,11 +86,11 @@ class Adopted(Tabular):
         model: nn.Module,
         layers: Sequence[AdoptedLayer],
         refused: Sequence[RefusedLayer],
-        modules: Sequence[nn.Module],
+        modules: Mapping[str, nn.Module],
     ) -> None:
         """Keep the lists; `adopt` makes these."""
         self.model, self.layers, self.refused = model, tuple(layers), tuple(refused)
-        self._modules = tuple(modules)
+        self._modules = modules
 
     def receipt(self, *, device: Any = None, mode: Any = None) -> Receipt:
         """Return which kernel serves each layer, and why others do not: `receipt` of the model."""
@@ -100,19 +103,19 @@ class Adopted(Tabular):
         Raises:
             KernelizeError: If a class of a module was changed since, as by `fully_shard`. Nothing is undone then.
         """
-        for layer, module in zip(self.layers, self._modules, strict=False):
+        for path, module in self._modules.items():
             choice = frozen_choice(module)
             cls = choice.original if choice is not None else type(module)
             if original_class(cls) is None:
                 raise KernelizeError(
-                    f"The class of {layer.path!r} was changed since it was adopted, to {cls.__qualname__}: undo that "
+                    f"The class of {path!r} was changed since it was adopted, to {cls.__qualname__}: undo that "
                     "first, or adopt after it (fully_shard, parametrize and the like)."
                 )
-        for module in self._modules:
+        for module in self._modules.values():
             if frozen_choice(module) is not None:
                 unkernelize(module)
             change_class(module, original_class(type(module)))  # type: ignore[arg-type]
-        self._modules = ()
+        self._modules = {}
 
     def __enter__(self) -> Adopted:
         """Keep the layers adopted in the block."""
@@ -146,12 +149,13 @@ class Adopted(Tabular):
 
 
 def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
-    """Make the layers of a model dispatch that nobody decorated: norms, MLPs and activations that rules recognise.
+    """Make the layers of a model dispatch that nobody decorated: norms, MLPs, activations, rotary embeddings.
 
     A class whose name a rule matches is measured on a copy of one module, with random weights in float64: it is
-    adopted only where it computes what the layer computes. Modules get a class of their own, so that other models of
-    the same classes, state dicts, `isinstance` and pickles stay as they are. From then on, kernels that are mapped for
-    the layer, or that a pack offers, serve it: [adopt a model](adopt.md).
+    adopted only where it computes what the layer computes. So is a function that modules find in the globals of their
+    file. Modules get a class of their own, so that other models of the same classes, state dicts, `isinstance` and
+    pickles stay as they are. From then on, kernels that are mapped for the layer, or that a pack offers, serve it:
+    [adopt a model](adopt.md).
 
     Args:
         model: Any model; its modules are changed in place.
@@ -176,9 +180,10 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
     applied = find_rules(rules)
     layers: list[AdoptedLayer] = []
     refused: list[RefusedLayer] = []
-    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    changed: dict[str, tuple[nn.Module, type[nn.Module]]] = {}
     matching: dict[type, list[Rule]] = {}
-    found: dict[Kind, tuple[type[nn.Module] | None, list[tuple[Rule, str]]]] = {}
+    found: dict[Kind, _Found] = {}
+    functions: _Functions = {}
     for module, (path, *_) in module_paths(model).items():
         cls = type(module)
         if cls not in matching:
@@ -190,23 +195,21 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
             refused.append(RefusedLayer(path, matching[cls][0].name, taken))
             continue
         try:
-            kind = kind_of(module)
+            # Functions are measured for themselves: a hundred layers of one class, each with its number, share one.
+            kind = (cls,) if all(rule.function for rule in matching[cls]) else kind_of(module)
             if kind not in found:
-                found[kind] = _made(module, matching[cls])
+                found[kind] = _Found.of(module, matching[cls], functions)
         except Exception as error:  # an attribute, a metaclass or __init_subclass__ of theirs, a lazy module
             refused.append(RefusedLayer(path, matching[cls][0].name, unmeasured(error)))
             continue
-        made, reasons = found[kind]
-        if made is None:
-            refused.extend(RefusedLayer(path, rule.name, reason) for rule, reason in reasons)
-            continue
-        layer = find_layer(made)
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        layers.append(AdoptedLayer(path, layer.name if layer else "", name, reasons[-1][0].name))
-        changed.append((module, made))
-    for module, made in changed:
-        change_class(module, made)
-    return Adopted(model, layers, refused, [module for module, _ in changed])
+        made, adopted, others = found[kind]
+        layers.extend(replace(layer, path=path + layer.path) for layer in adopted)
+        refused.extend(replace(layer, path=path + layer.path) for layer in others)
+        if made is not None:
+            changed[path] = module, made
+    for module, new in changed.values():
+        change_class(module, new)
+    return Adopted(model, layers, refused, {path: module for path, (module, _) in changed.items()})
 
 
 def _taken(module: nn.Module) -> str | None:
@@ -223,19 +226,77 @@ def _taken(module: nn.Module) -> str | None:
     return None
 
 
-def _made(module: nn.Module, rules: Sequence[Rule]) -> tuple[type[nn.Module] | None, list[tuple[Rule, str]]]:
-    """Return the class for modules of a kind, with the rule that fits last; None with the reason of each rule."""
-    reasons: list[tuple[Rule, str]] = []
-    for rule in filter(partial(has_parts, module), rules):
+_Reasons = list[tuple[Rule, str]]
+_Functions = dict[tuple[int, str], tuple[Rule | None, Callable[..., Any], _Reasons]]
+"""For a function and its name in rules: the rule that fits, the dispatching function, and why other rules do not."""
+
+
+class _Found(NamedTuple):
+    """The class for modules of a kind, if any, and their layers; paths are those after the path of a module."""
+
+    cls: type[nn.Module] | None
+    adopted: list[AdoptedLayer]
+    refused: list[RefusedLayer]
+
+    @classmethod
+    def of(cls, module: nn.Module, rules: Sequence[Rule], known: _Functions) -> _Found:
+        """Measure a module, and the functions that it calls, unless those are known."""
+        found, original = cls(None, [], []), type(module)
+        forward: Any = inspect.getattr_static(original, "forward")
+        functions = []
+        for name in dict.fromkeys(rule.function for rule in rules if rule.function):
+            function = cast(FunctionType, caller_of(forward, name)).__globals__[name]
+            if (id(function), name) not in known:
+                known[id(function), name] = _dispatched(function, [rule for rule in rules if rule.function == name])
+            fits, made, reasons = known[id(function), name]
+            if fits is not None:
+                try:
+                    forward = calling(forward, name, made)
+                except ValueError as error:
+                    reasons, fits = [(fits, str(error))], None
+            if found.noted(f":{name}", function, fits, reasons):
+                functions.append(made)
+        own = [rule for rule in rules if not rule.function]
+        fits, reasons = _first_fit(module, list(filter(partial(has_parts, module), own)))
+        if own and fits is None and not reasons:
+            parts = ", ".join(name for name, _ in module.named_children()) or "none"
+            reasons = [(own[0], f"it has other parts than the layers that rules know: {parts}")]
+        if found.noted("", original, fits, reasons) or functions:
+            found = found._replace(cls=make_class(module, fits, forward, functions))
+        return found
+
+    def noted(self, path: str, subject: Any, fits: Rule | None, reasons: _Reasons) -> bool:
+        """List a layer, or why it is refused; return whether it is adopted."""
+        if fits is not None:
+            name = f"{subject.__module__}.{subject.__qualname__}"
+            self.adopted.append(AdoptedLayer(path, fits.layer_name, name, fits.name))
+            return True
+        self.refused.extend(RefusedLayer(path, rule.name, reason) for rule, reason in reasons)
+        return False
+
+
+def _dispatched(function: Any, rules: Sequence[Rule]) -> tuple[Rule | None, Callable[..., Any], _Reasons]:
+    """Return the rule that fits a function, the dispatching function, and why other rules do not fit."""
+    if not isinstance(function, FunctionType):
+        return None, function, [(rules[0], f"it is a {type(function).__qualname__}, not a function")]
+    if (layer := find_layer(function)) is not None:
+        return None, function, [(rules[0], f"it is decorated, as layer {layer.name!r}")]
+    fits, reasons = _first_fit(function, rules)
+    return fits, dispatching(function, fits) if fits is not None else function, reasons
+
+
+def _first_fit(subject: Any, rules: Sequence[Rule]) -> tuple[Rule | None, _Reasons]:
+    """Return the first rule that fits a module or a function, if any, and why those before it do not."""
+    reasons: _Reasons = []
+    for rule in rules:
         try:
-            reason = misfit(module, rule)
+            reason = misfit(subject, rule)
         except Exception as error:  # the next rule may fit all the same
             reason = unmeasured(error)
-        reasons.append((rule, reason or ""))
         if reason is None:
-            return make_class(module, rule), reasons
-    own = ", ".join(name for name, _ in module.named_children()) or "none"
-    return None, reasons or [(rules[0], f"it has other parts than the layers that rules know: {own}")]
+            return rule, reasons
+        reasons.append((rule, reason))
+    return None, reasons
 
 
 set_module("kernels_plugins", globals())

@@ -1,4 +1,4 @@
-"""The classes of adopted modules: as the original one, with a forward that dispatches.
+"""The classes of adopted modules: as the original one, with a forward that dispatches, or calls functions that do.
 
 Nothing is stored on a module, so that its state dict stays as it is, and undoing is exact. A copy of an adopted module
 is adopted; a pickle holds a module of the original class, and can be read without kernels-core.
@@ -10,13 +10,21 @@ import contextlib
 import copy
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
 from typing import Any, cast
 
 from torch import nn
 
-from kernels_core import Layer, decorated_layer, replace_kernel_forward_from_hub, require_type, set_module
+from kernels_core import (
+    Layer,
+    decorated_layer,
+    replace_kernel_forward_from_hub,
+    require_type,
+    set_module,
+    use_kernel_forward_from_hub,
+    use_kernelized_func,
+)
 
 from .rule import Rule
 
@@ -40,16 +48,41 @@ def adopted_rule(layer: Layer | None) -> Rule | None:
     return _rules.get(layer) if layer is not None else None
 
 
-def make_class(module: nn.Module, rule: Rule) -> type[nn.Module]:
-    """Return the class that modules like this one get; the same one again, so that compiled code can be used again."""
-    reads = {canonical: rule.bound(module, canonical) for canonical in rule.binds if canonical not in module.__dict__}
+@functools.lru_cache(maxsize=256)
+def dispatching(function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
+    """Return the function that adopted classes call in place of this one; the same one again."""
+    made = use_kernel_forward_from_hub(rule.layer_name)(function)
+    _rules[decorated_layer(made)] = rule
+    return made
+
+
+def make_class(
+    module: nn.Module, rule: Rule | None, forward: Any, functions: Sequence[Callable[..., Any]]
+) -> type[nn.Module]:
+    """Return the class that modules like this one get; the same one again, so that compiled code can be used again.
+
+    Args:
+        module: One of them.
+        rule: The rule that it fits; None for one that only calls functions.
+        forward: The forward of the class: that of the module, or a copy that calls dispatching functions.
+        functions: Those functions.
+    """
     original: Any = type(module)
+    binds = rule.binds if rule is not None else ()
+    reads = {name: cast(Rule, rule).bound(module, name) for name in binds if name not in module.__dict__}
     # Liger and others replace the forward of a class: then, one made before would run the old one.
-    return _make_class(original, original.forward, rule, tuple((name, read) for name, read in reads.items() if read))
+    bound = tuple((name, read) for name, read in reads.items() if read)
+    return _make_class(original, forward, rule, bound, tuple(functions))
 
 
 @functools.lru_cache(maxsize=256)  # weak entries would not do: a class that is made refers to its original
-def _make_class(original: Any, forward: Any, rule: Rule, reads: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
+def _make_class(
+    original: Any,
+    forward: Any,
+    rule: Rule | None,
+    reads: tuple[tuple[str, Any], ...],
+    functions: tuple[Callable[..., Any], ...],
+) -> type[nn.Module]:
     members: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -59,10 +92,13 @@ def _make_class(original: Any, forward: Any, rule: Rule, reads: tuple[tuple[str,
         "kernels_adopted": original,
         **{canonical: property(read) for canonical, read in reads},
     }
+    if functions:
+        members["forward"] = forward
     made = cast("type[nn.Module]", type(original)(original.__name__, (original,), members))
-    replace_kernel_forward_from_hub(made, rule.layer_name)
-    _rules[decorated_layer(made)] = rule
-    return made
+    if rule is not None:
+        replace_kernel_forward_from_hub(made, rule.layer_name)
+        _rules[decorated_layer(made)] = rule
+    return use_kernelized_func(*functions)(made)
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import NoneType
 from typing import Any
@@ -53,8 +54,15 @@ def has_parts(module: nn.Module, rule: Rule) -> bool:
     return all(_part(module, path) is not None for path in rule.parts)
 
 
-def misfit(module: nn.Module, rule: Rule) -> str | None:
-    """Return why a module with the parts of a rule is no layer of it, or None."""
+def misfit(subject: Any, rule: Rule) -> str | None:
+    """Return why a function, or a module with the parts of a rule, is no layer of it; or None."""
+    if not rule.function:
+        return _misfit_of_module(subject, rule)
+    with _aside():
+        return _takes_other(rule, subject) or _differs(rule.oracle, subject, rule.inputs(subject))
+
+
+def _misfit_of_module(module: nn.Module, rule: Rule) -> str | None:
     for path, kinds in rule.parts.items():
         part = _part(module, path)
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
@@ -91,9 +99,8 @@ def _name(cls: type) -> str:
 
 
 def _measured(module: nn.Module, rule: Rule) -> str | None:
-    ours, theirs = (_required(function) for function in (rule.oracle, type(module).forward))
-    if ours != theirs:
-        return f"its forward takes {theirs} argument{'s' * (theirs != 1)}, and the layer takes {ours}"
+    if reason := _takes_other(rule, type(module).forward, without=1):
+        return reason
     fraction = _fraction(module, rule)
     try:
         return _compared(module, rule, fraction)
@@ -117,14 +124,20 @@ def _fraction(module: nn.Module, rule: Rule) -> int:
     return next((each for each in range(common, 1, -1) if common % each == 0 and least // each >= _NARROW), 1)
 
 
-def _compared(module: nn.Module, rule: Rule, fraction: int) -> str | None:
-    # A default device, autocast and generators of the caller's have no part in the measurement.
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """Measure without a default device, autocast and generators of the caller's."""
     with (
         torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
     ):
+        yield
+
+
+def _compared(module: nn.Module, rule: Rule, fraction: int) -> str | None:
+    with _aside():
         copied = _random_copy(module, fraction)
         for path in rule.parts if fraction > 1 else ():
             part: Any = copied.get_submodule(path)
@@ -132,23 +145,37 @@ def _compared(module: nn.Module, rule: Rule, fraction: int) -> str | None:
         view = _View(copied, rule)
         for training in (False, True):  # dropout shows in one of them only
             copied.train(training)
-            inputs = rule.inputs(view)
-            wanted = rule.oracle(view, *(value.clone() for value in inputs))
-            found = type(module).forward(copied, *(value.clone() for value in inputs))
-            if not isinstance(found, Tensor) or found.shape != wanted.shape:
-                return f"it returns {_described(found)}, and the layer returns {_described(wanted)}"
-            error = float(((found.double() - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
+            theirs = partial(type(module).forward, copied)
+            if reason := _differs(partial(rule.oracle, view), theirs, rule.inputs(view)):
+                return reason
+    return None
+
+
+def _takes_other(rule: Rule, theirs: Callable[..., Any], *, without: int = 0) -> str | None:
+    """Compare the numbers of arguments: of all, since a kernel takes them all."""
+    wanted, found = (len(inspect.signature(each).parameters) - without for each in (rule.oracle, theirs))
+    return f"it takes {found} argument{'s' * (found != 1)}, and the layer takes {wanted}" if found != wanted else None
+
+
+def _differs(ours: Callable[..., Any], theirs: Callable[..., Any], inputs: Any) -> str | None:
+    """Return how far a function is from an oracle in some calls, if that is too far."""
+    for arguments in inputs if isinstance(inputs, list) else [inputs]:
+        wanted, found = (
+            function(*(value.clone() if isinstance(value, Tensor) else value for value in arguments))
+            for function in (ours, theirs)
+        )
+        if _described(found) != _described(wanted):
+            return f"it returns {_described(found)}, and the layer returns {_described(wanted)}"
+        for one, other in zip(*(each if isinstance(each, tuple) else (each,) for each in (wanted, found)), strict=True):
+            error = float(((other.double() - one).abs().amax(-1) / one.abs().amax(-1)).max())
             if not error <= _AT_MOST:
                 return f"it computes something else: it differs by {error:.1g} of the largest number of a row"
     return None
 
 
-def _required(function: Any) -> int:
-    """Return the number of arguments of a forward: all, since a kernel takes them all."""
-    return len(inspect.signature(function).parameters) - 1
-
-
 def _described(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
     return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernels_core import ArgumentTypeError, PluginError, plugin_manager, require_type, set_module
+from kernels_core import ArgumentError, ArgumentTypeError, PluginError, plugin_manager, require_type, set_module
+
+from .functions import caller_of
 
 Binding = str | tuple[str, ...] | Callable[[Any], object]
 """The attribute of a class that stands for a canonical one: its name, several to try, or a function of the module."""
@@ -31,12 +34,16 @@ class Rule:
         name: Names the rule in lists and reasons.
         layer_name: The name under which mappings and packs offer kernels for the layer.
         classes: Patterns of class names with their modules, such as `"*.*RMSNorm"`.
-        oracle: Computes the layer in plain PyTorch, from a module with the canonical attributes and the arguments.
-        inputs: Makes the arguments of one call for a module, float64 tensors on the CPU.
+        oracle: Computes the layer in plain PyTorch, from a module with the canonical attributes and the arguments:
+            a tensor, or a tuple of tensors.
+        inputs: Makes the arguments of one call for a module, float64 tensors on the CPU; or a list of those of several.
         binds: For each attribute that the oracle and the kernels read, the attribute of the class that stands for it.
         parts: For each child module that kernels read past, its path and exact class, or classes.
+        function: The name of a function that the forward of these classes finds in the globals of its file, where
+            that is the layer. `oracle` then takes the arguments of the function only, and `inputs` gets the function.
 
     Raises:
+        ArgumentError: If a rule for a function has `binds` or `parts`, which are those of a module.
         ArgumentTypeError: For anything of the wrong type.
 
     Example:
@@ -55,14 +62,15 @@ class Rule:
     name: str
     layer_name: str
     classes: tuple[str, ...]
-    oracle: Callable[..., Tensor]
-    inputs: Callable[[Any], tuple[Any, ...]]
+    oracle: Callable[..., Tensor | tuple[Tensor, ...]]
+    inputs: Callable[[Any], tuple[Any, ...] | list[tuple[Any, ...]]]
     binds: Mapping[str, Binding] = field(default_factory=dict)
     parts: Mapping[str, type[nn.Module] | tuple[type[nn.Module], ...]] = field(default_factory=dict)
+    function: str = ""
 
     def __post_init__(self) -> None:
         """Check the types."""
-        for name in ("name", "layer_name"):
+        for name in ("name", "layer_name", "function"):
             require_type(getattr(self, name), str, f"{name} of a Rule")
         if not isinstance(self.classes, (tuple, list)) or not all(isinstance(each, str) for each in self.classes):
             raise ArgumentTypeError(f"classes of a Rule is a tuple of patterns, not {self.classes!r}.")
@@ -71,6 +79,8 @@ class Rule:
                 raise ArgumentTypeError(f"{name} of a Rule is a function, not {getattr(self, name)!r}.")
         for name in ("binds", "parts"):
             require_type(getattr(self, name), Mapping, f"{name} of a Rule")
+            if self.function and getattr(self, name):
+                raise ArgumentError(f"Rule {self.name!r} is for a function, which has no {name}: leave that out.")
         for canonical, binding in self.binds.items():
             if not isinstance(canonical, str) or not canonical.isidentifier() or hasattr(nn.Module, canonical):
                 raise ArgumentTypeError(f"binds of a Rule names attributes that a module has not, not {canonical!r}.")
@@ -78,12 +88,12 @@ class Rule:
                 require_type(binding, (str, tuple), f"binds[{canonical!r}] of a Rule")
 
     def matches(self, cls: type[nn.Module]) -> bool:
-        """Whether the name of a class, or of a class that it derives from, matches one of the patterns."""
+        """Whether the name of a class, or of one that it derives from, fits, and it calls the function, if any."""
         return any(
             fnmatchcase(f"{each.__module__}.{each.__qualname__}", pattern)
             for each in cls.__mro__
             for pattern in self.classes
-        )
+        ) and (not self.function or caller_of(inspect.getattr_static(cls, "forward"), self.function) is not None)
 
     def bound(self, module: nn.Module, canonical: str) -> Callable[[Any], object] | None:
         """Return a function that reads a canonical attribute off modules like this one; None if it has the attribute.

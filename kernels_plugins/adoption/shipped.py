@@ -1,7 +1,8 @@
-"""The rules that come with kernels-core, and their oracles: norms, gated MLPs and activations."""
+"""The rules that come with kernels-core, and their oracles: norms, gated MLPs, activations and rotary embeddings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,6 +128,60 @@ def silu_and_mul(self: Any, x: Tensor) -> Tensor:
 
 _GELUS = ("*.*NewGELU*", "*.*FastGELU*", "*.*AccurateGELU*")  # those in one operation have nothing to gain
 
+# --- Rotary embeddings: functions that attention calls ---------------------------------------------
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of each row, with numbers for each half."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Pair:
+    """Rotate queries and keys, which have as many columns as cos and sin."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def rotary_pos_emb_partial(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Pair:
+    """Rotate the first columns of queries and keys, as many as cos and sin have: some, or all."""
+    width = cos.shape[-1]
+    turned = rotary_pos_emb(q[..., :width], k[..., :width], cos, sin, unsqueeze_dim)
+    return torch.cat((turned[0], q[..., width:]), dim=-1), torch.cat((turned[1], k[..., width:]), dim=-1)
+
+
+def rotary_pos_emb_half(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Pair:
+    """Rotate queries and keys, which have twice the columns of cos and sin."""
+    return rotary_pos_emb(q, k, torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1), unsqueeze_dim)
+
+
+def rotary_pos_emb_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair:
+    """Rotate queries and keys without a batch: positions, heads, columns."""
+    return rotary_pos_emb(q, k, cos, sin, -2)
+
+
+def _rotated(*widths: int) -> Callable[[Any], list[tuple[Any, ...]]]:
+    """Return queries of 8 columns, fewer keys, cos and sin of some widths; heads before positions, and after."""
+
+    def inputs(function: Any) -> list[tuple[Any, ...]]:
+        q, k = _random(4, 5, 8), _random(2, 5, 8)
+        angles = [(_random(5, width), _random(5, width).flip(0)) for width in widths]
+        return [(q, k, *each, 1) for each in angles] + [
+            (q.transpose(1, 2), k.transpose(1, 2), *each, 2) for each in angles
+        ]
+
+    return inputs
+
+
+def _seen(function: Any) -> tuple[Tensor, ...]:
+    return _random(4, 8), _random(2, 8), _random(8), _random(8).flip(0)
+
+
+_ANY = ("*",)  # of classes whose forward calls such a function
+_ROTARY = "apply_rotary_pos_emb"
+
 RULES = (
     Rule("RMSNorm", "RMSNorm", _RMS_NORMS, rms_norm, _hidden, _RMS_BINDS),
     Rule("RMSNorm, 1 + weight", "RMSNormOffset", _RMS_NORMS, rms_norm_offset, _hidden, _RMS_BINDS),
@@ -144,5 +199,10 @@ RULES = (
     Rule("SwiGLU MLP, packed", "PackedSwiGLUMLP", _MLPS, packed_swiglu_mlp, _projected, parts=_PACKED),
     Rule("GELU, tanh", "GeluTanh", _GELUS, gelu_tanh, _gated),
     Rule("SiLU and mul", "SiluAndMul", ("*.*SiluAndMul", "*.*SwiGLU"), silu_and_mul, _gated),
+    # Before the one for all columns, which computes the same where cos has as many: such a function takes fewer, too.
+    Rule("rotary, partial", "rotary_pos_emb_partial", _ANY, rotary_pos_emb_partial, _rotated(4, 8), function=_ROTARY),
+    Rule("rotary, half", "rotary_pos_emb_half", _ANY, rotary_pos_emb_half, _rotated(4), function=_ROTARY),
+    Rule("rotary", "rotary_pos_emb", _ANY, rotary_pos_emb, _rotated(8), function=_ROTARY),
+    Rule("rotary, vision", "rotary_pos_emb_vision", _ANY, rotary_pos_emb_vision, _seen, function=f"{_ROTARY}_vision"),
 )
 """In the order in which they are tried."""

@@ -213,7 +213,7 @@ def test_peft_before_and_after(llama: Any) -> None:
     plain = peft.get_peft_model(copy.deepcopy(llama), config)
     with adopt(plain) as adopted:
         assert {each.path.rpartition(".")[2] for each in adopted.refused} == {"mlp"}
-        assert {layer.layer_name for layer in adopted.layers} == {"RMSNorm"}
+        assert {layer.layer_name for layer in adopted.layers} == {"RMSNorm", "rotary_pos_emb"}
     adopted = adopt(llama)
     torch.manual_seed(0)
     later = peft.get_peft_model(llama, config)
