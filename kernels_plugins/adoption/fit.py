@@ -59,7 +59,7 @@ def misfit(subject: Any, rule: Rule) -> str | None:
     if not rule.function:
         return _misfit_of_module(subject, rule)
     with _aside():
-        return _takes_other(rule, subject) or _differs(rule.oracle, subject, rule.inputs(subject))
+        return _takes_other(rule, subject) or _differs(rule.oracle, subject, _calls(rule, subject))
 
 
 def _misfit_of_module(module: nn.Module, rule: Rule) -> str | None:
@@ -108,7 +108,7 @@ def _measured(module: nn.Module, rule: Rule) -> str | None:
         if fraction == 1:
             raise
         copied = _random_copy(module, 1, "meta")
-        type(module).forward(copied, *(value.to("meta") for value in rule.inputs(_View(copied, rule))))
+        type(module).forward(copied, *(value.to("meta") for value in _calls(rule, _View(copied, rule))[0]))
     return _compared(module, rule, 1)
 
 
@@ -146,7 +146,7 @@ def _compared(module: nn.Module, rule: Rule, fraction: int) -> str | None:
         for training in (False, True):  # dropout shows in one of them only
             copied.train(training)
             theirs = partial(type(module).forward, copied)
-            if reason := _differs(partial(rule.oracle, view), theirs, rule.inputs(view)):
+            if reason := _differs(partial(rule.oracle, view), theirs, _calls(rule, view)):
                 return reason
     return None
 
@@ -157,9 +157,15 @@ def _takes_other(rule: Rule, theirs: Callable[..., Any], *, without: int = 0) ->
     return f"it takes {found} argument{'s' * (found != 1)}, and the layer takes {wanted}" if found != wanted else None
 
 
-def _differs(ours: Callable[..., Any], theirs: Callable[..., Any], inputs: Any) -> str | None:
+def _calls(rule: Rule, subject: Any) -> list[tuple[Any, ...]]:
+    """Return the arguments of the calls that measure a module or a function."""
+    inputs = rule.inputs(subject)
+    return inputs if isinstance(inputs, list) else [inputs]
+
+
+def _differs(ours: Callable[..., Any], theirs: Callable[..., Any], calls: list[tuple[Any, ...]]) -> str | None:
     """Return how far a function is from an oracle in some calls, if that is too far."""
-    for arguments in inputs if isinstance(inputs, list) else [inputs]:
+    for arguments in calls:
         wanted, found = (
             function(*(value.clone() if isinstance(value, Tensor) else value for value in arguments))
             for function in (ours, theirs)
