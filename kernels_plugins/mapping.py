@@ -139,7 +139,7 @@ def register_kernel_mapping(
     Args:
         mapping: `{layer name: {device: source | [sources in order] | {Mode: source}}}`. A device is
             a name such as `"cuda"` or a `Device`; a source is a repository, an object with
-            `load()`, an `nn.Module` class, or a function.
+            `load()`, an `nn.Module` class, a function, `Reference` or `"reference"`, or `"pack:NAME"`.
         inherit_mapping: Whether to add to the mappings registered before (an equal layer and device is
             replaced, with all its modes) and to those of plugin packages, or to replace them.
         same_for_all_modes: Whether the kernel that serves training serves inference, too, for the layers of this
@@ -277,7 +277,7 @@ def as_source(source: object, where: str, layer_name: str = "") -> object:
         raise ArgumentTypeError(
             f"In the mapping of {where}: {source!r} {problem}. A source is a repository such as "
             "LayerRepository('owner/name', layer_name='Name', version=1), an object with load() or one that a plugin "
-            "loads, an nn.Module class, or a function."
+            "loads, an nn.Module class, a function, Reference, or a text such as 'pack:torch'."
         )
     return source
 
@@ -286,8 +286,8 @@ def _repository(text: str, options: Mapping[str, Any], where: str) -> object:
     place, colon, layer_name = text.rpartition(":")
     if not (colon and layer_name and "/" in place.replace("\\", "/")):
         raise ArgumentError(
-            f"In the mapping of {where}: {text!r} names no layer of a repository: write 'owner/name:Layer', or "
-            "'/path/to/kernel:Layer' for a folder."
+            f"In the mapping of {where}: {text!r} names no layer of a repository: write 'owner/name:Layer', "
+            "'/path/to/kernel:Layer' for a folder, 'pack:NAME' or 'reference'."
         )
     if unknown := sorted(set(options) - _OPTIONS):
         raise ArgumentError(
