@@ -16,7 +16,7 @@ import torch.utils.checkpoint  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from kernels_core import Mode, kernelize, receipt  # noqa: E402
+from kernels_core import Mode, checkpoint_scopes, kernelize, receipt  # noqa: E402
 from kernels_plugins import adopt, use_kernel_mapping  # noqa: E402
 
 WIDTH = 256
@@ -137,8 +137,8 @@ def test_backwards_that_liger_gets_wrong() -> None:
             torch.autograd.grad(output, x)
         with pytest.raises(RuntimeError, match="second derivatives"):
             torch.autograd.grad(model(x).sum(), x, create_graph=True)
-        for reentrant in (False, True):
-            output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum()
+        for options in ({"use_reentrant": True}, {"use_reentrant": False, "context_fn": checkpoint_scopes}):
+            output = torch.utils.checkpoint.checkpoint(model, x, **options).sum()
             x.grad = None
             output.backward()
             torch.testing.assert_close((x.grad,), wanted, rtol=1e-3, atol=1e-3)
