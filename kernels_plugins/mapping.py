@@ -48,8 +48,6 @@ from kernels_core import (
     source_label,
 )
 
-from .packs.source import PREFIX, Pack, as_pack
-
 
 class _Loads(Protocol):
     """A source that loads itself."""
@@ -263,7 +261,9 @@ def as_source(source: object, where: str, layer_name: str = "") -> object:
     if named := _named(source):
         if source == "reference":
             return Reference
-        if isinstance(source, str) and source.startswith(PREFIX):
+        if isinstance(source, str) and source.startswith("pack:"):
+            from .packs.source import as_pack  # only for mappings that name a pack
+
             return as_pack(source, where, layer_name)
         return _repository(*named, where)
     problem = ""
@@ -353,8 +353,9 @@ def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | L
     """Take classes and functions as they are, and ask packs and any other object to load themselves."""
     if isinstance(source, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType):
         return source
-    if isinstance(source, Pack):
-        return cast("KernelLayer | LoadedLayer", source.load(request.device))
+    load_on = getattr(source, "load_on", None)  # of a pack, whose kernels differ by device
+    if callable(load_on):
+        return cast("KernelLayer | LoadedLayer", load_on(request.device))
     load = getattr(source, "load", None)
     if callable(load):
         loaded = load()

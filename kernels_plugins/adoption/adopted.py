@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType, TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -231,7 +231,8 @@ _Functions = dict[tuple[int, str], tuple[Rule | None, Callable[..., Any], _Reaso
 """For a function and its name in rules: the rule that fits, the dispatching function, and why other rules do not."""
 
 
-class _Found(NamedTuple):
+@dataclass
+class _Found:
     """The class for modules of a kind, if any, and their layers; paths are those after the path of a module."""
 
     cls: type[nn.Module] | None
@@ -262,7 +263,7 @@ class _Found(NamedTuple):
             parts = ", ".join(name for name, _ in module.named_children()) or "none"
             reasons = [(own[0], f"it has other parts than the layers that rules know: {parts}")]
         if found.noted("", original, fits, reasons) or functions:
-            found = found._replace(cls=make_class(module, fits, forward, functions))
+            found.cls = make_class(module, fits, forward, functions)
         return found
 
     def noted(self, path: str, subject: Any, fits: Rule | None, reasons: _Reasons) -> bool:

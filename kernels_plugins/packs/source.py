@@ -26,7 +26,7 @@ class Pack:
     name: str
     layer_name: str
 
-    def load(self, device: torch.device) -> Any:
+    def load_on(self, device: torch.device) -> Any:
         """Ask the pack for its kernel.
 
         Raises:

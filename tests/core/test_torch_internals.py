@@ -50,6 +50,7 @@ READS_VERSION = {
     "kernels_plugins/hub/builds/machine.py": "looks for it in the names of builds",
     "kernels_plugins/oracle/probe.py": "a key of reports",
     "kernels_plugins/oracle/probe_cache.py": "a key of reports",
+    "kernels_plugins/packs/inductor.py": "names the compiler in receipts",
 }
 """Files that may read the version of PyTorch, which they must not compare."""
 
