@@ -202,10 +202,9 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
         except Exception as error:  # an attribute, a metaclass or __init_subclass__ of theirs, a lazy module
             refused.append(RefusedLayer(path, matching[cls][0].name, unmeasured(error)))
             continue
-        made, adopted, others = found[kind]
-        layers.extend(replace(layer, path=path + layer.path) for layer in adopted)
-        refused.extend(replace(layer, path=path + layer.path) for layer in others)
-        if made is not None:
+        layers.extend(replace(layer, path=path + layer.path) for layer in found[kind].adopted)
+        refused.extend(replace(layer, path=path + layer.path) for layer in found[kind].refused)
+        if (made := found[kind].cls) is not None:
             changed[path] = module, made
     for module, new in changed.values():
         change_class(module, new)

@@ -281,7 +281,7 @@ class Rotary(nn.Module):
         (Rotary(), "it is a Rotary, not a function"),
         (use_kernel_forward_from_hub("theirs")(apply_rotary_pos_emb), "it is decorated, as layer 'theirs'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", "object"),
 )
 def test_functions_are_known_by_what_they_compute(function: Any, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions of one name are told apart by measuring them; the others stay, each with its reason."""
