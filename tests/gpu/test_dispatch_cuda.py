@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,8 @@ def test_a_call_that_is_passed_on(how: str) -> None:
                 assert x.grad.unique().tolist() == [number if dtype == torch.float16 else 1]
             if how == "dispatched":
                 x = ones(f"cuda:{index}").bfloat16()
-                with pytest.warns(KernelsWarning, match="quarantine for torch.bfloat16"):
+                first = pytest.warns(KernelsWarning, match="quarantine for torch.bfloat16")
+                with first if index == 0 else contextlib.nullcontext():  # once for a layer and a reason
                     assert layer(x).unique().tolist() == [1]
                 assert layer(x).unique().tolist() == [2] and layer(x.half()).unique().tolist() == [4]
                 assert release() == 1
