@@ -131,7 +131,8 @@ def _aside() -> Iterator[None]:
         torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
         torch.random.fork_rng(devices=[]),
-        torch.no_grad(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
     ):
         yield
 
@@ -142,12 +143,20 @@ def _compared(module: nn.Module, rule: Rule, fraction: int) -> str | None:
         for path in rule.parts if fraction > 1 else ():
             part: Any = copied.get_submodule(path)
             part.in_features, part.out_features = part.in_features // fraction, part.out_features // fraction
-        view = _View(copied, rule)
+        view, before, theirs = _View(copied, rule), kind_of(copied), partial(type(module).forward, copied)
         for training in (False, True):  # dropout shows in one of them only
             copied.train(training)
-            theirs = partial(type(module).forward, copied)
-            if reason := _differs(partial(rule.oracle, view), theirs, _calls(rule, view)):
+            calls = _calls(rule, view)
+            if reason := _differs(partial(rule.oracle, view), theirs, calls, copied):
                 return reason
+        if kind_of(copied) != before:
+            return "its forward sets attributes of the module, which a kernel would not do"
+        with contextlib.suppress(Exception), torch.no_grad():  # some run in one dtype only
+            copied.bfloat16()
+            halves = [each.bfloat16() if _is_floating(each) else each for each in calls[0]]
+            dtype, wanted = theirs(*halves).dtype, rule.oracle(view, *halves).dtype
+            if dtype != wanted:
+                return f"it returns {dtype} for torch.bfloat16, and the layer returns {wanted}"
     return None
 
 
@@ -163,26 +172,54 @@ def _calls(rule: Rule, subject: Any) -> list[tuple[Any, ...]]:
     return inputs if isinstance(inputs, list) else [inputs]
 
 
-def _differs(ours: Callable[..., Any], theirs: Callable[..., Any], calls: list[tuple[Any, ...]]) -> str | None:
-    """Return how far a function is from an oracle in some calls, if that is too far."""
+def _differs(
+    ours: Callable[..., Any], theirs: Callable[..., Any], calls: list[tuple[Any, ...]], module: nn.Module | None = None
+) -> str | None:
+    """Return how a function differs from an oracle in some calls: in numbers, gradients or effects on arguments."""
     for arguments in calls:
-        wanted, found = (
-            function(*(value.clone() if isinstance(value, Tensor) else value for value in arguments))
-            for function in (ours, theirs)
-        )
+        given = [each.clone().requires_grad_() if _is_floating(each) else each for each in arguments]
+        passed, spare = ([each.clone() if isinstance(each, Tensor) else each for each in given] for _ in range(2))
+        wanted, found = ours(*spare), theirs(*passed)
         if _described(found) != _described(wanted):
             return f"it returns {_described(found)}, and the layer returns {_described(wanted)}"
-        for one, other in zip(*(each if isinstance(each, tuple) else (each,) for each in (wanted, found)), strict=True):
-            error = float(((other.double() - one).abs().amax(-1) / one.abs().amax(-1)).max())
+        pairs = list(zip(*(each if isinstance(each, tuple) else (each,) for each in (wanted, found)), strict=True))
+        for one, other in ((one.detach(), other.detach()) for one, other in pairs):
+            error = float(((other - one).abs().amax(-1) / one.abs().amax(-1)).max())
             if not error <= _AT_MOST:
                 return f"it computes something else: it differs by {error:.1g} of the largest number of a row"
+        if not all(torch.equal(a, b) for a, b in zip(passed, given, strict=True) if isinstance(a, Tensor)):
+            return "it writes into its arguments, which a kernel would not do"
+        leaves = [each for each in (*given, *(module.parameters() if module else ())) if _is_floating(each)]
+        if not all(_have_equal_gradients(one, other, leaves) for one, other in pairs):
+            return "it computes other gradients"
     return None
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _have_equal_gradients(wanted: Tensor, found: Tensor, leaves: list[Tensor]) -> bool:
+    """Whether neither stops a gradient that the other has; roughly, for classes may compute in float32."""
+    if not wanted.requires_grad or not found.requires_grad:
+        return wanted.requires_grad == found.requires_grad
+    weights = torch.linspace(-1.0, 1.0, wanted.numel(), dtype=wanted.dtype).view(wanted.shape)
+    # Several outputs of a call, such as both of a rotary embedding, may share a graph.
+    ours, theirs = (
+        torch.autograd.grad(output, leaves, weights, allow_unused=True, retain_graph=True) for output in (wanted, found)
+    )
+    return all(
+        one is other or (one is not None and other is not None and bool((one - other).norm() <= 1e-3 * one.norm()))
+        for one, other in zip(ours, theirs, strict=True)
+    )
 
 
 def _described(value: object) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_described, value))})"
-    return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return (
+        f"a {value.dtype} tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    )
 
 
 def _random_copy(module: nn.Module, fraction: int, device: str = "cpu") -> nn.Module:
@@ -194,7 +231,7 @@ def _random_copy(module: nn.Module, fraction: int, device: str = "cpu") -> nn.Mo
         made = torch.empty(shape, dtype=torch.float64, device=device)
         if device == "cpu":
             _random(made, generator)
-        memo[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+        memo[id(tensor)] = nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made
     return copy.deepcopy(module, memo)
 
 
