@@ -154,9 +154,9 @@ def _compared(module: nn.Module, rule: Rule, fraction: int) -> str | None:
         with contextlib.suppress(Exception), torch.no_grad():  # some run in one dtype only
             copied.bfloat16()
             halves = [each.bfloat16() if _is_floating(each) else each for each in calls[0]]
-            dtype, wanted = theirs(*halves).dtype, rule.oracle(view, *halves).dtype
-            if dtype != wanted:
-                return f"it returns {dtype} for torch.bfloat16, and the layer returns {wanted}"
+            found, wanted = _described(theirs(*halves)), _described(rule.oracle(view, *halves))
+            if found != wanted:
+                return f"for torch.bfloat16, it returns {found}, and the layer returns {wanted}"
     return None
 
 

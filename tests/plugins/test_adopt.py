@@ -311,7 +311,7 @@ def pruned(module: nn.Module) -> nn.Module:
         (StoppingRMSNorm(), "it computes other gradients"),
         (ScalingRMSNorm(), "it writes into its arguments"),
         (RecordingMLP(), "its forward sets attributes of the module"),
-        (WideningRMSNorm(), "it returns torch.float32 for torch.bfloat16, and the layer returns torch.bfloat16"),
+        (WideningRMSNorm(), "for torch.bfloat16, it returns a torch.float32 tensor of (3, 1, 2, 8), and the layer"),
         (SealedRMSNorm(), "it cannot be measured: TypeError: this class is sealed"),
         (HostileRMSNorm(), "it cannot be measured: RuntimeError: no weight"),
         (LazyMLP(), "it cannot be measured: RuntimeError: Can't access the shape of an uninitialized parameter"),
