@@ -80,7 +80,8 @@ def layer_norm(self: Any, hidden_states: Tensor) -> Tensor:
     return functional.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-_RMS_NORMS = ("*.*RMSNorm*", "*.*RmsNorm*", "*.*T5LayerNorm")
+_T5_NORMS = ("T5", "SwitchTransformers", "Pix2Struct", "Pop2Piano", "Udop", "Kosmos2_5")  # RMSNorms by another name
+_RMS_NORMS = ("*.*RMSNorm*", "*.*RmsNorm*", *(f"*.*{model}LayerNorm" for model in _T5_NORMS))
 _RMS_BINDS: dict[str, Binding] = {"weight": ("weight", "scale"), "variance_epsilon": _epsilon}
 
 # --- MLPs ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import functools
 import re
 from collections import Counter
@@ -195,6 +196,17 @@ def test_the_layers_of_the_table(name: str) -> None:
     counts = made(name)[3]
     wanted = ", ".join(f"{count} {layer}" for layer, count in sorted(counts.items()))
     assert table()[name]["layers"] == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["t5.T5", "switch_transformers.SwitchTransformers", "udop.Udop", "pix2struct.Pix2Struct"]
+)
+def test_layer_norms_that_are_none(name: str) -> None:
+    """The norms of T5 and its kin are called LayerNorm, and adopted as what they are."""
+    package, _, prefix = name.partition(".")
+    module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+    norm = getattr(module, f"{prefix}LayerNorm")(16)
+    assert [layer.layer_name for layer in adopt(norm).layers] == ["RMSNorm"]
 
 
 # --- Among other libraries -------------------------------------------------------------------------
