@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import functools
+import importlib
 import re
 from collections import Counter
 from collections.abc import Callable
