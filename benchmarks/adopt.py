@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from measure import Row
 
-from kernels_plugins import adopt
+from kernels_plugins import adopt, use_kernel_mapping
 
 SIZES: dict[str, dict[str, int]] = {
     "cpu": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16},
@@ -30,7 +30,10 @@ def run() -> Iterator[Row]:
         model, steps = make_steps(device)
         for name, step in steps.items():
             times = measure(model, step, device, ROUNDS[device] * (3 if name == "decoding" else 1))
-            yield Row("adopt", f"Llama, {name} ({device})", times["adopted"], "ms", "plain", times["plain"])
+            for subject in list(times)[1:]:
+                yield Row(
+                    "adopt", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"]
+                )
 
 
 def make_steps(device: str) -> tuple[Any, dict[str, Callable[[], None]]]:
@@ -65,16 +68,21 @@ def make_steps(device: str) -> tuple[Any, dict[str, Callable[[], None]]]:
 def measure(model: Any, step: Callable[[], None], device: str, rounds: int) -> dict[str, float]:
     """Time the step in turns, plain and adopted; return the median in milliseconds for each."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times: dict[str, list[float]] = {"plain": [], "adopted": []}
+    subjects: dict[str, Any] = {"plain": None, "adopted": {}}
+    if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        subjects["adopted, pack:liger"] = dict.fromkeys(("RMSNorm", "SwiGLUMLP"), {"cuda": "pack:liger"})
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in subjects.items()}
     for _ in range(rounds):
-        for name, taken in times.items():
-            adopted = adopt(model) if name == "adopted" else None
-            step()  # warm
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            taken.append((time.perf_counter() - start) * 1e3)
+        for name, mapping in subjects.items():
+            adopted = adopt(model) if mapping is not None else None
+            with scopes[name]:
+                step()  # warm
+                synchronize()
+                start = time.perf_counter()
+                step()
+                synchronize()
+            times[name].append((time.perf_counter() - start) * 1e3)
             if adopted is not None:
                 adopted.undo()
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
