@@ -70,7 +70,7 @@ def measure(model: Any, step: Callable[[], None], device: str, rounds: int) -> d
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     subjects: dict[str, Any] = {"plain": None, "adopted": {}}
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
-        subjects["adopted, pack:liger"] = dict.fromkeys(("RMSNorm", "SwiGLUMLP"), {"cuda": "pack:liger"})
+        subjects["adopted, pack:liger"] = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
     times: dict[str, list[float]] = {name: [] for name in subjects}
     scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in subjects.items()}
     for _ in range(rounds):
