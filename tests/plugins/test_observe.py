@@ -66,13 +66,13 @@ FAST = f"{__name__}.FastScale"
 @pytest.fixture
 def manager(isolated_plugins: PluginManager, mapping_plugin: object) -> PluginManager:
     """A plugin manager with `mapping` and `observe`, as an entry point has it."""
-    choices.clear()  # kernelized models that other tests left, or that Dynamo keeps, would be observed, too
     isolated_plugins.register(observe, "observe")
     return isolated_plugins
 
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    choices.clear()  # kernelized models that other tests left, or that Dynamo keeps, would be observed, too
     monkeypatch.delenv("KERNELS_OBSERVE", raising=False)
     yield
     forget()
