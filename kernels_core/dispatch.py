@@ -91,7 +91,7 @@ class _Dispatcher:
         self.prefix = f"layer{layer.number}" + (f"_next{next(_following)}" if after or decided else "")
         self._decide: Callable[..., Resolution] = functools.partial(decide, layer, after=after, **decided)
         self._has_kernel = False  # whether a kernel was ever served
-        self._last = layer.reference if layer.kind else passed_back  # serves where the reference has returned that
+        self._last = layer.reference if layer.kind or after else passed_back  # where the reference has returned that
         self._nowhere = self._last if after else layer.reference
         self.generator = Generator(layer)
         self.source = self.generator.source
@@ -167,7 +167,7 @@ class _Dispatcher:
             return self._selector(device, odd)
 
     def _served(self, resolution: Resolution) -> Forward:
-        if self._was_reference(resolution):
+        if self._was_reference(resolution) and not must_raise(resolution):
             return self._last
         if must_raise(resolution):
             return self._refusing(resolution)
@@ -334,7 +334,7 @@ class _Dispatcher:
             return self._selector_traced(device, odd)
 
     def _served_traced(self, resolution: Resolution) -> Forward:
-        if self._was_reference(resolution):
+        if self._was_reference(resolution) and not must_raise(resolution):
             return self._last
         if must_raise(resolution):
             return disabled(self._refusing(resolution), reason=str(no_kernel(resolution)))

@@ -42,7 +42,7 @@ def forward{signature}:
         if _kernel is None:
             raise
     else:
-        if _kernel_output is not _kernels_passed_on:
+        if _kernel_output is not _kernels_passed_on or _kernel is _kernels_reference:
             return _kernel_output
         _kernel = _kernels_next()
     return _kernel({call})

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 
 from ..layer import Forward, Layer
+from ..raised import message_of
 from ..resolution import KernelLayer
 
 DECLARATIONS = ("dtypes", "supports")
@@ -56,13 +57,19 @@ def check_limits(layer: Layer | None, kernel: KernelLayer) -> str | None:
     if layer is not None and layer.kind:
         return f"it declares dtypes or supports, which a {layer.kind} cannot have: let it return NotImplemented"
     if dtypes is not None and not (
-        isinstance(dtypes, Collection) and dtypes and all(isinstance(dtype, torch.dtype) for dtype in dtypes)
+        isinstance(dtypes, (tuple, list, set, frozenset))
+        and dtypes
+        and all(isinstance(dtype, torch.dtype) for dtype in dtypes)
     ):
         return f"its dtypes are {dtypes!r}: write a tuple of dtypes, such as (torch.float16, torch.bfloat16)"
     if supports is not None:
         forward: Any = cast(Any, kernel).forward if isinstance(kernel, type) else kernel
-        wanted = list(inspect.signature(forward).parameters)
-        if not callable(supports) or list(inspect.signature(supports).parameters) != wanted:
+        try:
+            wanted = list(inspect.signature(forward).parameters)
+            found = list(inspect.signature(supports).parameters) if callable(supports) else None
+        except (TypeError, ValueError) as error:
+            return f"the parameters of its supports are not known: {message_of(error)}"
+        if found != wanted:
             return f"its supports is {supports!r}: write a function with the parameters of forward, {wanted}"
     return None
 

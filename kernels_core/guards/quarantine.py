@@ -212,7 +212,9 @@ def find_quarantined(request: LayerRequest, implementation: Forward | None, *nam
     if not _entries and "KERNELS_DENY" not in os.environ:  # the most frequent case costs no further call
         return None
     # A coroutine or generator cannot pass calls of one dtype on.
-    whole = (entry for entry in _entries if entry.dtype is None or (request.layer is not None and request.layer.kind))
+    whole = (
+        entry for entry in tuple(_entries) if entry.dtype is None or (request.layer is not None and request.layer.kind)
+    )
     entries = (*whole, *_denied(denied_globs()))
     return next((entry for entry in entries if entry.concerns(request, implementation, names)), None)
 
@@ -222,7 +224,7 @@ def excluded_dtypes(resolution: Resolution) -> dict[torch.dtype, Quarantined]:
     if not _entries or resolution.implementation is None:
         return {}
     about = (resolution.request, resolution.implementation, (resolution.origin, resolution.plugin))
-    return {entry.dtype: entry for entry in _entries if entry.dtype is not None and entry.concerns(*about)}
+    return {entry.dtype: entry for entry in tuple(_entries) if entry.dtype is not None and entry.concerns(*about)}
 
 
 def without_dtypes(resolution: Resolution, forward: Forward) -> Forward:

@@ -168,13 +168,16 @@ class FrozenChoice:
         """
         if self.is_elsewhere(device):
             self.suspend(module, f"move to {device}")
-        elif (self.suspended_by(module) or "").startswith("move") and device.type != "meta" and not blocks:
+        elif (self.suspended_by(module) or "").startswith("move") and device.type != "meta":
+            if open_blocks := list(blocks.values()):
+                open_blocks[-1].append((weakref.ref(module), self))
+                return
             self.resume(module)
             self.notice_train(module, module.training)
 
 
-blocks: list[object] = []
-"""The open blocks of `references`: no kernel is restored there because its module is moved."""
+blocks: dict[object, list[tuple[weakref.ref[nn.Module], FrozenChoice]]] = {}
+"""The open blocks of `references`, and the modules that came back to their device there: kernels wait for the end."""
 
 choices: weakref.WeakSet[FrozenChoice] = weakref.WeakSet()
 

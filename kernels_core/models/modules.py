@@ -148,7 +148,12 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """
     if not isinstance(module, nn.Module) or not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ArgumentTypeError(f"change_class takes a module and a class of modules, not {module!r} and {cls!r}.")
-    put_class(module, cls)
+    try:
+        put_class(module, cls)
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"A {type(module).__qualname__} cannot be of class {cls.__qualname__}: {error}"
+        ) from error
 
 
 def put_class(module: nn.Module, cls: type[nn.Module]) -> None:

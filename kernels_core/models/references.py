@@ -69,14 +69,15 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
         and choice.suspended_by(module) is None
         and (layers is None or any(layer in layers for layer in (choice.layer, *choice.functions)))
     ]
-    blocks.append(scope)
+    block = object()
+    blocks[block] = []
     try:
         for module, choice, _ in suspended:
             choice.suspend(module, "references")
         with scope:
             yield
     finally:
-        blocks.remove(scope)
+        returned = [(reference(), choice) for reference, choice in blocks.pop(block)]
         for module, choice, trained in suspended:
             if choice.suspended_by(module) == "references":
                 choice.resume(module)
@@ -85,3 +86,6 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
             # `train()` was called inside of the block, where a suspended choice did not notice it.
             if module.training and not trained and frozen_choice(module) is choice:
                 choice.notice_train(module, True)
+        for moved, choice in returned:
+            if moved is not None and (device := own_device(moved)) is not None:
+                choice.notice_move(moved, device)

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import FunctionType, TracebackType
-from typing import Any, cast
+from types import FunctionType, MethodType, TracebackType
+from typing import Any, Generic, Protocol, cast
 
 from torch import nn
 
@@ -114,7 +114,14 @@ class Adopted(Tabular):
         for module in self._modules.values():
             if frozen_choice(module) is not None:
                 unkernelize(module)
-            change_class(module, original_class(type(module)))  # type: ignore[arg-type]
+            adopted = type(module)
+            change_class(module, cast("type[nn.Module]", original_class(adopted)))
+            for name, value in list(module.__dict__.items()):  # libraries put hooks around the forward that they find
+                if isinstance(value, MethodType) and value.__func__ is adopted.forward:
+                    if name == "forward":  # put back by one that has taken its hook off
+                        del module.__dict__[name]
+                    else:
+                        module.__dict__[name] = MethodType(type(module).forward, module)
         self._modules = {}
 
     def __enter__(self) -> Adopted:
@@ -206,8 +213,15 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
         refused.extend(replace(layer, path=path + layer.path) for layer in found[kind].refused)
         if (made := found[kind].cls) is not None:
             changed[path] = module, made
-    for module, new in changed.values():
-        change_class(module, new)
+    done: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for module, new in changed.values():
+            done.append((module, type(module)))
+            change_class(module, new)
+    except BaseException:  # no model is half adopted
+        for module, before in done[:-1]:
+            change_class(module, before)
+        raise
     return Adopted(model, layers, refused, {path: module for path, (module, _) in changed.items()})
 
 
@@ -220,10 +234,14 @@ def _taken(module: nn.Module) -> str | None:
     layer = find_layer(module)
     if layer is not None:
         return f"it is decorated, as layer {layer.name!r}"
+    if any("__init_subclass__" in vars(each) for each in type(module).__mro__ if each not in _OF_PYTHON):
+        return "its class learns of classes that derive from it (__init_subclass__), as that of an adopted module does"
     if "forward" in module.__dict__:
         return "another library has put a forward on it, which a kernel would not run: adopt the model before that"
     return None
 
+
+_OF_PYTHON = (object, Generic, Protocol)
 
 _Reasons = list[tuple[Rule, str]]
 _Functions = dict[tuple[int, str], tuple[Rule | None, Callable[..., Any], _Reasons]]

@@ -6,11 +6,10 @@ is adopted; a pickle holds a module of the original class, and can be read witho
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, cast
 
@@ -106,18 +105,13 @@ def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     return vars(cls).get("kernels_adopted")
 
 
-@contextlib.contextmanager
-def _as_original(module: nn.Module) -> Iterator[type[nn.Module]]:
-    """Show a module as one of its original class."""
-    cls = type(module)
-    adopted = next(each for each in cls.__mro__ if original_class(each) is not None)
-    if adopted is not cls:  # others have made a class of it, such as fully_shard: they know how to copy theirs
-        raise TypeError(f"cannot copy or pickle a {cls.__qualname__} that was made of an adopted module: undo() first")
-    object.__setattr__(module, "__class__", original_class(cls))
-    try:
-        yield cast("type[nn.Module]", original_class(cls))
-    finally:
-        object.__setattr__(module, "__class__", cls)
+def _original_of(module: nn.Module) -> type[nn.Module]:
+    """Return the original class of a module that is copied or pickled."""
+    original = original_class(type(module))
+    if original is None:
+        name = type(module).__qualname__
+        raise TypeError(f"cannot copy or pickle a {name} that was made of an adopted module: undo what made that class")
+    return original
 
 
 class _Class:
@@ -135,21 +129,26 @@ class _Class:
 
 def _copied(self: nn.Module) -> nn.Module:
     """Copy an adopted module, which shares its tensors: the copy is adopted, too."""
-    cls = type(self)
-    with _as_original(self):
-        clone = copy.copy(self)
-    object.__setattr__(clone, "__class__", cls)
-    return clone
+    original: Any = _original_of(self)
+    if hasattr(original, "__copy__"):
+        clone = original.__copy__(self)
+        object.__setattr__(clone, "__class__", type(self))
+        return cast(nn.Module, clone)
+    make, arguments, state, *_ = original.__reduce_ex__(self, 4)
+    clone = make(*arguments)
+    clone.__setstate__(state)
+    return cast(nn.Module, clone)
 
 
 def _reduced(self: nn.Module, protocol: Any) -> Any:
     """Copy as a module of this class; pickle as one of the original class."""
-    cls = type(self)
-    with _as_original(self) as original:
-        answer = self.__reduce_ex__(protocol)
-    if isinstance(answer, tuple) and answer[1] == (original,):  # as any class without a way of its own
+    cls, original = type(self), _original_of(self)
+    answer = original.__reduce_ex__(self, protocol)  # the module keeps its class: other threads may call it meanwhile
+    if not isinstance(answer, tuple):
+        return answer
+    if answer[1] == (cls,):  # as any class without a way of its own
         return (object.__new__, (_Class(cls, original),), *answer[2:])
-    return answer
+    return (answer[0], tuple(original if each is cls else each for each in answer[1]), *answer[2:])
 
 
 set_module("kernels_plugins", globals())

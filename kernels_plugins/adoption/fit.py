@@ -169,7 +169,10 @@ def _takes_other(rule: Rule, theirs: Callable[..., Any], *, without: int = 0) ->
 def _calls(rule: Rule, subject: Any) -> list[tuple[Any, ...]]:
     """Return the arguments of the calls that measure a module or a function."""
     inputs = rule.inputs(subject)
-    return inputs if isinstance(inputs, list) else [inputs]
+    calls = inputs if isinstance(inputs, list) else [inputs]
+    if not calls or not all(isinstance(each, tuple) for each in calls):
+        raise TypeError(f"inputs of rule {rule.name!r} returned no tuple of arguments, nor a list of such")
+    return calls
 
 
 def _differs(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import gc
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +37,7 @@ def caller_of(forward: object, name: str) -> FunctionType | None:
             if name in function.__globals__ and _uses(function.__code__, name).count("LOAD_GLOBAL"):
                 return function
             waiting += (each for each in _contents(function) if isinstance(each, FunctionType))
-        waiting += [each] if (each := getattr(function, "__wrapped__", None)) is not None else []
+        waiting += [each] if (each := inspect.getattr_static(function, "__wrapped__", None)) is not None else []
     return None
 
 

@@ -72,6 +72,8 @@ class Rule:
         """Check the types."""
         for name in ("name", "layer_name", "function"):
             require_type(getattr(self, name), str, f"{name} of a Rule")
+        if not self.layer_name:
+            raise ArgumentError("layer_name of a Rule is empty: mappings need a name to offer kernels under.")
         if not isinstance(self.classes, (tuple, list)) or not all(isinstance(each, str) for each in self.classes):
             raise ArgumentTypeError(f"classes of a Rule is a tuple of patterns, not {self.classes!r}.")
         for name in ("oracle", "inputs"):
@@ -81,6 +83,10 @@ class Rule:
             require_type(getattr(self, name), Mapping, f"{name} of a Rule")
             if self.function and getattr(self, name):
                 raise ArgumentError(f"Rule {self.name!r} is for a function, which has no {name}: leave that out.")
+        for path, kind in self.parts.items():
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            if not isinstance(path, str) or not all(isinstance(each, type) for each in kinds):
+                raise ArgumentTypeError(f"parts of a Rule maps paths to classes, not {path!r} to {kind!r}.")
         for canonical, binding in self.binds.items():
             if not isinstance(canonical, str) or not canonical.isidentifier() or hasattr(nn.Module, canonical):
                 raise ArgumentTypeError(f"binds of a Rule names attributes that a module has not, not {canonical!r}.")
@@ -103,8 +109,13 @@ class Rule:
         """
         binding = self.binds[canonical]
         if callable(binding):
-            binding(module)
-            return binding
+            value = binding(module)
+            if not hasattr(module, canonical):
+                return binding
+            own = getattr(module, canonical)
+            if own is value or (isinstance(own, int | float) and own == value):
+                return None
+            raise AttributeError(f"its own {canonical} is not what the rule reads for it: bind another name")
         names = (binding,) if isinstance(binding, str) else binding
         for name in names:
             if hasattr(module, name):
@@ -120,7 +131,8 @@ def find_rules(rules: Sequence[Rule] | None) -> list[Rule]:
     """
     if rules is not None:
         if isinstance(rules, str) or not isinstance(rules, Sequence):
-            raise ArgumentTypeError(f"rules is a list of Rule, not {rules!r}.")
+            given = repr(rules) if isinstance(rules, str) else f"a {type(rules).__name__}"
+            raise ArgumentTypeError(f"rules is a list of Rule, not {given}: put rules in a list.")
         for rule in rules:
             require_type(rule, Rule, "An item of rules")
         return list(rules)

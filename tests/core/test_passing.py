@@ -321,13 +321,11 @@ def test_tracers_and_transforms_follow(make_layer: Make, make_kernel: Make, is_k
         assert torch.func.jvp(layer, (ODD,), (ODD + 1,))[0][0] == 20
 
 
-def test_a_reference_behind_a_selector_is_called_once(make_kernel: Make) -> None:
-    """Also where a kernel serves the other mode, and where a plugin is around the call, the answer is final."""
-    calls = []
+def test_a_reference_that_returns_not_implemented_has_the_last_word(make_kernel: Make) -> None:
+    """Also where a kernel serves the other mode, and where a plugin is around the call; it may run again then."""
 
     @use_kernel_forward_from_hub("Odd")
     def answers(x: torch.Tensor) -> Any:
-        calls.append(1)
         return NotImplemented
 
     def inference(x: torch.Tensor) -> Any:
@@ -337,9 +335,45 @@ def test_a_reference_behind_a_selector_is_called_once(make_kernel: Make) -> None
     recorded = torch.zeros(3, requires_grad=True)
     with use_kernel_mapping({"Odd": {"cpu": inference}}), count_calls(), warnings.catch_warnings():
         warnings.simplefilter("ignore", KernelsWarning)
-        for x in EVEN, recorded, ODD, recorded, ODD:
-            answers(x)
-    assert len(calls) == 4
+        answered = [answers(x) for x in (EVEN, recorded, ODD, recorded, ODD)]
+    assert answered[0] is EVEN and answered[1:] == [NotImplemented] * 4
+
+
+@pytest.mark.parametrize("variable", ["DISABLE_KERNEL_MAPPING", "KERNELS_DENY"])
+def test_what_is_off_by_then_is_no_answer(variable: str, make_layer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is warm and passes a call on; what it would be decided by now gives the reference: that is called."""
+
+    class Single(nn.Module):
+        dtypes = (torch.float32,)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 3
+
+    layer, x = make_layer("Scale")(), torch.ones(2)
+    wanted = layer(x.double())
+    with use_kernel_mapping({"Scale": {"cpu": Single}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        assert layer(x).tolist() == [3, 3]
+        monkeypatch.setenv(variable, "1" if variable.startswith("DIS") else "*Single*")
+        assert torch.equal(layer(x.double()), wanted)
+
+
+def test_quarantine_while_a_kernel_passes_a_call_on(make_layer: Make) -> None:
+    """The reference answers a call whose kernel is put into quarantine by another thread before it passes it on."""
+    made = make_layer("Scale")
+    layer, entries = made(), []
+
+    class Passing(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            if not entries and x.shape[0] == 2:
+                kernel = resolve(layer, device="cpu", mode=Mode.INFERENCE).implementation
+                entries.append(quarantine(decorated_layer(layer), kernel, reason="test"))
+            return NotImplemented
+
+    with use_kernel_mapping({"Scale": {"cpu": Passing}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelsWarning)
+        first, second = layer(torch.ones(1)), layer(torch.ones(2))
+    assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor) and entries
 
 
 def test_the_next_candidate_is_judged_as_the_first(make_layer: Make, make_kernel: Make) -> None:

@@ -312,7 +312,7 @@ def pruned(module: nn.Module) -> nn.Module:
         (ScalingRMSNorm(), "it writes into its arguments"),
         (RecordingMLP(), "its forward sets attributes of the module"),
         (WideningRMSNorm(), "for torch.bfloat16, it returns a torch.float32 tensor of (3, 1, 2, 8), and the layer"),
-        (SealedRMSNorm(), "it cannot be measured: TypeError: this class is sealed"),
+        (SealedRMSNorm(), "its class learns of classes that derive from it (__init_subclass__)"),
         (HostileRMSNorm(), "it cannot be measured: RuntimeError: no weight"),
         (LazyMLP(), "it cannot be measured: RuntimeError: Can't access the shape of an uninitialized parameter"),
         (PlainRMSNorm(eps=None), "it has no number as variance_epsilon, eps or epsilon"),  # type: ignore[arg-type]
@@ -701,3 +701,61 @@ def test_the_list_is_readable(model: Model) -> None:
     assert "norm and 3 more" in str(adopted) and "refused: it computes something else" in str(adopted)
     assert '"path": "extra.2"' in adopted.to_json()
     assert adopted._repr_html_().startswith("<")
+
+
+# --- Found by a reviewer ---------------------------------------------------------------------------
+
+
+def test_a_binding_of_an_attribute_that_the_class_has(model: Model) -> None:
+    """A rule may not read another value for an attribute that the module has: kernels would read that one."""
+    for binds in ({"eps": lambda module: module.eps**2}, {"weight": lambda module: 1 + module.weight}):
+        rule = Rule("ours", "Ours", ("*RMSNorm",), RULES[0].oracle, RULES[0].inputs, {**RULES[0].binds, **binds})
+        (refused,) = adopt(nn.Sequential(PlainRMSNorm()), rules=[rule]).refused
+        assert "is not what the rule reads for it: bind another name" in refused.reason
+
+
+def test_undo_takes_back_forwards_that_libraries_keep(model: Model) -> None:
+    """A hook that keeps the forward that it found runs the plain one after `undo()`; taken off, it leaves none."""
+    adopted = adopt(model)
+    model.norm._old_forward = model.norm.forward
+    model.mlp.forward = model.mlp.forward  # as accelerate puts it back
+    adopted.undo()
+    assert model.norm._old_forward.__func__ is PlainRMSNorm.forward
+    assert "forward" not in model.mlp.__dict__ and adopt(model).layers
+
+
+def test_copies_leave_the_class_alone_meanwhile(model: Model) -> None:
+    """While a module is copied or pickled, other threads see it as it is."""
+    seen = []
+
+    class Watched(PlainRMSNorm):
+        def __getstate__(self) -> dict[str, Any]:
+            seen.append(type(self))
+            return dict(self.__dict__)
+
+    holder = nn.Sequential(Watched())
+    adopt(holder)
+    seen.clear()  # measuring copies a module, too
+    made = [copy.deepcopy(holder[0]), copy.copy(holder[0])]
+    assert set(seen) == {type(holder[0])} == {type(each) for each in made}
+
+
+def test_a_rule_without_inputs_measures_nothing() -> None:
+    """No call, or a tensor that is no tuple of arguments, is a reason to refuse."""
+    for inputs in ([], X):
+        rule = Rule("none", "Twice", ("*.Twice",), lambda self, x: 2 * x, lambda module, inputs=inputs: inputs)
+        (refused,) = adopt(nn.Sequential(Twice()), rules=[rule]).refused
+        assert "returned no tuple of arguments" in refused.reason
+
+
+def test_no_model_is_half_adopted() -> None:
+    """Where a class cannot be put on a module, those before it are given back."""
+
+    class Fixed(PlainRMSNorm):
+        __class__ = property(lambda self: Fixed)  # type: ignore[assignment]
+
+    holder = nn.Sequential(PlainRMSNorm(), Fixed())
+    with contextlib.suppress(Exception):
+        adopt(holder)
+        return
+    assert type(holder[0]) is PlainRMSNorm
