@@ -8,7 +8,6 @@ import io
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,16 +21,17 @@ from kernels_core import (
     ArgumentTypeError,
     KernelizeError,
     Mode,
+    PluginManager,
     count_calls,
     find_layer,
     hookimpl,
     kernelize,
-    plugin_manager,
     receipt,
     unkernelize,
     use_kernel_forward_from_hub,
 )
 from kernels_plugins import Rule, adopt, adopted_rule, use_kernel_mapping
+from kernels_plugins.adoption import plugin as shipped_plugin
 from kernels_plugins.adoption.shipped import RULES
 
 WIDTH = 8
@@ -630,7 +630,8 @@ class Twice(nn.Module):
 
 
 @pytest.fixture
-def plugin() -> Iterator[list[object]]:
+def plugin(isolated_plugins: PluginManager) -> list[object]:
+    """The rules of a plugin beside the shipped ones; faults are reported to a manager of its own."""
     rules: list[object] = [twice()]
 
     class Plugin:
@@ -638,10 +639,9 @@ def plugin() -> Iterator[list[object]]:
         def kernels_adoption_rules(self) -> list[object]:
             return rules
 
-    made = Plugin()
-    plugin_manager().register(made, "acme")
-    yield rules
-    plugin_manager().unregister(made)
+    isolated_plugins.register(shipped_plugin, "adopt")
+    isolated_plugins.register(Plugin(), "acme")
+    return rules
 
 
 def test_rules_of_plugins_come_first(plugin: list[object]) -> None:
