@@ -91,7 +91,8 @@ class _Dispatcher:
         self.prefix = f"layer{layer.number}" + (f"_next{next(_following)}" if after or decided else "")
         self._decide: Callable[..., Resolution] = functools.partial(decide, layer, after=after, **decided)
         self._has_kernel = False  # whether a kernel was ever served
-        self._last = layer.reference if layer.kind or after else passed_back  # where the reference has returned that
+        # Serves where the reference returned `NotImplemented`, or the kernel that did is out by now: then, that runs.
+        self._last = layer.reference if layer.kind or after else passed_back
         self._nowhere = self._last if after else layer.reference
         self.generator = Generator(layer)
         self.source = self.generator.source
@@ -286,7 +287,7 @@ class _Dispatcher:
         return make_forward(self.layer, self.after + 1, **self.decided) if self._has_kernel else None
 
     def _was_reference(self, resolution: Resolution) -> bool:
-        """Whether it was the reference that returned `NotImplemented`: that is the answer then."""
+        """Whether no kernel is decided any more that could have passed the call on: the reference has the last word."""
         self._has_kernel = self._has_kernel or not resolution.is_reference
         return len(resolution.request.passed_on) < self.after + len(self.decided.get("passed_on", ()))
 

@@ -277,7 +277,7 @@ def kernels_mapping() -> Mapping[str, Any] | None:
 
 @hookspec
 def kernels_adoption_rules() -> Sequence[object] | None:
-    """Offer rules by which `adopt` recognises layers in the classes of a model that nobody decorated.
+    """Offer rules by which `adopt` recognises layers in the classes of an undecorated model.
 
     Kind: collect. Called: each time a model is adopted without rules of its own.
 

@@ -170,13 +170,13 @@ class FrozenChoice:
             self.suspend(module, f"move to {device}")
         elif (self.suspended_by(module) or "").startswith("move") and device.type != "meta":
             if open_blocks := list(blocks.values()):
-                open_blocks[-1].append((weakref.ref(module), self))
+                open_blocks[-1].append((weakref.ref(module), self, device))
                 return
             self.resume(module)
             self.notice_train(module, module.training)
 
 
-blocks: dict[object, list[tuple[weakref.ref[nn.Module], FrozenChoice]]] = {}
+blocks: dict[object, list[tuple[weakref.ref[nn.Module], FrozenChoice, torch.device]]] = {}
 """The open blocks of `references`, and the modules that came back to their device there: kernels wait for the end."""
 
 choices: weakref.WeakSet[FrozenChoice] = weakref.WeakSet()

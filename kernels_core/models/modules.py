@@ -150,7 +150,7 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
         raise ArgumentTypeError(f"change_class takes a module and a class of modules, not {module!r} and {cls!r}.")
     try:
         put_class(module, cls)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ArgumentTypeError(
             f"A {type(module).__qualname__} cannot be of class {cls.__qualname__}: {error}"
         ) from error

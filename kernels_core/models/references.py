@@ -77,7 +77,7 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
         with scope:
             yield
     finally:
-        returned = [(reference(), choice) for reference, choice in blocks.pop(block)]
+        returned = blocks.pop(block)
         for module, choice, trained in suspended:
             if choice.suspended_by(module) == "references":
                 choice.resume(module)
@@ -86,6 +86,6 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
             # `train()` was called inside of the block, where a suspended choice did not notice it.
             if module.training and not trained and frozen_choice(module) is choice:
                 choice.notice_train(module, True)
-        for moved, choice in returned:
-            if moved is not None and (device := own_device(moved)) is not None:
-                choice.notice_move(moved, device)
+        for reference, choice, came_to in returned:
+            if (moved := reference()) is not None:
+                choice.notice_move(moved, own_device(moved) or came_to)

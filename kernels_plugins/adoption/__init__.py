@@ -1,1 +1,1 @@
-"""Adoption: the layers of a model that nobody decorated are made to dispatch."""
+"""Adoption: the layers of an undecorated model are made to dispatch."""

@@ -1,4 +1,4 @@
-"""`adopt`: the layers of a model that nobody decorated are made to dispatch, and undone exactly."""
+"""`adopt`: the layers of an undecorated model are made to dispatch, and undone exactly."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, cast
 from torch import nn
 
 from kernels_core import (
+    ArgumentTypeError,
     KernelizeError,
     Receipt,
     Table,
@@ -152,11 +153,15 @@ class Adopted(Tabular):
 
     def to_json(self) -> str:
         """Return both lists as JSON."""
-        return as_json({"layers": self.layers, "refused": self.refused})
+        return as_json(self.lists())
+
+    def lists(self) -> dict[str, Any]:
+        """Return both lists by their names."""
+        return {"layers": self.layers, "refused": self.refused}
 
 
 def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
-    """Make the layers of a model dispatch that nobody decorated: norms, MLPs, activations, rotary embeddings.
+    """Make the layers of an undecorated model dispatch: norms, MLPs, activations, rotary embeddings.
 
     A class whose name a rule matches is measured on a copy of one module, with random weights in float64: it is
     adopted only where it computes what the layer computes. So is a function that modules find in the globals of their
@@ -213,16 +218,21 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
         refused.extend(replace(layer, path=path + layer.path) for layer in found[kind].refused)
         if (made := found[kind].cls) is not None:
             changed[path] = module, made
-    done: list[tuple[nn.Module, type[nn.Module]]] = []
+    done: dict[str, nn.Module] = {}
     try:
-        for module, new in changed.values():
-            done.append((module, type(module)))
-            change_class(module, new)
-    except BaseException:  # no model is half adopted
-        for module, before in done[:-1]:
-            change_class(module, before)
+        for path, (module, new) in changed.items():
+            rule = matching[type(module)][0].name
+            try:
+                change_class(module, new)
+                done[path] = module
+            except ArgumentTypeError as error:  # its class does not allow that
+                refused.append(RefusedLayer(path, rule, str(error)))
+                layers = [layer for layer in layers if layer.path.partition(":")[0] != path]
+    except BaseException:  # an interrupt: no model is half adopted
+        for module in done.values():
+            change_class(module, cast("type[nn.Module]", original_class(type(module))))
         raise
-    return Adopted(model, layers, refused, {path: module for path, (module, _) in changed.items()})
+    return Adopted(model, layers, refused, done)
 
 
 def _taken(module: nn.Module) -> str | None:

@@ -134,9 +134,14 @@ def _copied(self: nn.Module) -> nn.Module:
         clone = original.__copy__(self)
         object.__setattr__(clone, "__class__", type(self))
         return cast(nn.Module, clone)
-    make, arguments, state, *_ = original.__reduce_ex__(self, 4)
+    answer = original.__reduce_ex__(self, 4)
+    if isinstance(answer, str):  # the name of a global: there is one of it
+        return self
+    make, arguments, *more = answer
     clone = make(*arguments)
-    clone.__setstate__(state)
+    if more and more[0] is not None:
+        clone.__setstate__(more[0])
+    object.__setattr__(clone, "__class__", type(self))
     return cast(nn.Module, clone)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
 from kernels_core import ArgumentError
+from kernels_core import as_json as to_json
 from kernels_core.cli import Json, made, print_found, printing_aside, using_device
 
 from .adopted import adopt
@@ -29,8 +31,14 @@ def adopt_model(
         raise ArgumentError(f"{factory} is a {type(model).__name__}, not a module: name a model, or its factory.")
     with printing_aside():
         adopted = adopt(model)
-    print_found(adopted, as_json)
+    receipt = None
     if served:
-        with using_device(device or "cpu") as where:
-            print_found(adopted.receipt(device=where if device else None), as_json)
+        with using_device(device) if device else nullcontext() as where, printing_aside():
+            receipt = adopted.receipt(device=where)
+    if as_json:
+        rows = {} if receipt is None else {"receipt": receipt.rows}
+        print(to_json({**adopted.lists(), **rows}))
+    else:
+        for found in filter(None, (adopted, receipt)):
+            print_found(found)
     raise typer.Exit(0 if adopted.layers else 1)

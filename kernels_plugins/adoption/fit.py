@@ -1,4 +1,4 @@
-"""Does a module compute what a rule says? Measured on a copy with random weights, once for each kind of module."""
+"""Does a module compute the layer of a rule? Measured on a copy with random weights, once for each kind of module."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kind_of(module: nn.Module) -> Kind:
 
 
 def _frozen(value: object) -> object:
-    """Return what is equal for attributes of equal effect; objects of other types count as themselves."""
+    """Return a value that is equal for attributes of equal effect; objects of other types count as themselves."""
     if type(value) in (bool, int, float, str, NoneType):
         return (type(value), value)
     if isinstance(value, partial):
@@ -83,7 +83,7 @@ def _misfit_of_module(module: nn.Module, rule: Rule) -> str | None:
 
 
 def unmeasured(error: Exception) -> str:
-    """Return as a reason what code raised that was written for other purposes."""
+    """Return as a reason the error of a class that was not written to be measured."""
     return f"it cannot be measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
@@ -113,7 +113,7 @@ def _measured(module: nn.Module, rule: Rule) -> str | None:
 
 
 def _fraction(module: nn.Module, rule: Rule) -> int:
-    """Return by how much the projections of a module can be smaller: what it computes does not depend on their size."""
+    """Return by how much the projections of a module can be smaller: the computation does not depend on their size."""
     parts = [part for path in rule.parts if type(part := _part(module, path)) is nn.Linear]
     ours = {id(tensor) for part in parts for _, tensor in _tensors(part)}
     theirs = {id(tensor): tensor.numel() for _, tensor in _tensors(module)}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 _numbers = itertools.count()
 _AT_MOST = 10_000
-"""Objects to search in what a decorator keeps: it keeps a few, or something huge that nobody can look through."""
+"""Objects to search in what a decorator keeps: it keeps a few, or something too huge to be searched."""
 
 
 def caller_of(forward: object, name: str) -> FunctionType | None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @hookimpl(trylast=True)  # rules of other plugins come first
 def kernels_adoption_rules() -> Sequence[object]:
     """Offer the shipped rules."""
-    from .shipped import RULES  # nobody needs them before a model is adopted
+    from .shipped import RULES  # not needed before a model is adopted
 
     return RULES
 

@@ -1,4 +1,4 @@
-"""`Rule`: how a layer is recognised in classes that nobody decorated."""
+"""`Rule`: how a layer is recognised in undecorated classes."""
 
 from __future__ import annotations
 

@@ -20,11 +20,17 @@ def _random(*shape: int) -> Tensor:
 
 
 def _hidden(module: Any) -> tuple[Tensor]:
-    """Return rows, in training with one more dimension: classes may treat images, (batch, channels, ...), apart."""
+    """Return rows, in training with one more dimension: classes may treat images, (batch, channels, ...), apart.
+
+    The first are as small as the root of the epsilon, so that it matters where the class adds it.
+    """
     shape = tuple(module.weight.shape)
     if len(shape) != 1 or shape == (1,):  # kernels normalise over the shape of the weight, which broadcasts here
         raise ValueError(f"its weight is of shape {shape}, not as long as a row")
-    return (_random(2, *shape) if not module.training else _random(1, 2, *shape),)
+    rows = _random(2, *shape) if not module.training else _random(1, 2, *shape)
+    epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    rows[0] *= 1e3 * (epsilon**0.5 or 1e-3)
+    return (rows,)
 
 
 def _projected(module: Any) -> tuple[Tensor]:

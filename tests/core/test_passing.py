@@ -358,6 +358,19 @@ def test_what_is_off_by_then_is_no_answer(variable: str, make_layer: Make, monke
         assert torch.equal(layer(x.double()), wanted)
 
 
+@pytest.mark.parametrize("declared", [{"supports": dict}, {"dtypes": torch.ones(2)}, {"dtypes": 3}])
+def test_limits_that_cannot_be_read_refuse_one_kernel(declared: dict[str, Any], make_layer: Make) -> None:
+    """The refusal names the kernel, and the next candidate serves."""
+    layer = make_layer("Scale")()
+    bad = type("Bad", (nn.Module,), {"forward": lambda self, x: x * 7, **declared})
+    good = type("Good", (nn.Module,), {"forward": lambda self, x: x * 5})
+    with use_kernel_mapping({"Scale": {"cpu": [bad, good]}}):
+        decision = resolve(layer, device="cpu", mode=Mode.INFERENCE)
+    assert decision.origin.endswith("Good")
+    (refusal,) = decision.refusals
+    assert refusal.candidate.source is bad and ("supports" in refusal.reason or "dtypes" in refusal.reason)
+
+
 def test_quarantine_while_a_kernel_passes_a_call_on(make_layer: Make) -> None:
     """The reference answers a call whose kernel is put into quarantine by another thread before it passes it on."""
     made = make_layer("Scale")

@@ -14,6 +14,7 @@ from kernels_core import (
     Candidate,
     Mode,
     find_candidates,
+    frozen_choice,
     kernelize,
     quarantine,
     references,
@@ -177,3 +178,17 @@ def test_candidates_are_found_and_decided_one_by_one(
         monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
         assert find_candidates(layer, **found) == ([], [])
         assert resolve(layer, candidate=candidates[0], **found).note == "DISABLE_KERNEL_MAPPING is on"
+
+
+def test_a_module_that_comes_back_in_a_block_is_restored_after_it(make_layer: Make, make_kernel: Make) -> None:
+    """Also where the block is about another model: its kernel waits for the end of the block, and serves again."""
+    model = nn.Sequential(make_layer("Add")()).eval()
+    with use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}), torch.no_grad():
+        kernelize(model, mode=Mode.INFERENCE, device="cpu")
+        choice: Any = frozen_choice(model[0])
+        choice.notice_move(model[0], torch.device("cuda:0"))
+        assert choice.suspended_by(model[0]) == "move to cuda:0"
+        with references(nn.Identity()):
+            choice.notice_move(model[0], torch.device("cpu"))
+            assert choice.suspended_by(model[0]) is not None
+        assert choice.suspended_by(model[0]) is None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import pickle
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize, prune
+from typer.testing import CliRunner
 
 from kernels_core import (
     ArgumentTypeError,
@@ -30,6 +33,7 @@ from kernels_core import (
     unkernelize,
     use_kernel_forward_from_hub,
 )
+from kernels_core.cli import command_line
 from kernels_plugins import Rule, adopt, adopted_rule, use_kernel_mapping
 from kernels_plugins.adoption import plugin as shipped_plugin
 from kernels_plugins.adoption.shipped import RULES
@@ -748,14 +752,44 @@ def test_a_rule_without_inputs_measures_nothing() -> None:
         assert "returned no tuple of arguments" in refused.reason
 
 
-def test_no_model_is_half_adopted() -> None:
-    """Where a class cannot be put on a module, those before it are given back."""
+def test_a_class_that_cannot_be_changed_is_refused() -> None:
+    """Where a class cannot be put on a module, that one is refused, and the others are adopted."""
 
     class Fixed(PlainRMSNorm):
         __class__ = property(lambda self: Fixed)  # type: ignore[assignment]
 
-    holder = nn.Sequential(PlainRMSNorm(), Fixed())
-    with contextlib.suppress(Exception):
-        adopt(holder)
-        return
-    assert type(holder[0]) is PlainRMSNorm
+    adopted = adopt(nn.Sequential(PlainRMSNorm(), Fixed()))
+    assert [layer.path for layer in adopted.layers] == ["0"]
+    (refused,) = adopted.refused
+    assert refused.path == "1" and "cannot be of class" in refused.reason
+    adopted.undo()
+    assert type(adopted.model[0]) is PlainRMSNorm
+
+
+def test_where_a_norm_adds_its_epsilon_is_measured() -> None:
+    """A class that adds it outside of the root differs in tiny rows only, and is no RMSNorm."""
+
+    class OutsideRMSNorm(PlainRMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
+
+    assert not adopt(nn.Sequential(OutsideRMSNorm(eps=1e-12))).layers
+    assert adopt(nn.Sequential(PlainRMSNorm(eps=1e-12))).layers
+
+
+def made() -> nn.Module:
+    return nn.Sequential(PlainRMSNorm(), CentredRMSNorm())
+
+
+@pytest.mark.parametrize("options", [[], ["--served"], ["--served", "--device", "cpu"]])
+def test_the_command(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows both lists, and who serves; as JSON, in one document; without any layer, it exits with 1."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    run, cli = CliRunner().invoke, command_line()
+    shown = run(cli, ["adopt", "test_adopt:made", *options])
+    assert shown.exit_code == 0 and "1 adopted, 1 refused" in shown.stdout
+    assert ("TorchRMSNorm" in shown.stdout) is bool(options)
+    found = json.loads(run(cli, ["adopt", "test_adopt:made", *options, "--json"]).stdout)
+    assert [len(found[name]) for name in ("layers", "refused")] == [1, 2]
+    assert [row["plugin"] for row in found.get("receipt", [])] == ["torch"] * bool(options)
+    assert run(cli, ["adopt", "torch.nn:Identity"]).exit_code == 1
