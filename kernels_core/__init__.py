@@ -45,6 +45,8 @@ from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_ker
 from .models.modules import change_class, module_paths
 from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
 from .models.references import references
+from .pages.bars import Bars
+from .pages.page import Page, Section
 from .plugins import PluginManager, plugin_manager
 from .resolution import (
     Candidate,
@@ -66,6 +68,7 @@ __all__ = [
     "STAND_INS",
     "ArgumentError",
     "ArgumentTypeError",
+    "Bars",
     "CUDAProperties",
     "CanaryError",
     "Candidate",
@@ -86,6 +89,7 @@ __all__ = [
     "LoadedLayer",
     "Mode",
     "NoKernelError",
+    "Page",
     "PluginConflictError",
     "PluginError",
     "PluginLoadError",
@@ -104,6 +108,7 @@ __all__ = [
     "SavedTensors",
     "Scope",
     "ScopeError",
+    "Section",
     "Table",
     "TableRow",
     "Tabular",

@@ -19,10 +19,10 @@ from .text import cleaned
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-_LONGEST = 2_000
+LONGEST = 2_000
 """Characters of a cell or a note that are shown."""
 
-_COLOURS = {"green": "#0a7d33", "yellow": "#a15c00", "red": "#b00020", "dim": "#666666"}
+_COLOURS = {"green": "#0a7436", "yellow": "#8a5000", "red": "#b00020", "dim": "#666666"}
 
 
 def visible(text: str, limit: int | None = None) -> str:
@@ -170,7 +170,7 @@ class Table:
             for row in self.rows:
                 named = zip(self.columns, row.texts(", "), strict=True)
                 yield Text("\n".join(f"{column}: {cell}" for column, cell in named if cell), style=row.style)
-                notes = Text("\n".join(visible(note, _LONGEST) for note in row.notes), style="dim")
+                notes = Text("\n".join(visible(note, LONGEST) for note in row.notes), style="dim")
                 yield Padding(notes, (0, 0, 1, 4)) if row.notes else Text()
         if self.summary:
             yield Text(visible(self.summary))
@@ -194,7 +194,7 @@ class Table:
         for note, labels in notes.items():
             named = dict.fromkeys(labels)
             more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-            yield Text(f"{', '.join(list(named)[:3])}{more}: {visible(note, _LONGEST)}", style="dim")
+            yield Text(f"{', '.join(list(named)[:3])}{more}: {visible(note, LONGEST)}", style="dim")
 
     def _widths(self, width: int) -> list[int] | None:
         """Return the width of each column on lines of a width; None if a word would be cut."""
@@ -225,15 +225,21 @@ class Table:
             >>> Table(("name",), [TableRow(("<norm>",))]).to_html()[-46:]
             '<tr><td>&lt;norm&gt;</td></tr></tbody></table>'
         """
-        caption = _escaped("\n".join(filter(None, (self.title, self.summary))))
-        head = "".join(f"<th style='text-align:left'>{html.escape(column)}</th>" for column in self.columns)
+        caption = escaped("\n".join(filter(None, (self.title, self.summary))))
+        sides = [" style='text-align:right'" if column in self.right else "" for column in self.columns]
+        left = " style='text-align:left'"
+        head = "".join(
+            f"<th{side or left}>{escaped(column)}</th>" for side, column in zip(sides, self.columns, strict=True)
+        )
         body = ""
-        for row in self.rows:
-            colour = f" style='color:{_COLOURS.get(row.style, 'inherit')}'" if row.style else ""
-            body += f"<tr{colour}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row.texts(', '))}</tr>"
+        for row in self.rows:  # a page defines the variable, for light and for dark
+            known = _COLOURS.get(row.style)
+            colour = f" style='color:var(--kc-{row.style},{known})'" if known else ""
+            cells = zip(sides, row.texts(", "), strict=True)
+            body += f"<tr{colour}>{''.join(f'<td{side}>{html.escape(cell)}</td>' for side, cell in cells)}</tr>"
             for note in row.notes:
-                span = max(1, len(self.columns) - 1)
-                body += f"<tr><td></td><td colspan='{span}'>{_escaped(visible(note, _LONGEST))}</td></tr>"
+                text = escaped(visible(note, LONGEST))
+                body += f"<tr><td colspan='{len(self.columns)}' style='padding-left:2em'>{text}</td></tr>"
         caption = caption and f"<caption style='text-align:left'>{caption}</caption>"
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -263,7 +269,7 @@ class Tabular(ABC):
 
 def indented(notes: Iterable[str]) -> Iterator[str]:
     """Yield notes as they stand below a row, also those of several lines."""
-    return ("    " + visible(note, _LONGEST).replace("\n", "\n    ") for note in notes)
+    return ("    " + visible(note, LONGEST).replace("\n", "\n    ") for note in notes)
 
 
 _PIECE = re.compile(r"[^\s/@.:]*(?:[\s/@.:]+|$)")
@@ -284,9 +290,10 @@ def _wrapped(cell: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return a text as HTML: no markup, no control characters, and its line ends."""
     return html.escape(visible(text)).replace("\n", "<br>")
 
 
 def _one_line(cell: object) -> str:
-    return visible(str(cell), _LONGEST).replace("\n", "\\n")
+    return visible(str(cell), LONGEST).replace("\n", "\\n")
