@@ -367,11 +367,17 @@ def test_a_plugin_cannot_replace_a_command(run: Run, isolated_plugins: PluginMan
             def mine() -> None:
                 print("not what was asked for")
 
+            group = typer.Typer()
+            group.command("more")(mine)
+            cli.add_typer(group, name="explain")
+
     isolated_plugins.register(Clumsy(), "clumsy")
     ran = run("resolve", "Double")
     assert ran.out.startswith("layer 'Double' on cpu") and ran.code == 1
+    assert "--require" in run("explain", "--help").out
+    assert f"The command 'explain' of {__name__} is left out" in ran.err
     assert f"The command 'resolve' of {__name__} is left out: kernels_core.cli has one of that name" in ran.err
-    assert [fault.plugin for fault in isolated_plugins.faults] == ["clumsy"]
+    assert [fault.plugin for fault in isolated_plugins.faults] == ["clumsy", "clumsy"]
 
 
 def test_a_broken_plugin_does_not_break_the_command_line(run: Run, isolated_plugins: PluginManager) -> None:

@@ -27,7 +27,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map  # type: ignore[import-untyped,unused-ignore]
 
-from kernels_core import LoadError, __version__
+from kernels_core import LoadError, __version__, visible
 
 from ..builds.integrity import RemoteFile, check_transfer, is_byte_code
 from ..builds.machine import this_machine
@@ -50,12 +50,13 @@ _VERSION = re.compile(r"v(0|[1-9][0-9]{0,8})")
 def cache_folder(repo_id: str, repo_type: str) -> Path:
     """Return the folder of a repository in the cache."""
     try:
-        return _cache() / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+        return cache_root() / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
     except errors.HFValidationError as error:
         raise LoadError(f"{error} Check the name") from error
 
 
-def _cache() -> Path:
+def cache_root() -> Path:
+    """Return the folder of the cache: that of the client, unless `KERNELS_CACHE` names another one."""
     place = os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE
     try:
         return Path(place).expanduser()
@@ -66,6 +67,16 @@ def _cache() -> Path:
 def metadata_cache(repo_id: str) -> MetadataCache:
     """Return the cached metadata of a repository."""
     return MetadataCache(cache_folder(repo_id, REPO_TYPES[0]))
+
+
+def hub_address() -> str:
+    """Return the address of the Hub, without user and password."""
+    return visible(constants.ENDPOINT)
+
+
+def has_token() -> bool:
+    """Return whether the client finds a token, which is never shown."""
+    return bool(get_token())
 
 
 def variant_folder(pin: Pin, variant: str) -> Path:
@@ -220,7 +231,7 @@ class Client:
             return Path(self._download(pin, path))
 
     def _download(self, pin: Pin, path: str) -> str:
-        place: dict[str, Any] = {"repo_type": pin.repo_type, "revision": pin.commit, "cache_dir": _cache()}
+        place: dict[str, Any] = {"repo_type": pin.repo_type, "revision": pin.commit, "cache_dir": cache_root()}
         return str(_repeat(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), self.patience))
 
     def read_status(self, pin: Pin, listed: RemoteFile) -> bytes:

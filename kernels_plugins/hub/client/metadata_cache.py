@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from ...files import write_file
 from ...locks import KeyedLocks
@@ -59,6 +59,11 @@ class MetadataCache:
         if is_repo_id(repo_id) and repo_type in ("kernel", "model") and is_commit(commit):
             return Pin(repo_id, repo_type, commit)
         return None
+
+    def pins(self) -> dict[str, Pin]:
+        """Return the pin of each revision that was loaded, by the name under which it is kept."""
+        names = [unquote(path.stem) for path in sorted(self._revision("").parent.glob("*.json"))]
+        return {name: pin for name in names if (pin := self.pin(name)) is not None}
 
     def write_pin(self, revision: str, pin: Pin) -> None:
         """Remember the pin of a revision."""

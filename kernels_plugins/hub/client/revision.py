@@ -20,7 +20,8 @@ logger = logging.getLogger("kernels_plugins.hub")
 
 _MOST_REDIRECTS = 5
 _HUB = "from the Hub"
-_VERSION = "refs/heads/v"
+BRANCH = "refs/heads/"
+_VERSION = f"{BRANCH}v"
 SERVED = "served/"
 """Before a commit: its pin before redirects. Under the commit itself is that after redirects."""
 

@@ -13,16 +13,12 @@ Plugins add commands with the hook `kernels_register_commands`.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
 import itertools
-import operator
-import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,20 +28,36 @@ import torch
 import typer
 from rich.console import Console
 
-from . import __version__, hookspecs
-from .answer import describe_tie, find_rivals
-from .errors import ArgumentError, KernelsError, KernelsWarning, PluginError, RequirementError
-from .layer import find_layer
-from .mode import STAND_INS, Mode
-from .models.receipt import receipt
-from .plugins import ENTRY_POINT_GROUP, plugin_manager
-from .resolution import Refusal, Resolution
-from .resolver import find_candidates, resolve
-from .table import Table, visible
-from .table import as_json as to_json
+from .. import __version__, hookspecs
+from ..answer import describe_tie, find_rivals
+from ..errors import ArgumentError, KernelsError, KernelsWarning, PluginError, RequirementError
+from ..mode import STAND_INS, Mode
+from ..models.receipt import receipt
+from ..plugins import ENTRY_POINT_GROUP, plugin_manager
+from ..resolution import Refusal, Resolution
+from ..resolver import find_candidates, resolve
+from ..table import as_json as to_json
+from ..table import visible
+from .arguments import Json, imported, made, printing_aside, using_device, writing
+from .printing import Row, print_error, print_found, print_rows
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Row = dict[str, Any]
+__all__ = [
+    "CallMode",
+    "Json",
+    "Row",
+    "command_line",
+    "imported",
+    "made",
+    "main",
+    "plugin_rows",
+    "print_error",
+    "print_found",
+    "print_rows",
+    "printing_aside",
+    "run",
+    "using_device",
+    "writing",
+]
 
 
 class CallMode(str, Enum):
@@ -95,11 +107,15 @@ def command_line() -> typer.Typer:
 def _remove_duplicates(cli: typer.Typer) -> None:
     """Remove and report commands whose name is taken: no plugin may replace the command of another."""
     taken: dict[str, str] = {}
-    for command in list(cli.registered_commands):
-        name = command.name or str(getattr(command.callback, "__name__", "")).replace("_", "-")
-        place = str(getattr(command.callback, "__module__", ""))
+    command: Any
+    for command in (*cli.registered_commands, *cli.registered_groups):
+        inner = getattr(command, "typer_instance", None)  # of a group, such as `cache`
+        callback = command.callback if inner is None else next((c.callback for c in inner.registered_commands), None)
+        name = str(command.name or getattr(callback, "__name__", "")).replace("_", "-")
+        place = str(getattr(callback, "__module__", ""))
         if name in taken:
-            cli.registered_commands.remove(command)
+            known: list[Any] = cli.registered_commands if inner is None else cli.registered_groups
+            known.remove(command)
             owners = [plugin for plugin, found in plugin_manager().plugins().items() if _module(found) == place]
             fault = f"The command {name!r} of {place} is left out: {taken[name]} has one of that name. Rename it."
             plugin_manager().report(PluginError(fault, plugin=owners[0] if owners else place))
@@ -139,30 +155,15 @@ def plugins(as_json: Json = False) -> None:
     Calls the hooks that offer kernels. Exits with 1 where a plugin is at fault, or where of several plugins with equal
     priority only the name decides which one serves.
     """
-    manager = plugin_manager()
-    found, origins = manager.plugins(), _distributions()
-    layers, ties = _offers()
-    names = sorted({*found, *(fault.plugin for fault in manager.faults)})
-    rows: list[Row] = [
-        {
-            "name": name,
-            "distribution": origins.get(name, ""),
-            "module": _module(found[name]) if name in found else "",
-            "hooks": [hook for hook in _hooks() if hasattr(found.get(name), hook)],
-            "layers": sorted(layers.get(name, ())),
-            "priority": getattr(found.get(name), "kernels_priority", 0),
-            "faults": [str(fault) for fault in manager.faults if fault.plugin == name],
-            "ties": [describe_tie(layer, rivals) for layer, rivals in ties.items() if name in rivals],
-        }
-        for name in names
-    ]
+    rows = plugin_rows()
+    texts = [text for column in ("faults", "ties") for row in rows for text in row[column]]
     if not as_json:  # numbers only: the texts come below
         for row in rows:
             row["faults"] = len(row["faults"]) + len(row.pop("ties"))
     print_rows(rows, as_json)
-    if manager.faults or ties:
+    if texts:
         if not as_json:
-            print("", *manager.faults, *(describe_tie(*tie) for tie in ties.items()), sep="\n")
+            print("", *dict.fromkeys(texts), sep="\n")
         raise typer.Exit(1)
 
 
@@ -258,6 +259,32 @@ def _refusal(refusal: Refusal) -> Row:
     return {"candidate": candidate, "plugin": refusal.plugin, "reason": refusal.reason}
 
 
+def plugin_rows() -> list[Row]:
+    """Return a row for each plugin, with its faults and its ties in words; calls the hooks that offer kernels.
+
+    Example:
+        >>> [row["distribution"] for row in plugin_rows() if row["name"] == "mapping"]
+        ['kernels-core 0.1.0']
+    """
+    manager = plugin_manager()
+    found, origins = manager.plugins(), _distributions()
+    layers, ties = _offers()
+    names = sorted({*found, *(fault.plugin for fault in manager.faults)})
+    return [
+        {
+            "name": name,
+            "distribution": origins.get(name, ""),
+            "module": _module(found[name]) if name in found else "",
+            "hooks": [hook for hook in _hooks() if hasattr(found.get(name), hook)],
+            "layers": sorted(layers.get(name, ())),
+            "priority": getattr(found.get(name), "kernels_priority", 0),
+            "faults": [str(fault) for fault in manager.faults if fault.plugin == name],
+            "ties": [describe_tie(layer, rivals) for layer, rivals in ties.items() if name in rivals],
+        }
+        for name in names
+    ]
+
+
 def _hooks() -> dict[str, Any]:
     return {name: spec for name, spec in vars(hookspecs).items() if name.startswith("kernels_")}
 
@@ -292,109 +319,3 @@ def _distributions() -> dict[str, str]:
 
 def _module(plugin: object) -> str:
     return plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
-
-
-# --- Printing ------------------------------------------------------------------------------------
-
-
-def print_rows(rows: Sequence[Row], as_json: bool = False, *, style: Callable[[Row], str] | None = None) -> None:
-    """Print rows that have the same columns, as `Table.of` shows them, or as JSON; also for the commands of plugins.
-
-    Example:
-        >>> print_rows([{"name": "silu", "variants": ["torch-cpu", "torch-cuda"]}])
-        name  variants
-        silu  torch-cpu torch-cuda
-    """
-    if as_json:
-        print(to_json(rows))
-    elif rows:
-        print_found(Table.of(rows, style))
-
-
-def print_found(found: Any, as_json: bool = False) -> None:
-    """Print a `Table`, a result that is shown as one, or its `to_json()`; also for the commands of plugins.
-
-    Example:
-        >>> print_found(receipt(torch.nn.Linear(2, 2)))
-        no decorated layer
-    """
-    console = Console(highlight=False)
-    if as_json or not console.is_terminal:  # for grep and cut: no wrapping
-        print(found.to_json() if as_json else found)
-    else:
-        console.print(found)
-
-
-def print_error(error: object) -> None:
-    """Print an error on standard error, as a line that begins with `error:`; also for the commands of plugins."""
-    print(f"error: {visible(str(error))}", file=sys.stderr)
-
-
-# --- Arguments -----------------------------------------------------------------------------------
-
-
-def imported(place: str) -> Any:
-    """Import the object that an argument names, also from the current directory; also for the commands of plugins.
-
-    The output of the import goes to standard error. An import that fails raises `ArgumentError`.
-
-    Example:
-        >>> imported("torch.nn:Linear").__name__
-        'Linear'
-    """
-    module_name, _, qualname = place.partition(":")
-    if os.getcwd() not in sys.path:  # it stays there, as with `python -m`: a function may import more when called
-        sys.path.insert(0, os.getcwd())
-    if not qualname:
-        raise ArgumentError(f"Cannot import {place!r}: add the name of an object in it, as package.module:name.")
-    try:
-        with printing_aside():
-            return operator.attrgetter(qualname)(importlib.import_module(module_name))
-    except (Exception, SystemExit) as error:
-        raise ArgumentError(f"Cannot import {place!r}: {type(error).__name__}: {error}") from error
-
-
-def made(place: str, what: str = "model") -> Any:
-    """Import the object that an argument names, and call it if it is a factory; also for the commands of plugins.
-
-    Modules, decorated functions, and objects that cannot be called are returned as they are. A factory that raises
-    is an `ArgumentError`; `what` is the object that it makes, for the message.
-
-    Example:
-        >>> made("torch.nn:Identity")
-        Identity()
-    """
-    found = imported(place)
-    layer = find_layer(found)
-    if isinstance(found, torch.nn.Module) or (layer is not None and layer.is_function) or not callable(found):
-        return found
-    try:
-        with printing_aside():
-            return found()
-    except (Exception, SystemExit) as error:
-        raise ArgumentError(f"{place!r} makes no {what}: {type(error).__name__}: {error}") from error
-
-
-def printing_aside() -> contextlib.AbstractContextManager[object]:
-    """Send the output of users' code to standard error: standard output is for the answer of a command."""
-    return contextlib.redirect_stdout(sys.stderr)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the file system into one that names the path; for the commands of plugins, too."""
-    try:
-        yield
-    except OSError as error:
-        raise ArgumentError(f"Cannot write {str(path)!r}: {error}") from error
-
-
-@contextlib.contextmanager
-def using_device(name: str) -> Iterator[torch.device]:
-    """Yield a device, and turn errors of its use into one that names it; for the commands of plugins, too."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        yield device
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
-        raise ArgumentError(f"The device {name!r} cannot be used here: {error}") from error
