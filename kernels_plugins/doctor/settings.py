@@ -1,0 +1,81 @@
+"""Environment variables: those that are set, those that cannot be understood, and names that are misspelt."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from kernels_core import ArgumentError, plugin_manager, switch, visible
+
+from ..canary.settings import VARIABLE as CANARY
+from ..canary.settings import settings_of_environment
+from ..hub.client.overrides import VARIABLE as FOLDERS
+from ..hub.client.overrides import parse_overrides
+from .finding import NOTE, OK, PROBLEM, Finding
+
+_NAME = re.compile(r"\b(?:KERNELS_[A-Z][A-Z_]*[A-Z]|LOCAL_KERNELS|DISABLE_KERNEL_MAPPING)\b")
+_CLIENT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_ETAG_TIMEOUT")
+_LIKE = re.compile(r"KERNELS?_|LOCAL_KERNEL|DISABLE_KERNEL")
+_SWITCHES = ("KERNELS_STRICT", "DISABLE_KERNEL_MAPPING")
+
+
+def check_settings() -> Iterator[Finding]:
+    """Yield each variable that is set for this library or its client of the Hub; the values of others are not shown."""
+    known = known_variables()
+    for name in sorted(os.environ):
+        value = visible(os.environ[name], 200)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if name in known:
+            problem = _problem(name)
+            off = "the reference serves everywhere" if name == _SWITCHES[1] and not problem and switch(name) else ""
+            state = PROBLEM if problem else NOTE if off else OK
+            yield Finding(
+                "variables", name, problem or off or value, state, f"Unset {name} to change that." if off else ""
+            )
+        elif name in _CLIENT:
+            yield Finding("variables", name, value)
+        elif _LIKE.match(name) and close:
+            yield Finding(
+                "variables", name, "nothing reads it", PROBLEM, f"Do you mean {close[0]}? Write that, or unset it."
+            )
+        elif _LIKE.match(name):
+            remedy = f"Unset it, unless another program reads it. Here are {', '.join(sorted(known))}."
+            yield Finding("variables", name, "nothing here reads it", NOTE, remedy)
+
+
+def known_variables() -> set[str]:
+    """Return the names of all variables in the sources of this library, and of the modules that plugins are in.
+
+    There is no list to maintain: a variable that no source names is read by none.
+    """
+    found: set[str] = set()
+    for package in ("kernels_core", "kernels_plugins"):
+        folder = Path(str(importlib.import_module(package).__file__)).parent
+        for path in folder.rglob("*.py"):
+            found.update(_NAME.findall(path.read_text(encoding="utf-8")))
+    for plugin in plugin_manager().plugins().values():
+        module = str(getattr(plugin, "__module__", None) or getattr(plugin, "__name__", ""))
+        file = Path(str(getattr(sys.modules.get(module), "__file__", "")))
+        if file.suffix == ".py" and file.is_file():
+            found.update(_NAME.findall(file.read_text(encoding="utf-8", errors="ignore")))
+    return found
+
+
+def _problem(name: str) -> str:
+    """Return why the value of a variable cannot be used; empty if it can."""
+    try:
+        if name in _SWITCHES:
+            switch(name)
+        elif name == CANARY:
+            settings_of_environment()
+        elif name == FOLDERS:
+            gone = [str(path) for path in parse_overrides(os.environ[name]).values() if not path.is_dir()]
+            return f"there is no folder {', '.join(gone)}: correct or unset {FOLDERS}" if gone else ""
+    except ArgumentError as error:
+        return str(error)
+    return ""
