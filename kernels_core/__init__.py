@@ -43,7 +43,8 @@ from .models.frozen import frozen_choice
 from .models.functions import functions_of
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
 from .models.modules import change_class, module_paths
-from .models.receipt import Receipt, ReceiptDiff, ReceiptRow, receipt
+from .models.receipt import Receipt, ReceiptDiff, receipt
+from .models.receipt_row import ReceiptRow
 from .models.references import references
 from .pages.bars import Bars
 from .pages.page import Page, Section

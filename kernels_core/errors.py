@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from .text import cleaned
 
 if TYPE_CHECKING:
-    from .models.receipt import ReceiptRow
+    from .models.receipt_row import ReceiptRow
     from .resolution import LayerRequest, Refusal
 
 

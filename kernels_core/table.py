@@ -291,8 +291,8 @@ def _wrapped(cell: str, width: int) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return a text as HTML: no markup, no control characters, and its line ends."""
-    return html.escape(visible(text)).replace("\n", "<br>")
+    """Return a text as HTML: no markup, no control characters, and with ends of lines; long names may be broken."""
+    return re.sub(r"(?<=\w)[./:@](?=[^\W\d])", r"\g<0><wbr>", html.escape(visible(text)).replace("\n", "<br>"))
 
 
 def _one_line(cell: object) -> str:

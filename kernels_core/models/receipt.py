@@ -4,182 +4,54 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
+import platform
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
 
 from .. import resolver
-from ..answer import not_taken
 from ..device import Device, as_torch_device
 from ..errors import ArgumentTypeError, RequirementError
+from ..exports import __version__
 from ..generated import dispatched_layer
 from ..guards.parts import for_module
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
+from ..pages.page import Page
+from ..pages.receipt import receipt_page
 from ..plugins import plugin_manager
-from ..resolution import Refusal, Resolution
+from ..resolution import Resolution
 from ..table import Table, TableRow, Tabular, as_json, indented
 from .counting import calls_of
 from .frozen import foreign_forward, frozen_choice
 from .functions import called_by, functions_of
 from .modules import device_of, locate, module_paths, required_device
+from .receipt_row import ReceiptRow, together
 
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
-
-
-@dataclass(frozen=True)
-class ReceiptRow:
-    """One layer of a model.
-
-    Attributes:
-        path: Where it is in the model, as in `module_paths`; for a decorated function that a module calls,
-            the module's path, a colon, and the function's name.
-        layer_name: The name that mappings use.
-        layer: Where the layer is defined.
-        device: The device of the decision.
-        mode: The mode of the decision.
-        implementation: The function that is called.
-        origin: Where it comes from: repository and commit, class, or `"reference"`.
-        plugin: The plugin that offered it.
-        refusals: Candidate and reason, for each that was tried and refused.
-        misfits: Candidate and reason, for each that is offered only for other calls.
-        checked: The checks that it passed, with their results.
-        note: Why no plugin was asked for candidates, where that is so; the calls that the kernel does not take.
-        frozen: Whether `kernelize` made the decision.
-        calls: The number of calls per origin, while calls were counted; None if no call of the model was, and for
-            compiled code, whose calls are not.
-        aliases: The other paths of a shared layer.
-    """
-
-    path: str
-    layer_name: str
-    layer: str
-    device: str
-    mode: str
-    implementation: str
-    origin: str
-    plugin: str = ""
-    refusals: tuple[tuple[str, str], ...] = ()
-    misfits: tuple[tuple[str, str], ...] = ()
-    checked: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
-    frozen: bool = False
-    calls: Mapping[str, int] | None = None
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether the layer's own forward serves."""
-        return self.origin == "reference"
-
-    @property
-    def remarks(self) -> Iterator[str]:
-        """The reasons for the decision, a line each."""
-        if self.note:
-            yield self.note
-        yield from (f"refused {candidate}: {reason}" for candidate, reason in self.refusals)
-        if self.is_reference:
-            yield from (f"not for this call: {candidate}: {reason}" for candidate, reason in self.misfits)
-
-    @property
-    def described(self) -> Iterator[str]:
-        """Path, layer name and origin, and the reasons, a line each."""
-        yield f"  {self.path} (layer {self.layer_name!r}): {self.origin}"
-        none = ["no kernel is offered for it"] if self.is_reference else []
-        yield from indented(list(self.remarks) or none)
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """The row as text, one item per column."""
-        calls = ", ".join(f"{count} {origin}" for origin, count in (self.calls or {}).items())
-        if self.calls is not None and set(self.calls) <= {self.origin}:
-            calls = str(sum(self.calls.values()))
-        kept = " (frozen)" if self.frozen else ""
-        path = " = ".join((self.path, *self.aliases))
-        return (path, self.layer_name, self.device, self.mode, self.origin + kept, self.plugin, calls)
-
-    @classmethod
-    def of(cls, resolution: Resolution, path: str, *aliases: str, **more: Any) -> ReceiptRow:
-        """Make the row of a decision."""
-        request = resolution.request
-        layer = request.layer
-        function: Any = resolution.implementation or (layer.reference if layer else None)
-        name = getattr(function, "__qualname__", repr(function))
-        return cls(
-            path=path,
-            layer_name=request.layer_name,
-            layer=layer.qualname if layer else "",
-            device=str(request.device),
-            mode=request.mode_text,
-            implementation=f"{getattr(function, '__module__', '?')}.{name}",
-            origin=resolution.origin,
-            plugin=resolution.plugin,
-            refusals=_reasons(resolution.refusals),
-            misfits=_reasons(resolution.misfits),
-            checked=dict(resolution.checked),
-            note="; ".join(filter(None, (resolution.note, not_taken(resolution)))),
-            aliases=aliases,
-            **more,
-        )
-
-
-def _reasons(refusals: Iterable[Refusal]) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (refusal.candidate.label if refusal.candidate else f"plugin {refusal.plugin!r}", refusal.reason)
-        for refusal in refusals
-    )
-
-
-def _together(rows: Iterable[ReceiptRow]) -> list[ReceiptRow]:
-    """Return the rows with one for layers that are served alike, at paths such as `layers.0-23.mlp`.
-
-    The last number of their paths is folded first, so that `layers.0-23.experts.0-7` is one row, too.
-    """
-    keyed = [((*row.cells[1:], *row.remarks), re.split(r"(?<![^.])(\d+)(?![^.:])", row.cells[0]), row) for row in rows]
-    for back in range(1, max((len(parts) for _, parts, _ in keyed), default=0), 2):
-        groups: dict[object, list[tuple[tuple[str, ...], list[str], ReceiptRow]]] = {}
-        for each in keyed:
-            key, parts, _ = each
-            number = len(parts) - 1 - back
-            alike = (key, *parts[:number], *parts[number + 1 :]) if number > 0 else id(each)
-            groups.setdefault(alike, []).append(each)
-        keyed = []
-        for group in groups.values():
-            key, parts, row = group[0]
-            number = len(parts) - 1 - back
-            if len(group) > 1:
-                parts = [*parts[:number], _ranges(p[number] for _, p, _ in group), *parts[number + 1 :]]
-            keyed.append((key, parts, row))
-    return [replace(row, path="".join(parts), aliases=()) for _, parts, row in keyed]
-
-
-def _ranges(numbers: Iterable[str]) -> str:
-    """Write numbers shortly: `0-2,5`."""
-    runs: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 @dataclass(frozen=True)
 class Receipt(Tabular):
     """The kernel or reference that serves each decorated layer of a model.
 
-    `str` gives a plain table, `rich.print` one with colours.
+    `str` gives a plain table, `rich.print` one with colours, `to_html` a page to show around. Receipts are equal if
+    their rows are.
 
     Attributes:
         rows: A row for each layer, in the order of the model.
+        about: The model's class, the date and the versions, by name, as on the page.
+        faults: The faults of plugins, which may have had kernels.
     """
 
     rows: tuple[ReceiptRow, ...]
+    about: Mapping[str, str] = field(default_factory=dict, compare=False)
+    faults: tuple[str, ...] = field(default=(), compare=False)
 
     def require(self, pattern: str, origin: str | None = None) -> Receipt:
         """Raise unless the layers at some paths are served as wanted.
@@ -218,7 +90,7 @@ class Receipt(Tabular):
         if failing:
             lines = [
                 f"{len(failing)} of {len(matching)} layers that match {pattern!r} are not served by {wanted}:",
-                *(line for row in _together(failing) for line in row.described),
+                *(line for row in together(failing) for line in row.described),
                 *(f"A plugin failed, and may have had a kernel: {fault}" for fault in plugin_manager().faults),
                 "Offer a kernel that fits, correct the reasons above, or require less. `kernels-core plugins` lists "
                 "who offers kernels.",
@@ -257,6 +129,22 @@ class Receipt(Tabular):
         rows = [{**vars(row), "refusals": listed(row.refusals), "misfits": listed(row.misfits)} for row in self.rows]
         return as_json(rows, indent=indent)
 
+    def as_page(self) -> Page:
+        """Return the page: a summary, then equal layers together, those on the reference first, with the reasons."""
+        return receipt_page(self.rows, self.about, self.faults)
+
+    def to_html(self) -> str:
+        """Return the page as one file.
+
+        Example:
+            >>> Receipt(()).to_html()[:15]
+            '<!doctype html>'
+        """
+        return self.as_page().to_html()
+
+    def _repr_html_(self) -> str:
+        return self.as_page()._repr_html_()
+
     def as_table(self) -> Table:
         """Return the rows with their reasons: green where a kernel serves, yellow where the reference does."""
         if not self.rows:
@@ -264,7 +152,7 @@ class Receipt(Tabular):
         shown = len(COLUMNS) - all(row.calls is None for row in self.rows)  # the last column is that of calls
         rows = [
             TableRow(row.cells[:shown], "yellow" if row.is_reference else "green", tuple(row.remarks))
-            for row in _together(self.rows)
+            for row in together(self.rows)
         ]
         return Table(COLUMNS[:shown], rows)
 
@@ -355,13 +243,27 @@ def receipt(
     called = functools.cache(called_by)
     found = [pair for module, places in module_paths(model).items() for pair in _rows(places, module, decide, called)]
     calls = calls_of([counted for counted, _ in found])
-    return Receipt(
-        tuple(
-            # Calls in compiled code are not counted: that none was is not known.
-            replace(row, calls=count if count or "compile" not in row.mode else None)
-            for (_, row), count in zip(found, calls, strict=True)
-        )
+    rows = tuple(
+        # Calls in compiled code are not counted: that none was is not known.
+        replace(row, calls=count if count or "compile" not in row.mode else None)
+        for (_, row), count in zip(found, calls, strict=True)
     )
+    return Receipt(rows, _about(model, rows), tuple(map(str, plugin_manager().faults)))
+
+
+def _about(model: nn.Module, rows: Iterable[ReceiptRow]) -> dict[str, str]:
+    """Return the class of a model, the date, the GPU, and the versions of the packages of model and kernels."""
+    about = {"model": type(model).__name__, "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"}
+    on_cuda = any(row.device.startswith("cuda") for row in rows)
+    if on_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # a receipt starts no GPU
+        about["GPU"] = torch.cuda.get_device_name()
+    about |= {"kernels-core": __version__, "torch": torch.__version__, "Python": platform.python_version()}
+    for place in (type(model).__module__, *(row.implementation for row in rows)):
+        package = place.partition(".")[0]
+        version = getattr(sys.modules.get(package), "__version__", None)
+        if isinstance(version, str) and package not in ("kernels_core", "kernels_plugins", "__main__"):
+            about.setdefault(package, version)
+    return about
 
 
 def _rows(

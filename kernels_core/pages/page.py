@@ -71,7 +71,7 @@ class Page:
 
     def to_html(self) -> str:
         """Return the page as one file."""
-        title = f"<title>{escaped(self.title)}</title>"
+        title = f"<title>{html.escape(visible(self.title))}</title>"
         return f"{_HEAD}{title}<style>{STYLE}</style></head><body class='kc'>{self._main()}</body></html>\n"
 
     def _repr_html_(self) -> str:

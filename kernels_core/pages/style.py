@@ -29,18 +29,21 @@ div.kc main{padding:1rem}
 .kc h3{font-size:1rem;margin:.8rem 0 .2rem}
 .kc p{margin:.3rem 0;max-width:80ch}
 .kc small,.kc .kc-note,.kc dt,.kc th{color:var(--kc-dim);font-weight:400;font-size:.87rem}
-.kc code,.kc ul,.kc h3{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
-.kc code,.kc ul,.kc h3{font-size:.87rem}
+.kc code,.kc ul,.kc h3{font-size:.87rem;font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .kc-green{--kc-mark:var(--kc-green)}.kc-yellow{--kc-mark:var(--kc-yellow)}.kc-red{--kc-mark:var(--kc-red)}
 .kc-blue{--kc-mark:var(--kc-blue)}.kc-dim{--kc-mark:var(--kc-dim)}
+:where(.kc) :is(details,section,.kc-bars>div):where(:not([class])){--kc-mark:initial}
 .kc-cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:.75rem;margin:1.2rem 0}
 .kc-cards>div{background:var(--kc-panel);border:1px solid var(--kc-line);border-top:4px solid \
 var(--kc-mark,var(--kc-line));border-radius:8px;padding:.7rem .9rem}
 .kc-cards b{display:block;font-size:1.35rem;line-height:1.3;color:var(--kc-mark,inherit)}
-.kc dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:.1rem 1.2rem;margin:.5rem 0}
+.kc dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:.1rem 1.2rem;margin:.5rem 0}
 .kc dd{margin:0}
 .kc dl>div{display:flex;gap:.6rem}
-.kc dl>div dt{flex:0 0 6.8rem}
+.kc dl>div dt{flex:0 0 6rem}
+.kc main>dl:last-child{margin-top:2rem;border-top:1px solid var(--kc-line);padding-top:.8rem}
+.kc section[class]{border-left:3px solid var(--kc-mark);padding-left:.8rem;margin:.6rem 0}
+.kc h3 .kc-note{font-family:system-ui,sans-serif}
 .kc dl.kc-pairs{gap:.5rem}
 .kc dl.kc-pairs>div{display:block;border:1px solid var(--kc-line);border-radius:6px;padding:.3rem .6rem;\
 background:var(--kc-back)}
@@ -54,7 +57,7 @@ align-items:baseline;list-style:none}
 .kc summary b{color:var(--kc-mark,inherit)}
 .kc summary:focus-visible,.kc-scroll:focus-visible{outline:3px solid var(--kc-blue);outline-offset:2px}
 .kc details>div{margin-top:.5rem;border-top:1px solid var(--kc-line);padding-top:.3rem}
-.kc ul{list-style:none;margin:.4rem 0;padding:0;columns:3 18rem;column-gap:1.5rem}
+.kc ul{list-style:none;margin:.4rem 0;padding:0;columns:2 24rem;column-gap:1.5rem}
 .kc li{break-inside:avoid}
 .kc-scroll{overflow-x:auto}
 .kc table{border-collapse:collapse;width:100%;margin:.4rem 0}
@@ -82,7 +85,7 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .kc{background:#fff;font-size:10pt}.kc main{max-width:none;padding:0}
 .kc details::details-content{content-visibility:visible;block-size:auto}
 .kc details,.kc-cards>div,.kc-panel{break-inside:auto;border-radius:0}
-.kc summary,.kc h2,.kc h3{break-after:avoid}.kc summary::before{content:""}
+.kc summary,.kc h2,.kc h3{break-after:avoid}.kc details>summary::before{content:""!important}
 .kc ul{columns:2}
 }
 """

@@ -12,10 +12,10 @@ from browser import CHROMIUM, browser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_core import Bars, Page, Section, Table, TableRow
+from kernels_core import Bars, Page, Receipt, ReceiptRow, Section, Table, TableRow
 from kernels_core.pages.style import DARK, LIGHT
 
-VOID = {"br", "link", "meta"}
+VOID = {"br", "link", "meta", "wbr"}
 REASON = "its forward takes other parameters\n    layer:  (x)\n    kernel: (x, *, alpha=1.0)\n  they must be equal"
 ROWS = [
     TableRow(("Prefill", None)),
@@ -115,19 +115,21 @@ def test_a_browser_shows_pages(tmp_path: Path) -> None:
         [Bars(ROWS, "ms"), Section("norm" * 30, [REASON, ["a.path.to.a.layer" * 9]], "24 layers", folded=True)],
         cards=[TableRow(("9 of 9", "layers"), "green")] * 4,
     )
-    file = tmp_path / "page.html"
+    row = ReceiptRow("a." * 60, "<N>", "x.N", "cpu", "training", "x.N.forward", "reference", refusals=(("k", REASON),))
+    file, second = tmp_path / "page.html", tmp_path / "receipt.html"
     file.write_text(page.to_html(), encoding="utf-8")
+    second.write_text(Receipt((row, row), {"model": "<M>"}).to_html(), encoding="utf-8")
     backs = set()
     with browser(tmp_path) as tab:
-        for width in (1280, 400):
+        for shown, width in ((second, 1280), (second, 400), (file, 1280), (file, 400)):
             for scheme in ("light", "dark"):
-                tab.show(file.as_uri(), width, scheme=scheme)
+                tab.show(shown.as_uri(), width, scheme=scheme)
                 methods = {event.get("method") for event in tab.events}
                 assert not methods & {"Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"}
                 asked = [
                     e["params"]["request"]["url"] for e in tab.events if e.get("method") == "Network.requestWillBeSent"
                 ]
-                assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+                assert [url for url in asked if not url.startswith("data:")] == [shown.as_uri()]
                 assert tab.value("document.documentElement.scrollWidth") <= width
                 backs.add(tab.value("getComputedStyle(document.body).backgroundColor"))
         assert len(backs) == 2
@@ -138,7 +140,7 @@ def test_a_browser_shows_pages(tmp_path: Path) -> None:
             )
         assert tab.value("document.querySelector('details').open") is True
         tab.value("document.querySelector('details').open = false")
-        shown = "document.querySelector('.kc-pairs').checkVisibility({contentVisibilityProperty: true})"
-        assert tab.value(shown) is False
+        visible = "document.querySelector('.kc-pairs').checkVisibility({contentVisibilityProperty: true})"
+        assert tab.value(visible) is False
         tab.send("Emulation.setEmulatedMedia", media="print")
-        assert tab.value(shown) is True
+        assert tab.value(visible) is True

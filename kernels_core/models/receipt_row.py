@@ -1,0 +1,149 @@
+"""The row of a receipt: one layer of a model, and why it is served as it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..answer import not_taken
+from ..resolution import Refusal, Resolution
+from ..table import indented
+
+
+@dataclass(frozen=True)
+class ReceiptRow:
+    """One layer of a model.
+
+    Attributes:
+        path: Where it is in the model, as in `module_paths`; for a decorated function that a module calls,
+            the module's path, a colon, and the function's name.
+        layer_name: The name that mappings use.
+        layer: Where the layer is defined.
+        device: The device of the decision.
+        mode: The mode of the decision.
+        implementation: The function that is called.
+        origin: Where it comes from: repository and commit, class, or `"reference"`.
+        plugin: The plugin that offered it.
+        refusals: Candidate and reason, for each that was tried and refused.
+        misfits: Candidate and reason, for each that is offered only for other calls.
+        checked: The checks that it passed, with their results.
+        note: Why no plugin was asked for candidates, where that is so; the calls that the kernel does not take.
+        frozen: Whether `kernelize` made the decision.
+        calls: The number of calls per origin, while calls were counted; None if no call of the model was, and for
+            compiled code, whose calls are not.
+        aliases: The other paths of a shared layer.
+    """
+
+    path: str
+    layer_name: str
+    layer: str
+    device: str
+    mode: str
+    implementation: str
+    origin: str
+    plugin: str = ""
+    refusals: tuple[tuple[str, str], ...] = ()
+    misfits: tuple[tuple[str, str], ...] = ()
+    checked: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    frozen: bool = False
+    calls: Mapping[str, int] | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the layer's own forward serves."""
+        return self.origin == "reference"
+
+    @property
+    def remarks(self) -> Iterator[str]:
+        """The reasons for the decision, a line each."""
+        if self.note:
+            yield self.note
+        yield from (f"refused {candidate}: {reason}" for candidate, reason in self.refusals)
+        if self.is_reference:
+            yield from (f"not for this call: {candidate}: {reason}" for candidate, reason in self.misfits)
+
+    @property
+    def described(self) -> Iterator[str]:
+        """Path, layer name and origin, and the reasons, a line each."""
+        yield f"  {self.path} (layer {self.layer_name!r}): {self.origin}"
+        none = ["no kernel is offered for it"] if self.is_reference else []
+        yield from indented(list(self.remarks) or none)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, one item per column."""
+        calls = ", ".join(f"{count} {origin}" for origin, count in (self.calls or {}).items())
+        if self.calls is not None and set(self.calls) <= {self.origin}:
+            calls = str(sum(self.calls.values()))
+        kept = " (frozen)" if self.frozen else ""
+        path = " = ".join((self.path, *self.aliases))
+        return (path, self.layer_name, self.device, self.mode, self.origin + kept, self.plugin, calls)
+
+    @classmethod
+    def of(cls, resolution: Resolution, path: str, *aliases: str, **more: Any) -> ReceiptRow:
+        """Make the row of a decision."""
+        request = resolution.request
+        layer = request.layer
+        function: Any = resolution.implementation or (layer.reference if layer else None)
+        name = getattr(function, "__qualname__", repr(function))
+        return cls(
+            path=path,
+            layer_name=request.layer_name,
+            layer=layer.qualname if layer else "",
+            device=str(request.device),
+            mode=request.mode_text,
+            implementation=f"{getattr(function, '__module__', '?')}.{name}",
+            origin=resolution.origin,
+            plugin=resolution.plugin,
+            refusals=_reasons(resolution.refusals),
+            misfits=_reasons(resolution.misfits),
+            checked=dict(resolution.checked),
+            note="; ".join(filter(None, (resolution.note, not_taken(resolution)))),
+            aliases=aliases,
+            **more,
+        )
+
+
+def _reasons(refusals: Iterable[Refusal]) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (refusal.candidate.label if refusal.candidate else f"plugin {refusal.plugin!r}", refusal.reason)
+        for refusal in refusals
+    )
+
+
+def together(rows: Iterable[ReceiptRow]) -> list[ReceiptRow]:
+    """Return the rows with one for layers that are served alike, at paths such as `layers.0-23.mlp`.
+
+    The last number of their paths is folded first, so that `layers.0-23.experts.0-7` is one row, too.
+    """
+    keyed = [((*row.cells[1:], *row.remarks), re.split(r"(?<![^.])(\d+)(?![^.:])", row.cells[0]), row) for row in rows]
+    for back in range(1, max((len(parts) for _, parts, _ in keyed), default=0), 2):
+        groups: dict[object, list[tuple[tuple[str, ...], list[str], ReceiptRow]]] = {}
+        for each in keyed:
+            key, parts, _ = each
+            number = len(parts) - 1 - back
+            alike = (key, *parts[:number], *parts[number + 1 :]) if number > 0 else id(each)
+            groups.setdefault(alike, []).append(each)
+        keyed = []
+        for group in groups.values():
+            key, parts, row = group[0]
+            number = len(parts) - 1 - back
+            if len(group) > 1:
+                parts = [*parts[:number], _ranges(p[number] for _, p, _ in group), *parts[number + 1 :]]
+            keyed.append((key, parts, row))
+    return [replace(row, path="".join(parts), aliases=()) for _, parts, row in keyed]
+
+
+def _ranges(numbers: Iterable[str]) -> str:
+    """Write numbers shortly: `0-2,5`."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
