@@ -115,9 +115,7 @@ def frozen{signature}:
         return _kernels_answer(_kernel({call}), _kernels_next, {call})
     if {odd} or {tests}:
         _kernel = _kernels_unfit({module}, {values})
-    elif _kernels_unproven and (
-        {forward_level} >= 0 or _kernels_grad() and ({records} or _kernels_lossy and _kernels_transform() is not None)
-    ):
+    elif _kernels_unproven and ({forward_level} >= 0 or {records}):
         _kernel = _kernels_proving
     _kernel_output = _kernel({call})
     if _kernel_output is _kernels_passed_on:
@@ -298,10 +296,11 @@ class ForwardSource:
         return f"_kernels_untraceable and ({self.is_recorded})" + (odd_module if not self.is_function else "")
 
     def _records(self, *, exact: bool, first_is_tensor: bool = False) -> str:
-        """Write a test whether autograd records a call, cheapest questions first.
+        """Write a test whether autograd records a call; where it need not be exact, for what the reference may use.
 
-        Where it need not be exact, only tensors that the reference may use are asked, and the gradient mode is not if
-        that takes longer.
+        Transforms are asked for, too: of a tensor in `vmap`, or one that an inner `grad` does not derive, only the
+        wrapped tensor shows what derives it. They come last, for calls that are recorded need not know, and after the
+        mode, so that calls under `no_grad` do not pay for them.
         """
         if self._first is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in self.parameters):
             return f"_kernels_is_recorded({self.module}, {self.values})"
@@ -316,12 +315,8 @@ class ForwardSource:
                 tests.append(f"({asked} else _kernels_requires_grad({p.name}))")
         if not self.is_function and (exact or self.reads_module):
             tests.append(f"_kernels_{'has' if exact else 'reads'}_trainable({self.module})")
-        if exact:
-            tests.append("_kernels_transform() is not None")  # inside of `vmap`, no tensor shows what derives it
-        only_first = all(type(p.default) in PLAIN and p.default is not None for p in self._arguments[1:])
-        mode = "" if only_first and not exact and not self.reads_module else "_kernels_grad() and "
-        joined = "\n    or ".join(tests)
-        return f"{mode}(\n    {joined}\n)"
+        joined = "\n    or ".join([*tests, "_kernels_in_transform()"])
+        return f"_kernels_grad() and (\n    {joined}\n)"
 
     @property
     def _arguments(self) -> tuple[inspect.Parameter, ...]:

@@ -32,7 +32,7 @@ from .torch_internals import (
     IS_TRACED,
     TraceError,
     constant_result,
-    current_transform,
+    in_transform,
 )
 
 _ABSENT = (AttributeError, IndexError, TraceError)
@@ -184,7 +184,7 @@ _SHARED_NAMES: dict[str, object] = {
     "_kernels_requires_grad": requires_grad,
     "_kernels_root": root,
     "_kernels_tensor": torch.Tensor,
-    "_kernels_transform": current_transform,
+    "_kernels_in_transform": in_transform,
 }
 """Names that generated functions use, besides those of their own."""
 

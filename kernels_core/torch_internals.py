@@ -112,13 +112,12 @@ forward_grad_enabled: Callable[[], bool] | None = _find("torch._C:_is_fwd_grad_e
 `scope` looks for such a forward in the stack."""
 
 
-current_transform: Callable[[], object] = (
-    _find("torch._C._functorch:peek_interpreter_stack")
-    or _find("torch._C._functorch:maybe_current_level")
-    or (lambda: "unknown")
+_transform: Callable[[], object] = _find("torch._C._functorch:peek_interpreter_stack") or (lambda: "unknown")
+in_transform: Callable[[], bool] = _find("torch._C:_are_functorch_transforms_active") or (
+    lambda: _transform() is not None
 )
-"""Return the innermost transform of `torch.func` that runs; None outside. Without the names, some is assumed: the
-reference answers for a kernel at fault, which goes into no quarantine."""
+"""Whether a transform of `torch.func` runs. Without the names, one is assumed: the reference answers for a kernel at
+fault, which goes into no quarantine."""
 
 
 _mode_stack = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack")
@@ -148,7 +147,7 @@ EXPRESSION_NAMES: Mapping[str, object] = {
 
 def is_watched() -> bool:
     """Whether `torch.jit.trace`, a transform of `torch.func` or a dispatch mode sees the operators of this call."""
-    return bool(_is_jit_tracing() or current_transform() is not None or dispatch_mode_count())
+    return bool(_is_jit_tracing() or in_transform() or dispatch_mode_count())
 
 
 def is_recorded() -> bool:

@@ -18,7 +18,7 @@ from ..layer import Forward
 from ..raised import detached, error_text, message_of
 from ..replay import CONSTANTS, Call
 from ..resolution import Resolution
-from ..torch_internals import current_transform, dispatch_mode_count, in_forward_ad, is_traced, tree_leaves, version
+from ..torch_internals import dispatch_mode_count, in_forward_ad, in_transform, is_traced, tree_leaves, version
 from ..warning import warn, warn_once
 from .limits import first_dtype
 from .quarantine import quarantine
@@ -62,7 +62,7 @@ def stand_in(
     values = list(values)
     odd = is_odd(values) or (module is not None and is_odd_module(module))
     spared = "for a tensor of a subclass" if odd else ""
-    if current_transform() is not None or in_forward_ad():
+    if in_transform() or in_forward_ad():
         spared = "under torch.func or in forward-mode differentiation"
     safe = layer.use_fallback and not strict() and not _may_be_changed(values)
 

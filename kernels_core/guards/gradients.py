@@ -26,8 +26,8 @@ from ..resolution import Resolution
 from ..torch_internals import (
     DYNAMO_LISTS_ATTRIBUTES,
     constant_result,
-    current_transform,
     in_forward_ad,
+    in_transform,
     tree_leaves,
     version,
 )
@@ -66,7 +66,7 @@ def is_recorded(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
 
     Inside of `torch.func.vmap`, no tensor shows that autograd, or a transform around it, records it.
     """
-    if torch.is_grad_enabled() and (records_autograd(module, values) or current_transform() is not None):
+    if torch.is_grad_enabled() and (records_autograd(module, values) or in_transform()):
         return True
     return in_forward_ad() or in_function()
 
@@ -74,7 +74,7 @@ def is_recorded(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
 @constant_result
 def is_transformed() -> bool:
     """Whether `torch.func` transforms a call that Dynamo traces: Dynamo enters transforms, and runs this then."""
-    return current_transform() is not None
+    return in_transform()
 
 
 def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
@@ -218,7 +218,7 @@ def try_gradients(
     untouched = -1 not in versions and versions == [version(tensor) for tensor in touched]
     # An iterator is used up: the call cannot be made anew.
     untouched = untouched and not any(isinstance(leaf, Iterator) for leaf in tree_leaves(list(values)))
-    missing = _unreached(sources, output)
+    missing = unreached(sources, output)
     if missing:
         without = _missing_in_reference(layer, module, missing, sources, call)
         missing = [name for name in missing if name not in without]
@@ -304,7 +304,7 @@ def _missing_in_reference(
         with Call(module, args, kwargs, layer.signature).replayed(
             layer.reference, parameters=False, changes=False
         ) as replay:
-            lost = _unreached(replay.sources, replay.outputs)
+            lost = unreached(replay.sources, replay.outputs)
     except Exception as error:  # the kernel serves where the reference cannot: nothing to compare with
         warn(
             f"Layer {layer.name!r}: {', '.join(missing)} gets no gradient from its kernel, and whether that is "
@@ -316,7 +316,7 @@ def _missing_in_reference(
     return [name for name in missing if id(sources[name]) not in reached]
 
 
-def _unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
+def unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
     """Return the names of the sources from which no path leads to the output."""
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     if not outputs:  # hidden in an object of an unknown class

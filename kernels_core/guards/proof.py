@@ -9,16 +9,16 @@ import inspect
 import itertools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch.autograd import forward_ad
 
 from ..layer import Forward, Layer
-from ..torch_internals import current_transform, in_forward_ad, tree_leaves
+from ..torch_internals import in_forward_ad, in_transform, tree_leaves
 from ..warning import warn_once
-from .gradients import keeps_gradients, records_autograd, try_gradients
+from .gradients import keeps_gradients, records_autograd, try_gradients, unreached
 
 _FINDS_LOCALS = {"super", "locals", "vars", "eval", "exec"}
 """Functions that read the first argument of their caller without being given it."""
@@ -52,7 +52,7 @@ def until_proven(
             return forward(*args, **kwargs)
         module, values = _arguments(layer, args, kwargs)
         changed_part = getattr(kernel, "kernels_changed_part", None)  # then the reference runs, and proves nothing
-        transformed = current_transform() is not None
+        transformed = in_transform()
         recorded = torch.is_grad_enabled() and (transformed or records_autograd(module, values))
         if torch.compiler.is_compiling() or not (recorded or in_forward_ad()):
             return forward(*args, **kwargs)
@@ -61,15 +61,16 @@ def until_proven(
         if transformed or in_forward_ad():  # where the reference cannot run on copies
             output = forward(*args, **kwargs)
             given = [*values, *(module.parameters() if module is not None else ())]
-            unknown = transformed and _unwrapped is None  # whether a transform around this one derives the call
-            if output is NotImplemented or _is_differentiated(output) or not (unknown or _is_differentiated(given)):
+            hidden = transformed and _may_hide(output)
+            if output is NotImplemented or not ((lost := _lost(given, output)) or hidden):
                 return output
             expected = layer.reference(*args, **kwargs)
-            if _is_differentiated(expected):
-                warn_once(
-                    f"Layer {layer.name!r}: {origin} loses gradients under torch.func or in forward-mode "
-                    "differentiation: the reference serves such calls."
-                )
+            if not lost - _lost(given, expected):  # the reference has none either: not recorded around a transform
+                return expected if hidden else output
+            warn_once(
+                f"Layer {layer.name!r}: {origin} loses gradients under torch.func or in forward-mode "
+                "differentiation: the reference serves such calls."
+            )
             return expected
 
         def call(function: Forward) -> Any:
@@ -86,18 +87,35 @@ def until_proven(
 _unwrapped: Callable[..., Any] | None = getattr(torch.func, "debug_unwrap", None)  # from PyTorch 2.7 on
 
 
-def _is_differentiated(values: Any) -> bool:
-    """Whether a tensor in a nested value requires grad, or has a tangent, here or in a transform around this one."""
+def _lost(given: Any, output: Any) -> set[str]:
+    """Return the tensors among those given, by number, whose derivative the output of a call does not have."""
+    sources = {str(number): tensor for number, tensor in enumerate(_with_wrapped(given))}
+    outputs = list(_with_wrapped(output))
+    recorded = {name: tensor for name, tensor in sources.items() if tensor.requires_grad and torch.is_grad_enabled()}
+    lost = set(unreached(recorded, outputs))
+    if outputs and not any(map(_has_tangent, outputs)):
+        lost.update(name for name, tensor in sources.items() if _has_tangent(tensor))
+    return lost
+
+
+def _with_wrapped(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a nested value, and those that transforms have wrapped: each has the derivatives of one."""
     for leaf in tree_leaves(values):
         tensor = leaf if isinstance(leaf, torch.Tensor) else None
         while tensor is not None:
-            if tensor.requires_grad:
-                return True
-            with contextlib.suppress(RuntimeError):  # of `vmap`, which has no rule for this question
-                if cast(Any, forward_ad).unpack_dual(tensor).tangent is not None:
-                    return True
+            yield tensor
             inner = _unwrapped(tensor, recurse=False) if _unwrapped is not None else tensor
             tensor = inner if inner is not tensor else None
+
+
+def _may_hide(output: Any) -> bool:
+    """Whether a transform around this one may derive a call, where PyTorch does not show what is wrapped."""
+    return _unwrapped is None and not any(t.requires_grad or _has_tangent(t) for t in _with_wrapped(output))
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    with contextlib.suppress(RuntimeError):  # of `vmap`, which has no rule for this question
+        return cast(Any, forward_ad).unpack_dual(tensor).tangent is not None
     return False
 
 

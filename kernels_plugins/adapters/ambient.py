@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels_core.torch_internals import current_transform, in_forward_ad
+from kernels_core.torch_internals import in_forward_ad, in_transform
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 """For each type of device in use: whether autocast is on, and its dtype."""
@@ -42,4 +42,4 @@ def under(autocast: Autocast) -> Iterator[None]:
 
 def is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation transforms this call: tensors do not show that."""
-    return current_transform() is not None or in_forward_ad()
+    return in_transform() or in_forward_ad()

@@ -99,7 +99,7 @@ def compiled(text: str, **names: Any) -> Any:
         "_kernels_reads_trainable": lambda module: False,
         "_kernels_is_recorded": lambda module, values: any(getattr(v, "requires_grad", False) for v in values),
         "_kernels_outside_functions": lambda: True,
-        "_kernels_transform": lambda: None,
+        "_kernels_in_transform": lambda: False,
         "_kernels_lossy": False,
         "_kernels_root": None,
         "_kernels_is_odd": lambda values: False,

@@ -388,8 +388,6 @@ def test_transforms_are_right_and_not_held_against_a_kernel(transform: str, kind
 
     if kind == "declared":
         Kernel.has_backward = False  # type: ignore[attr-defined]
-    if (transform, kind) in (("nested", "detached"), ("vmap, recorded", "detached")):
-        pytest.skip("inside of vmap, warm calls do not look for what is recorded: plain calls prove the kernel")
     with use_kernel_mapping({name: {"cpu": Kernel}}):
         layer = make(name)
         layer.weight.requires_grad_(False)
@@ -406,6 +404,137 @@ def test_transforms_are_right_and_not_held_against_a_kernel(transform: str, kind
         with torch.no_grad():
             layer(X)
     assert ran
+
+
+F = torch.func
+Computes = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def by_autograd(f: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x).sum(), x)[0]
+
+
+def rows(f: Computes, w: torch.Tensor) -> Callable[..., Any]:
+    return lambda x: F.vmap(lambda row: f(row, w))(x[None])[0]
+
+
+def beside(f: Computes, w: torch.Tensor) -> Callable[..., Any]:
+    """Return a derivative by another argument: the tensor that `f` gets requires no gradient within it."""
+    return lambda x: F.grad(lambda y, z: (f(z, w) * y).sum())(torch.ones(4), x)
+
+
+NESTED: dict[str, Callable[[Computes, torch.Tensor], torch.Tensor]] = {
+    "grad, vmap": lambda f, w: F.grad(lambda x: rows(f, w)(x).sum())(X),
+    "grad, vmap, of both": lambda f, w: torch.cat(F.grad(lambda x, w: rows(f, w)(x).sum(), (0, 1))(X, w)),
+    "grad, vmap of weights": lambda f, w: F.grad(lambda w: F.vmap(lambda w: f(X, w))(w[None]).sum())(w),
+    "grad, two vmaps": lambda f, w: F.grad(lambda x: F.vmap(rows(f, w))(x[None]).sum())(X),
+    "autograd, vmap": lambda f, w: by_autograd(rows(f, w), X),
+    "autograd, vmap, of weights": lambda f, w: by_autograd(lambda w: rows(f, w)(X), w),
+    "grad, grad beside": lambda f, w: F.grad(lambda x: beside(f, w)(x).sum())(X),
+    "autograd, grad beside": lambda f, w: by_autograd(beside(f, w), X),
+    "grad, vmap, grad beside": lambda f, w: F.grad(lambda x: F.vmap(beside(f, w))(x[None]).sum())(X),
+    "grad, functionalize": lambda f, w: F.grad(lambda x: F.functionalize(lambda x: f(x, w))(x).sum())(X),
+    "per sample, of both": lambda f, w: torch.cat(
+        F.vmap(F.grad(lambda x, w: f(x, w).sum(), (0, 1)), (0, None))(X[None], w), 1
+    ),
+    "grad, of both": lambda f, w: torch.cat(F.grad(lambda x, w: f(x, w).sum(), (0, 1))(X, w)),
+    "jvp, vmap": lambda f, w: F.jvp(rows(f, w), (X,), (torch.ones(4),))[1],
+    "vmap, jvp": lambda f, w: F.vmap(lambda x: F.jvp(lambda x: f(x, w), (x,), (torch.ones(4),))[1])(X[None]),
+    "jacrev, vmap": lambda f, w: F.jacrev(rows(f, w))(X),
+    "jacfwd, vmap": lambda f, w: F.jacfwd(rows(f, w))(X),
+    "hessian": lambda f, w: F.hessian(lambda x: f(x, w).sum())(X),
+    "hessian, vmap": lambda f, w: F.hessian(lambda x: rows(f, w)(x).sum())(X),
+    "vmap, hessian": lambda f, w: F.vmap(F.hessian(lambda x: f(x, w).sum()))(X[None]),
+}
+
+
+def squared(self: Any, x: Any) -> Any:
+    return x * x * self.weight
+
+
+def packed(self: Any, *args: Any) -> Any:
+    return squared(self, *args)
+
+
+def called(form: str, name: str, kernel: Computes) -> tuple[dict[str, Any], Computes]:
+    """Return a mapping, and a function that calls a layer of a form: `x * x * weight` by its reference."""
+
+    def serving(self: Any, *args: Any) -> Any:
+        return kernel(args[0], self.weight)
+
+    def function_kernel(x: Any, weight: Any) -> Any:
+        return kernel(x, weight)
+
+    kernel_class = type("Kernel", (nn.Module,), {"forward": lambda self, x: serving(self, x)})
+    if form == "packed":
+        kernel_class.forward = serving  # type: ignore[method-assign]
+    is_function = "function" in form
+    chosen: Any = function_kernel if is_function else kernel_class
+    if form == "modes":
+        chosen = {mode: type("Kernel", (kernel_class,), {}) for mode in (Mode.INFERENCE, Mode.TRAINING)}
+    mapping = {name: {"cpu": chosen}}
+    if is_function:
+        function = use_kernel_forward_from_hub(name)(lambda x, weight: x * x * weight)
+        if form == "function":
+            return mapping, function
+        cls = type("Calls", (nn.Module,), {"forward": lambda self, x: self.function(x, self.weight)})
+    else:
+        cls = type(name, (nn.Module,), {"forward": packed if form == "packed" else squared})
+        cls = use_kernel_forward_from_hub(name)(cls)
+    layer = cls()
+    layer.weight = nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
+    if is_function:
+        layer.function = function
+    if "kernelized" in form:
+        mode = Mode.TRAINING if "training" in form else Mode.INFERENCE
+        with use_kernel_mapping(mapping):
+            kernelize(layer, mode=mode, device="cpu")
+        mapping = {}
+    return mapping, lambda x, weight: F.functional_call(layer, {"weight": weight}, (x,))
+
+
+FORMS = ["module", "packed", "modes", "function", "kernelized", "kernelized, training", "function, kernelized"]
+LOSING: dict[str, Computes] = {
+    "all": lambda x, w: (x * x * w).detach(),
+    "the input": lambda x, w: (x * x).detach() * w,
+    "the weight": lambda x, w: x * x * w.detach(),
+}
+
+
+@pytest.mark.parametrize("transform", NESTED)
+@pytest.mark.parametrize("form", FORMS)
+def test_no_transform_hides_a_lost_derivative(form: str, transform: str) -> None:
+    """A warm kernel that loses gradients, and was never trained, gives those of the reference: all and some of them."""
+    weight, compute = torch.full((4,), 2.0), NESTED[transform]
+    expected = compute(lambda x, w: x * x * w, weight)
+    for number, (lost, kernel) in enumerate(LOSING.items()):
+        mapping, layer = called(form, f"Hidden{FORMS.index(form)}_{list(NESTED).index(transform)}_{number}", kernel)
+        with use_kernel_mapping(mapping):
+            for enabled in (False, True):
+                with torch.set_grad_enabled(enabled):
+                    torch.testing.assert_close(layer(X, weight), X * X * 2)
+            torch.testing.assert_close(compute(layer, weight), expected, msg=f"lost: {lost}")
+    assert not quarantined()
+
+
+@pytest.mark.parametrize("transform", NESTED)
+def test_a_kernel_that_keeps_derivatives_serves_transforms(transform: str) -> None:
+    """The reference does not run beside a kernel that is right, whatever transforms the call."""
+    ran: list[bool] = []
+    name = f"Keeps{list(NESTED).index(transform)}"
+
+    def forward(self: Any, x: Any) -> Any:
+        ran.append(True)
+        return squared(self, x)
+
+    layer = use_kernel_forward_from_hub(name)(type(name, (nn.Module,), {"forward": forward}))()
+    layer.weight = nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
+    with use_kernel_mapping({name: {"cpu": type("Kernel", (nn.Module,), {"forward": squared})}}):
+        layer(X)
+        NESTED[transform](lambda x, w: F.functional_call(layer, {"weight": w}, (x,)), layer.weight)
+    # Before PyTorch 2.7, a wrapped tensor cannot be asked for.
+    assert not ran or torch.__version__ < "2.7"
 
 
 COMPILED = ["grad", "jacrev", "jvp", "per sample", "nested", "vmap, recorded"]

@@ -220,7 +220,7 @@ EXPECTED = dict.fromkeys(["import", *USES], "ok$")
 EXPECTED |= dict.fromkeys(["breaking", "losing"], "ok; 1 warnings: .*quarantine")
 """Each use goes well; the reference steps in for a kernel that raises or loses gradients, with one warning."""
 
-NO_TRANSFORM = "torch._C._functorch:peek_interpreter_stack torch._C._functorch:maybe_current_level"
+NO_TRANSFORM = "torch._C._functorch:peek_interpreter_stack torch._C:_are_functorch_transforms_active"
 
 CAUTIOUS = {
     "torch:Tensor._version": {

@@ -327,7 +327,7 @@ def internals() -> None:
     assert before == ours.version(tensor) == -1 or before + 1 == ours.version(tensor)
     assert ours.storage_key(tensor) == ours.storage_key(tensor[1:]) != ours.storage_key(other)
     assert not ours.is_watched() and not ours.in_forward_ad() and ours.saved_tensors_hooks() is None
-    assert ours.current_transform() is None and ours.dispatch_mode_count() == 0
+    assert not ours.in_transform() and ours.dispatch_mode_count() == 0
     with ours.no_dispatch_modes(), ours.no_torch_function():
         assert type(torch.ones(2)) is torch.Tensor
     pair = type("Pair", (tuple,), {})
