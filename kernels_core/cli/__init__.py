@@ -88,7 +88,6 @@ def command_line() -> typer.Typer:
     """Return the application, with the commands of the plugins."""
     cli = typer.Typer(
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich" if sys.stdout.isatty() else None,
     )

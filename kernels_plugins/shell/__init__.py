@@ -1,0 +1,1 @@
+"""The script `kernels-core`, and its answers to the Tab key."""
