@@ -3,7 +3,7 @@
 A fence with `title="some/file.py"` is a file of an example package: the package of a page is installed
 and its tests are run. Any other python block of a page runs, in order, in one process. A fence
 `text title="Output"` after a python block is what that block prints, with `...` for what varies.
-A python fence with the word `notest` is left out, and one with `needs=package` where that is not installed.
+A python fence with the word `notest` is left out, and one below `<!-- needs package -->` where that is not installed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ PAGES = sorted(DOCS.glob("*.md"))
 PACKAGES = (kernels_core, kernels_plugins)
 PUBLIC = (*PACKAGES, kernels_core.replay)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"(?:^<!-- needs (?P<needs>\w+) -->\n\n)?^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 # --- Pages ---------------------------------------------------------------------------------------
@@ -52,12 +54,13 @@ FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, the rest of its first line, its text and its line in the page."""
+    """A fenced block: its language, the rest of its first line, its text, its line, and the package that it needs."""
 
     language: str
     options: str
     text: str
     line: int
+    needs: str | None
 
     @property
     def title(self) -> str | None:
@@ -66,16 +69,15 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        needed = re.search(r"needs=(\w+)", self.options)
-        installed = needed is None or importlib.util.find_spec(needed[1]) is not None
+        installed = self.needs is None or importlib.util.find_spec(self.needs) is not None
         return self.language == "python" and self.title is None and "notest" not in self.options and installed
 
 
 def read_blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(*(fence["info"].strip() + " ").split(" ", 1), fence["text"], text.count("\n", 0, fence.start()) + 2)
-        for fence in FENCE.finditer(text)
+        Block(*(f["info"].strip() + " ").split(" ", 1), f["text"], text.count("\n", 0, f.start("text")) + 1, f["needs"])
+        for f in FENCE.finditer(text)
     ]
 
 
@@ -295,6 +297,10 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
     assert all(f'id="{name}"' in reference for name in load_generator("reference").public_names())
+    pages = {page.parent.name: page.read_text(encoding="utf-8") for page in (tmp_path / "site").rglob("index.html")}
+    assert not [name for name, text in pages.items() if "```" in text], (
+        "a fence that is none, such as x=y without quotes"
+    )
 
 
 # --- What is written from the code ---------------------------------------------------------------
@@ -311,6 +317,11 @@ def load_generator(name: str) -> types.ModuleType:
 def test_hooks_and_stand_ins_are_current(capsys: pytest.CaptureFixture[str]) -> None:
     """hooks.md has the text of the cards in hookspecs.py, and mapping.md has the table of the code."""
     assert load_generator("hooks").main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_plots_are_current(capsys: pytest.CaptureFixture[str]) -> None:
+    """The plots show the numbers that stand in the tables of benchmarks.md."""
+    assert load_generator("plots").main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_the_reference_is_current(capsys: pytest.CaptureFixture[str]) -> None:
