@@ -314,17 +314,20 @@ def _checks_arguments(layer: Layer, origin: str, forward: Forward) -> Forward:
             raise NoKernelError(f"{text} Pass arguments that the forward names, or allow the reference.")
         warn_once(f"{text} The reference runs instead.", stacklevel=3)
 
-    @functools.wraps(forward)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def misfit(*args: Any, **kwargs: Any) -> str:
         for keyword in kwargs:
             if keyword not in known:
-                tell(f"the keyword {keyword!r}")
-                return reference(*args, **kwargs)
-        if len(args) > most:
-            tell(f"argument {len(args)}")
+                return f"the keyword {keyword!r}"
+        return f"argument {len(args)}" if len(args) > most else ""
+
+    @functools.wraps(forward)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if argument := misfit(*args, **kwargs):
+            tell(argument)
             return reference(*args, **kwargs)
         return forward(*args, **kwargs)
 
+    checked.__dict__["kernels_misfit"] = misfit
     return checked
 
 

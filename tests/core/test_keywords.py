@@ -19,12 +19,15 @@ from kernels_core import (
     NoKernelError,
     PluginManager,
     Resolution,
+    count_calls,
+    decorated_layer,
     hookimpl,
     kernelize,
     quarantined,
     release,
     use_kernel_forward_from_hub,
 )
+from kernels_core.models.counting import calls_of
 from kernels_plugins import use_kernel_mapping
 
 X = torch.ones(1)
@@ -283,6 +286,7 @@ def test_no_kernel_swallows_a_keyword_that_a_decorator_renames(
     torch._dynamo.reset()
     kind, _, is_class = kinds.partition(", ")
     name, layer = renamed(kind, rest)
+    held = layer
     function = kernel_function if rest else kernel_function_without_rest
     kernel = of_class(function) if is_class or kind == "module" else function
     with use_kernel_mapping({name: {"cpu": kernel}}), torch.no_grad(), warnings.catch_warnings(record=True) as caught:
@@ -300,6 +304,10 @@ def test_no_kernel_swallows_a_keyword_that_a_decorator_renames(
         calls: list[dict[str, Any]] = [{}, {"cache": X}, {"past": X}, {"past": X}, {}]
         assert [layer(X, **call).item() for call in calls] == [11, 12, 2, 2, 11]
         if how != "compiled":
+            with count_calls():
+                assert [layer(X, **call).item() for call in calls] == [11, 12, 2, 2, 11]
+            [counts] = calls_of([decorated_layer(held) if kind == "function" else layer])
+            assert counts is not None and counts.pop("reference") == 2 and [*counts.values()] == [3]
             monkeypatch.setenv("KERNELS_STRICT", "1")
             with pytest.raises(NoKernelError, match="'past'"):
                 layer(X, past=X)
