@@ -30,8 +30,9 @@ from kernels_core import (
 )
 
 from .classes import dispatching, make_class, original_class
-from .fit import Kind, has_parts, kind_of, misfit, unmeasured
+from .fit import UNMEASURED, Kind, has_parts, kind_of, may_fuse, misfit, misfit_of_parent, unmeasured
 from .functions import caller_of, calling
+from .parents import parent_forward
 from .rule import Rule, find_rules
 
 
@@ -189,10 +190,11 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
         True
     """
     require_type(model, nn.Module, "A model")
-    applied = find_rules(rules)
+    found_rules = find_rules(rules)
+    applied, fusing = ([rule for rule in found_rules if (rule.fuses is not None) is fuses] for fuses in (False, True))
     layers: list[AdoptedLayer] = []
     refused: list[RefusedLayer] = []
-    changed: dict[str, tuple[nn.Module, type[nn.Module]]] = {}
+    changed: dict[str, tuple[nn.Module, type[nn.Module], str]] = {}
     matching: dict[type, list[Rule]] = {}
     found: dict[Kind, _Found] = {}
     functions: _Functions = {}
@@ -217,11 +219,32 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
         layers.extend(replace(layer, path=path + layer.path) for layer in found[kind].adopted)
         refused.extend(replace(layer, path=path + layer.path) for layer in found[kind].refused)
         if (made := found[kind].cls) is not None:
-            changed[path] = module, made
+            changed[path] = module, made, matching[cls][0].name
+    parts = {module: made for module, made, _ in changed.values()}
+    parents: dict[object, _Found] = {}
+    for module, (path, *_) in module_paths(model).items() if fusing else ():
+        try:  # after their parts, whose classes they have to know
+            may = [rule for rule in fusing if rule.matches(type(module)) and may_fuse(module, rule, parts)]
+            if not may or module in parts:
+                continue
+            if (taken := _taken(module)) is not None:
+                refused.append(RefusedLayer(path, may[0].name, taken))
+                continue
+            names = {name for rule in may for name in rule.stubs(module)}
+            of_parts = tuple(parts.get(module.get_submodule(each)) for rule in may for each in rule.parts)
+            kind = (*kind_of(module, names), of_parts)
+            if kind not in parents:
+                parents[kind] = _Found.of_parent(module, may, parts)
+        except Exception as error:
+            refused.append(RefusedLayer(path, may[0].name, unmeasured(error)))
+            continue
+        layers.extend(replace(layer, path=path + layer.path) for layer in parents[kind].adopted)
+        refused.extend(replace(layer, path=path + layer.path) for layer in parents[kind].refused)
+        if (made := parents[kind].cls) is not None:
+            changed[path] = module, made, may[0].name
     done: dict[str, nn.Module] = {}
     try:
-        for path, (module, new) in changed.items():
-            rule = matching[type(module)][0].name
+        for path, (module, new, rule) in changed.items():
             try:
                 change_class(module, new)
                 done[path] = module
@@ -244,14 +267,19 @@ def _taken(module: nn.Module) -> str | None:
     layer = find_layer(module)
     if layer is not None:
         return f"it is decorated, as layer {layer.name!r}"
-    if any("__init_subclass__" in vars(each) for each in type(module).__mro__ if each not in _OF_PYTHON):
+    if any("__init_subclass__" in vars(each) for each in type(module).__mro__ if not _is_known(each)):
         return "its class learns of classes that derive from it (__init_subclass__), as that of an adopted module does"
     if "forward" in module.__dict__:
         return "another library has put a forward on it, which a kernel would not run: adopt the model before that"
     return None
 
 
-_OF_PYTHON = (object, Generic, Protocol)
+def _is_known(cls: type) -> bool:
+    """Whether the `__init_subclass__` of a class, if any, changes the new class only."""
+    return cls in (object, Generic, Protocol) or cls.__module__ in _OF_TRANSFORMERS
+
+
+_OF_TRANSFORMERS = ("transformers.modeling_utils", "transformers.modeling_layers")
 
 _Reasons = list[tuple[Rule, str]]
 _Functions = dict[tuple[int, str], tuple[Rule | None, Callable[..., Any], _Reasons]]
@@ -293,6 +321,23 @@ class _Found:
             found.cls = make_class(module, fits, forward, functions)
         return found
 
+    @classmethod
+    def of_parent(cls, module: nn.Module, rules: Sequence[Rule], parts: Mapping[nn.Module, type[nn.Module]]) -> _Found:
+        """Measure a module whose parts may be fused."""
+        found, original = cls(None, [], []), type(module)
+        fits, reasons = _first_fit(module, rules, partial(misfit_of_parent, adopted=parts))
+        if fits is not None:
+            function = cast("Callable[..., Any]", fits.fuses)
+            try:
+                forward = parent_forward(inspect.getattr_static(original, "forward"), fits, dispatching(function, fits))
+                found.cls = make_class(module, None, forward, [dispatching(function, fits)])
+            except ValueError as error:
+                reasons, fits = [(fits, str(error))], None
+        # One reason: rules for other parents of the same parts could not be measured, and say less.
+        reasons.sort(key=lambda each: each[1].startswith(UNMEASURED))
+        found.noted(f":{function.__name__}" if fits else "", original, fits, reasons[:1])
+        return found
+
     def noted(self, path: str, subject: Any, fits: Rule | None, reasons: _Reasons) -> bool:
         """List a layer, or why it is refused; return whether it is adopted."""
         if fits is not None:
@@ -313,7 +358,9 @@ def _dispatched(function: Any, rules: Sequence[Rule]) -> tuple[Rule | None, Call
     return fits, dispatching(function, fits) if fits is not None else function, reasons
 
 
-def _first_fit(subject: Any, rules: Sequence[Rule]) -> tuple[Rule | None, _Reasons]:
+def _first_fit(
+    subject: Any, rules: Sequence[Rule], misfit: Callable[[Any, Rule], str | None] = misfit
+) -> tuple[Rule | None, _Reasons]:
     """Return the first rule that fits a module or a function, if any, and why those before it do not."""
     reasons: _Reasons = []
     for rule in rules:

@@ -89,6 +89,7 @@ def _make_class(
         "__reduce_ex__": _reduced,
         "__copy__": _copied,  # no __deepcopy__: wrappers that pass attributes on would copy the module without them
         "kernels_adopted": original,
+        "adopted_as": rule.layer_name if rule is not None else "",
         **{canonical: property(read) for canonical, read in reads},
     }
     if functions:

@@ -6,19 +6,23 @@ import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from types import NoneType
-from typing import Any
+from types import FunctionType, NoneType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from kernels_core import change_class, references
+
+from .parents import is_plain, rewritten
 from .rule import Rule
 
 _AT_MOST = 2e-5
 """Largest difference to the oracle in a row, in units of its largest number: classes may compute in float32."""
 
+UNMEASURED = "it cannot be measured"
 _BIG, _NARROW = 2**20, 16
 """Projections of more numbers than this are measured at a fraction of their size, no narrower than that."""
 
@@ -28,11 +32,16 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 Kind = tuple[object, ...]
 
 
-def kind_of(module: nn.Module) -> Kind:
-    """Return the kind of a module: its class, attributes, hooks and children, for which one measurement is enough."""
+def kind_of(module: nn.Module, without: Collection[str] = ()) -> Kind:
+    """Return the kind of a module: its class, attributes, hooks and children, for which one measurement is enough.
+
+    Args:
+        module: The module.
+        without: Names of children that do not matter.
+    """
     own = tuple((name, _frozen(value)) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
     tensors = tuple((name, tuple(tensor.shape)) for name, tensor in _tensors(module, recurse=False))
-    children = tuple((name, kind_of(child)) for name, child in module.named_children())
+    children = tuple((name, kind_of(child)) for name, child in module.named_children() if name not in without)
     return (type(module), own, tensors, _is_hooked(module), children)
 
 
@@ -54,6 +63,15 @@ def has_parts(module: nn.Module, rule: Rule) -> bool:
     return all(_part(module, path) is not None for path in rule.parts)
 
 
+def may_fuse(module: nn.Module, rule: Rule, adopted: Mapping[nn.Module, type[nn.Module]]) -> bool:
+    """Whether a module has the parts of a rule that fuses, adopted under the layer names that it names."""
+    named = {path: kind for path, kind in rule.parts.items() if isinstance(kind, str)}
+    known = {path: adopted.get(part) for path in named if (part := _part(module, path)) is not None}
+    return has_parts(module, rule) and all(
+        getattr(known[path], "adopted_as", None) == kind for path, kind in named.items()
+    )
+
+
 def misfit(subject: Any, rule: Rule) -> str | None:
     """Return why a function, or a module with the parts of a rule, is no layer of it; or None."""
     if not rule.function:
@@ -63,11 +81,11 @@ def misfit(subject: Any, rule: Rule) -> str | None:
 
 
 def _misfit_of_module(module: nn.Module, rule: Rule) -> str | None:
-    for path, kinds in rule.parts.items():
+    for path, kind in rule.parts.items():
         part = _part(module, path)
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        kinds: tuple[Any, ...] = kind if isinstance(kind, tuple) else (kind,)
         if type(part) not in kinds:
-            names = " or ".join(kind.__name__ for kind in kinds)
+            names = " or ".join(each.__name__ for each in kinds)
             return f"its part {path} is a {_name(type(part))}, not a plain {names}"
     for path, part in module.named_modules():
         if path and _is_hooked(part):
@@ -82,9 +100,59 @@ def _misfit_of_module(module: nn.Module, rule: Rule) -> str | None:
     return _measured(module, rule)
 
 
+def misfit_of_parent(module: nn.Module, rule: Rule, adopted: Mapping[nn.Module, type[nn.Module]]) -> str | None:
+    """Return why a module is no parent of a rule that fuses; or None.
+
+    Args:
+        module: A module that has the parts of the rule, and all that it calls.
+        rule: The rule.
+        adopted: The classes of modules that are adopted together with it.
+    """
+    own = inspect.unwrap(type(module).forward)
+    ours = rewritten(cast(FunctionType, own), rule, cast("Callable[..., Any]", rule.fuses))
+    called: list[object] = []
+
+    def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        known = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+        called.append((part, [each for each in args if not isinstance(each, Tensor)], sorted(kwargs), known))
+
+    if hooked := [path for path in rule.parts if _is_hooked(module.get_submodule(path))]:
+        return f"its part {hooked[0]} has a hook or a forward of its own, which a kernel would not run"
+    with _aside(), references():
+        stubs = rule.stubs(module)
+        copied = _random_copy(module, 1, stubs=stubs)
+        for part in copied.modules():  # hooks are called as before, and must not notice this
+            part.__dict__.pop("forward", None)
+            for name in _HOOKS:
+                getattr(part, name).clear()
+        for path, stub in stubs.items():
+            if path not in rule.parts:
+                stub.register_forward_pre_hook(note, with_kwargs=True)
+        for path in rule.parts:
+            if (cls := adopted.get(module.get_submodule(path))) is not None:
+                change_class(copied.get_submodule(path), cls)
+        if not is_plain(copied, rule):
+            return f"its part {' or '.join(rule.parts)} has parameters of another class"
+        for training in (False, True):
+            copied.train(training)
+            for *arguments, given in _calls(rule, copied):
+                called.clear()
+                written, before = (partial(_loss_or_output, each, copied, given) for each in (ours, own))
+                if reason := _differs(written, before, [tuple(arguments)], copied):
+                    return reason
+                if called[: len(called) // 2] != called[len(called) // 2 :]:
+                    return "it calls its parts with other arguments"
+    return None
+
+
+def _loss_or_output(forward: Callable[..., Any], module: nn.Module, given: Mapping[str, Any], *arguments: Any) -> Any:
+    output = forward(module, *arguments, **given)
+    return output["loss"] if isinstance(output, Mapping) else output
+
+
 def unmeasured(error: Exception) -> str:
     """Return as a reason the error of a class that was not written to be measured."""
-    return f"it cannot be measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return f"{UNMEASURED}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _part(module: nn.Module, path: str) -> nn.Module | None:
@@ -225,11 +293,20 @@ def _described(value: object) -> str:
     )
 
 
-def _random_copy(module: nn.Module, fraction: int, device: str = "cpu") -> nn.Module:
-    """Copy a module with random numbers in float64, on the CPU; its own tensors are never copied, nor read."""
+def _random_copy(
+    module: nn.Module, fraction: int, device: str = "cpu", stubs: Mapping[str, nn.Module] | None = None
+) -> nn.Module:
+    """Copy a module with random numbers in float64, on the CPU; its own tensors are never copied, nor read.
+
+    Other modules may stand for some of its children.
+    """
     generator = torch.Generator().manual_seed(1)
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(module.get_submodule(name)): stub for name, stub in (stubs or {}).items()}
+    left_out = {id(tensor) for name in stubs or {} for _, tensor in _tensors(module.get_submodule(name))}
     for _, tensor in _tensors(module):
+        if id(tensor) in left_out:
+            memo[id(tensor)] = nn.Parameter(torch.empty(0))  # for whatever else refers to it
+            continue
         shape = [size // fraction for size in tensor.shape]
         made = torch.empty(shape, dtype=torch.float64, device=device)
         if device == "cpu":

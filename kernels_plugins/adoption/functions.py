@@ -61,15 +61,40 @@ def calling(forward: Any, name: str, value: Callable[..., Any]) -> FunctionType:
         # long: it may be a copy, too, whose name this one still uses.
         weakref.finalize(code, _drop, forward.__globals__, unique, forward.__code__).atexit = False
         return _copied(forward, code, forward.__closure__)
+    return _around(forward, lambda each: caller_of(each, name) is not None, lambda inner: calling(inner, name, value))
+
+
+def replacing(forward: Any, make: Callable[[FunctionType], FunctionType]) -> FunctionType:
+    """Return a copy of the decorators of a forward, around the function that is made of the one inside of them.
+
+    A wrapper that knows itself is left out: that of `__init_subclass__`, which wraps the forward of a new class anew.
+
+    Raises:
+        ValueError: If no copy would be exact; the text says why.
+    """
+    if not isinstance(forward, FunctionType):
+        raise ValueError(f"its forward is wrapped by a {type(forward).__qualname__}, which cannot be copied")
+    inner = vars(forward).get("__wrapped__")
+    if inner is None:
+        return make(forward)
+    if any(each is forward for each in _contents(forward)):
+        return replacing(inner, make)
+    return _around(forward, lambda each: each is inner, lambda inner: replacing(inner, make))
+
+
+def _around(
+    forward: FunctionType, is_inner: Callable[[object], bool], make: Callable[[Any], FunctionType]
+) -> FunctionType:
+    """Return a copy of a decorator's function that keeps another function in place of the one inside."""
     cells = forward.__closure__ or ()
-    inside = [index for index, each in enumerate(_contents(forward)) if caller_of(each, name) is not None]
+    inside = [index for index, each in enumerate(_contents(forward)) if is_inner(each)]
     if len(inside) != 1:
         raise ValueError("its forward is wrapped by a decorator that does not keep it in one variable of its own")
     inner = cells[inside[0]].cell_contents
     kept = (cells[: inside[0]], cells[inside[0] + 1 :], forward.__defaults__, forward.__kwdefaults__)
     if _reaches((*kept, *(each for each in vars(forward).values() if each is not inner)), inner):
         raise ValueError("its forward is wrapped by a decorator that keeps it in several places")
-    new = calling(inner, name, value)
+    new = make(inner)
     made = _copied(forward, forward.__code__, (*cells[: inside[0]], CellType(new), *cells[inside[0] + 1 :]))
     made.__dict__.update({key: new for key, each in vars(forward).items() if each is inner})  # `__wrapped__`
     return made

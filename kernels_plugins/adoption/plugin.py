@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 def kernels_adoption_rules() -> Sequence[object]:
     """Offer the shipped rules."""
     from .shipped import RULES  # not needed before a model is adopted
+    from .shipped_parents import PARENT_RULES
 
-    return RULES
+    return (*RULES, *PARENT_RULES)
 
 
 @hookimpl

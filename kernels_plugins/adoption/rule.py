@@ -38,12 +38,19 @@ class Rule:
             a tensor, or a tuple of tensors.
         inputs: Makes the arguments of one call for a module, float64 tensors on the CPU; or a list of those of several.
         binds: For each attribute that the oracle and the kernels read, the attribute of the class that stands for it.
-        parts: For each child module that kernels read past, its path and exact class, or classes.
+        parts: For each child module that kernels read past, its path and exact class, or classes; in a rule that
+            fuses, also the layer name as which it is adopted itself.
         function: The name of a function that the forward of these classes finds in the globals of its file, where
             that is the layer. `oracle` then takes the arguments of the function only, and `inputs` gets the function.
+        fuses: A function that computes several parts of a module at once, where that is the layer: the reference for
+            kernels. The forward of a module that fits becomes `oracle(module, function, own, ...)`, which calls the
+            dispatching function in place of these parts, or `own`, the forward of the class. It gets arguments that it
+            does not name as keywords, and `inputs` returns tuples whose last item is a dict of these.
+        stubs: Makes, of a module, the modules that stand for its parts while it is measured, by name: for parts that
+            are only called, so that their weights do not matter. Both forwards must call them alike.
 
     Raises:
-        ArgumentError: If a rule for a function has `binds` or `parts`, which are those of a module.
+        ArgumentError: If a rule for a function has `binds` or `parts`, which are those of a module; or fuses, too.
         ArgumentTypeError: For anything of the wrong type.
 
     Example:
@@ -65,8 +72,10 @@ class Rule:
     oracle: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: Callable[[Any], tuple[Any, ...] | list[tuple[Any, ...]]]
     binds: Mapping[str, Binding] = field(default_factory=dict)
-    parts: Mapping[str, type[nn.Module] | tuple[type[nn.Module], ...]] = field(default_factory=dict)
+    parts: Mapping[str, str | type[nn.Module] | tuple[type[nn.Module], ...]] = field(default_factory=dict)
     function: str = ""
+    fuses: Callable[..., Any] | None = None
+    stubs: Callable[[Any], Mapping[str, nn.Module]] = field(default=lambda module: {})
 
     def __post_init__(self) -> None:
         """Check the types."""
@@ -76,16 +85,19 @@ class Rule:
             raise ArgumentError("layer_name of a Rule is empty: mappings need a name to offer kernels under.")
         if not isinstance(self.classes, (tuple, list)) or not all(isinstance(each, str) for each in self.classes):
             raise ArgumentTypeError(f"classes of a Rule is a tuple of patterns, not {self.classes!r}.")
-        for name in ("oracle", "inputs"):
+        for name in ("oracle", "inputs", "stubs", *(["fuses"] if self.fuses is not None else [])):
             if not callable(getattr(self, name)):
                 raise ArgumentTypeError(f"{name} of a Rule is a function, not {getattr(self, name)!r}.")
         for name in ("binds", "parts"):
             require_type(getattr(self, name), Mapping, f"{name} of a Rule")
             if self.function and getattr(self, name):
                 raise ArgumentError(f"Rule {self.name!r} is for a function, which has no {name}: leave that out.")
+        if self.fuses is not None and (self.function or self.binds):
+            raise ArgumentError(f"Rule {self.name!r} fuses parts: its function and binds are those of other rules.")
         for path, kind in self.parts.items():
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            if not isinstance(path, str) or not all(isinstance(each, type) for each in kinds):
+            known = (type, str) if self.fuses is not None else type
+            if not isinstance(path, str) or not all(isinstance(each, known) for each in kinds):
                 raise ArgumentTypeError(f"parts of a Rule maps paths to classes, not {path!r} to {kind!r}.")
         for canonical, binding in self.binds.items():
             if not isinstance(canonical, str) or not canonical.isidentifier() or hasattr(nn.Module, canonical):

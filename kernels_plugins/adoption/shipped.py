@@ -12,7 +12,7 @@ from torch.nn import functional
 from .rule import Binding, Rule
 
 
-def _random(*shape: int) -> Tensor:
+def random_rows(*shape: int) -> Tensor:
     """Return numbers of several magnitudes: a small row shows the epsilon of a norm, a large one the tails."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
@@ -27,7 +27,7 @@ def _hidden(module: Any) -> tuple[Tensor]:
     shape = tuple(module.weight.shape)
     if len(shape) != 1 or shape == (1,):  # kernels normalise over the shape of the weight, which broadcasts here
         raise ValueError(f"its weight is of shape {shape}, not as long as a row")
-    rows = _random(2, *shape) if not module.training else _random(1, 2, *shape)
+    rows = random_rows(2, *shape) if not module.training else random_rows(1, 2, *shape)
     epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     rows[0] *= 1e3 * (epsilon**0.5 or 1e-3)
     return (rows,)
@@ -35,11 +35,11 @@ def _hidden(module: Any) -> tuple[Tensor]:
 
 def _projected(module: Any) -> tuple[Tensor]:
     projection = module.gate_proj if hasattr(module, "gate_proj") else module.gate_up_proj
-    return (_random(1, projection.in_features),)
+    return (random_rows(1, projection.in_features),)
 
 
 def _gated(module: Any) -> tuple[Tensor]:
-    return (_random(2, 16),)
+    return (random_rows(2, 16),)
 
 
 # --- Norms -----------------------------------------------------------------------------------------
@@ -173,8 +173,8 @@ def _rotated(*widths: int) -> Callable[[Any], list[tuple[Any, ...]]]:
     """Return queries of 8 columns, fewer keys, cos and sin of some widths; heads before positions, and after."""
 
     def inputs(function: Any) -> list[tuple[Any, ...]]:
-        q, k = _random(4, 5, 8), _random(2, 5, 8)
-        angles = [(_random(5, width), _random(5, width).flip(0)) for width in widths]
+        q, k = random_rows(4, 5, 8), random_rows(2, 5, 8)
+        angles = [(random_rows(5, width), random_rows(5, width).flip(0)) for width in widths]
         return [(q, k, *each, 1) for each in angles] + [
             (q.transpose(1, 2), k.transpose(1, 2), *each, 2) for each in angles
         ]
@@ -183,7 +183,7 @@ def _rotated(*widths: int) -> Callable[[Any], list[tuple[Any, ...]]]:
 
 
 def _seen(function: Any) -> tuple[Tensor, ...]:
-    return _random(4, 8), _random(2, 8), _random(8), _random(8).flip(0)
+    return random_rows(4, 8), random_rows(2, 8), random_rows(8), random_rows(8).flip(0)
 
 
 _ANY = ("*",)  # of classes whose forward calls such a function

@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from kernels_core import Candidate, LayerRequest, hookimpl
 
+from .linear_cross_entropy import linear_cross_entropy
+
 
 class TorchRMSNorm(nn.Module):
     """`torch.nn.functional.rms_norm`."""
@@ -75,6 +77,8 @@ _KERNELS = {
     "LayerNorm": TorchLayerNorm,
     "GeluTanh": TorchGeluTanh,
 }
+_NAMED = {"linear_cross_entropy": linear_cross_entropy}
+"""Kernels that serve only where a mapping names them: the model then returns no logits."""
 
 
 @hookimpl
@@ -93,4 +97,4 @@ def kernels_find_candidates(request: LayerRequest) -> list[Candidate] | None:
 @hookimpl
 def kernels_packs() -> Mapping[str, Callable[..., object]]:
     """Offer them for layers that a mapping names, too: the user knows then what these compute."""
-    return {"torch": lambda layer_name, device: _KERNELS.get(layer_name)}
+    return {"torch": lambda layer_name, device: {**_KERNELS, **_NAMED}.get(layer_name)}

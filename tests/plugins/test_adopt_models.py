@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
-from kernels_core import Mode, kernelize
-from kernels_plugins import adopt
+from kernels_core import Mode, count_calls, kernelize, receipt
+from kernels_plugins import adopt, use_kernel_mapping
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -209,6 +210,140 @@ def test_layer_norms_that_are_none(name: str) -> None:
     assert [layer.layer_name for layer in adopt(norm).layers] == ["RMSNorm"]
 
 
+# --- Kernels for several parts at once -------------------------------------------------------------
+
+
+def add_and_normalise(x: Any, residual: Any, weight: Any, epsilon: float, norm: Any) -> Any:
+    summed = residual + x
+    return functional.rms_norm(summed, weight.shape, weight, epsilon), summed
+
+
+def add_and_normalise_offset(x: Any, residual: Any, weight: Any, epsilon: float, norm: Any) -> Any:
+    summed = residual + x
+    return functional.rms_norm(summed, weight.shape, 1 + weight, epsilon), summed
+
+
+for kernel in (add_and_normalise, add_and_normalise_offset):
+    kernel.can_torch_compile = True  # type: ignore[attr-defined]
+FUSED: Any = {
+    "add_rms_norm": {"cpu": add_and_normalise},
+    "add_rms_norm_offset": {"cpu": add_and_normalise_offset},
+    "linear_cross_entropy": {"cpu": "pack:torch"},
+}
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "GPT-OSS"])
+def test_blocks_with_a_kernel(name: str) -> None:
+    """A kernel for the sum and the norm of blocks serves with caches, checkpointing and compilers, and is as right."""
+    model, adopted, inputs, _ = made(name)
+    for feature in ("tokens", "static cache", "gradients", "checkpointing", "compile"):
+        wanted = FEATURES[feature](model, inputs)
+        with use_kernel_mapping(FUSED), count_calls():
+            found = FEATURES[feature](adopted, inputs)
+            (row, *_) = (row for row in receipt(adopted).rows if row.path.endswith(":add_rms_norm"))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert feature == "compile" or any((row.calls or {}).values()), feature
+
+
+def test_an_adapter_beside_a_fused_norm(llama: Any) -> None:
+    """LoRA on the attention and the MLP of blocks is computed, and the kernel for their sum and norm serves."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    inputs = made("Llama")[2]
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(llama, config)
+    wanted = model(**inputs, labels=inputs["input_ids"]).loss
+    slopes = torch.autograd.grad(wanted, [each for each in model.parameters() if each.requires_grad])
+    adopt(model)
+    with use_kernel_mapping(FUSED), count_calls():
+        loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
+        rows = {row.layer_name: row for row in receipt(model).rows}
+    torch.testing.assert_close(loss, wanted)
+    found = torch.autograd.grad(loss, [each for each in model.parameters() if each.requires_grad])
+    torch.testing.assert_close(found, slopes)
+    assert rows["add_rms_norm"].calls and rows["linear_cross_entropy"].calls
+
+
+def step(model: Any, **given: Any) -> tuple[Any, list[torch.Tensor | None]]:
+    """Return the output of a training step, and the gradients."""
+    model.zero_grad(set_to_none=True)
+    output = model.train()(**given)
+    (output.loss if hasattr(output, "loss") else output[0]).backward()
+    return output, [parameter.grad for parameter in model.eval().parameters()]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3-MoE", "Gemma3", "Mistral"])
+def test_the_loss_of_a_training_step(name: str) -> None:
+    """A kernel computes the loss in chunks, with equal gradients, and the model returns no logits."""
+    model, adopted, inputs, _ = made(name)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] % 3 == 0, -100)
+    for more in (
+        {},
+        {"num_items_in_batch": 5},
+        {"num_items_in_batch": torch.tensor(5), "output_hidden_states": True},
+        {"shift_labels": labels.roll(2), "position_ids": torch.arange(9).expand(2, 9)},
+        {"output_router_logits": True} if name == "Qwen3-MoE" else {"ignore_index": 0, "labels": labels.relu()},
+    ):
+        given = {**inputs, "labels": labels, **more}
+        (wanted, slopes), (plain, _) = step(model, **given), step(adopted, **given)
+        torch.testing.assert_close(plain.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+        with use_kernel_mapping(FUSED):
+            output, found = step(adopted, **given)
+            torch.testing.assert_close(adopted(**given).logits, wanted.logits, rtol=1e-4, atol=1e-5)
+        assert type(output) is type(wanted) and output.logits is None and "logits" not in output
+        torch.testing.assert_close((output.loss, found), (wanted.loss, slopes), rtol=1e-4, atol=1e-5)
+    with use_kernel_mapping(FUSED):
+        assert isinstance(adopted.train()(**inputs, labels=labels, return_dict=False), tuple)
+        adopted.eval()
+
+
+def test_losses_that_stay_as_they_are(llama: Any) -> None:
+    """Hooks and adapters on the head, other losses, and calls that record nothing run the forward with its logits."""
+    inputs = made("Llama")[2]
+    given = {**inputs, "labels": inputs["input_ids"]}
+    adopt(llama)
+    llama.train()
+    with use_kernel_mapping(FUSED):
+        assert llama(**given).logits is None
+        with torch.no_grad():
+            assert llama(**given).logits is not None
+        handle = llama.lm_head.register_forward_hook(lambda *_: None)
+        assert llama(**given).logits is not None
+        handle.remove()
+        torch._dynamo.reset()
+        assert torch.compile(llama, backend="eager")(**given).logits is not None
+        with pytest.raises(ValueError, match="batch_size"):
+            llama(**given, logits_to_keep=2)
+        llama.loss_function = lambda logits, **_: logits.sum()
+        output = llama(**given)
+        torch.testing.assert_close(output.loss, output.logits.sum())
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes"),
+    [("Gemma2", {"final_logit_softcapping": 30.0}), ("Granite", {"logits_scaling": 2.0}), ("Cohere", {})],
+)
+def test_models_that_change_their_logits_are_refused(cls: str, changes: dict[str, Any]) -> None:
+    """Logits that are scaled or capped are no product of hidden states and head: such models keep their loss."""
+    config = getattr(transformers, f"{cls}Config")(**{**WIDE, **changes})
+    model = getattr(transformers, f"{cls}ForCausalLM")(config)
+    (refused,) = (each for each in adopt(model).refused if each.path == "")
+    assert "logits are scaled, capped or cast" in refused.reason
+
+
+def test_a_model_that_changes_its_logits_later() -> None:
+    """A model whose configuration caps logits from now on computes the loss of capped logits."""
+    model, adopted, inputs, _ = copy.deepcopy(made("Gemma3"))
+    given = {**inputs, "labels": inputs["input_ids"]}
+    for each in (model, adopted):
+        each.config.final_logit_softcapping = 0.1
+    with use_kernel_mapping(FUSED):
+        output, found = step(adopted, **given)
+    wanted, slopes = step(model, **given)
+    torch.testing.assert_close((output.loss, output.logits), (wanted.loss, wanted.logits), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, slopes, rtol=1e-4, atol=1e-5)
+
+
 # --- Among other libraries -------------------------------------------------------------------------
 
 
@@ -225,7 +360,8 @@ def test_peft_before_and_after(llama: Any) -> None:
     plain = peft.get_peft_model(copy.deepcopy(llama), config)
     with adopt(plain) as adopted:
         assert {each.path.rpartition(".")[2] for each in adopted.refused} == {"mlp"}
-        assert {layer.layer_name for layer in adopted.layers} == {"RMSNorm", "rotary_pos_emb"}
+        names = {layer.layer_name for layer in adopted.layers}
+        assert names == {"RMSNorm", "rotary_pos_emb", "add_rms_norm", "linear_cross_entropy"}
     adopted = adopt(llama)
     torch.manual_seed(0)
     later = peft.get_peft_model(llama, config)
