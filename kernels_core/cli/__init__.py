@@ -209,7 +209,7 @@ def explain(
     traced: Annotated[bool, typer.Option("--compile", help="The calls are traced by torch.compile.")] = False,
     require: Annotated[list[str] | None, typer.Option(help="A glob of paths that kernels must serve.")] = None,
     origin: Annotated[str | None, typer.Option(help="With --require: a glob of where they must come from.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a table for a browser, too.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page for a browser, too.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show which kernel serves each layer of a model, where it comes from, and why each other one does not.

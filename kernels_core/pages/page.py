@@ -72,17 +72,18 @@ class Page:
     def to_html(self) -> str:
         """Return the page as one file."""
         title = f"<title>{html.escape(visible(self.title))}</title>"
-        return f"{_HEAD}{title}<style>{STYLE}</style></head><body class='kc'>{self._main()}</body></html>\n"
+        body = f"<body class='kc'><main class='kc-main'>{self._inner()}</main></body>"
+        return f"{_HEAD}{title}<style>{STYLE}</style></head>{body}</html>\n"
 
     def _repr_html_(self) -> str:
         """Return the page for a notebook."""
-        return f"<div class='kc'><style>{STYLE}</style>{self._main()}</div>"
+        return f"<div class='kc'><style>{STYLE}</style><div class='kc-main'>{self._inner()}</div></div>"
 
-    def _main(self) -> str:
+    def _inner(self) -> str:
         lead = "".join(_paragraphs(self.lead)) if self.lead else ""
         cards = "".join(map(_card, self.cards))
         cards = cards and f"<div class='kc-cards'>{cards}</div>"
-        return f"<main><h1>{escaped(self.title)}</h1>{lead}{cards}{_parts(self.parts)}</main>"
+        return f"<h1>{escaped(self.title)}</h1>{lead}{cards}{_parts(self.parts)}"
 
 
 def _card(row: TableRow) -> str:
@@ -118,7 +119,7 @@ def _part(part: Any, level: int) -> Iterator[str]:
             yield f"<details{_style(part.style)}{opened}>{summary}<div>{inner}</div></details>"
     elif hasattr(part, "to_html"):
         yield (
-            f"<div class='kc-scroll' tabindex='0'>{part.to_html()}</div>"
+            f"<div class='kc-scroll' role='region' aria-label='table' tabindex='0'>{part.to_html()}</div>"
             if hasattr(part, "columns")
             else part.to_html()
         )

@@ -35,8 +35,11 @@ def receipt_page(rows: Sequence[ReceiptRow], about: Mapping[str, str], faults: S
     parts: list[object] = []
     if faults:
         parts.append(Section("Plugins that failed, and may have had kernels", faults, style="red"))
-    if rows:
-        parts.append(Section("Who serves", [Bars(list(_shares(alike)))]))
+    parts.append(
+        Section("Who serves", [Bars(list(_shares(alike)))])
+        if rows
+        else "No layer of this model is decorated: decorate one, or adopt the model."
+    )
     if references:
         shown = [_group(group, vary, folded=len(references) > _FEW) for group in references]
         parts.append(Section("On the reference, and why", shown))

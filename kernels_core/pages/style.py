@@ -22,8 +22,8 @@ _RULES = """\
 .kc{color:var(--kc-text);background:var(--kc-back);font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere;\
 -webkit-text-size-adjust:100%}
 body.kc{margin:0}
-.kc main{max-width:68rem;margin:auto;padding:1.5rem}
-div.kc main{padding:1rem}
+.kc-main{max-width:68rem;margin:auto;padding:1.5rem}
+div.kc>.kc-main{padding:1rem}
 .kc h1{font-size:1.6rem;line-height:1.25;margin:0 0 .25rem}
 .kc h2{font-size:1.15rem;margin:2rem 0 .6rem}
 .kc h3{font-size:1rem;margin:.8rem 0 .2rem}
@@ -41,7 +41,7 @@ var(--kc-mark,var(--kc-line));border-radius:8px;padding:.7rem .9rem}
 .kc dd{margin:0}
 .kc dl>div{display:flex;gap:.6rem}
 .kc dl>div dt{flex:0 0 6rem}
-.kc main>dl:last-child{margin-top:2rem;border-top:1px solid var(--kc-line);padding-top:.8rem}
+.kc-main>dl:last-child{margin-top:2rem;border-top:1px solid var(--kc-line);padding-top:.8rem}
 .kc section[class]{border-left:3px solid var(--kc-mark);padding-left:.8rem;margin:.6rem 0}
 .kc h3 .kc-note{font-family:system-ui,sans-serif}
 .kc dl.kc-pairs{gap:.5rem}
@@ -76,13 +76,13 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .kc-bars .kc-value{text-align:right;font-variant-numeric:tabular-nums}
 .kc-bars small{display:block}
 @media(max-width:600px){
-.kc main{padding:.9rem}.kc h1{font-size:1.35rem}.kc-cards{grid-template-columns:1fr 1fr;gap:.5rem}
+.kc-main{padding:.9rem}.kc h1{font-size:1.35rem}.kc-cards{grid-template-columns:1fr 1fr;gap:.5rem}
 .kc summary{grid-template-columns:1rem 1fr}.kc summary .kc-note{grid-column:2}
 .kc-bars{grid-template-columns:1fr auto}.kc-bars .kc-label{grid-column:1/-1}
 .kc details,.kc-panel{padding:.5rem .6rem}
 }
 @media print{
-.kc{background:#fff;font-size:10pt}.kc main{max-width:none;padding:0}
+.kc{background:#fff;font-size:10pt}.kc-main{max-width:none;padding:0}
 .kc details::details-content{content-visibility:visible;block-size:auto}
 .kc details,.kc-cards>div,.kc-panel{break-inside:auto;border-radius:0}
 .kc summary,.kc h2,.kc h3{break-after:avoid}.kc details>summary::before{content:""!important}

@@ -401,6 +401,7 @@ def test_page(make_layer: Make, make_kernel: Make) -> None:
     assert "13 layers · layers.0-11.a and 1 more" in plain and "36 layers · " in plain and "All 36 paths" in plain
     assert f"<dt>torch</dt><dd>{torch.__version__}" in plain and " UTC</dd>" in page
     assert found._repr_html_().startswith("<div class='kc'>") and found == replace(found, about={})
+    assert "No layer of this model is decorated" in receipt(nn.Linear(1, 1), device="cpu").to_html()
 
 
 def test_rich_table(make_layer: Make) -> None:

@@ -303,3 +303,9 @@ def test_offloaded_models_run_kernels_for_the_gpu(tool: str, first: str) -> None
                 hook.offload()
                 assert next(model.parameters()).device.type == "cpu"
             assert [(row.device, row.is_reference) for row in receipt(model).rows] == [("cuda:0", False)] * 2
+
+
+def test_the_page_of_a_receipt_names_the_gpu() -> None:
+    """A receipt of a model on a GPU has its name, on its page, too."""
+    found = receipt(nn.Sequential(Identity()), device=ones().device)
+    assert found.about["GPU"] == torch.cuda.get_device_name() and found.about["GPU"] in found.to_html()
