@@ -60,7 +60,7 @@ def lock(
     Reads [tool.kernels.dependencies] in pyproject.toml, asks the Hub for the commits of those versions, and
     writes kernels.lock and kernels.hashes: all build variants, for every machine. Prints what changed.
     """
-    _keep_client_quiet()
+    keep_client_quiet()
     path, wanted = project_dir / LOCK, read_dependencies(project_dir)
     before = NOTHING
     if path.exists():
@@ -99,7 +99,7 @@ def download(
     Exits with 1 where a kernel has no build for this machine, with 2 where one cannot be downloaded or is not the one
     that was locked; the others are downloaded all the same.
     """
-    _keep_client_quiet()
+    keep_client_quiet()
     locked = read_lock(project_dir / LOCK)
     _warn_of_old_lock(project_dir, locked)
     rows: list[Row] = []
@@ -129,7 +129,7 @@ def info(
 
     By default, the newest version of a repository.
     """
-    _keep_client_quiet()
+    keep_client_quiet()
     if Path(kernel).is_dir():
         if revision is not None or version is not None:
             raise ArgumentError(f"{kernel} is a folder: it has neither revisions nor versions; leave both out.")
@@ -153,7 +153,7 @@ def versions(repo_id: Repository, as_json: Json = False) -> None:
 
     Exits with 1 where there are none.
     """
-    _keep_client_quiet()
+    keep_client_quiet()
     known = [(number, commit, _builds_at(repo_id, commit)) for number, commit in sorted(_list(repo_id).items())]
     if as_json:
         print(json.dumps([{"version": n, "commit": commit, "variants": rows} for n, commit, rows in known], indent=2))
@@ -170,7 +170,7 @@ def variants(repo_id: Repository, revision: Revision = None, version: Version = 
 
     By default, of the newest version. Exits with 1 where none is for this machine.
     """
-    _keep_client_quiet()
+    keep_client_quiet()
     rows = _builds(_resolve(repo_id, revision, version))
     print_rows(rows, as_json, style=_style)
     if not any(row["fits"] for row in rows):
@@ -216,10 +216,16 @@ def _resolve(repo_id: str, revision: str | None, version: int | None) -> fetchin
 
     Its publisher need not be trusted, as no code of it is run.
     """
+    revision, version = by_default(repo_id, revision, version)
+    return fetching.resolve_kernel(KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True))
+
+
+def by_default(repo_id: str, revision: str | None, version: int | None) -> tuple[str | None, int | None]:
+    """Return revision and version as they are given; where neither is, the newest version, or main."""
     if revision is None and version is None:
         known = _list(repo_id)
-        revision, version = (None, max(known)) if known else ("main", None)
-    return fetching.resolve_kernel(KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True))
+        return (None, max(known)) if known else ("main", None)
+    return revision, version
 
 
 def _list(repo_id: str) -> dict[int, str]:
@@ -326,7 +332,7 @@ def _note(message: str, *, always: bool = False) -> None:
         print(message, file=sys.stderr)
 
 
-def _keep_client_quiet() -> None:
+def keep_client_quiet() -> None:
     """Let the Hub's client draw its bars only on a terminal; it reads this variable once, when it is imported."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

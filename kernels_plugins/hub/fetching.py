@@ -279,7 +279,7 @@ def _read(selected: SelectedBuild, resolved: ResolvedKernel, client: Any) -> tup
     # Of a locked build that was never downloaded, the metadata may be here; of one that was, no file may be missing.
     locked = resolved.request.commit is not None
     if len(here) < len(listed) and not (locked and client.silence and here - {METADATA}):
-        client.fetch_variant(resolved.pin, selected.variant, listed)
+        client.fetch_folder(resolved.pin, f"build/{selected.variant}", listed)
     files = read_files(folder)
     transfer = _check_transfer(folder, files, listed)
     return as_build(folder, files), transfer

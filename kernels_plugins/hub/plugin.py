@@ -52,10 +52,11 @@ def _find_mismatch(kernel: LoadedKernel, request: LayerRequest) -> str | None:
 
 @hookimpl
 def kernels_register_commands(cli: typer.Typer) -> None:
-    """Add `lock`, `download`, `info`, `versions` and `variants`, and the group `cache`."""
+    """Add `lock`, `download`, `info`, `versions`, `variants` and `benchmark`, and the group `cache`."""
     from . import command  # only the command line needs it
+    from .benchmark.command import benchmark
     from .cache.command import cache
 
-    for function in (command.lock, command.download, command.info, command.versions, command.variants):
+    for function in (command.lock, command.download, command.info, command.versions, command.variants, benchmark):
         cli.command()(function)
     cli.add_typer(cache, name="cache")

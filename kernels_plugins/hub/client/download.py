@@ -191,30 +191,36 @@ class Client:
                 raise
         return getattr(overview, "trustedKernelPublisher", False) is True
 
-    def list_files(self, pin: Pin) -> tuple[dict[str, tuple[RemoteFile, ...]], RemoteFile | None]:
-        """List the files of a commit."""
+    def _list_tree(self, pin: Pin) -> list[RepoFile]:
+        """List all files of a commit but byte code."""
         with self._request(pin.repo_id, pin.commit, pin.repo_type):
             place: dict[str, Any] = {"revision": pin.commit, "repo_type": pin.repo_type}
             entries = self._ask(lambda: list(self._api().list_repo_tree(pin.repo_id, recursive=True, **place)))
+        return [entry for entry in entries if isinstance(entry, RepoFile) and not is_byte_code(entry.path)]
+
+    def list_folder(self, pin: Pin, folder: str) -> tuple[RemoteFile, ...]:
+        """List the files of a folder of a commit, by their path in that folder; none where there is no such folder."""
+        inside = [entry for entry in self._list_tree(pin) if entry.path.startswith(f"{folder}/")]
+        return tuple(_remote(entry, entry.path.removeprefix(f"{folder}/")) for entry in inside)
+
+    def list_files(self, pin: Pin) -> tuple[dict[str, tuple[RemoteFile, ...]], RemoteFile | None]:
+        """List the files of a commit."""
         variants: dict[str, list[RemoteFile]] = {}
         status = None
-        for entry in entries:
-            if not isinstance(entry, RepoFile) or is_byte_code(entry.path):
-                continue
-            sha256 = entry.lfs.sha256 if entry.lfs else None
+        for entry in self._list_tree(pin):
             folder, _, rest = entry.path.partition("/")
             variant, inside, path = rest.partition("/")
             if entry.path == STATUS:
-                status = RemoteFile(STATUS, entry.size, entry.blob_id, sha256)
+                status = _remote(entry, STATUS)
             elif folder == "build" and inside:
-                variants.setdefault(variant, []).append(RemoteFile(path, entry.size, entry.blob_id, sha256))
+                variants.setdefault(variant, []).append(_remote(entry, path))
         listed = {name: tuple(sorted(files, key=lambda file: file.path)) for name, files in sorted(variants.items())}
         return listed, status
 
-    def fetch_variant(self, pin: Pin, variant: str, listed: Iterable[RemoteFile]) -> None:
-        """Download the files of one variant, and no byte code."""
+    def fetch_folder(self, pin: Pin, folder: str, listed: Iterable[RemoteFile]) -> None:
+        """Download the listed files of a folder, such as that of a variant."""
         # `snapshot_download` would list the repository again. A file that is in the cache is not requested.
-        names = [f"build/{variant}/{file.path}" for file in listed]
+        names = [f"{folder}/{file.path}" for file in listed]
         bar = {"desc": f"Fetching {len(names)} files", "tqdm_class": tqdm, "max_workers": 8}
         with self._request(pin.repo_id, pin.commit, pin.repo_type):
             try:
@@ -267,6 +273,10 @@ class Client:
             return f"it has no revision {revision!r} (which exist could not be asked: {type(error).__name__})"
         names = [ref.name for ref in [*refs.branches, *refs.tags]]
         return f"it has no revision {revision!r}: branches and tags are {', '.join(names) or 'none'}"
+
+
+def _remote(entry: RepoFile, path: str) -> RemoteFile:
+    return RemoteFile(path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
 
 
 def discard(place: Path) -> str:
