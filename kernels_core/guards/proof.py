@@ -60,7 +60,7 @@ def until_proven(
             return forward(*args, **kwargs)
         if transformed or in_forward_ad():  # where the reference cannot run on copies
             output = forward(*args, **kwargs)
-            given = [*values, *(module.parameters() if module is not None else ())]
+            given = [*values, *([] if module is None else [*module.parameters(), *module.buffers()])]
             hidden = transformed and _may_hide(output)
             if output is NotImplemented or not ((lost := _lost(given, output)) or hidden):
                 return output

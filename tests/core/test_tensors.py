@@ -483,7 +483,10 @@ def called(form: str, name: str, kernel: Computes) -> tuple[dict[str, Any], Comp
         cls = type(name, (nn.Module,), {"forward": packed if form == "packed" else squared})
         cls = use_kernel_forward_from_hub(name)(cls)
     layer = cls()
-    layer.weight = nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
+    if form == "buffer":
+        layer.register_buffer("weight", torch.full((4,), 2.0))
+    else:
+        layer.weight = nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
     if is_function:
         layer.function = function
     if "kernelized" in form:
@@ -494,7 +497,7 @@ def called(form: str, name: str, kernel: Computes) -> tuple[dict[str, Any], Comp
     return mapping, lambda x, weight: F.functional_call(layer, {"weight": weight}, (x,))
 
 
-FORMS = ["module", "packed", "modes", "function", "kernelized", "kernelized, training", "function, kernelized"]
+FORMS = ["module", "buffer", "packed", "modes", "function", "kernelized", "kernelized, training", "function, kernelized"]
 LOSING: dict[str, Computes] = {
     "all": lambda x, w: (x * x * w).detach(),
     "the input": lambda x, w: (x * x).detach() * w,
