@@ -66,6 +66,7 @@ def load(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Refusal:
         loaded = _made(request, candidate.source, _Load())
     else:
         loaded = _outcome(request, candidate)
+    # The same load may serve several layers, each in its way.
     if isinstance(loaded, LoadedLayer) and loaded.adapt is not None and request.layer is not None:
         loaded = _adapted(request.layer, loaded)
     if isinstance(loaded, LoadedLayer):
@@ -272,7 +273,7 @@ def implementation_of(layer: Layer | None, kernel: KernelLayer) -> Callable[...,
     forward: Forward = cast(Any, kernel).forward if isinstance(kernel, type) else kernel
     if layer is None:
         return forward
-    known = layer.adapted.get(id(kernel))
+    known = layer.adapted.get(id(kernel))  # by id: a kernel need not have a hash
     if known is not None:
         return cast(Callable[..., Any], known[1])
     if not layer.is_function:
@@ -304,7 +305,7 @@ def _checks_arguments(layer: Layer, origin: str, forward: Forward) -> Forward:
     most = sys.maxsize if any(p.kind is p.VAR_POSITIONAL for p in shown) else places
     reference, name, use_fallback = layer.reference, layer.name, layer.use_fallback
 
-    @constant_result
+    @constant_result  # in compiled code, it speaks once, while that is traced
     def tell(argument: str) -> None:
         text = (
             f"{origin} does not serve layer {name!r} here, for a decorator of the layer's forward may rename, drop or "

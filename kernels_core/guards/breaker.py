@@ -59,11 +59,12 @@ def stand_in(
     layer, implementation = resolution.request.layer, resolution.implementation
     if layer is None or implementation is None or not _is_judged(error) or not _raised(implementation, error):
         return None
-    values = list(values)
+    values = list(values)  # read several times, and it may be an iterator
     odd = is_odd(values) or (module is not None and is_odd_module(module))
     spared = "for a tensor of a subclass" if odd else ""
     if in_transform() or in_forward_ad():
         spared = "under torch.func or in forward-mode differentiation"
+    # Whether the answer of the reference may be returned.
     safe = layer.use_fallback and not strict() and not _may_be_changed(values)
 
     def judge(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +88,7 @@ def stand_in(
                 (layer.name, resolution.origin, spared),
             )
             return output
-        dtype = _dtype_named(error, values) if not layer.kind else None
+        dtype = _dtype_named(error, values) if not layer.kind else None  # a coroutine cannot pass calls of one dtype on
         # Below an empty line, PyTorch may list every kernel of an operator.
         reason = error_text(error).partition("\n\n")[0].rstrip(".")
         quarantine(
@@ -119,7 +120,7 @@ def _is_judged(error: Exception) -> bool:
 
 def _is_of_checkpointing(error: Exception) -> bool:
     """Whether an error is one of activation checkpointing, which also stops a recomputation by raising."""
-    return type(error).__module__ == CheckpointError.__module__
+    return type(error).__module__ == CheckpointError.__module__  # that which stops a recomputation is private
 
 
 def _raised(kernel: Forward, error: Exception) -> bool:
@@ -141,13 +142,13 @@ def _is_sticky(error: Exception) -> bool:
 def _dtype_named(error: Exception, values: Iterable[Any]) -> torch.dtype | None:
     """Return the dtype of the first tensor of a call, if an error is about it: the kernel may serve others."""
     dtype = first_dtype(values)
-    words = set(re.findall(r"\w+", message_of(error).lower()))
+    words = set(re.findall(r"\w+", message_of(error).lower()))  # whole words: "pointer" holds "int"
     return dtype if words & {str(dtype).removeprefix("torch."), *_NAMES.get(dtype, ())} else None
 
 
 def _may_be_changed(values: list[Any]) -> bool:
     """Whether a tensor among the arguments was ever changed in place, or an argument does not record changes."""
-    if any(version(tensor) != 0 for tensor in _tensors(values)):
+    if any(version(tensor) != 0 for tensor in _tensors(values)):  # at any time: the count at the start is not known
         return True
     return not all(isinstance(item, _UNCHANGED) for value in values for item in _inside(value))
 

@@ -15,6 +15,7 @@ _GENERATED = ("GeneratedBackwardFor_", "CompiledFunctionBackward")
 """Functions that PyTorch makes for operators of `torch.library` and compiled code: their backward calls no layer."""
 
 
+# The code around a forward that gets no context.
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 
@@ -47,4 +48,5 @@ def in_function() -> bool:
     Autograd records nothing there, and its backward may make the same calls again, with recording. So the kernels for
     training serve both: output and gradient have to be of one function.
     """
+    # Inference mode switches the same flag off.
     return not outside_functions() and not torch.is_inference_mode_enabled()

@@ -199,6 +199,7 @@ def try_gradients(
     """
     candidates = dict(_candidates(layer, module, values))
     sources = {name: tensor for name, tensor in candidates.items() if tensor is not None and tensor.requires_grad}
+    # Not by layer: a kernel must not keep layers alive.
     record = _records.setdefault(implementation, {}).setdefault(layer.number, _Kept())
     if record.kept.issuperset(sources):
         record.calls += 1
@@ -226,7 +227,7 @@ def try_gradients(
         saved.hand_over()
         record.kept.update(sources)
         record.calls = 0
-        if record.kept.issuperset(candidates):
+        if record.kept.issuperset(candidates):  # also those that do not require grad in this call
             _proven.setdefault(implementation, set()).add(layer.number)
         return output, True
     reason = (
@@ -326,6 +327,7 @@ def unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
     for name, tensor in sources.items():
         leaves.setdefault(id(tensor), set()).add(name)
         if tensor.grad_fn is not None:
+            # No leaf: the path ends at the operator that made it.
             edges.setdefault((tensor.grad_fn, tensor.output_nr), set()).add(name)
     waiting = set(sources)
     waiting -= {name for tensor in outputs for name in leaves.get(id(tensor), ())}
@@ -344,4 +346,5 @@ def unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
         if node not in visited:
             visited.add(node)
             stack += [edge for edge in node.next_functions if edge[0] is not None]
+    # Not known: no kernel is accused.
     return [name for name in sources if name in waiting] if len(visited) < _MAX_NODES else []

@@ -40,6 +40,7 @@ def limited(kernel: KernelLayer, forward: Forward) -> Forward:
 
     @functools.wraps(forward)
     def taking(*args: Any, **kwargs: Any) -> Any:
+        # Not by the signature: binding arguments would cost more.
         if taken and first_dtype((*args, *kwargs.values())) not in taken:
             return NotImplemented
         if supports is not None and not supports(*args, **kwargs):

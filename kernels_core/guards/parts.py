@@ -39,6 +39,7 @@ def checks_parts(layer: Layer, kernel: Any) -> Forward:
         return forward  # most kernels name no two attributes, and this is a part of the price of a first call
     kinds = {tuple(path.split(".")): kind if isinstance(kind, tuple) else (kind,) for path, kind in declared.items()}
     code = forward.__code__ if type(forward) is types.FunctionType else None
+    # A kernel may be written in C, or be a partial.
     found = _chains(code) if code is not None and code.co_argcount and len(code.co_names) > 1 else ()
     chains = [chain for chain in found if not any(chain[: len(path)] == path for path in kinds)]
     if not kinds and max(map(len, chains), default=0) < 2:
@@ -46,7 +47,7 @@ def checks_parts(layer: Layer, kernel: Any) -> Forward:
     origin = source_label(kernel)
     reference, name, use_fallback = layer.reference, layer.name, layer.use_fallback
 
-    @constant_result
+    @constant_result  # in compiled code, it speaks once, while that is traced
     def tell(problem: str) -> None:
         text = f"{origin} does not serve layer {name!r} here, for it reads past a part of the module: {problem}."
         if strict() or not use_fallback:
@@ -116,7 +117,7 @@ def changed_part(module: torch.nn.Module, kinds: Mapping[Path, tuple[type, ...]]
         elif path:
             read.setdefault(path, set()).add(rest)
     for path, names in read.items():
-        if path in called:
+        if path in called:  # also called, so whatever was put on it runs
             continue
         part = _descend(module, path)[0]
         where = ".".join(path)

@@ -215,7 +215,7 @@ def find_quarantined(request: LayerRequest, implementation: Forward | None, *nam
     whole = (
         entry for entry in tuple(_entries) if entry.dtype is None or (request.layer is not None and request.layer.kind)
     )
-    entries = (*whole, *_denied(denied_globs()))
+    entries = (*whole, *_denied(denied_globs()))  # the variable may change while the program runs
     return next((entry for entry in entries if entry.concerns(request, implementation, names)), None)
 
 
@@ -224,6 +224,7 @@ def excluded_dtypes(resolution: Resolution) -> dict[torch.dtype, Quarantined]:
     if not _entries or resolution.implementation is None:
         return {}
     about = (resolution.request, resolution.implementation, (resolution.origin, resolution.plugin))
+    # A copy of the list, which other threads change.
     return {entry.dtype: entry for entry in tuple(_entries) if entry.dtype is not None and entry.concerns(*about)}
 
 

@@ -21,7 +21,7 @@ class SavedTensors:
 
     def pack(self, tensor: torch.Tensor) -> list[Any]:
         """Keep a tensor."""
-        self._packed.append([tensor])
+        self._packed.append([tensor])  # a list: `hand_over` replaces the tensor in it
         return self._packed[-1]
 
     def unpack(self, packed: list[Any]) -> Any:

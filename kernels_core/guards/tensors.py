@@ -79,7 +79,7 @@ def _kinds_of(module: torch.nn.Module | None) -> list[type[torch.Tensor]]:
 
 def _is_odd_parameter(kind: type[torch.Tensor]) -> bool:
     """Whether parameters of a class have no memory of their own: not so for those that only add state to a tensor."""
-    if kind in _USUAL or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+    if kind in _USUAL or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:  # operators see plain memory then
         return False
     return not kind.__module__.startswith(_HOLD_THEIR_DATA) and not is_fake_class(kind)
 
@@ -144,4 +144,5 @@ def _notice(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | 
             listener()
 
 
+# Public; those put into a dict by hand pass.
 torch.nn.modules.module.register_module_parameter_registration_hook(_notice)

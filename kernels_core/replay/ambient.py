@@ -25,7 +25,7 @@ def random_states(devices: Iterable[torch.device]) -> RandomStates:
         False
     """
     states = {torch.device("cpu"): torch.get_rng_state()}
-    for device in dict.fromkeys(devices) if not is_capturing() else ():
+    for device in dict.fromkeys(devices) if not is_capturing() else ():  # each once, in order
         if device.type not in ("cpu", "meta"):  # the state of the CPU is there, and meta has no generator
             module = torch.get_device_module(device.type)
             # MPS has one device, and its functions take none.
@@ -75,7 +75,7 @@ def unobserved() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_dispatch_modes())
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.no_grad())  # `inference_mode(False)` has switched gradients on
         if has_saved_tensors_hooks():  # autograd calls the innermost pair only, and this one does nothing
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         torch.set_autocast_cache_enabled(False)  # the cache would keep casts of parameters that are copies

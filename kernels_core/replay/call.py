@@ -42,7 +42,7 @@ CONSTANTS = (
 )
 """Types of arguments that a forward cannot change."""
 
-_ABSENT = object()
+_ABSENT = object()  # None is a value that an attribute may have
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Call:
             return Outcome(
                 mapped(replay.outputs, each_tensor(torch.Tensor.detach)),
                 gradients_of(replay.outputs, replay.sources, seed, contiguous),
-                replay.after(),
+                replay.after(),  # before the block ends: the copies are dropped with it
                 replay.mutated() if mutations else {},
                 replay.attributes() if mutations else (),
                 replay.drew,
@@ -243,10 +243,12 @@ class Call:
         """
         originals = self.tensors
         devices = {tensor.device for tensor in originals.values()}
+        # `enable_grad` in inference mode records nothing.
         recording = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         wanted = (recording if gradients is None else gradients) and any(t.requires_grad for t in originals.values())
+        # As around the call: some operators differ there.
         inference = gradients is None and not wanted and torch.is_inference_mode_enabled()
-        records = wanted or (gradients is None and recording)
+        records = wanted or (gradients is None and recording)  # the forward may ask for the mode of gradients
         with unobserved(), kept_random_states(devices, self.random) as random:
             replay = Replay(self, self._copied(originals, dtype, parameters, objects), originals, dtype, random)
             if wanted:
@@ -276,6 +278,7 @@ class Call:
 
     def _on(self, make: Callable[[torch.Tensor], torch.Tensor], *, module: bool = True) -> Call:
         """Return the same call with `make(tensor)` in place of each tensor of the arguments and of the module."""
+        # Not by `deepcopy`, which would copy whatever hooks hold.
         made = replica_of(self.module, make) if self.module is not None and module else self.module
         return replace(self.replaced(each_tensor(make)), module=made)
 

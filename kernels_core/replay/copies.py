@@ -42,7 +42,7 @@ def copies_of(originals: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
         while group:
             together = [group.pop(0)]
             end = together[0][1]
-            while group and group[0][0] < end:
+            while group and group[0][0] < end:  # overlapping: views of one part of a tensor, in any order
                 together.append(group.pop(0))
                 end = max(end, together[-1][1])
             copies.update(_copied_span(together, end))
@@ -52,10 +52,10 @@ def copies_of(originals: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
 def _copied_span(span: list[tuple[int, int, torch.Tensor]], end: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Copy a stretch of memory, and yield each tensor in it as a view of the copy."""
     start, _, first = span[0]
-    if len(span) == 1 and start % _ALIGNMENT == 0 and first.is_contiguous():
+    if len(span) == 1 and start % _ALIGNMENT == 0 and first.is_contiguous():  # `clone` aligns, and keeps these strides
         yield id(first), first.detach().clone()
         return
-    start -= start % _ALIGNMENT
+    start -= start % _ALIGNMENT  # take the bytes before, too, so that the copy is aligned as its original
     memory = torch.empty(0, dtype=torch.uint8, device=first.device)
     memory = memory.set_(first.untyped_storage(), start, (end - start,), (1,)).clone()
     for at, _, tensor in span:
@@ -88,7 +88,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return (
         type(tensor) in (torch.Tensor, nn.Parameter)
         and tensor.layout == torch.strided
-        and tensor.device.type not in ("meta", "xla")
+        and tensor.device.type not in ("meta", "xla")  # without memory, or with one that has no address
         and tensor.numel() > 0
         and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
     )
@@ -121,7 +121,7 @@ def replica_of(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) 
         kind = type(original)
         made[id(original)] = object.__new__(kind)  # not its own `__new__`: that of FSDP's classes calls `__init__`
     for original in originals:
-        state = dict(original.__dict__)
+        state = dict(original.__dict__)  # past `__setattr__`, which would register parameters again
         for name in _INSIDE:
             state[name] = {key: replaced(key, value) for key, value in state[name].items()}
         for name, value in _attributes(original):

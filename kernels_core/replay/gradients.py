@@ -39,6 +39,7 @@ def gradients_of(
     reached = {number: output for number, output in enumerate(tensors) if output.requires_grad}
     if not reached:
         return dict.fromkeys(sources)
+    # Two equal outputs get different gradients.
     pushed = [_output_gradient(output, seed + 1009 * number, contiguous) for number, output in reached.items()]
     found = torch.autograd.grad(list(reached.values()), list(sources.values()), pushed, allow_unused=True)
     return {name: g.detach() if g is not None else None for name, g in zip(sources, found, strict=True)}
@@ -46,7 +47,7 @@ def gradients_of(
 
 def _output_gradient(output: torch.Tensor, seed: int, contiguous: bool) -> torch.Tensor:
     """Make numbers that are the same in every dtype: bfloat16 holds all of them."""
-    generator = torch.Generator(output.device).manual_seed(seed)
+    generator = torch.Generator(output.device).manual_seed(seed)  # of its own: the run must not draw other numbers
     shape = (*output.shape, 2) if output.is_complex() else tuple(output.shape)
     numbers = torch.randn(shape, generator=generator, device=output.device, dtype=torch.float32)
     numbers = numbers.to(torch.bfloat16).float()

@@ -42,6 +42,7 @@ class ModelState:
         self._reshard()
         self._attributes = [(module, type(module), dict(module.__dict__)) for module in modules]
         held = [value for _, _, state in self._attributes for value in state.values() if isinstance(value, list | dict)]
+        # `__dict__` holds the same list or dict after a change in it.
         self._held = [(value, value.copy()) for value in held]
         with unobserved():
             self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -68,7 +69,7 @@ class ModelState:
             if type(module) is not cls:  # `train()` and `eval()` change that of a kernelized module, and so do others
                 object.__setattr__(module, "__class__", cls)
             if _identities(module.__dict__) != _identities(state):
-                module.__dict__.clear()
+                module.__dict__.clear()  # attributes that the run has added go, too
                 module.__dict__.update(state)
         for held, content in self._held:
             if _identities(held) != _identities(content):

@@ -36,7 +36,7 @@ def only(dtype: torch.dtype | None, inputs: Iterable[torch.Tensor], device_types
         yield
         return
     given = [tensor.dtype for tensor in inputs if tensor.dtype in _REAL]
-    least = max((torch.finfo(d).eps for d in given), default=1.0)
+    least = max((torch.finfo(d).eps for d in given), default=1.0)  # the coarsest dtype among the inputs
     with contextlib.ExitStack() as stack:
         for kind in {*device_types, "cpu"} - {"meta"}:  # PyTorch has no autocast for meta tensors
             stack.enter_context(torch.autocast(kind, enabled=False))  # it would cast to 16 bits again

@@ -124,7 +124,7 @@ def _mapping(value: Mapping[Any, Any], new: list[Any]) -> Any:
         return node.unflatten_fn(new, node.flatten_fn(value)[1])
     if not hasattr(value, "__setitem__"):  # an immutable one
         return cast(Any, type(value))(dict(zip(value, new, strict=True)))
-    made = cast("dict[Any, Any]", copy.copy(value))
+    made = cast("dict[Any, Any]", copy.copy(value))  # keeps the class, and what else it holds
     for key, child in zip(value, new, strict=True):
         made[key] = child
     return made
