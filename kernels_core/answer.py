@@ -55,7 +55,7 @@ class CorePlugin:
         candidates, misfits, refusals = rank_offers(answers)
         if request.depends_on_mode and _differ_by_mode(request, candidates):
             raise ModesDiffer
-        if rivals := find_rivals(candidates):
+        if rivals := find_rivals(candidates):  # no error: one of them serves, and the rule says which
             warn_once(describe_tie(request.layer_name, rivals))
         for candidate in candidates:
             if isinstance(candidate.source, type(Reference)):  # no policy can refuse it: it is the model's own code
@@ -73,6 +73,7 @@ class CorePlugin:
             elif vetoes := hook.kernels_check_layer(request=request, candidate=candidate, layer=loaded.layer):
                 refusals.append(_refusal(ContractError, request, candidate, vetoes))
             else:
+                # The same function each time: proofs and quarantine know it.
                 kernel = implementation_of(request.layer, loaded.layer)
                 return Resolution(
                     request,

@@ -61,7 +61,7 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     if isinstance(kernel, type):
         if (reason := _check_class(kernel)) is not None:
             return reason
-    elif isinstance(kernel, torch.nn.Module):
+    elif isinstance(kernel, torch.nn.Module):  # its state would be used, and that of the layer not
         return f"it is a module, where its class is wanted: {type(kernel).__qualname__}"
     elif not callable(kernel):
         return f"it is neither an nn.Module subclass nor a function, but {type(kernel).__name__}"
@@ -105,7 +105,7 @@ def _check_class(kernel: type[Any]) -> str | None:
         return f"{kernel.__qualname__} is not a subclass of torch.nn.Module"
     if kernel.__init__ is not torch.nn.Module.__init__:  # its forward runs on modules that the decorated class has made
         return f"{kernel.__qualname__} has a constructor of its own, which would never run"
-    if kernel.forward is torch.nn.Module.forward:
+    if kernel.forward is torch.nn.Module.forward:  # a placeholder that raises
         return f"{kernel.__qualname__} has no forward"
     if (reads := getattr(kernel, "reads", None)) is not None and not _is_reads(reads):
         return (

@@ -127,7 +127,7 @@ class Device:
         """Whether a tensor on `device`, of that `capability`, is on such a device."""
         if not isinstance(device, torch.device):
             require_type(device, torch.device, "device")
-        if TORCH_DEVICE_TYPES[self.type] != device.type:
+        if TORCH_DEVICE_TYPES[self.type] != device.type:  # two names may be one type: mps and metal
             return False
         # PyTorch calls both "cuda": its build tells them apart.
         if device.type == "cuda" and (self.type == "rocm") != (torch.version.hip is not None):
@@ -147,13 +147,14 @@ def device_capability(device: torch.device) -> int | None:
 
 @cache
 def _capability(device: torch.device) -> int | None:
+    # "cuda" is also asked for where there is none, by receipts.
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     try:
         major, minor = torch.cuda.get_device_capability(device)
     except AssertionError:  # PyTorch raises it for a device that is not there
         return None
-    return 10 * major + minor
+    return 10 * major + minor  # as in mappings
 
 
 def as_torch_device(device: torch.device | Device | str) -> torch.device:

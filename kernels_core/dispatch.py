@@ -65,7 +65,7 @@ def make_forward(layer: Layer, after: int = 0, **decided: Any) -> Forward:
         after: How many kernels have passed on the calls of this forward: see `decide`.
         **decided: Further arguments for `decide`: `scopes` and `passed_on`.
     """
-    dispatcher = _Dispatcher(layer, after, **decided)
+    dispatcher = _Dispatcher(layer, after, **decided)  # kept alive by the functions that it makes
     forward = dispatcher.forward()
     functools.update_wrapper(forward, layer.reference)
     weakref.finalize(forward, withdraw, dispatcher.names).atexit = False
@@ -144,7 +144,7 @@ class _Dispatcher:
         if known is not None:
             return known
         # A plugin calls a decorated layer: no recursion, and no lock to wait for. Or another thread takes too long.
-        lock = self._busy.lock
+        lock = self._busy.lock  # a child that is forked meanwhile has another one
         if resolving.get() or not lock.acquire(timeout=PATIENCE):
             return self.layer.reference
         try:  # eight threads, one resolution
@@ -266,7 +266,7 @@ class _Dispatcher:
         if device is None or resolving.get():
             return None
         mode = Mode.TRAINING if is_recorded(module, values) else Mode.INFERENCE
-        resolution = self._decide(device, (mode,))
+        resolution = self._decide(device, (mode,))  # the decision is not kept with the function: ask for it
         judge = stand_in(resolution, error, module, values)
         if judge is None:
             return None

@@ -77,7 +77,7 @@ class Generator:
             **names,
         }
         path = _file(self.layer, file or function)
-        exec(compile(source, path, "exec"), scope)
+        exec(compile(source, path, "exec"), scope)  # a name for `linecache`: tracebacks show its lines
         self.files.add(path)
         while unused_texts:
             linecache.cache.pop(unused_texts.pop(), None)
@@ -120,6 +120,7 @@ def _as_called(function: Forward, layer: Layer) -> list[tuple[Any, ...]]:
 def dispatched_layer(forward: object) -> Layer | None:
     """Return the layer that `forward` dispatches for; None for anything else, such as a wrapper of it."""
     layer = getattr(forward, "kernels_layer", None)
+    # `functools.wraps` copies the first, so a wrapper has it, too.
     cold = getattr(forward, "__globals__", {}).get("_kernels_cold")
     return layer if isinstance(layer, Layer) and cold is not None and cold.__self__.layer is layer else None
 

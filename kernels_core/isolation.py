@@ -72,7 +72,7 @@ def isolated(hook: str, name: str, plugin: object, function: Callable[..., Any],
                 raise
             error = raised_in(hook, name, raised)
         if hook in _VETO:
-            return str(error)
+            return str(error)  # a policy that fails refuses
         report(error)
         return [Refusal(str(error), plugin=name, error=error)] if hook == "kernels_find_candidates" else None
 
@@ -103,6 +103,7 @@ def _isolated_wrapper(hook: str, name: str, function: Callable[..., Any], report
         except BaseException as raised:
             inner = raised
         try:
+            # As pluggy does it with the wrapper itself.
             generator.send(answer) if inner is None else generator.throw(inner)
             raise RuntimeError("a wrapper yields once, this one did twice")
         except StopIteration as stop:

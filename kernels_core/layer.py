@@ -76,7 +76,7 @@ def find_layer(decorated: object) -> Layer | None:
         True
     """
     if isinstance(decorated, torch.nn.Module):
-        decorated = type(decorated)
+        decorated = type(decorated)  # not its own `forward`, which a library may have put there
     if isinstance(decorated, type) and issubclass(decorated, torch.nn.Module):
         # A kernelized class has the layer itself, for its forward may be the kernel.
         decorated = decorated if hasattr(decorated, "kernels_layer") else decorated.forward

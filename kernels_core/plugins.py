@@ -82,7 +82,7 @@ class PluginManager:
             PluginConflictError: If a plugin of that name is registered.
         """
         require_type(name, (str, NoneType), "The name of a plugin")
-        if isinstance(plugin, type):
+        if isinstance(plugin, type):  # its hooks would get no `self`
             plugin = plugin()
         name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
         if name in self._originals:
@@ -95,7 +95,7 @@ class PluginManager:
             hooks = {hook: isolated(hook, name, plugin, function, self.report) for hook, function in hooks.items()}
         # pluggy gets the isolated hooks, and looks at no other attribute of the plugin.
         self._pluggy.register(types.SimpleNamespace(**hooks), name)
-        self._originals[name] = plugin
+        self._originals[name] = plugin  # after pluggy, which may refuse it
         self._changed()
         return name
 
@@ -214,7 +214,7 @@ class PluginManager:
                     f"with KERNELS_PLUGINS=-{name}.",
                     plugin=name,
                 )
-                fault.__cause__ = error
+                fault.__cause__ = error  # `raise from` without raising: a fault is only reported
             assert isinstance(fault, PluginError)
             self._failed[name] = fault, hasattr(plugin, _POLICY) or _mentions_policy(entry_point.module)
             self.report(fault)
@@ -229,6 +229,7 @@ class PluginManager:
         if not required and not self._failed:
             return None
         why = {name: f"it has {_POLICY}" for name, (_, is_policy) in self._failed.items() if is_policy}
+        # What the user has named goes before the policy.
         why |= dict.fromkeys(required, "KERNELS_REQUIRE_PLUGINS names it")
         for name in sorted(why.keys() - self._originals.keys()):
             cause, _ = self._failed.get(name, (None, False))
@@ -266,7 +267,7 @@ class PluginManager:
         """Let plugins put something around the calls of a forward."""
         for name, wrap in self.hook.kernels_wrap_forward(resolution=resolution):
             try:
-                wrapped = wrap(forward)
+                wrapped = wrap(forward)  # this runs code of the plugin, outside of its hook
                 if not callable(wrapped):
                     problem = f"the decorator of its kernels_wrap_forward returned {wrapped!r}, not a function"
                     raise PluginError(f"Plugin {name!r}: {problem}.", plugin=name)
@@ -276,7 +277,7 @@ class PluginManager:
         return forward
 
 
-_manager = PluginManager()
+_manager = PluginManager()  # scans nothing yet: importing the package reads no metadata
 
 
 def plugin_manager() -> PluginManager:

@@ -293,11 +293,11 @@ def forget() -> None:
 
     For plugins whose offers changed: `register_kernel_mapping` calls it.
     """
-    forget_failures()
+    forget_failures()  # what has failed is tried again, too
     scope.forget()
 
 
 plugin_manager().on_change.append(forget)
-on_change.append(scope.forget)
+on_change.append(scope.forget)  # not `forget`: loads that have failed need not be tried again
 on_odd_parameter.append(scope.forget)
 plugin_manager().register(CorePlugin(), "core", trusted=True)

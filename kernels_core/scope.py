@@ -193,7 +193,7 @@ class KeptScopes(contextlib.ContextDecorator):
     def __init__(self) -> None:
         """Take the scopes of this thread or task."""
         self.frame: Frame = active_frame()
-        self._before: list[Frame] = []
+        self._before: list[Frame] = []  # a stack: it may be entered in several threads and in itself
         self._scopes, around = [], self.frame
         while around.parent is not None:  # decisions are dropped with the object of a scope
             self._scopes.append(around.finalizer and around.finalizer.peek())

@@ -157,7 +157,7 @@ def is_recorded() -> bool:
 
 def is_traced(classes: Iterable[type[Any]] = ()) -> bool:
     """Whether a tracer records this call, and not only counts or replays its operators; `classes`: of its tensors."""
-    if torch.compiler.is_compiling() or is_recorded():
+    if torch.compiler.is_compiling() or is_recorded():  # also in exports without Dynamo
         return True
     modes = map(type, _mode_stack()) if _mode_stack is not None and dispatch_mode_count() else ()
     tracers = ("torch._subclasses.", "torch.fx.experimental.")  # the other modes count operators, or cache results

@@ -148,7 +148,7 @@ class FrozenChoice:
 
     def notice_train(self, module: nn.Module, training: bool) -> None:
         """Suspend the frozen kernel while a model that was frozen for inference trains; restore it on `eval()`."""
-        why = self.suspended_by(module)
+        why = self.suspended_by(module)  # `train()` of a model reaches a shared module twice
         if Mode.INFERENCE in self.mode and training and why is None:
             self.suspend(module, "train")
         elif not training and why == "train" and not self.is_elsewhere(own_device(module)):
@@ -159,6 +159,7 @@ class FrozenChoice:
         if device is None or device.type == "meta":  # from or to the memory in which its tensors wait for calls
             return False
         ours = self.device
+        # "cuda" without an index is any of them.
         return device.type != ours.type or (device.index != ours.index and None not in (device.index, ours.index))
 
     def notice_move(self, module: nn.Module, device: torch.device) -> None:
@@ -197,6 +198,7 @@ def make_forward(frozen: FrozenChoice) -> Forward:
     def serve(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run a call that the kernel was found to be fit for: not by the generated forward, which would ask again."""
         state = forward.__globals__
+        # First whether it matters: the question takes microseconds.
         recorded = state["_kernels_unproven"] and is_recorded(self, (*args, *kwargs.values()))
         return state["_kernels_proving" if recorded else "_kernels_kernel"](self, *args, **kwargs)
 
@@ -275,7 +277,7 @@ def _wrapped(frozen: FrozenChoice, forward: Forward) -> Forward:
     """Let plugins put something around the choice, not in code that is compiled; leave out dtypes in quarantine."""
     if frozen.resolution is None or forward is frozen.original.forward:
         return forward
-    if Mode.TORCH_COMPILE not in frozen.mode:
+    if Mode.TORCH_COMPILE not in frozen.mode:  # a wrapper would be compiled with it, and break the graph
         forward = plugin_manager().wrap_forward(frozen.resolution, forward)
     return without_dtypes(frozen.resolution, forward)
 

@@ -90,7 +90,7 @@ def _counting(layer: Layer, resolution: Resolution, forward: Forward) -> Forward
             if output is not NotImplemented:  # another kernel serves that call, and counts it
                 with _lock:
                     if _counts is not None:
-                        _counts.setdefault(who, Counter())[origin] += 1
+                        _counts.setdefault(who, Counter())[origin] += 1  # also of a call that raised: it was made
         return output
 
     return counted

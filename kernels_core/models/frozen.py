@@ -42,14 +42,14 @@ def freeze_class(
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "kernels_frozen": frozen,
-        "kernels_layer": layer,
+        "kernels_layer": layer,  # `forward` may be the kernel, which has no layer
         "train": _train,
         "_apply": _apply,
         "__reduce_ex__": reduced,
         "__copy__": copied,  # no __deepcopy__: wrappers that pass attributes on would copy the module without them
     }
     frozen.cls = frozen.make_class(forward=make_forward(frozen))
-    choices.add(frozen)
+    choices.add(frozen)  # before the first `refresh`: a change meanwhile refreshes it again
     refresh(frozen)
     return frozen.cls
 
@@ -57,7 +57,7 @@ def freeze_class(
 def _train(self: nn.Module, mode: bool = True) -> nn.Module:
     """Set training mode, as ever, and notice it."""
     frozen: FrozenChoice = type(self).kernels_frozen  # type: ignore[attr-defined]
-    frozen.original.train(self, mode)
+    frozen.original.train(self, mode)  # first: a `train` of the class may change more modules
     frozen.notice_train(self, mode)
     return self
 
@@ -107,7 +107,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
         )
     if is_parametrized(frozen.original):  # parametrizations may have been added or removed since
         now, before = (dict(filter(_is_property, vars(each).items())) for each in (cls, frozen.original))
-        for name in before.keys() - now.keys():
+        for name in before.keys() - now.keys():  # parametrize keeps its properties on the class
             delattr(frozen.original, name)
         for name in now.keys() - before.keys():
             setattr(frozen.original, name, now[name])

@@ -21,7 +21,6 @@ _MAPPINGS = (dict, types.MappingProxyType)
 _HOLDERS = (*_CALLABLE, *_ITEMS, *_MAPPINGS, functools.partial, functools.partialmethod, staticmethod, classmethod)
 OF_TORCH = frozenset(nn.Module().__dict__)
 """The attributes that any module has: with no others, it holds nothing of its class or of another library."""
-"""Attributes that each module has: skipped at once, for this runs once per module of a model."""
 
 
 def functions_of(module: nn.Module | type[nn.Module]) -> tuple[Layer, ...]:
@@ -61,7 +60,7 @@ def functions_of(module: nn.Module | type[nn.Module]) -> tuple[Layer, ...]:
 def held_by(module: Any) -> tuple[Layer, ...]:
     """Return the layers of the decorated functions that a module holds in attributes of its own."""
     own = module.__dict__
-    if own.keys() <= OF_TORCH:
+    if own.keys() <= OF_TORCH:  # most modules, at the price of one comparison
         return ()
     values = [own[name] for name in own if name not in OF_TORCH and name != "forward"]
     return tuple(dict.fromkeys(_held(values))) if any(issubclass(type(value), _HOLDERS) for value in values) else ()
@@ -88,7 +87,7 @@ def _held(values: Iterable[object]) -> Iterator[Layer]:
                 stack.append(iter(tuple(value)))
             elif isinstance(value, _MAPPINGS):
                 stack.append(iter(tuple(dict.values(value) if isinstance(value, dict) else value.values())))
-            elif isinstance(value, staticmethod | classmethod):
+            elif isinstance(value, staticmethod | classmethod):  # as they lie in the dict of a class
                 stack.append(iter((value.__func__,)))
             else:
                 stack.append(iter((value.func, *value.args, *value.keywords.values())))
@@ -113,7 +112,7 @@ def called_by(forward: Forward, cls: type[nn.Module]) -> tuple[Layer, ...]:
             waiting.append(wrapped)
         if not isinstance(function, types.FunctionType) or function.__code__ in followed:
             continue
-        followed.add(function.__code__)
+        followed.add(function.__code__)  # by code: each closure is another function of it
         waiting += (value for value in _named(function, cls) if isinstance(value, types.FunctionType))
     return tuple(found)
 

@@ -122,7 +122,7 @@ def kernelize(
     given = as_torch_device(device) if device is not None else None
     inferred = given or required_device(model, "kernelize")
     modules, classes = freeze.plan(model, inferred, given=given, exact=_names_index(device))
-    freeze.warn()
+    freeze.warn()  # before anything is changed: a warning may be an error
     swap(modules, classes)
     return model
 
@@ -229,6 +229,7 @@ class _Freeze:
         """
         modules: list[nn.Module] = []  # two lists: ten thousand pairs would start the garbage collector
         classes: list[type[nn.Module]] = []
+        # By class: a model has thousands of modules of a few.
         kinds: dict[type[nn.Module], tuple[type[nn.Module], Layer | None, Sequence[Layer], _Classes, _Classes]] = {}
         where: dict[int, torch.device] = {}
         partial: dict[type[nn.Module], Resolution] = {}
@@ -245,6 +246,7 @@ class _Freeze:
                 kind = kinds[cls] = original, dispatched_layer(original.forward), functions_of(original), {}, {}
             original, layer, functions, served, unwanted = kind
             if not bare and (held := held_by(module)):
+                # So modules that hold others get classes of their own.
                 functions = tuple(dict.fromkeys((*functions, *held)))
             if layer is None and not functions:
                 continue
@@ -252,6 +254,7 @@ class _Freeze:
             if not exact:
                 here = tensor_device(module) if not hooked else None
                 if here is None:
+                    # A walk of its own, for models with modules without tensors.
                     where = where or locate(model, inferred)
                     here = where[id(module)]
                 if given is None or here.type == given.type:

@@ -108,7 +108,7 @@ class Receipt(Tabular):
         if not isinstance(other, Receipt):
             raise ArgumentTypeError(f"diff takes another receipt, not {other!r}.")
         mine, theirs = ({row.path: row for row in receipt.rows} for receipt in (self, other))
-        both = [(row, theirs[path]) for path, row in mine.items() if path in theirs]
+        both = [(row, theirs[path]) for path, row in mine.items() if path in theirs]  # in the order of this receipt
         return ReceiptDiff(
             changed=tuple((before, after) for before, after in both if _served(before) != _served(after)),
             added=tuple(row for path, row in theirs.items() if path not in mine),
@@ -236,7 +236,7 @@ def receipt(
 
     def decide(layer: Layer, module: nn.Module) -> Resolution:
         key = (layer, given or where.get(id(module)) or required_device(model, "receipt"))
-        if key not in known:
+        if key not in known:  # a model has many modules of one layer
             known[key] = resolver.decide(*key, (chosen,))
         return known[key]
 

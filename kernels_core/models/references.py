@@ -64,9 +64,10 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
         scope = Scope(Decided(functools.partial(_reference, numbers, mode)))
     suspended = [
         (module, choice, module.training)
+        # Each once: models may share modules.
         for module in dict.fromkeys(inner for model in models for inner in model.modules())
         if (choice := frozen_choice(module)) is not None
-        and choice.suspended_by(module) is None
+        and choice.suspended_by(module) is None  # suspended for another reason: that one stays in force
         and (layers is None or any(layer in layers for layer in (choice.layer, *choice.functions)))
     ]
     block = object()

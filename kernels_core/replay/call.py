@@ -133,7 +133,7 @@ class Call:
     def why_failed(self, error: Exception) -> str:
         """Describe why the reference fails on copies: it may be the fault of the copies."""
         text = f"{type(error).__name__}: {str(error).strip().partition(chr(10) * 2)[0] or 'no message'}"
-        if obstacle := self.obstacle:
+        if obstacle := self.obstacle:  # or the user would repair a reference that is right
             return f"it cannot be compared, because {obstacle}, and a run on copies of it fails: {text}"
         return f"the reference fails: {text}"
 

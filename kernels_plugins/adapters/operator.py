@@ -121,7 +121,7 @@ class Operator:
         from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # a slow import
 
         spec = self._specs[name]
-        plain = [tensor.detach() for tensor in tensors]
+        plain = [tensor.detach() for tensor in tensors]  # fake ones, whose history is that of the traced code
         call = spec.call(plain, ints, floats)
         named = {id(tensor): path for path, tensor in call.tensors.items()}
         watch, replay = OperatorWatch(plain), Replay(call)
@@ -162,7 +162,7 @@ class Operator:
             key = (name, tuple((tensor.dtype, tensor.device) for tensor in tensors))
             if self._is_out(Mode.TORCH_COMPILE):  # compiled code may go on calling, until its guards are asked
                 structure, parts, _ = self.work.reference_on_copies(call)
-            elif key in self._tried or is_capturing():
+            elif key in self._tried or is_capturing():  # no number can be read in a capture, so nothing compared
                 structure, parts = self._run(call)
             else:
                 structure, parts = self._try(call, tensors, ints, floats, name, key)
@@ -170,7 +170,7 @@ class Operator:
                 self._keep_outcome(name, structure, parts)
             except Unfit as problem:
                 self.refuse(str(problem))
-            return fresh(parts.tensors)
+            return fresh(parts.tensors)  # PyTorch forbids outputs that share memory
 
     def _run(self, call: Call) -> Taken:
         """Run the kernel, or the reference where it passes the call on: an operator has no next candidate."""
@@ -202,7 +202,7 @@ class Operator:
         except Unfit as problem:
             self._quarantine(str(problem), Mode.TORCH_COMPILE)
             structure, parts, _ = self.work.reference_on_copies(call)
-        self._tried.add(key)
+        self._tried.add(key)  # also after a failure: it is in quarantine then
         return structure, parts
 
     def _quarantine(self, reason: str, mode: Mode) -> None:
@@ -229,13 +229,16 @@ class Operator:
         """Run the forward again, recorded, and derive that."""
         spec = self._specs[name]
         with torch.inference_mode(False), torch.enable_grad(), under(spec.autocast):
+            # Saved ones have the history of the whole model.
             leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             call = spec.call(leaves, ints, floats)
+            # Else the backward of a kernel at fault would run.
             by_kernel = self.work.own_backward and not any(map(self._is_out, (Mode.TORCH_COMPILE, Mode.TRAINING)))
             _, parts = self._run(call) if by_kernel else self.work.reference(call)
             found = gradients_of(parts.tensors, wanted, grads)
             key = (name, tuple(needs))
+            # Once: a reference may have none, either.
             if by_kernel and key not in self._derived and any(gradient is None for gradient in found):
                 found = self._complete(found, spec.call(leaves, ints, floats), wanted, grads)
                 self._derived.add(key)

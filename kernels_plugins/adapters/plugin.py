@@ -121,7 +121,7 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
         made.kernels_operator = operator
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(made, name, getattr(forward, name, None) or getattr(made, name))
-    made.__signature__ = inspect.signature(forward)
+    made.__signature__ = inspect.signature(forward)  # `*args` would break the contract
     if recompute is not None:
         recompute.implementation = made
     if is_class and not layer.is_function:

@@ -71,6 +71,7 @@ class Recompute:
         recorded = RecordedCall(spec, parts, states)
         # Autograd keeps no inference tensors, so those are copied.
         kept = [tensor.clone() if tensor.is_inference() else tensor for tensor in parts.tensors]
+        # Tensors one by one: autograd looks into no list.
         tensors = cast(Any, _Recompute).apply(self.work, recorded, args, kwargs, *kept)
         result = recorded.result
         return rebuild([recorded.structure], tensors, result.ints, result.floats, result.objects)[0]
@@ -100,7 +101,7 @@ class Recompute:
                 raise Unfit(f"its result: {problem}")
             structure, theirs, drew = self.work.reference_on_copies(call)
         check_alike(ours, (structure, theirs))
-        self._tried[key] = draws or drew
+        self._tried[key] = draws or drew  # of either: both begin with the same state
         return self._tried[key]
 
     def _refuse(self, reason: str) -> None:
@@ -122,14 +123,14 @@ class _Recompute(torch.autograd.Function):
     def forward(
         ctx: Any, work: Work, recorded: RecordedCall, args: Any, kwargs: Any, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # None for an output that nothing depends on, not zeros
         ctx.save_for_backward(*tensors)
         ctx.work, ctx.recorded = work, recorded
         with under(recorded.spec.autocast):  # without its cache: casts made here are not recorded
             recorded.structure, recorded.result = apart(work.kernel(*args, **kwargs))
         outputs = tuple(recorded.result.tensors)
         recorded.result.tensors = []  # the outputs hold this call, which must not hold them
-        recorded.parts.tensors = []
+        recorded.parts.tensors = []  # autograd has saved them, and may have packed them
         return outputs
 
     @staticmethod

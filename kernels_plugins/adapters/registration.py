@@ -28,7 +28,7 @@ def register(operator: Any) -> Target:
     It has a `name`, and the methods `forward`, `shape` (for tensors without data) and `backward`, with the arguments
     of the schemas.
     """
-    me = weakref.ref(operator)
+    me = weakref.ref(operator)  # the library, which PyTorch keeps, would keep it alive
 
     def alive() -> Any:
         found = me()
@@ -45,6 +45,7 @@ def register(operator: Any) -> Target:
         (operator.name, lambda *a: alive().forward(*a), lambda *a: alive().shape(*a)),
         (backward, lambda *a: alive().backward(*a), _shape_of_gradients),
     ):
+        # Dynamo must not trace into the kernel.
         library.impl(name, disabled_when_called(real), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
     namespace = getattr(torch.ops, _NAMESPACE)

@@ -45,7 +45,7 @@ def learn_names(*functions: Any) -> None:
 def _names_in(function: Any, depth: int) -> set[str]:
     """Return all names in the code of a function, and of those that it calls by name."""
     function = getattr(function, "__func__", function)
-    function = getattr(function, "__wrapped__", function)
+    function = getattr(function, "__wrapped__", function)  # a decorator names nothing of the forward
     code = getattr(function, "__code__", None)
     if code is None:
         return set()
@@ -116,13 +116,14 @@ def take(value: Any, parts: Parts, depth: int = 0) -> Structure:
         if kind == "sequence":
             kind = "named" if hasattr(value, "_fields") else kind
             parts.objects.append(type(value))
+        # Lists, not generators: Dynamo traces this.
         return (kind, tuple([take(child, parts, depth + 1) for child in value]))
     if type(value) is dict:
         return ("dict", _take_items(value.items(), parts, depth))
     is_module = isinstance(value, nn.Module)
     by_attributes = is_module or (not sees_all and torch.compiler.is_dynamo_compiling())
     if not isinstance(value, CONSTANTS) and (by_attributes or _is_record(type(value))):
-        if True in [outer is value for outer in parts.inside]:
+        if True in [outer is value for outer in parts.inside]:  # by identity: `in` would compare tensors
             return ("deep",)
         parts.objects.append(type(value))
         parts.inside.append(value)
@@ -212,11 +213,11 @@ def rebuild(structures: Iterable[Structure], *parts: Iterable[Any]) -> list[Any]
         if kind in ("named", "sequence"):
             children = [build(child) for child in content]
             return cls(*children) if kind == "named" else cls(children)
-        made = cls.__new__(cls)
+        made = cls.__new__(cls)  # without its constructor, which may want other arguments
         if kind == "instance":
             made.__dict__.update(items(content))
             return made
-        nn.Module.__init__(made)
+        nn.Module.__init__(made)  # that of its class would make parameters anew
         for held, entries in zip((made.__dict__, made._parameters, made._buffers, made._modules), content, strict=True):
             held.update(items(entries))
         return made

@@ -64,7 +64,7 @@ def fresh(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     found = []
     for tensor in tensors:
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        owner = owner_of(plain)
+        owner = owner_of(plain)  # `contiguous` returns the tensor itself where it is contiguous
         found.append(plain.clone() if owner in owners else plain)
         owners.add(owner)
     return found

@@ -75,7 +75,7 @@ def gradients_of(
 ) -> Gradients:
     """Return the gradients of some tensors, for given gradients of the outputs."""
     pairs = [
-        (output, grad.to(output.dtype))
+        (output, grad.to(output.dtype))  # under autocast, the reference may give another one
         for output, grad in zip(outputs, grads, strict=True)
         if output.requires_grad and grad is not None
     ]

@@ -40,7 +40,7 @@ class _FileLoader(InspectLoader):
     """Runs one Python file of a verified build."""
 
     def __init__(self, build: Build, path: str) -> None:
-        self._source = build.files.get(path, b"")
+        self._source = build.files.get(path, b"")  # empty: a package without __init__.py
         self.path = str(build.folder / path)  # FileReader reads this attribute
 
     def get_filename(self, fullname: str) -> str:
@@ -69,7 +69,7 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         root, _, rest = fullname.partition(".")
-        if root not in self.roots:
+        if root not in self.roots:  # of all other modules, the finders after this one decide
             return None
         build, prefix = self.roots[root]
         stem = prefix + rest.replace(".", "/")
@@ -124,7 +124,7 @@ def import_build(build: Build, kernels: Mapping[str, ModuleType] | None = None) 
             for loaded in list(sys.modules):  # another thread may import meanwhile
                 if loaded == name or loaded.startswith(f"{name}."):
                     sys.modules.pop(loaded, None)
-            if not isinstance(error, Exception | SystemExit):
+            if not isinstance(error, Exception | SystemExit):  # an interrupt is not the kernel's
                 raise
             kind = PackageError if isinstance(error, ImportError) else LoadError
             raise kind(_import_problem(error, name)) from error

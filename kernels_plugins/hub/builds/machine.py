@@ -141,7 +141,7 @@ def _extension_backend() -> str:
     """Return the type of the devices that an extension brings, such as "npu"; "privateuseone" without one."""
     import torch
 
-    return torch.device("privateuseone").type
+    return torch.device("privateuseone").type  # an extension renames this type
 
 
 def _tvm_ffi_release() -> Release | None:

@@ -40,7 +40,7 @@ _OF_BACKEND: dict[str, dict[str, Package]] = {
 def check_requirements(metadata: Metadata, backends: Iterable[str] = ()) -> None:
     """Refuse a build that this process cannot import; `backends` of this machine may need packages of their own."""
     minver = metadata.kernels_minver
-    if minver is not None and minver.release[:2] > INTERFACE_LEVEL.release[:2]:
+    if minver is not None and minver.release[:2] > INTERFACE_LEVEL.release[:2]:  # patch releases change no interface
         raise UnsuitableError(
             f"it asks for level {minver} of the kernel interface (kernels-minver), and kernels-core "
             f"implements {INTERFACE_LEVEL}. Upgrade with: pip install --upgrade kernels-core"
@@ -110,7 +110,7 @@ def find_mismatch(backend: BackendInfo, device: torch.device | None = None) -> s
         if not runs_on_cuda(archs, capability):
             found = "has capability {}.{}".format(*capability)
     elif backend.backend_type == "rocm" and torch.version.hip is not None:
-        gfx = torch.cuda.get_device_properties(index).gcnArchName
+        gfx = torch.cuda.get_device_properties(index).gcnArchName  # with features, as in gfx90a:xnack-
         if not runs_on_rocm(archs, gfx):
             found = f"is {gfx}"
     return found and (

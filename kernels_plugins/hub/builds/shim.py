@@ -31,7 +31,7 @@ class _Shim(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         """Return all other names from the library."""
-        if name.startswith("__"):
+        if name.startswith("__"):  # Python looks for these itself; the library must not be imported for that
             raise AttributeError(name)
         return getattr(_real(self.__name__), name)
 
@@ -57,6 +57,7 @@ def install_shim() -> Iterator[None]:
 
 def _real(name: str) -> Any:
     """Import a module of the library itself."""
+    # Or the import would find the shim.
     away = {n: sys.modules.pop(n) for n in _NAMES if isinstance(sys.modules.get(n), _Shim)}
     try:
         found = importlib.import_module(name)

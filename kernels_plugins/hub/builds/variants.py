@@ -143,7 +143,7 @@ def choose_variants(names: Iterable[str], machine: Machine) -> Choice:
         'built for CUDA 13.0, this machine has CUDA 12.8'
     """
     accepted, rejected = [], []
-    for name in sorted(set(names)):
+    for name in sorted(set(names)):  # so that a listing in another order gives the same choice
         variant = parse_variant(name)
         if variant is None:
             rejected.append((name, "not the name of a build variant"))
@@ -200,7 +200,7 @@ def _mismatches(variant: Variant, machine: Machine) -> Iterator[tuple[str, str]]
         yield _backend_title(variant), _backend_title(machine)
     if variant.release is None:
         return
-    if (variant.cpu, variant.os) != (machine.cpu, machine.os):
+    if (variant.cpu, variant.os) != (machine.cpu, machine.os):  # only compiled builds have these in their names
         yield f"{variant.cpu} {variant.os}", f"{machine.cpu} {machine.os}"
     if not machine.abi3:
         yield "a Python with the stable ABI", "a free-threaded Python without it"

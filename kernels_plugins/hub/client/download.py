@@ -153,7 +153,7 @@ class Client:
                     return self._ask(partial(ask, repo_type)), repo_type
                 except errors.GatedRepoError:  # a subclass of the next one: it is there, and may not be read
                     raise
-                except errors.RepositoryNotFoundError:
+                except errors.RepositoryNotFoundError:  # a private one, too: the Hub does not tell
                     if repo_type == REPO_TYPES[-1]:
                         raise
         raise AssertionError("unreachable")  # pragma: no cover - the last type returns or raises
@@ -307,6 +307,7 @@ def _repeat(question: Callable[[], T], patience: float) -> T:
             status, headers = getattr(response, "status_code", None), getattr(response, "headers", {})
             asked = str(headers.get("Retry-After", ""))
             pause = float(asked) if asked.isdecimal() else pause
+            # The caller waits for all of it.
             if pause > patience or not (_is_network_error(error) or status in (408, 429) or (status or 0) >= 500):
                 raise
         time.sleep(pause)
@@ -358,7 +359,7 @@ def _translate(error: Exception, repo_id: str) -> LoadError | None:
             f"{hub} answered something that is not JSON ({error}), as a login page or proxy does: open it in a "
             "browser, or set HF_ENDPOINT"
         )
-    if not (token := get_token() or "").isascii() or not token.isprintable():
+    if not (token := get_token() or "").isascii() or not token.isprintable():  # that of the transport is obscure
         return RepositoryError(
             "the token has a character that no token of the Hub has: correct HF_TOKEN, or log in with `hf auth login`"
         )

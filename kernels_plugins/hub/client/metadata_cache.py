@@ -115,7 +115,7 @@ class MetadataCache:
 
 def _is_well_formed(file: RemoteFile) -> bool:
     texts = (file.path, file.blob, "" if file.sha256 is None else file.sha256)
-    return type(file.size) is int and all(isinstance(text, str) for text in texts)
+    return type(file.size) is int and all(isinstance(text, str) for text in texts)  # a bool is an int
 
 
 def _redirect(data: Any) -> tuple[()] | tuple[str, str] | None:

@@ -28,7 +28,7 @@ def parse_status(content: bytes) -> tuple[str, str]:
     """
     try:
         data: Any = tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # nested thousands deep
         raise _malformed(f"it is no TOML ({error})") from error
     kind = data.get("kind")
     if kind != "redirect":

@@ -87,7 +87,7 @@ def _pin(client: Client, repo_id: str, ref: str) -> tuple[Pin, str]:
     with _asking.hold(folder):
         if (folder, ref) not in _pins:
             pin, how = _find_pin(client, repo_id, ref)
-            if how != _HUB:
+            if how != _HUB:  # served for now: the next request asks again
                 return pin, how
             _pins[folder, ref] = pin
         return _pins[folder, ref], _HUB
@@ -119,7 +119,7 @@ def _find_version(client: Client, repo_id: str, version: int) -> Pin:
         existing = ", ".join(map(str, sorted(versions))) or "none"
         raise RevisionError(f"it has no version {version}: versions that exist are {existing}")
     cache = metadata_cache(repo_id)
-    cache.write_newest(max(versions))
+    cache.write_newest(max(versions))  # for `report_newer`, which sends no request
     commit = versions[version]
     return cache.pin(SERVED + commit) or client.find_pin(repo_id, commit)
 
@@ -134,7 +134,7 @@ def find_record(pin: Pin, client: Client) -> Record:
     if listed is None:
         variants, status = client.list_files(pin)
         found = () if status is None else parse_status(client.read_status(pin, status))
-        listed = replace(record, variants=variants, redirect=found)
+        listed = replace(record, variants=variants, redirect=found)  # not kept on disk before the files passed
         if found:  # the file that says so was compared with the listing
             cache.update_record(pin.commit, variants=variants, redirect=found)
         if variants or found:  # an answer without either may be no answer of the Hub

@@ -19,7 +19,7 @@ def require_trust(request: KernelRequest, pin: Pin, client: Client) -> str:
     known = metadata_cache(pin.repo_id)
     record = known.record(pin.commit)
     owner = pin.repo_id.partition("/")[0]
-    if record is not None and record.publisher_trusted:
+    if record is not None and record.publisher_trusted:  # of this commit: a later one is asked about
         return f"{owner} was a trusted publisher when it was downloaded"
     allow = f"allow it with trust_remote_code=[{pin.repo_id!r}]"
     if client.silence:
