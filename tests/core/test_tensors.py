@@ -497,7 +497,16 @@ def called(form: str, name: str, kernel: Computes) -> tuple[dict[str, Any], Comp
     return mapping, lambda x, weight: F.functional_call(layer, {"weight": weight}, (x,))
 
 
-FORMS = ["module", "buffer", "packed", "modes", "function", "kernelized", "kernelized, training", "function, kernelized"]
+FORMS = [
+    "module",
+    "buffer",
+    "packed",
+    "modes",
+    "function",
+    "kernelized",
+    "kernelized, training",
+    "function, kernelized",
+]
 LOSING: dict[str, Computes] = {
     "all": lambda x, w: (x * x * w).detach(),
     "the input": lambda x, w: (x * x).detach() * w,
