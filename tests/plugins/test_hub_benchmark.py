@@ -197,7 +197,12 @@ def test_scripts_run_without_the_library(
     command._show(results, Scripts("acme/kernels@c0ffee", "acme/kernels", "c0ffee", tmp_path, {}), as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["workload", "mean", "std", "min", "reference", "speed-up", "right"]
-    assert [line.split("  ")[-1] for line in lines[1:6] if "Scales" in line] == ["not compared", "failed", "yes", "NO"]
+    assert [line.split("  ")[-1].strip() for line in lines[1:6] if "Scales" in line] == [
+        "not compared",
+        "failed",
+        "yes",
+        "NO",
+    ]
     assert r"no tensors\x1b[2J" in lines[3] and max(map(len, lines[:6])) <= 80
 
 
