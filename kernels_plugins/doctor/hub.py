@@ -13,6 +13,7 @@ from kernels_core import ArgumentError, KernelsError, LoadError, plugin_manager
 from ..hub.cache.command import format_size
 from ..hub.client.cached import find_cached, size_of
 from ..hub.client.download import Client, cache_root, has_token, hub_address
+from ..hub.errors import UnsuitableError
 from ..hub.locking.lockfile import LOCK, read_lock
 from ..hub.locking.project import PYPROJECT, read_dependencies
 from .finding import NOTE, OK, PROBLEM, Finding
@@ -68,8 +69,8 @@ def check_cache() -> Iterator[Finding]:
     yield Finding("cache", "free space", format_size(free), PROBLEM if free < _LITTLE else OK, remedy)
     try:
         kernels = find_cached()
-    except LoadError as error:
-        yield Finding("cache", "kernels", str(error), PROBLEM)
+    except LoadError as error:  # an older client loads kernels all the same
+        yield Finding("cache", "kernels", str(error), NOTE if isinstance(error, UnsuitableError) else PROBLEM)
         return
     repositories = {commit.repo_id for commit in kernels.commits}
     yield Finding("cache", "kernels", f"{len(repositories)} repositories, {format_size(size_of(kernels.commits))}")

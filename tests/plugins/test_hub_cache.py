@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from hub_scene import Publish, cached, kernel, new_process
+from packaging.version import Version
 
 from kernels_core import cli as command_line
 from kernels_plugins import get_kernel, has_kernel
@@ -20,6 +22,9 @@ from kernels_plugins.hub.locking.lockfile import Dependency, Lock, LockedKernel,
 from kernels_plugins.local_hub.server import LocalHub, Repository
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
+
+IS_OLD = Version(huggingface_hub.__version__) < Version("1.32")
+lists = pytest.mark.skipif(IS_OLD, reason="this huggingface_hub does not list kernels")
 
 
 @dataclass
@@ -78,6 +83,7 @@ def test_an_empty_cache_is_an_answer(cache: Run, local_hub: LocalHub) -> None:
     assert cache("prune", "--json", "--yes").json["commits"] == cache("verify", "--json").json["builds"] == []
 
 
+@lists
 def test_commits_are_listed_with_their_names(cache: Run, two: tuple[Repository, str, str]) -> None:
     """Each commit has a row, newest use first, with the version that points to it; files that both have count once."""
     _, old, new = two
@@ -92,6 +98,7 @@ def test_commits_are_listed_with_their_names(cache: Run, two: tuple[Repository, 
     assert cache("size").out.splitlines()[1].split()[:3] == ["acme/kernels", "2", "2"]
 
 
+@lists
 def test_globs_choose_and_a_name_that_is_not_there_is_an_error(cache: Run, two: object) -> None:
     """A repository that is not in the cache is an error that lists those that are."""
     assert len(cache("list", "acme/*", "--json").json) == 2
@@ -99,6 +106,7 @@ def test_globs_choose_and_a_name_that_is_not_there_is_an_error(cache: Run, two: 
     assert wrong.code == 2 and "has no kernel acme/nothing: it has acme/kernels" in wrong.err
 
 
+@lists
 def test_prune_shows_first_and_removes_only_with_yes(cache: Run, two: tuple[Repository, str, str]) -> None:
     """The commit that no version points to any more is removed by the client; the other one still loads offline."""
     repository, old, new = two
@@ -112,6 +120,7 @@ def test_prune_shows_first_and_removes_only_with_yes(cache: Run, two: tuple[Repo
     assert cache("verify").code == 0
 
 
+@lists
 def test_prune_all_but_locked_and_old(cache: Run, two: tuple[Repository, str, str], tmp_path: Path) -> None:
     """`--all` takes referenced commits too, `--older-than` only unused ones, and a lock keeps its commit."""
     repository, old, new = two
@@ -135,6 +144,7 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@lists
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_verify_names_each_file_that_differs(cache: Run, two: tuple[Repository, str, str], spoil: str) -> None:
     """A file that was changed, removed or added is named, without its control characters, and the exit code is 1."""
@@ -148,6 +158,7 @@ def test_verify_names_each_file_that_differs(cache: Run, two: tuple[Repository, 
     assert not row["ok"] and text in row["differences"][0]
 
 
+@lists
 def test_a_kernel_of_another_program_is_not_called_verified(cache: Run, two: tuple[Repository, str, str]) -> None:
     """Without our notes there is no list to compare with: the digests of the publisher are compared all the same."""
     repository, _, new = two
@@ -159,6 +170,7 @@ def test_a_kernel_of_another_program_is_not_called_verified(cache: Run, two: tup
     assert row["ok"] and row["listed"] == "no list is kept" and "sha256" in row["digest"]
 
 
+@lists
 def test_metadata_without_the_rest_is_no_damage(cache: Run, kernel_repository: Publish) -> None:
     """`has_kernel` downloads only the metadata of a build: that is listed, and nothing is missing."""
     kernel_repository(layers=kernel(3)).branch("v1")
@@ -167,6 +179,14 @@ def test_metadata_without_the_rest_is_no_damage(cache: Run, kernel_repository: P
     assert row["ok"] and row["digest"] == "only metadata is here"
 
 
+@pytest.mark.skipif(not IS_OLD, reason="this huggingface_hub lists kernels")
+def test_an_older_client_is_an_error(cache: Run, two: object) -> None:
+    """A client that does not list kernels is named, with the release that does."""
+    ran = cache("list")
+    assert ran.code == 2 and "upgrade it to 1.32 or newer" in ran.err
+
+
+@lists
 def test_a_damaged_cache_is_reported(cache: Run, two: tuple[Repository, str, str]) -> None:
     """A repository that the client cannot read is named with its remedy, and `verify` exits with 1."""
     repository, _, new = two

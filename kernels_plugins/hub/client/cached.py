@@ -8,16 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
 from kernels_core import LoadError
 
 from ..builds.variants import parse_variant
+from ..errors import UnsuitableError
 from ..names import is_commit
 from .download import REPO_TYPES, cache_folder, cache_root
 from .metadata_cache import MetadataCache, Pin, Record
 from .revision import BRANCH, SERVED
+
+_UNKNOWN_TYPE = "Repo type must be"
+"""In a message of clients before 1.32 (the release 1.10 loads kernels, and does not list them)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def find_cached() -> CachedKernels:
     """List the kernels in the cache: repositories of the type, and models that have builds.
 
     Raises:
-        LoadError: If the folder of the cache cannot be read.
+        LoadError: If the folder of the cache cannot be read, or the client is too old to list kernels.
     """
     root = cache_root()
     try:
@@ -85,8 +90,13 @@ def find_cached() -> CachedKernels:
     problems = [
         text
         for text in map(str, scanned.warnings)
-        if (name := re.search(r"kernels--[^/\\\s]+", text)) and (root / name[0] / "snapshots").is_dir()
+        if (name := re.search(r"kernels--[\w.-]+", text)) and (root / name[0] / "snapshots").is_dir()
     ]
+    if any(_UNKNOWN_TYPE in text for text in problems):
+        raise UnsuitableError(
+            f"huggingface_hub {huggingface_hub.__version__} does not list kernels in its cache {root}: upgrade it to "
+            "1.32 or newer, with pip install -U huggingface_hub"
+        )
     refs = _refs(root)
     commits = []
     for repo in scanned.repos:
