@@ -13,7 +13,7 @@ from .guards.quarantine import Quarantined, excluded_dtypes, find_denied, find_q
 from .guards.tensors import check_tensors
 from .hookspecs import hookimpl
 from .layer import Forward
-from .loading import implementation_of, load, source_key
+from .loading import limited_implementation, load, reason_of, source_key
 from .mode import TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import (
@@ -53,28 +53,29 @@ class CorePlugin:
             request = training
             answers = hook.kernels_find_candidates(request=request) if self.only is None else [[self.only]]
         candidates, misfits, refusals = rank_offers(answers)
+        if self.only is None:
+            ranked = hook.kernels_rank_candidates(request=request, candidates=candidates)
+            if ranked is None and (rivals := find_rivals(candidates)):  # no error: the rule says which serves
+                warn_once(describe_tie(request.layer_name, rivals))
+            candidates = candidates if ranked is None else ranked
         if request.depends_on_mode and _differ_by_mode(request, candidates):
             raise ModesDiffer
-        if rivals := find_rivals(candidates):  # no error: one of them serves, and the rule says which
-            warn_once(describe_tie(request.layer_name, rivals))
         for candidate in candidates:
             if isinstance(candidate.source, type(Reference)):  # no policy can refuse it: it is the model's own code
                 by = f"plugin {candidate.plugin!r} offers" if candidate.tier == "plugin" else "the mapping names"
-                return Resolution(request, refusals=tuple(refusals), note=f"{by} it")
+                return Resolution(request, refusals=tuple(refusals), note=candidate.note or f"{by} it")
             if entry := find_denied(request, candidate):  # of what is denied, nothing is fetched
                 refusals.append(quarantine_refusal(entry, candidate))
             elif vetoes := manager.vetoes(request, candidate):  # asked before code is fetched or imported
                 refusals.append(replace(_refusal(UntrustedError, request, candidate, vetoes), cause=Cause.POLICY))
             elif isinstance(loaded := load(request, candidate), Refusal):
                 refusals.append(loaded)
-            elif unfit := _unfit(request, candidate, loaded):
-                refusals.append(unfit)
+            elif isinstance(kernel := _fitting(request, candidate, loaded), Refusal):
+                refusals.append(kernel)
             # Plugins judge only kernels that fit the layer.
             elif vetoes := hook.kernels_check_layer(request=request, candidate=candidate, layer=loaded.layer):
                 refusals.append(_refusal(ContractError, request, candidate, vetoes))
             else:
-                # The same function each time: proofs and quarantine know it.
-                kernel = implementation_of(request.layer, loaded.layer)
                 return Resolution(
                     request,
                     kernel,
@@ -104,10 +105,12 @@ def _for_all_modes(request: LayerRequest, answers: list[list[Any]]) -> LayerRequ
 
 def _differ_by_mode(request: LayerRequest, candidates: list[Candidate]) -> bool:
     """Return whether the candidates for the second mode are not those for the first one."""
-    answers = plugin_manager().hook.kernels_find_candidates(request=request.in_mode(request.modes[1]))
+    other = request.in_mode(request.modes[1])
+    offered = rank_offers(plugin_manager().hook.kernels_find_candidates(request=other))[0]
+    ranked = plugin_manager().hook.kernels_rank_candidates(request=other, candidates=offered)
     first, second = (
-        [(source_key(candidate.source), candidate.tier, candidate.plugin) for candidate in found]
-        for found in (candidates, rank_offers(answers)[0])
+        [(source_key(one.source), one.tier, one.plugin, one.limit) for one in found]
+        for found in (candidates, offered if ranked is None else ranked)
     )
     return first != second
 
@@ -131,8 +134,8 @@ def describe_tie(layer_name: str, rivals: list[str]) -> str:
     )
 
 
-def _unfit(request: LayerRequest, candidate: Candidate, loaded: LoadedLayer) -> Refusal | None:
-    """Return the refusal of a kernel that breaks the contract, does not serve the mode, or is in quarantine."""
+def _fitting(request: LayerRequest, candidate: Candidate, loaded: LoadedLayer) -> Forward | Refusal:
+    """Return the function that serves, or why not: the contract, the mode, the candidate's limit, a quarantine."""
     kernel = loaded.layer
     if reason := check_contract(request.layer, kernel):
         return _refusal(ContractError, request, candidate, [reason])
@@ -140,7 +143,11 @@ def _unfit(request: LayerRequest, candidate: Candidate, loaded: LoadedLayer) -> 
         return replace(_refusal(ContractError, request, candidate, [reason]), cause=Cause.MODE)
     if request.subclasses and (reason := check_tensors(request.subclasses, kernel)):
         return _refusal(ContractError, request, candidate, [reason])
-    return exclusion(request, candidate, implementation_of(request.layer, kernel), loaded.origin, kernel)
+    try:
+        forward = limited_implementation(request.layer, candidate, loaded)
+    except Exception as error:  # of the plugin that limits it: a reason like any other
+        return Refusal(reason_of(error, candidate), candidate, candidate.plugin, error)
+    return exclusion(request, candidate, forward, loaded.origin, kernel) or forward
 
 
 def exclusion(
@@ -163,6 +170,7 @@ def not_taken(resolution: Resolution) -> str:
     """Return in words the calls that the kernel of a decision passes on, as far as it is known; else an empty text."""
     dtypes = excluded_dtypes(resolution).items()
     out = [f"it is in quarantine for {dtype}: {entry.reason}" for dtype, entry in dtypes]
+    out += [resolution.candidate.note] if resolution.candidate is not None else []
     return "; ".join(filter(None, [*out, limits_of(resolution.kernel_layer)]))
 
 

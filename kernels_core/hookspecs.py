@@ -85,6 +85,33 @@ def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate | Refus
     """
 
 
+@hookspec(firstresult=True)
+def kernels_rank_candidates(request: LayerRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate] | None:
+    """Choose the candidates to try, and their order.
+
+    Kind: first result. Called: once per decision, after the candidates of all plugins were ranked; once more for each
+    mode where an answer depends on it. No I/O here.
+
+    Args:
+        request: The question, as for `kernels_find_candidates`.
+        candidates: All that is offered, the first to be tried first.
+
+    Returns:
+        The candidates to try, in this order, or None to leave them as they are. They may be given ones or others;
+        `Candidate.limit` keeps one to a part of the calls, and those after it serve the rest.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_rank_candidates(request, candidates):
+            if request.layer_name == "RMSNorm":
+                return sorted(candidates, key=lambda candidate: candidate.plugin != "acme")
+        ```
+
+    Used by: the resolver; implemented by the plugin `choice`.
+    """
+
+
 @hookspec
 def kernels_authorize(request: LayerRequest, candidate: Candidate) -> str | None:
     """Refuse a candidate by policy, before anything of it is fetched or imported.

@@ -139,6 +139,10 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a sequence of Candidate (and of Refusal and Exclusive) or None",
         lambda answer: isinstance(answer, Sequence) and all(map(_is_offer, answer)),
     ),
+    "kernels_rank_candidates": (
+        "a sequence of Candidate or None",
+        lambda answer: isinstance(answer, Sequence) and all(isinstance(i, Candidate) and _is_offer(i) for i in answer),
+    ),
     **dict.fromkeys(_VETO, _REASON),
     "kernels_wrap_forward": ("a decorator or None", callable),
     **dict.fromkeys(
@@ -154,7 +158,7 @@ def _accepted(hook: str, name: str, priority: int, answer: Any) -> Any:
         expected, fits = _ANSWERS[hook]
         if not fits(answer):
             raise PluginError(f"Plugin {name!r}: {hook} returned {answer!r}, not {expected}.", plugin=name)
-    if hook == "kernels_find_candidates":
+    if hook in ("kernels_find_candidates", "kernels_rank_candidates"):
         return [_signed(offer, name) for offer in answer]
     if hook == "kernels_mapping":
         return PluginMapping(name, priority, answer)
@@ -172,7 +176,11 @@ def _signed(offer: Candidate | Refusal | Exclusive, name: str) -> Candidate | Re
 def _wrapped_fault(hook: str, name: str, answer: Any) -> PluginError | None:
     """Return the error for a wrong answer of a wrapper, which is the answer of the whole call."""
     expected = {"kernels_resolve_forward": Resolution}.get(hook, list)
-    if hook == "kernels_load_layer" or isinstance(answer, expected):
+    if (
+        hook == "kernels_load_layer"
+        or (answer is None and hook == "kernels_rank_candidates")
+        or isinstance(answer, expected)
+    ):
         return None
     return PluginError(
         f"Plugin {name!r}: its wrapper of {hook} returned {answer!r}, not a {expected.__name__}: "

@@ -73,7 +73,7 @@ def load(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Refusal:
         return loaded
     cause = Cause.POLICY if type(loaded) is UntrustedError else Cause.LOAD  # that of `authorize`, and no kind of it
     later = "; it is loaded again in the background" if is_transient(loaded) else ""
-    return Refusal(_reason(loaded, candidate) + later, candidate, candidate.plugin, loaded, cause)
+    return Refusal(reason_of(loaded, candidate) + later, candidate, candidate.plugin, loaded, cause)
 
 
 def _outcome(request: LayerRequest, candidate: Candidate) -> LoadedLayer | Exception:
@@ -290,6 +290,17 @@ def implementation_of(layer: Layer | None, kernel: KernelLayer) -> Callable[...,
     return forward if checked is forward else layer.adapted.setdefault(id(kernel), (kernel, checked))[1]
 
 
+def limited_implementation(layer: Layer | None, candidate: Candidate, loaded: LoadedLayer) -> Forward:
+    """Return the same, within the limit of a candidate: one function for equal limits."""
+    forward, limit = implementation_of(layer, loaded.layer), candidate.limit
+    if limit is None or layer is None:
+        return forward
+    key = id(forward), limit
+    if key not in layer.adapted:
+        layer.adapted[key] = forward, limit(loaded, forward)
+    return cast(Forward, layer.adapted[key][1])
+
+
 def _checks_arguments(layer: Layer, origin: str, forward: Forward) -> Forward:
     """Return a forward that leaves calls to the reference whose arguments a decorator of it may rename, drop or move.
 
@@ -341,7 +352,8 @@ def source_key(source: object) -> object:
     return (type(source), source)  # 1 == True == 1.0: equal, and sources of other kinds
 
 
-def _reason(error: Exception, candidate: Candidate) -> str:
+def reason_of(error: Exception, candidate: Candidate) -> str:
+    """Return the reason for a refusal: the error, and the plugin that raised it if another one offers."""
     if isinstance(error, ResolutionError):
         return message_of(error)
     text = error_text(error)

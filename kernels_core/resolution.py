@@ -124,6 +124,10 @@ class Candidate:
         priority: Among plugins, the larger is tried first; then the plugin's name decides.
         same_for_all_modes: Whether the kernel that serves training is to serve the layer's inference, too. One such
             candidate decides that for all, even if it is offered in a refusal.
+        limit: Puts a function around the kernel that passes on the calls for which it is not offered: it returns
+            `NotImplemented`. Called once the kernel is loaded, with the `LoadedLayer` and the function that serves
+            calls; an exception refuses the candidate. Equal limits are called once.
+        note: Why it is offered, or for which calls: a part of receipts.
     """
 
     source: object
@@ -131,6 +135,8 @@ class Candidate:
     tier: Tier = "plugin"
     priority: int = 0
     same_for_all_modes: bool = False
+    limit: Callable[[LoadedLayer, Callable[..., Any]], Callable[..., Any]] | None = None
+    note: str = field(default="", compare=False)
 
     @property
     def label(self) -> str:

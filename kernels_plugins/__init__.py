@@ -36,6 +36,10 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .bisect.bisection import bisect
     from .bisect.result import BisectError, BisectResult, Culprit, CulpritSet
     from .canary.plugin import canary
+    from .choice.cell import ChoiceCell
+    from .choice.choice import Choice, MeasuredOn
+    from .choice.choosing import choosing
+    from .choice.plugin import use_choice
     from .hub.builds.metadata import Metadata
     from .hub.builds.variants import VariantAccepted, VariantRejected
     from .hub.dependency import get_kernel_dep
@@ -65,6 +69,10 @@ _NAMES = {
     ".bisect.bisection": "bisect",
     ".bisect.result": "BisectError BisectResult Culprit CulpritSet",
     ".canary.plugin": "canary",
+    ".choice.cell": "ChoiceCell",
+    ".choice.choice": "Choice MeasuredOn",
+    ".choice.choosing": "choosing",
+    ".choice.plugin": "use_choice",
     ".hub.builds.metadata": "Metadata",
     ".hub.builds.variants": "VariantAccepted VariantRejected",
     ".hub.dependency": "get_kernel_dep",
@@ -92,6 +100,8 @@ __all__ = [
     "BisectError",
     "BisectResult",
     "CUDAProperties",
+    "Choice",
+    "ChoiceCell",
     "Culprit",
     "CulpritSet",
     "Device",
@@ -104,6 +114,7 @@ __all__ = [
     "LockedFuncRepository",
     "LockedLayerRepository",
     "LogResolutions",
+    "MeasuredOn",
     "Metadata",
     "Mode",
     "Probe",
@@ -125,6 +136,7 @@ __all__ = [
     "bisect",
     "canary",
     "check_kernel",
+    "choosing",
     "get_kernel",
     "get_kernel_dep",
     "get_kernel_variants",
@@ -141,6 +153,7 @@ __all__ = [
     "register_kernel_mapping",
     "replace_kernel_forward_from_hub",
     "unkernelize",
+    "use_choice",
     "use_kernel_forward_from_hub",
     "use_kernel_func_from_hub",
     "use_kernel_mapping",

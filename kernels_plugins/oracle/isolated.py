@@ -11,9 +11,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -35,31 +36,98 @@ def in_children(arguments: Mapping[str, Any]) -> VerifyReport | int:
     kept: list[VerifyRow] = []
     shown: set[str] = set()
     while True:
-        rows: list[VerifyRow] = []
-        begun: VerifyRow | None = None
-        with _child({"arguments": dict(arguments), "out": out, "path": sys.path}) as child, _showing() as show:
+        task = {"arguments": dict(arguments), "out": out}
+        child = run_child("kernels_plugins.oracle.command", task, "verify", shown)
+        rows = [VerifyRow(**row) for row in child.rows]
+        if not child.how:
+            return VerifyReport((*rows, *kept))
+        if child.begun is None:
+            if child.refused:
+                return 2
+            raise KernelsError(
+                f"The process that compares ended {child.how}, while no kernel ran: see its output above, "
+                "and run the model on its references."
+            )
+        begun = VerifyRow(**child.begun)
+        out.append(_kernel(begun))
+        kept += [row for row in rows if _kernel(row) == _kernel(begun)]
+        kept.append(replace(begun, verdict="failed", reason=f"it ends the process {child.how}"))
+
+
+@dataclass
+class ChildRun:
+    """What a child process has written.
+
+    Attributes:
+        rows: Its results.
+        begun: What it had begun when it ended; None if nothing was left.
+        how: How it ended; empty if it was through.
+        refused: Whether it has written why it cannot begin.
+    """
+
+    rows: list[Any]
+    begun: Any
+    how: str
+    refused: bool
+
+
+def run_child(
+    module: str, task: Mapping[str, Any], name: str, shown: set[str], *, patience: float | None = None
+) -> ChildRun:
+    """Run a module in a process of its own, with a task as JSON, and show each text that it writes once.
+
+    Args:
+        module: It calls `serving` with its first argument.
+        task: What it gets.
+        name: The command, for lines that are no terminal's.
+        shown: Texts that were shown before.
+        patience: Seconds without a message after which the process is ended, for it hangs.
+    """
+    rows: list[Any] = []
+    begun: Any = None
+    hung = False
+    command = [sys.executable, "-m", module, json.dumps({**task, "path": sys.path})]
+    # Its standard output carries the messages; the output of users' code goes to standard error.
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child,
+        _showing(name) as show,
+    ):
+
+        def stop() -> None:
+            nonlocal hung
+            hung = True
+            child.kill()
+
+        def wound() -> threading.Timer | None:
+            timer = threading.Timer(patience, stop) if patience is not None else None
+            if timer is not None:
+                timer.daemon = True
+                timer.start()
+            return timer
+
+        timer = wound()
+        try:
             for line in child.stdout or ():
+                if timer is not None:
+                    timer.cancel()
                 if not line.endswith("\n"):  # cut short: the process ended in it
                     break
                 message = json.loads(line)
                 if "row" in message:
-                    rows.append(VerifyRow(**message["row"]))
-                begun = VerifyRow(**message["begin"]) if "begin" in message else None
-                if begun is not None and (text := str(begun).rpartition(":")[0]) not in shown:
+                    rows.append(message["row"])
+                begun = message.get("begin")
+                if (text := message.get("text")) and text not in shown:
                     shown.add(text)
                     show(text)
-        if child.returncode == 0:
-            return VerifyReport((*rows, *kept))
-        if begun is None:
-            if child.returncode == 2:
-                return 2
-            raise KernelsError(
-                f"The process that compares ended {_how(child.returncode)}, while no kernel ran: see its output above, "
-                "and run the model on its references."
-            )
-        out.append(_kernel(begun))
-        kept += [row for row in rows if _kernel(row) == _kernel(begun)]
-        kept.append(replace(begun, verdict="failed", reason=f"it ends the process {_how(child.returncode)}"))
+                timer = wound()
+        except BaseException:  # such as Ctrl-C
+            child.kill()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+    how = f"by force, after {patience:g} seconds without a sign of life" if hung else _how(child.returncode)
+    return ChildRun(rows, begun, how if hung or child.returncode else "", child.returncode == 2)
 
 
 def _kernel(row: VerifyRow) -> _Kernel:
@@ -75,19 +143,7 @@ def _how(code: int) -> str:
 
 
 @contextmanager
-def _child(task: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "kernels_plugins.oracle.command", json.dumps(task)]  # which calls `serve`
-    # Its standard output carries the messages; the output of users' code goes to standard error.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
-        try:
-            yield child
-        except BaseException:  # such as Ctrl-C
-            child.kill()
-            raise
-
-
-@contextmanager
-def _showing() -> Iterator[Callable[[str], None]]:
+def _showing(name: str) -> Iterator[Callable[[str], None]]:
     """Show the case that runs: in one place on a terminal, else a line for each."""
     console = Console(stderr=True, highlight=False)
     status = console.status("", spinner="line") if console.is_terminal else None
@@ -96,7 +152,7 @@ def _showing() -> Iterator[Callable[[str], None]]:
         if status is not None:
             status.update(text)
         else:
-            print(f"verify: {text}", file=sys.stderr, flush=True)
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
 
     with status or nullcontext():
         yield show
@@ -105,21 +161,29 @@ def _showing() -> Iterator[Callable[[str], None]]:
 # --- The child -----------------------------------------------------------------------------------
 
 
+@contextmanager
+def serving(task: Mapping[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a function that writes messages to the parent: `row`, `begin` and `text`."""
+    sys.path[:] = task["path"]
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
+        os.dup2(2, 1)  # also for native code that prints
+
+        def write(message: dict[str, Any]) -> None:
+            stream.write(json.dumps(message) + "\n")
+            stream.flush()
+
+        yield write
+
+
 def serve(task: dict[str, Any], compare: Callable[..., object]) -> None:
     """Compare in this process, and write messages to its parent."""
-    sys.path[:] = task["path"]
-    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # also for native code that prints
     out = {tuple(kernel) for kernel in task["out"]}
+    with serving(task) as write:
 
-    def write(kind: str, row: VerifyRow) -> None:
-        stream.write(json.dumps({kind: vars(row)}) + "\n")
-        stream.flush()
+        def begin(row: VerifyRow) -> bool:
+            if _kernel(row) in out:
+                return False
+            write({"begin": vars(row), "text": str(row).rpartition(":")[0]})
+            return True
 
-    def begin(row: VerifyRow) -> bool:
-        if _kernel(row) in out:
-            return False
-        write("begin", row)
-        return True
-
-    compare(**task["arguments"], begin=begin, found=lambda row: write("row", row))
+        compare(**task["arguments"], begin=begin, found=lambda row: write({"row": vars(row)}))

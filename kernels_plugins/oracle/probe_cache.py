@@ -53,13 +53,13 @@ def keep(key: str, report: ProbeReport) -> None:
 def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.device) -> str:
     """Return the key of a kernel: its code, that of the reference, the version of PyTorch, and the kind of device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    digests = [_digest(implementation), _digest(layer.reference)]
+    digests = [digest_of(implementation), digest_of(layer.reference)]
     parts = [*digests, torch.__version__, name, device_capability(device)]
     key = hashlib.sha256(json.dumps([FORMAT, *map(str, parts)]).encode()).hexdigest()
     return _HERE + key if None in digests else key
 
 
-def _digest(function: Callable[..., Any]) -> str | None:
+def digest_of(function: Callable[..., Any]) -> str | None:
     """Return a digest of a function: its file, code, defaults and closure; None if there is no file.
 
     A file from the Hub has its commit in its path, which identifies all files beside it, too.

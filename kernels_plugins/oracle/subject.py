@@ -39,14 +39,18 @@ class Plan:
     begin: Callable[[VerifyRow], bool] = lambda row: True
 
 
-def tried(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances | None = None) -> list[VerifyRow]:
-    """Try one kernel on a call and on others like it, for inference and for training, even if it would not serve."""
+def tried(
+    recorded: Recorded,
+    resolution: Resolution,
+    *,
+    tolerances: Tolerances | None = None,
+    modes: Sequence[Mode] = (Mode.INFERENCE, Mode.TRAINING),
+    derived: bool = True,
+) -> list[VerifyRow]:
+    """Try one kernel on a call, and on others like it, for inference and for training, even if it would not serve."""
     candidate = resolution.candidate or Candidate(resolution.implementation)
-    decisions = {
-        mode: replace(resolution, request=replace(resolution.request, mode=mode))
-        for mode in (Mode.INFERENCE, Mode.TRAINING)
-    }
-    return list(Subject(recorded, Plan(tolerances=tolerances)).tried([_Kernel(candidate, decisions)], derived=True))
+    decisions = {mode: replace(resolution, request=replace(resolution.request, mode=mode)) for mode in modes}
+    return list(Subject(recorded, Plan(tolerances=tolerances)).tried([_Kernel(candidate, decisions)], derived=derived))
 
 
 @dataclass(frozen=True)

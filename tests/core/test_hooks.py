@@ -356,6 +356,7 @@ def test_order_of_the_hooks(make_layer: Make, make_kernel: Make, hook_recorder: 
         assert hook_recorder.names() == [
             "kernels_resolve_forward",
             "kernels_find_candidates",
+            "kernels_rank_candidates",
             "kernels_mapping",
             "kernels_authorize",
             "kernels_load_layer",

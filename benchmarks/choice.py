@@ -1,0 +1,109 @@
+"""Measured choice: a Llama with one file for prefill, decoding and training; and the regret of a choice, cell by cell.
+
+`python benchmarks/choice.py [--contexts eager,captured,compiled]` prints both. The regret of a choice is the time of the
+candidate that it names over that of the best one, measured anew; beside it that of each fixed provider.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from adopt import PROMPT, ROUNDS, make_steps
+from measure import Row
+
+from kernels_plugins import Choice, adopt, choosing, use_choice, use_kernel_mapping
+
+ROWS = {"cpu": (1, 32, 256), "cuda": (1, 16, 64, 256, 1024, 4096)}
+TRAINED = {"cpu": (256,), "cuda": (256, 1024, 4096)}
+PROVIDERS = ("reference", "torch", "liger", "triton", "inductor")
+
+
+def run(contexts: tuple[Any, ...] = ("eager",), seconds: float = 0.1) -> Iterator[Row]:
+    """Measure on a CUDA device if there is one, else on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, steps = make_steps(device)
+    file = Path(tempfile.mkdtemp()) / "kernels.choice.json"
+    adopted = adopt(model)
+    first, second = (_measured(model, device, contexts, seconds, file if again == 0 else None) for again in range(2))
+    print(first)
+    yield from _regrets(first, second)
+    adopted.undo()
+    for name, step in steps.items():
+        times = _in_turns(model, step, file, device, ROUNDS[device] * (3 if name == "decoding" else 1))
+        for subject in list(times)[1:]:
+            yield Row("choice", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"])
+
+
+def _measured(model: Any, device: str, contexts: Any, seconds: float, file: Path | None) -> Choice:
+    ids = torch.randint(0, 32000, (1, PROMPT[device]), device=device)
+    with choosing(save=file, contexts=contexts, seconds=seconds, progress=False) as chosen:
+        for rows in ROWS[device]:
+            with torch.no_grad():
+                model(ids[:, :rows], use_cache=False, logits_to_keep=1)
+        for rows in TRAINED[device]:
+            model(ids[:, :rows], use_cache=False, logits_to_keep=1)
+    return chosen.choice
+
+
+def _regrets(first: Choice, second: Choice) -> Iterator[Row]:
+    """Yield the regret of the first choice by the times of the second measurement, and those of fixed providers."""
+    again = {cell.place: cell for one in second.machines for cell in one.cells}
+    regrets: dict[str, list[float]] = {}
+    for cell in (cell for one in first.machines for cell in one.cells):
+        times = again[cell.place].times
+        best = min(times.values())
+        chosen = times.get(cell.winner, times["reference"])
+        regrets.setdefault("the choice", []).append(chosen / best - 1)
+        for provider in PROVIDERS:
+            own = [time for name, time in times.items() if _provider(name) == provider]
+            regrets.setdefault(f"{provider} everywhere", []).append((own or [times["reference"]])[0] / best - 1)
+    for name, found in regrets.items():
+        cells = f"{len(found)} cells"
+        yield Row("choice", f"regret of {name}, mean over {cells}", statistics.mean(found) * 100, "%", "", None)
+        yield Row("choice", f"regret of {name}, worst of {cells}", max(found) * 100, "%", "", None)
+
+
+def _provider(name: str) -> str:
+    return name.split(":")[1] if name.startswith("pack:") else "torch" if "torch_operators" in name else name
+
+
+def _in_turns(model: Any, step: Callable[[], None], file: Path, device: str, rounds: int) -> dict[str, float]:
+    """Time a step in turns, plain and with the choice, and with each pack alone; return the medians."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    fixed: dict[str, Mapping[str, Any] | None] = {"plain": None, "adopted": {}, "chosen": {}}
+    if device == "cuda":
+        fixed["pack:liger"] = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
+    times: dict[str, list[float]] = {name: [] for name in fixed}
+    scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in fixed.items()}
+    for _ in range(rounds):
+        for name, mapping in fixed.items():
+            adopted = adopt(model) if mapping is not None else None
+            choice = use_choice(file) if name == "chosen" else None
+            with scopes[name]:
+                step()  # warm
+                synchronize()
+                start = time.perf_counter()
+                step()
+                synchronize()
+            times[name].append((time.perf_counter() - start) * 1e3)
+            if choice is not None:
+                choice.close()
+            if adopted is not None:
+                adopted.undo()
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--contexts", default="eager")
+    parser.add_argument("--seconds", type=float, default=0.1)
+    given = parser.parse_args()
+    for row in run(tuple(given.contexts.split(",")), given.seconds):
+        print(row, flush=True)

@@ -1,0 +1,160 @@
+"""`ChoiceCell`: the times of all candidates for one layer, dtype, width, number of rows, mode and context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from kernels_core import ArgumentError, set_module
+
+Context = Literal["eager", "captured", "compiled"]
+CONTEXTS: tuple[Context, ...] = ("eager", "captured", "compiled")
+REFERENCE = "reference"
+"""The name of the layer's own forward among the candidates."""
+
+MARGIN = 0.02
+"""The share of the time of the reference by which a kernel has to win: less is noise, and the reference is right."""
+
+Key = tuple[torch.dtype, int, int]
+"""Dtype and last dimension of the first tensor of a call, and `bucket_of` its rows."""
+
+
+def bucket_of(rows: int) -> int:
+    """Return the number of the power of two that a number of rows lies in: 0, 1, 2-3, 4-7, ...
+
+    Example:
+        >>> [bucket_of(rows) for rows in (0, 1, 2, 3, 4, 4096)]
+        [0, 1, 2, 2, 3, 13]
+    """
+    return rows.bit_length()
+
+
+def key_of(tensor: torch.Tensor) -> Key:
+    """Return the key of a call by its first tensor."""
+    width = tensor.shape[-1] if tensor.dim() else 1
+    return tensor.dtype, width, bucket_of(tensor.numel() // width if width else 0)
+
+
+@dataclass(frozen=True)
+class ChoiceCell:
+    """One race: all candidates on calls of one kind.
+
+    Attributes:
+        layer: The layer name.
+        device: The type of the device.
+        context: `"eager"` for calls that the CPU launches, `"captured"` for those that a CUDA graph replays,
+            `"compiled"` for code of `torch.compile`.
+        mode: `"inference"`, or `"training"` with the backward.
+        dtype: That of the first tensor, such as `"bfloat16"`.
+        width: The last dimension of the first tensor.
+        bucket: The power of two of its rows: see `rows`.
+        times: The seconds that each candidate took, by name; `"reference"` is the layer's own forward.
+        lost: Why other candidates were not measured, by name.
+        digests: A digest of the code of each candidate, where it has a file.
+    """
+
+    layer: str
+    device: str
+    context: Context
+    mode: Literal["inference", "training"]
+    dtype: str
+    width: int
+    bucket: int
+    times: Mapping[str, float] = field(hash=False)
+    lost: Mapping[str, str] = field(default_factory=dict, hash=False)
+    digests: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        """Refuse times that cannot be those of a call."""
+        bad = [name for name, time in self.times.items() if not 0 < time < 1e6]  # also NaN
+        if bad or REFERENCE not in self.times:
+            problem = f"the time of {bad[0]!r} is {self.times[bad[0]]}" if bad else "the reference has no time"
+            raise ArgumentError(f"A measurement of layer {self.layer!r} is of no use: {problem}. Measure again.")
+
+    @property
+    def rows(self) -> str:
+        """The numbers of rows that it is about, as text.
+
+        Example:
+            >>> ChoiceCell("N", "cpu", "eager", "inference", "float32", 64, 3, {"reference": 1e-6}).rows
+            '4-7'
+        """
+        return str(self.bucket) if self.bucket < 2 else f"{1 << self.bucket - 1}-{(1 << self.bucket) - 1}"
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The candidates, best first: the reference before all that do not win by the margin."""
+        bar = self.times[REFERENCE] * (1 - MARGIN)
+
+        def rank(name: str) -> tuple[float, bool, float]:
+            time = self.times[name]
+            return min(time, bar), name != REFERENCE, time
+
+        return tuple(sorted(self.times, key=rank))
+
+    @property
+    def winner(self) -> str:
+        """The candidate that serves."""
+        return self.order[0]
+
+    def ratio(self, name: str) -> float:
+        """Return the time of a candidate as a multiple of that of the reference."""
+        return self.times[name] / self.times[REFERENCE]
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """All but the results: cells with an equal place are about the same calls."""
+        return self.layer, self.device, self.context, self.mode, self.dtype, str(self.width), str(self.bucket)
+
+    @property
+    def key(self) -> Key:
+        """The key of its calls."""
+        return getattr(torch, self.dtype), self.width, self.bucket
+
+    @property
+    def of_subject(self) -> tuple[str, str, str, Key]:
+        """What the cells of one call have in common."""
+        return self.layer, self.device, self.mode, self.key
+
+    @classmethod
+    def read(cls, value: Any) -> ChoiceCell:
+        """Make a cell of what JSON has for it.
+
+        Raises:
+            ArgumentError: If that is no cell.
+        """
+        try:
+            cell = cls(**{**value, "times": dict(value["times"]), "lost": dict(value["lost"])})
+            texts = (*cell.place[:5], *cell.times, *cell.lost, *cell.lost.values(), *cell.digests.values())
+            sound = all(isinstance(text, str) for text in texts) and cell.mode in ("inference", "training")
+            sound &= isinstance(getattr(torch, cell.dtype, None), torch.dtype) and cell.context in CONTEXTS
+            sound &= all(type(number) is int and 0 <= number < 1 << 62 for number in (cell.width, cell.bucket))
+            sound &= cell.bucket < 64
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ArgumentError(f"a cell is malformed: {type(error).__name__}: {error}") from error
+        if not sound:
+            raise ArgumentError(f"a cell is malformed: {value!r}"[:500])
+        return cell
+
+
+def best_everywhere(cells: Iterable[ChoiceCell]) -> str | None:
+    """Return the candidate that serves all cells almost as well as the winner of each; None if there is none.
+
+    Where one does, no call has to ask for its shape.
+    """
+    known = list(cells)
+    for name in known[0].order if known else ():
+        if all(
+            name in cell.times
+            and cell.times[name] <= cell.times[cell.winner] * (1 + MARGIN)
+            and (name == REFERENCE or cell.ratio(name) < 1)
+            for cell in known
+        ):
+            return name
+    return None
+
+
+set_module("kernels_plugins", globals())

@@ -1,0 +1,177 @@
+"""`Choice`: measured cells, for one or several machines, as a value and as a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels_core import ArgumentError, Table, TableRow, Tabular, as_json, require_type, set_module
+
+from ..files import write_file
+from .cell import REFERENCE, ChoiceCell
+from .machine import libraries, machine_of
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class MeasuredOn:
+    """The cells of one machine.
+
+    Attributes:
+        machine: The model of the device, its capability or threads, and the version of PyTorch.
+        cells: What was measured there.
+        libraries: The versions of Python and of libraries with kernels.
+    """
+
+    machine: Mapping[str, str]
+    cells: tuple[ChoiceCell, ...]
+    libraries: Mapping[str, str] = field(default_factory=dict)
+
+    def merged(self, newer: MeasuredOn) -> MeasuredOn:
+        """Return the cells of both; of two about the same calls, the newer one."""
+        cells = {cell.place: cell for cell in (*self.cells, *newer.cells)}
+        return replace(newer, cells=tuple(cells.values()))
+
+
+@dataclass(frozen=True)
+class Choice(Tabular):
+    """Which candidate serves a layer for which shapes, as measured.
+
+    `str` gives a plain table, `rich.print` one with colours.
+
+    Attributes:
+        machines: What was measured, by machine.
+
+    Example:
+        >>> cell = ChoiceCell("Norm", "cpu", "eager", "inference", "float32", 64, 3, {"reference": 2e-6, "fast": 1e-6})
+        >>> Choice((MeasuredOn(machine_of(torch.device("cpu")), (cell,)),)).cells_on("cpu")[0].winner
+        'fast'
+    """
+
+    machines: tuple[MeasuredOn, ...] = ()
+
+    def cells_on(self, device: str | torch.device, *, strict: bool = False) -> tuple[ChoiceCell, ...]:
+        """Return the cells that hold for a device of this machine.
+
+        Args:
+            device: The device.
+            strict: Whether the versions of Python and of libraries have to be equal, too.
+        """
+        here, versions = machine_of(torch.device(device)), libraries()
+        found = (one for one in self.machines if one.machine == here and not (strict and one.libraries != versions))
+        return tuple(cell for one in found for cell in one.cells)
+
+    def merged(self, newer: Choice) -> Choice:
+        """Return both: the cells of other machines are kept, and of two about the same calls, the newer one."""
+        kept = list(self.machines)
+        for one in newer.machines:
+            places = [place for place, old in enumerate(kept) if old.machine == one.machine]
+            if places:
+                kept[places[0]] = kept[places[0]].merged(one)
+            else:
+                kept.append(one)
+        return Choice(tuple(kept))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a file, or add to one: cells of other calls and machines are kept. Whole or not at all.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The path.
+
+        Raises:
+            ArgumentError: If there is another kind of file. It is not touched.
+            OSError: If it cannot be written.
+        """
+        where = Path(path)
+        kept = Choice.load(where).merged(self) if where.exists() else self
+        write_file(where, kept.to_json() + "\n")
+        return where
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Choice:
+        """Read a file.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ArgumentError: If it cannot be read, or is no such file; names the problem.
+        """
+        require_type(path, (str, os.PathLike), "The path of a choice")
+        try:
+            return cls.read(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArgumentError(
+                f"{os.fspath(path)!r} is no file of a choice: {error}. kernels-core choose, or choosing(save=...), "
+                "makes one; it never overwrites another kind of file."
+            ) from error
+
+    @classmethod
+    def read(cls, value: Any) -> Choice:
+        """Make a choice of what JSON has for it.
+
+        Args:
+            value: What `to_json` wrote, parsed.
+
+        Raises:
+            ArgumentError: If that is no choice.
+        """
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            found = value.get("format") if isinstance(value, dict) else None
+            raise ArgumentError(f"its format is {found!r}, and this version of kernels-core reads {FORMAT}")
+        try:
+            return cls(tuple(map(_read, value["machines"])))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, ArgumentError):
+                raise
+            raise ArgumentError(f"it is malformed: {type(error).__name__}: {error}") from error
+
+    def to_json(self) -> str:
+        """Return what a file has.
+
+        Example:
+            >>> Choice().to_json()
+            '{"format": 1, "machines": []}'
+        """
+        machines = [{**vars(one), "cells": [vars(cell) for cell in one.cells]} for one in self.machines]
+        return as_json({"format": FORMAT, "machines": machines}, indent=1 if machines else None)
+
+    def as_table(self) -> Table:
+        """Return a row for each cell: its winner, the winner's time, and how the others did."""
+        columns = ("layer", "mode", "context", "dtype", "width", "rows", "winner", "us", "of ref.")
+        rows = []
+        for cell in (cell for one in self.machines for cell in one.cells):
+            best = cell.winner
+            time, ratio = f"{cell.times[best] * 1e6:.3g}", f"{cell.ratio(best):.2f}"
+            lost = [f"{name}: {cell.ratio(name):.2f}" for name in cell.order[1:] if name != REFERENCE]
+            lost += [f"{name}: {reason}" for name, reason in cell.lost.items()]
+            values = (cell.layer, cell.mode, cell.context, cell.dtype, cell.width, cell.rows, best, time, ratio)
+            rows.append(TableRow(values, "" if best == REFERENCE else "green", tuple(lost)))
+        return Table(columns, rows, summary=self.summary)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many cells were measured, and how often a kernel wins."""
+        cells = [cell for one in self.machines for cell in one.cells]
+        won = sum(cell.winner != REFERENCE for cell in cells)
+        return f"{len(cells)} measured, {won} won by a kernel, {len(cells) - won} by the reference"
+
+
+def _read(value: Any) -> MeasuredOn:
+    machine, versions = dict(value["machine"]), dict(value.get("libraries", {}))
+    if not all(isinstance(text, str) for pair in (*machine.items(), *versions.items()) for text in pair):
+        raise ArgumentError("the description of a machine is no text")
+    return MeasuredOn(machine, tuple(map(ChoiceCell.read, value["cells"])), versions)
+
+
+set_module("kernels_plugins", globals())

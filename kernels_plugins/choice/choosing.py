@@ -1,0 +1,206 @@
+"""`choosing`: records the calls of a model's layers, and lets all candidates race on them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import NoneType, TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from kernels_core import (
+    ArgumentError,
+    Layer,
+    Resolution,
+    hookimpl,
+    plugin_manager,
+    require_type,
+    set_module,
+)
+from kernels_core.replay import Call, is_observed
+
+from ..oracle.inputs import Recorded
+from .cell import CONTEXTS, Context, key_of
+from .choice import Choice, MeasuredOn
+from .machine import libraries, machine_of
+from .race import ModeName, Subject, race
+
+Forward = Callable[..., Any]
+
+
+class choosing:  # noqa: N801 - a context manager that reads like a statement
+    """Measure which candidate is best for each layer of the models that run in a `with` block, and each shape.
+
+    The block records one eager call of each layer name, mode and kind of shape: dtype, last dimension, and power of
+    two of the rows. At its end, all candidates for these calls are compared with the reference: outputs and, where
+    autograd recorded the call, gradients. Those that are right are timed against each other and against the reference:
+    those that mappings and plugins offer, those of all packs, and the compiled reference. The model is as it was
+    then, and served as before: `use_choice` uses the result.
+
+    Args:
+        save: A file to write the result to, or to add it to: what it has for other calls and machines is kept.
+        contexts: Those to measure: `"eager"`, `"captured"` (in CUDA graphs), `"compiled"`.
+        seconds: For the timing of each candidate on each kind of call, roughly.
+        progress: Whether to show a progress bar; by default on a terminal.
+
+    Attributes:
+        choice: The `Choice`, at the end of the block.
+
+    Raises:
+        ArgumentError: If there is another kind of file at `save`, or if the block called no decorated layer.
+
+    Example:
+        >>> from kernels_plugins import adopt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8))
+        >>> adopted = adopt(model)
+        >>> with choosing(contexts=("eager",), seconds=0.01) as chosen, torch.no_grad():
+        ...     y = model(torch.ones(2, 8))
+        >>> [(cell.layer, cell.mode, cell.width, cell.rows) for cell in chosen.choice.cells_on("cpu")]
+        [('RMSNorm', 'inference', 8, '2-3')]
+        >>> adopted.undo()
+    """
+
+    def __init__(
+        self,
+        save: str | os.PathLike[str] | None = None,
+        *,
+        contexts: Sequence[Context] = CONTEXTS,
+        seconds: float = 0.2,
+        progress: bool | None = None,
+    ) -> None:
+        """Check the arguments; nothing happens before the block is entered."""
+        require_type(save, (str, os.PathLike, NoneType), "save")
+        require_type(progress, (bool, NoneType), "progress")
+        require_type(seconds, (int, float), "seconds")
+        if not 0 < seconds < 1e6:
+            raise ArgumentError(f"seconds is {seconds}: give the seconds to time each candidate for, such as 0.2.")
+        if isinstance(contexts, str) or not set(contexts) <= set(CONTEXTS) or not contexts:
+            raise ArgumentError(f"contexts is {contexts!r}: give some of {', '.join(map(repr, CONTEXTS))}.")
+        self.contexts, self.seconds = tuple(contexts), float(seconds)
+        self.progress = sys.stderr.isatty() if progress is None else progress
+        self.save = Path(save) if save is not None else None
+        if self.save is not None and self.save.exists():
+            Choice.load(self.save)  # raises before the model runs
+        self.choice = Choice()
+        self._recording = recording()
+        self._recorder: Recorder | None = None
+
+    def __enter__(self) -> choosing:
+        """Record calls."""
+        if self._recorder is not None:
+            raise ArgumentError("This block is open already: make another one with choosing().")
+        self._recording = recording()
+        self._recorder = self._recording.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the candidates race, unless the block raised."""
+        assert self._recorder is not None
+        subjects = list(self._recorder.subjects.values())
+        self._recorder = None
+        self._recording.__exit__(kind, error, trace)
+        if error is not None:
+            return
+        if not subjects:
+            raise ArgumentError(
+                "choosing has recorded no call: the block called no decorated layer, or only in compiled code. Adopt "
+                "the model (adopt), and call it as it is, without torch.compile."
+            )
+        self.choice = measured(subjects, self.contexts, self.seconds, progress=self.progress)
+        if self.save is not None:
+            self.choice.save(self.save)
+
+
+def measured(
+    subjects: Sequence[Subject],
+    contexts: Sequence[Context],
+    seconds: float,
+    *,
+    progress: bool,
+    begin: Callable[[Subject, str, str], str] = lambda subject, candidate, action: "",
+    found: Callable[[MeasuredOn], object] = lambda cells: None,
+) -> Choice:
+    """Let the candidates for each call race; `begin` is called as in `race`, `found` with the cells of each call."""
+    choice, versions = Choice(), libraries()
+    bar = Progress(console=Console(stderr=True), transient=True) if progress else None
+    with bar or contextlib.nullcontext():
+        task = bar.add_task("choosing", total=len(subjects)) if bar is not None else None
+        for subject in subjects:
+
+            def begun(candidate: str, action: str, subject: Subject = subject) -> str:
+                if bar is not None and task is not None:
+                    bar.update(task, description=f"{subject.text}: {candidate}")
+                return begin(subject, candidate, action)
+
+            cells = tuple(race(subject, contexts, budget=seconds, begin=begun))
+            one = MeasuredOn(machine_of(subject.device), cells, versions)
+            choice = choice.merged(Choice((one,)))
+            found(one)
+            if bar is not None and task is not None:
+                bar.advance(task)
+    return choice
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Recorder]:
+    """Record the calls of all layers in a block."""
+    recorder = Recorder()
+    plugin_manager().register(recorder, f"choice-recorder-{id(recorder)}")
+    try:
+        yield recorder
+    finally:
+        plugin_manager().unregister(recorder)
+
+
+class Recorder:
+    """A plugin that keeps one call of each kind."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self.subjects: dict[object, Subject] = {}
+        self._lock = threading.Lock()
+
+    @hookimpl
+    def kernels_wrap_forward(self, resolution: Resolution) -> Callable[[Forward], Forward] | None:
+        """Record the calls of a layer, whatever serves them."""
+        layer = resolution.request.layer
+        if layer is None or layer.kind:
+            return None
+        device = resolution.request.device
+
+        def wrap(forward: Forward) -> Forward:
+            def recorded(*args: Any, **kwargs: Any) -> Any:
+                if not is_observed():
+                    self._keep(layer, device, args, kwargs)
+                return forward(*args, **kwargs)
+
+            return recorded
+
+        return wrap
+
+    def _keep(self, layer: Layer, device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        module, given = (None, args) if layer.is_function else (args[0], args[1:])
+        tensor = next((value for value in (*given, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if tensor is None or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return  # no shape to choose by; or a subclass, which kernels do not get
+        call = Call(module, given, kwargs, layer.signature)
+        mode: ModeName = "training" if torch.is_grad_enabled() and call.records else "inference"
+        key = key_of(tensor)
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        with self._lock:
+            kind = (layer.name, device, mode, key)
+            if kind not in self.subjects and call.obstacle is None:
+                recorded = Recorded(layer.name, layer, call.snapshot())
+                self.subjects[kind] = Subject(recorded, key, device, mode, autocast)
+
+
+set_module("kernels_plugins", globals())

@@ -1,0 +1,204 @@
+"""`ShapeLimit`: keeps a kernel to the calls for which it is the best of the candidates that are left."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from kernels_core import LoadedLayer, LoadError, warn_once
+
+from ..oracle.probe_cache import digest_of
+from .cell import Key, key_of
+
+Forward = Callable[..., Any]
+
+is_capturing = torch.cuda.is_current_stream_capturing
+
+_KNOWN = 4096
+"""Exact shapes that are remembered for one kernel: a program with more of them has dynamic ones, and starts over."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The order of all candidates for each kind of call.
+
+    Attributes:
+        layer: The layer name, for messages.
+        eager: Pairs of a key and the candidates, best first.
+        captured: The same for calls in a CUDA graph; empty to take those of eager calls.
+        default: The order for calls that were not measured.
+        file: Where the choice comes from, for messages.
+    """
+
+    layer: str
+    eager: tuple[tuple[Key, tuple[str, ...]], ...]
+    captured: tuple[tuple[Key, tuple[str, ...]], ...]
+    default: tuple[str, ...]
+    file: str
+
+    def order(self, key: Key, captured: bool = False) -> tuple[tuple[str, ...], bool]:
+        """Return the candidates for a kind of call, best first, and whether it was measured.
+
+        A number of rows between two that were measured, and that have the same winner, is served by that.
+        """
+        known = dict((captured and self.captured) or self.eager)
+        if key in known:
+            return known[key], True
+        dtype, width, bucket = key
+        buckets = sorted(rows for other, size, rows in known if (other, size) == (dtype, width))
+        below, above = [b for b in buckets if b < bucket], [b for b in buckets if b > bucket]
+        if below and above:
+            first, second = known[dtype, width, below[-1]], known[dtype, width, above[0]]
+            if first[0] == second[0]:
+                return first, True
+        return self.default, False
+
+
+@dataclass(frozen=True)
+class ShapeLimit:
+    """The limit of a candidate, as in `Candidate.limit`.
+
+    Attributes:
+        name: The candidate.
+        rivals: The candidates that are tried after it: it takes the calls for which it is better than these.
+        orders: What was measured; None if it serves all calls.
+        digest: That of its code when it was measured; empty if it is not known.
+        is_function: Whether the layer is a function, and has no module as its first argument.
+        is_traced: Whether calls are being compiled: their shapes may be symbols, which have no place in a table.
+    """
+
+    name: str
+    rivals: tuple[str, ...]
+    orders: Orders | None
+    digest: str
+    is_function: bool
+    is_traced: bool
+
+    def __call__(self, loaded: LoadedLayer, forward: Forward) -> Forward:
+        """Return a forward that passes on the other calls.
+
+        Raises:
+            LoadError: If the code of the kernel is not what was measured.
+        """
+        if self.digest and digest_of(forward) not in (None, self.digest):
+            raise LoadError("its code has changed since it was measured: measure again (kernels-core choose)")
+        if self.orders is None:
+            return forward
+        return self._traced(forward) if self.is_traced else self._eager(forward)
+
+    def takes(self, key: Key, captured: bool = False) -> bool:
+        """Return whether it serves calls of a kind."""
+        assert self.orders is not None
+        return self._leads(self.orders.order(key, captured)[0])
+
+    def _leads(self, order: tuple[str, ...]) -> bool:
+        """Return whether it comes before the candidates that are tried after it."""
+        place = order.index(self.name) if self.name in order else len(order)
+        return all(place < order.index(name) for name in self.rivals if name in order)
+
+    def _eager(self, forward: Forward) -> Forward:
+        known: dict[tuple[torch.dtype, torch.Size], object] = {}
+        first = int(not self.is_function)
+
+        def found(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+            """Return whether a call is taken whose shape is new, or whose first argument is no tensor."""
+            tensor: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+            if tensor is None:
+                return not self.rivals
+            key = key_of(tensor)
+            taken: object = self.takes(key)
+            if taken is not self.takes(key, captured=True):
+                taken = "eager" if taken else "captured"
+            if len(args) > first and args[first] is tensor:
+                if len(known) >= _KNOWN:
+                    known.clear()
+                known[tensor.dtype, tensor.shape] = taken
+            self._say_if_missed(key)
+            return taken
+
+        def with_keywords(*args: Any, **kwargs: Any) -> Any:
+            try:
+                taken = known[args[first].dtype, args[first].shape]
+            except (KeyError, AttributeError, IndexError):
+                taken = found(args, kwargs)
+            if taken is True or (taken and is_capturing() == (taken == "captured")):
+                return forward(*args, **kwargs)
+            return NotImplemented
+
+        # Names in place of `*args`, and no `**kwargs` where none can come, save a third of the price.
+        def of_function(x: Any, /, *args: Any) -> Any:
+            try:
+                taken = known[x.dtype, x.shape]
+            except (KeyError, AttributeError):
+                taken = found((x, *args), {})
+            if taken is True or (taken and is_capturing() == (taken == "captured")):
+                return forward(x, *args)
+            return NotImplemented
+
+        def of_module(module: Any, x: Any, /, *args: Any) -> Any:
+            try:
+                taken = known[x.dtype, x.shape]
+            except (KeyError, AttributeError):
+                taken = found((module, x, *args), {})
+            if taken is True or (taken and is_capturing() == (taken == "captured")):
+                return forward(module, x, *args)
+            return NotImplemented
+
+        kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+        simple = not {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}.intersection(kinds)
+        limited: Any = (of_function if self.is_function else of_module) if simple else with_keywords
+        limited.__wrapped__ = forward
+        return cast(Forward, limited)
+
+    def _say_if_missed(self, key: Key) -> None:
+        assert self.orders is not None
+        if not self.orders.order(key)[1]:
+            dtype, width, bucket = key
+            rows = f"{1 << bucket >> 1} or more rows of {width} {str(dtype).removeprefix('torch.')}"
+            warn_once(
+                f"Layer {self.orders.layer!r} is called with {rows}, which {self.orders.file} has no measurement for: "
+                "the default order of candidates serves such calls. Measure them, too: kernels-core choose.",
+                self.orders,
+            )
+
+    def _traced(self, forward: Forward) -> Forward:
+        """Return the same for traced calls: comparisons of sizes, which become guards, one a range."""
+        assert self.orders is not None
+        kinds = {(dtype, width) for (dtype, width, _), _ in self.orders.eager}
+        ranges = {
+            kind: tuple(_ranges([bucket for bucket in range(64) if self.takes((*kind, bucket))])) for kind in kinds
+        }
+        default = self._leads(self.orders.default)
+
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, torch.Tensor):
+                    width = value.shape[-1] if value.dim() else 1
+                    spans = ranges.get((value.dtype, width))
+                    if spans is None:
+                        return forward(*args, **kwargs) if default else NotImplemented
+                    rows = value.numel() // width if width else 0
+                    for low, high in spans:
+                        if low <= rows < high:
+                            return forward(*args, **kwargs)
+                    return NotImplemented
+            return forward(*args, **kwargs)
+
+        limited.__wrapped__ = forward  # type: ignore[attr-defined]
+        return limited
+
+
+def _ranges(buckets: list[int]) -> list[tuple[int, int]]:
+    """Return numbers of rows, from and up to, that lie in some powers of two."""
+    found: list[tuple[int, int]] = []
+    for bucket in buckets:
+        low, high = (1 << bucket) >> 1, 1 << bucket
+        if found and found[-1][1] == low:
+            found[-1] = found[-1][0], high
+        else:
+            found.append((low, high))
+    return found

@@ -1,0 +1,219 @@
+"""A race: all candidates for a layer, verified and timed on one of its calls."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from kernels_core import Candidate, Mode, Reference, find_candidates, plugin_manager, resolve
+from kernels_core.replay import kept_random_states, leaves
+
+from ..oracle.inputs import Recorded, with_gradients
+from ..oracle.probe_cache import digest_of
+from ..oracle.subject import stop_if_broken, tried
+from ..packs.source import as_pack
+from .cell import REFERENCE, ChoiceCell, Context, Key
+from .ranking import name_of
+from .timing import Run, Timing, time_runs
+
+Forward = Callable[..., Any]
+ModeName = Literal["inference", "training"]
+_MODES: dict[ModeName, Mode] = {"inference": Mode.INFERENCE, "training": Mode.TRAINING}
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A recorded call, and the way in which it was made.
+
+    Attributes:
+        recorded: The call.
+        key: Its key.
+        device: Its device.
+        mode: Whether autograd recorded it.
+        autocast: The dtype of the autocast around it, None without.
+    """
+
+    recorded: Recorded
+    key: Key
+    device: torch.device
+    mode: ModeName
+    autocast: torch.dtype | None = None
+
+    @property
+    def place(self) -> tuple[str, str, str, Key]:
+        """What its cells have in common."""
+        return self.recorded.layer.name, self.device.type, self.mode, self.key
+
+    @property
+    def text(self) -> str:
+        """Layer, mode and shape, for messages."""
+        call = self.recorded.call
+        shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in call.inputs.values())
+        return f"{self.recorded.layer.name}, {self.mode}, {shapes}"
+
+
+@dataclass
+class _Race:
+    """One subject with its contestants, and those that are out."""
+
+    subject: Subject
+    begin: Callable[[str, str], str]
+    forwards: dict[str, Forward] = field(default_factory=dict)
+    traceable: set[str] = field(default_factory=set)
+    digests: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+
+    def enter(self, candidate: Candidate) -> None:
+        """Let a candidate take part, if it serves such calls and computes what the reference computes."""
+        name, recorded, mode = name_of(candidate), self.subject.recorded, _MODES[self.subject.mode]
+        if name in self.forwards or name in self.lost or self.is_out(name, "is compared with its reference"):
+            return
+        found = resolve(recorded.layer, device=self.subject.device, mode=mode, candidate=candidate)
+        if found.implementation is None:
+            reasons = "; ".join(refusal.reason for refusal in found.refusals) or found.note
+            if not reasons.startswith("pack "):  # one without a kernel for such layers has lost nothing
+                self.lost[name] = reasons
+            return
+        if any(found.implementation is known for known in self.forwards.values()):  # of a pack, that is offered, too
+            return
+        try:
+            rows = tried(recorded, found, modes=(mode,), derived=False)
+        except Exception as error:
+            stop_if_broken(error)
+            self.lost[name] = f"it cannot be compared: {type(error).__name__}: {error}"
+            return
+        wrong = [row for row in rows if row.verdict != "ok"]
+        if wrong or not rows:
+            self.lost[name] = f"{wrong[0].verdict}: {wrong[0].reason}" if wrong else "it was not compared"
+            return
+        self.forwards[name] = found.implementation
+        self.digests[name] = digest_of(found.implementation) or ""
+        compiled = mode | Mode.TORCH_COMPILE
+        if resolve(recorded.layer, device=self.subject.device, mode=compiled, candidate=candidate).implementation:
+            self.traceable.add(name)
+
+    def is_out(self, name: str, action: str) -> bool:
+        """Announce an action with a candidate; return whether it is out by now."""
+        if reason := self.begin(name, action):
+            self.lost[name] = reason
+        return bool(reason)
+
+    # --- Timing -----------------------------------------------------------------------------------
+
+    def timed(self, runs: Mapping[str, Run], budget: float, capture: bool) -> dict[str, Timing]:
+        """Time runs; those that raise are out."""
+        found: dict[str, Timing] = {}
+        kept = {name: run for name, run in runs.items() if not self.is_out(name, "is timed")}
+        with kept_random_states([self.subject.device], None):
+            for name, timing in time_runs(kept, self.subject.device, budget=budget, capture=capture):
+                if isinstance(timing, Exception):
+                    stop_if_broken(timing)
+                    self.lost[name] = f"it raises while it is timed: {type(timing).__name__}: {timing}"[:500]
+                else:
+                    found[name] = timing
+        return found
+
+    def cell(self, context: Context, times: Mapping[str, float]) -> Iterator[ChoiceCell]:
+        """Yield the cell of a context, unless the reference has no time there: then there is nothing to compare."""
+        if REFERENCE not in times:
+            return
+        (dtype, width, bucket), subject = self.subject.key, self.subject
+        place = (subject.recorded.layer.name, subject.device.type, context, subject.mode)
+        lost = {name: reason for name, reason in self.lost.items() if name not in times}
+        digests = {name: digest for name, digest in self.digests.items() if name in times and digest}
+        yield ChoiceCell(*place, str(dtype).removeprefix("torch."), width, bucket, dict(times), lost, digests)
+
+
+def race(
+    subject: Subject,
+    contexts: Sequence[Context],
+    *,
+    budget: float,
+    begin: Callable[[str, str], str] = lambda candidate, action: "",
+) -> Iterator[ChoiceCell]:
+    """Verify and time all candidates for a call; yield a cell for each context.
+
+    Those that are offered take part, those of all packs, the compiled reference, and the reference.
+
+    Args:
+        subject: The call.
+        contexts: Those to measure; `"captured"` is left out where there are no CUDA graphs.
+        budget: Seconds for the timing of each candidate, roughly.
+        begin: Called before something is done with a candidate; a reason leaves it out.
+    """
+    layer, device = subject.recorded.layer, subject.device
+    running = _Race(subject, begin)
+    for candidate in _contestants(subject):
+        running.enter(candidate)
+    running.forwards[REFERENCE] = layer.reference
+    capture = device.type == "cuda" and "captured" in contexts
+    if "eager" in contexts or capture:
+        runs = {name: _run(subject, forward) for name, forward in running.forwards.items()}
+        timings = running.timed(runs, budget, capture)
+        if "eager" in contexts:
+            yield from running.cell("eager", {name: timing.launched for name, timing in timings.items()})
+        if capture:
+            captured = {name: timing.captured for name, timing in timings.items() if timing.captured is not None}
+            yield from running.cell("captured", captured)
+    traceable = {name: running.forwards[name] for name in running.traceable}
+    if "compiled" in contexts and traceable:  # else only the reference can serve, measured or not
+        runs = {name: _run(subject, _compiled(forward)) for name, forward in traceable.items()}
+        runs[REFERENCE] = _run(subject, _compiled(layer.reference))
+        timings = running.timed(runs, budget, device.type == "cuda")
+        times = {name: timing.captured or timing.launched for name, timing in timings.items()}
+        yield from running.cell("compiled", times)
+
+
+def _contestants(subject: Subject) -> Iterator[Candidate]:
+    """Yield what is offered for a call, and the kernels of all packs."""
+    layer = subject.recorded.layer
+    for candidate in find_candidates(layer, device=subject.device, mode=_MODES[subject.mode])[0]:
+        if candidate.source is not Reference:
+            yield candidate
+    names = {name for answer in plugin_manager().hook.kernels_packs() for name in answer}
+    for name in sorted(names):
+        pack = as_pack(f"pack:{name}", f"layer {layer.name!r}", layer.name)
+        yield Candidate(pack, "choice", "user")
+
+
+def _run(subject: Subject, forward: Forward) -> Run:
+    """Return a function that makes the call with a forward; for training, with its backward."""
+    training = subject.mode == "training"
+    call = with_gradients(subject.recorded.call) if training else subject.recorded.call
+    wanted = [tensor for tensor in call.tensors.values() if tensor.requires_grad]
+    seeds: list[torch.Tensor] = []
+
+    def run() -> object:
+        with contextlib.ExitStack() as stack:
+            if subject.autocast is not None:
+                stack.enter_context(torch.autocast(subject.device.type, dtype=subject.autocast))
+            if not training:
+                with torch.no_grad():
+                    return call.make(forward)
+            with torch.enable_grad():
+                output = call.make(forward)
+        outputs = [leaf for _, leaf in leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        if not seeds:
+            seeds.extend(torch.ones_like(leaf) for leaf in outputs)
+        return torch.autograd.grad(outputs, wanted, seeds, allow_unused=True)
+
+    return run
+
+
+def _compiled(forward: Forward) -> Forward:
+    """Return a forward compiled for these shapes only.
+
+    PyTorch counts variants by code object: a copy of the code leaves those of the program alone.
+    """
+
+    def inlined(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    own = types.FunctionType(inlined.__code__.replace(), globals(), closure=inlined.__closure__)
+    compiled: Forward = torch.compile(own, fullgraph=True, dynamic=False)
+    return compiled

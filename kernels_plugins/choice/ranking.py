@@ -1,0 +1,131 @@
+"""`ranked`: candidates in the order that was measured, each with a limit where winners differ by shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Literal
+
+import torch
+
+from kernels_core import Candidate, LayerRequest, Mode, Reference, warn_once
+
+from .cell import REFERENCE, ChoiceCell, best_everywhere
+from .choice import Choice
+from .limit import Orders, ShapeLimit
+
+
+def name_of(candidate: Candidate) -> str:
+    """Return the name of a candidate in measurements."""
+    return REFERENCE if candidate.source is Reference else candidate.label
+
+
+def ranked(
+    request: LayerRequest, candidates: Sequence[Candidate], choice: Choice, file: str, strict: bool
+) -> list[Candidate] | None:
+    """Return the candidates to try, best first; None where nothing was measured."""
+    layer = request.layer
+    about = [
+        cell
+        for cell in choice.cells_on(request.device, strict=strict)
+        if cell.layer == request.layer_name and (cell.context == "compiled") == request.is_traced
+    ]
+    if layer is None or not about:
+        _say_if_foreign(request.device, choice, file, strict)
+        return None
+    mode: Literal["training", "inference"] = "training" if Mode.TRAINING in request.mode else "inference"
+    cells = [cell for cell in about if cell.mode == mode]
+    if not cells:
+        return None
+    known = {name for cell in cells for name in (*cell.times, *cell.lost)}
+    new = [candidate for candidate in candidates if name_of(candidate) not in known]
+    if new:
+        warn_once(
+            f"{new[0].label} is offered for layer {request.layer_name!r}, and {file} has no measurement of it: the "
+            "default order of candidates serves. Measure again: kernels-core choose.",
+        )
+        return None
+    offered = {name_of(candidate): candidate for candidate in reversed(candidates)}
+    chain = _chain(cells)
+    rest = [name for name in map(name_of, candidates) if name not in chain and name != REFERENCE]
+    orders = None
+    if len(chain) > 1:
+        chain = [*chain, *rest]
+        eager = [(cell.key, cell.order) for cell in cells if cell.context != "captured"]
+        captured = [(cell.key, cell.order) for cell in cells if cell.context == "captured"]
+        default = (*dict.fromkeys([*map(name_of, candidates), REFERENCE]),)
+        orders = Orders(request.layer_name, tuple(eager), tuple(captured), default, file)
+    if REFERENCE not in chain[:1]:
+        chain = [*(name for name in chain if name != REFERENCE), REFERENCE]  # it passes no call on
+    digests = {name: digest for cell in cells for name, digest in cell.digests.items()}
+    note = f"by {file}: {described(cells)}"
+    found: list[Candidate] = []
+    for place, name in enumerate(chain):
+        candidate = offered.get(name) or _again(name, request.layer_name)
+        limit = None
+        if name != REFERENCE:
+            rivals = tuple(chain[place + 1 :])
+            limit = ShapeLimit(name, rivals, orders, digests.get(name, ""), layer.is_function, request.is_traced)
+        if candidate is not None:
+            found.append(replace(candidate, limit=limit, note=note))
+    return found
+
+
+def _chain(cells: Sequence[ChoiceCell]) -> list[str]:
+    """Return the winners in the order in which calls ask them: that of few rows, where launching takes long, first."""
+    launched = [cell for cell in cells if cell.context != "captured"] or list(cells)
+    everywhere = best_everywhere(cells)
+    if everywhere is not None:
+        return [everywhere]
+    winners = dict.fromkeys(cell.winner for cell in sorted(launched, key=lambda cell: cell.bucket))
+    winners.update(dict.fromkeys(cell.winner for cell in cells))
+    return [*(name for name in winners if name != REFERENCE), REFERENCE]
+
+
+def _again(name: str, layer_name: str) -> Candidate | None:
+    """Return a candidate that nothing offers here, but that took part in the race: the reference, or that of a pack."""
+    if name == REFERENCE:
+        return Candidate(Reference, "choice", "user")
+    if name.startswith("pack:"):
+        from ..packs.source import as_pack
+
+        return Candidate(as_pack(name, f"layer {layer_name!r}", layer_name), "choice", "user")
+    return None
+
+
+def described(cells: Sequence[ChoiceCell]) -> str:
+    """Return in words which candidate serves which rows, by how much it wins, and what lost."""
+    texts = []
+    places = sorted(cells, key=lambda cell: (cell.dtype, cell.width, cell.context, cell.bucket))
+    for (dtype, width, context), group in groupby(places, key=lambda cell: (cell.dtype, cell.width, cell.context)):
+        for winner, run in groupby(group, key=lambda cell: cell.winner):
+            run_of = list(run)
+            first, last = run_of[0].rows.partition("-")[0], run_of[-1].rows.rpartition("-")[2]
+            rows = first if first == last else f"{first}-{last}"
+            ratios = [cell.ratio(winner) for cell in run_of]
+            span = "-".join(dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}")))
+            gain = f"{span} of the reference's time"
+            if winner == REFERENCE:
+                beaten = all(min(cell.times.values()) == cell.times[REFERENCE] for cell in run_of)
+                gain = "measured faster for this shape" if beaten else "no other is faster for this shape"
+            lost = [
+                f"{name} {min(cell.times.get(name, float('inf')) / cell.times[REFERENCE] for cell in run_of):.2f}"
+                for name in run_of[0].order
+                if name not in (winner, REFERENCE)
+            ]
+            others = f" (lost: {', '.join(lost)})" if lost else ""
+            where = " in CUDA graphs" if context == "captured" else ""
+            unit = "row" if rows == "1" else "rows"
+            texts.append(f"{rows} {unit} of {width} {dtype}{where}: {winner}, {gain}{others}")
+    return "; ".join(texts)
+
+
+def _say_if_foreign(device: torch.device, choice: Choice, file: str, strict: bool) -> None:
+    same_type = [one for one in choice.machines if one.machine.get("device") == device.type]
+    if same_type and not choice.cells_on(device, strict=strict):
+        measured = ", ".join(f"{key} {value}" for key, value in same_type[0].machine.items())
+        warn_once(
+            f"{file} was measured on another machine ({measured}): the default order of candidates serves. Measure on "
+            "this one: kernels-core choose adds to the file.",
+        )

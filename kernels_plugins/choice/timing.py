@@ -1,0 +1,171 @@
+"""How long runs take, in turns: launched by the CPU, and replayed from a CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Run = Callable[[], object]
+
+_FEWEST, _MOST = 9, 200
+"""Rounds of each run."""
+
+_OTHERS = bytearray(4 << 20)
+"""Copied before each run: in a model, other code has used the caches of the CPU since the last call of a layer. A call
+that is repeated in a loop looks twice as fast, and the more code it runs, the more so: compiled ones above all."""
+
+_FLUSH = 256 << 20
+"""Bytes that are written between runs, so that these find a cold L2 cache: more than any GPU has."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The seconds that a run takes.
+
+    Attributes:
+        launched: From the CPU: the longer of the time to launch it, and that of the device.
+        captured: Replayed from a CUDA graph; None where that was not measured.
+        not_captured: Why not.
+    """
+
+    launched: float
+    captured: float | None = None
+    not_captured: str = ""
+
+
+def time_runs(
+    runs: Mapping[str, Run], device: torch.device, *, budget: float, capture: bool = True
+) -> Iterator[tuple[str, Timing | Exception]]:
+    """Time runs against each other; yield each with its time, or what it raised.
+
+    Rounds are made in turns, in a random order: a machine that slows down slows down all of them.
+
+    Args:
+        runs: What to run, by name. Each is run a few times before.
+        device: Where they run.
+        budget: Seconds for all rounds of one run, roughly.
+        capture: Whether to capture them in CUDA graphs, too.
+    """
+    once: dict[str, float] = {}
+    launched: dict[str, list[float]] = {}
+    broken: dict[str, Exception] = {}
+    for name, run in runs.items():
+        try:
+            once[name], launched[name] = _warm(run, device), []
+        except Exception as error:  # a candidate that fails is out; one that breaks the device breaks the next, too
+            broken[name] = error
+    slowest = max(once.values(), default=1.0) + _launch(lambda: None, device)
+    rounds = max(_FEWEST, min(_MOST, int(budget / slowest)))
+    order, shuffled = list(launched), random.Random(rounds)  # its own generator: the user's is left alone
+    with _quiet():
+        for _ in range(rounds):
+            shuffled.shuffle(order)
+            for name in order:
+                try:
+                    if name not in broken:
+                        launched[name].append(_launch(runs[name], device))
+                except Exception as error:
+                    broken[name] = error
+    yield from broken.items()
+    for name, times in launched.items():
+        if name in broken:
+            continue
+        run, host = runs[name], sorted(times)[len(times) // 4]  # other work on the machine only ever adds time
+        if device.type != "cuda":
+            yield name, Timing(host)
+            continue
+        replayed: float | None = None
+        reason = "not asked for"
+        if capture:
+            try:
+                replayed, reason = _replayed(run, device, budget), ""
+            except Exception as error:
+                reason = f"it cannot be captured in a CUDA graph: {type(error).__name__}: {error}".partition("\n")[0]
+        busy = replayed if replayed is not None else _busy(run, device)
+        yield name, Timing(max(host, busy), replayed, reason)
+
+
+def _warm(run: Run, device: torch.device) -> float:
+    """Run a few times, for what is compiled or allocated then; return the seconds of the quickest."""
+    times = []
+    for _ in range(4):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _launch(run: Run, device: torch.device) -> float:
+    """Return the seconds until the CPU is through with a run: on a GPU, it does not wait for that."""
+    synchronize(device)
+    bytes(_OTHERS)
+    start = time.perf_counter()
+    run()
+    if device.type != "cuda":
+        synchronize(device)
+    return time.perf_counter() - start
+
+
+def _replayed(run: Run, device: torch.device, budget: float) -> float:
+    """Return the seconds of a run in a CUDA graph, with a cold cache: those of flush and run, less those of a flush."""
+    flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
+    times = []
+    for body in ((flush.zero_, run), (flush.zero_,)):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(8):
+                for step in body:
+                    step()
+        graph.replay()
+        taken = [_between(graph.replay) / 8 for _ in range(max(5, min(25, int(budget / 8e-3))))]
+        times.append(statistics.median(taken))
+    return max(times[0] - times[1], 1e-7)
+
+
+def _busy(run: Run, device: torch.device) -> float:
+    """Return the seconds of the device for a run that cannot be captured."""
+    flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
+    # While the device is busy with the flush, the CPU launches the run.
+    return statistics.median(_between(run, before=flush.zero_) for _ in range(_FEWEST))
+
+
+def _between(run: Run, before: Run = lambda: None) -> float:
+    """Return the seconds of the device between the start and the end of a run."""
+    events: Any = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    before()
+    events[0].record()
+    run()
+    events[1].record()
+    events[1].synchronize()
+    return float(events[0].elapsed_time(events[1])) / 1e3
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Collect garbage before, and not in between."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
