@@ -35,6 +35,16 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.change_class",
         ],
     ),
+    "Let measurement choose": (
+        "Keys, files and prices: [choice](choice.md).",
+        [
+            "kernels_plugins.choosing",
+            "kernels_plugins.use_choice",
+            "kernels_plugins.Choice",
+            "kernels_plugins.ChoiceCell",
+            "kernels_plugins.MeasuredOn",
+        ],
+    ),
     "Map kernels to layers": (
         "For users. Forms and rules: [mappings](mapping.md).",
         [

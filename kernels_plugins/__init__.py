@@ -37,8 +37,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .bisect.result import BisectError, BisectResult, Culprit, CulpritSet
     from .canary.plugin import canary
     from .choice.cell import ChoiceCell
-    from .choice.choice import Choice, MeasuredOn
+    from .choice.choice import Choice
     from .choice.choosing import choosing
+    from .choice.machine import MeasuredOn
     from .choice.plugin import use_choice
     from .hub.builds.metadata import Metadata
     from .hub.builds.variants import VariantAccepted, VariantRejected
@@ -70,8 +71,9 @@ _NAMES = {
     ".bisect.result": "BisectError BisectResult Culprit CulpritSet",
     ".canary.plugin": "canary",
     ".choice.cell": "ChoiceCell",
-    ".choice.choice": "Choice MeasuredOn",
+    ".choice.choice": "Choice",
     ".choice.choosing": "choosing",
+    ".choice.machine": "MeasuredOn",
     ".choice.plugin": "use_choice",
     ".hub.builds.metadata": "Metadata",
     ".hub.builds.variants": "VariantAccepted VariantRejected",

@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernels_core import ArgumentError, Table, TableRow, Tabular, as_json, require_type, set_module
+from kernels_core import ArgumentError, Page, Table, TableRow, Tabular, as_json, require_type, set_module
 
 from ..files import write_file
 from .cell import REFERENCE, ChoiceCell
-from .machine import libraries, machine_of
+from .machine import MeasuredOn, libraries, machine_of
+from .page import choice_page
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class MeasuredOn:
-    """The cells of one machine.
-
-    Attributes:
-        machine: The model of the device, its capability or threads, and the version of PyTorch.
-        cells: What was measured there.
-        libraries: The versions of Python and of libraries with kernels.
-    """
-
-    machine: Mapping[str, str]
-    cells: tuple[ChoiceCell, ...]
-    libraries: Mapping[str, str] = field(default_factory=dict)
-
-    def merged(self, newer: MeasuredOn) -> MeasuredOn:
-        """Return the cells of both; of two about the same calls, the newer one."""
-        cells = {cell.place: cell for cell in (*self.cells, *newer.cells)}
-        return replace(newer, cells=tuple(cells.values()))
 
 
 @dataclass(frozen=True)
@@ -63,8 +43,16 @@ class Choice(Tabular):
         Args:
             device: The device.
             strict: Whether the versions of Python and of libraries have to be equal, too.
+
+        Raises:
+            ArgumentError: If there is no such device here.
         """
-        here, versions = machine_of(torch.device(device)), libraries()
+        require_type(device, (str, torch.device), "device")
+        require_type(strict, bool, "strict")
+        try:
+            here, versions = machine_of(torch.device(device)), libraries()
+        except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
+            raise ArgumentError(f"The device {device!r} cannot be used here: {error}") from error
         found = (one for one in self.machines if one.machine == here and not (strict and one.libraries != versions))
         return tuple(cell for one in found for cell in one.cells)
 
@@ -130,7 +118,7 @@ class Choice(Tabular):
             found = value.get("format") if isinstance(value, dict) else None
             raise ArgumentError(f"its format is {found!r}, and this version of kernels-core reads {FORMAT}")
         try:
-            return cls(tuple(map(_read, value["machines"])))
+            return cls(tuple(map(MeasuredOn.read, value["machines"])))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, ArgumentError):
                 raise
@@ -145,6 +133,22 @@ class Choice(Tabular):
         """
         machines = [{**vars(one), "cells": [vars(cell) for cell in one.cells]} for one in self.machines]
         return as_json({"format": FORMAT, "machines": machines}, indent=1 if machines else None)
+
+    def as_page(self) -> Page:
+        """Return the page: how much is won, then each layer by the shapes of its calls."""
+        return choice_page(self.machines)
+
+    def to_html(self) -> str:
+        """Return the page as one file.
+
+        Example:
+            >>> Choice().to_html()[:15]
+            '<!doctype html>'
+        """
+        return self.as_page().to_html()
+
+    def _repr_html_(self) -> str:
+        return self.as_page()._repr_html_()
 
     def as_table(self) -> Table:
         """Return a row for each cell: its winner, the winner's time, and how the others did."""
@@ -165,13 +169,6 @@ class Choice(Tabular):
         cells = [cell for one in self.machines for cell in one.cells]
         won = sum(cell.winner != REFERENCE for cell in cells)
         return f"{len(cells)} measured, {won} won by a kernel, {len(cells) - won} by the reference"
-
-
-def _read(value: Any) -> MeasuredOn:
-    machine, versions = dict(value["machine"]), dict(value.get("libraries", {}))
-    if not all(isinstance(text, str) for pair in (*machine.items(), *versions.items()) for text in pair):
-        raise ArgumentError("the description of a machine is no text")
-    return MeasuredOn(machine, tuple(map(ChoiceCell.read, value["cells"])), versions)
 
 
 set_module("kernels_plugins", globals())

@@ -28,9 +28,9 @@ from kernels_core.replay import Call, is_observed
 
 from ..oracle.inputs import Recorded
 from .cell import CONTEXTS, Context, key_of
-from .choice import Choice, MeasuredOn
-from .machine import libraries, machine_of
-from .race import ModeName, Subject, race
+from .choice import Choice
+from .machine import MeasuredOn, libraries, machine_of
+from .race import ModeName, RacedCall, race
 
 Forward = Callable[..., Any]
 
@@ -81,7 +81,8 @@ class choosing:  # noqa: N801 - a context manager that reads like a statement
         require_type(seconds, (int, float), "seconds")
         if not 0 < seconds < 1e6:
             raise ArgumentError(f"seconds is {seconds}: give the seconds to time each candidate for, such as 0.2.")
-        if isinstance(contexts, str) or not set(contexts) <= set(CONTEXTS) or not contexts:
+        require_type(contexts, Sequence, "contexts")
+        if isinstance(contexts, str) or not all(context in CONTEXTS for context in contexts) or not contexts:
             raise ArgumentError(f"contexts is {contexts!r}: give some of {', '.join(map(repr, CONTEXTS))}.")
         self.contexts, self.seconds = tuple(contexts), float(seconds)
         self.progress = sys.stderr.isatty() if progress is None else progress
@@ -90,7 +91,7 @@ class choosing:  # noqa: N801 - a context manager that reads like a statement
             Choice.load(self.save)  # raises before the model runs
         self.choice = Choice()
         self._recording = recording()
-        self._recorder: Recorder | None = None
+        self._recorder: CallRecorder | None = None
 
     def __enter__(self) -> choosing:
         """Record calls."""
@@ -121,12 +122,12 @@ class choosing:  # noqa: N801 - a context manager that reads like a statement
 
 
 def measured(
-    subjects: Sequence[Subject],
+    subjects: Sequence[RacedCall],
     contexts: Sequence[Context],
     seconds: float,
     *,
     progress: bool,
-    begin: Callable[[Subject, str, str], str] = lambda subject, candidate, action: "",
+    begin: Callable[[RacedCall, str, str], str] = lambda subject, candidate, action: "",
     found: Callable[[MeasuredOn], object] = lambda cells: None,
 ) -> Choice:
     """Let the candidates for each call race; `begin` is called as in `race`, `found` with the cells of each call."""
@@ -136,7 +137,7 @@ def measured(
         task = bar.add_task("choosing", total=len(subjects)) if bar is not None else None
         for subject in subjects:
 
-            def begun(candidate: str, action: str, subject: Subject = subject) -> str:
+            def begun(candidate: str, action: str, subject: RacedCall = subject) -> str:
                 if bar is not None and task is not None:
                     bar.update(task, description=f"{subject.text}: {candidate}")
                 return begin(subject, candidate, action)
@@ -151,9 +152,9 @@ def measured(
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Recorder]:
+def recording() -> Iterator[CallRecorder]:
     """Record the calls of all layers in a block."""
-    recorder = Recorder()
+    recorder = CallRecorder()
     plugin_manager().register(recorder, f"choice-recorder-{id(recorder)}")
     try:
         yield recorder
@@ -161,12 +162,12 @@ def recording() -> Iterator[Recorder]:
         plugin_manager().unregister(recorder)
 
 
-class Recorder:
+class CallRecorder:
     """A plugin that keeps one call of each kind."""
 
     def __init__(self) -> None:
         """Start without any."""
-        self.subjects: dict[object, Subject] = {}
+        self.subjects: dict[object, RacedCall] = {}
         self._lock = threading.Lock()
 
     @hookimpl
@@ -200,7 +201,7 @@ class Recorder:
             kind = (layer.name, device, mode, key)
             if kind not in self.subjects and call.obstacle is None:
                 recorded = Recorded(layer.name, layer, call.snapshot())
-                self.subjects[kind] = Subject(recorded, key, device, mode, autocast)
+                self.subjects[kind] = RacedCall(recorded, key, device, mode, autocast)
 
 
 set_module("kernels_plugins", globals())

@@ -13,16 +13,18 @@ import torch
 import typer
 from torch import nn
 
-from kernels_core import ArgumentError, KernelsError
+from kernels_core import ArgumentError, KernelsError, references
 from kernels_core.cli import Json, made, print_found, printing_aside, run, using_device, writing
 from kernels_core.replay import mapped
 
 from ..adoption.adopted import adopt
+from ..files import write_file
 from ..oracle.isolated import run_child, serving
 from .cell import CONTEXTS, Context
-from .choice import Choice, MeasuredOn
+from .choice import Choice
 from .choosing import measured, recording
-from .race import Subject
+from .machine import MeasuredOn
+from .race import RacedCall
 
 PATIENCE = 300.0
 """Seconds that one candidate may take on one call, compiling included, before it counts as hanging."""
@@ -71,7 +73,7 @@ def choose_command(
         choice.save(output)
     if html is not None:
         with writing(html):
-            html.write_text(choice.to_html(), encoding="utf-8")
+            write_file(html, choice.to_html())
     print_found(choice, as_json)
     if not as_json:
         print(f"\nIn {output}. Use it: KERNELS_CHOICE={output}, or use_choice({str(output)!r}).", file=sys.stderr)
@@ -84,9 +86,9 @@ def choose(
     modes: Sequence[str],
     contexts: Sequence[Context],
     seconds: float,
-    begin: Callable[[Subject, str, str], str] = lambda subject, candidate, action: "",
+    begin: Callable[[RacedCall, str, str], str] = lambda subject, candidate, action: "",
     found: Callable[[MeasuredOn], object] = lambda cells: None,
-    known: Callable[[Subject], bool] = lambda subject: False,
+    known: Callable[[RacedCall], bool] = lambda subject: False,
 ) -> Choice:
     """Measure a model that is named by its factory; calls that are `known` are left out."""
     model = made(factory)
@@ -99,7 +101,7 @@ def choose(
             batches = mapped(batches, lambda _, leaf: leaf.to(where) if torch.is_tensor(leaf) else leaf)
     with printing_aside():
         adopt(model)
-        with recording() as recorder:
+        with recording() as recorder, references(model):  # a kernel that ends the process must not serve now
             for training in sorted(mode == "training" for mode in modes):
                 for batch in batches:
                     _call(model, batch, training=training)
@@ -162,7 +164,7 @@ def _serve(task: Mapping[str, Any]) -> None:
     places = {cell.of_subject for one in Choice.read(task["known"]).machines for cell in one.cells}
     with serving(task) as write:
 
-        def begin(subject: Subject, candidate: str, action: str) -> str:
+        def begin(subject: RacedCall, candidate: str, action: str) -> str:
             if (subject.text, candidate) not in out:
                 write({"begin": [subject.text, candidate], "text": f"{subject.text}: {candidate} {action}"})
             return out.get((subject.text, candidate), "")

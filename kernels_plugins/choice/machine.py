@@ -1,16 +1,53 @@
-"""The machine that times hold for."""
+"""`MeasuredOn`: cells, and the machine that their times hold for."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kernels_core import device_capability
+from kernels_core import ArgumentError, device_capability, set_module
+
+from .cell import ChoiceCell
 
 _LIBRARIES = ("triton", "liger-kernel", "transformers")
+
+
+@dataclass(frozen=True)
+class MeasuredOn:
+    """The cells of one machine.
+
+    Attributes:
+        machine: The model of the device, its capability or threads, and the version of PyTorch.
+        cells: What was measured there.
+        libraries: The versions of Python and of libraries with kernels.
+    """
+
+    machine: Mapping[str, str]
+    cells: tuple[ChoiceCell, ...]
+    libraries: Mapping[str, str] = field(default_factory=dict)
+
+    def merged(self, newer: MeasuredOn) -> MeasuredOn:
+        """Return the cells of both; of two about the same calls, the newer one."""
+        cells = {cell.place: cell for cell in (*self.cells, *newer.cells)}
+        return replace(newer, cells=tuple(cells.values()))
+
+    @classmethod
+    def read(cls, value: Any) -> MeasuredOn:
+        """Make it of what JSON has for it.
+
+        Raises:
+            ArgumentError: If it is malformed.
+        """
+        machine, versions = dict(value["machine"]), dict(value.get("libraries", {}))
+        if not all(isinstance(text, str) for pair in (*machine.items(), *versions.items()) for text in pair):
+            raise ArgumentError("the description of a machine is no text")
+        return cls(machine, tuple(map(ChoiceCell.read, value["cells"])), versions)
 
 
 def machine_of(device: torch.device) -> dict[str, str]:
@@ -45,3 +82,6 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()
+
+
+set_module("kernels_plugins", globals())

@@ -27,7 +27,7 @@ _MODES: dict[ModeName, Mode] = {"inference": Mode.INFERENCE, "training": Mode.TR
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class RacedCall:
     """A recorded call, and the way in which it was made.
 
     Attributes:
@@ -61,7 +61,7 @@ class Subject:
 class _Race:
     """One subject with its contestants, and those that are out."""
 
-    subject: Subject
+    subject: RacedCall
     begin: Callable[[str, str], str]
     forwards: dict[str, Forward] = field(default_factory=dict)
     traceable: set[str] = field(default_factory=set)
@@ -130,7 +130,7 @@ class _Race:
 
 
 def race(
-    subject: Subject,
+    subject: RacedCall,
     contexts: Sequence[Context],
     *,
     budget: float,
@@ -169,7 +169,7 @@ def race(
         yield from running.cell("compiled", times)
 
 
-def _contestants(subject: Subject) -> Iterator[Candidate]:
+def _contestants(subject: RacedCall) -> Iterator[Candidate]:
     """Yield what is offered for a call, and the kernels of all packs."""
     layer = subject.recorded.layer
     for candidate in find_candidates(layer, device=subject.device, mode=_MODES[subject.mode])[0]:
@@ -181,7 +181,7 @@ def _contestants(subject: Subject) -> Iterator[Candidate]:
         yield Candidate(pack, "choice", "user")
 
 
-def _run(subject: Subject, forward: Forward) -> Run:
+def _run(subject: RacedCall, forward: Forward) -> Run:
     """Return a function that makes the call with a forward; for training, with its backward."""
     training = subject.mode == "training"
     call = with_gradients(subject.recorded.call) if training else subject.recorded.call

@@ -81,7 +81,7 @@ def run_child(
         task: What it gets.
         name: The command, for lines that are no terminal's.
         shown: Texts that were shown before.
-        patience: Seconds without a message after which the process is ended, for it hangs.
+        patience: Seconds after which something that was begun hangs: the process is ended then.
     """
     rows: list[Any] = []
     begun: Any = None
@@ -98,14 +98,7 @@ def run_child(
             hung = True
             child.kill()
 
-        def wound() -> threading.Timer | None:
-            timer = threading.Timer(patience, stop) if patience is not None else None
-            if timer is not None:
-                timer.daemon = True
-                timer.start()
-            return timer
-
-        timer = wound()
+        timer: threading.Timer | None = None
         try:
             for line in child.stdout or ():
                 if timer is not None:
@@ -119,14 +112,16 @@ def run_child(
                 if (text := message.get("text")) and text not in shown:
                     shown.add(text)
                     show(text)
-                timer = wound()
+                if begun is not None and patience is not None:
+                    timer = threading.Timer(patience, stop)
+                    timer.start()
         except BaseException:  # such as Ctrl-C
             child.kill()
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-    how = f"by force, after {patience:g} seconds without a sign of life" if hung else _how(child.returncode)
+    how = f"by force, after {patience:g} seconds in which nothing came of it" if hung else _how(child.returncode)
     return ChildRun(rows, begun, how if hung or child.returncode else "", child.returncode == 2)
 
 

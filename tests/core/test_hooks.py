@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,12 +18,14 @@ from kernels_core import (
     KernelsWarning,
     LayerRequest,
     LoadedLayer,
+    LoadError,
     Mode,
     PluginManager,
     Resolution,
     hookimpl,
     hookspecs,
     kernelize,
+    receipt,
 )
 from kernels_core import resolve as resolve_layer
 from kernels_core.testing import HookRecorder
@@ -56,6 +58,7 @@ def test_the_hooks_of_the_design_are_there() -> None:
     assert list(HOOKS) == [
         "kernels_resolve_forward",
         "kernels_find_candidates",
+        "kernels_rank_candidates",
         "kernels_authorize",
         "kernels_load_layer",
         "kernels_check_layer",
@@ -146,6 +149,42 @@ def test_kernels_find_candidates(make_layer: Make, make_kernel: Make, isolated_p
     assert layer()(X)[0] == 10
     assert resolve_layer(layer, device="cpu", mode=Mode.INFERENCE).plugin == "finder"
     assert all(r.device.type == "cpu" and r.layer.name == "Add" for r in seen)
+
+
+def test_kernels_rank_candidates(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:
+    """A plugin chooses the order; a limit keeps a kernel to some calls, a reason in it refuses, wrong answers too."""
+    few, many = make_kernel(10), make_kernel(20)
+    seen: list[Sequence[Candidate]] = []
+
+    def to_few(loaded: LoadedLayer, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, x: forward(self, x) if len(x) < 3 else NotImplemented
+
+    def refuse(loaded: LoadedLayer, forward: Callable[..., Any]) -> Callable[..., Any]:
+        raise LoadError("measured with other code")
+
+    limits: dict[str, Any] = {"Add": to_few, "Mine": refuse}
+
+    def rank(request: LayerRequest, candidates: Sequence[Candidate]) -> list[Candidate] | None:
+        seen.append(candidates)
+        if request.layer_name not in limits:
+            return None
+        return [Candidate(few, limit=limits[request.layer_name], note="few rows"), *candidates]
+
+    isolated_plugins.register(plugin(kernels_rank_candidates=rank), "ranker")
+    register_kernel_mapping({name: {"cpu": many} for name in ("Add", "Mine", "Other")})
+    module = make_layer("Add")()
+    assert [module(torch.zeros(rows))[0] for rows in (1, 3, 1)] == [10, 20, 10]
+    resolution = resolve_layer(module, device="cpu", mode=Mode.INFERENCE)
+    assert (resolution.plugin, resolution.candidate and resolution.candidate.note) == ("ranker", "few rows")
+    assert receipt(module, device="cpu").rows[0].note == "few rows"
+    with pytest.warns(KernelsWarning, match="measured with other code"):
+        assert make_layer("Mine")()(X)[0] == 20
+    assert make_layer("Other")()(X)[0] == 20
+    assert all(offer[0].source is many for offer in seen)
+    limits["Other"] = None
+    isolated_plugins.register(plugin(kernels_rank_candidates=lambda request: "first"), "wrong")
+    with pytest.warns(KernelsWarning, match="not a sequence of Candidate"):
+        assert make_layer("Other")()(X)[0] == 10
 
 
 def test_kernels_authorize(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:
@@ -356,8 +395,8 @@ def test_order_of_the_hooks(make_layer: Make, make_kernel: Make, hook_recorder: 
         assert hook_recorder.names() == [
             "kernels_resolve_forward",
             "kernels_find_candidates",
-            "kernels_rank_candidates",
             "kernels_mapping",
+            "kernels_rank_candidates",
             "kernels_authorize",
             "kernels_load_layer",
             "kernels_check_layer",

@@ -18,7 +18,7 @@ from packaging.version import Version
 from parity_scene import Both, Side, write_kernel
 
 from kernels_plugins.hub.builds.machine import Machine
-from kernels_plugins.hub.builds.variants import Choice, choose_variants, parse_variant
+from kernels_plugins.hub.builds.variants import VariantChoice, choose_variants, parse_variant
 
 BACKENDS: dict[str, Any] = {
     "cpu": CPU,
@@ -61,7 +61,7 @@ def _version(release: tuple[int, int] | None) -> Version | None:
     return None if release is None else Version(f"{release[0]}.{release[1]}")
 
 
-def agree(names: Sequence[str], machine: Machine) -> Choice:
+def agree(names: Sequence[str], machine: Machine) -> VariantChoice:
     """Insist on the same answer, however the names are ordered when asked."""
     choice = choose_variants(names, machine)
     ours = [str(variant) for variant in choice.accepted]

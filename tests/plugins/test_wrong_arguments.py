@@ -23,6 +23,7 @@ from kernels_core import (
     resolve,
     use_kernel_forward_from_hub,
 )
+from kernels_plugins import Choice
 from kernels_plugins.local_hub.server import LocalHub
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
@@ -169,6 +170,9 @@ VALID: dict[str, dict[str, Any]] = {
     "PrometheusCounters": {"registry": None},
     "bisect": {"model": Shift(), "metric": mean, "tolerance": 0.1, "relative": 0.0},
     "canary": {"first": 1, "every": 2, "action": "warn"},
+    "choosing": {"save": None, "contexts": ("eager",), "seconds": 0.1, "progress": None},
+    "use_choice": {"choice": Choice(), "strict": False},
+    "Choice.cells_on": {"device": "cpu", "strict": False},
     "check_kernel": {"kernel": one, "reference": one, "inputs": "no tensor", "ignore": (), "tolerances": None},
     "get_kernel": {**HUB, "backend": None, "user_agent": None, "check_arch": True},
     "get_kernel_dep": {"repo_id": "acme/kernels"},
@@ -214,6 +218,7 @@ def public(name: str) -> Callable[..., Any]:
     owner, _, method = name.partition(".")
     found = getattr(kernels_core, owner, None) or getattr(kernels_plugins, owner)
     examples = {
+        "Choice": Choice(),
         "Device": kernels_core.Device("cpu"),
         "PluginManager": PluginManager(discover=False),
         "Receipt": receipt(Shift(), device="cpu"),

@@ -8,10 +8,10 @@ from pathlib import Path
 from ..errors import AbsentError
 from .machine import this_machine
 from .metadata import METADATA
-from .variants import Choice, choose_for_cpu, choose_variants
+from .variants import VariantChoice, choose_for_cpu, choose_variants
 
 
-def choose_here(names: Iterable[str], backend: str | None = None, on_cpu: bool = False) -> Choice:
+def choose_here(names: Iterable[str], backend: str | None = None, on_cpu: bool = False) -> VariantChoice:
     """Split the folders of a kernel into those that fit this machine and the rest."""
     if on_cpu and backend is None:
         return choose_for_cpu(names, this_machine())

@@ -96,7 +96,7 @@ class VariantRejected:
 
 
 @dataclass(frozen=True)
-class Choice:
+class VariantChoice:
     """The variants of a repository, split by whether they fit a machine."""
 
     accepted: tuple[Variant, ...]  # the variants that fit, best first
@@ -127,7 +127,7 @@ def parse_variant(name: str) -> Variant | None:
     return None
 
 
-def choose_variants(names: Iterable[str], machine: Machine) -> Choice:
+def choose_variants(names: Iterable[str], machine: Machine) -> VariantChoice:
     """Split the folders of a kernel repository into those that fit a machine and those that do not.
 
     Builds for torch's stable ABI come first (the newest ABI leading), then those for exactly this torch,
@@ -152,10 +152,10 @@ def choose_variants(names: Iterable[str], machine: Machine) -> Choice:
             rejected.append((name, f"built for {needs}, this machine has {has}"))
         else:
             accepted.append(variant)
-    return Choice(tuple(sorted(accepted, key=_preference)), tuple(rejected))
+    return VariantChoice(tuple(sorted(accepted, key=_preference)), tuple(rejected))
 
 
-def choose_for_cpu(names: Iterable[str], machine: Machine) -> Choice:
+def choose_for_cpu(names: Iterable[str], machine: Machine) -> VariantChoice:
     """Split the folders of a kernel repository into those for calls on the CPU of a machine and the rest.
 
     The backend that torch was built for does not decide then: builds for the CPU come first. A compiled build for the
@@ -180,7 +180,7 @@ def choose_for_cpu(names: Iterable[str], machine: Machine) -> Choice:
         for one in here.accepted
         if one not in accepted
     }
-    return Choice(accepted, tuple(sorted(rejected.items())))
+    return VariantChoice(accepted, tuple(sorted(rejected.items())))
 
 
 def _preference(variant: Variant) -> tuple[int, int, int, bool, int, int]:
