@@ -15,8 +15,6 @@ from torch.nn import functional
 
 from kernels_core import Candidate, LayerRequest, hookimpl
 
-from .linear_cross_entropy import linear_cross_entropy
-
 
 class TorchRMSNorm(nn.Module):
     """`torch.nn.functional.rms_norm`."""
@@ -77,9 +75,6 @@ _KERNELS = {
     "LayerNorm": TorchLayerNorm,
     "GeluTanh": TorchGeluTanh,
 }
-_NAMED = {"linear_cross_entropy": linear_cross_entropy}
-"""Kernels that serve only where a mapping names them: the model then returns no logits."""
-
 
 @hookimpl
 def kernels_find_candidates(request: LayerRequest) -> list[Candidate] | None:
@@ -94,7 +89,15 @@ def kernels_find_candidates(request: LayerRequest) -> list[Candidate] | None:
     return [Candidate(kernel, priority=-10)]
 
 
+def _load(layer_name: str, device: torch.device) -> object:
+    if layer_name == "linear_cross_entropy":  # only where a mapping names it: the model then returns no logits
+        from .linear_cross_entropy import linear_cross_entropy  # not needed before
+
+        return linear_cross_entropy
+    return _KERNELS.get(layer_name)
+
+
 @hookimpl
 def kernels_packs() -> Mapping[str, Callable[..., object]]:
     """Offer them for layers that a mapping names, too: the user knows then what these compute."""
-    return {"torch": lambda layer_name, device: {**_KERNELS, **_NAMED}.get(layer_name)}
+    return {"torch": _load}
