@@ -1,7 +1,7 @@
 """Measured choice: a Llama with one file for prefill, decoding and training; and the regret of a choice, cell by cell.
 
-`python benchmarks/choice.py [--contexts eager,captured,compiled]` prints both. The regret of a choice is the time of the
-candidate that it names over that of the best one, measured anew; beside it that of each fixed provider.
+`python benchmarks/choice.py [--contexts eager,captured,compiled]` prints both. The regret of a choice is the time of
+the candidate that it names over that of the best one, measured anew; beside it that of each fixed provider.
 """
 
 from __future__ import annotations
