@@ -76,6 +76,7 @@ _KERNELS = {
     "GeluTanh": TorchGeluTanh,
 }
 
+
 @hookimpl
 def kernels_find_candidates(request: LayerRequest) -> list[Candidate] | None:
     """Offer them after those of all other plugins, on CPUs and CUDA GPUs."""
