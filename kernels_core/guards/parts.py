@@ -17,7 +17,7 @@ import torch
 
 from ..environment import strict
 from ..errors import NoKernelError
-from ..layer import Forward, Layer, source_label
+from ..layer import Forward, Layer, find_layer, source_label
 from ..resolution import Candidate, Cause, Refusal, Resolution
 from ..torch_internals import constant_result
 from ..warning import warn_once
@@ -97,7 +97,10 @@ def changed_part(module: torch.nn.Module, kinds: Mapping[Path, tuple[type, ...]]
         if missing:
             return f"{'.'.join(path)!r} is not there"
         # A kernelized part is still of its class: a kernel reads past its forward, whichever it is.
-        kind = getattr(getattr(type(part), "kernels_frozen", None), "original", type(part))
+        kind: Any = getattr(getattr(type(part), "kernels_frozen", None), "original", type(part))
+        # So is one of a class that only makes it dispatch, as `adopt` does.
+        if kind not in allowed and (layer := find_layer(kind)) and layer.reference is kind.__base__.forward:
+            kind = kind.__base__
         if kind not in allowed:
             wanted = " or ".join(each.__qualname__ for each in allowed)
             return f"{'.'.join(path)!r} is {kind.__qualname__}, and must be {wanted}"

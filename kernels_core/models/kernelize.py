@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -161,7 +161,9 @@ def unkernelize(model: Model) -> Model:
     return model
 
 
-def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], Class]:
+def use_kernelized_func(
+    *functions: Callable[..., object], computes: Callable[[Any, Mode], Sequence[str]] | None = None
+) -> Callable[[Class], Class]:
     """Declare to `kernelize` the decorated functions that the forward of a class calls.
 
     Calls of a decorated function are dispatched with or without this; with it, `kernelize` freezes them
@@ -169,13 +171,15 @@ def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], 
 
     Args:
         functions: Functions decorated with `use_kernel_forward_from_hub`.
+        computes: Returns, for a module and the mode of a call, the paths of the children that the functions compute in
+            place of calling them, for receipts; none where the forward does not call the functions then.
 
     Returns:
         A decorator that changes the class in place.
 
     Raises:
         ArgumentError: If one is not decorated.
-        ArgumentTypeError: If applied to anything but an `nn.Module` class.
+        ArgumentTypeError: If applied to anything but an `nn.Module` class, or `computes` is no function.
 
     Example:
         >>> @use_kernel_forward_from_hub("double")
@@ -195,11 +199,16 @@ def use_kernelized_func(*functions: Callable[..., object]) -> Callable[[Class], 
             name = getattr(function, "__name__", repr(function))
             raise ArgumentError(f"{name} is not a decorated function: put @use_kernel_forward_from_hub('name') on it.")
         layers.append(layer)
+    if computes is not None and not callable(computes):
+        raise ArgumentTypeError(f"computes is a function of a module and a mode, not {computes!r}.")
 
     def decorate(cls: Class) -> Class:
         if not isinstance(cls, type) or not issubclass(cls, nn.Module):
             raise ArgumentTypeError(f"@use_kernelized_func decorates an nn.Module class, not {cls!r}.")
         cls.kernels_functions = (*getattr(cls, "kernels_functions", ()), *layers)  # type: ignore[attr-defined]
+        if computes is not None:
+            known = getattr(cls, "kernels_computes", {})
+            cls.kernels_computes = {**known, **dict.fromkeys(layers, computes)}  # type: ignore[attr-defined]
         return cls
 
     return decorate

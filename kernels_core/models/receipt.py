@@ -31,7 +31,7 @@ from .counting import calls_of
 from .frozen import foreign_forward, frozen_choice
 from .functions import called_by, functions_of
 from .modules import device_of, locate, module_paths, required_device
-from .receipt_row import ReceiptRow, together
+from .receipt_row import ReceiptRow, together, with_bypassed
 
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
 
@@ -150,10 +150,7 @@ class Receipt(Tabular):
         if not self.rows:
             return Table(COLUMNS, summary="no decorated layer")
         shown = len(COLUMNS) - all(row.calls is None for row in self.rows)  # the last column is that of calls
-        rows = [
-            TableRow(row.cells[:shown], "yellow" if row.is_reference else "green", tuple(row.remarks))
-            for row in together(self.rows)
-        ]
+        rows = [TableRow(row.cells[:shown], row.style, tuple(row.remarks)) for row in together(self.rows)]
         return Table(COLUMNS[:shown], rows)
 
 
@@ -246,7 +243,7 @@ def receipt(
     rows = tuple(
         # Calls in compiled code are not counted: that none was is not known.
         replace(row, calls=count if count or "compile" not in row.mode else None)
-        for (_, row), count in zip(found, calls, strict=True)
+        for row, count in zip(with_bypassed(row for _, row in found), calls, strict=True)
     )
     return Receipt(rows, _about(model, rows), tuple(map(str, plugin_manager().faults)))
 
@@ -287,9 +284,16 @@ def _rows(
             note = f"{foreign} runs, which was put on the module as its forward, and may call this one"
             resolution = replace(resolution, note="; ".join(filter(None, (resolution.note, note))))
         forward = resolution.implementation or layer.reference
-        yield module, ReceiptRow.of(resolution, *places, frozen=frozen is not None)
+        past = tuple(getattr(resolution.kernel_layer, "reads", ()))
+        yield module, ReceiptRow.of(resolution, *places, frozen=frozen is not None, bypasses=past)
     for function in dict.fromkeys((*functions_of(module), *called(forward, original))):
         kept = frozen.functions.get(function) if frozen is not None else None
         chosen = kept or decide(function, module)
         names = [f"{place}:{function.reference.__name__}" for place in places]
-        yield function, ReceiptRow.of(chosen, *names, frozen=kept is not None)
+        past = ()
+        if not chosen.is_reference and (computes := getattr(original, "kernels_computes", {}).get(function)):
+            past = tuple(computes(module, chosen.request.mode))
+            if not past:
+                note = "not called: not in this mode, or not while a part of the module is as it is now"
+                chosen = Resolution(chosen.request, note=note)
+        yield function, ReceiptRow.of(chosen, *names, frozen=kept is not None, bypasses=past)

@@ -11,6 +11,9 @@ from ..answer import not_taken
 from ..resolution import Refusal, Resolution
 from ..table import indented
 
+BYPASSED = "bypassed"
+"""The origin of layers that are not called."""
+
 
 @dataclass(frozen=True)
 class ReceiptRow:
@@ -34,6 +37,7 @@ class ReceiptRow:
         calls: The number of calls per origin, while calls were counted; None if no call of the model was, and for
             compiled code, whose calls are not.
         aliases: The other paths of a shared layer.
+        bypasses: The paths of children, from that of the module, that the kernel computes in place of calling them.
     """
 
     path: str
@@ -51,6 +55,7 @@ class ReceiptRow:
     frozen: bool = False
     calls: Mapping[str, int] | None = None
     aliases: tuple[str, ...] = ()
+    bypasses: tuple[str, ...] = ()
 
     @property
     def is_reference(self) -> bool:
@@ -58,10 +63,22 @@ class ReceiptRow:
         return self.origin == "reference"
 
     @property
+    def is_bypassed(self) -> bool:
+        """Whether the layer is not called: a kernel of a module around it computes it."""
+        return self.origin == BYPASSED
+
+    @property
+    def style(self) -> str:
+        """The style of the row: green where a kernel serves, yellow where the reference does."""
+        return "yellow" if self.is_reference else "dim" if self.is_bypassed else "green"
+
+    @property
     def remarks(self) -> Iterator[str]:
         """The reasons for the decision, a line each."""
         if self.note:
             yield self.note
+        if self.bypasses:
+            yield f"bypasses {', '.join(self.bypasses)}"
         yield from (f"refused {candidate}: {reason}" for candidate, reason in self.refusals)
         if self.is_reference:
             yield from (f"not for this call: {candidate}: {reason}" for candidate, reason in self.misfits)
@@ -106,6 +123,30 @@ class ReceiptRow:
             aliases=aliases,
             **more,
         )
+
+
+def with_bypassed(rows: Iterable[ReceiptRow]) -> Iterator[ReceiptRow]:
+    """Yield rows; for layers that kernels of others compute, with that in place of the kernel that is not called."""
+    rows = list(rows)
+    skipped: dict[str, ReceiptRow] = {}
+    for row in rows:
+        for place in (row.path, *row.aliases) if row.bypasses else ():
+            module = place.partition(":")[0]
+            skipped.update((f"{module}.{part}".lstrip("."), row) for part in row.bypasses)
+
+    def around(place: str) -> ReceiptRow | None:
+        steps = place.partition(":")[0].split(".")
+        return next(filter(None, (skipped.get(".".join(steps[:end])) for end in range(1, len(steps) + 1))), None)
+
+    for row in rows:
+        found = [around(place) for place in (row.path, *row.aliases)] if skipped else [None]
+        if None in found:  # called at one of its places at least
+            yield row
+            continue
+        other = found[0]
+        assert other is not None
+        note = f"{other.origin} computes it, which serves {other.layer_name!r}"
+        yield replace(row, origin=BYPASSED, plugin="", refusals=(), misfits=(), checked={}, note=note, bypasses=())
 
 
 def _reasons(refusals: Iterable[Refusal]) -> tuple[tuple[str, str], ...]:

@@ -31,7 +31,8 @@ def receipt_page(rows: Sequence[ReceiptRow], about: Mapping[str, str], faults: S
     alike = sorted(groups.values(), key=len, reverse=True)
     vary = len({(row.device, row.mode) for row in rows}) > 1
     references = [group for group in alike if group[0].is_reference]
-    kernels = [group for group in alike if not group[0].is_reference]
+    bypassed = [group for group in alike if group[0].is_bypassed]
+    kernels = [group for group in alike if not (group[0].is_reference or group[0].is_bypassed)]
     parts: list[object] = []
     if faults:
         parts.append(Section("Plugins that failed, and may have had kernels", faults, style="red"))
@@ -45,6 +46,8 @@ def receipt_page(rows: Sequence[ReceiptRow], about: Mapping[str, str], faults: S
         parts.append(Section("On the reference, and why", shown))
     if kernels:
         parts.append(Section("Served by kernels", [_group(group, vary, folded=True) for group in kernels]))
+    if bypassed:
+        parts.append(Section("Not called", [_group(group, vary, folded=True) for group in bypassed]))
     facts = {name: value for name, value in about.items() if name != "model"}
     title = f"Receipt: {about['model']}" if "model" in about else "Receipt"
     lead = "The kernel that serves each layer, and why each other layer runs its own forward, the reference."
@@ -52,12 +55,16 @@ def receipt_page(rows: Sequence[ReceiptRow], about: Mapping[str, str], faults: S
 
 
 def _cards(rows: Sequence[ReceiptRow]) -> Iterator[TableRow]:
+    not_called, rows = len(rows), [row for row in rows if not row.is_bypassed]
+    not_called -= len(rows)
     on_kernels = sum(not row.is_reference for row in rows)
     yield TableRow(
         (f"{on_kernels} of {len(rows)}", "layers are served by kernels"), "green" if on_kernels else "yellow"
     )
     if left := len(rows) - on_kernels:
         yield TableRow((left, "on the reference"), "yellow")
+    if not_called:
+        yield TableRow((not_called, "not called: kernels of others compute them"), "dim")
     for name in ("device", "mode"):
         if values := list(dict.fromkeys(getattr(row, name) for row in rows)):
             yield TableRow(
@@ -83,7 +90,7 @@ def _shares(groups: Sequence[Sequence[ReceiptRow]]) -> Iterator[TableRow]:
             cause = next(iter(row.remarks), _UNEXPLAINED).partition("\n")[0]
             shares["reference", cause, "yellow"] += len(group)
         else:
-            shares[row.origin, f"plugin {row.plugin}" if row.plugin else "", "green"] += len(group)
+            shares[row.origin, f"plugin {row.plugin}" if row.plugin else "", row.style] += len(group)
     for (label, note, style), count in shares.most_common():
         yield TableRow((label, count, _counted(count)), style, [note] if note else [])
 
@@ -109,12 +116,14 @@ def _group(rows: Sequence[ReceiptRow], vary: bool, *, folded: bool) -> Section:
     parts = [*_reasons(row), *([patterns] if patterns[1:] or not row.is_reference else []), facts]
     if len(patterns) < len(paths):
         parts.append(Section(f"All {len(paths)} paths", [paths], folded=True))
-    return Section(row.layer_name, parts, " · ".join(notes), "yellow" if row.is_reference else "green", folded)
+    return Section(row.layer_name, parts, " · ".join(notes), row.style, folded)
 
 
 def _reasons(row: ReceiptRow) -> Iterator[object]:
     if row.note:
         yield row.note
+    if row.bypasses:
+        yield f"bypasses {', '.join(row.bypasses)}"
     for candidate, reason in row.refusals:
         yield Section(candidate, [reason], "refused", "red")
     for candidate, reason in row.misfits if row.is_reference else ():

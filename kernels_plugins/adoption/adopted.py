@@ -32,7 +32,7 @@ from kernels_core import (
 from .classes import dispatching, make_class, original_class
 from .fit import UNMEASURED, Kind, has_parts, kind_of, may_fuse, misfit, misfit_of_parent, unmeasured
 from .functions import caller_of, calling
-from .parents import parent_forward
+from .parents import computed, parent_forward
 from .rule import Rule, find_rules
 
 
@@ -330,7 +330,7 @@ class _Found:
             function = cast("Callable[..., Any]", fits.fuses)
             try:
                 forward = parent_forward(inspect.getattr_static(original, "forward"), fits, dispatching(function, fits))
-                found.cls = make_class(module, None, forward, [dispatching(function, fits)])
+                found.cls = make_class(module, None, forward, [dispatching(function, fits)], computed(fits))
             except ValueError as error:
                 reasons, fits = [(fits, str(error))], None
         # One reason: rules for other parents of the same parts could not be measured, and say less.

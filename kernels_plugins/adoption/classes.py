@@ -17,6 +17,7 @@ from torch import nn
 
 from kernels_core import (
     Layer,
+    Mode,
     decorated_layer,
     replace_kernel_forward_from_hub,
     require_type,
@@ -56,7 +57,11 @@ def dispatching(function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
 
 
 def make_class(
-    module: nn.Module, rule: Rule | None, forward: Any, functions: Sequence[Callable[..., Any]]
+    module: nn.Module,
+    rule: Rule | None,
+    forward: Any,
+    functions: Sequence[Callable[..., Any]],
+    computes: Callable[[nn.Module, Mode], Sequence[str]] | None = None,
 ) -> type[nn.Module]:
     """Return the class that modules like this one get; the same one again, so that compiled code can be used again.
 
@@ -65,13 +70,14 @@ def make_class(
         rule: The rule that it fits; None for one that only calls functions.
         forward: The forward of the class: that of the module, or a copy that calls dispatching functions.
         functions: Those functions.
+        computes: Names the parts that they compute in place of calling them.
     """
     original: Any = type(module)
     binds = rule.binds if rule is not None else ()
     reads = {name: cast(Rule, rule).bound(module, name) for name in binds if name not in module.__dict__}
     # Liger and others replace the forward of a class: then, one made before would run the old one.
     bound = tuple((name, read) for name, read in reads.items() if read)
-    return _make_class(original, forward, rule, bound, tuple(functions))
+    return _make_class(original, forward, rule, bound, tuple(functions), computes)
 
 
 @functools.lru_cache(maxsize=256)  # weak entries would not do: a class that is made refers to its original
@@ -81,6 +87,7 @@ def _make_class(
     rule: Rule | None,
     reads: tuple[tuple[str, Any], ...],
     functions: tuple[Callable[..., Any], ...],
+    computes: Callable[[nn.Module, Mode], Sequence[str]] | None,
 ) -> type[nn.Module]:
     members: dict[str, Any] = {
         "__module__": original.__module__,
@@ -98,7 +105,7 @@ def _make_class(
     if rule is not None:
         replace_kernel_forward_from_hub(made, rule.layer_name)
         _rules[decorated_layer(made)] = rule
-    return use_kernelized_func(*functions)(made)
+    return use_kernelized_func(*functions, computes=computes)(made)
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels_core import Mode
+
 from .functions import replacing
 from .rule import Rule
 
@@ -45,6 +47,12 @@ def is_plain(module: nn.Module, rule: Rule) -> bool:
         if "forward" in part.__dict__ or any(type(tensor) not in _PLAIN for tensor in part._parameters.values()):
             return False
     return True
+
+
+@functools.cache  # equal classes are one class: the same one again
+def computed(rule: Rule) -> Callable[[nn.Module, Mode], tuple[str, ...]]:
+    """Return a function that names the parts of a parent that are computed, not called, as it is now."""
+    return lambda module, mode: tuple(rule.parts) if rule.mode in (None, mode) and is_plain(module, rule) else ()
 
 
 @functools.lru_cache(maxsize=256)  # the same one again, so that compiled code can be used again

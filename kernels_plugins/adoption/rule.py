@@ -8,11 +8,12 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import NoneType
 from typing import Any
 
 from torch import Tensor, nn
 
-from kernels_core import ArgumentError, ArgumentTypeError, PluginError, plugin_manager, require_type, set_module
+from kernels_core import ArgumentError, ArgumentTypeError, Mode, PluginError, plugin_manager, require_type, set_module
 
 from .functions import caller_of
 
@@ -48,6 +49,7 @@ class Rule:
             does not name as keywords, and `inputs` returns tuples whose last item is a dict of these.
         stubs: Makes, of a module, the modules that stand for its parts while it is measured, by name: for parts that
             are only called, so that their weights do not matter. Both forwards must call them alike.
+        mode: The only mode of calls in which the oracle of a rule that fuses calls the function; None for any.
 
     Raises:
         ArgumentError: If a rule for a function has `binds` or `parts`, which are those of a module; or fuses, too.
@@ -76,6 +78,7 @@ class Rule:
     function: str = ""
     fuses: Callable[..., Any] | None = None
     stubs: Callable[[Any], Mapping[str, nn.Module]] = field(default=lambda module: {})
+    mode: Mode | None = None
 
     def __post_init__(self) -> None:
         """Check the types."""
@@ -94,6 +97,7 @@ class Rule:
                 raise ArgumentError(f"Rule {self.name!r} is for a function, which has no {name}: leave that out.")
         if self.fuses is not None and (self.function or self.binds):
             raise ArgumentError(f"Rule {self.name!r} fuses parts: its function and binds are those of other rules.")
+        require_type(self.mode, (Mode, NoneType), "mode of a Rule")
         for path, kind in self.parts.items():
             kinds = kind if isinstance(kind, tuple) else (kind,)
             known = (type, str) if self.fuses is not None else type

@@ -234,6 +234,7 @@ PARENT_RULES = (
         parts={"lm_head": nn.Linear},
         fuses=linear_cross_entropy,
         stubs=_of_model,
+        mode=Mode.TRAINING,
     ),
 )
 """In the order in which they are tried."""

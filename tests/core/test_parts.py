@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -243,3 +244,94 @@ def test_a_kernel_without_the_gradients_of_a_child_serves_no_inference() -> None
         with torch.no_grad():
             torch.testing.assert_close(layer(X), layer.gate(X))
     assert [entry.mode for entry in quarantined()] == [None]
+
+
+# --- Layers that are not called --------------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("Inner")
+class InnerLayer(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
+@use_kernel_forward_from_hub("Outer")
+class OuterLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.other = InnerLayer(4, 4), InnerLayer(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.other(self.inner(x))
+
+
+class Around(nn.Module):
+    reads = {"inner": InnerLayer}  # noqa: RUF012
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(nn.functional.linear(x, self.inner.weight, self.inner.bias))  # type: ignore
+
+
+def test_a_layer_that_a_kernel_reads_past_is_marked() -> None:
+    """Receipts show a layer that the kernel of its parent computes as bypassed, in text, JSON and page."""
+    model = nn.Sequential(OuterLayer(), OuterLayer())
+    with use_kernel_mapping({"Outer": {"cpu": Around}}):
+        found = receipt(model, device="cpu")
+        rows = {row.path: row for row in found.rows}
+        assert rows["0"].bypasses == ("inner",) and rows["0.inner"].origin == "bypassed" and rows["0.inner"].is_bypassed
+        assert rows["0.other"].is_reference and rows["1.inner"].is_bypassed
+        lines = str(found).splitlines()
+        assert "    bypasses inner" in lines and any(line.startswith("0-1.inner ") for line in lines)
+        assert json.loads(found.to_json())[0]["bypasses"] == ["inner"]
+        page = found._repr_html_()
+        assert "Not called" in page and "Around computes it" in page
+        found.require("*.inner")
+        with pytest.raises(RequirementError, match="bypassed"):
+            found.require("*.inner", origin="acme/*")
+        model[1].inner.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+        rows = {row.path: row for row in receipt(model, device="cpu").rows}
+        assert rows["0.inner"].is_bypassed and rows["1"].is_reference and rows["1.inner"].is_reference
+
+
+def test_a_layer_that_is_called_elsewhere_is_not_bypassed() -> None:
+    """A shared layer runs at its other place."""
+    model = nn.Sequential(OuterLayer(), nn.Identity())
+    model[1] = model[0].inner  # type: ignore[assignment]
+    with use_kernel_mapping({"Outer": {"cpu": Around}}):
+        rows = {row.path: row for row in receipt(model, device="cpu").rows}
+    assert rows["0"].bypasses == ("inner",) and rows["0.inner"].is_reference and rows["0.inner"].aliases == ("1",)
+
+
+def test_what_is_inside_of_a_bypassed_part_is_bypassed() -> None:
+    """No layer or function below a part runs that a kernel computes itself."""
+
+    @use_kernel_forward_from_hub("double")
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep, self.function = InnerLayer(4, 4), double
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.function(self.deep(x))
+
+    class Past(nn.Module):
+        reads = {"part": Part}  # noqa: RUF012
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    @use_kernel_forward_from_hub("Holder")
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.part(x)
+
+    with use_kernel_mapping({"Holder": {"cpu": Past}}):
+        rows = receipt(Holder(), device="cpu").rows
+    assert {row.path: row.is_bypassed for row in rows} == {"": False, "part.deep": True, "part:double": True}

@@ -301,10 +301,17 @@ def test_losses_that_stay_as_they_are(llama: Any) -> None:
     """Hooks and adapters on the head, other losses, and calls that record nothing run the forward with its logits."""
     inputs = made("Llama")[2]
     given = {**inputs, "labels": inputs["input_ids"]}
-    adopt(llama)
+    adopted = adopt(llama)
     llama.train()
     with use_kernel_mapping(FUSED):
         assert llama(**given).logits is None
+        for mode, served in (
+            (Mode.TRAINING, True),
+            (Mode.INFERENCE, False),
+            (Mode.TRAINING | Mode.TORCH_COMPILE, False),
+        ):
+            (row,) = (row for row in adopted.receipt(mode=mode).rows if row.layer_name == "linear_cross_entropy")
+            assert row.is_reference is not served and row.bypasses == ("lm_head",) * served
         with torch.no_grad():
             assert llama(**given).logits is not None
         handle = llama.lm_head.register_forward_hook(lambda *_: None)

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels_core import ArgumentError, ArgumentTypeError, Mode, PluginManager, kernelize, release, unkernelize
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    Mode,
+    PluginManager,
+    count_calls,
+    kernelize,
+    release,
+    unkernelize,
+)
 from kernels_plugins import Rule, adopt, use_kernel_mapping
 from kernels_plugins.adoption.shipped import RULES
 from kernels_plugins.adoption.shipped_parents import PARENT_RULES
@@ -118,8 +127,10 @@ def test_a_block_calls_one_function(fused: None, calls: list[torch.dtype], block
     assert len(calls) == 2
     torch.testing.assert_close(gradients(block), slopes)
     assert [*block.state_dict()] == names
-    (row,) = (row for row in adopted.receipt().rows if row.path == ":add_rms_norm")
-    assert "add_and_normalise" in row.origin
+    rows = {row.path: row for row in adopted.receipt().rows}
+    assert "add_and_normalise" in rows[":add_rms_norm"].origin
+    assert rows[":add_rms_norm"].bypasses == ("post_attention_layernorm",)
+    assert rows["post_attention_layernorm"].is_bypassed and not rows["input_layernorm"].is_bypassed
     adopted.undo()
     assert type(block) is Block
     before = len(calls)
@@ -155,10 +166,12 @@ def test_a_changed_part_is_called(
     """A hook or a forward that is put on the norm of an adopted block runs; the kernel does not."""
     plain = copy.deepcopy(block)
     change(plain.post_attention_layernorm)
-    adopt(block)
+    adopted = adopt(block)
     change(block.post_attention_layernorm)
     torch.testing.assert_close(block(X), plain(X))
-    assert not calls
+    rows = {row.path: row for row in adopted.receipt().rows}
+    assert not calls and rows[":add_rms_norm"].note.startswith("not called")
+    assert not rows["post_attention_layernorm"].is_bypassed
 
 
 def test_a_replaced_part_is_called(fused: None, calls: list[torch.dtype], block: Block) -> None:
@@ -304,6 +317,43 @@ def test_a_rule_of_a_user() -> None:
     torch.testing.assert_close(module(X), wanted)
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.scale = nn.RMSNorm(WIDTH, eps=1e-3), nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.norm(x) * self.scale
+
+
+class ScaledKernel(nn.Module):
+    reads = {"norm": nn.RMSNorm}  # noqa: RUF012
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, (WIDTH,), self.norm.weight * self.scale, self.norm.eps)
+
+
+def test_a_kernel_reads_past_a_part_that_is_adopted() -> None:
+    """A part that is adopted itself is still of its class for a kernel of its parent, and marked as not called."""
+    scaled = Rule(
+        "scaled",
+        "Scaled",
+        ("*.Scaled",),
+        oracle=lambda self, x: self.norm(x) * self.scale,
+        inputs=lambda module: (torch.randn(3, WIDTH, dtype=torch.float64),),
+        parts={"norm": nn.RMSNorm},
+    )
+    module = Scaled()
+    wanted = module(X)
+    with adopt(module, rules=[scaled, *RULES]) as adopted, use_kernel_mapping({"Scaled": {"cpu": ScaledKernel}}):
+        assert {layer.layer_name for layer in adopted.layers} == {"Scaled", "RMSNorm"}
+        with count_calls():
+            torch.testing.assert_close(module(X), wanted)
+        parent, part = adopted.receipt().rows
+        assert parent.bypasses == ("norm",) and dict(parent.calls or {}) == {parent.origin: 1}
+        assert part.is_bypassed and not part.calls
+
+
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
@@ -311,6 +361,7 @@ def test_a_rule_of_a_user() -> None:
         ({"stubs": 1}, ArgumentTypeError, "stubs of a Rule is a function"),
         ({"function": "gated", "parts": {}}, ArgumentError, "fuses parts"),
         ({"binds": {"weight": "scale"}}, ArgumentError, "fuses parts"),
+        ({"mode": "training"}, ArgumentTypeError, "mode of a Rule is"),
         ({"parts": {"gate": 1}}, ArgumentTypeError, "parts of a Rule maps paths to classes"),
         ({"fuses": None, "parts": {"gate": "Linear"}}, ArgumentTypeError, "parts of a Rule maps paths to classes"),
     ],

@@ -143,7 +143,7 @@ VALID: dict[str, dict[str, Any]] = {
     "strict": {},
     "unkernelize": {"model": Shift()},
     "use_kernel_forward_from_hub": {"layer_name": "Shift", "condition": None, "use_fallback": True},
-    "use_kernelized_func": {"functions": shift},
+    "use_kernelized_func": {"functions": shift, "computes": None},
     "visible": {"text": "text", "limit": 5},
     "warn_once": {"message": "wrong arguments", "key": "wrong arguments", "stacklevel": 1, "logger": None},
     "PluginManager": {"discover": False},
