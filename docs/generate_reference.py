@@ -118,6 +118,16 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.forget",
         ],
     ),
+    "Configure": (
+        "Files, settings, and who wins: [configuration](configuration.md).",
+        [
+            "kernels_core.configuration",
+            "kernels_core.Configuration",
+            "kernels_core.SettingRow",
+            "kernels_core.configured",
+            "kernels_core.ConfigSection",
+        ],
+    ),
     "Run without kernels": (
         "For comparisons; to switch kernels off in a whole process, set `DISABLE_KERNEL_MAPPING=1`.",
         [
@@ -241,6 +251,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.KernelsError",
             "kernels_core.KernelsWarning",
             "kernels_core.ArgumentError",
+            "kernels_core.ConfigurationError",
             "kernels_core.ArgumentTypeError",
             "kernels_core.ScopeError",
             "kernels_core.CanaryError",

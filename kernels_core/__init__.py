@@ -12,6 +12,7 @@ from .errors import (
     ArgumentError,
     ArgumentTypeError,
     CanaryError,
+    ConfigurationError,
     ContractError,
     IntegrityError,
     KernelizeError,
@@ -62,6 +63,8 @@ from .resolution import (
 )
 from .resolver import find_candidates, forget, resolve, serving_forward
 from .scope import Scope, checkpoint_scopes
+from .settings.report import Configuration, SettingRow, configuration, configured
+from .settings.section import ConfigSection
 from .table import Table, TableRow, Tabular, as_json, visible
 from .warning import WarnOnce, warn_once
 
@@ -74,6 +77,9 @@ __all__ = [
     "CanaryError",
     "Candidate",
     "Cause",
+    "ConfigSection",
+    "Configuration",
+    "ConfigurationError",
     "ContractError",
     "Device",
     "Exclusive",
@@ -110,6 +116,7 @@ __all__ = [
     "Scope",
     "ScopeError",
     "Section",
+    "SettingRow",
     "Table",
     "TableRow",
     "Tabular",
@@ -122,6 +129,8 @@ __all__ = [
     "change_class",
     "check_registered_mode",
     "checkpoint_scopes",
+    "configuration",
+    "configured",
     "count_calls",
     "decorated_layer",
     "device_capability",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -82,7 +84,9 @@ class ROCMProperties(_Capabilities):
     """
 
 
-_PROPERTIES_OF = {"cuda": CUDAProperties, "rocm": ROCMProperties}
+_PROPERTIES_OF: dict[str, type[CUDAProperties | ROCMProperties]] = {"cuda": CUDAProperties, "rocm": ROCMProperties}
+_UNITS = {"cuda": "sm", "rocm": "gfx"}
+_BOUND = re.compile(r"(>=|<=|==|>|<)(\d{1,4})")
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,39 @@ class Device:
         if self.properties is not None and (wanted is None or not isinstance(self.properties, wanted)):
             expected = wanted.__name__ if wanted else "no properties"
             raise ArgumentError(f"Device {self.type!r} takes {expected}, not {type(self.properties).__name__}.")
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """Return the device that a text names: a type, or a type and bounds of its capability.
+
+        Args:
+            text: `"cuda"`, `"cuda:sm>=90"` or `"cuda:sm>=80,<90"`; for `rocm`, `gfx` takes the place of `sm`. The
+                bounds are `>=`, `>`, `<=`, `<` and `==`, and all of them hold.
+
+        Raises:
+            ArgumentError: If it names none.
+
+        Example:
+            >>> Device.parse("cuda:sm>=80,<90")
+            Device(type='cuda', properties=CUDAProperties(min_capability=80, max_capability=89))
+        """
+        require_type(text, str, "The text of a device")
+        kind, _, bounds = text.partition(":")
+        unit = _UNITS.get(kind, "")
+        if not unit or not bounds.startswith(unit):
+            return cls(text)
+        low, high = 0, sys.maxsize
+        for bound in bounds.removeprefix(unit).split(","):
+            if (found := _BOUND.fullmatch(bound.strip())) is None:
+                raise ArgumentError(
+                    f"{text!r} has the bound {bound!r}: write '{kind}:{unit}>=90' or '{kind}:{unit}>=80,<90'."
+                )
+            sign, number = found[1], int(found[2])
+            if sign != "<" and sign != "<=":
+                low = max(low, number + (sign == ">"))
+            if sign != ">" and sign != ">=":
+                high = min(high, number - (sign == "<"))
+        return cls(kind, _PROPERTIES_OF[kind](low, high))
 
     def matches(self, device: torch.device, *, capability: int | None = None) -> bool:
         """Whether a tensor on `device`, of that `capability`, is on such a device."""

@@ -1,10 +1,11 @@
-"""The environment variables that the core obeys, read when they are needed."""
+"""The environment variables that the core obeys, read when they are needed; the configuration file where unset."""
 
 from __future__ import annotations
 
 import os
 
 from .errors import ArgumentError, require_type
+from .settings.reader import words_of
 
 _SWITCH = {
     "": False,
@@ -74,25 +75,18 @@ def mapping_disabled() -> bool:
 
 
 def plugin_choice() -> tuple[frozenset[str] | None, frozenset[str]]:
-    """Return the plugins that `KERNELS_PLUGINS` allows (None: all) and those that it blocks.
+    """Return the plugins that `KERNELS_PLUGINS`, or the setting `plugins`, allows (None: all), and those it blocks.
 
     `KERNELS_PLUGINS=a,b` allows only a and b; `KERNELS_PLUGINS=-c` blocks c.
     """
-    words = _words("KERNELS_PLUGINS")
-    blocked = frozenset(word[1:].strip() for word in words if word.startswith("-"))
-    allowed = frozenset(word for word in words if not word.startswith("-"))
+    chosen, _ = words("KERNELS_PLUGINS", "plugins")
+    blocked = frozenset(word[1:].strip() for word in chosen if word.startswith("-"))
+    allowed = frozenset(word for word in chosen if not word.startswith("-"))
     return allowed or None, blocked
 
 
-def required_plugins() -> list[str]:
-    """Return the plugins without which no kernel serves: `KERNELS_REQUIRE_PLUGINS=a,b`."""
-    return _words("KERNELS_REQUIRE_PLUGINS") if "KERNELS_REQUIRE_PLUGINS" in os.environ else []
-
-
-def denied_globs() -> tuple[str, ...]:
-    """Return the globs of `KERNELS_DENY`, over the origin, plugin or layer name of kernels that must not serve."""
-    return tuple(_words("KERNELS_DENY")) if "KERNELS_DENY" in os.environ else ()
-
-
-def _words(name: str) -> list[str]:
-    return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()]
+def words(variable: str, key: str) -> tuple[tuple[str, ...], str]:
+    """Return the words of a variable, or of a setting in the configuration file if it is not set, and which it is."""
+    if (text := os.environ.get(variable)) is None:
+        return words_of(key)
+    return tuple(word.strip() for word in text.split(",") if word.strip()), variable

@@ -3,6 +3,7 @@
 ```
 KernelsError
 ├── ArgumentError (ValueError)        a value that cannot be used
+│   └── ConfigurationError            .file, .line: a setting in a configuration file
 ├── ArgumentTypeError (TypeError)     an object of the wrong type
 ├── ScopeError (RuntimeError)         scopes left in another order than entered
 ├── CanaryError                       a kernel disagrees with its reference, in a live model
@@ -66,6 +67,24 @@ class KernelsError(Exception):
 
 class ArgumentError(KernelsError, ValueError):
     """An argument or setting has a value that cannot be used."""
+
+
+class ConfigurationError(ArgumentError):
+    """A configuration file cannot be read, or has a setting that cannot be used.
+
+    Attributes:
+        file: The path of the file.
+        line: The line, counted from 1; 0 where it is about the whole file.
+    """
+
+    def __init__(self, message: str, *, file: str, line: int) -> None:
+        """Describe the problem, its place, and what to do."""
+        super().__init__(message)
+        self.file, self.line = file, line
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the keywords that the constructor needs."""
+        return functools.partial(type(self), file=self.file, line=self.line), self.args
 
 
 class ArgumentTypeError(KernelsError, TypeError):

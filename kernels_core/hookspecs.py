@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from .resolution import Candidate, Exclusive, KernelLayer, LayerRequest, LoadedLayer, Refusal, Resolution
+from .settings.section import ConfigSection
 
 if TYPE_CHECKING:
     import typer
@@ -346,6 +347,30 @@ def kernels_packs() -> Mapping[str, Callable[..., object]] | None:
         ```
 
     Used by: the plugin `mapping`; implemented by the plugins `torch`, `liger` and `inductor`.
+    """
+
+
+@hookspec
+def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]] | None:
+    """Offer functions that check settings of the configuration file: those in the plugin's own table.
+
+    Kind: collect. Called: when a setting of a plugin is first needed, and again after `forget()`, if there is a file
+    with settings of plugins.
+
+    Returns:
+        For each setting, a function of its `ConfigSection`. The plugin `acme` owns the keys of
+        `[tool.kernels-core.plugin.acme]`, and `configured("plugin.acme.level")` is what the function for `level` has
+        returned. A setting that it cannot use raises `section.error(...)`: then nothing of the file applies. It does no
+        slow work: a module that a setting names is imported where it is needed.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_configuration():
+            return {"level": lambda section: section.as_number()}
+        ```
+
+    Used by: `configured`; implemented by the plugins `mapping`, `adopt`, `hub`, `canary` and `observe`.
     """
 
 

@@ -146,7 +146,8 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_VETO, _REASON),
     "kernels_wrap_forward": ("a decorator or None", callable),
     **dict.fromkeys(
-        ("kernels_mapping", "kernels_packs"), ("a mapping or None", lambda answer: isinstance(answer, Mapping))
+        ("kernels_mapping", "kernels_packs", "kernels_configuration"),
+        ("a mapping or None", lambda answer: isinstance(answer, Mapping)),
     ),
     "kernels_adoption_rules": ("a sequence of rules or None", lambda answer: isinstance(answer, Sequence)),
 }
@@ -162,7 +163,8 @@ def _accepted(hook: str, name: str, priority: int, answer: Any) -> Any:
         return [_signed(offer, name) for offer in answer]
     if hook == "kernels_mapping":
         return PluginMapping(name, priority, answer)
-    return (name, answer) if hook in ("kernels_wrap_forward", "kernels_adoption_rules") else answer
+    named = ("kernels_wrap_forward", "kernels_adoption_rules", "kernels_configuration")
+    return (name, answer) if hook in named else answer
 
 
 def _signed(offer: Candidate | Refusal | Exclusive, name: str) -> Candidate | Refusal | Exclusive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import os
 import threading
 import types
 from collections.abc import Callable, Iterable
@@ -12,14 +13,22 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from . import hookspecs
-from .environment import plugin_choice, required_plugins, strict
-from .errors import ArgumentError, PluginConflictError, PluginError, PluginLoadError, require_type
+from .environment import plugin_choice, strict, words
+from .errors import (
+    ArgumentError,
+    ConfigurationError,
+    PluginConflictError,
+    PluginError,
+    PluginLoadError,
+    require_type,
+)
 from .hookspecs import PROJECT
 from .isolation import FAULTS, checked_hooks, isolated, raised_in
 from .raised import error_text
 from .resolution import Candidate, LayerRequest, Resolution
 from .scope import PATIENCE
-from .warning import WarnOnce
+from .settings import reader
+from .warning import WarnOnce, warn_once
 
 if TYPE_CHECKING:
     import importlib_metadata
@@ -32,6 +41,8 @@ _MAPPING = "mapping"
 _CORE = "core"
 """The core's own plugin, which has no entry point."""
 _POLICY = "kernels_authorize"
+_REQUIRED = ("KERNELS_REQUIRE_PLUGINS", "require-plugins")
+"""The variable, and the setting, with the plugins without which no kernel serves."""
 
 
 class PluginManager:
@@ -149,16 +160,17 @@ class PluginManager:
             self._discovering.release()
 
     def allows(self, name: str) -> bool:
-        """Return whether `KERNELS_PLUGINS` lets a plugin of that name be loaded."""
+        """Return whether `KERNELS_PLUGINS`, or the setting `plugins`, lets a plugin of that name be loaded."""
         allowed, blocked = plugin_choice()
         return name not in blocked and (allowed is None or name in allowed)
 
     def _scan(self) -> None:
         """Load the plugins of entry points that `KERNELS_PLUGINS` allows."""
         allowed, blocked = plugin_choice()
+        _, chosen = words("KERNELS_PLUGINS", "plugins")
         found = self._unique(_entry_points())
         for unknown in sorted(((allowed or frozenset()) | blocked) - found.keys()):
-            problem = f"KERNELS_PLUGINS names {unknown!r}, which no installed distribution offers: there are "
+            problem = f"{chosen} names {unknown!r}, which no installed distribution offers: there are "
             self.report(PluginLoadError(f"{problem}{', '.join(sorted(found)) or 'none'}.", plugin=unknown))
         # Our own first: a plugin that registers another one while it is imported cannot take their names.
         for name, entry_point in sorted(found.items(), key=lambda item: (not _is_ours(item[1]), item[0])):
@@ -169,11 +181,11 @@ class PluginManager:
             elif name not in self._found and (name == _CORE or _is_ours(entry_point)):
                 problem = f"The name {name!r} is that of a plugin of {OWN_DISTRIBUTION}: use another one for yours."
                 self.report(PluginConflictError(problem, plugin=name))
-        if missing := self.missing():
+        if missing := self._missing():
             self.report(missing)
         if allowed is not None and _MAPPING in found.keys() - self._originals.keys() - blocked:
             problem = (
-                f"KERNELS_PLUGINS leaves out the plugin {_MAPPING!r}, without which no mapping is used: neither "
+                f"{chosen} leaves out the plugin {_MAPPING!r}, without which no mapping is used: neither "
                 "those of plugin packages, nor those of register_kernel_mapping and use_kernel_mapping. Name it, "
                 f"too, or write -{_MAPPING} to confirm that."
             )
@@ -219,18 +231,36 @@ class PluginManager:
             self._failed[name] = fault, hasattr(plugin, _POLICY) or _mentions_policy(entry_point.module)
             self.report(fault)
 
-    def missing(self) -> PluginLoadError | None:
-        """Return why no kernel may serve: a plugin that is required, or has a policy, is not loaded.
-
-        These are the plugins that `KERNELS_REQUIRE_PLUGINS` names, and installed ones with `kernels_authorize`.
-        """
+    def settings(self) -> reader.Settings:
+        """Return the settings of the configuration file, checked by these plugins."""
         self._discover()
-        required = required_plugins()
+        return reader.checked(self)
+
+    def missing(self) -> PluginLoadError | ConfigurationError | None:
+        """Return why no kernel may serve: the configuration file is wrong, or a plugin is missing.
+
+        A file that cannot be used may have a policy: so none of it applies, and the reference runs everywhere. Missing
+        plugins are those that `KERNELS_REQUIRE_PLUGINS`, or the setting `require-plugins`, names, and installed ones
+        with `kernels_authorize` that could not be loaded.
+        """
+        if reader.known.nothing and self._discovered and not self._failed and _REQUIRED[0] not in os.environ:
+            return None  # as nearly always, at the price of no further call
+        problems = self.settings().problems
+        if not problems:
+            return self._missing()
+        first, more = problems[0], f" ({len(problems) - 1} more: run kernels-core config)"
+        text = f"No kernel serves, for the configuration is wrong: {first}{more if len(problems) > 1 else ''}"
+        if not strict():
+            warn_once(text)
+        return ConfigurationError(text, file=first.file, line=first.line)
+
+    def _missing(self) -> PluginLoadError | None:
+        required, chosen = words(*_REQUIRED)
         if not required and not self._failed:
             return None
         why = {name: f"it has {_POLICY}" for name, (_, is_policy) in self._failed.items() if is_policy}
         # What the user has named goes before the policy.
-        why |= dict.fromkeys(required, "KERNELS_REQUIRE_PLUGINS names it")
+        why |= dict.fromkeys(required, f"{chosen} names it")
         for name in sorted(why.keys() - self._originals.keys()):
             cause, _ = self._failed.get(name, (None, False))
             more = cause or "no plugin of that name was found, or KERNELS_PLUGINS leaves it out."

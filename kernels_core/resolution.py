@@ -215,7 +215,7 @@ class Refusal:
 
     def __str__(self) -> str:
         """Name the candidate and the reason."""
-        if self.candidate is None and self.reason.startswith("Plugin "):  # as our own errors do
+        if self.candidate is None and (not self.plugin or self.reason.startswith("Plugin ")):  # as our own errors do
             return self.reason
         return f"{self.candidate.label if self.candidate else f'plugin {self.plugin!r}'}: {self.reason}"
 

@@ -28,6 +28,7 @@ from .mode import Mode, check_call_mode
 from .plugins import plugin_manager
 from .resolution import Candidate, Cause, JointRequest, LayerRequest, Refusal, Resolution, rank_offers
 from .scope import Frame
+from .settings.reader import forget_settings
 from .warning import warn_once
 
 Decorated = str | Layer | torch.nn.Module | type[torch.nn.Module] | Callable[..., Any]
@@ -214,11 +215,11 @@ class Decided:
 
 
 def _decided_before(request: LayerRequest) -> Resolution | None:
-    """Return the decision that asks no plugin: mappings are off, a policy is missing, or the innermost `Decided`'s."""
+    """Return the decision that asks no plugin: mappings off, no policy, or the innermost `Decided`'s."""
     if mapping_disabled():
         return Resolution(request, note="DISABLE_KERNEL_MAPPING is on")
     if missing := plugin_manager().missing():  # also where a plugin has an answer that needs no candidates
-        refusal = Refusal(str(missing), plugin=missing.plugin, error=missing, cause=Cause.POLICY)
+        refusal = Refusal(str(missing), plugin=getattr(missing, "plugin", ""), error=missing, cause=Cause.POLICY)
         return Resolution(request, refusals=(refusal,))
     decisions = (payload.decision(request) for payload in request.scopes if isinstance(payload, Decided))
     return next(filter(None, decisions), None)
@@ -289,10 +290,11 @@ def serving_forward(resolution: Resolution) -> Callable[..., Any]:
 
 
 def forget() -> None:
-    """Decide anew on the next call, everywhere; loaded kernels stay loaded.
+    """Decide anew on the next call, everywhere; loaded kernels stay loaded. The configuration file is read again.
 
     For plugins whose offers changed: `register_kernel_mapping` calls it.
     """
+    forget_settings()  # first: decisions after the last line read it again
     forget_failures()  # what has failed is tried again, too
     scope.forget()
 

@@ -24,6 +24,7 @@ import pytest
 from . import loading, plugins, resolver, scope
 from .answer import CorePlugin
 from .plugins import PluginManager
+from .settings.reader import forget_settings
 from .warning import warn_once
 
 
@@ -145,6 +146,7 @@ def hook_recorder(isolated_plugins: PluginManager) -> Iterator[HookRecorder]:
 
 def _start_anew() -> None:
     """Forget decisions, loaded kernels and issued warnings, without resolving anything again."""
+    forget_settings()
     scope.forget()
     warn_once.forget()
     loading.forget_loads()

@@ -2,9 +2,9 @@
 
 A mapping is `{layer name: {device: source | [sources in order] | {Mode: source}}}`. The tables of the
 library transformers are mappings, too: a source may be `"owner/name:Layer"` or `("owner/name:Layer",
-{"version": 2})`, and may stand without a dictionary of devices, for all of them. There are three places
-for a mapping: an open `use_kernel_mapping` scope, `register_kernel_mapping`, and the hook
-`kernels_mapping` of a plugin package; they are asked in that order.
+{"version": 2})`, and may stand without a dictionary of devices, for all of them. There are four places
+for a mapping: an open `use_kernel_mapping` scope, `register_kernel_mapping`, the configuration file, and the
+hook `kernels_mapping` of a plugin package; they are asked in that order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kernels_core import (
     ArgumentTypeError,
     Candidate,
     Cause,
+    ConfigSection,
     Device,
     Exclusive,
     KernelLayer,
@@ -36,10 +37,10 @@ from kernels_core import (
     PluginError,
     PluginManager,
     PluginMapping,
-    Reference,
     Refusal,
     Scope,
     check_registered_mode,
+    configured,
     forget,
     hookimpl,
     plugin_manager,
@@ -194,8 +195,10 @@ class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads li
 # --- Parsing -------------------------------------------------------------------------------------
 
 
-def parse_mapping(mapping: Mapping[str, Any], *, inherit: bool = True, same: bool = False) -> Level:
-    """Check a mapping and bring it into one form."""
+def parse_mapping(
+    mapping: Mapping[str, Any], *, inherit: bool = True, same: bool = False, folder: Path = Path()
+) -> Level:
+    """Check a mapping and bring it into one form; paths in texts are relative to `folder`."""
     _expect_mapping(mapping, "A kernel mapping", "{layer name: {device: source}}")
     require_type(inherit, bool, "inherit_mapping")
     require_type(same, bool, "same_for_all_modes")
@@ -203,14 +206,14 @@ def parse_mapping(mapping: Mapping[str, Any], *, inherit: bool = True, same: boo
     for name, devices in mapping.items():
         if not isinstance(name, str):
             raise ArgumentTypeError(f"A layer name in a mapping is a string, not {name!r}.")
-        if _named(devices):
+        if _as_text(devices):
             devices = dict.fromkeys(_EVERYWHERE, devices)
         _expect_mapping(devices, f"The mapping of layer {name!r}", "{device: source}")
         sources[name] = {
             (device, mode): chosen
             for key, value in devices.items()
             for device in [key if isinstance(key, Device) else _device(key, name)]
-            for mode, chosen in _modes(value, f"layer {name!r}, device {device.type!r}", name)
+            for mode, chosen in _modes(value, f"layer {name!r}, device {device.type!r}", name, folder)
         }
     return Level(sources, inherit, frozenset(sources) if same else frozenset())
 
@@ -222,50 +225,44 @@ def _device(name: object, layer_name: str) -> Device:
     if not isinstance(name, str):
         raise ArgumentTypeError(f"{where}: a device is a name such as 'cuda', or a Device, not {name!r}.")
     try:
-        return Device(name)
+        return Device.parse(name)
     except ArgumentError as error:
         raise ArgumentError(f"{where}: {error}") from None
 
 
-def _modes(value: object, where: str, layer_name: str) -> Iterator[tuple[Mode, tuple[object, ...]]]:
+def _modes(value: object, where: str, layer_name: str, folder: Path) -> Iterator[tuple[Mode, tuple[object, ...]]]:
     if not isinstance(value, Mapping):
-        yield Mode.FALLBACK, _sources(value, where, layer_name)
+        yield Mode.FALLBACK, _sources(value, where, layer_name, folder)
         return
     for mode, chosen in value.items():
         if not isinstance(mode, Mode):
             raise ArgumentTypeError(f"In the mapping of {where}: {mode!r} is not a Mode such as Mode.TRAINING.")
-        yield check_registered_mode(mode), _sources(chosen, where, layer_name)
+        yield check_registered_mode(mode), _sources(chosen, where, layer_name, folder)
 
 
-def _sources(value: object, where: str, layer_name: str) -> tuple[object, ...]:
-    several = isinstance(value, list | tuple) and not _named(value)
+def _sources(value: object, where: str, layer_name: str, folder: Path) -> tuple[object, ...]:
+    several = isinstance(value, list | tuple) and not _as_text(value)
     sources = cast("Sequence[object]", value) if several else (value,)
-    return tuple(as_source(source, where, layer_name) for source in sources)
+    return tuple(as_source(source, where, layer_name, folder) for source in sources)
 
 
 _EVERYWHERE = ("cpu", "cuda", "mps", "neuron", "npu", "rocm", "tpu", "xpu")
 """The devices that a layer's only repository is for."""
 
-_OPTIONS = {"version", "revision", "trust_remote_code"}
 
-
-def _named(value: object) -> tuple[str, Mapping[str, Any]] | None:
-    """Return text and options of a source written as in transformers, `"owner/name:Layer"`; None for any other."""
+def _as_text(value: object) -> tuple[str, Mapping[str, Any]] | None:
+    """Return text and options of a source written as text, `"owner/name:Layer"`; None for any other."""
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], Mapping):
         return value[0], value[1]
     return (value, {}) if isinstance(value, str) else None
 
 
-def as_source(source: object, where: str, layer_name: str = "") -> object:
-    """Check one source of a layer, and turn one that is written as text into a repository, a pack or the reference."""
-    if named := _named(source):
-        if source == "reference":
-            return Reference
-        if isinstance(source, str) and source.startswith("pack:"):
-            from .packs.source import as_pack  # only for mappings that name a pack
+def as_source(source: object, where: str, layer_name: str = "", folder: Path = Path()) -> object:
+    """Check one source of a layer, and turn one that is written as text into the object that it names."""
+    if text := _as_text(source):
+        from .sources import parse_text  # only for mappings with texts
 
-            return as_pack(source, where, layer_name)
-        return _repository(*named, where)
+        return parse_text(*text, where, layer_name, folder)
     problem = ""
     if isinstance(source, type):
         problem = "" if issubclass(source, torch.nn.Module) else "is a class, but not of nn.Module"
@@ -282,26 +279,24 @@ def as_source(source: object, where: str, layer_name: str = "") -> object:
     return source
 
 
-def _repository(text: str, options: Mapping[str, Any], where: str) -> object:
-    place, colon, layer_name = text.rpartition(":")
-    if not (colon and layer_name and "/" in place.replace("\\", "/")):
-        raise ArgumentError(
-            f"In the mapping of {where}: {text!r} names no layer of a repository: write 'owner/name:Layer', "
-            "'/path/to/kernel:Layer' for a folder, 'pack:NAME' or 'reference'."
-        )
-    if unknown := sorted(set(options) - _OPTIONS):
-        raise ArgumentError(
-            f"In the mapping of {where}: {text!r} has unknown options {', '.join(map(repr, unknown))}: there are "
-            f"{', '.join(sorted(_OPTIONS))}."
-        )
-    from .hub.source import LayerRepository, LocalLayerRepository  # only for mappings that name the Hub in text
+def parse_settings(section: ConfigSection) -> Level:
+    """Parse the mapping in a configuration file: each source by itself, so that an error has its line."""
+    from .sources import read_entries
 
-    if place.startswith(("/", ".", "~")) or place.count("/") != 1 or "\\" in place:
-        return LocalLayerRepository(Path(place).expanduser(), layer_name=layer_name)
-    chosen = {name: value for name, value in options.items() if value is not None}
-    if not chosen.keys() & {"version", "revision"}:
-        chosen["version"] = 1  # as transformers has it
-    return LayerRepository(place, layer_name=layer_name, **chosen)
+    sources: dict[str, dict[tuple[Device, Mode], tuple[object, ...]]] = {name: {} for name in section.as_table()}
+    for name, leaf, forms in read_entries(section):
+        found: dict[tuple[Device, Mode], tuple[object, ...]] = {}
+        for item, form in forms:
+            with item.blamed():
+                level = parse_mapping({name: form}, folder=section.path.parent)
+            for key, source in level.sources[name].items():
+                found[key] = found.get(key, ()) + source
+        if not found:
+            raise leaf.error('it names no source: write at least one, such as "reference".')
+        if found.keys() & sources[name].keys():
+            raise leaf.error("an entry above is for the same device and mode: keep one.")
+        sources[name].update(found)
+    return Level(sources)
 
 
 def _expect_mapping(value: object, subject: str, form: str) -> None:
@@ -331,6 +326,8 @@ def _packaged(manager: PluginManager, generation: int) -> list[tuple[str, int, L
 def kernels_find_candidates(request: LayerRequest) -> list[Candidate | Refusal | Exclusive]:
     """Offer the sources of open scopes, innermost first, then the registered ones, then those of plugin packages.
 
+    Those of the configuration file come after those that were registered.
+
     A mapping that does not inherit leaves out those after it, and by an `Exclusive` also what other plugins offer.
     """
     offers: list[Candidate | Refusal | Exclusive] = []
@@ -342,10 +339,19 @@ def kernels_find_candidates(request: LayerRequest) -> list[Candidate | Refusal |
     offers += _registered.offers(request, Candidate(None, "mapping", "user"))
     if not _registered.inherit:
         return [*offers, Exclusive("user")]
+    for key in ("mapping", "packs"):  # of the configuration file: code goes before it, and packages after it
+        if (level := configured(key)) is not None:
+            offers += level.offers(request, Candidate(None, "mapping", "user"))
     manager = plugin_manager()
     for plugin, priority, level in _packaged(manager, manager.generation):
         offers += level.offers(request, Candidate(None, plugin, "plugin", priority))
     return offers
+
+
+@hookimpl
+def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]]:
+    """Own `mapping` in the configuration file."""
+    return {"mapping": parse_settings}
 
 
 @hookimpl

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from kernels_core import PluginManager, scope
+from kernels_core import PluginManager, forget, scope
+from kernels_core.settings.reader import forget_settings
 from kernels_plugins import mapping
 
 pytest_plugins = ["kernels_core.testing"]
@@ -17,6 +19,8 @@ pytest_plugins = ["kernels_core.testing"]
 def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Unset the settings that the core obeys; undo registrations and scopes that a test leaves behind."""
     for name in (
+        "KERNELS_CONFIG",
+        "KERNELS_DENY",
         "KERNELS_STRICT",
         "KERNELS_PLUGINS",
         "KERNELS_REQUIRE_PLUGINS",
@@ -26,10 +30,25 @@ def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         monkeypatch.delenv(name, raising=False)
     registered, mapping._registered = mapping._registered, mapping.Level({})
+    forget_settings()
     yield
+    forget_settings()
     mapping._registered = registered
     if scope.root.active is not scope.root:
         scope._current.set(scope.root)
+
+
+@pytest.fixture
+def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write a configuration file into the folder of the test, which becomes the working directory; return its path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "kernels.toml") -> Path:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        forget()
+        return tmp_path / name
+
+    return write
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from ..models.receipt import receipt
 from ..plugins import ENTRY_POINT_GROUP, plugin_manager
 from ..resolution import Refusal, Resolution
 from ..resolver import find_candidates, resolve
+from ..settings.report import configuration
 from ..table import as_json as to_json
 from ..table import visible
 from .arguments import Json, imported, made, printing_aside, using_device, writing
@@ -96,6 +97,7 @@ def command_line() -> typer.Typer:
     cli.command()(hooks)
     cli.command("resolve")(resolve_layer)
     cli.command()(explain)
+    cli.command()(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KernelsWarning)  # `_start` issues them, once the command is known
         plugin_manager().hook.kernels_register_commands(cli=cli)
@@ -232,6 +234,17 @@ def explain(
     except RequirementError as error:
         print_error(error)
         raise typer.Exit(1) from error
+
+
+def config(as_json: Json = False) -> None:
+    """Print every setting, its value, and where it is set: file and line, the environment, or nowhere.
+
+    Exits with 1 if the configuration file is wrong.
+    """
+    found = configuration()
+    print_found(found, as_json)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 # --- Their answers -------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from typing import Any, cast
 import torch
 
 from ..device import as_torch_device
-from ..environment import denied_globs
+from ..environment import words
 from ..errors import ArgumentTypeError, require_type
 from ..layer import Forward, Layer
 from ..mode import Mode
 from ..resolution import Candidate, LayerRequest, Resolution
+from ..settings import reader
 from .limits import first_dtype
 
 
@@ -84,6 +85,8 @@ class Quarantined:
         return f"{self.kernel}{which}{where}{when}{dtype}: {self.reason}"
 
 
+_DENY = ("KERNELS_DENY", "deny")
+"""The variable, and the setting of the configuration file, with globs of kernels that must not serve."""
 _lock = threading.Lock()
 _entries: list[Quarantined] = []
 on_change: list[Callable[[], None]] = []
@@ -202,20 +205,20 @@ def _changed() -> None:
 
 
 def find_quarantined(request: LayerRequest, implementation: Forward | None, *names: str) -> Quarantined | None:
-    """Return the entry, or the glob of `KERNELS_DENY`, that excludes an implementation for calls of all dtypes.
+    """Return the entry, or the glob that the user denies, that excludes an implementation for calls of all dtypes.
 
     Args:
         request: The request.
         implementation: The function that would be called; None while it is not loaded.
         names: What globs are compared with, besides the layer name: origin, plugin.
     """
-    if not _entries and "KERNELS_DENY" not in os.environ:  # the most frequent case costs no further call
+    if not _entries and reader.known.nothing and _DENY[0] not in os.environ:  # the most frequent case: no further call
         return None
     # A coroutine or generator cannot pass calls of one dtype on.
     whole = (
         entry for entry in tuple(_entries) if entry.dtype is None or (request.layer is not None and request.layer.kind)
     )
-    entries = (*whole, *_denied(denied_globs()))  # the variable may change while the program runs
+    entries = (*whole, *_denied(*words(*_DENY)))  # the variable may change while the program runs
     return next((entry for entry in entries if entry.concerns(request, implementation, names)), None)
 
 
@@ -246,7 +249,7 @@ def without_dtypes(resolution: Resolution, forward: Forward) -> Forward:
 
 def find_denied(request: LayerRequest, candidate: Candidate) -> Quarantined | None:
     """Return the glob that excludes a candidate before anything of it is fetched: by the names of its source."""
-    if not _entries and "KERNELS_DENY" not in os.environ:
+    if not _entries and reader.known.nothing and _DENY[0] not in os.environ:
         return None
     source = candidate.source
     named = source if isinstance(source, str) else str(getattr(source, "repo_id", ""))
@@ -254,6 +257,6 @@ def find_denied(request: LayerRequest, candidate: Candidate) -> Quarantined | No
 
 
 @functools.lru_cache(maxsize=8)
-def _denied(globs: tuple[str, ...]) -> tuple[Quarantined, ...]:
-    """Return an entry for each glob of `KERNELS_DENY`; it cannot be released."""
-    return tuple(Quarantined("", "", glob, None, None, f"KERNELS_DENY has {glob!r}") for glob in globs)
+def _denied(globs: tuple[str, ...], place: str) -> tuple[Quarantined, ...]:
+    """Return an entry for each glob of `KERNELS_DENY`, or of the setting `deny`; it cannot be released."""
+    return tuple(Quarantined("", "", glob, None, None, f"{place} has {glob!r}") for glob in globs)

@@ -252,7 +252,8 @@ def refresh(frozen: FrozenChoice) -> None:
     state.update(_kernels_lossy=False, _kernels_unproven=False)
     kernel = resolution.implementation if resolution is not None else None
     provisional = resolution is not None and resolution.is_provisional  # decides by itself, and gets the kernel later
-    if provisional or (mapping_disabled() and (kernel is not None or frozen.functions)):
+    off = (kernel is not None or frozen.functions) and (mapping_disabled() or plugin_manager().missing() is not None)
+    if provisional or off:
         frozen.active = frozen.original.forward
     elif resolution is not None and kernel is not None and frozen.layer is not None:
         recorded, names = resolution.request.in_mode(Mode.TRAINING), (resolution.origin, resolution.plugin)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_core import hookimpl
+from kernels_core import ConfigSection, hookimpl
 
 if TYPE_CHECKING:
     import typer
@@ -18,6 +18,15 @@ def kernels_adoption_rules() -> Sequence[object]:
     from .shipped_parents import PARENT_RULES
 
     return (*RULES, *PARENT_RULES)
+
+
+@hookimpl
+def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]]:
+    """Own `adoption` and `packs` in the configuration file."""
+    from ..packs.order import parse_order  # only where there is such a file
+    from .rule import parse_rules
+
+    return {"adoption": parse_rules, "packs": parse_order}
 
 
 @hookimpl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import NoneType
@@ -13,8 +13,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernels_core import ArgumentError, ArgumentTypeError, Mode, PluginError, plugin_manager, require_type, set_module
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    ConfigSection,
+    KernelsError,
+    Mode,
+    PluginError,
+    configured,
+    plugin_manager,
+    require_type,
+    set_module,
+)
 
+from ..sources import PythonObject
 from .functions import caller_of
 
 Binding = str | tuple[str, ...] | Callable[[Any], object]
@@ -139,8 +151,32 @@ class Rule:
         raise AttributeError(f"it has no attribute {' or '.join(names)}")
 
 
+def parse_rules(section: ConfigSection) -> list[tuple[ConfigSection, PythonObject]]:
+    """Parse `adoption` of a configuration file: the objects that are rules or lists of them, not imported yet."""
+    items = section.as_list() if isinstance(section.value, list) else [section]
+    found = []
+    for item in items:
+        with item.blamed():
+            found.append((item, PythonObject.parse(item.as_text())))
+    return found
+
+
+def _configured_rules() -> Iterator[Rule]:
+    """Import the rules that the configuration file names; report those that are none."""
+    for place, named in configured("adoption") or ():
+        try:
+            found = named.find()
+            for rule in found if isinstance(found, list | tuple) else [found]:
+                require_type(rule, Rule, repr(named))
+                yield rule
+        except KernelsError as error:
+            fault = PluginError(str(place.error(f"{named}: {error}")), plugin="adopt")
+            fault.__cause__ = error
+            plugin_manager().report(fault)
+
+
 def find_rules(rules: Sequence[Rule] | None) -> list[Rule]:
-    """Return the rules to apply: those given, or those of all plugins.
+    """Return the rules to apply: those given, or those of the configuration file, then those of all plugins.
 
     Raises:
         ArgumentTypeError: If one that was given is no rule.
@@ -152,7 +188,7 @@ def find_rules(rules: Sequence[Rule] | None) -> list[Rule]:
         for rule in rules:
             require_type(rule, Rule, "An item of rules")
         return list(rules)
-    found = []
+    found = list(_configured_rules())
     manager = plugin_manager()
     for plugin, offered in manager.hook.kernels_adoption_rules():
         for rule in offered:

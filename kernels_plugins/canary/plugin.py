@@ -6,10 +6,10 @@ While neither is used, nothing is put around anything.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_core import Resolution, ScopeError, forget, hookimpl, set_module
+from kernels_core import ConfigSection, Resolution, ScopeError, forget, hookimpl, set_module
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -73,13 +73,21 @@ _open: list[canary] = []
 
 
 def active_settings() -> Settings | None:
-    """Return the settings that apply now: those of the innermost canary, or of `KERNELS_CANARY`."""
+    """Return the settings that apply now: those of the innermost canary, of `KERNELS_CANARY`, or of the file."""
     from .settings import settings_of_environment
 
     with _lock:
         if _open:
             return _open[-1].settings
     return settings_of_environment()
+
+
+@hookimpl
+def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]]:
+    """Own `canary` in the configuration file."""
+    from .settings import parse_settings
+
+    return {"canary": parse_settings}
 
 
 @hookimpl

@@ -1,11 +1,12 @@
-"""The settings of a canary, from code or from `KERNELS_CANARY`."""
+"""The settings of a canary, from code, from `KERNELS_CANARY`, or from the configuration file."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import get_type_hints
+from typing import Any, cast, get_type_hints
 
-from kernels_core import ArgumentError, ArgumentTypeError, setting
+from kernels_core import ArgumentError, ArgumentTypeError, ConfigSection, configured, setting
 
 VARIABLE = "KERNELS_CANARY"
 
@@ -38,8 +39,26 @@ class Settings:
         return number <= self.first or (self.every > 0 and number % self.every == 0)
 
 
+def parse_settings(section: ConfigSection) -> Settings | None:
+    """Parse `canary` of a configuration file: a table with any of the settings, or whether a canary is open."""
+    if isinstance(section.value, bool):
+        return Settings() if section.value else None
+    found: dict[str, Any] = {}
+    for name, each in section.as_table(get_type_hints(Settings)).items():
+        with each.blamed():
+            Settings(**{**found, name: each.value})
+        found[name] = each.value
+    return Settings(**found)
+
+
 def settings_of_environment() -> Settings | None:
-    """Return the settings in `KERNELS_CANARY`, None if it is off; `ArgumentError` if it cannot be understood."""
+    """Return the settings in `KERNELS_CANARY`, or in the configuration file; None if it is off.
+
+    Raises:
+        ArgumentError: If the variable cannot be understood.
+    """
+    if VARIABLE not in os.environ:
+        return cast("Settings | None", configured("canary"))
     text = setting(VARIABLE)
     if isinstance(text, bool):
         return Settings() if text else None

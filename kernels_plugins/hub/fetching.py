@@ -96,7 +96,7 @@ def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
     client = _client(request)
     with naming(str(request)):
         if not plugin_manager().allows(PLUGIN):
-            raise LoadError(f"the plugin {PLUGIN!r} is left out by KERNELS_PLUGINS, so nothing is loaded from the Hub")
+            raise LoadError(f"the plugin {PLUGIN!r} is left out by KERNELS_PLUGINS, or the setting plugins")
         pinned = revision.find_revision(request, client)
         # Before the listing: of a publisher that is not trusted, nothing is listed or fetched.
         checked = {"trust": trust.require_trust(request, pinned.pin, client), "revision": pinned.how}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from kernels_core import Candidate, KernelLayer, LayerRequest, LoadedLayer, hookimpl
+from kernels_core import Candidate, ConfigSection, KernelLayer, LayerRequest, LoadedLayer, hookimpl
 
 if TYPE_CHECKING:
     import typer
@@ -48,6 +49,24 @@ def _find_mismatch(kernel: LoadedKernel, request: LayerRequest) -> str | None:
     if mismatch := find_mismatch(kernel.metadata.backend, request.device):
         return f"{kernel.place}: {mismatch}"
     return next(filter(None, (_find_mismatch(dependency, request) for dependency in kernel.dependencies)), None)
+
+
+def _parse_trusted(section: ConfigSection) -> dict[str, ConfigSection]:
+    """Parse `trusted` of a configuration file: organisations, and repositories as `owner/name`."""
+    from .names import is_repo_id
+
+    trusted = {}
+    for item in section.as_list():
+        if not (is_repo_id(name := item.as_text()) or is_repo_id(f"{name}/name")):
+            raise item.error(f"{name!r} is neither an organisation nor a repository: write 'owner' or 'owner/name'.")
+        trusted[name] = item
+    return trusted
+
+
+@hookimpl
+def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]]:
+    """Own `trusted` in the configuration file."""
+    return {"trusted": _parse_trusted}
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""Plugin `observe`: passes decisions and calls to the observers that `KERNELS_OBSERVE` switches on.
+"""Plugin `observe`: passes decisions and calls to the observers that are switched on.
 
 Its hooks run where decisions are made, never in a call: while no observer is on, calls are what they are without it.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kernels_core import (
     ArgumentError,
     Candidate,
+    ConfigSection,
     KernelsError,
     LayerRequest,
     PluginError,
     Resolution,
+    configured,
     hookimpl,
     plugin_manager,
     setting,
@@ -31,12 +33,14 @@ _OBSERVERS = {"log": "LogResolutions", "ranges": "ProfileRanges", "prometheus": 
 
 
 def observed() -> tuple[str, ...]:
-    """Return the names of the observers that `KERNELS_OBSERVE` switches on, each once; refuse an unknown name.
+    """Return the names of the observers that `KERNELS_OBSERVE`, or the setting, switches on; refuse an unknown name.
 
     Example:
         >>> observed()
         ()
     """
+    if VARIABLE not in os.environ:
+        return configured("observers") or ()
     if setting(VARIABLE) is False:
         return ()
     text = os.environ[VARIABLE].strip()
@@ -69,7 +73,7 @@ def _reported() -> Iterator[None]:
 
 def _implementations(hook: str) -> list[Callable[..., Any]]:
     """Return each active observer's implementation of a hook."""
-    if not os.environ.get(VARIABLE):  # as nearly always: two decisions of three ask for nothing else
+    if not os.environ.get(VARIABLE, configured("observers")):  # nearly always: two decisions of three ask nothing else
         return []
     names: tuple[str, ...] = ()
     observers = []
@@ -79,6 +83,20 @@ def _implementations(hook: str) -> list[Callable[..., Any]]:
         with _reported():
             observers.append(_make(name))
     return [getattr(observer, hook) for observer in observers if hasattr(observer, hook)]
+
+
+def _parse(section: ConfigSection) -> tuple[str, ...]:
+    """Parse `observers` of a configuration file."""
+    for item in section.as_list():
+        if item.as_text() not in _OBSERVERS:
+            raise item.error(f"there is no such observer: write any of {', '.join(_OBSERVERS)}.")
+    return tuple(name for name in _OBSERVERS if name in section.as_texts())
+
+
+@hookimpl
+def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]]:
+    """Own `observers` in the configuration file."""
+    return {"observers": _parse}
 
 
 @hookimpl

@@ -37,7 +37,9 @@ class Pack:
         if kernel is None:
             problem = f"it has no kernel for {self.layer_name!r} on {device.type}"
             if make is None:
-                problem = "no plugin offers it: KERNELS_PLUGINS leaves it out, or it was unregistered"
+                problem = (
+                    "no plugin offers it: KERNELS_PLUGINS or a configuration file leaves it out, or it was unregistered"
+                )
             raise LoadError(f"pack {self.name!r}: {problem}")
         return kernel
 

@@ -183,7 +183,7 @@ def test_a_narrow_terminal_gets_a_list(run: Run, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # what rich takes for a terminal
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
-    assert "\nhooks: kernels_find_candidates, \nkernels_load_layer\n" in run("plugins").out
+    assert "\nhooks: kernels_find_candidates, \nkernels_load_layer, \nkernels_configuration\n" in run("plugins").out
     monkeypatch.setenv("COLUMNS", "160")
     assert "│ mapping " in run("plugins").out
 

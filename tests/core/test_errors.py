@@ -14,6 +14,7 @@ from kernels_core import (
     ArgumentTypeError,
     CanaryError,
     Candidate,
+    ConfigurationError,
     ContractError,
     IntegrityError,
     KernelizeError,
@@ -38,6 +39,7 @@ from kernels_core import (
 TREE = {
     ArgumentError: (KernelsError, ValueError),
     ArgumentTypeError: (KernelsError, TypeError),
+    ConfigurationError: (ArgumentError,),
     ScopeError: (KernelsError, RuntimeError),
     CanaryError: (KernelsError,),
     RequirementError: (KernelsError,),

@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from kernels_core import (
     Mode,
     PluginManager,
     Resolution,
+    configured,
     hookimpl,
     hookspecs,
     kernelize,
@@ -68,6 +70,7 @@ def test_the_hooks_of_the_design_are_there() -> None:
         "kernels_mapping",
         "kernels_adoption_rules",
         "kernels_packs",
+        "kernels_configuration",
         "kernels_register_commands",
     ]
 
@@ -301,6 +304,15 @@ def test_kernels_adoption_rules(isolated_plugins: PluginManager) -> None:
     isolated_plugins.register(plugin(kernels_adoption_rules=lambda: 3), "broken")
     with pytest.warns(match="Plugin 'broken': kernels_adoption_rules returned 3, not a sequence of rules or None"):
         assert isolated_plugins.hook.kernels_adoption_rules() == [("package", ["rule"])]
+
+
+def test_kernels_configuration(configure: Callable[..., Path], isolated_plugins: PluginManager) -> None:
+    """A plugin checks the settings in its own table; an answer that is no mapping is reported."""
+    isolated_plugins.register(plugin(kernels_configuration=lambda: {"level": lambda each: each.as_number()}), "acme")
+    isolated_plugins.register(plugin(kernels_configuration=lambda: 3), "broken")
+    configure("[plugin.acme]\nlevel = 3\n")
+    with pytest.warns(match="Plugin 'broken': kernels_configuration returned 3, not a mapping or None"):
+        assert configured("plugin.acme.level") == 3
 
 
 def test_kernels_packs(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:

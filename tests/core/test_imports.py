@@ -189,7 +189,7 @@ def test_names_of_the_issue_are_public() -> None:
 
 def test_standard_library_and_dependencies_only() -> None:
     """The core imports the standard library, torch, and its declared dependencies."""
-    allowed = {"torch", "pluggy", "importlib_metadata", "packaging", "typer", "rich", "pytest", "kernels_core"}
+    allowed = {"torch", "pluggy", "importlib_metadata", "packaging", "tomli", "typer", "rich", "pytest", "kernels_core"}
     for path in CORE:
         roots = {module.split(".")[0] for module, _ in imports(path)}
         assert roots <= allowed | set(sys.stdlib_module_names), path.name

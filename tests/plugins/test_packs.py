@@ -131,7 +131,7 @@ def test_pack_whose_plugin_is_gone(isolated_plugins: PluginManager, monkeypatch:
     with use_kernel_mapping({"RMSNorm": {"cpu": ["pack:acme", "pack:torch"]}}):
         isolated_plugins.unregister(torch_operators)
         refusals = resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals
-    problem = "no plugin offers it: KERNELS_PLUGINS leaves it out, or it was unregistered"
+    problem = "no plugin offers it: KERNELS_PLUGINS or a configuration file leaves it out, or it was unregistered"
     assert [refusal.reason for refusal in refusals] == [f"pack {name!r}: {problem}" for name in ("acme", "torch")]
 
 

@@ -96,6 +96,8 @@ VALID: dict[str, dict[str, Any]] = {
     "authorize": {"source": "acme/silu", "plugin": "hub"},
     "as_json": {"value": 1, "indent": 2},
     "checkpoint_scopes": {},
+    "configuration": {},
+    "configured": {"key": "choice"},
     "check_registered_mode": {"mode": Mode.INFERENCE},
     "count_calls": {},
     "decorated_layer": {"decorated": shift},

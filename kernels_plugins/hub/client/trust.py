@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kernels_core import configured
+
 from ..errors import PublisherError
 from ..request import KernelRequest
 from .download import Client, metadata_cache
@@ -16,12 +18,15 @@ def require_trust(request: KernelRequest, pin: Pin, client: Client) -> str:
     """
     if request.trusts(pin.repo_id):
         return "allowed by trust_remote_code"
+    owner = pin.repo_id.partition("/")[0]
+    trusted = configured("trusted") or {}
+    if place := trusted.get(owner) or trusted.get(pin.repo_id):
+        return f"trusted by {place.place}"
     known = metadata_cache(pin.repo_id)
     record = known.record(pin.commit)
-    owner = pin.repo_id.partition("/")[0]
     if record is not None and record.publisher_trusted:  # of this commit: a later one is asked about
         return f"{owner} was a trusted publisher when it was downloaded"
-    allow = f"allow it with trust_remote_code=[{pin.repo_id!r}]"
+    allow = f"allow it with trust_remote_code=[{pin.repo_id!r}], or by the setting trusted of a configuration file"
     if client.silence:
         raise PublisherError(
             f"whether {owner!r} is a trusted publisher cannot be asked while {client.silence} is set. Load it once "
