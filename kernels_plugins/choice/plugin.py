@@ -14,6 +14,7 @@ from kernels_core import (
     ArgumentTypeError,
     Candidate,
     LayerRequest,
+    configured,
     forget,
     hookimpl,
     require_type,
@@ -32,9 +33,9 @@ _open: list[use_choice] = []
 class use_choice:  # noqa: N801 - reads like a statement
     """Let measurements choose: from now on in this process, or to the end of a `with` block.
 
-    The last one that is open applies; without any, the file that `KERNELS_CHOICE` names. A kernel serves the calls for
-    which it won, and the reference those for which it did. Calls that were not measured are served in the default
-    order.
+    The last one that is open applies; without any, the file that `KERNELS_CHOICE` names, or `choice` in a configuration
+    file. A kernel serves the calls for which it won, and the reference those for which it did. Calls that were not
+    measured are served in the default order.
 
     Args:
         choice: A file of `kernels-core choose` or of `choosing`, or a `Choice`.
@@ -94,7 +95,7 @@ def _in_use() -> tuple[Choice, str, bool] | None:
     with _lock:
         if _open:
             return _open[-1].choice, _open[-1].name, _open[-1].strict
-    path = os.environ.get("KERNELS_CHOICE", "")
+    path = os.environ.get("KERNELS_CHOICE", str(configured("choice") or ""))
     if not path:
         return None
     try:
@@ -107,7 +108,7 @@ def _in_use() -> tuple[Choice, str, bool] | None:
 @hookimpl
 def kernels_rank_candidates(request: LayerRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate] | None:
     """Put the candidates in the order that was measured for the layer, each limited to the shapes for which it won."""
-    if not _open and "KERNELS_CHOICE" not in os.environ:
+    if not _open and "KERNELS_CHOICE" not in os.environ and configured("choice") is None:
         return None
     from .ranking import ranked
 

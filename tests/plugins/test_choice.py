@@ -11,7 +11,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +325,17 @@ def test_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.forget()
         with pytest.warns(KernelsWarning, match=r"none\.json"):
             assert served(Twice(), 1) == ["A"]
+
+
+def test_a_choice_in_a_configuration_file(tmp_path: Path, configure: Callable[..., Path]) -> None:
+    """`choice` names a file in the folder of the configuration file; the variable wins, also where it is empty."""
+    made(cell(B_FIRST)).save(tmp_path / "choice.json")
+    configure('choice = "choice.json"\n')
+    with use_kernel_mapping(BOTH), pytest.MonkeyPatch.context() as patch:
+        assert served(Twice(), 1) == ["B"]
+        patch.setenv("KERNELS_CHOICE", "")
+        plugin.forget()
+        assert served(Twice(), 1) == ["A"]
 
 
 # --- Races ------------------------------------------------------------------------------------------
