@@ -139,7 +139,7 @@ def _show(results: list[dict[str, Any]], scripts: Scripts, as_json: bool) -> Non
     if as_json:
         print(to_json(_payload(results, scripts)))
         return
-    columns = ("workload", "mean", "std", "min", "reference", "speed-up", "right")
+    columns = ("workload", "mean", "reference", "speed-up", "right")
     rows = [
         TableRow(_cells(result), "" if _is_right(result) else "red", [result["error"]] if "error" in result else ())
         for result in results
@@ -150,14 +150,15 @@ def _show(results: list[dict[str, Any]], scripts: Scripts, as_json: bool) -> Non
 
 def _cells(result: dict[str, Any]) -> tuple[str, ...]:
     if "error" in result:
-        return (result["workload"], *[""] * 5, "failed")
+        return (result["workload"], "", "", "", "failed")
     times, reference = result["timingResults"], result.get("reference")
     compared = ("", "")
     if reference is not None:
         ratio = reference["mean_ms"] / times["mean_ms"] if times["mean_ms"] else float("inf")
         compared = (f"{reference['mean_ms']:.4f}", f"{ratio:.2f}x")
     right = {True: "yes", False: "NO", None: "not compared"}[result["verified"]]
-    return (result["workload"], *(f"{times[name]:.4f}" for name in ("mean_ms", "std_ms", "min_ms")), *compared, right)
+    spread = f" ±{times['std_ms'] / times['mean_ms']:.0%}" if times["mean_ms"] else ""
+    return (result["workload"], f"{times['mean_ms']:.4f}{spread}", *compared, right)
 
 
 def _payload(results: list[dict[str, Any]], scripts: Scripts) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from kernels_core import ArgumentError, IntegrityError, ResolutionError, Table, TableRow
 from kernels_core import as_json as to_json
-from kernels_core.cli import Json, Row, print_error, print_found, print_rows
+from kernels_core.cli import Json, Row, print_error, print_found
 
 from ..builds.integrity import as_build, check_digest, check_transfer, read_files
 from ..builds.metadata import METADATA
@@ -46,10 +46,7 @@ def list_kernels(repo_ids: Repositories = None, as_json: Json = False) -> None:
     if as_json:
         print(to_json([_described(one) for one in found.commits]))
         return
-    rows = [_row(one) for one in found.commits]
-    print_rows(rows)
-    if not rows:
-        print(_nothing(found))
+    print_found(_table(found.commits) if found.commits else Table((), title=_nothing(found)))
 
 
 @cache.command("size")
@@ -115,7 +112,8 @@ def prune(
         rows = [_described(one) for one in chosen]
         print(to_json({"removed": yes, "freed": freed, "commits": rows, "locked": [_described(one) for one in kept]}))
         return
-    print_rows([_row(one) for one in chosen])
+    if chosen:
+        print_found(_table(chosen))
     if kept:
         print(f"{len(kept)} more stay, for they are locked in {', '.join(str(folder / LOCK) for folder in places)}.")
     if yes or not chosen:
@@ -138,10 +136,9 @@ def verify(repo_ids: Repositories = None, as_json: Json = False) -> None:
     if as_json:
         print(to_json({"ok": ok, "builds": rows, "problems": found.problems}))
     elif rows:
-        columns = ("repository", "commit", "build", "listed", "digest")
         cells = [
             TableRow(
-                (row["repository"], row["commit"][:12], *(row[name] for name in columns[2:])),
+                (f"{row['repository']}@{row['commit'][:12]}", row["build"], row["result"]),
                 "" if row["ok"] else "red",
                 row["differences"],
                 f"{row['repository']} {row['build']}",
@@ -152,7 +149,7 @@ def verify(repo_ids: Repositories = None, as_json: Json = False) -> None:
         summary = f"{len(rows)} builds, {wrong} with differences"
         if wrong:
             summary += "\nRemove such a kernel, and load it again: kernels-core cache prune REPO_ID --all --yes"
-        print_found(Table(columns, cells, summary=summary))
+        print_found(Table(("kernel", "build", "result"), cells, summary=summary))
     else:
         print(_nothing(found))
     raise typer.Exit(0 if ok else 1)
@@ -178,7 +175,9 @@ def _verified(commit: CachedCommit, build: str) -> Row:
         listed = tuple(file for file in listed if file.path == METADATA)
     row["listed"] = "no list is kept" if listed is None else attempt(lambda: check_transfer(files, listed))
     row["digest"] = "only metadata is here" if partly else attempt(lambda: check_digest(as_build(folder, files)))
-    return {**row, "ok": not differences, "differences": differences}
+    unknown = listed is None and (partly or row["digest"].startswith("not checked"))  # nothing to compare with
+    result = "differs" if differences else "unknown" if unknown else "ok"
+    return {**row, "result": result, "ok": not differences, "differences": differences}
 
 
 # --- Their parts ---------------------------------------------------------------------------------
@@ -219,11 +218,14 @@ def _described(one: CachedCommit) -> Row:
     return {**named, "size": size_of([one]), "used": used, "verified": one.verified}
 
 
-def _row(one: CachedCommit) -> Row:
-    """Return a commit as people read it."""
-    row = _described(one)
-    short = {"commit": one.commit[:12], "used": row["used"][:10], "verified": "yes" if one.verified else "no"}
-    return {**row, **short, "size": format_size(row["size"])}
+def _table(commits: Sequence[CachedCommit]) -> Table:
+    """Return commits as people read them: the names of builds are in the JSON, and in `cache verify`."""
+    rows = []
+    for one in commits:
+        row = _described(one)
+        cells = (one.repo_id, one.commit[:12], one.refs, len(one.builds), format_size(row["size"]), row["used"][:10])
+        rows.append(TableRow(cells, notes=() if one.verified else ["not verified: kernels-core has not loaded it"]))
+    return Table(("repository", "commit", "refs", "builds", "size", "used"), rows, right=("builds", "size"))
 
 
 def format_size(size: int) -> str:
