@@ -73,6 +73,10 @@ def _problem(name: str) -> str:
             switch(name)
         elif name == CANARY:
             settings_of_environment()
+        elif name == "KERNELS_CHOICE" and os.environ[name]:
+            from ..choice.choice import Choice
+
+            Choice.load(Path(os.environ[name]).expanduser())
         elif name == FOLDERS:
             gone = [str(path) for path in parse_overrides(os.environ[name]).values() if not path.is_dir()]
             return f"there is no folder {', '.join(gone)}: correct or unset {FOLDERS}" if gone else ""
