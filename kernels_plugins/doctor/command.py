@@ -82,8 +82,8 @@ def _plugins() -> Iterator[Finding]:
     yield Finding("plugins", "loaded", ", ".join(loaded))
     installed = {entry.name for entry in importlib_metadata.entry_points(group="kernels_core")}
     if blocked := sorted(name for name in installed if not plugin_manager().allows(name)):
-        found = f"KERNELS_PLUGINS leaves out {', '.join(blocked)}"
-        yield Finding("plugins", "blocked", found, NOTE, "Unset it to load them.")
+        found = f"KERNELS_PLUGINS, or the setting plugins, leaves out {', '.join(blocked)}"
+        yield Finding("plugins", "blocked", found, NOTE, "Unset it, or name them there, to load them.")
     for row in rows:
         for fault in row["faults"]:
             yield Finding("plugins", row["name"], fault, PROBLEM)

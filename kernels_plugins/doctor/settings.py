@@ -1,4 +1,4 @@
-"""Environment variables: those that are set, those that cannot be understood, and names that are misspelt."""
+"""The configuration file, and variables: those that are set, cannot be understood, or have a misspelt name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from kernels_core import ArgumentError, plugin_manager, switch, visible
+from kernels_core import ArgumentError, configuration, plugin_manager, switch, visible
 
 from ..canary.settings import VARIABLE as CANARY
 from ..canary.settings import settings_of_environment
@@ -25,7 +25,13 @@ _SWITCHES = ("KERNELS_STRICT", "DISABLE_KERNEL_MAPPING")
 
 
 def check_settings() -> Iterator[Finding]:
-    """Yield each variable that is set for this library or its client of the Hub; the values of others are not shown."""
+    """Yield the file, and each variable that is set for this library or its client of the Hub, not those of others."""
+    settings = configuration()
+    for problem in settings.problems:
+        remedy = "Until it is correct, nothing of the file applies, and no kernel serves."
+        yield Finding("configuration", "problem", problem, PROBLEM, remedy)
+    if settings.file is not None:
+        yield Finding("configuration", "file", settings.file)
     known = known_variables()
     for name in sorted(os.environ):
         value = visible(os.environ[name], 200)

@@ -119,6 +119,16 @@ def test_variables_that_are_misspelt_or_malformed(run: Run, monkeypatch: pytest.
     assert found["variables KERNELS_FLAVOUR_OF_THE_DAY"]["state"] == "note"
 
 
+def test_a_configuration_file_that_is_wrong(run: Run, configure: Callable[..., Path]) -> None:
+    """The file is shown, and each of its problems with its line."""
+    path = configure('deny = ["x"]\n')
+    code, found = run()
+    assert found["configuration file"]["found"] == str(path) and "configuration problem" not in found
+    configure("deny = 3\n")
+    code, found = run()
+    assert code == 1 and found["configuration problem"]["found"] == f"{path}:1: deny: write a list, not 3."
+
+
 def test_the_variables_are_those_of_the_page() -> None:
     """The names that are found in the sources are those that docs/environment.md lists."""
     page = (DOCS / "environment.md").read_text(encoding="utf-8")
