@@ -62,7 +62,7 @@ def use_kernel_forward_from_hub(
             raise ArgumentTypeError(
                 f"@use_kernel_forward_from_hub decorates an nn.Module class or a function, not on {target!r}."
             )
-        reference: Any = _reference(target)
+        reference: Any = _reference(target)  # or a second decorator would dispatch twice
         qualname = f"{reference.__module__}.{reference.__qualname__}"
         forward: Any = make_forward(Layer(layer_name, qualname, reference, True, condition, use_fallback))
         forward.kernel_layer_name = layer_name

@@ -32,7 +32,7 @@ def setting(name: str) -> bool | str:
         text = os.environ.get(name, "").strip()
     except ValueError as error:  # the system cannot write it
         raise ArgumentError(f"{name!r} is no name of a variable: {error}.") from error
-    return _SWITCH.get(text.lower(), text)
+    return _SWITCH.get(text.lower(), text)  # read each time: tests and users change it while a program runs
 
 
 def switch(name: str) -> bool:

@@ -65,7 +65,7 @@ def detached(error: BaseException, *, copied: bool = False) -> BaseException:
 def _copy(error: BaseException) -> BaseException:
     """Return an exception with the same type, arguments and attributes, without calling its constructor."""
     try:
-        copy = type(error).__new__(type(error), *error.args)
+        copy = type(error).__new__(type(error), *error.args)  # the constructor may want other arguments
         copy.__dict__.update(error.__dict__)
         copy.args = error.args
     except Exception:  # of a type with a `__new__` of its own

@@ -86,7 +86,7 @@ class Level:
         unfit: list[tuple[tuple[object, ...], Cause, str]] = []
         for (device, mode), sources in self.sources.get(request.layer_name, {}).items():
             if not device.matches(request.device, capability=request.capability):
-                unfit.append((sources, *_why_not(device, request)))
+                unfit.append((sources, *_why_not(device, request)))  # as refusals: a user asks why it does not serve
                 continue
             serving = [mode in STAND_INS[served] for served in request.modes]
             if any(serving) != all(serving):  # reading `mode` tells the core that the answer depends on it
@@ -97,7 +97,7 @@ class Level:
             else:
                 asked = " or ".join(map(str, request.modes))
                 unfit.append((sources, Cause.MODE, f"it is mapped for {mode}, and this call is {asked}"))
-        fitting.sort(key=lambda entry: entry[:2])
+        fitting.sort(key=lambda entry: entry[:2])  # stable: of equal ones, the first in the mapping goes first
         offered = [source for _, _, sources in fitting for source in sources]
         refused = [
             Refusal(reason, replace(like, source=source), like.plugin, cause=cause)
@@ -158,7 +158,7 @@ def register_kernel_mapping(
     global _registered
     level = parse_mapping(mapping, inherit=inherit_mapping, same=same_for_all_modes)
     with _registering:
-        _registered = _registered.updated(level) if inherit_mapping else level
+        _registered = _registered.updated(level) if inherit_mapping else level  # a new value, so readers need no lock
     forget()
 
 
@@ -227,7 +227,7 @@ def _device(name: object, layer_name: str) -> Device:
     try:
         return Device.parse(name)
     except ArgumentError as error:
-        raise ArgumentError(f"{where}: {error}") from None
+        raise ArgumentError(f"{where}: {error}") from None  # it says all that the first one said
 
 
 def _modes(value: object, where: str, layer_name: str, folder: Path) -> Iterator[tuple[Mode, tuple[object, ...]]]:

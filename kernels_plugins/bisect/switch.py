@@ -62,7 +62,7 @@ class Kernel:
 def _find_caller(modules: Container[int]) -> nn.Module | None:
     """Return the innermost module with an `id` among `modules` whose method is running; reads the stack."""
     frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None:  # a function does not know which module has called it
         code = frame.f_code
         if code.co_argcount:
             first = frame.f_locals.get(code.co_varnames[0])
@@ -133,7 +133,7 @@ class Switch:
         finally:
             self._on = None
             for (module, _), forward in zip(bound, before, strict=True):
-                vars(module)["forward"] = forward
+                vars(module)["forward"] = forward  # past `__setattr__`, and in the place where it was
                 if forward is _ABSENT:
                     del vars(module)["forward"]
 
@@ -182,7 +182,7 @@ class Switch:
         """Note the kernels of compiled code: its calls are not wrapped."""
         request = resolution.request
         if self._noting and request.layer and not resolution.is_reference and Mode.TORCH_COMPILE in request.mode:
-            self._traced[request.layer] = resolution.origin
+            self._traced[request.layer] = resolution.origin  # by layer: the request does not name the module
 
     def _note_frozen(self) -> None:
         """Note the choices of `kernelize`: if such a model is compiled, no hook is called."""
@@ -206,6 +206,7 @@ class Switch:
     def _bind(self, key: int, module: nn.Module, layer: Layer, origin: str, original: type[nn.Module]) -> None:
         """Note a kernel that is switched by a `forward` of the module's own."""
         own = module.__dict__.get("forward")
+        # One that a suspended choice has put there may go.
         if own is not None and getattr(own, "__func__", None) is not original.forward:
             raise BisectError(
                 f"Module {self._paths[key][0]!r} is compiled or kernelized, and has a forward of its own, such as a "

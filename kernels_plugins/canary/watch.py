@@ -45,12 +45,13 @@ def watched(resolution: Resolution, forward: Forward, settings: Settings) -> For
         return forward
     key = (layer.number, resolution.origin, str(resolution.request.device))
     with _lock:
+        # Kept over decisions: a change of mappings starts no new count.
         numbers = _numbers.setdefault(key, itertools.count(1))
     watch = _Watch(resolution, layer, forward, settings, key)
 
     @functools.wraps(forward)
     def watched_forward(*args: Any, **kwargs: Any) -> Any:
-        number = next(numbers)
+        number = next(numbers)  # atomic, without the lock: this is the warm path of each kernel
         if not settings.wants(number) or _comparing.get() or is_observed():
             return forward(*args, **kwargs)
         return watch.compared(number, args, kwargs)
@@ -84,7 +85,7 @@ class _Watch:
             _comparing.reset(token)
         if problem is not None and self._replaces(f"{self._where(number, live)}: {problem}", live, before):
             return self.layer.reference(*args, **kwargs)
-        saved.hand_over()
+        saved.hand_over()  # not before: a run that is dropped must not be counted by a checkpoint
         return output
 
     # --- Comparing ------------------------------------------------------------------------------
@@ -176,6 +177,7 @@ class _Watch:
             reason=f"a canary found that it disagrees with the reference: {message}",
         )
         self._say("disagrees", f"{message}. It is in quarantine from now on")
+        # A kernel that has changed an input leaves nothing to run on.
         same = all(compare(live.inputs[name], was, quick=True).ok for name, was in before.inputs.items())
         return same and self.layer.use_fallback
 
@@ -206,7 +208,7 @@ def _part(number: int) -> Part:
     def rows(_: str, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.numel() <= 2 * _LARGE or leaf.dim() < 2:
             return leaf
-        table = leaf.detach().reshape(-1, leaf.shape[-1])
+        table = leaf.detach().reshape(-1, leaf.shape[-1])  # rows, for kernels mostly work by row
         step = max(1, min(table.shape[0], leaf.numel() // _LARGE))
         return table[number % step :: step]
 

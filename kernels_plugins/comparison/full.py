@@ -221,6 +221,7 @@ class _Measured(Yardstick):
             ours.take(where),  # an index would wait for the device
             torch.where(finite, target, theirs).take(where),
         ]
+        # One tensor, so that one copy to the host waits for all.
         self.statistics = torch.stack([value.to(widest(ours)) for value in values])
 
     def difference(self) -> Difference:
@@ -235,7 +236,7 @@ class _Measured(Yardstick):
         if astray:
             of = f"{int(astray)} of {self.count} not finite as expected"
             reasons.append(f"{of}, such as {_at(actual, expected, index)}")
-        elif not excess <= 1:
+        elif not excess <= 1:  # not `>`: NaN is wrong, too
             reasons.append(f"{_at(actual, expected, index)}, {excess:.3g} times the tolerance")
         own = (own_bias, own_along, own_rms) if self.exact else None
         ratio, reason = self.bias(count, bias, along, mean_size, rms, own)
@@ -265,7 +266,7 @@ def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         tensor = tensor.to_dense()
     if tensor.is_quantized:
         tensor = tensor.dequantize()
-    if tensor.is_complex():
+    if tensor.is_complex():  # real and imaginary part, each by its own error
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.to(dtype)
 

@@ -171,6 +171,7 @@ def read_metadata(resolved: ResolvedKernel, variant: str) -> Metadata:
             raise LoadError(f"it has no {METADATA}. Rebuild the kernel with a current kernel builder.")
         path = build.folder / METADATA
         if not path.is_file():
+            # Only this: a build for another machine may be large.
             path = _client(resolved.request).fetch_file(resolved.pin, f"build/{variant}/{METADATA}")
         content = path.read_bytes()
         _check_transfer(path, {METADATA: content}, [listed])
@@ -275,6 +276,7 @@ def _check_lock(request: KernelRequest, name: str, resolved: ResolvedKernel) -> 
 def _read(selected: SelectedBuild, resolved: ResolvedKernel, client: Any) -> tuple[Build, str]:
     """Return a build as listed by the Hub, downloaded if it is not in the cache, and the check that it passed."""
     folder, listed = selected.folder, resolved.variants[selected.variant]
+    # Not the folder: a download that was cut off leaves one.
     here = {file.path for file in listed if (folder / file.path).is_file()}
     # Of a locked build that was never downloaded, the metadata may be here; of one that was, no file may be missing.
     locked = resolved.request.commit is not None

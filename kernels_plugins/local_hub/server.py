@@ -66,6 +66,7 @@ class LocalHub(Router):
         self._server = _Server(self._address, self)
         # Keep the port: a Hub that is stopped and started again is the same Hub to its clients.
         self._address = (self._address[0], self._server.server_address[1])
+        # 0.02: how long a stop waits.
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -219,7 +220,7 @@ class _Server(ThreadingHTTPServer):
     """Knows its open connections, so that it need not wait for clients to close them."""
 
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 128  # a client that downloads opens many at once
 
     def __init__(self, address: tuple[str, int], hub: LocalHub) -> None:
         super().__init__(address, _Handler)

@@ -50,6 +50,7 @@ def in_children(arguments: Mapping[str, Any]) -> VerifyReport | int:
             )
         begun = VerifyRow(**child.begun)
         out.append(_kernel(begun))
+        # The next child leaves this kernel out, with what it has shown.
         kept += [row for row in rows if _kernel(row) == _kernel(begun)]
         kept.append(replace(begun, verdict="failed", reason=f"it ends the process {child.how}"))
 
@@ -86,6 +87,7 @@ def run_child(
     rows: list[Any] = []
     begun: Any = None
     hung = False
+    # No fork: a context of CUDA does not live on.
     command = [sys.executable, "-m", module, json.dumps({**task, "path": sys.path})]
     # Its standard output carries the messages; the output of users' code goes to standard error.
     with (
@@ -159,7 +161,7 @@ def _showing(name: str) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def serving(task: Mapping[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Give a function that writes messages to the parent: `row`, `begin` and `text`."""
-    sys.path[:] = task["path"]
+    sys.path[:] = task["path"]  # the model may lie where the parent has looked, such as a folder of tests
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
         os.dup2(2, 1)  # also for native code that prints
 

@@ -156,7 +156,7 @@ def _captures(call: Call, implementation: Forward) -> Probe:
     def captured(*args: Any, **kwargs: Any) -> Any:
         make_stream: Any = torch.cuda.Stream
         current, aside = torch.cuda.current_stream(), make_stream()
-        aside.wait_stream(current)
+        aside.wait_stream(current)  # a capture must not be on the default stream, so its warm-up is not, either
         with torch.cuda.stream(aside):
             implementation(*args, **kwargs)  # compiles, and allocates memory that it keeps
         current.wait_stream(aside)

@@ -103,7 +103,7 @@ class Subject:
                 yield replace(self.blank, verdict="undecided", case=given.name, dtype=_dtype(call), reason=reason)
                 continue
             for case in (given, *(cases(call) if derived else ())):
-                if self.dtypes is None or _dtype(case.call) == _dtype(call):
+                if self.dtypes is None or _dtype(case.call) == _dtype(call):  # derived cases have dtypes of their own
                     yield from self._try(case, kernels)
 
     def _calls(self) -> Iterator[Call]:
@@ -172,6 +172,7 @@ class Subject:
     def _undecided(self, case: Case) -> str | None:
         """Return why the reference cannot judge, None if it can."""
         try:
+            # Twice: what differs from itself judges no other.
             first, second = (self._run(case, self.layer.reference, Mode.INFERENCE) for _ in range(2))
             difference = compare(second.outputs, first.outputs)
         except Exception as error:
@@ -186,6 +187,7 @@ class Subject:
 
     def _try(self, case: Case, kernels: list[_Kernel]) -> Iterator[VerifyRow]:
         for mode in self.modes:
+            # The reference runs only where there is something to judge.
             serving = [k for k in kernels if mode in k.decisions and not k.decisions[mode].is_reference]
             if not serving:
                 continue
@@ -215,7 +217,7 @@ class Subject:
         cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if case.autocast is not None:
             cast = torch.autocast(self.device.type, dtype=case.autocast)
-        with references(), cast:
+        with references(), cast:  # the layers inside run their references, or they would be judged, too
             return call.run(forward, gradients=training, dtype=dtype, contiguous=case.contiguous)
 
     def _expected(self, case: Case, mode: Mode) -> tuple[Outcome, Outcome | None]:
@@ -228,6 +230,7 @@ class Subject:
             return run, None
         if not run.random:
             return run, exact
+        # In float64, other numbers may have been drawn.
         near = _is_near(run.outputs, exact.outputs) and _is_near(dict(run.gradients), dict(exact.gradients))
         return run, exact if near else None
 

@@ -88,7 +88,7 @@ def _dependencies(resolved: ResolvedKernel, show: Callable[[int, int], None]) ->
         if parse_variant(name) is not None and METADATA in {file.path for file in files}
     ]
     dependencies: set[Dependency] = set()
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool:  # one small file of each build, from the Hub
         for done, metadata in enumerate(pool.map(lambda name: read_metadata(resolved, name), builds), 1):
             show(done, len(builds))
             dependencies |= set(metadata.kernel_depends)
