@@ -10,7 +10,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from types import NoneType
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any, cast
 
 from torch import nn
@@ -77,7 +77,38 @@ def make_class(
     reads = {name: cast(Rule, rule).bound(module, name) for name in binds if name not in module.__dict__}
     # Liger and others replace the forward of a class: then, one made before would run the old one.
     bound = tuple((name, read) for name, read in reads.items() if read)
-    return _make_class(original, forward, rule, bound, tuple(functions), computes)
+    return _make_class(original, forward, rule, bound, tuple(functions), computes, _as_measured(_loose(module, rule)))
+
+
+def _loose(module: nn.Module, rule: Rule | None) -> tuple[tuple[str, Any, object], ...]:
+    """Return activations and dropouts of a module, which its kernels take to stay as they are, by name."""
+    if rule is None:
+        return ()
+    names = {path.partition(".")[0] for path in rule.parts}
+    children = [(name, type(child), getattr(child, "p", None)) for name, child in module.named_children()]
+    functions = [(name, None, value) for name, value in vars(module).items() if isinstance(value, _FUNCTIONS)]
+    return tuple(each for each in (*children, *functions) if each[0] not in names)
+
+
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+
+
+@functools.lru_cache(maxsize=256)
+def _as_measured(loose: tuple[tuple[str, Any, object], ...]) -> Callable[[nn.Module], bool] | None:
+    """Return a condition: whether those of a module are as they were when it was measured; None where there is none."""
+
+    def condition(module: nn.Module) -> bool:
+        for name, kind, value in loose:
+            if kind is None:
+                if module.__dict__.get(name) is not value:
+                    return False
+                continue
+            child: Any = module._modules.get(name)
+            if not isinstance(child, kind) or (value is not None and child.p != value):  # it may be adopted itself
+                return False
+        return True
+
+    return condition if loose else None
 
 
 @functools.lru_cache(maxsize=256)  # weak entries would not do: a class that is made refers to its original
@@ -88,6 +119,7 @@ def _make_class(
     reads: tuple[tuple[str, Any], ...],
     functions: tuple[Callable[..., Any], ...],
     computes: Callable[[nn.Module, Mode], Sequence[str]] | None,
+    condition: Callable[[nn.Module], bool] | None,
 ) -> type[nn.Module]:
     members: dict[str, Any] = {
         "__module__": original.__module__,
@@ -103,7 +135,7 @@ def _make_class(
         members["forward"] = forward
     made = cast("type[nn.Module]", type(original)(original.__name__, (original,), members))
     if rule is not None:
-        replace_kernel_forward_from_hub(made, rule.layer_name)
+        replace_kernel_forward_from_hub(made, rule.layer_name, condition)
         _rules[decorated_layer(made)] = rule
     return use_kernelized_func(*functions, computes=computes)(made)
 

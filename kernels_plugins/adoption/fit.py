@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from types import FunctionType, NoneType
+from types import FunctionType, ModuleType, NoneType
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,9 @@ _AT_MOST = 2e-5
 UNMEASURED = "it cannot be measured"
 _BIG, _NARROW = 2**20, 16
 """Projections of more numbers than this are measured at a fraction of their size, no narrower than that."""
+
+_OBJECTS = 10_000
+"""Objects to search for modules: configurations have hundreds."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
@@ -312,7 +316,23 @@ def _random_copy(
         if device == "cpu":
             _random(made, generator)
         memo[id(tensor)] = nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made
+    memo.update((id(other), other) for other in _others(module) if id(other) not in memo)
     return copy.deepcopy(module, memo)
+
+
+def _others(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that a module refers to and does not contain, such as its parent: no copy needs these."""
+    seen = {id(each) for each in module.modules()}
+    waiting: list[Any] = [value for each in module.modules() for value in each.__dict__.values()]
+    while waiting and len(seen) < _OBJECTS:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, (type, FunctionType, ModuleType, Tensor)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            yield value
+        else:
+            waiting += gc.get_referents(value)
 
 
 def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -793,3 +793,71 @@ def test_the_command(options: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
     assert [len(found[name]) for name in ("layers", "refused")] == [1, 2]
     assert [row["plugin"] for row in found.get("receipt", [])] == ["torch"] * bool(options)
     assert run(cli, ["adopt", "torch.nn:Identity"]).exit_code == 1
+
+
+# --- Changes after adoption ------------------------------------------------------------------------
+
+
+def without_dropout(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("act", "change"),
+    [
+        (nn.SiLU(), lambda mlp: setattr(mlp.dropout, "p", 1.0)),
+        (nn.SiLU(), lambda mlp: setattr(mlp, "act", nn.ReLU())),
+        (functional.silu, lambda mlp: setattr(mlp, "act", functional.relu)),
+    ],
+    ids=["dropout", "activation", "function"],
+)
+def test_an_activation_or_a_dropout_that_changes_later(act: Any, change: Any) -> None:
+    """An MLP computes with a probability or an activation that was set after it was adopted, eager and compiled."""
+    torch.manual_seed(0)
+    mlp = GatedMLP(act)
+    kernel = type("Kernel", (nn.Module,), {"forward": without_dropout, "can_torch_compile": True})
+    with adopt(mlp) as adopted, use_kernel_mapping({"SwiGLUMLP": {"cpu": kernel}}):
+        assert adopted.receipt().rows[0].plugin == "mapping"
+        before = mlp(X)
+        torch._dynamo.reset()
+        compiled = torch.compile(mlp, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(X), before)
+        change(mlp)
+        found, note = (mlp(X), compiled(X)), adopted.receipt().rows[0].note
+    wanted = mlp(X)
+    assert not torch.equal(wanted, before) and note == "its condition is not met"
+    torch.testing.assert_close(found, (wanted, wanted))
+
+
+def test_an_activation_that_is_adopted_itself() -> None:
+    """An MLP is served although its activation got a class of its own, too."""
+
+    class NewGELUActivation(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    class FastMLP(nn.Module):
+        def forward(self: Any, x: torch.Tensor) -> Any:
+            return self.down_proj(tanh_gelu(self.gate_proj(x)) * self.up_proj(x))
+
+    mlp = GatedMLP(NewGELUActivation())
+    with adopt(mlp) as adopted, use_kernel_mapping({"GeGLUTanhMLP": {"cpu": FastMLP}}), count_calls():
+        assert {layer.layer_name for layer in adopted.layers} == {"GeGLUTanhMLP", "GeluTanh"}
+        mlp(X)
+        assert [sum((row.calls or {}).values()) for row in adopted.receipt().rows] == [1, 0]
+
+
+def test_other_modules_are_not_copied_to_be_measured() -> None:
+    """A module that refers to its model is measured without a copy of that."""
+
+    class Uncopied(nn.Module):
+        def __deepcopy__(self, memo: object) -> Any:
+            raise AssertionError("copied")
+
+    norms = [PlainRMSNorm() for _ in range(3)]
+    holder = Uncopied()
+    object.__setattr__(norms[0], "model", holder)
+    norms[1].holders = [{"model": holder}]  # type: ignore[assignment]
+    norms[2].get = holder.parameters  # type: ignore[assignment]
+    adopted = adopt(nn.Sequential(*norms))
+    assert len(adopted.layers) == 3, adopted.refused
