@@ -50,7 +50,7 @@ def detached(error: BaseException, *, copied: bool = False) -> BaseException:
     seen = {id(error)}
     while True:
         kept.__traceback__ = _without_locals(error.__traceback__)
-        following = error.__cause__ or error.__context__
+        following = error.__cause__ or error.__context__  # as Python prints them
         if following is None or id(following) in seen:
             return first
         seen.add(id(following))

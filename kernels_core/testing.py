@@ -97,7 +97,7 @@ class HookRecorder:
             self.calls.append(call)
 
         def after(outcome: Any, hook_name: str, hook_impls: object, kwargs: Mapping[str, Any]) -> None:
-            call = under_way.pop(id(kwargs))
+            call = under_way.pop(id(kwargs))  # pluggy calls this also where a hook has raised
             call.error = outcome.exception
             call.answer = None if call.error else outcome.get_result()
             call.done = True

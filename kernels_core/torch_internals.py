@@ -63,7 +63,7 @@ class _ForwardLevel:
     @property
     def level(self) -> int:
         """0 or more within `forward_ad.dual_level`, or where that cannot be found out: a training kernel serves."""
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():  # no guard could hold for the probe, so the kernel for training
             return 0
         try:  # outside of all levels, this returns its argument
             return -1 if cast(Any, forward_ad).unpack_dual(self._probe).primal is self._probe else 0

@@ -26,7 +26,7 @@ def warn(message: str, stacklevel: int = 1) -> None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES and "__name__" in frame.f_globals:
             stacklevel -= 1
             line = level
-        if stacklevel <= 0 or frame.f_back is None:
+        if stacklevel <= 0 or frame.f_back is None:  # at a prompt, or in a thread of ours, no line is the user's
             break
         frame, level = frame.f_back, level + 1
     warnings.warn(message, KernelsWarning, stacklevel=line or level)

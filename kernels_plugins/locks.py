@@ -25,6 +25,7 @@ class KeyedLocks:
 
     def _free(self) -> None:
         self._guard = threading.Lock()
+        # Reentrant: a kernel may load another one while it is imported.
         self._locks: dict[Hashable, threading.RLock] = {}
 
     @contextmanager

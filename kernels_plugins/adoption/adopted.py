@@ -201,6 +201,7 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
     for module, (path, *_) in module_paths(model).items():
         cls = type(module)
         if cls not in matching:
+            # By class: patterns are compared once for each.
             matching[cls] = [rule for rule in applied if rule.matches(cls)]
         if not matching[cls]:
             continue
@@ -231,6 +232,7 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
                 refused.append(RefusedLayer(path, may[0].name, taken))
                 continue
             names = {name for rule in may for name in rule.stubs(module)}
+            # Modules whose parts differ get classes of their own.
             of_parts = tuple(parts.get(module.get_submodule(each)) for rule in may for each in rule.parts)
             kind = (*kind_of(module, names), of_parts)
             if kind not in parents:

@@ -141,6 +141,7 @@ class Rule:
             if not hasattr(module, canonical):
                 return binding
             own = getattr(module, canonical)
+            # Not `==` for all: to compare tensors gives a tensor.
             if own is value or (isinstance(own, int | float) and own == value):
                 return None
             raise AttributeError(f"its own {canonical} is not what the rule reads for it: bind another name")

@@ -75,7 +75,7 @@ def _bisect(switch: Switch, evaluations: Evaluations, allowed: Tolerance) -> Bis
     if not kernels:
         raise BisectError(_nothing(switch), evaluation=evaluations.count)
     baseline = evaluations.anew(())
-    again = evaluations.anew(())
+    again = evaluations.anew(())  # not from memory: it shows how much equal runs differ
     for reading in (baseline, again):
         if not reading.is_finite:
             raise BisectError(
@@ -93,6 +93,7 @@ def _bisect(switch: Switch, evaluations: Evaluations, allowed: Tolerance) -> Bis
     sets: list[tuple[int, ...]] = []
     if allowed.is_exceeded(suspect, baseline):
         sets = find_minimal_sets(len(kernels), lambda items: bool(items) and allowed.is_exceeded(of(items), baseline))
+    # A member of several sets is one culprit.
     guilty = sorted({item for members in sets for item in members}, key=lambda item: (kernels[item].place, item))
     mended = of(set(range(len(kernels))).difference(guilty))
 

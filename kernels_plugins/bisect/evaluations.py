@@ -79,8 +79,8 @@ class Evaluations:
         self._show(self.count, self._expected(), setup)
         where = f"evaluation {self.count}, with {setup}"
         failed = functools.partial(BisectError, evaluation=self.count, paths=paths)
-        before = quarantined()
-        with self._state.kept(), many_compilations():
+        before = quarantined()  # a kernel that is out in the middle makes later readings those of its reference
+        with self._state.kept(), many_compilations():  # each set of kernels compiles the model again
             try:
                 answer = self._metric(self._model)
             except Exception as error:
@@ -118,6 +118,7 @@ class Evaluations:
     def _expected(self) -> int:
         """Return the expected number of evaluations, as if there were one more culprit."""
         per_culprit = math.ceil(math.log2(max(2, len(self.kernels)))) + 2
+        # 4: the model as it is, the baseline twice, all kernels again.
         return 4 + per_culprit * max(1, math.ceil((self.count - 4) / per_culprit))
 
 

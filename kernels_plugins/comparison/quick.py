@@ -44,7 +44,7 @@ def alike(pairs: Iterable[tuple[object, object]], same: Iterable[tuple[torch.Ten
                 if not _is_comparable(ours, theirs):
                     return False
                 ours, theirs = own_part(ours, theirs), own_part(theirs, theirs)
-                if theirs.numel():
+                if theirs.numel():  # an empty tensor has no largest error
                     screens.append((_Near if theirs.dtype.is_floating_point else _Equal)(ours, theirs))
         for ours, theirs in same:
             if not _is_comparable(ours, theirs):
@@ -76,7 +76,7 @@ class _Equal:
     """Two tensors that must be equal."""
 
     def __init__(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        self.statistics = (ours != theirs).any()[None].to(widest(ours))
+        self.statistics = (ours != theirs).any()[None].to(widest(ours))  # not `equal`, which would wait for the device
 
     def passes(self, *statistics: float) -> bool:
         return not any(statistics)
@@ -88,7 +88,7 @@ class _Near(_Equal):
     def __init__(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         self.yardstick = Yardstick(theirs, tolerance_of(theirs.dtype))
         self.count = theirs.numel()
-        work, double = torch.promote_types(theirs.dtype, torch.float32), widest(theirs)
+        work, double = torch.promote_types(theirs.dtype, torch.float32), widest(theirs)  # float64 stays float64
         target = theirs.detach().to(work)
         error = ours.detach().to(work) - target
         along = (error * target.sign()).sum(dtype=double)

@@ -39,7 +39,7 @@ def value_mismatches(path: str, ours: object, theirs: object) -> list[str]:
     if type(ours) is not type(theirs):
         return [f"{path}: {type(ours).__name__} instead of {type(theirs).__name__}"]
     if isinstance(ours, float) and isinstance(theirs, float):
-        rtol, atol = TOLERANCES[torch.float64]
+        rtol, atol = TOLERANCES[torch.float64]  # Python computes in that
         both_nan = math.isnan(ours) and math.isnan(theirs)  # `isclose` calls NaN different from itself
         same = both_nan or math.isclose(ours, theirs, rel_tol=rtol, abs_tol=atol)
     elif isinstance(ours, str | bytes | int | complex | torch.Size | torch.dtype | torch.device):

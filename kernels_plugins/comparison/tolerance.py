@@ -107,9 +107,10 @@ class Yardstick:
             (bias, own_bias, ("high", "low")),
             (along, own_along, ("large in magnitude", "small in magnitude")),
         ):
+            # Rounding may make the difference negative.
             spread = max(math.sqrt(max(rms * rms - mean * mean, 0.0)), own_rms)
             chance = SIGNIFICANT * spread / math.sqrt(count)
-            allowed = step * size + self.atol + 2 * abs(reference) + chance
+            allowed = step * size + self.atol + 2 * abs(reference) + chance  # the reference may lean, too
             reason = f"biased: too {sides[mean < 0]} by {abs(mean):.3g} on average, where rounding goes either way"
             found.append((abs(mean) / allowed if mean and allowed else math.inf if mean else 0.0, reason))
         return max(found, key=lambda one: one[0])

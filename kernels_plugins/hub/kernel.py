@@ -90,6 +90,7 @@ def _each(fetched: FetchedBuild) -> Iterator[FetchedBuild]:
 
 
 def _import(fetched: FetchedBuild) -> LoadedKernel:
+    # First: a kernel asks for them at the top of its module.
     needed = {repo_id: _import(dependency) for repo_id, dependency in fetched.dependencies.items()}
     selected = fetched.selected
     with naming(selected.place):

@@ -144,7 +144,7 @@ def _trust(trusted: Any) -> bool | tuple[str, ...]:
     listed = isinstance(trusted, list | tuple | set | frozenset)
     if not listed or not all(isinstance(repo_id, str) for repo_id in trusted):
         raise ArgumentTypeError(f"trust_remote_code is True, False or a list of 'owner/name', not {trusted!r}.")
-    return tuple(trusted)
+    return tuple(trusted)  # hashable: requests are keys
 
 
 def _agent(agent: Any) -> str | None:

@@ -166,6 +166,7 @@ class PrometheusCounters:
     @hookimpl
     def kernels_wrap_forward(self, resolution: Resolution) -> Callable[[Forward], Forward]:
         """Count calls."""
+        # Looked up once, not in each call.
         count = self._calls.labels(*_place(resolution.request), resolution.origin).inc
 
         def decorate(forward: Forward) -> Forward:

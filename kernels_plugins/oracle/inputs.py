@@ -72,7 +72,7 @@ def record(model: nn.Module) -> Iterator[list[Recorded]]:
             calls.append(Recorded(path, layer, call.snapshot()))
 
     def hook(path: str, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # a trace has no numbers to record
             keep(path, layer, Call(module, args, kwargs, layer.signature))
 
     with contextlib.ExitStack() as stack:
@@ -157,6 +157,7 @@ def cases(call: Call) -> Iterator[Case]:
     bare = call.module is None or not [*call.module.parameters(), *call.module.buffers()]
     if bare and main.dim() and main.shape[-1] > 4:  # nothing in the module has that size, too
         yield Case("odd width", _resized(call, main, main.dim() - 1, main.shape[-1] - 2 + main.shape[-1] % 2))
+    # In 16 bits, autocast has nothing to cast.
     if given is torch.float32 and main.device.type in ("cpu", "cuda", "xpu"):
         yield Case("autocast bfloat16", call, autocast=torch.bfloat16)
 
@@ -181,6 +182,7 @@ def _changed(call: Call, change: Callable[[torch.Tensor], torch.Tensor]) -> Call
 
 def _other_values(tensor: torch.Tensor) -> torch.Tensor:
     turned = tensor.flip(0) if tensor.dim() else tensor
+    # Integers may be indices: other values could be out of range.
     return turned * 0.75 if tensor.is_floating_point() else tensor
 
 
@@ -194,6 +196,7 @@ def _offset(tensor: torch.Tensor) -> torch.Tensor:
     """Let a tensor start one element after its memory, at an address that is less round."""
     if not tensor.numel():
         return tensor
+    # The element before is read by a kernel that ignores the offset.
     memory = tensor.new_full((tensor.numel() + 1,), _filler(tensor))
     memory[1:] = tensor.flatten()
     return memory[1:].view(tensor.shape)
@@ -213,7 +216,7 @@ def _resized(call: Call, main: torch.Tensor, dim: int, size: int) -> Call:
             return tensor
         if size <= old:
             return tensor.narrow(from_end, 0, size).clone()
-        times = -(-size // old)
+        times = -(-size // old)  # rounded up
         return torch.cat([tensor] * times, from_end).narrow(from_end, 0, size)
 
     return _changed(call, change)

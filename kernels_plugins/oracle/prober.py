@@ -101,7 +101,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
     from .probe import implementation_of
 
     implementation = implementation_of(layer, function=request.layer.is_function)
-    _kernels[_function(implementation)] = layer
+    _kernels[_function(implementation)] = layer  # the function itself: a bound method is made anew for each look
     _, report = _known(request, implementation)
     return _refusal(report, request.mode) if report is not None else None
 
@@ -173,6 +173,7 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
         call = Call(module, given, kwargs, layer.signature)
         token = _busy.set(True)
         try:
+            # A snapshot: the call itself is still to come.
             report = probe(Recorded("", layer, call.snapshot()), resolution)
         except VerificationError:  # the device is broken
             raise
@@ -184,7 +185,7 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
             return forward(*args, **kwargs)
         finally:
             _busy.reset(token)
-        probe_cache.keep(key, report)
+        probe_cache.keep(key, report)  # before anything is decided anew: `_known` asks for it
         _report(resolution, report)
         _take_out(resolution, report)
         mode = Mode.TRAINING if torch.is_grad_enabled() and call.records else Mode.INFERENCE

@@ -257,7 +257,7 @@ def _provenance(data: Mapping[str, Any] | None) -> Provenance | None:
 
 def _git(data: Mapping[str, Any], place: str) -> GitStatus:
     commit, dirty = _field(data, f"{place}.commit", str), _field(data, f"{place}.dirty", bool)
-    if not is_commit(commit.lower()):
+    if not is_commit(commit.lower()):  # in either case, as git takes them
         raise UnknownError(f"{METADATA}: {place}.commit is {commit!r}, no commit. {_REBUILD}")
     return GitStatus(commit.lower(), dirty)
 

@@ -77,7 +77,7 @@ def find_lock(caller: Caller) -> Lock:
 
 def _module(frame: FrameType) -> str:
     """Return the name of the module of a frame, also of one that is run with `python -m`."""
-    spec = frame.f_globals.get("__spec__")
+    spec = frame.f_globals.get("__spec__")  # first: `__name__` is "__main__" for `python -m`
     return str(getattr(spec, "name", None) or frame.f_globals.get("__name__") or "")
 
 
@@ -87,6 +87,7 @@ def _package(module: str) -> str:
 
 def _distributions(caller: Caller) -> list[importlib_metadata.Distribution]:
     """Return the distributions that may contain a module: several may share a namespace."""
+    # By what is installed: a distribution may have another name.
     names = importlib_metadata.packages_distributions().get(_package(caller.module), ())
     return [cast(Any, importlib_metadata.distribution(name)) for name in dict.fromkeys(names)]
 

@@ -215,7 +215,7 @@ def _entries(text: str, origin: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         # Some editors put this mark at the start of a file.
         data = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object)
-        text.encode()
+        text.encode()  # JSON may have half of a surrogate pair, which no file can
     except (ValueError, RecursionError) as error:
         raise _malformed(origin, f"it is no JSON ({error})") from error
     if not isinstance(data, list):
