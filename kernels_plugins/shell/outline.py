@@ -21,11 +21,12 @@ from typing import Annotated, Any, get_args, get_origin
 from ..files import write_file
 
 _FORMAT = 1
+_FAULTS = (OSError, ValueError, RuntimeError)  # the last one where a user has no home
 
 
 def find_outline() -> dict[str, Any] | None:
     """Return the outline that was kept; None if there is none, or it is of other packages than the installed ones."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*_FAULTS):
         outline = json.loads(_place().read_text(encoding="utf-8"))
         if isinstance(outline, dict) and outline.get("key") == _key():
             return outline
@@ -34,7 +35,7 @@ def find_outline() -> dict[str, Any] | None:
 
 def keep_outline(outline: Mapping[str, Any]) -> None:
     """Write an outline for later processes, where that is possible."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(*_FAULTS):
         write_file(_place(), json.dumps({**outline, "key": _key()}))
 
 
@@ -93,6 +94,7 @@ def _key() -> str:
     plugins = sorted((e.name, e.value, e.dist.version if e.dist else "") for e in found)
     # An installation in place changes without a new version.
     folders = [Path(__file__).parents[2] / package for package in ("kernels_core", "kernels_plugins")]
-    times = [p.stat().st_mtime_ns for f in folders for p in [*f.glob("cli/*.py"), *f.glob("**/command.py")]]
+    places = ("cli/*.py", "*/command.py", "*/*/command.py")
+    times = [path.stat().st_mtime_ns for folder in folders for place in places for path in folder.glob(place)]
     chosen = os.environ.get("KERNELS_PLUGINS", "")
     return hashlib.sha256(json.dumps([_FORMAT, plugins, sorted(times), chosen]).encode()).hexdigest()

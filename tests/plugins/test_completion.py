@@ -61,6 +61,18 @@ def test_an_outline_of_other_packages_is_not_used(monkeypatch: pytest.MonkeyPatc
         assert outline.find_outline() is None
 
 
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home directory, as in some containers, has the command line all the same."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    outline.keep_outline({"commands": {}})
+    assert outline.find_outline() is None
+
+
 def test_a_command_of_any_signature_is_described() -> None:
     """Flags with two names, lists, choices without annotation and groups in groups become words."""
     app, inner = typer.Typer(), typer.Typer()
