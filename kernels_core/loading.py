@@ -297,7 +297,11 @@ def limited_implementation(layer: Layer | None, candidate: Candidate, loaded: Lo
         return forward
     key = id(forward), limit
     if key not in layer.adapted:
-        layer.adapted[key] = forward, limit(loaded, forward)
+        made = limit(loaded, forward)
+        if made is not forward:
+            functools.update_wrapper(made, forward)  # what guards ask a kernel for, it has, too
+            made.__dict__["kernels_unlimited"] = forward
+        layer.adapted.setdefault(key, (forward, made))
     return cast(Forward, layer.adapted[key][1])
 
 

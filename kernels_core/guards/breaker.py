@@ -13,18 +13,18 @@ import torch
 from torch.utils.checkpoint import CheckpointError
 
 from ..environment import strict
-from ..errors import KernelsError
+from ..errors import KernelsError, KernelsWarning
 from ..layer import Forward
 from ..raised import detached, error_text, message_of
 from ..replay import CONSTANTS, Call
 from ..resolution import Resolution
 from ..torch_internals import dispatch_mode_count, in_forward_ad, in_transform, is_traced, tree_leaves, version
 from ..warning import warn, warn_once
-from .limits import first_dtype
+from .limits import first_dtype, unlimited
 from .quarantine import quarantine
 from .tensors import is_odd, is_odd_module
 
-_NEVER = (KernelsError, MemoryError, torch.OutOfMemoryError)
+_NEVER = (KernelsError, KernelsWarning, MemoryError, torch.OutOfMemoryError)
 """Errors that are not the fault of a kernel, or not for a guard to judge."""
 
 _UNCHANGED = (torch.Tensor, *CONSTANTS)
@@ -57,7 +57,12 @@ def stand_in(
     generator, is not judged.
     """
     layer, implementation = resolution.request.layer, resolution.implementation
-    if layer is None or implementation is None or not _is_judged(error) or not _raised(implementation, error):
+    if (
+        layer is None
+        or implementation is None
+        or not _is_judged(error)
+        or not _raised(unlimited(implementation), error)
+    ):
         return None
     values = list(values)  # read several times, and it may be an iterator
     odd = is_odd(values) or (module is not None and is_odd_module(module))

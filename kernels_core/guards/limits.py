@@ -31,6 +31,11 @@ def first_dtype(values: Iterable[Any]) -> torch.dtype | None:
     return None
 
 
+def unlimited(function: Forward) -> Forward:
+    """Return the kernel within the limit of a candidate: that is at fault or in quarantine, with any limit."""
+    return cast(Forward, getattr(function, "kernels_unlimited", function))
+
+
 def limited(kernel: KernelLayer, forward: Forward) -> Forward:
     """Return a forward that passes on the calls that a kernel declares not to take; the forward itself without any."""
     dtypes, supports = getattr(kernel, "dtypes", None), getattr(kernel, "supports", None)

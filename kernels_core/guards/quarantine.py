@@ -21,7 +21,7 @@ from ..layer import Forward, Layer
 from ..mode import Mode
 from ..resolution import Candidate, LayerRequest, Resolution
 from ..settings import reader
-from .limits import first_dtype
+from .limits import first_dtype, unlimited
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Quarantined:
                 return False
         elif (
             implementation is None
-            or self._implementation() is not implementation
+            or self._implementation() is not unlimited(implementation)
             or request.layer is None
             or self._layer() is not request.layer
         ):
@@ -150,7 +150,7 @@ def quarantine(
         entry = Quarantined("", "", str(layer), where, mode, reason, error, dtype)
     else:
         # Weak: an entry must not keep a layer, or the code of a kernel, that nothing else uses.
-        known, kept = weakref.ref(cast(Layer, layer)), weakref.ref(cast(Forward, implementation))
+        known, kept = weakref.ref(cast(Layer, layer)), weakref.ref(unlimited(cast(Forward, implementation)))
         name, place = cast(Layer, layer).name, cast(Layer, layer).qualname
         entry = Quarantined(name, place, kernel, where, mode, reason, error, dtype, known, kept)
     with _lock:

@@ -88,7 +88,7 @@ class ShapeLimit:
             raise LoadError("its code has changed since it was measured: measure again (kernels-core choose)")
         if self.orders is None:
             return forward
-        return self._traced(forward) if self.is_traced else self._eager(forward)
+        return (self._traced if self.is_traced else self._eager)(forward, self.orders)
 
     def takes(self, key: Key, captured: bool = False) -> bool:
         """Return whether it serves calls of a kind."""
@@ -100,16 +100,17 @@ class ShapeLimit:
         place = order.index(self.name) if self.name in order else len(order)
         return all(place < order.index(name) for name in self.rivals if name in order)
 
-    def _eager(self, forward: Forward) -> Forward:
+    def _eager(self, forward: Forward, orders: Orders) -> Forward:
         known: dict[tuple[torch.dtype, torch.Size], object] = {}
         first = int(not self.is_function)
 
         def found(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
             """Return whether a call is taken whose shape is new, or whose first argument is no tensor."""
             tensor: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-            if tensor is None:
-                return not self.rivals
+            if tensor is None:  # as where nothing was measured
+                return self._leads(orders.default)
             key = key_of(tensor)
+            self._say_if_missed(key)  # first: where warnings are errors, it raises each time
             taken: object = self.takes(key)
             if taken is not self.takes(key, captured=True):
                 taken = "eager" if taken else "captured"
@@ -117,7 +118,6 @@ class ShapeLimit:
                 if len(known) >= _KNOWN:
                     known.clear()
                 known[tensor.dtype, tensor.shape] = taken
-            self._say_if_missed(key)
             return taken
 
         def with_keywords(*args: Any, **kwargs: Any) -> Any:
@@ -151,7 +151,6 @@ class ShapeLimit:
         kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
         simple = not {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}.intersection(kinds)
         limited: Any = (of_function if self.is_function else of_module) if simple else with_keywords
-        limited.__wrapped__ = forward
         return cast(Forward, limited)
 
     def _say_if_missed(self, key: Key) -> None:
@@ -162,17 +161,15 @@ class ShapeLimit:
             warn_once(
                 f"Layer {self.orders.layer!r} is called with {rows}, which {self.orders.file} has no measurement for: "
                 "the default order of candidates serves such calls. Measure them, too: kernels-core choose.",
-                self.orders,
             )
 
-    def _traced(self, forward: Forward) -> Forward:
+    def _traced(self, forward: Forward, orders: Orders) -> Forward:
         """Return the same for traced calls: comparisons of sizes, which become guards, one a range."""
-        assert self.orders is not None
-        kinds = {(dtype, width) for (dtype, width, _), _ in self.orders.eager}
+        kinds = {(dtype, width) for (dtype, width, _), _ in orders.eager}
         ranges = {
             kind: tuple(_ranges([bucket for bucket in range(64) if self.takes((*kind, bucket))])) for kind in kinds
         }
-        default = self._leads(self.orders.default)
+        default = self._leads(orders.default)
 
         def limited(*args: Any, **kwargs: Any) -> Any:
             for value in (*args, *kwargs.values()):
@@ -188,7 +185,6 @@ class ShapeLimit:
                     return NotImplemented
             return forward(*args, **kwargs)
 
-        limited.__wrapped__ = forward  # type: ignore[attr-defined]
         return limited
 
 

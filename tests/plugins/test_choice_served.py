@@ -1,0 +1,117 @@
+"""What holds for a kernel holds for it within the limit of a choice, and the other way round."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kernels_core import (
+    KernelsWarning,
+    Mode,
+    count_calls,
+    quarantine,
+    quarantined,
+    receipt,
+    release,
+    resolve,
+)
+from kernels_plugins import use_choice, use_kernel_mapping
+
+from .test_choice import (
+    A_FIRST,
+    B_FIRST,
+    BOTH,
+    REFERENCE_FIRST,
+    WIDTH,
+    B,
+    Twice,
+    cell,
+    choice_plugin,  # noqa: F401 - for all tests here
+    made,
+    served,
+)
+
+SPLIT = made(cell(REFERENCE_FIRST), cell(A_FIRST, 16), cell(B_FIRST, 1024))
+
+
+def kernel(name: str, forward: Any, **declared: Any) -> type[nn.Module]:
+    """Make a kernel layer that has a name in measurements."""
+    members = {"forward": forward, "__module__": "kernels", "__qualname__": name, **declared}
+    return type(name, (nn.Module,), members)
+
+
+# --- Guards -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen_first", [False, True])
+def test_a_quarantine_with_and_without_a_choice(chosen_first: bool) -> None:
+    """A kernel in quarantine serves neither within a limit nor without, wherever it was found to be wrong."""
+    module = Twice()
+    with use_kernel_mapping(BOTH), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        choice = use_choice(SPLIT)
+        if not chosen_first:
+            choice.close()
+        found = resolve(module, device="cpu", mode=Mode.INFERENCE)
+        assert found.request.layer is not None
+        entry = quarantine(found.request.layer, found.implementation, kernel=found.origin, reason="wrong")
+        choice.close()
+        assert served(module, 16) == ["B"]
+        with use_choice(SPLIT):
+            assert served(module, 1, 16, 1024) == ["reference", "B", "B"]
+            release(entry)
+            assert served(module, 16) == ["A"]
+
+
+def test_a_kernel_that_raises_within_its_limit() -> None:
+    """The breaker takes it out, with a choice and without; the call is answered."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("boom")
+
+    bad, module = kernel("Bad", forward), Twice()
+    cells = cell({**REFERENCE_FIRST, "kernels.Bad": 4.0}), cell({**B_FIRST, "kernels.Bad": 0.5}, 16)
+    with use_kernel_mapping({"Twice": {"cpu": [bad, B]}}):
+        with use_choice(made(*cells)):
+            with pytest.warns(KernelsWarning, match=r"kernels\.Bad: it is in quarantine: it raised RuntimeError: boom"):
+                assert served(module, 1, 16, 16) == ["reference", "reference", "B"]
+        assert served(module, 1) == ["B"] and len(quarantined()) == 1
+    release()
+
+
+def test_warnings_as_errors() -> None:
+    """A warning of ours that a filter turns into an error is no fault of the kernel: it is raised, and that serves."""
+    module = Twice()
+    with use_kernel_mapping(BOTH), use_choice(SPLIT):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(KernelsWarning, match="has no measurement for"):
+                served(module, 100)
+        assert not quarantined()
+        with pytest.warns(KernelsWarning, match="has no measurement for"):
+            assert served(module, 100) == ["A"]
+
+
+def test_a_limit_hides_nothing() -> None:
+    """Within its limit, a kernel has the attributes that guards ask for, has to prove gradients, and is counted."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight.detach()  # it loses a gradient
+
+    forward.kernels_mark = "kept"  # type: ignore[attr-defined]
+    lossy, module = kernel("Lossy", forward), Twice()
+    first = cell({**REFERENCE_FIRST, "kernels.Lossy": 4.0}, mode="training")
+    second = cell({**B_FIRST, "kernels.Lossy": 0.5}, 16, mode="training")
+    with use_kernel_mapping({"Twice": {"cpu": [lossy, B]}}), use_choice(made(first, second)):
+        found = resolve(module, device="cpu", mode=Mode.TRAINING).implementation
+        assert found is not forward and vars(found)["kernels_mark"] == "kept"
+        with pytest.warns(KernelsWarning, match="gradient"), count_calls():
+            for rows in (1, 16, 16):
+                module(torch.ones(rows, WIDTH)).sum().backward()
+        assert module.weight.grad is not None and module.weight.grad.sum() == (1 + 16 + 16) * WIDTH
+        calls = receipt(module, device="cpu", mode=Mode.TRAINING).rows[0].calls
+    assert calls == {"reference": 1, "kernels.Lossy": 1, "kernels.B": 2}  # one call was made by two
