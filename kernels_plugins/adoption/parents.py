@@ -42,7 +42,9 @@ def is_plain(module: nn.Module, rule: Rule) -> bool:
         cls = type(part)
         if (getattr(cls, "adopted_as", None) != kind) if isinstance(kind, str) else (cls is not kind):
             return False
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        if part._forward_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return False
+        if part._forward_pre_hooks and not all(hasattr(each, "observes") for each in part._forward_pre_hooks.values()):
             return False
         if "forward" in part.__dict__ or any(type(tensor) not in _PLAIN for tensor in part._parameters.values()):
             return False

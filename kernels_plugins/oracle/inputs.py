@@ -77,7 +77,8 @@ def record(model: nn.Module) -> Iterator[list[Recorded]]:
 
     with contextlib.ExitStack() as stack:
         for path, module, layer in decorated(model):
-            watch = functools.partial(hook, path, layer)
+            watch: Any = functools.partial(hook, path, layer)
+            watch.observes = True  # functions that compute this module together with others are called all the same
             handle = module.register_forward_pre_hook(watch, with_kwargs=True)
             stack.callback(handle.remove)
         name = f"oracle-recorder-{id(calls)}"

@@ -22,7 +22,7 @@ from kernels_core import (
     release,
     unkernelize,
 )
-from kernels_plugins import Rule, adopt, use_kernel_mapping
+from kernels_plugins import Rule, adopt, use_kernel_mapping, verify
 from kernels_plugins.adoption.shipped import RULES
 from kernels_plugins.adoption.shipped_parents import PARENT_RULES
 
@@ -378,3 +378,17 @@ def test_shipped_rules_are_offered(isolated_plugins: PluginManager) -> None:
 
     isolated_plugins.register(plugin, "adopt")
     assert plugin.kernels_adoption_rules() == (*RULES, *PARENT_RULES)
+
+
+def test_verify_compares_the_function_of_a_block(fused: None, block: Block) -> None:
+    """Inputs of the function are recorded although hooks that record are on the norm; a wrong kernel is found."""
+    adopt(block)
+    found = [row for row in verify(block, X, gradients=False).rows if row.layer == "add_rms_norm"]
+    assert {row.verdict for row in found} <= {"ok", "skipped"} and len(found) > 5
+
+    def wrong(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, norm: nn.Module) -> Any:
+        return functional.rms_norm(x, weight.shape, weight, epsilon), residual + x
+
+    with use_kernel_mapping({"add_rms_norm": {"cpu": wrong}}):
+        rows = verify(block, X, gradients=False, dtypes=[torch.float32]).rows
+        assert "wrong" in {row.verdict for row in rows if row.layer == "add_rms_norm"}

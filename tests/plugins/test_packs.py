@@ -28,8 +28,10 @@ from kernels_core import (
 )
 from kernels_plugins import adopt, opaque, use_kernel_mapping, verify
 from kernels_plugins.adapters import plugin as adapters
+from kernels_plugins.adoption import shipped_parents
+from kernels_plugins.adoption.classes import dispatching
 from kernels_plugins.adoption.shipped import RULES
-from kernels_plugins.packs import inductor, liger, torch_operators
+from kernels_plugins.packs import inductor, liger, linear_cross_entropy, torch_operators
 
 CUDA = torch.device("cuda")
 LAYERS = ("RMSNorm", "RMSNormOffset", "SwiGLUMLP", "GeGLUTanhMLP", "PackedSwiGLUMLP")
@@ -322,3 +324,76 @@ def test_inductor_numbers() -> None:
         found = torch.autograd.grad(layer(x).pow(3).sum(), (x, layer.weight))
         assert not receipt(layer, device="cpu", mode=Mode.TRAINING).rows[0].is_reference
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+# --- torch: the loss of a linear layer -------------------------------------------------------------
+
+
+def head_loss(function: Any, dtype: torch.dtype, *, bias: bool, items: Any, rows: int = 50) -> list[torch.Tensor]:
+    """Return the loss and the gradients."""
+    torch.manual_seed(0)
+    hidden, weight, shift = (torch.randn(*shape, dtype=dtype) for shape in ((rows, 16), (40, 16), (40,)))
+    given = [each.requires_grad_() for each in (hidden, weight, *([shift] if bias else []))]
+    labels = torch.randint(0, 40, (rows,)).masked_fill(torch.arange(rows) % 3 == 0, -100)
+    loss = function(hidden, weight, shift if bias else None, labels, items, -100)
+    return [loss, *torch.autograd.grad(loss * 3, given)]
+
+
+@pytest.mark.parametrize("logits", [2**24, 200], ids=["one chunk", "many"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(9)], ids=["mean", "number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_loss_in_chunks(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, items: Any, bias: bool, logits: int
+) -> None:
+    """The chunked loss and its gradients are those of all logits at a time, in one chunk and in many."""
+    monkeypatch.setattr(linear_cross_entropy, "_LOGITS", logits)
+    found = head_loss(linear_cross_entropy.linear_cross_entropy, dtype, bias=bias, items=items)
+    wanted = head_loss(shipped_parents.linear_cross_entropy, dtype, bias=bias, items=items)
+    assert found[0].dtype == torch.float32
+    options = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found, wanted, **options)
+
+
+def test_the_loss_in_chunks_under_autocast() -> None:
+    """The head computes in the dtype of autocast, and gradients have that of their tensors."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_loss(linear_cross_entropy.linear_cross_entropy, torch.float32, bias=True, items=None)
+        wanted = head_loss(shipped_parents.linear_cross_entropy, torch.float32, bias=True, items=None)
+    assert [each.dtype for each in found] == [torch.float32] * 4
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_what_the_loss_in_chunks_does_not_take() -> None:
+    """Tensors of two dtypes are passed on, second derivatives raise, and a wrong label is PyTorch's error."""
+    loss = linear_cross_entropy.linear_cross_entropy
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    labels = torch.tensor([1, 2, -100])
+    assert loss(hidden.double(), weight, None, labels, None, -100) is NotImplemented
+    assert loss(hidden, weight, torch.zeros(5).double(), labels, None, -100) is NotImplemented
+    (slope,) = torch.autograd.grad(loss(hidden, weight, None, labels, None, -100), weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        slope.sum().backward()
+    with pytest.raises(IndexError):
+        loss(hidden, weight, None, labels + 4, None, -100)
+    assert loss(hidden, weight, None, torch.full((3,), -100), None, -100).isnan()
+    with torch.no_grad():
+        assert loss(hidden, weight, None, labels, None, -100).grad_fn is None
+
+
+def test_a_frozen_head_takes_no_gradient() -> None:
+    """Only the gradients that are wanted are computed: a head that does not train needs none as large as itself."""
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    loss = linear_cross_entropy.linear_cross_entropy(hidden, weight, None, torch.tensor([1, 2, 3]), None, -100)
+    assert loss.grad_fn.saved_tensors[1:] == (None, None)
+    loss.backward()
+    assert hidden.grad is not None
+
+
+def test_the_loss_is_offered_where_a_mapping_names_it_only() -> None:
+    """A model loses its logits to no pack that is on by default."""
+    rule = next(rule for rule in shipped_parents.PARENT_RULES if rule.layer_name == "linear_cross_entropy")
+    function = dispatching(shipped_parents.linear_cross_entropy, rule)
+    assert resolve(function, device="cpu", mode=Mode.TRAINING).is_reference
+    with use_kernel_mapping({"linear_cross_entropy": {"cpu": "pack:torch"}}):
+        assert resolve(function, device="cpu", mode=Mode.TRAINING).origin.endswith("linear_cross_entropy")
