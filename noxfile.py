@@ -109,8 +109,8 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Run kernels from a Hub on this machine, and compare them with their reference."""
-    install(session, "numpy")  # PyTorch warns where it is not
+    """Run kernels from a Hub on this machine, and a model of transformers with the best for each shape."""
+    install(session, "numpy", "transformers")
     session.run("python", "-m", "kernels_core", "demo", *session.posargs)
 
 

@@ -26,6 +26,7 @@ from .resolution import (
     Refusal,
     Resolution,
     rank_offers,
+    tiers_of,
 )
 from .warning import warn_once
 
@@ -54,7 +55,7 @@ class CorePlugin:
             answers = hook.kernels_find_candidates(request=request) if self.only is None else [[self.only]]
         candidates, misfits, refusals = rank_offers(answers)
         if self.only is None:
-            ranked = hook.kernels_rank_candidates(request=request, candidates=candidates)
+            ranked = _ranked(request, answers, candidates)
             if ranked is None and (rivals := find_rivals(candidates)):  # no error: the rule says which serves
                 warn_once(describe_tie(request.layer_name, rivals))
             candidates = candidates if ranked is None else ranked
@@ -103,11 +104,21 @@ def _for_all_modes(request: LayerRequest, answers: list[list[Any]]) -> LayerRequ
     return None
 
 
+def _ranked(request: LayerRequest, answers: list[list[Any]], candidates: list[Candidate]) -> list[Candidate] | None:
+    """Return the candidates in the order that a plugin chooses, without tiers that an `Exclusive` leaves out."""
+    ranked = plugin_manager().hook.kernels_rank_candidates(request=request, candidates=candidates)
+    if ranked is None:
+        return None
+    tiers = tiers_of(itertools.chain.from_iterable(answers))
+    return [one for one in ranked if one.tier in tiers or isinstance(one.source, type(Reference))]
+
+
 def _differ_by_mode(request: LayerRequest, candidates: list[Candidate]) -> bool:
     """Return whether the candidates for the second mode are not those for the first one."""
     other = request.in_mode(request.modes[1])
-    offered = rank_offers(plugin_manager().hook.kernels_find_candidates(request=other))[0]
-    ranked = plugin_manager().hook.kernels_rank_candidates(request=other, candidates=offered)
+    answers = plugin_manager().hook.kernels_find_candidates(request=other)
+    offered = rank_offers(answers)[0]
+    ranked = _ranked(other, answers, offered)
     first, second = (
         [(source_key(one.source), one.tier, one.plugin, one.limit) for one in found]
         for found in (candidates, offered if ranked is None else ranked)

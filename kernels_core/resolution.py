@@ -307,6 +307,15 @@ class Resolution:
     __str__ = explain
 
 
+def tiers_of(offers: Iterable[Candidate | Refusal | Exclusive]) -> tuple[Tier, ...]:
+    """Return the tiers whose candidates may serve: an `Exclusive` leaves out those after its own."""
+    last = len(TIERS)
+    for offer in offers:
+        if isinstance(offer, Exclusive):
+            last = min(last, TIERS.index(offer.tier))
+    return TIERS[: last + 1]
+
+
 def rank_offers(
     answers: Iterable[Iterable[Candidate | Refusal | Exclusive]],
 ) -> tuple[list[Candidate], tuple[Refusal, ...], list[Refusal]]:
@@ -321,11 +330,7 @@ def rank_offers(
         ['mine']
     """
     offers = list(itertools.chain.from_iterable(answers))
-    last = len(TIERS)
-    for offer in offers:
-        if isinstance(offer, Exclusive):
-            last = min(last, TIERS.index(offer.tier))
-    tiers = TIERS[: last + 1]
+    tiers = tiers_of(offers)
     candidates: list[Candidate] = []
     misfits: list[Refusal] = []
     failures: list[Refusal] = []

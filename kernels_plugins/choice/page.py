@@ -36,10 +36,10 @@ def _cards(cells: Sequence[ChoiceCell]) -> Iterator[TableRow]:
     if won:
         gain = statistics.geometric_mean(1 / cell.ratio(cell.winner) for cell in won)
         yield TableRow((f"{gain:.2f}x", "as fast as the reference, there"), "green", ["geometric mean"])
-    for fixed in sorted({name for cell in cells for name in cell.times} - {REFERENCE}, key=_short):
+    for fixed in sorted({name for cell in cells for name in cell.times} - {REFERENCE}, key=short_name):
         times = [cell for cell in cells if fixed in cell.times]
         slower = sum(cell.ratio(fixed) > 1 for cell in times)
-        yield TableRow((f"{slower} of {len(times)}", f"slower with {_short(fixed)}"), "yellow" if slower else "")
+        yield TableRow((f"{slower} of {len(times)}", f"slower with {short_name(fixed)}"), "yellow" if slower else "")
 
 
 def _machine(one: MeasuredOn) -> Iterator[object]:
@@ -61,16 +61,18 @@ def _table(cells: Sequence[ChoiceCell]) -> Table:
     for cell in cells:
         ratios = [f"{cell.ratio(name):.2f}" if name in cell.times else "" for name in names]
         time = f"{cell.times[REFERENCE] * 1e6:,.1f} us"
-        rows.append(TableRow((cell.rows, time, *ratios, _short(cell.winner)), "green" * (cell.winner != REFERENCE)))
-    return Table(("rows", "reference", *map(_short, names), "serves"), rows, right=["reference", *map(_short, names)])
+        rows.append(TableRow((cell.rows, time, *ratios, short_name(cell.winner)), "green" * (cell.winner != REFERENCE)))
+    return Table(
+        ("rows", "reference", *map(short_name, names), "serves"), rows, right=["reference", *map(short_name, names)]
+    )
 
 
 def _lost(cells: Sequence[ChoiceCell]) -> Iterator[object]:
     reasons = {name: reason for cell in cells for name, reason in cell.lost.items()}
     if reasons:
-        yield Section("Not timed", [f"{_short(name)}: {reason}" for name, reason in reasons.items()], folded=True)
+        yield Section("Not timed", [f"{short_name(name)}: {reason}" for name, reason in reasons.items()], folded=True)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """Return the name of a candidate without its packages: `liger` for that of a pack."""
     return name.split(":")[1] if name.startswith("pack:") else name.rpartition(".")[2]

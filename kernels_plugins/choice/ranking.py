@@ -50,7 +50,7 @@ def ranked(
     chain = _chain(cells)
     rest = [name for name in map(name_of, candidates) if name not in chain and name != REFERENCE]
     orders = None
-    if len(chain) > 1:
+    if best_everywhere(cells) is None:
         chain = [*chain, *rest]
         eager = [(cell.key, cell.order) for cell in cells if cell.context != "captured"]
         captured = [(cell.key, cell.order) for cell in cells if cell.context == "captured"]
@@ -76,11 +76,17 @@ def _chain(cells: Sequence[ChoiceCell]) -> list[str]:
     """Return the winners in the order in which calls ask them: that of few rows, where launching takes long, first."""
     launched = [cell for cell in cells if cell.context != "captured"] or list(cells)
     everywhere = best_everywhere(cells)
-    if everywhere is not None:
-        return [everywhere]
+    if everywhere == REFERENCE:
+        return [REFERENCE]
+    if everywhere is not None:  # where it cannot serve, the others that always win do
+        return [everywhere, *(name for name in cells[0].order if name != everywhere and _always_wins(name, cells))]
     winners = dict.fromkeys(cell.winner for cell in sorted(launched, key=lambda cell: cell.bucket))
     winners.update(dict.fromkeys(cell.winner for cell in cells))
     return [*(name for name in winners if name != REFERENCE), REFERENCE]
+
+
+def _always_wins(name: str, cells: Sequence[ChoiceCell]) -> bool:
+    return all(name in cell.order[: cell.order.index(REFERENCE)] for cell in cells)
 
 
 def _again(name: str, layer_name: str) -> Candidate | None:

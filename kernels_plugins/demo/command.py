@@ -1,7 +1,7 @@
-"""The command `kernels-core demo`: kernels from a Hub, downloaded, checked, run and measured.
+"""The command `kernels-core demo`: kernels from a Hub, downloaded and checked, and a model with the best of many.
 
 Serves the bundled repository on the loopback interface and lets a second process, with the ordinary
-client of the Hub and an empty cache, run a block of a model on it: no network, no GPU.
+client of the Hub and an empty cache, run models on it: no network, no GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from enum import Enum
 from functools import partial
@@ -24,14 +26,14 @@ import typer
 from kernels_core import KernelsError, Table, TableRow
 from kernels_core.cli import Json, print_found, using_device
 
+from ..choice.choice import Choice
+from ..choice.page import short_name
+
 if TYPE_CHECKING:
     from kernels_plugins.local_hub.server import LocalHub
 
 BUNDLE = Path(__file__).with_name("hub")
 OWNER = "kernels-demo"
-
-_TEXTS = ("module", "layer", "mode", "implementation")
-_NUMBERS = ("forward", "gradients", "reference", "kernel", "ratio")
 
 
 class DType(str, Enum):
@@ -43,14 +45,15 @@ class DType(str, Enum):
 
 def demo(
     device: Annotated[str, typer.Option(help="Such as cpu or cuda; by default, a GPU if there is one.")] = "",
-    dtype: Annotated[DType, typer.Option(help="Type of weights and inputs.")] = DType.float32,
+    dtype: Annotated[DType | None, typer.Option(help="By default float32 on a CPU, bfloat16 on a GPU.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page about the model, too.")] = None,
     as_json: Json = False,
     keep: Annotated[Path | None, typer.Option(help="Keep the cache of the Hub's client here.")] = None,
     repository: Annotated[Path, typer.Option(hidden=True, help="Folder of <owner>/<name> to serve.")] = BUNDLE,
 ) -> None:
-    """Run a small Llama block on kernels from a Hub on this machine, and compare it with its reference.
+    """Run kernels from a Hub on this machine, and make a small model faster: measured on the spot, per layer and shape.
 
-    Exits with 1 where a layer is not served or a number is off.
+    Exits with 1 where a kernel of the Hub does not serve, or a number is off. Where nothing is won, it says so.
     """
     from kernels_plugins.local_hub.server import LocalHub
 
@@ -63,20 +66,23 @@ def demo(
         folder.mkdir(parents=True, exist_ok=True)
         hub.organization(OWNER, trusted=True)
         report = folder / "report.json"
-        arguments = ("--device", str(where), "--dtype", dtype.value)
-        cold = _run(hub, folder, *arguments, "--report", str(report))
+        chosen = dtype or (DType.float32 if where.type == "cpu" else DType.bfloat16)
+        arguments = ("--device", str(where), "--dtype", chosen.value)
+        page = ("--html", str(html.absolute())) if html is not None else ()
+        cold = _run(hub, folder, *arguments, *page, "--report", str(report))
         warm = _run(hub, folder, *arguments)
         result: dict[str, Any] = json.loads(report.read_text())
     result["requests"] = {"cold": cold, "warm": warm}
     result["seconds"] = round(time.perf_counter() - start, 1)
+    steps = result.get("steps", [])
     result["ok"] = all(row["served"] and row["is_right"] for row in result["rows"])
+    result["ok"] &= bool(steps) and all(step["difference"] <= 1 for step in steps)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        rows = [TableRow(_cells(row), "" if row["served"] and row["is_right"] else "red") for row in result["rows"]]
-        print_found(Table((*_TEXTS, *_NUMBERS), rows, right=_NUMBERS))
-        for refusal in result["refusals"]:
-            print_found(Table((), title=f"refused {refusal}", style="red"))
+        for table in _tables(result):
+            print_found(table)
+            print()
         print(_summary(result))
     raise typer.Exit(0 if result["ok"] else 1)
 
@@ -97,25 +103,77 @@ def _run(hub: LocalHub, home: Path, *arguments: str) -> int:
 # --- Printing ------------------------------------------------------------------------------------
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    reference, kernel = row["reference_ms"], row["kernel_ms"]
-    times = (f"{reference:.3f} ms", f"{kernel:.3f} ms", f"{reference / kernel:.2f}x") if kernel else ("", "", "")
-    texts = (row["module"], row["layer"], f"{row['mode']}, {row['device']}", row["implementation"])
-    return (*texts, *(f"{row[name]:.3f}" for name in ("forward_difference", "gradient_difference")), *times)
+def _tables(result: dict[str, Any]) -> Iterator[Table]:
+    numbers = ("forward", "gradients")
+    rows = [
+        TableRow(
+            (
+                row["module"],
+                row["layer"],
+                *(f"{row[name]:.3f}" for name in ("forward_difference", "gradient_difference")),
+            ),
+            "" if row["served"] and row["is_right"] else "red",
+        )
+        for row in result["rows"]
+    ]
+    origins = ", ".join(sorted({row["implementation"] for row in result["rows"]}))
+    yield Table(("module", "layer", *numbers), rows, title=f"From the Hub: {origins}", right=numbers)
+    for refusal in result["refusals"]:
+        yield Table((), title=f"refused {refusal}", style="red")
+    if "steps" not in result:
+        return
+    times = ("as it was", "with kernels", "faster", "difference")
+    rows = [
+        TableRow(
+            (
+                step["name"],
+                f"{step['plain_ms']:.2f} ms",
+                f"{step['chosen_ms']:.2f} ms",
+                f"{1 / step['ratio']:.2f}x",
+                f"{step['difference']:.3f}",
+            ),
+            "green" if step["ratio"] < 0.97 else "",
+        )
+        for step in result["steps"]
+    ]
+    yield Table(("step", *times), rows, title=result["model"], right=times)
+    choice = Choice.read(result["choice"])
+    columns = ("reference", "best", "faster")
+    rows = [
+        TableRow(
+            (
+                cell.layer,
+                f"{cell.rows} rows, {cell.mode}",
+                short_name(cell.winner),
+                f"{cell.times['reference'] * 1e6:.0f} us",
+                f"{cell.times[cell.winner] * 1e6:.0f} us",
+                f"{1 / cell.ratio(cell.winner):.2f}x",
+            ),
+            "green" if cell.winner != "reference" else "",
+        )
+        for one in choice.machines
+        for cell in one.cells
+    ]
+    yield Table(("layer", "calls", "serves", *columns), rows, title="Each layer, measured", right=columns)
+    counts = Counter(row["origin"] for row in result["receipt"])
+    served = [TableRow((origin, count), "" if origin == "reference" else "green") for origin, count in counts.items()]
+    yield Table(("serves inference", "layers"), served, title="Receipt", right=("layers",))
 
 
 def _summary(result: dict[str, Any]) -> str:
     requests = result["requests"]
+    best = [f"{step['name']} {1 / step['ratio']:.2f}x" for step in result.get("steps", []) if step["ratio"] < 0.97]
+    won = f"Faster: {', '.join(best)}." if best else "Nothing was won on this machine: the references serve on."
     lines = [
-        f"{result['device']}, {result['dtype']}, torch {result['torch']}, "
-        + (f"compiled with {result['backend']}." if result["backend"] else "not compiled."),
-        "Differences from the reference are in units of the tolerance of torch.testing; for the block, of the",
-        "tolerances of its layers together. Up to 1 is right.",
-        "Times are medians of forward and backward together.",
+        won
+        if "steps" in result
+        else "The model was not measured, for the kernels of the Hub do not all serve rightly.",
+        f"{result['device']}, one thread, {result['dtype']}, torch {result['torch']}"
+        + ("." if result["compiler"] else "; no C++ compiler, so nothing was compiled: set CXX, or install g++."),
+        "Differences are in units of the tolerance of torch.testing, for each layer. Up to 1 is right.",
+        "Times are taken in turns; those of training have the backward.",
         f"HTTP requests: {requests['cold']} with an empty cache, {requests['warm']} with a warm one.",
-        f"{'All layers served, all numbers right' if result['ok'] else 'NOT all served and right'}, "
-        f"in {result['seconds']} s.",
+        f"{'All served, all numbers right' if result['ok'] else 'NOT all served and right'}, "
+        f"in {result['seconds']} s. Next: docs/quickstart.md, with a model of yours.",
     ]
-    if result["device"] == "cpu":
-        lines.insert(4, "The bundled kernels for the CPU are plain torch; those for CUDA are Triton.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The process that `kernels-core demo` starts: runs a block with and without kernels, and compares.
+"""The process that `kernels-core demo` starts: runs a block on kernels from the Hub, and compares; then a whole model.
 
 A process of its own, because the Hub's client reads where the Hub is when it is imported.
 """
@@ -9,23 +9,21 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from kernels_core import Layer, Mode, Resolution, Scope, hookimpl, plugin_manager, references, resolve
 from kernels_plugins import LayerRepository, use_kernel_mapping
 
-from ..comparison.tolerance import tolerance_of
+from ..files import write_file
 from ..oracle.inputs import decorated, record
 from .block import Block
+from .chosen import difference, measure_model, say
 
 REPOSITORY = "kernels-demo/llama-layers"
 LAYERS = ("GeluAndMul", "RMSNorm", "RotaryEmbedding", "SiluAndMul")
@@ -36,8 +34,6 @@ SIZES = {
 }
 """Size of the block and of a batch, by type of device."""
 
-ROUNDS = 15
-
 Step = Callable[[], tuple[list[Tensor], list[Tensor]]]
 
 
@@ -46,8 +42,7 @@ class Row:
     """One layer, or the whole block, run with and without kernels.
 
     Differences are the largest of any output or gradient, in units of `atol + rtol * magnitude of the
-    tensor`, and of as many of these as there are layers in it: more than 1 is off. Times are medians of
-    forward and backward together, and measured only where there is a right kernel to be timed.
+    tensor`, and of as many of these as there are layers in it: more than 1 is off.
     """
 
     module: str
@@ -58,8 +53,6 @@ class Row:
     served: bool
     forward_difference: float
     gradient_difference: float
-    reference_ms: float | None = None
-    kernel_ms: float | None = None
 
     @property
     def is_right(self) -> bool:
@@ -115,6 +108,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), required=True)
     parser.add_argument("--report", type=Path, help="Where to write; without it, only load the kernels.")
+    parser.add_argument("--html", type=Path, help="Where to write a page.")
     options = parser.parse_args()
     torch.set_num_threads(1)  # on a busy machine, several wait for each other, and times mean nothing
     if options.report is None:
@@ -122,7 +116,7 @@ def main() -> None:
             for name in LAYERS:
                 resolve(name, device=options.device, mode=Mode.TRAINING)
     else:
-        options.report.write_text(json.dumps(measure(options.device, options.dtype)))
+        options.report.write_text(json.dumps(measure(options.device, options.dtype, options.html)))
 
 
 def mapping(device: torch.device) -> dict[str, Any]:
@@ -130,31 +124,38 @@ def mapping(device: torch.device) -> dict[str, Any]:
     return {name: {device.type: LayerRepository(REPOSITORY, layer_name=name, revision="main")} for name in LAYERS}
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare layers and block in eager mode and, if all is well, the compiled block."""
+def measure(device: torch.device, dtype: torch.dtype, html: Path | None = None) -> dict[str, Any]:
+    """Compare layers and block in eager mode; then, if all is well, measure a model."""
     recorder = Recorder()
     plugin_manager().register(recorder, "demo-recorder")
-    parts = list(_parts(*_block(device, dtype)))
-    backend = None
-
-    def compare(part: Part, mode: str, call: Callable[..., Any]) -> Row:
-        # A scope of its own, because a scope that is entered again keeps its decisions, and records none.
-        return _compare(part, mode, call, use_kernel_mapping(mapping(device)), recorder)
-
-    rows = [compare(part, "training", part.module) for part in parts]
+    say("kernels from the Hub, compared with their references")
+    # A scope of its own for each, because a scope that is entered again keeps its decisions, and records none.
+    rows = [
+        _compare(part, "training", part.module, use_kernel_mapping(mapping(device)), recorder)
+        for part in _parts(*_block(device, dtype))
+    ]
+    plugin_manager().unregister(recorder)
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++")
+    can_compile = device.type != "cpu" or any(map(shutil.which, compilers))  # on a CPU, Inductor writes C++
+    found: dict[str, Any] = {}
     if all(row.served and row.is_right for row in rows):
-        compilers = (os.environ.get("CXX", ""), "g++", "clang++")
-        # On a CPU, Inductor writes C++.
-        backend = "inductor" if device.type != "cpu" or any(map(shutil.which, compilers)) else "aot_eager"
-        compiled = torch.compile(parts[-1].module, fullgraph=True, backend=backend)
-        rows.append(compare(parts[-1], "training, compiled", compiled))
+        model = measure_model(device, dtype, mapping(device), can_compile)
+        if html is not None:
+            write_file(html, model.page.to_html())
+        found = {
+            "model": model.model,
+            "steps": [{**asdict(step), "ratio": step.ratio} for step in model.steps],
+            "choice": json.loads(model.choice.to_json()),
+            "receipt": json.loads(model.receipt.to_json()),
+        }
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
-        "backend": backend,
+        "compiler": can_compile,
         "rows": [{**asdict(row), "is_right": row.is_right} for row in rows],
         "refusals": sorted(recorder.refusals),
+        **found,
     }
 
 
@@ -187,41 +188,16 @@ def _compare(part: Part, mode: str, call: Callable[..., Any], kernels: Scope, re
     with kernels:
         actual = step()
     used = [recorder.used.get(layer) for layer in set(part.layers)]
-    row = Row(
+    return Row(
         module=part.path,
         layer=part.layers[0].name if len(used) == 1 else f"all {len(used)}",
         device=str(part.inputs[0].device),
         mode=mode,
         implementation=", ".join(sorted({resolution.origin for resolution in used if resolution})),
         served=all(resolution is not None and not resolution.is_reference for resolution in used),
-        forward_difference=_difference(actual[0], expected[0]) / len(part.layers),
-        gradient_difference=_difference(actual[1], expected[1]) / len(part.layers),
+        forward_difference=difference(actual[0], expected[0]) / len(part.layers),
+        gradient_difference=difference(actual[1], expected[1]) / len(part.layers),
     )
-    if row.served and row.is_right:
-        row.reference_ms, row.kernel_ms = _times(step, references, lambda: kernels)
-    return row
-
-
-def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Return the largest difference in units of the tolerance; NaN is infinitely large."""
-    worst = 0.0
-    for a, e in zip(actual, expected, strict=True):
-        relative, absolute = tolerance_of(e.dtype)
-        difference = (a.float() - e.float()).abs().max() / (absolute + relative * e.float().abs().max())
-        worst = max(worst, difference.nan_to_num(nan=float("inf")).item())
-    return worst
-
-
-def _times(step: Step, *scopes: Callable[[], AbstractContextManager[object]]) -> list[float]:
-    """Return the median milliseconds of a step in each scope, taken in turns: a busy machine slows all alike."""
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    rounds: list[list[float]] = []
-    for _ in range(ROUNDS):
-        rounds.append([])
-        for scope in scopes:
-            with scope():
-                rounds[-1].append(timer.blocked_autorange(min_run_time=0.01).median * 1e3)
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

@@ -40,6 +40,7 @@ from kernels_plugins import Choice, ChoiceCell, MeasuredOn, choosing, use_choice
 from kernels_plugins.choice import plugin
 from kernels_plugins.choice.cell import best_everywhere, bucket_of
 from kernels_plugins.choice.machine import libraries, machine_of
+from kernels_plugins.packs import torch_operators
 
 CPU = torch.device("cpu")
 WIDTH = 8
@@ -268,6 +269,17 @@ def test_modes_and_models_of_all_kinds() -> None:
             assert torch.equal(compiled(torch.ones(rows, WIDTH)), torch.full((rows, WIDTH), 2.0))
         assert counter.frame_count == 1
         assert "add" in str(counter.graphs[0].graph) if hasattr(counter, "graphs") else True
+
+
+def test_a_scope_that_leaves_out_others_leaves_out_choices(isolated_plugins: PluginManager) -> None:
+    """In a mapping that does not inherit, no candidate serves that it does not name, whatever was measured."""
+    choice = made(cell({"pack:torch:Twice": 1.0, "kernels.A": 2.0, "reference": 3.0}))
+    isolated_plugins.register(torch_operators, "torch")
+    with use_choice(choice):
+        with use_kernel_mapping({"Twice": {"cpu": A}}, inherit_mapping=False):
+            assert served(Twice(), 1) == ["A"]
+        with use_kernel_mapping({}, inherit_mapping=False):
+            assert served(Twice(), 1) == ["reference"]
 
 
 def test_reasons() -> None:

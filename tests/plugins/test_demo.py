@@ -37,18 +37,26 @@ def repository_with(tmp_path: Path, spoil: dict[str, bytes]) -> Path:
 
 @pytest.mark.slow
 def test_demo_serves_every_layer(tmp_path: Path) -> None:
-    """From the Hub over HTTP, eager and compiled, all four layers are served and right; a warm cache saves requests."""
-    done = run("--json", "--keep", str(tmp_path / "kept"))
+    """Kernels from the Hub serve all four layers and are right; a model is measured; a warm cache saves requests."""
+    page = tmp_path / "demo.html"
+    done = run("--json", "--keep", str(tmp_path / "kept"), "--html", str(page))
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     rows = result["rows"]
     assert {row["layer"] for row in rows} - {"all 4"} == LAYERS
-    assert [row["mode"] for row in rows if row["module"] == "(block)"] == ["training", "training, compiled"]
     assert all(row["served"] and row["is_right"] for row in rows)
     assert all(row["implementation"].startswith(f"{measure.REPOSITORY}@") for row in rows)
-    assert all(row["reference_ms"] > 0 and row["kernel_ms"] > 0 for row in rows)
     assert 0 < result["requests"]["warm"] < result["requests"]["cold"]
     assert list((tmp_path / "kept" / "hub").glob("*kernels-demo*"))
+    steps = [step["name"] for step in result["steps"]]
+    assert steps[1:3] == ["one token", "training step"] and len(steps) == 3 + result["compiler"]
+    assert all(step["plain_ms"] > 0 and step["chosen_ms"] > 0 and step["difference"] <= 1 for step in result["steps"])
+    (machine,) = result["choice"]["machines"]
+    timed = {(cell["layer"], cell["mode"]): cell["times"] for cell in machine["cells"]}
+    from_hub = [times for (layer, _), times in timed.items() if layer == "RMSNorm"]
+    assert from_hub and all(any(measure.REPOSITORY in name for name in times) for times in from_hub)
+    assert result["receipt"] and "demo: training step" in done.stderr
+    assert page.read_text().startswith("<!doctype html>")
 
 
 def test_demo_refuses_changed_bytes(tmp_path: Path) -> None:
@@ -69,16 +77,13 @@ def test_demo_finds_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
             return torch.nn.functional.silu(x[..., : x.shape[-1] // 2])
 
     monkeypatch.setattr(measure, "mapping", lambda device: {"SiluAndMul": {"cpu": Wrong}})
-    monkeypatch.setattr(measure, "ROUNDS", 1)
-    try:
-        rows = measure.measure(torch.device("cpu"), torch.float32)["rows"]
-    finally:
-        measure.plugin_manager().unregister("demo-recorder")
+    result = measure.measure(torch.device("cpu"), torch.float32)
+    rows = result["rows"]
     (row,) = [row for row in rows if row["layer"] == "SiluAndMul"]
     assert row["served"]
     assert not row["is_right"]
     assert not any(row["served"] for row in rows if row["layer"] == "RMSNorm")
-    assert not any("compiled" in row["mode"] for row in rows)
+    assert "steps" not in result
 
 
 def test_demo_refuses_a_device_that_is_not_there() -> None:
