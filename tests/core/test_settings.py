@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -41,7 +42,7 @@ from kernels_core import (
 from kernels_core.settings.file import find_settings, tomllib
 from kernels_core.settings.lines import find_line
 from kernels_core.settings.reader import forget_settings
-from kernels_plugins import use_kernel_mapping
+from kernels_plugins import register_kernel_mapping, use_kernel_mapping
 
 Make = Callable[..., Any]
 Configure = Callable[..., Path]
@@ -427,7 +428,9 @@ def test_denied_kernels(
     configure: Configure, make_layer: Make, make_kernel: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`deny` excludes kernels and says where it stands; the variable replaces it; code adds to both."""
-    configure('[tool.kernels-core]\n\ndeny = ["*.Add10"]\n', "pyproject.toml")
+    configure('[tool.kernels-core]\n\ndeny = ["*.Add10", "acme/*"]\n', "pyproject.toml")
+    with pytest.raises(UntrustedError, match=r"pyproject\.toml:3 has 'acme/\*'"):
+        authorize("acme/silu")
     layer = make_layer()()
     mapping = use_kernel_mapping({"Add": {"cpu": [make_kernel(10), make_kernel(20), make_kernel(30)]}})
     with mapping, torch.no_grad(), warnings.catch_warnings():
@@ -445,6 +448,33 @@ def test_denied_kernels(
             "code",
         ]
         release(entry)
+
+
+def test_threads_decide_while_the_file_changes(configure: Configure, make_layer: Make, make_kernel: Make) -> None:
+    """Every call gets a right answer by one of the files, and the last file applies at the end."""
+    allows, denies = "deny = []\n", 'deny = ["*.Add10"]\n'
+    configure(allows)
+    register_kernel_mapping({"Add": {"cpu": make_kernel(10)}})
+    layer, done, answers = make_layer()(), threading.Event(), set()
+
+    def call() -> None:
+        with torch.no_grad(), warnings.catch_warnings():
+            while not done.is_set():
+                answers.add(float(layer(X)[0]))
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            configure(denies)
+            configure(allows)
+        configure(denies)
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert answers <= {1.0, 10.0} and layer(X)[0] == 1
 
 
 def test_required_and_chosen_plugins(
