@@ -84,7 +84,7 @@ class ConfigSection:
         """
         table = {key: self._inner(key, value) for key, value in self._as(dict).items()}
         if allowed is not None:
-            for key in table.keys() - set(allowed):
+            for key in (key for key in table if key not in allowed):
                 raise table[key].error(f"there is no such setting: write any of {', '.join(sorted(allowed))}.")
         return table
 

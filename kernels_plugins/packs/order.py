@@ -31,6 +31,7 @@ class PackOrder:
             return [replace(like, source=source) for source in sources]
         if EVERY not in self.order or adopted_rule(request.layer) is None:
             return []
+        # Asks packs before there is a candidate: one that has no kernel would be refused with a warning for each layer.
         offers: list[Candidate | Refusal] = []
         for name in self.order[EVERY]:
             candidate = replace(like, source=self._source(name, request.layer_name))

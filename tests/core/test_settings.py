@@ -551,8 +551,8 @@ def test_the_report(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_importing_the_core_reads_no_file(python: Make, tmp_path: Path) -> None:
-    """`import kernels_core` and decorating a layer read no configuration; the first decision does."""
-    (tmp_path / "kernels.toml").write_text("deny = 3\n")
+    """`import kernels_core` and decorating read no configuration; the first decision does; `plugins` applies."""
+    (tmp_path / "kernels.toml").write_text('plugins = ["mapping", "nope"]\n')
     done = python(
         """
         import sys, warnings
@@ -566,6 +566,11 @@ def test_importing_the_core_reads_no_file(python: Make, tmp_path: Path) -> None:
         assert not [name for name in opened if name.endswith("kernels.toml")]
         assert add(torch.zeros(1)).item() == 1
         assert [name for name in opened if name.endswith("kernels.toml")]
+        manager = kernels_core.plugin_manager()
+        assert list(manager.plugins()) == ["core", "mapping"]
+        (fault,) = manager.faults
+        assert "kernels.toml:1 names 'nope', which no installed distribution offers" in str(fault)
+        print("read")
         """
     )
-    assert done.returncode == 0
+    assert done.stdout == "read\n"
