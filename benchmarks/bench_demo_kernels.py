@@ -15,6 +15,7 @@ import datetime
 import importlib.util
 import json
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -29,12 +30,12 @@ import triton.testing
 from torch.nn import functional
 
 from kernels_core.dispatch import dispatched_layer
+from kernels_plugins.demo.bundle import write_bundle
 
 DEMO = Path(__file__).resolve().parents[1] / "kernels_plugins" / "demo"
-VARIANT = DEMO / "hub" / "kernels-demo" / "llama-layers" / "build" / "torch-cuda"
+FOLDER = tempfile.TemporaryDirectory(prefix="benchmark-demo-")
+VARIANT = write_bundle(Path(FOLDER.name, "hub")) / "kernels-demo" / "llama-layers" / "build" / "torch-cuda"
 DTYPE = torch.bfloat16
-
-sys.dont_write_bytecode = True  # The variant's folder is sealed by a digest.
 
 
 def load(name: str, path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ from kernels_core import KernelsWarning, plugin_manager
 from kernels_plugins import LocalLayerRepository, canary, use_kernel_mapping
 from kernels_plugins.canary import plugin as canary_plugin
 from kernels_plugins.demo.block import Block
+from kernels_plugins.demo.bundle import write_bundle
 from kernels_plugins.demo.measure import LAYERS, SIZES
 from kernels_plugins.hub import plugin as hub_plugin
 
-FOLDER = Path(__file__).resolve().parents[1] / "kernels_plugins/demo/hub/kernels-demo/llama-layers"
+FOLDER = tempfile.TemporaryDirectory(prefix="benchmark-canary-")
 STEPS = 100
 EVERY = 100
 LIMIT = 1.03
@@ -35,7 +37,8 @@ def run() -> Iterator[Row]:
     torch.manual_seed(0)
     block = Block(**size).to(device, dtype)
     x = torch.randn(batch, size["length"], size["hidden"], device=device, dtype=dtype, requires_grad=True)
-    mapping = {name: {device: LocalLayerRepository(FOLDER, layer_name=name)} for name in LAYERS}
+    repository = write_bundle(Path(FOLDER.name, "hub")) / "kernels-demo" / "llama-layers"
+    mapping = {name: {device: LocalLayerRepository(repository, layer_name=name)} for name in LAYERS}
 
     def step() -> None:
         block(x).float().sum().backward()

@@ -28,11 +28,11 @@ from kernels_core.cli import Json, print_found, using_device
 
 from ..choice.choice import Choice
 from ..choice.page import short_name
+from .bundle import write_bundle
 
 if TYPE_CHECKING:
     from kernels_plugins.local_hub.server import LocalHub
 
-BUNDLE = Path(__file__).with_name("hub")
 OWNER = "kernels-demo"
 
 
@@ -49,7 +49,7 @@ def demo(
     html: Annotated[Path | None, typer.Option(help="Write a page about the model, too.")] = None,
     as_json: Json = False,
     keep: Annotated[Path | None, typer.Option(help="Keep the cache of the Hub's client here.")] = None,
-    repository: Annotated[Path, typer.Option(hidden=True, help="Folder of <owner>/<name> to serve.")] = BUNDLE,
+    repository: Annotated[Path | None, typer.Option(hidden=True, help="Folder of <owner>/<name> to serve.")] = None,
 ) -> None:
     """Run kernels from a Hub on this machine, and make a small model faster: measured on the spot, per layer and shape.
 
@@ -61,7 +61,11 @@ def demo(
     with using_device(device or ("cuda" if torch.cuda.is_available() else "cpu")) as where:
         pass  # before anything is started
     temporary = partial(tempfile.TemporaryDirectory, prefix="kernels-core-demo-", ignore_cleanup_errors=True)
-    with nullcontext(keep) if keep else temporary() as home, LocalHub(repository) as hub:
+    with (
+        temporary() as served,
+        nullcontext(keep) if keep else temporary() as home,
+        LocalHub(repository or write_bundle(Path(served, "hub"))) as hub,
+    ):
         folder = Path(home).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         hub.organization(OWNER, trusted=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from kernels_core.generated import dispatched_layer
+from kernels_plugins.demo.bundle import write_bundle
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("triton", reason="Triton is not installed, so its kernels cannot be compiled")
@@ -18,7 +20,8 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device is visible, so the Triton kernels cannot run", allow_module_level=True)
 
 DEMO = Path(__file__).resolve().parents[2] / "kernels_plugins" / "demo"
-VARIANT = DEMO / "hub" / "kernels-demo" / "llama-layers" / "build" / "torch-cuda"
+FOLDER = tempfile.TemporaryDirectory(prefix="demo-kernels-")
+VARIANT = write_bundle(Path(FOLDER.name, "hub")) / "kernels-demo" / "llama-layers" / "build" / "torch-cuda"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Bounds on the relative error (of norms) against float64: a few roundings to the dtype.
@@ -341,7 +344,7 @@ def test_exports() -> None:
     shapes = {"x": {0: torch.export.Dim("rows", min=2, max=4096)}}
     program = torch.export.export(block, (torch.randn(8, 64, device="cuda"),), dynamic_shapes=shapes)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert [target.split(".")[1] for target in targets] == ["rms_norm", "gated"]
+    assert [target.split(".")[1] for target in targets] == ["rms_norm", "packed_gated"]
     x = torch.randn(33, 64, device="cuda")
     torch.testing.assert_close(program.module()(x), block(x))
 
@@ -353,9 +356,9 @@ def test_operator_registration(name: str) -> None:
     operators = torch.ops.demo_kernels_cuda_under_test
     x.requires_grad_()
     if name == "RMSNorm":
-        torch.library.opcheck(operators.rms_norm.default, (x, layer.weight, 1e-6))
+        torch.library.opcheck(operators.rms_norm.default, (x, layer.weight, 1e-6, 0.0))
     else:
-        torch.library.opcheck(operators.gated.default, (x, name == "GeluAndMul"))
+        torch.library.opcheck(operators.packed_gated.default, (x, int(name == "GeluAndMul")))
 
 
 @pytest.mark.parametrize("name", ["RMSNorm", "SiluAndMul", "GeluAndMul"])

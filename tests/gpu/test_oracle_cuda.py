@@ -21,10 +21,9 @@ import kernels_plugins.oracle.plugin as oracle  # noqa: E402
 from kernels_core import PluginManager  # noqa: E402
 from kernels_plugins import check_kernel, use_kernel_mapping, verify  # noqa: E402
 from kernels_plugins.demo.block import Block  # noqa: E402
+from kernels_plugins.demo.bundle import write_bundle  # noqa: E402
 from kernels_plugins.demo.layers import RMSNorm  # noqa: E402
 from kernels_plugins.demo.measure import LAYERS  # noqa: E402
-
-VARIANT = Path(__file__).resolve().parents[2] / "kernels_plugins/demo/hub/kernels-demo/llama-layers/build/torch-cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -35,22 +34,20 @@ def _plugins(mapping_plugin: object, isolated_plugins: PluginManager) -> None:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[Any]:
-    """Import the Triton kernels of the demo, leaving no bytecode in a folder that is sealed."""
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Import the Triton kernels of the demo."""
+    folder = write_bundle(tmp_path_factory.mktemp("demo") / "hub")
+    variant = folder / "kernels-demo" / "llama-layers" / "build" / "torch-cuda"
     name = "oracle_demo_kernels"
     spec = importlib.util.spec_from_file_location(
-        name, VARIANT / "__init__.py", submodule_search_locations=[str(VARIANT)]
+        name, variant / "__init__.py", submodule_search_locations=[str(variant)]
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        spec.loader.exec_module(module)
-        yield module.layers
-    finally:
-        sys.dont_write_bytecode = written
-        del sys.modules[name]
+    spec.loader.exec_module(module)
+    yield module.layers
+    del sys.modules[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

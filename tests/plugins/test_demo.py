@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import pytest
 import torch
 from fresh_process import run_python
 
-from kernels_plugins.demo import command, measure
+from kernels_plugins.demo import measure
 from kernels_plugins.demo.block import Block
+from kernels_plugins.demo.bundle import write_bundle
 
 LAYERS = {"RMSNorm", "RotaryEmbedding", "SiluAndMul", "GeluAndMul"}
 
@@ -26,9 +26,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def repository_with(tmp_path: Path, spoil: dict[str, bytes]) -> Path:
-    """Copy the bundled repository and append bytes to some files of its build for the CPU."""
-    copy = tmp_path / "served"
-    shutil.copytree(command.BUNDLE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    """Write the bundled repository and append bytes to some files of its build for the CPU."""
+    copy = write_bundle(tmp_path / "served")
     for name, more in spoil.items():
         with (copy / measure.REPOSITORY / "build" / "torch-cpu" / name).open("ab") as file:
             file.write(more)

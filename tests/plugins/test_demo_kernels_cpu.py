@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import ast
 import importlib.util
-import json
-import os
 import sys
 import types
 from pathlib import Path
@@ -16,7 +13,9 @@ import pytest
 import torch
 
 from kernels_core.generated import dispatched_layer
-from kernels_plugins.local_hub.testing import kernel_metadata
+from kernels_plugins.demo.bundle import write_bundle
+from kernels_plugins.hub.builds.integrity import as_build, check_digest, read_files
+from kernels_plugins.hub.builds.metadata import Metadata
 
 DEMO = Path(__file__).resolve().parents[2] / "kernels_plugins" / "demo"
 BUILD = DEMO / "hub" / "kernels-demo" / "llama-layers" / "build"
@@ -111,25 +110,18 @@ def test_layers_are_stateless(name: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["torch-cpu", "torch-cuda"])
-def test_seal_covers_every_file(variant: str) -> None:
-    """The checked-in metadata names every file of the variant with its current digest; `SEAL=1` writes it anew."""
-    folder, backend = BUILD / variant, variant.removeprefix("torch-")
-    digests = {
-        path.relative_to(folder).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "metadata.json"
-    }
-    content = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:12]
-    metadata = kernel_metadata(
-        "llama-layers",
-        {},
-        changes={
-            "id": f"_llama_layers_{backend}_{content}",
-            "backend": {"type": backend},
-            "digest": {"algorithm": "sha256", "files": digests},
-        },
-    )
-    text = json.dumps(metadata, indent=2) + "\n"
-    if os.environ.get("SEAL"):
-        (folder / "metadata.json").write_text(text)
-    assert (folder / "metadata.json").read_text() == text
+def test_builds_are_whole(variant: str, tmp_path: Path) -> None:
+    """A build that is written has a digest of each file, and its files import only each other, PyTorch and Triton."""
+    folder = write_bundle(tmp_path / "hub") / "kernels-demo" / "llama-layers" / "build" / variant
+    metadata = Metadata.from_bytes((folder / "metadata.json").read_bytes())
+    files = read_files(folder)
+    assert metadata.id.startswith(f"_llama_layers_{variant.removeprefix('torch-')}_")
+    assert check_digest(as_build(folder, files)) == f"{len(files) - 1} files, sha256"
+    for name in files.keys() - {"metadata.json"}:
+        for node in ast.walk(ast.parse(files[name])):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                modules = [node.module] if node.module else [each.name for each in node.names]
+                assert {f"{module}.py" for module in modules} <= files.keys()
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+                assert {str(module).split(".")[0] for module in modules} <= {"torch", "triton", *sys.stdlib_module_names}

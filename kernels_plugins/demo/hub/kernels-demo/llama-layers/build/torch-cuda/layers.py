@@ -5,11 +5,12 @@ Each class holds a `forward` alone: a kernel loader runs it with `self` being th
 parameters and attributes it reads.
 """
 
+import torch
 from torch import Tensor, nn
 
-from .gated import gelu_and_mul, silu_and_mul
+from .gated import GELU, SILU, packed_gated
 from .rms_norm import rms_norm
-from .rotary import rotary
+from .rotary import fits, rotary
 
 __all__ = ["GeluAndMul", "RMSNorm", "RotaryEmbedding", "SiluAndMul", "gelu_and_mul", "silu_and_mul"]
 
@@ -58,4 +59,22 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotates `query` and `key` of shape [batch, heads, seq, dim] by `cos` and `sin` of [batch or 1, seq, dim]."""
+        if not fits(query, key, cos, sin):
+            # Such as angles that are learned: a gradient that is missing would pass unnoticed.
+            return _rotary(query, cos, sin), _rotary(key, cos, sin)
         return rotary(query, key, cos, sin)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """Returns `silu(a) * b` for `x = [a, b]` along the last dimension."""
+    return packed_gated(x, SILU)
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """Returns `gelu(a) * b`, with the exact GELU, for `x = [a, b]` along the last dimension."""
+    return packed_gated(x, GELU)
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
