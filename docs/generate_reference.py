@@ -45,6 +45,13 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_plugins.MeasuredOn",
         ],
     ),
+    "Call kernels": (
+        "Those of the pack [`triton`](packs.md#triton), for models that are written for them.",
+        [
+            "kernels_plugins.add_rms_norm",
+            "kernels_plugins.linear_cross_entropy",
+        ],
+    ),
     "Map kernels to layers": (
         "For users. Forms and rules: [mappings](mapping.md).",
         [

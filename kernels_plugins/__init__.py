@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .oracle.prober import probing
     from .oracle.report import VerifyReport, VerifyRow
     from .oracle.verify import verify
+    from .packs.triton.functions import add_rms_norm, linear_cross_entropy
 
 _NAMES = {
     "kernels_core": (
@@ -91,6 +92,7 @@ _NAMES = {
     ".oracle.prober": "probing",
     ".oracle.report": "VerifyReport VerifyRow",
     ".oracle.verify": "verify",
+    ".packs.triton.functions": "add_rms_norm linear_cross_entropy",
 }
 """The public names by the module that defines them."""
 
@@ -133,6 +135,7 @@ __all__ = [
     "VerifyReport",
     "VerifyRow",
     "__version__",
+    "add_rms_norm",
     "adopt",
     "adopted_rule",
     "bisect",
@@ -148,6 +151,7 @@ __all__ = [
     "has_kernel",
     "install_kernel",
     "kernelize",
+    "linear_cross_entropy",
     "load_kernel",
     "opaque",
     "probing",

@@ -124,4 +124,8 @@ def test_builds_are_whole(variant: str, tmp_path: Path) -> None:
                 assert {f"{module}.py" for module in modules} <= files.keys()
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
-                assert {str(module).split(".")[0] for module in modules} <= {"torch", "triton", *sys.stdlib_module_names}
+                assert {str(module).split(".")[0] for module in modules} <= {
+                    "torch",
+                    "triton",
+                    *sys.stdlib_module_names,
+                }

@@ -109,6 +109,10 @@ VALID: dict[str, dict[str, Any]] = {
     "frozen_choice": {"module": Shift()},
     "functions_of": {"module": Shift()},
     "module_paths": {"model": Shift()},
+    "add_rms_norm": {
+        **{"x": torch.ones(2), "residual": torch.ones(2), "weight": torch.ones(2)},
+        **{"eps": 1e-6, "offset": 0.0},
+    },
     "adopt": {"model": Shift(), "rules": []},
     "adopted_rule": {"layer": None},
     "change_class": {"module": Shift(), "cls": Shift},
@@ -184,6 +188,10 @@ VALID: dict[str, dict[str, Any]] = {
     "get_locked_kernel": {"repo_id": "acme/kernels", "lockfile": "x", "trust_remote_code": False, "user_agent": None},
     "has_kernel": {**HUB, "backend": None, "check_arch": True},
     "install_kernel": {**HUB, "backend": None, "local_files_only": False, "user_agent": None},
+    "linear_cross_entropy": {
+        **{"hidden": torch.ones(1, 2), "weight": torch.ones(3, 2), "labels": torch.zeros(1, dtype=torch.int64)},
+        **{"bias": None, "ignore_index": -100, "reduction": "mean", "num_items": None},
+    },
     "load_kernel": {"repo_id": "acme/kernels", "lockfile": "x.lock", "backend": None},
     "opaque": {"source": one},
     "probing": {},

@@ -1,7 +1,7 @@
 """The loss of a language model from its last hidden states, without the logits of all tokens at once.
 
-Logits of a chunk of tokens are computed, their loss is taken, and the gradient of the logits takes their place; from it come
-the gradients of hidden states and weights, in the forward. So the logits are never stored, nor computed twice.
+Logits of a chunk of tokens are computed, their loss is taken, and the gradient of the logits takes their place; from it
+come the gradients of hidden states and weights, in the forward. So logits are neither stored nor computed twice.
 """
 
 from typing import Any
@@ -103,12 +103,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = torch.empty((size, columns), dtype=hidden.dtype, device=hidden.device)
         for start in range(0, rows, size):
             part, chosen, loss = (x[start : start + size] for x in (hidden, labels, losses))
-            logits = buffer[: part.shape[0]]
+            logits = buffer[: len(part)]
             torch.mm(part, weight.t(), out=logits)
             if bias is not None:
                 logits += bias
             _launch_loss(
-                part.shape[0], warps, (logits, chosen, scale, loss), (part.shape[0], ignored), (columns,), (wants, block),
+                len(part), warps, (logits, chosen, scale, loss), (len(part), ignored), (columns,), (wants, block),
             )  # fmt: skip
             if dhidden is not None:
                 torch.mm(logits, weight, out=dhidden[start : start + size])
@@ -118,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dbias += logits.sum(0, dtype=dbias.dtype)
         if dweight is not None and rows == 0:
             dweight.zero_()
-        ctx.gradients = (dhidden, dweight, dbias if dbias is None else dbias.to(bias.dtype))
+        ctx.gradients = (dhidden, dweight, dbias if dbias is None else dbias.to(weight.dtype))
         ctx.factor = factor if late else None
         return losses.sum() * factor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Literal
 
@@ -24,7 +25,9 @@ def _require(where: str, **tensors: object) -> None:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise ArgumentError(f"{where} takes tensors of one dtype of {names}: {name} is of {tensor.dtype}.")
         if tensor.device != first.device or tensor.layout is not torch.strided:
-            raise ArgumentError(f"{where} takes plain tensors on one device: {name} is {tensor.layout} on {tensor.device}.")
+            raise ArgumentError(
+                f"{where} takes plain tensors on one device: {name} is {tensor.layout} on {tensor.device}."
+            )
 
 
 def _require_triton(where: str, device: torch.device) -> None:
@@ -34,10 +37,10 @@ def _require_triton(where: str, device: torch.device) -> None:
         LoadError: If Triton is missing, or the device is none that it compiles for.
     """
     try:
-        import triton
+        import triton  # noqa: F401
     except ImportError as error:
         raise LoadError(f"{where} needs Triton: {error}. PyTorch for CUDA installs it.") from error
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise LoadError(f"{where} runs on GPUs, and these tensors are on {device.type}: use PyTorch's operators there.")
 
 
@@ -123,8 +126,13 @@ def linear_cross_entropy(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     _require(where, hidden=hidden, weight=weight, **biases)
     if not isinstance(labels, Tensor) or labels.dtype is not torch.int64:
-        raise ArgumentTypeError(f"labels of {where} is a tensor of int64, not {getattr(labels, 'dtype', type(labels))}.")
+        raise ArgumentTypeError(
+            f"labels of {where} is a tensor of int64, not {getattr(labels, 'dtype', type(labels))}."
+        )
     require_type(ignore_index, int, f"ignore_index of {where}")
+    require_type(reduction, str, f"reduction of {where}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ArgumentError(f"ignore_index of {where} is a label of 64 bits, not {ignore_index}.")
     if reduction not in ("mean", "sum"):
         raise ArgumentError(f"reduction of {where} is 'mean' or 'sum', not {reduction!r}.")
     vocabulary = weight.shape[0] if weight.dim() == 2 else -1

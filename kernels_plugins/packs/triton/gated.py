@@ -1,7 +1,7 @@
 """Gated activations: `activation(gate) * up`, each direction in one pass over memory.
 
-Gate and up are two tensors, or the two halves of the rows of one. The activation is rounded to the dtype before the product,
-as it is where PyTorch computes them one after the other.
+Gate and up are two tensors, or the two halves of the rows of one. The activation is rounded to the dtype before the
+product, as it is where PyTorch computes them one after the other.
 """
 
 from typing import Any

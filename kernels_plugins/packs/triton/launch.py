@@ -96,8 +96,10 @@ def _launched(compiled: Any) -> tuple[Any, ...] | None:
 
     None for a Triton in which these have not been looked up: then, it launches each time in its own way.
     """
-    run = getattr(compiled, "run", None)
-    if _VERSION != (3, 6) or type(run).__name__ != "CudaLauncher" or run.global_scratch_size or run.profile_scratch_size:
+    if _VERSION != (3, 6) or compiled is None:
+        return None
+    run = compiled.run
+    if type(run).__name__ != "CudaLauncher" or run.global_scratch_size or run.profile_scratch_size:
         return None
     flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
     fixed = (compiled.function, *flags, compiled.packed_metadata, None, None, None)
@@ -133,7 +135,7 @@ def operator(
         setup_context: Saves for the backward, as in `torch.library.register_autograd`.
         differentiate: Maps the context and the gradients of the outputs to those of the inputs.
     """
-    traced = triton_op(f"{NAMESPACE}::{name}", compute, mutates_args=())
+    traced: Any = triton_op(f"{NAMESPACE}::{name}", compute, mutates_args=())
     tensors = sum(each.annotation is Tensor for each in inspect.signature(compute).parameters.values())
     apply: Callable[..., Any] | None = None
     if setup_context is not None and differentiate is not None:
@@ -181,7 +183,7 @@ def _function(
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """Return a tensor as rows of unit stride, how many, their columns and the stride between them; copies if it must."""
+    """Return a tensor as rows of unit stride, their number, columns and stride; copies only where it must."""
     columns = x.shape[-1]
     if x.is_contiguous():
         return x, x.numel() // columns if columns else 0, columns, columns

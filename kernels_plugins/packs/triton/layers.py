@@ -11,8 +11,6 @@ from kernels_core import KernelLayer
 
 from . import cross_entropy, gated, rms_norm, rotary
 
-Pair = tuple[Tensor, Tensor]
-
 
 def _norm(offset: float) -> type[nn.Module]:
     class TritonRMSNorm(nn.Module):
@@ -67,27 +65,27 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, 
     return rotary.rotary(q, k, cos, sin, unsqueeze_dim, halves)
 
 
-def rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Pair:
+def rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
     """Turn queries and keys, which have as many columns as cos and sin."""
-    return _rotary(q, k, cos, sin, unsqueeze_dim, 2, partial=False)  # type: ignore[no-any-return]
+    return _rotary(q, k, cos, sin, unsqueeze_dim, 2, partial=False)
 
 
-def rotary_pos_emb_partial(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Pair:
+def rotary_pos_emb_partial(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
     """Turn the first columns of queries and keys, as many as cos and sin have."""
-    return _rotary(q, k, cos, sin, unsqueeze_dim, 2, partial=True)  # type: ignore[no-any-return]
+    return _rotary(q, k, cos, sin, unsqueeze_dim, 2, partial=True)
 
 
-def rotary_pos_emb_half(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Pair:
+def rotary_pos_emb_half(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
     """Turn queries and keys, which have twice the columns of cos and sin."""
-    return _rotary(q, k, cos, sin, unsqueeze_dim, 1, partial=False)  # type: ignore[no-any-return]
+    return _rotary(q, k, cos, sin, unsqueeze_dim, 1, partial=False)
 
 
-def rotary_pos_emb_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair:
+def rotary_pos_emb_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
     """Turn queries and keys without a batch: positions, heads, columns."""
     if not q.dim() == k.dim() == 3 or cos.dim() != 2:
-        return NotImplemented  # type: ignore[return-value]
+        return NotImplemented
     turned = _rotary(q[None], k[None], cos[None], sin[None], 2, 2, partial=False)
-    return turned if turned is NotImplemented else (turned[0][0], turned[1][0])  # type: ignore[return-value]
+    return turned if turned is NotImplemented else (turned[0][0], turned[1][0])
 
 
 # --- For parents -----------------------------------------------------------------------------------
@@ -101,16 +99,16 @@ def _add(hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float
     return rms_norm.add_rms_norm(hidden_states, residual, weight, epsilon, offset)
 
 
-def add_rms_norm(hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float, norm: nn.Module) -> Pair:
+def add_rms_norm(hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float, norm: nn.Module) -> Any:
     """Add, and normalise the sum."""
-    return _add(hidden_states, residual, weight, epsilon, 0.0)  # type: ignore[no-any-return]
+    return _add(hidden_states, residual, weight, epsilon, 0.0)
 
 
 def add_rms_norm_offset(
     hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float, norm: nn.Module
-) -> Pair:
+) -> Any:
     """Add, and normalise the sum by a norm with 1 + weight."""
-    return _add(hidden_states, residual, weight, epsilon, 1.0)  # type: ignore[no-any-return]
+    return _add(hidden_states, residual, weight, epsilon, 1.0)
 
 
 def linear_cross_entropy(
@@ -124,7 +122,11 @@ def linear_cross_entropy(
     """Return the mean loss of the labels, or their sum by a number of items."""
     if torch.is_autocast_enabled():  # as the linear layer does
         dtype = torch.get_autocast_dtype("cuda")
-        hidden_states, weight, bias = hidden_states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden_states, weight, bias = (
+            hidden_states.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+        )
     if hidden_states.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
         return NotImplemented
     return cross_entropy.linear_cross_entropy(hidden_states, weight, bias, labels, num_items, ignore_index)
@@ -134,7 +136,7 @@ for _function in (
     *(rotary_pos_emb, rotary_pos_emb_partial, rotary_pos_emb_half, rotary_pos_emb_vision),
     *(add_rms_norm, add_rms_norm_offset),
 ):
-    _function.can_torch_compile = True  # type: ignore[attr-defined]
+    vars(_function)["can_torch_compile"] = True
 
 KERNELS: dict[str, KernelLayer] = {
     "RMSNorm": _norm(0.0),

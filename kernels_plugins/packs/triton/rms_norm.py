@@ -1,7 +1,7 @@
 """Root-mean-square normalisation, also of a sum: one pass over memory forward, one backward.
 
-The sums of squares are of float32, or float64 for that dtype. With an offset of 0, a row is rounded to its dtype before it
-is multiplied by the weight, as in Llama; with another, `offset + weight` multiplies it before, as in Gemma.
+The sums of squares are of float32, or float64 for that dtype. With an offset of 0, a row is rounded to its dtype before
+it is multiplied by the weight, as in Llama; with another, `offset + weight` multiplies it before, as in Gemma.
 """
 
 from typing import Any
@@ -114,9 +114,9 @@ def _backward_kernel(
     OFFSET: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, MORE_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # A fixed set of programs strides over the rows, so that each sums its share of the weight's gradient in registers.
-    # Rows are one block of columns, or two, where the power of two that covers them would take too many registers: then,
-    # these do not hold the weight, either.
+    # A fixed set of programs strides over the rows, and each sums its share of the weight's gradient in registers.
+    # Rows are one block of columns, or two, where the power of two that covers them would take too many registers;
+    # then, these do not hold the weight, either.
     dtype: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     narrow: tl.constexpr = x_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
@@ -283,8 +283,8 @@ def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
 def _backward_plan(columns: int, size: int, device: int) -> tuple[int, int, int, int, int, int]:
     """Return rows and columns of a block, columns of a second one, its stages and warps, and the most programs.
 
-    The numbers are the best of those tried on an H100: one program on each multiprocessor, with as many rows on their way
-    to it as keep the memory busy.
+    The numbers are the best of those tried on an H100: one program on each multiprocessor, with as many rows on their
+    way to it as keep the memory busy.
 
     Args:
         columns: In a row.

@@ -1,7 +1,7 @@
 """Rotary position embedding of queries and keys in one launch.
 
-A row is turned by `x * cos + rotate_half(x) * sin`, with each product rounded to the dtype of the result, as it is where
-PyTorch computes them one after the other. Cosines and sines may differ in both halves.
+A row is turned by `x * cos + rotate_half(x) * sin`, with each product rounded to the dtype of the result, as it is
+where PyTorch computes them one after the other. Cosines and sines may differ in both halves.
 """
 
 import os
@@ -180,9 +180,7 @@ def fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int = 1, halves:
     )
 
 
-def rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int = 1, halves: int = 2
-) -> tuple[Tensor, Tensor]:
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int = 1, halves: int = 2) -> tuple[Tensor, Tensor]:
     """Turn the first columns of queries and keys, as many as the angles are for.
 
     Args:
