@@ -25,13 +25,16 @@ def test_tour_runs() -> None:
     assert "refused __main__.FastSiluAndMul: it declares has_backward = False" in run.stdout
 
 
-def test_adopt_runs() -> None:
-    """The block that needs transformers runs, and its receipt shows the plugin that serves."""
+def test_ten_lines_run(tmp_path: Path) -> None:
+    """The block that needs transformers runs, has ten lines, and its receipt says by how much each layer wins."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     (program,) = blocks("python needs=transformers")
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert re.search(r"model\.norm +RMSNorm +cpu +inference +\S+ +torch", run.stdout), run.stdout
+    assert re.search(r"model\.norm +RMSNorm +cpu +inference +\S+", run.stdout), run.stdout
+    assert "by kernels.choice.json: 1 row of 256 float32: " in run.stdout
+    statements = [line for line in program.splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(statements) + 1 <= 10
 
 
 def test_commands_name_sessions_that_exist() -> None:
