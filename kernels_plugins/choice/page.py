@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -74,5 +75,13 @@ def _lost(cells: Sequence[ChoiceCell]) -> Iterator[object]:
 
 
 def short_name(name: str) -> str:
-    """Return the name of a candidate without its packages: `liger` for that of a pack."""
-    return name.split(":")[1] if name.startswith("pack:") else name.rpartition(".")[2]
+    """Return the name of a candidate for a narrow column: a pack's, a repository's, a class without its packages.
+
+    Example:
+        >>> [short_name(n) for n in ("pack:liger:RMSNorm", "LayerRepository('acme/norms', version=1)", "a.b.Norm")]
+        ['liger', 'acme/norms', 'Norm']
+    """
+    if name.startswith("pack:"):
+        return name.split(":")[1]
+    repository = re.search(r"Repository\('([^']+)'", name)
+    return repository[1] if repository else name.rpartition(".")[2]

@@ -18,7 +18,7 @@ from ..oracle.probe_cache import digest_of
 from ..oracle.subject import stop_if_broken, tried
 from ..packs.source import as_pack
 from .cell import REFERENCE, ChoiceCell, Context, Key
-from .ranking import name_of
+from .ranking import PLUGIN, name_of
 from .timing import Run, Timing, time_runs
 
 Forward = Callable[..., Any]
@@ -76,7 +76,7 @@ class _Race:
         found = resolve(recorded.layer, device=self.subject.device, mode=mode, candidate=candidate)
         if found.implementation is None:
             reasons = "; ".join(refusal.reason for refusal in found.refusals) or found.note
-            if not reasons.startswith("pack "):  # one without a kernel for such layers has lost nothing
+            if candidate.plugin != PLUGIN:  # a pack that is not asked for, and has no kernel here, has lost nothing
                 self.lost[name] = reasons
             return
         if any(found.implementation is known for known in self.forwards.values()):  # of a pack, that is offered, too
@@ -178,7 +178,7 @@ def _contestants(subject: RacedCall) -> Iterator[Candidate]:
     names = {name for answer in plugin_manager().hook.kernels_packs() for name in answer}
     for name in sorted(names):
         pack = as_pack(f"pack:{name}", f"layer {layer.name!r}", layer.name)
-        yield Candidate(pack, "choice", "user")
+        yield Candidate(pack, PLUGIN, "user")
 
 
 def _run(subject: RacedCall, forward: Forward) -> Run:

@@ -16,6 +16,10 @@ from .choice import Choice
 from .limit import Orders, ShapeLimit
 
 
+PLUGIN = "choice"
+"""The plugin that offers candidates again which took part in a race, and are not offered otherwise."""
+
+
 def name_of(candidate: Candidate) -> str:
     """Return the name of a candidate in measurements."""
     return REFERENCE if candidate.source is Reference else candidate.label
@@ -92,11 +96,11 @@ def _always_wins(name: str, cells: Sequence[ChoiceCell]) -> bool:
 def _again(name: str, layer_name: str) -> Candidate | None:
     """Return a candidate that nothing offers here, but that took part in the race: the reference, or that of a pack."""
     if name == REFERENCE:
-        return Candidate(Reference, "choice", "user")
+        return Candidate(Reference, PLUGIN, "user")
     if name.startswith("pack:"):
         from ..packs.source import as_pack
 
-        return Candidate(as_pack(name, f"layer {layer_name!r}", layer_name), "choice", "user")
+        return Candidate(as_pack(name, f"layer {layer_name!r}", layer_name), PLUGIN, "user")
     return None
 
 
