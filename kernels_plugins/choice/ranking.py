@@ -15,7 +15,6 @@ from .cell import REFERENCE, ChoiceCell, best_everywhere
 from .choice import Choice
 from .limit import Orders, ShapeLimit
 
-
 PLUGIN = "choice"
 """The plugin that offers candidates again which took part in a race, and are not offered otherwise."""
 
