@@ -299,7 +299,7 @@ class _Dispatcher:
         nowhere, refusing = self._nowhere, self._refusing_no_device
 
         @constant_result
-        def table(kind: str, index: int | None, odd: tuple[type[torch.Tensor], ...]) -> str:
+        def table(kind: str, index: int | None, odd: tuple[type[torch.Tensor], ...], kept: bool) -> str:
             """Run at trace time, outside of the graph: name the property that Dynamo is to read."""
             device = torch.device(kind, index) if index is not None else torch.device(kind)
             ready()  # or finding plugins makes the first answer one that is not kept, and guards ask again
@@ -311,10 +311,9 @@ class _Dispatcher:
             if device is None:
                 return nowhere if refusing is None or mapping_disabled() else refusing
             frame = root.active
-            if frame is not root:
-                bool(frame.in_function)  # a value that is used has a guard, which keeps the scopes
+            kept = frame is not root and frame.in_function  # as an argument, it has a guard, which keeps the scopes
             odd = subclasses_traced(module, values)
-            forward: Forward = getattr(frame, table(device.type, device.index, odd))
+            forward: Forward = getattr(frame, table(device.type, device.index, odd, kept))
             return forward
 
         return traced

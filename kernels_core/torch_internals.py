@@ -83,6 +83,7 @@ _marker.__dict__["_torchdynamo_inline"] = _marker_in_dynamo
 
 _fx: Any = sys.modules.get("torch.fx._symbolic_trace")  # `import torch` has loaded it
 _has_flag = _find("torch.fx._symbolic_trace:_is_fx_tracing_flag") is not None
+_is_fx_tracing = _find("torch.fx._symbolic_trace:_get_is_fx_tracing")  # in its place in PyTorch 2.15
 _has_level = _find("torch.autograd.forward_ad:_current_level") is not None
 
 _held = "_kernels_held.marker is _kernels_marker_in_dynamo"  # older ones replace what they find in an attribute only
@@ -90,7 +91,7 @@ _TRIED = {(2, 6): _held, (2, 11): _held, (2, 13): "_kernels_marker is _kernels_m
 IS_TRACED: str = _TRIED.get(release, "_kernels_is_dynamo_compiling()")  # as in 2.15; the call takes 14 ns longer
 """Expression that is true while Dynamo traces a call."""
 
-IS_RECORDED: str = "_kernels_jit() or " + ("_kernels_fx._is_fx_tracing_flag" if _has_flag else "_kernels_modes()")
+IS_RECORDED: str = "_kernels_jit() or " + ("_kernels_fx._is_fx_tracing_flag" if _has_flag else "_kernels_fx_tracing()")
 """Expression that is true while `torch.jit.trace` or `torch.fx` may record a call; `is_traced` decides."""
 
 FORWARD_LEVEL: str = "_kernels_forward_ad._current_level" if _has_level else "_kernels_forward_ad.level"
@@ -140,7 +141,7 @@ EXPRESSION_NAMES: Mapping[str, object] = {
     "_kernels_forward_ad": _forward_ad,
     "_kernels_jit": _is_jit_tracing,
     "_kernels_fx": _fx,
-    "_kernels_modes": dispatch_mode_count,
+    "_kernels_fx_tracing": _is_fx_tracing or dispatch_mode_count,
 }
 """The global names of these expressions."""
 
@@ -152,7 +153,7 @@ def is_watched() -> bool:
 
 def is_recorded() -> bool:
     """Whether `torch.jit.trace` or `torch.fx` records this call."""
-    return bool(_is_jit_tracing() or (_has_flag and _fx._is_fx_tracing_flag))
+    return bool(_is_jit_tracing() or (_fx._is_fx_tracing_flag if _has_flag else _is_fx_tracing and _is_fx_tracing()))
 
 
 def is_traced(classes: Iterable[type[Any]] = ()) -> bool:

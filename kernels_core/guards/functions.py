@@ -15,8 +15,8 @@ _GENERATED = ("GeneratedBackwardFor_", "CompiledFunctionBackward")
 """Functions that PyTorch makes for operators of `torch.library` and compiled code: their backward calls no layer."""
 
 
-# The code around a forward that gets no context.
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+"""The code around a forward that gets no context; None where that is written in C, as in PyTorch 2.15."""
 
 
 def function_contexts() -> Iterator[Any]:
@@ -28,14 +28,30 @@ def function_contexts() -> Iterator[Any]:
     # Autograd gives Python no way to ask: the context is the first argument of a `forward` in the stack.
     while (caller := frame.f_back) is not None:
         frame, code = caller, caller.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            context = frame.f_locals.get(code.co_varnames[0])
+        if code.co_name == "forward":
+            context = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             if isinstance(context, FunctionCtx) and not type(context).__name__.startswith(_GENERATED):
                 yield context
+            elif _APPLY is None and _code_of(type(context)) is not code:  # not a module's own
+                yield from (function for function in _functions() if _code_of(function) is code)
         elif code is _APPLY:
             function = frame.f_locals.get("cls")
             if getattr(function, "setup_context", None) is not torch.autograd.Function.setup_context:
                 yield function
+
+
+def _code_of(cls: Any) -> object:
+    return getattr(getattr(cls, "forward", None), "__code__", None)
+
+
+def _functions() -> Iterator[Any]:
+    """Yield the custom autograd functions of this process that have a `setup_context`."""
+    waiting = torch.autograd.Function.__subclasses__()
+    while waiting:
+        function: Any = waiting.pop()
+        waiting += function.__subclasses__()
+        if function.setup_context is not torch.autograd.Function.setup_context:
+            yield function
 
 
 outside_functions: Callable[[], bool] = forward_grad_enabled or (lambda: next(function_contexts(), None) is None)

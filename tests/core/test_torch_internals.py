@@ -45,6 +45,10 @@ OF_MODULES = {"_parameters", "_buffers", "_modules", "_apply"} | {
 """Not private: they stand in every pickled module, or are overridden by subclasses, so PyTorch cannot rename them."""
 
 READS_VERSION = {
+    "kernels_core/models/receipt.py": "shows it",
+    "kernels_plugins/choice/machine.py": "names the machine of a choice",
+    "kernels_plugins/doctor/machine.py": "shows it",
+    "kernels_plugins/hub/benchmark/command.py": "shows it",
     "kernels_plugins/demo/measure.py": "shows it",
     "kernels_plugins/hub/client/download.py": "tells the Hub",
     "kernels_plugins/hub/builds/machine.py": "looks for it in the names of builds",
@@ -294,6 +298,8 @@ def test_other_versions(renamed: Callable[[str], Outcomes], version: str) -> Non
     """The same with other versions of PyTorch, by their number, or without one."""
     if version != "unknown":
         skip_where_newer_is_false()
+    if version == "2.13.0" and release > (2, 13):
+        pytest.skip("Dynamo is not that of 2.13")
     check(renamed(f"version {version}"), version)
 
 
