@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
 from kernels_core import (
     ArgumentError,
@@ -21,18 +22,21 @@ from kernels_core import (
     Resolution,
     hookimpl,
     plugin_manager,
+    references,
     require_type,
     set_module,
 )
-from kernels_core.replay import Call, is_observed
+from kernels_core.replay import Call, ModelState, is_observed, mapped
 
 from ..oracle.inputs import Recorded
 from .cell import CONTEXTS, Context, key_of
 from .choice import Choice
 from .machine import MeasuredOn, libraries, machine_of
-from .race import ModeName, RacedCall, race
+from .race import MODES, ModeName, RacedCall, race
 
 Forward = Callable[..., Any]
+Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and named arguments."""
 
 
 class choosing:  # noqa: N801 - a context manager that reads like a statement
@@ -78,12 +82,7 @@ class choosing:  # noqa: N801 - a context manager that reads like a statement
         """Check the arguments; nothing happens before the block is entered."""
         require_type(save, (str, os.PathLike, NoneType), "save")
         require_type(progress, (bool, NoneType), "progress")
-        require_type(seconds, (int, float), "seconds")
-        if not 0 < seconds < 1e6:
-            raise ArgumentError(f"seconds is {seconds}: give the seconds to time each candidate for, such as 0.2.")
-        require_type(contexts, Sequence, "contexts")
-        if isinstance(contexts, str) or not all(context in CONTEXTS for context in contexts) or not contexts:
-            raise ArgumentError(f"contexts is {contexts!r}: give some of {', '.join(map(repr, CONTEXTS))}.")
+        check_options(contexts, seconds)
         self.contexts, self.seconds = tuple(contexts), float(seconds)
         self.progress = sys.stderr.isatty() if progress is None else progress
         self.save = Path(save) if save is not None else None
@@ -119,6 +118,56 @@ class choosing:  # noqa: N801 - a context manager that reads like a statement
         self.choice = measured(subjects, self.contexts, self.seconds, progress=self.progress)
         if self.save is not None:
             self.choice.save(self.save)
+
+
+def check_options(contexts: Sequence[str], seconds: float, modes: Sequence[str] = tuple(MODES)) -> None:
+    """Refuse contexts and modes that do not exist, and times that are none."""
+    require_type(seconds, (int, float), "seconds")
+    if not 0 < seconds < 1e6:
+        raise ArgumentError(f"seconds is {seconds}: give the seconds to time each candidate for, such as 0.2.")
+    for name, given, known in (("contexts", contexts, CONTEXTS), ("modes", modes, tuple(MODES))):
+        require_type(given, Sequence, name)
+        if isinstance(given, str) or not all(one in known for one in given) or not given:
+            raise ArgumentError(f"{name} is {given!r}: give some of {', '.join(map(repr, known))}.")
+
+
+def record_calls(
+    model: nn.Module | Callable[..., Any],
+    batches: Sequence[Batch],
+    modes: Sequence[ModeName],
+) -> list[RacedCall]:
+    """Run a model, or a decorated function, on its references, and return the calls of its layers.
+
+    Args:
+        model: It is as before afterwards.
+        batches: The arguments of each run.
+        modes: Those of the runs. Inputs require grad in training where no parameter does.
+    """
+    module = model if isinstance(model, nn.Module) else None
+    bare = module is None or not any(parameter.requires_grad for parameter in module.parameters())
+
+    def recorded(_: str, leaf: Any) -> Any:
+        return leaf.detach().requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    with contextlib.ExitStack() as stack:
+        if module is not None:
+            stack.enter_context(ModelState(module).kept())
+        recorder = stack.enter_context(recording())
+        # On references: a kernel that ends the process cannot serve now.
+        stack.enter_context(references(*(() if module is None else (module,))))
+        for training in sorted(mode == "training" for mode in modes):
+            if module is not None:
+                module.train(training)
+            for batch in batches:
+                args, kwargs = mapped(batch, recorded) if training and bare else batch
+                try:
+                    with torch.set_grad_enabled(training):
+                        model(*args, **kwargs)
+                except Exception as error:
+                    raise ArgumentError(
+                        f"The model cannot be run with its inputs: {type(error).__name__}: {error}"
+                    ) from error
+    return list(recorder.subjects.values())
 
 
 def measured(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import torch
 import typer
 from torch import nn
 
-from kernels_core import ArgumentError, KernelsError, references
+from kernels_core import ArgumentError, KernelsError, find_layer
 from kernels_core.cli import Json, made, print_found, printing_aside, run, using_device, writing
 from kernels_core.replay import mapped
 
@@ -22,9 +22,11 @@ from ..files import write_file
 from ..oracle.isolated import run_child, serving
 from .cell import CONTEXTS, Context
 from .choice import Choice
-from .choosing import measured, recording
+from .choosing import Batch, check_options, measured, record_calls
 from .machine import MeasuredOn
-from .race import RacedCall
+from .race import MODES, ModeName, RacedCall
+
+Begin = Callable[[RacedCall, str, str], str]
 
 PATIENCE = 300.0
 """Seconds that one candidate may take on one call, compiling included, before it counts as hanging."""
@@ -54,21 +56,23 @@ def choose_command(
     """
     if output.exists():
         Choice.load(output)  # raises before anything is measured
-    unknown = [*({*(mode or ())} - {"inference", "training"}), *({*(context or ())} - {*CONTEXTS})]
-    if unknown or not 0 < seconds < 1e6 or not patience > 0:
-        problem = f"{unknown[0]!r} is no mode and no context" if unknown else "seconds and patience are above 0"
-        raise ArgumentError(f"{problem}: see kernels-core choose --help.")
+    check_options(context or CONTEXTS, seconds, mode or [*MODES])
+    check_patience(patience)
     arguments: dict[str, Any] = {
         "factory": factory,
         "inputs": inputs,
         "device": device,
-        "modes": mode or ["inference", "training"],
+        "modes": mode or [*MODES],
         "contexts": context or list(CONTEXTS),
         "seconds": seconds,
     }
-    choice = choose(**arguments) if in_process else _in_children(arguments, patience)
-    if isinstance(choice, int):
-        raise typer.Exit(choice)
+    if in_process:
+        choice = choose(**arguments)
+    else:
+        rows = in_children(__name__, "choose", arguments, patience)
+        if isinstance(rows, int):
+            raise typer.Exit(rows)
+        choice = functools.reduce(Choice.merged, map(Choice.read, rows), Choice())
     with writing(output):
         choice.save(output)
     if html is not None:
@@ -79,78 +83,83 @@ def choose_command(
         print(f"\nIn {output}. Use it: KERNELS_CHOICE={output}, or use_choice({str(output)!r}).", file=sys.stderr)
 
 
+def check_patience(patience: float) -> None:
+    """Refuse a patience that is no time."""
+    if not patience > 0:
+        raise ArgumentError(f"--patience is {patience:g}: give seconds above 0.")
+
+
 def choose(
     factory: str,
     inputs: str,
     device: str,
-    modes: Sequence[str],
+    modes: Sequence[ModeName],
     contexts: Sequence[Context],
     seconds: float,
-    begin: Callable[[RacedCall, str, str], str] = lambda subject, candidate, action: "",
-    found: Callable[[MeasuredOn], object] = lambda cells: None,
-    known: Callable[[RacedCall], bool] = lambda subject: False,
+    begin: Begin = lambda subject, candidate, action: "",
+    found: Callable[[Any], object] = lambda row: None,
+    known: Sequence[Any] = (),
 ) -> Choice:
-    """Measure a model that is named by its factory; calls that are `known` are left out."""
-    model = made(factory)
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{factory} is a {type(model).__name__}, not a module: name a model, or its factory.")
-    batches = _batches(model, inputs)
-    with using_device(device) if device else nullcontext() as where:
-        if where is not None:
-            model = model.to(where)
-            batches = mapped(batches, lambda _, leaf: leaf.to(where) if torch.is_tensor(leaf) else leaf)
+    """Measure a model that is named by its factory; `found` gets what each call adds, and `known` has what it got."""
+    model, batches = given(factory, inputs, device)
+    places = {cell.of_subject for row in known for one in Choice.read(row).machines for cell in one.cells}
     with printing_aside():
-        adopt(model)
-        with recording() as recorder, references(model):  # a kernel that ends the process must not serve now
-            for training in sorted(mode == "training" for mode in modes):
-                for batch in batches:
-                    _call(model, batch, training=training)
-        if not recorder.subjects:
+        if isinstance(model, nn.Module):
+            adopt(model)
+        recorded = record_calls(model, batches, modes)
+        if not recorded:
             raise ArgumentError(f"{factory} calls no layer that is decorated or adopted with these inputs.")
-        subjects = [subject for subject in recorder.subjects.values() if not known(subject)]
-        return measured(subjects, contexts, seconds, progress=False, begin=begin, found=found)
+
+        def found_cells(cells: MeasuredOn) -> None:
+            found(json.loads(Choice((cells,)).to_json()))
+
+        subjects = [subject for subject in recorded if subject.place not in places]
+        return measured(subjects, contexts, seconds, progress=False, begin=begin, found=found_cells)
 
 
-def _batches(model: nn.Module, place: str) -> list[Any]:
-    if place:
-        given = made(place, "inputs")
-        return list(given) if isinstance(given, list) else [given]
-    dummy = getattr(model, "dummy_inputs", None)
-    if dummy is None:
+def given(factory: str, inputs: str, device: str) -> tuple[Any, list[Batch]]:
+    """Return a model or a decorated function that is named by its factory, and its inputs, on a device."""
+    model = made(factory)
+    layer = find_layer(model)
+    if not isinstance(model, nn.Module) and not (layer is not None and layer.is_function):
+        raise ArgumentError(
+            f"{factory} is a {type(model).__name__}, neither a module nor a decorated function: name a model, or its "
+            "factory."
+        )
+    batches: Any = made(inputs, "inputs") if inputs else getattr(model, "dummy_inputs", None)
+    if batches is None:
         raise ArgumentError(
             "The inputs of the model are not known, for it has no dummy_inputs: name a function that returns a list of "
             "them, with --inputs package.module:function."
         )
-    return [dummy]
+    if device:
+        with using_device(device) as where:
+            model = model.to(where) if isinstance(model, nn.Module) else model
+            batches = mapped(batches, lambda _, leaf: leaf.to(where) if torch.is_tensor(leaf) else leaf)
+    each = batches if isinstance(batches, list) else [batches]
+    return model, [
+        ((), one) if isinstance(one, Mapping) else (one if isinstance(one, tuple) else (one,), {}) for one in each
+    ]
 
 
-def _call(model: nn.Module, batch: Any, *, training: bool) -> None:
-    was = model.training
-    model.train(training)
-    try:
-        with torch.set_grad_enabled(training):
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*(batch if isinstance(batch, tuple) else (batch,)))
-    except Exception as error:
-        raise ArgumentError(f"The model cannot be run with its inputs: {type(error).__name__}: {error}") from error
-    finally:
-        model.train(was)
+def in_children(module: str, name: str, arguments: Mapping[str, Any], patience: float) -> list[Any] | int:
+    """Measure in child processes, and return their rows; where a candidate ends one or hangs, the next leaves it out.
 
-
-def _in_children(arguments: Mapping[str, Any], patience: float) -> Choice | int:
-    """Measure in child processes; where a candidate ends one or hangs, the next goes on without it."""
+    Args:
+        module: It calls `serve` with its first argument.
+        name: The command.
+        arguments: Those of the function that `serve` calls, as JSON holds them.
+        patience: Seconds that one candidate may take on one call.
+    """
     out: list[tuple[str, str, str]] = []
+    rows: list[Any] = []
     shown: set[str] = set()
-    choice = Choice()
     while True:
-        task = {"arguments": dict(arguments), "out": out, "known": json.loads(choice.to_json())}
-        child = run_child("kernels_plugins.choice.command", task, "choose", shown, patience=patience)
-        for row in child.rows:
-            choice = choice.merged(Choice.read(row))
+        task = {"arguments": dict(arguments), "out": out, "known": rows}
+        child = run_child(module, task, name, shown, patience=patience)
+        rows += child.rows
         if not child.how:
-            return choice
+            return rows
         if child.begun is None:
             if child.refused:
                 return 2
@@ -158,10 +167,9 @@ def _in_children(arguments: Mapping[str, Any], patience: float) -> Choice | int:
         out.append((*child.begun, f"it ends the process {child.how}"))
 
 
-def _serve(task: Mapping[str, Any]) -> None:
+def serve(task: Mapping[str, Any], measure: Callable[..., object]) -> None:
     """Measure in this process, and write messages to its parent."""
     out: dict[tuple[str, str], str] = {(subject, candidate): reason for subject, candidate, reason in task["out"]}
-    places = {cell.of_subject for one in Choice.read(task["known"]).machines for cell in one.cells}
     with serving(task) as write:
 
         def begin(subject: RacedCall, candidate: str, action: str) -> str:
@@ -169,11 +177,8 @@ def _serve(task: Mapping[str, Any]) -> None:
                 write({"begin": [subject.text, candidate], "text": f"{subject.text}: {candidate} {action}"})
             return out.get((subject.text, candidate), "")
 
-        def found(cells: MeasuredOn) -> None:
-            write({"row": json.loads(Choice((cells,)).to_json())})
-
-        choose(**task["arguments"], begin=begin, found=found, known=lambda subject: subject.place in places)
+        measure(**task["arguments"], begin=begin, found=lambda row: write({"row": row}), known=task["known"])
 
 
-if __name__ == "__main__":  # in a child of `_in_children`
-    run(lambda: _serve(json.loads(sys.argv[1])))
+if __name__ == "__main__":  # in a child of `in_children`
+    run(lambda: serve(json.loads(sys.argv[1]), choose))

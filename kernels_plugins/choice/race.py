@@ -21,9 +21,12 @@ from .cell import REFERENCE, ChoiceCell, Context, Key
 from .ranking import PLUGIN, name_of
 from .timing import Run, Timing, time_runs
 
+FAULTS = ("wrong:", "failed:", "it raises", "it cannot be compared:", "it ends the process")
+"""How a reason begins that is a fault of a candidate; the others are about calls that it does not take."""
+
 Forward = Callable[..., Any]
 ModeName = Literal["inference", "training"]
-_MODES: dict[ModeName, Mode] = {"inference": Mode.INFERENCE, "training": Mode.TRAINING}
+MODES: dict[ModeName, Mode] = {"inference": Mode.INFERENCE, "training": Mode.TRAINING}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,7 @@ class _Race:
 
     def enter(self, candidate: Candidate) -> None:
         """Let a candidate take part, if it serves such calls and computes what the reference computes."""
-        name, recorded, mode = name_of(candidate), self.subject.recorded, _MODES[self.subject.mode]
+        name, recorded, mode = name_of(candidate), self.subject.recorded, MODES[self.subject.mode]
         if name in self.forwards or name in self.lost or self.is_out(name, "is compared with its reference"):
             return
         found = resolve(recorded.layer, device=self.subject.device, mode=mode, candidate=candidate)
@@ -118,13 +121,18 @@ class _Race:
                     found[name] = timing
         return found
 
-    def cell(self, context: Context, times: Mapping[str, float]) -> Iterator[ChoiceCell]:
-        """Yield the cell of a context, unless the reference has no time there: then there is nothing to compare."""
+    def cell(
+        self, context: Context, times: Mapping[str, float], why: Mapping[str, str] = types.MappingProxyType({})
+    ) -> Iterator[ChoiceCell]:
+        """Yield the cell of a context, unless the reference has no time there: then there is nothing to compare.
+
+        `why` has the reasons of those without a time that hold for this context only.
+        """
         if REFERENCE not in times:
             return
         (dtype, width, bucket), subject = self.subject.key, self.subject
         place = (subject.recorded.layer.name, subject.device.type, context, subject.mode)
-        lost = {name: reason for name, reason in self.lost.items() if name not in times}
+        lost = {name: reason for name, reason in {**why, **self.lost}.items() if name not in times}
         digests = {name: digest for name, digest in self.digests.items() if name in times and digest}
         yield ChoiceCell(*place, str(dtype).removeprefix("torch."), width, bucket, dict(times), lost, digests)
 
@@ -153,26 +161,28 @@ def race(
     running.forwards[REFERENCE] = layer.reference
     capture = device.type == "cuda" and "captured" in contexts
     if "eager" in contexts or capture:
-        runs = {name: _run(subject, forward) for name, forward in running.forwards.items()}
+        runs = {name: run_of(subject, forward) for name, forward in running.forwards.items()}
         timings = running.timed(runs, budget, capture)
         if "eager" in contexts:
             yield from running.cell("eager", {name: timing.launched for name, timing in timings.items()})
         if capture:
             captured = {name: timing.captured for name, timing in timings.items() if timing.captured is not None}
-            yield from running.cell("captured", captured)
+            why = {name: timing.not_captured for name, timing in timings.items()}
+            yield from running.cell("captured", captured, why)
     traceable = {name: running.forwards[name] for name in running.traceable}
     if "compiled" in contexts and traceable:  # else only the reference can serve, measured or not
-        runs = {name: _run(subject, _compiled(forward)) for name, forward in traceable.items()}
-        runs[REFERENCE] = _run(subject, _compiled(layer.reference))
+        runs = {name: run_of(subject, _compiled(forward)) for name, forward in traceable.items()}
+        runs[REFERENCE] = run_of(subject, _compiled(layer.reference))
         timings = running.timed(runs, budget, device.type == "cuda")
         times = {name: timing.captured or timing.launched for name, timing in timings.items()}
-        yield from running.cell("compiled", times)
+        why = {name: "it cannot be compiled in a program" for name in running.forwards}
+        yield from running.cell("compiled", times, why)
 
 
 def _contestants(subject: RacedCall) -> Iterator[Candidate]:
     """Yield what is offered for a call, and the kernels of all packs."""
     layer = subject.recorded.layer
-    for candidate in find_candidates(layer, device=subject.device, mode=_MODES[subject.mode])[0]:
+    for candidate in find_candidates(layer, device=subject.device, mode=MODES[subject.mode])[0]:
         if candidate.source is not Reference:
             yield candidate
     names = {name for answer in plugin_manager().hook.kernels_packs() for name in answer}
@@ -181,7 +191,7 @@ def _contestants(subject: RacedCall) -> Iterator[Candidate]:
         yield Candidate(pack, PLUGIN, "user")
 
 
-def _run(subject: RacedCall, forward: Forward) -> Run:
+def run_of(subject: RacedCall, forward: Forward) -> Run:
     """Return a function that makes the call with a forward; for training, with its backward."""
     training = subject.mode == "training"
     call = with_gradients(subject.recorded.call) if training else subject.recorded.call

@@ -490,10 +490,11 @@ def test_wrong_arguments_of_the_command(tmp_path: Path, monkeypatch: pytest.Monk
         ("model --output other.json", "no file of a choice"),
         ("model --inputs chosen_scene:fails", "no data"),
         ("plain --inputs chosen_scene:batches", "calls no layer"),
-        ("batches", "is a list, not a module"),
+        ("batches", "is a list, neither a module"),
         ("model", "--inputs"),
         ("model --context warp", "warp"),
-        ("model --seconds 0", "above 0"),
+        ("model --seconds 0", "seconds is 0"),
+        ("model --patience 0", "above 0"),
     ):
         ran = CliRunner().invoke(command_line(), ["choose", "--in-process", *f"chosen_scene:{arguments}".split()])
         assert isinstance(ran.exception, ArgumentError) and problem in str(ran.exception)
