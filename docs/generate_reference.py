@@ -43,6 +43,9 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_plugins.Choice",
             "kernels_plugins.ChoiceCell",
             "kernels_plugins.MeasuredOn",
+            "kernels_plugins.bench",
+            "kernels_plugins.BenchReport",
+            "kernels_plugins.BenchRow",
         ],
     ),
     "Call kernels": (

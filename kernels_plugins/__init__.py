@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .bisect.bisection import bisect
     from .bisect.result import BisectError, BisectResult, Culprit, CulpritSet
     from .canary.plugin import canary
+    from .choice.bench.report import BenchReport, BenchRow
+    from .choice.bench.sweep import bench
     from .choice.cell import ChoiceCell
     from .choice.choice import Choice
     from .choice.choosing import choosing
@@ -71,6 +73,8 @@ _NAMES = {
     ".bisect.bisection": "bisect",
     ".bisect.result": "BisectError BisectResult Culprit CulpritSet",
     ".canary.plugin": "canary",
+    ".choice.bench.report": "BenchReport BenchRow",
+    ".choice.bench.sweep": "bench",
     ".choice.cell": "ChoiceCell",
     ".choice.choice": "Choice",
     ".choice.choosing": "choosing",
@@ -101,6 +105,8 @@ _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()
 __all__ = [
     "Adopted",
     "AdoptedLayer",
+    "BenchReport",
+    "BenchRow",
     "BisectError",
     "BisectResult",
     "CUDAProperties",
@@ -138,6 +144,7 @@ __all__ = [
     "add_rms_norm",
     "adopt",
     "adopted_rule",
+    "bench",
     "bisect",
     "canary",
     "check_kernel",

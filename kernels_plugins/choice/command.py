@@ -69,9 +69,7 @@ def choose_command(
     if in_process:
         choice = choose(**arguments)
     else:
-        rows = in_children(__name__, "choose", arguments, patience)
-        if isinstance(rows, int):
-            raise typer.Exit(rows)
+        rows = in_children("kernels_plugins.choice.command", "choose", arguments, patience)
         choice = functools.reduce(Choice.merged, map(Choice.read, rows), Choice())
     with writing(output):
         choice.save(output)
@@ -142,7 +140,7 @@ def given(factory: str, inputs: str, device: str) -> tuple[Any, list[Batch]]:
     ]
 
 
-def in_children(module: str, name: str, arguments: Mapping[str, Any], patience: float) -> list[Any] | int:
+def in_children(module: str, name: str, arguments: Mapping[str, Any], patience: float) -> list[Any]:
     """Measure in child processes, and return their rows; where a candidate ends one or hangs, the next leaves it out.
 
     Args:
@@ -161,8 +159,8 @@ def in_children(module: str, name: str, arguments: Mapping[str, Any], patience: 
         if not child.how:
             return rows
         if child.begun is None:
-            if child.refused:
-                return 2
+            if child.refused:  # it has written why
+                raise typer.Exit(2)
             raise KernelsError(f"The process that measures ended {child.how}: see its output above.")
         out.append((*child.begun, f"it ends the process {child.how}"))
 

@@ -1,4 +1,4 @@
-"""Plugin `choice`: candidates in the order that was measured, and the command `kernels-core choose`."""
+"""Plugin `choice`: candidates in the order that was measured, and the commands `choose` and `bench`."""
 
 from __future__ import annotations
 
@@ -118,10 +118,12 @@ def kernels_rank_candidates(request: LayerRequest, candidates: Sequence[Candidat
 
 @hookimpl
 def kernels_register_commands(cli: typer.Typer) -> None:
-    """Add `choose`."""
-    from .command import choose_command  # only the command line needs it
+    """Add `choose` and `bench`."""
+    from .bench.command import bench_command  # only the command line needs it
+    from .command import choose_command
 
     cli.command("choose")(choose_command)
+    cli.command("bench")(bench_command)
 
 
 set_module("kernels_plugins", globals())

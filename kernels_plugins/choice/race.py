@@ -143,6 +143,7 @@ def race(
     *,
     budget: float,
     begin: Callable[[str, str], str] = lambda candidate, action: "",
+    beside: Mapping[str, Run] = types.MappingProxyType({}),
 ) -> Iterator[ChoiceCell]:
     """Verify and time all candidates for a call; yield a cell for each context.
 
@@ -153,6 +154,7 @@ def race(
         contexts: Those to measure; `"captured"` is left out where there are no CUDA graphs.
         budget: Seconds for the timing of each candidate, roughly.
         begin: Called before something is done with a candidate; a reason leaves it out.
+        beside: Other work to time in turn with the candidates, by name; the cells have its times, too.
     """
     layer, device = subject.recorded.layer, subject.device
     running = _Race(subject, begin)
@@ -162,7 +164,7 @@ def race(
     capture = device.type == "cuda" and "captured" in contexts
     if "eager" in contexts or capture:
         runs = {name: run_of(subject, forward) for name, forward in running.forwards.items()}
-        timings = running.timed(runs, budget, capture)
+        timings = running.timed({**runs, **beside}, budget, capture)
         if "eager" in contexts:
             yield from running.cell("eager", {name: timing.launched for name, timing in timings.items()})
         if capture:
@@ -173,7 +175,7 @@ def race(
     if "compiled" in contexts and traceable:  # else only the reference can serve, measured or not
         runs = {name: run_of(subject, _compiled(forward)) for name, forward in traceable.items()}
         runs[REFERENCE] = run_of(subject, _compiled(layer.reference))
-        timings = running.timed(runs, budget, device.type == "cuda")
+        timings = running.timed({**runs, **beside}, budget, device.type == "cuda")
         times = {name: timing.captured or timing.launched for name, timing in timings.items()}
         why = {name: "it cannot be compiled in a program" for name in running.forwards}
         yield from running.cell("compiled", times, why)

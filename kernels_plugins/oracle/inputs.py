@@ -149,15 +149,15 @@ def cases(call: Call) -> Iterator[Case]:
         yield Case("expanded", expanded)
     yield Case("offset by one element", _changed(call, _offset))
     if main.dim() > 1:
-        yield Case("empty", _resized(call, main, 0, 0))
+        yield Case("empty", resized(call, main, 0, 0))
         if has_batch:
-            yield Case("batch of one", _resized(call, main, 0, 1))
+            yield Case("batch of one", resized(call, main, 0, 1))
         size = main.shape[-2]
         odd = size - 1 if size > 1 and size % 2 == 0 else size + 2 if size % 2 else 3
-        yield Case("odd size", _resized(call, main, main.dim() - 2, odd))
+        yield Case("odd size", resized(call, main, main.dim() - 2, odd))
     bare = call.module is None or not [*call.module.parameters(), *call.module.buffers()]
     if bare and main.dim() and main.shape[-1] > 4:  # nothing in the module has that size, too
-        yield Case("odd width", _resized(call, main, main.dim() - 1, main.shape[-1] - 2 + main.shape[-1] % 2))
+        yield Case("odd width", resized(call, main, main.dim() - 1, main.shape[-1] - 2 + main.shape[-1] % 2))
     # In 16 bits, autocast has nothing to cast.
     if given is torch.float32 and main.device.type in ("cpu", "cuda", "xpu"):
         yield Case("autocast bfloat16", call, autocast=torch.bfloat16)
@@ -208,7 +208,7 @@ def _filler(tensor: torch.Tensor) -> Any:
     return torch.nan if tensor.is_floating_point() or tensor.is_complex() else 0
 
 
-def _resized(call: Call, main: torch.Tensor, dim: int, size: int) -> Call:
+def resized(call: Call, main: torch.Tensor, dim: int, size: int) -> Call:
     """Change a size, counted from the end, in every input that has the same size there."""
     from_end, old = dim - main.dim(), main.shape[dim]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kernels_core import KernelsError, Table, TableRow, Tabular, VerificationError, as_json, set_module
 
@@ -157,17 +157,13 @@ class VerifyReport(Tabular):
         Raises:
             KernelsError: If matplotlib is not installed, or nothing was compared.
         """
-        try:
-            from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
-        except ImportError as error:
-            raise KernelsError("A plot needs matplotlib, which is not installed: pip install matplotlib") from error
         groups: dict[str, list[float]] = {}
         for row in self.rows:
             if row.excess is not None:
                 groups.setdefault(f"{row.layer}: {row.origin}\n{row.dtype}", []).append(row.excess)
         if not groups:
             raise KernelsError("There is nothing to plot: no kernel was compared with its reference.")
-        figure = Figure(figsize=(9, 1.5 + 0.5 * len(groups)), layout="constrained")
+        figure = new_figure(1.5 + 0.5 * len(groups))
         axes = figure.subplots()
         for place, (_, values) in enumerate(sorted(groups.items())):
             shown = [min(max(value, 1e-6), 1e6) for value in values]
@@ -214,6 +210,15 @@ class VerifyReport(Tabular):
             tried = len({row.case for row in rows if row.case})
             label = " ".join(filter(None, key))
             yield TableRow((*key, tried, *numbers, worst), _STYLES.get(worst, "yellow"), tuple(_remarks(rows)), label)
+
+
+def new_figure(height: float) -> Any:
+    """Return an empty figure of matplotlib, of a height in inches; an error of ours where that is not installed."""
+    try:
+        from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise KernelsError("A plot needs matplotlib, which is not installed: pip install matplotlib") from error
+    return Figure(figsize=(9, height), layout="constrained")
 
 
 def _remarks(rows: list[VerifyRow]) -> Iterator[str]:

@@ -174,6 +174,15 @@ VALID: dict[str, dict[str, Any]] = {
     "Metadata.from_bytes": {"content": b"{}"},
     "Metadata.read_from_file": {"metadata_path": "metadata.json"},
     "PrometheusCounters": {"registry": None},
+    "bench": {
+        "model_or_layer": Shift(),
+        "inputs": torch.ones(2),
+        "rows": None,
+        "layers": ["Shift"],
+        "modes": ["inference"],
+        "contexts": ["eager"],
+        "seconds": 0.001,
+    },
     "bisect": {"model": Shift(), "metric": mean, "tolerance": 0.1, "relative": 0.0},
     "canary": {"first": 1, "every": 2, "action": "warn"},
     "choosing": {"save": None, "contexts": ("eager",), "seconds": 0.1, "progress": None},
@@ -204,6 +213,7 @@ VALID: dict[str, dict[str, Any]] = {
 
 
 POSITIONAL = {
+    "bench": ("model_or_layer", "inputs"),
     "check_kernel": ("kernel", "reference", "inputs"),
     "references": ("models",),
     "use_kernelized_func": ("functions",),

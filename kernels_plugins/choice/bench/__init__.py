@@ -1,0 +1,1 @@
+"""Benchmarks of layers: all candidates, at several sizes, against the reference and a copy."""
