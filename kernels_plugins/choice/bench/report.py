@@ -147,7 +147,7 @@ class BenchReport:
 
         Example:
             >>> BenchReport(()).to_markdown()
-            '0 timed, 0 at fault; \n'
+            '0 timed, 0 at fault;\n'
         """
         parts = [part for table in self._tables() for part in _markdown(table)]
         return "\n".join([*parts, _escaped(self.summary), ""])
