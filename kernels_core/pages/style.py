@@ -61,8 +61,10 @@ align-items:baseline;list-style:none}
 .kc li{break-inside:avoid}
 .kc-scroll{overflow-x:auto}
 .kc table{border-collapse:collapse;width:100%;margin:.4rem 0}
-.kc th,.kc td{text-align:left;vertical-align:top;padding:.25rem 1.2rem .25rem 0;border-bottom:1px solid var(--kc-line)}
+.kc th,.kc td{text-align:left;vertical-align:top;padding:.25rem 1.2rem .25rem 0;border-bottom:1px solid var(--kc-line);\
+overflow-wrap:break-word}
 .kc caption{text-align:left;padding:.2rem 0}
+.kc [style*=right]{white-space:nowrap}
 .kc .kc-right{text-align:right;font-variant-numeric:tabular-nums}
 .kc-bars{margin:.4rem 0;display:grid;grid-template-columns:minmax(8rem,20rem) 1fr auto;gap:.1rem .8rem}
 .kc-bars>*{grid-column:1/-1}
@@ -79,14 +81,14 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .kc-main{padding:.9rem}.kc h1{font-size:1.35rem}.kc-cards{grid-template-columns:1fr 1fr;gap:.5rem}
 .kc summary{grid-template-columns:1rem 1fr}.kc summary .kc-note{grid-column:2}
 .kc-bars{grid-template-columns:1fr auto}.kc-bars .kc-label{grid-column:1/-1}
-.kc details,.kc-panel{padding:.5rem .6rem}
+.kc details,.kc-panel{padding:.5rem .6rem}.kc th,.kc td{padding-right:.6rem}
 }
 @media print{
 .kc{background:#fff;font-size:10pt}.kc-main{max-width:none;padding:0}
 .kc details::details-content{content-visibility:visible;block-size:auto}
 .kc details,.kc-cards>div,.kc-panel{break-inside:auto;border-radius:0}
 .kc summary,.kc h2,.kc h3{break-after:avoid}.kc details>summary::before{content:""!important}
-.kc ul{columns:2}
+.kc ul{columns:2}.kc td{overflow-wrap:anywhere}
 }
 """
 

@@ -1,0 +1,66 @@
+"""`bench` on a GPU: times from CUDA graphs beside launched ones, and a copy that is timed in both ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from torch import nn  # noqa: E402
+
+from kernels_core import use_kernel_forward_from_hub  # noqa: E402
+from kernels_plugins import bench, use_kernel_mapping  # noqa: E402
+
+WIDTH = 4096
+
+
+@use_kernel_forward_from_hub("Twice")
+class Twice(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x + x
+
+
+class Waiting(nn.Module):
+    """Right, but a CUDA graph cannot have it: it waits for the device."""
+
+    def forward(self, x: Any) -> Any:
+        return x * 2 if bool(x.sum() == x.sum()) else x
+
+
+class Right(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x * 2
+
+
+def test_times_of_both_contexts() -> None:
+    """Every candidate has a time in both contexts, or the reason; none is much quicker than the copy in a graph."""
+    x = torch.randn(2, WIDTH, device="cuda", dtype=torch.bfloat16)
+    with use_kernel_mapping({"Twice": {"cuda": [Waiting, Right]}}):
+        report = bench(Twice(), x, rows=[1, 4096], modes=["inference"], seconds=0.05)
+    rows = {(row.context, row.rows, row.candidate.rpartition(".")[2]): row for row in report.rows}
+    for size in (1, 4096):
+        for context in ("eager", "captured"):
+            for name in ("reference", "Right"):
+                row = rows[context, size, name]
+                assert row.seconds and row.copy and row.bytes == 2 * 2 * size * WIDTH, row
+        assert rows["eager", size, "Waiting"].seconds
+        waiting = rows["captured", size, "Waiting"]
+        assert waiting.seconds is None and "cannot be captured" in waiting.reason and waiting.ok
+    share = rows["captured", 4096, "Right"].share
+    assert share is not None and 0.3 < share < 1.5, share
+    assert report.ok and report.machine["device"] == "cuda"
+
+
+def test_all_packs_on_a_norm() -> None:
+    """A norm of PyTorch's own: those that are right are timed, and none is at fault, in training, too."""
+    norm = nn.RMSNorm(WIDTH, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, WIDTH, device="cuda", dtype=torch.bfloat16)
+    report = bench(norm, x, rows=[1, 4096], seconds=0.05)
+    print(report)
+    assert report.ok, report
+    assert {row.context for row in report.rows if row.seconds} == {"eager", "captured"}
+    assert norm.weight.grad is None and type(norm) is nn.RMSNorm
