@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels_core import change_class, references
 
-from .parents import is_plain, rewritten
+from .parents import plain, rewritten
 from .rule import Rule
 
 _AT_MOST = 2e-5
@@ -135,7 +135,7 @@ def misfit_of_parent(module: nn.Module, rule: Rule, adopted: Mapping[nn.Module, 
         for path in rule.parts:
             if (cls := adopted.get(module.get_submodule(path))) is not None:
                 change_class(copied.get_submodule(path), cls)
-        if not is_plain(copied, rule):
+        if not plain(rule)(copied):
             return f"its part {' or '.join(rule.parts)} has parameters of another class"
         for training in (False, True):
             copied.train(training)

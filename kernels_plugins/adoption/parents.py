@@ -30,31 +30,39 @@ _AS_GIVEN: dict[Any, str] = {Parameter.KEYWORD_ONLY: "{0}={0}", Parameter.VAR_KE
 _PLAIN = (nn.Parameter, torch.Tensor, type(None))
 
 
-def is_plain(module: nn.Module, rule: Rule) -> bool:
-    """Whether a function may read the parts of a parent: none has a hook, or is of another class than measured.
+@functools.cache
+def plain(rule: Rule) -> Callable[[Any], bool]:
+    """Return a test whether a function may read the parts of a parent: no hook is on them, and no class is another.
 
     The layer name of an adopted class is that of classes derived from it, too: a kernelized part is plain.
     """
-    for path, kind in rule.parts.items():
-        part: Any = module
-        for name in path.split("."):
-            part = part._modules[name]
-        cls = type(part)
-        if (getattr(cls, "adopted_as", None) != kind) if isinstance(kind, str) else (cls is not kind):
-            return False
-        if part._forward_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return False
-        if part._forward_pre_hooks and not all(hasattr(each, "observes") for each in part._forward_pre_hooks.values()):
-            return False
-        if "forward" in part.__dict__ or any(type(tensor) not in _PLAIN for tensor in part._parameters.values()):
-            return False
-    return True
+    parts = [(path.split("."), kind, isinstance(kind, str)) for path, kind in rule.parts.items()]
+
+    def is_plain(module: Any) -> bool:
+        for steps, kind, adopted in parts:
+            part = module
+            for step in steps:
+                part = part._modules[step]
+            cls = part.__class__
+            if (getattr(cls, "adopted_as", None) != kind) if adopted else (cls is not kind):
+                return False
+            if part._forward_hooks or part._backward_hooks or part._backward_pre_hooks or "forward" in part.__dict__:
+                return False
+            for tensor in part._parameters.values():
+                if tensor.__class__ not in _PLAIN:
+                    return False
+            for hook in part._forward_pre_hooks.values():
+                if not hasattr(hook, "observes"):
+                    return False
+        return True
+
+    return is_plain
 
 
 @functools.cache  # equal classes are one class: the same one again
 def computed(rule: Rule) -> Callable[[nn.Module, Mode], tuple[str, ...]]:
     """Return a function that names the parts of a parent that are computed, not called, as it is now."""
-    return lambda module, mode: tuple(rule.parts) if rule.mode in (None, mode) and is_plain(module, rule) else ()
+    return lambda module, mode: tuple(rule.parts) if rule.mode in (None, mode) and plain(rule)(module) else ()
 
 
 @functools.lru_cache(maxsize=256)  # the same one again, so that compiled code can be used again
@@ -92,7 +100,7 @@ def rewritten(own: FunctionType, rule: Rule, function: Callable[..., Any]) -> Fu
         call=", ".join(_AS_GIVEN.get(each.kind, "{0}").format(each.name) for each in parameters),
     )
     names: dict[str, Any] = {  # no __name__: Dynamo would look names up in that module
-        "_kernel_plain": functools.partial(is_plain, rule=rule),
+        "_kernel_plain": plain(rule),
         "_kernel_oracle": rule.oracle,
         "_kernel_function": function,
         "_kernel_own": own,

@@ -22,37 +22,48 @@ from .shipped import random_rows
 
 
 def add_rms_norm(
-    hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float, norm: nn.Module
+    hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float, norm: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """Add two tensors, and normalise the sum; return the normalised sum, and the sum."""
+    """Add two tensors, and normalise the sum; return the normalised sum, and the sum.
+
+    The default of the norm is never used: with it, the dispatcher does not ask in each call whether it is a tensor.
+    """
     summed = residual + hidden_states
-    if weight is norm.weight:
+    if weight is _weight(norm):
         return norm(summed), summed
     # A call made again, on copies of its tensors: the norm is not copied, for it is no tensor.
-    (name,) = (name for name, parameter in norm._parameters.items() if parameter is norm.weight)
+    (name,) = (name for name, parameter in norm._parameters.items() if parameter is _weight(norm))
     return torch.func.functional_call(norm, {name: weight}, (summed,)), summed
 
 
-def _dropped(self: Any, name: str, hidden_states: Tensor) -> Any:
-    """Call a dropout that a few families have."""
-    return getattr(self, name)(hidden_states) if name in self._modules else hidden_states
+def _weight(norm: Any) -> Tensor:
+    """Return the weight of a norm: from where it is mostly, in a tenth of the time."""
+    weight = norm._parameters.get("weight")
+    return norm.weight if weight is None else weight  # type: ignore[no-any-return]
 
 
 def pre_norm_block(self: Any, add_norm: Callable[..., Any], own: object, hidden_states: Tensor, **more: Any) -> Tensor:
     """Normalise, attend and add; normalise, project and add."""
     output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
-    output, norm = _dropped(self, "resid_attn_dropout", output), self.post_attention_layernorm
-    output, residual = add_norm(output, hidden_states, norm.weight, norm.variance_epsilon, norm)
+    norm = self.post_attention_layernorm
+    output, residual = add_norm(output, hidden_states, _weight(norm), norm.variance_epsilon, norm)
     output = self.mlp(output)
-    output = output[0] if isinstance(output, tuple) else output  # experts return their scores, too
-    return residual + _dropped(self, "resid_mlp_dropout", output)  # type: ignore[no-any-return]
+    return residual + (output[0] if isinstance(output, tuple) else output)  # type: ignore[no-any-return]
+
+
+def dropping_block(self: Any, add_norm: Callable[..., Any], own: object, hidden_states: Tensor, **more: Any) -> Tensor:
+    """Do the same, with dropout of what is added."""
+    output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
+    output, norm = self.resid_attn_dropout(output), self.post_attention_layernorm
+    output, residual = add_norm(output, hidden_states, _weight(norm), norm.variance_epsilon, norm)
+    return residual + self.resid_mlp_dropout(self.mlp(output))  # type: ignore[no-any-return]
 
 
 def sandwich_block(self: Any, add_norm: Callable[..., Any], own: object, hidden_states: Tensor, **more: Any) -> Tensor:
-    """Do the same, with a norm after attention and projections, too, before each is added."""
+    """Do the same, with a norm of what is added in place of dropout."""
     output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
     output, norm = self.post_attention_layernorm(output), self.pre_feedforward_layernorm
-    output, residual = add_norm(output, hidden_states, norm.weight, norm.variance_epsilon, norm)
+    output, residual = add_norm(output, hidden_states, _weight(norm), norm.variance_epsilon, norm)
     return residual + self.post_feedforward_layernorm(self.mlp(output))  # type: ignore[no-any-return]
 
 
@@ -90,16 +101,22 @@ def _hidden(module: Any, parts: tuple[str, ...]) -> list[tuple[Any, ...]]:
 _BLOCKS = ("*.*DecoderLayer", "*.*Block")
 
 
-def _block(name: str, layer_name: str, norm: str, *answers: object, sandwich: bool = False) -> Rule:
+def _block(
+    name: str,
+    norm: str,
+    oracle: Callable[..., Tensor] = pre_norm_block,
+    more: tuple[str, ...] = (),
+    scores: tuple[object, ...] = (),
+) -> Rule:
     return Rule(
-        name,
-        layer_name,
+        f"add and {name}",
+        {"RMSNorm": "add_rms_norm", "RMSNormOffset": "add_rms_norm_offset"}[norm],
         _BLOCKS,
-        sandwich_block if sandwich else pre_norm_block,
-        partial(_hidden, parts=(*_PARTS, *(_BETWEEN if sandwich else _DROPOUTS))),
-        parts={"pre_feedforward_layernorm" if sandwich else "post_attention_layernorm": norm},
+        oracle,
+        partial(_hidden, parts=(*_PARTS, *more)),
+        parts={_BETWEEN[0] if more == _BETWEEN else _PARTS[2]: norm},
         fuses=add_rms_norm,
-        stubs=lambda module: _of_block(module, *answers),
+        stubs=lambda module: _of_block(module, *scores),
     )
 
 
@@ -220,11 +237,12 @@ def _labelled(module: Any) -> list[tuple[Any, ...]]:
 
 
 PARENT_RULES = (
-    _block("add and RMSNorm", "add_rms_norm", "RMSNorm"),
-    _block("add and RMSNorm, 1 + weight", "add_rms_norm_offset", "RMSNormOffset"),
-    _block("add and RMSNorm, experts with scores", "add_rms_norm", "RMSNorm", None),
-    _block("add and RMSNorm, between norms", "add_rms_norm", "RMSNorm", sandwich=True),
-    _block("add and RMSNorm, 1 + weight, between norms", "add_rms_norm_offset", "RMSNormOffset", sandwich=True),
+    _block("RMSNorm", "RMSNorm"),
+    _block("RMSNorm, 1 + weight", "RMSNormOffset"),
+    _block("RMSNorm, experts with scores", "RMSNorm", scores=(None,)),
+    _block("RMSNorm, dropout", "RMSNorm", dropping_block, _DROPOUTS),
+    _block("RMSNorm, between norms", "RMSNorm", sandwich_block, _BETWEEN),
+    _block("RMSNorm, 1 + weight, between norms", "RMSNormOffset", sandwich_block, _BETWEEN),
     Rule(
         "loss of a causal model",
         "linear_cross_entropy",
