@@ -16,6 +16,16 @@ from torch.nn import functional
 from kernels_core import Candidate, LayerRequest, hookimpl
 
 
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return functional.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)  # autocast makes it float32
+
+
+def _rms_norm_offset(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Do so with 1 + weight, in float32 or wider: in bfloat16, that sum would lose the weight's last digits."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return _rms_norm(x.to(dtype), 1.0 + weight.to(dtype), epsilon).to(x.dtype)
+
+
 class TorchRMSNorm(nn.Module):
     """`torch.nn.functional.rms_norm`."""
 
@@ -26,12 +36,11 @@ class TorchRMSNorm(nn.Module):
         weight = self.weight
         if weight.dtype is not hidden_states.dtype:
             return NotImplemented
-        output = functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
-        return output.to(hidden_states.dtype)  # autocast makes it float32
+        return _rms_norm(hidden_states, weight, self.variance_epsilon)
 
 
 class TorchRMSNormOffset(nn.Module):
-    """The same with 1 + weight, in float32 or wider: in bfloat16, that sum would lose the weight's last digits."""
+    """The same with 1 + weight."""
 
     can_torch_compile = True
 
@@ -40,10 +49,21 @@ class TorchRMSNormOffset(nn.Module):
         weight = self.weight
         if weight.dtype is not hidden_states.dtype:
             return NotImplemented
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        weight = 1.0 + weight.to(dtype)
-        output = functional.rms_norm(hidden_states.to(dtype), weight.shape, weight, self.variance_epsilon)
-        return output.to(hidden_states.dtype)
+        return _rms_norm_offset(hidden_states, weight, self.variance_epsilon)
+
+
+def _with_sum(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Any]:
+    def add_rms_norm(
+        hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float, norm_module: object = None
+    ) -> Any:
+        """Add, and normalise the sum, without the price of a module's call."""
+        if weight.dtype is not hidden_states.dtype or residual.dtype is not hidden_states.dtype:
+            return NotImplemented
+        summed = residual + hidden_states
+        return norm(summed, weight, epsilon), summed
+
+    add_rms_norm.can_torch_compile = True  # type: ignore[attr-defined]
+    return add_rms_norm
 
 
 class TorchLayerNorm(nn.Module):
@@ -75,6 +95,8 @@ _KERNELS = {
     "LayerNorm": TorchLayerNorm,
     "GeluTanh": TorchGeluTanh,
 }
+_NAMED = {"add_rms_norm": _with_sum(_rms_norm), "add_rms_norm_offset": _with_sum(_rms_norm_offset)}
+"""Kernels that serve only where a mapping names them, for they bypass a kernel that is mapped for the norm."""
 
 
 @hookimpl
@@ -95,7 +117,7 @@ def _load(layer_name: str, device: torch.device) -> object:
         from .linear_cross_entropy import linear_cross_entropy  # not needed before
 
         return linear_cross_entropy
-    return _KERNELS.get(layer_name)
+    return {**_KERNELS, **_NAMED}.get(layer_name)
 
 
 @hookimpl

@@ -397,3 +397,14 @@ def test_the_loss_is_offered_where_a_mapping_names_it_only() -> None:
     assert resolve(function, device="cpu", mode=Mode.TRAINING).is_reference
     with use_kernel_mapping({"linear_cross_entropy": {"cpu": "pack:torch"}}):
         assert resolve(function, device="cpu", mode=Mode.TRAINING).origin.endswith("linear_cross_entropy")
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "add_rms_norm_offset"])
+def test_sums_that_the_pack_does_not_take(name: str) -> None:
+    """Tensors of two dtypes are passed on, as classes differ in the dtypes that they return then."""
+    kernel = torch_operators._NAMED[name]
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    normed, summed = kernel(x, x, weight, 1e-6, None)
+    assert torch.equal(summed, 2 * x) and normed.shape == x.shape
+    for given in ((x, x.double(), weight), (x, x, weight.double())):
+        assert kernel(*given, 1e-6, None) is NotImplemented
