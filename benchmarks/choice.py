@@ -1,7 +1,8 @@
 """Measured choice: a Llama with one file for prefill, decoding and training; and the regret of a choice, cell by cell.
 
-`python benchmarks/choice.py [--contexts eager,captured,compiled]` prints both. The regret of a choice is the time of
-the candidate that it names over that of the best one, measured anew; beside it that of each fixed provider.
+`python benchmarks/choice.py --contexts eager,captured,compiled --parts regret,steps,compiled` prints all. The regret
+of a choice is the time of the candidate that it names over that of the best one, measured anew; beside it that of each
+fixed provider.
 """
 
 from __future__ import annotations
@@ -25,18 +26,27 @@ TRAINED = {"cpu": (256,), "cuda": (256, 1024, 4096)}
 PROVIDERS = ("reference", "torch", "liger", "triton", "inductor")
 
 
-def run(contexts: tuple[Any, ...] = ("eager",), seconds: float = 0.1) -> Iterator[Row]:
+def run(
+    contexts: tuple[Any, ...] = ("eager",),
+    seconds: float = 0.1,
+    parts: tuple[str, ...] = ("regret", "steps"),
+    file: Path | None = None,
+) -> Iterator[Row]:
     """Measure on a CUDA device if there is one, else on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, steps = make_steps(device)
-    file = Path(tempfile.mkdtemp()) / "kernels.choice.json"
-    adopted = adopt(model)
-    first, second = (_measured(model, device, contexts, seconds, file if again == 0 else None) for again in range(2))
-    print(first)
-    yield from _regrets(first, second)
-    adopted.undo()
-    for name, step in steps.items():
-        times = _in_turns(model, step, file, device, ROUNDS[device] * (3 if name == "decoding" else 1))
+    file = file or Path(tempfile.mkdtemp()) / "kernels.choice.json"
+    with adopt(model):
+        first = Choice.load(file) if file.exists() else _measured(model, device, contexts, seconds, file)
+        print(first, flush=True)
+        if "regret" in parts:
+            yield from _regrets(first, _measured(model, device, contexts, seconds, None))
+    compiled = {f"{name}, compiled": torch.compile(steps[name]) for name in ("prefill", "training")}
+    wanted = (steps if "steps" in parts else {}) | (compiled if "compiled" in parts else {})
+    for name, step in wanted.items():
+        times = _in_turns(
+            model, step, file, device, ROUNDS[device] * (3 if name == "decoding" else 1), name in compiled
+        )
         for subject in list(times)[1:]:
             yield Row("choice", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"])
 
@@ -74,11 +84,13 @@ def _provider(name: str) -> str:
     return name.split(":")[1] if name.startswith("pack:") else "torch" if "torch_operators" in name else name
 
 
-def _in_turns(model: Any, step: Callable[[], None], file: Path, device: str, rounds: int) -> dict[str, float]:
+def _in_turns(
+    model: Any, step: Callable[[], None], file: Path, device: str, rounds: int, compiled: bool
+) -> dict[str, float]:
     """Time a step in turns, plain and with the choice, and with each pack alone; return the medians."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     fixed: dict[str, Mapping[str, Any] | None] = {"plain": None, "adopted": {}, "chosen": {}}
-    if device == "cuda":
+    if device == "cuda" and not compiled:  # Liger's kernels do not serve compiled code
         fixed["pack:liger"] = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
     times: dict[str, list[float]] = {name: [] for name in fixed}
     scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in fixed.items()}
@@ -104,6 +116,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", default="eager")
     parser.add_argument("--seconds", type=float, default=0.1)
+    parser.add_argument("--parts", default="regret,steps")
+    parser.add_argument("--file", type=Path, help="A choice to use, or where to keep the one that is measured.")
     given = parser.parse_args()
-    for row in run(tuple(given.contexts.split(",")), given.seconds):
-        print(row, flush=True)
+    chosen = tuple(given.contexts.split(",")), given.seconds, tuple(given.parts.split(",")), given.file
+    for row in run(*chosen):
+        print(f"{row.subject}: {row.value:.2f} {row.unit}" + (f" ({row.ratio:.3f})" if row.ratio else ""), flush=True)
