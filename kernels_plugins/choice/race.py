@@ -113,7 +113,15 @@ class _Race:
         found: dict[str, Timing] = {}
         kept = {name: run for name, run in runs.items() if not self.is_out(name, "is timed")}
         with kept_random_states([self.subject.device], None):
-            for name, timing in time_runs(kept, self.subject.device, budget=budget, capture=capture):
+            # Again before each run: where one ends the process, it was this one.
+            measured = time_runs(
+                kept,
+                self.subject.device,
+                budget=budget,
+                capture=capture,
+                before=lambda name: self.begin(name, "is timed"),
+            )
+            for name, timing in measured:
                 if isinstance(timing, Exception):
                     stop_if_broken(timing)
                     self.lost[name] = f"it raises while it is timed: {type(timing).__name__}: {timing}"[:500]

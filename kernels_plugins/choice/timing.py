@@ -42,7 +42,12 @@ class Timing:
 
 
 def time_runs(
-    runs: Mapping[str, Run], device: torch.device, *, budget: float, capture: bool = True
+    runs: Mapping[str, Run],
+    device: torch.device,
+    *,
+    budget: float,
+    capture: bool = True,
+    before: Callable[[str], object] = lambda name: None,
 ) -> Iterator[tuple[str, Timing | Exception]]:
     """Time runs against each other; yield each with its time, or what it raised.
 
@@ -53,11 +58,13 @@ def time_runs(
         device: Where they run.
         budget: Seconds for all rounds of one run, roughly.
         capture: Whether to capture them in CUDA graphs, too.
+        before: Called with the name of each run before it is made: it may end the process.
     """
     once: dict[str, float] = {}
     launched: dict[str, list[float]] = {}
     broken: dict[str, Exception] = {}
     for name, run in runs.items():
+        before(name)
         try:
             once[name], launched[name] = _warm(run, device), []
         except Exception as error:  # a candidate that fails is out; one that breaks the device breaks the next, too
@@ -69,9 +76,11 @@ def time_runs(
         for _ in range(rounds):
             shuffled.shuffle(order)
             for name in order:
+                if name in broken:
+                    continue
+                before(name)
                 try:
-                    if name not in broken:
-                        launched[name].append(_launch(runs[name], device))
+                    launched[name].append(_launch(runs[name], device))
                 except Exception as error:
                     broken[name] = error
     yield from broken.items()
@@ -82,6 +91,7 @@ def time_runs(
         if device.type != "cuda":
             yield name, Timing(host)
             continue
+        before(name)
         replayed: float | None = None
         reason = "not asked for"
         if capture:

@@ -258,11 +258,19 @@ from layers import Quick, Twice, register_kernel_mapping, torch
 class Ends(Quick):
     def forward(self, x): os._exit(3)
 
+calls = []
+
+class Tires(Quick):
+    def forward(self, x):
+        calls.append(x)
+        if len(calls) == 12: os._exit(4)
+        return self.weight * x
+
 class Hangs(Quick):
     def forward(self, x): time.sleep(600)
 
 def model():
-    register_kernel_mapping({"Twice": {"cpu": [Ends, Hangs, Quick]}})
+    register_kernel_mapping({"Twice": {"cpu": [Ends, Hangs, Quick, Tires]}})
     print("a line of the user's code")
     return torch.nn.Sequential(Twice())
 
@@ -289,8 +297,9 @@ def test_the_command(tmp_path: Path) -> None:
     found = {row["candidate"]: row for row in json.loads(ran.stdout)["rows"]}
     assert found["layers.Quick"]["ratio"] < 1 and found["layers.Quick"]["rows"] == 3
     assert "exit code 3" in found["scene.Ends"]["reason"] and "5 seconds" in found["scene.Hangs"]["reason"]
+    assert "exit code 4" in found["scene.Tires"]["reason"]  # after it was found right
     assert "bench: Twice, inference, 3x8: layers.Quick is timed" in ran.stderr
-    assert (tmp_path / "b.md").read_text().count("\n| 3 | ") == len(found) == 4
+    assert (tmp_path / "b.md").read_text().count("\n| 3 | ") == len(found) == 5
     assert (tmp_path / "b.html").exists() and ElementTree.parse(tmp_path / "b.svg")
 
 
