@@ -131,6 +131,8 @@ def test_bytes() -> None:
     assert numbers == {"inference": inference, "training": inference + 4 * WIDTH + WIDTH}
     given = torch.ones(2, 1).expand(2, WIDTH), torch.ones(2, WIDTH)
     (row,) = bench(rotate, *given, rows=None, modes=["inference"], seconds=0.001).rows
+    (compiled,) = bench(rotate, *given, rows=None, modes=["inference"], contexts=["compiled"], seconds=0.001).rows
+    assert compiled.seconds is None and "no other candidate can be compiled" in compiled.reason
     assert row.bytes == 4 * (2 + 2 * WIDTH + 2 * WIDTH) and row.candidate == "reference" and row.rows == 2
 
 

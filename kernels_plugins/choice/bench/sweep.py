@@ -186,7 +186,9 @@ def measure(
         found += [replace(one, candidate=name, seconds=cell.times[name], ratio=cell.ratio(name)) for name in cell.order]
         found += [replace(one, candidate=name, reason=reason) for name, reason in cell.lost.items()]
     timed = {row.context for row in found}
-    found += [replace(one, reason="it has no time here") for one in blanks if one.context not in timed]
+    why = {"compiled": "no other candidate can be compiled in a program, or it fails there"}
+    missing = [one for one in blanks if one.context not in timed]
+    found += [replace(one, reason=why.get(one.context, "it fails when it is timed")) for one in missing]
     return [row for row in found if row.candidate != _COPY]
 
 
