@@ -20,6 +20,7 @@ SIZES: dict[str, dict[str, int]] = {
 PROMPT = {"cpu": 256, "cuda": 4096}
 ROUNDS = {"cpu": 8, "cuda": 12}
 CACHED = 64
+TRITON = ("RMSNorm", "add_rms_norm", "SwiGLUMLP", "rotary_pos_emb", "linear_cross_entropy")
 
 
 def run() -> Iterator[Row]:
@@ -71,6 +72,8 @@ def measure(model: Any, step: Callable[[], None], device: str, rounds: int) -> d
     subjects: dict[str, Any] = {"plain": None, "adopted": {}}
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         subjects["adopted, pack:liger"] = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        subjects["adopted, pack:triton"] = {key: {"cuda": "pack:triton"} for key in TRITON}
     times: dict[str, list[float]] = {name: [] for name in subjects}
     scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in subjects.items()}
     for _ in range(rounds):

@@ -30,6 +30,7 @@ import kernelize
 import scope
 import startup
 import torch
+import triton_pack
 from measure import Row
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +49,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "cold": cold.run,
     "canary": canary.run,
     "adopt": adopt.run,
+    "triton": triton_pack.run,
 }
 COLUMNS = ("bench", "subject", "measured", "peer", "peer measured", "ratio", "limit", "goal", "")
 

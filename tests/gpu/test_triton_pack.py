@@ -20,6 +20,8 @@ if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 
 from torch.nn import functional  # noqa: E402
 
+from kernels_core import Mode  # noqa: E402
+from kernels_plugins import adopt, use_kernel_mapping  # noqa: E402
 from kernels_plugins.adoption import shipped  # noqa: E402
 from kernels_plugins.packs.triton import cross_entropy, gated, layers, rms_norm, rotary  # noqa: E402
 from kernels_plugins.packs.triton.functions import add_rms_norm, linear_cross_entropy  # noqa: E402
@@ -448,3 +450,41 @@ def test_cuda_graph(name: str) -> None:
         x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(captured, run(call, inputs, None, wanted))
+
+
+# --- A model ---------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("config", ["LlamaConfig", "GemmaConfig", "Phi3Config"])
+def test_adopted_models(config: str) -> None:
+    """Models run on the kernels for all of their layers: logits, loss and gradients are the model's own."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
+    more = {"num_key_value_heads": 2, "vocab_size": 1000, "head_dim": 32, "pad_token_id": 0}
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes, **more))
+    ids = torch.randint(1, 1000, (2, 17), device="cuda")
+
+    def trained() -> list[Any]:
+        loss = model(ids, labels=ids, use_cache=False).loss
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    def logits() -> Any:
+        with torch.no_grad():
+            return model.eval()(ids).logits
+
+    wanted, expected = trained(), logits()
+    mapping: Any = dict.fromkeys(layers.KERNELS, "pack:triton")
+    with adopt(model) as adopted, use_kernel_mapping(mapping):
+        names = {layer.layer_name for layer in adopted.layers}
+        assert len(names) >= 5 and names <= layers.KERNELS.keys()
+        found = logits()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.compile(model)(ids).logits, expected, rtol=1e-3, atol=1e-4)
+        model.train()
+        for kernel, own in zip(trained(), wanted, strict=True):
+            torch.testing.assert_close(kernel, own, rtol=1e-3, atol=1e-5)
+        rows = adopted.receipt(device="cuda", mode=Mode.TRAINING).rows
+        others = [row for row in rows if not row.origin.startswith("pack triton") and "bypassed" not in str(row)]
+        assert not others, "\n".join(map(str, others))

@@ -129,7 +129,7 @@ def linear_cross_entropy(
         )
     if hidden_states.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
         return NotImplemented
-    return cross_entropy.linear_cross_entropy(hidden_states, weight, bias, labels, num_items, ignore_index)
+    return cross_entropy.linear_cross_entropy(hidden_states, weight, bias, labels, num_items, ignore_index).float()
 
 
 for _function in (

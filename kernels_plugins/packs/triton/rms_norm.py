@@ -280,7 +280,7 @@ def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
 
 
 @cached
-def _backward_plan(columns: int, size: int, device: int) -> tuple[int, int, int, int, int, int]:
+def _backward_plan(columns: int, size: int, weight_size: int, device: int) -> tuple[int, int, int, int, int, int]:
     """Return rows and columns of a block, columns of a second one, its stages and warps, and the most programs.
 
     The numbers are the best of those tried on an H100: one program on each multiprocessor, with as many rows on their
@@ -289,6 +289,7 @@ def _backward_plan(columns: int, size: int, device: int) -> tuple[int, int, int,
     Args:
         columns: In a row.
         size: Bytes of a number of the rows and of one of each gradient, together.
+        weight_size: Bytes of a number of the weight.
         device: The number of the GPU.
     """
     multiprocessors, shared = resources(device)
@@ -296,9 +297,9 @@ def _backward_plan(columns: int, size: int, device: int) -> tuple[int, int, int,
     if width > 8192:
         width, more = 8192, power_of_two(columns - 8192, 8192)
     height = max(1, 8192 // width)
-    block = height * (width + more) * size
+    block = height * (width + more) * (size + weight_size if more else size)
     stages = 4 if height * columns * size <= 24 * 1024 else 3
-    while stages > 1 and block * stages > shared - 8192:
+    while stages > 1 and block * (stages - 1) > shared - 24 * 1024:  # all but one are in shared memory
         stages -= 1
     return height, width, more, stages, 16 if more else 8, multiprocessors
 
@@ -314,7 +315,7 @@ def _backward(
     dy, _, _, dy_stride = as_rows(dy)
     weight = weight.contiguous()
     size = x.itemsize + dy.itemsize + (0 if dsum is None else dsum.itemsize)
-    height, width, more, stages, warps, programs = _backward_plan(columns, size, x.get_device())
+    height, width, more, stages, warps, programs = _backward_plan(columns, size, weight.itemsize, x.get_device())
     programs = min(programs, -(-rows // height))
     wide = columns > BACKWARD_WIDTH
     partial = dx  # not used, if no gradient of the weight is wanted
