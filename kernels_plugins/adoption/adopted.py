@@ -30,7 +30,7 @@ from kernels_core import (
 )
 
 from .classes import dispatching, make_class, original_class
-from .fit import UNMEASURED, Kind, has_parts, kind_of, may_fuse, misfit, misfit_of_parent, unmeasured
+from .fit import UNMEASURED, Kind, has_parts, kind_of, kind_of_parent, may_fuse, misfit, misfit_of_parent, unmeasured
 from .functions import caller_of, calling
 from .parents import computed, parent_forward
 from .rule import Rule, find_rules
@@ -231,10 +231,7 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
             if (taken := _taken(module)) is not None:
                 refused.append(RefusedLayer(path, may[0].name, taken))
                 continue
-            names = {name for rule in may for name in rule.stubs(module)}
-            # Modules whose parts differ get classes of their own.
-            of_parts = tuple(parts.get(module.get_submodule(each)) for rule in may for each in rule.parts)
-            kind = (*kind_of(module, names), of_parts)
+            kind = kind_of_parent(module, may, parts)
             if kind not in parents:
                 parents[kind] = _Found.of_parent(module, may, parts)
         except Exception as error:

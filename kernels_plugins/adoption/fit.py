@@ -7,7 +7,7 @@ import copy
 import gc
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import FunctionType, ModuleType, NoneType
 from typing import Any, cast
@@ -47,6 +47,14 @@ def kind_of(module: nn.Module, without: Collection[str] = ()) -> Kind:
     tensors = tuple((name, tuple(tensor.shape)) for name, tensor in _tensors(module, recurse=False))
     children = tuple((name, kind_of(child)) for name, child in module.named_children() if name not in without)
     return (type(module), own, tensors, _is_hooked(module), children)
+
+
+def kind_of_parent(module: nn.Module, rules: Sequence[Rule], adopted: Mapping[nn.Module, type[nn.Module]]) -> Kind:
+    """Return the kind of a module whose parts rules fuse: those that are only called do not matter."""
+    with _aside():
+        called = {name for rule in rules for name in rule.stubs(module)}
+    parts = tuple(adopted.get(module.get_submodule(path)) for rule in rules for path in rule.parts)
+    return (*kind_of(module, called), parts)
 
 
 def _frozen(value: object) -> object:

@@ -282,6 +282,15 @@ def test_the_loss_of_a_training_step(name: str) -> None:
         adopted.eval()
 
 
+def test_measuring_leaves_generators_and_devices_alone(llama: Any) -> None:
+    """Random numbers go on as without adoption, and a default device of the caller does not matter."""
+    before = torch.get_rng_state()
+    for device in ("cpu", "meta"):
+        with torch.device(device), adopt(llama) as adopted:
+            assert {"add_rms_norm", "linear_cross_entropy"} <= {layer.layer_name for layer in adopted.layers}
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_losses_that_stay_as_they_are(llama: Any) -> None:
     """Hooks and adapters on the head, other losses, and calls that record nothing run the forward with its logits."""
     inputs = made("Llama")[2]
