@@ -31,7 +31,7 @@ _PLAIN = (nn.Parameter, torch.Tensor, type(None))
 
 
 @functools.cache
-def plain(rule: Rule) -> Callable[[Any], bool]:
+def plain(rule: Rule, *, sharded: bool = False) -> Callable[[Any], bool]:
     """Return a test whether a function may read the parts of a parent: no hook is on them, and no class is another.
 
     The layer name of an adopted class is that of classes derived from it, too: a kernelized part is plain.
@@ -49,7 +49,7 @@ def plain(rule: Rule) -> Callable[[Any], bool]:
             if part._forward_hooks or part._backward_hooks or part._backward_pre_hooks or "forward" in part.__dict__:
                 return False
             for tensor in part._parameters.values():
-                if tensor.__class__ not in _PLAIN:
+                if tensor.__class__ not in _PLAIN and not (sharded and hasattr(tensor, "full_tensor")):
                     return False
             for hook in part._forward_pre_hooks.values():
                 if not hasattr(hook, "observes"):
@@ -62,7 +62,9 @@ def plain(rule: Rule) -> Callable[[Any], bool]:
 @functools.cache  # equal classes are one class: the same one again
 def computed(rule: Rule) -> Callable[[nn.Module, Mode], tuple[str, ...]]:
     """Return a function that names the parts of a parent that are computed, not called, as it is now."""
-    return lambda module, mode: tuple(rule.parts) if rule.mode in (None, mode) and plain(rule)(module) else ()
+    # FSDP shards the weights between calls, and gathers them for each.
+    may = plain(rule, sharded=True)
+    return lambda module, mode: tuple(rule.parts) if rule.mode in (None, mode) and may(module) else ()
 
 
 @functools.lru_cache(maxsize=256)  # the same one again, so that compiled code can be used again

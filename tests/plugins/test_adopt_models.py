@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 
 from kernels_core import Mode, count_calls, kernelize, receipt
 from kernels_plugins import adopt, use_kernel_mapping
@@ -420,3 +422,47 @@ def test_training_steps_are_equal(llama: Any) -> None:
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+SHARDED = """
+import copy, os, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+from kernels_core import KernelizeError, count_calls
+from kernels_plugins import adopt, use_kernel_mapping
+
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("store"), rank=0, world_size=1)
+sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+plain, ids = LlamaForCausalLM(LlamaConfig(**sizes)).train(), torch.randint(0, 100, (2, 9))
+model, mesh = copy.deepcopy(plain), init_device_mesh("cpu", (1,))
+adopted = adopt(model)
+for block in model.model.layers:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+loss = plain(ids, labels=ids).loss
+loss.backward()
+names = ("add_rms_norm", "linear_cross_entropy")
+with use_kernel_mapping({name: {"cpu": "pack:torch"} for name in names}), count_calls():
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    rows = [row for row in adopted.receipt().rows if row.layer_name in names]
+assert output.logits is None and len(rows) == 3
+assert all(not row.is_reference and dict(row.calls) and set(row.calls) == {row.origin} for row in rows), rows
+torch.testing.assert_close(output.loss, loss)
+for one, other in zip(model.parameters(), plain.parameters()):
+    torch.testing.assert_close(one.grad.full_tensor(), other.grad)
+try:
+    adopted.undo()
+except KernelizeError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream(), "record_event"), reason="PyTorch 2.6 shards on GPUs only")
+def test_a_sharded_model(tmp_path: Path) -> None:
+    """FSDP2 shards the blocks of an adopted model: kernels for several parts serve, and the receipt says so."""
+    done = run_python("-c", SHARDED, environment=os.environ, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "FSDPLlamaForCausalLM: undo that first" in done.stdout
