@@ -50,7 +50,7 @@ class Choice(Tabular):
         require_type(device, (str, torch.device), "device")
         require_type(strict, bool, "strict")
         try:
-            here, versions = machine_of(torch.device(device)), libraries()
+            here, versions = machine_of(torch.device(device)), libraries() if strict else {}
         except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
             raise ArgumentError(f"The device {device!r} cannot be used here: {error}") from error
         found = (one for one in self.machines if one.machine == here and not (strict and one.libraries != versions))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,11 @@ from kernels_core import LoadedLayer, LoadError, warn_once
 
 from ..oracle.probe_cache import digest_of
 from .cell import Key, key_of
+from .choice import Choice
 
 Forward = Callable[..., Any]
+Using = tuple[Choice, str, bool]
+"""A choice, its name, and whether it is strict."""
 
 is_capturing = torch.cuda.is_current_stream_capturing
 
@@ -69,6 +72,8 @@ class ShapeLimit:
         digest: That of its code when it was measured; empty if it is not known.
         is_function: Whether the layer is a function, and has no module as its first argument.
         is_traced: Whether calls are being compiled: their shapes may be symbols, which have no place in a table.
+        using: The choice, its name, and whether it is strict: it decides about the calls that the kernel passes on,
+            also where `kernelize` has kept the kernel, and the choice is not in use any more.
     """
 
     name: str
@@ -77,6 +82,7 @@ class ShapeLimit:
     digest: str
     is_function: bool
     is_traced: bool
+    using: Using = field(compare=False)
 
     def __call__(self, loaded: LoadedLayer, forward: Forward) -> Forward:
         """Return a forward that passes on the other calls.
@@ -88,7 +94,9 @@ class ShapeLimit:
             raise LoadError("its code has changed since it was measured: measure again (kernels-core choose)")
         if self.orders is None:
             return forward
-        return (self._traced if self.is_traced else self._eager)(forward, self.orders)
+        limited = (self._traced if self.is_traced else self._eager)(forward, self.orders)
+        vars(limited)["kernels_choice"] = self.using
+        return limited
 
     def takes(self, key: Key, captured: bool = False) -> bool:
         """Return whether it serves calls of a kind."""

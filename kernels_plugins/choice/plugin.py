@@ -108,11 +108,13 @@ def _in_use() -> tuple[Choice, str, bool] | None:
 @hookimpl
 def kernels_rank_candidates(request: LayerRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate] | None:
     """Put the candidates in the order that was measured for the layer, each limited to the shapes for which it won."""
-    if not _open and "KERNELS_CHOICE" not in os.environ and configured("choice") is None:
+    kept = (getattr(kernel, "kernels_choice", None) for kernel in request.passed_on)
+    using = next(filter(None, kept), None)
+    if using is None and not _open and "KERNELS_CHOICE" not in os.environ and configured("choice") is None:
         return None
     from .ranking import ranked
 
-    using = _in_use()
+    using = using or _in_use()
     return None if using is None else ranked(request, candidates, *using)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from kernels_core import Candidate, Mode, Reference, find_candidates, plugin_manager, resolve
+from kernels_core import Candidate, Mode, Reference, find_candidates, plugin_manager, resolve, warn_once
 from kernels_core.replay import kept_random_states, leaves
 
 from ..oracle.inputs import Recorded, with_gradients
@@ -82,8 +82,10 @@ class _Race:
             if candidate.plugin != PLUGIN:  # a pack that is not asked for, and has no kernel here, has lost nothing
                 self.lost[name] = reasons
             return
-        if any(found.implementation is known for known in self.forwards.values()):  # of a pack, that is offered, too
-            return
+        for known, forward in self.forwards.items():
+            if found.implementation is forward:  # of a pack, that is offered, too
+                self.lost[name] = f"it is {known}, by another name"
+                return
         try:
             rows = tried(recorded, found, modes=(mode,), derived=False)
         except Exception as error:
@@ -124,7 +126,8 @@ class _Race:
             for name, timing in measured:
                 if isinstance(timing, Exception):
                     stop_if_broken(timing)
-                    self.lost[name] = f"it raises while it is timed: {type(timing).__name__}: {timing}"[:500]
+                    text = f"{type(timing).__name__}: {timing}".partition("\n")[0]
+                    self.lost[name] = f"it raises while it is timed: {text}"
                 else:
                     found[name] = timing
         return found
@@ -137,6 +140,8 @@ class _Race:
         `why` has the reasons of those without a time that hold for this context only.
         """
         if REFERENCE not in times:
+            reason = self.lost.pop(REFERENCE, "") or why.get(REFERENCE, "")  # it may do in the next context
+            warn_once(f"No choice is made for {self.subject.text}, {context}: the reference is out: {reason}")
             return
         (dtype, width, bucket), subject = self.subject.key, self.subject
         place = (subject.recorded.layer.name, subject.device.type, context, subject.mode)

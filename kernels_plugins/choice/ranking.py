@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Literal
 
 import torch
 
-from kernels_core import Candidate, LayerRequest, Mode, Reference, warn_once
+from kernels_core import ArgumentError, Candidate, LayerRequest, Mode, Reference, warn_once
 
 from .cell import REFERENCE, ChoiceCell, best_everywhere
 from .choice import Choice
@@ -34,7 +35,7 @@ def ranked(
         for cell in choice.cells_on(request.device, strict=strict)
         if cell.layer == request.layer_name and (cell.context == "compiled") == request.is_traced
     ]
-    if layer is None or not about:
+    if layer is None or layer.kind or not about:  # a coroutine or generator passes no call on
         _say_if_foreign(request.device, choice, file, strict)
         return None
     mode: Literal["training", "inference"] = "training" if Mode.TRAINING in request.mode else "inference"
@@ -50,28 +51,36 @@ def ranked(
         )
         return None
     offered = {name_of(candidate): candidate for candidate in reversed(candidates)}
+    offered = {**_again(known - offered.keys(), request.layer_name), **offered}
+    cells = [replace(one, times={name: one.times[name] for name in one.times if name in offered}) for one in cells]
     chain = _chain(cells)
     rest = [name for name in map(name_of, candidates) if name not in chain and name != REFERENCE]
     orders = None
     if best_everywhere(cells) is None:
-        chain = [*chain, *rest]
+        chain = [*(name for name in chain if name != REFERENCE), *rest]
         eager = [(cell.key, cell.order) for cell in cells if cell.context != "captured"]
-        captured = [(cell.key, cell.order) for cell in cells if cell.context == "captured"]
+        captured = [(cell.key, cell.order) for cell in cells if cell.context == "captured" and cell.device == "cuda"]
         default = (*dict.fromkeys([*map(name_of, candidates), REFERENCE]),)
         orders = Orders(request.layer_name, tuple(eager), tuple(captured), default, file)
-    if REFERENCE not in chain[:1]:
-        chain = [*(name for name in chain if name != REFERENCE), REFERENCE]  # it passes no call on
+        if any(order[0] == REFERENCE for order in (default, *(cell.order for cell in cells))):
+            chain.append(REFERENCE)  # the last one, for it passes no call on; where it wins nothing, it is a fallback
     digests = {name: digest for cell in cells for name, digest in cell.digests.items()}
     note = f"by {file}: {described(cells)}"
     found: list[Candidate] = []
     for place, name in enumerate(chain):
-        candidate = offered.get(name) or _again(name, request.layer_name)
         limit = None
         if name != REFERENCE:
-            rivals = tuple(chain[place + 1 :])
-            limit = ShapeLimit(name, rivals, orders, digests.get(name, ""), layer.is_function, request.is_traced)
-        if candidate is not None:
-            found.append(replace(candidate, limit=limit, note=note))
+            rivals = (*chain[place + 1 :], REFERENCE)
+            limit = ShapeLimit(
+                name,
+                rivals,
+                orders,
+                digests.get(name, ""),
+                layer.is_function,
+                request.is_traced,
+                (choice, file, strict),
+            )
+        found.append(replace(offered[name], limit=limit, note=note))
     return found
 
 
@@ -85,22 +94,23 @@ def _chain(cells: Sequence[ChoiceCell]) -> list[str]:
         return [everywhere, *(name for name in cells[0].order if name != everywhere and _always_wins(name, cells))]
     winners = dict.fromkeys(cell.winner for cell in sorted(launched, key=lambda cell: cell.bucket))
     winners.update(dict.fromkeys(cell.winner for cell in cells))
-    return [*(name for name in winners if name != REFERENCE), REFERENCE]
+    return list(winners)
 
 
 def _always_wins(name: str, cells: Sequence[ChoiceCell]) -> bool:
     return all(name in cell.order[: cell.order.index(REFERENCE)] for cell in cells)
 
 
-def _again(name: str, layer_name: str) -> Candidate | None:
-    """Return a candidate that nothing offers here, but that took part in the race: the reference, or that of a pack."""
-    if name == REFERENCE:
-        return Candidate(Reference, PLUGIN, "user")
-    if name.startswith("pack:"):
-        from ..packs.source import as_pack
+def _again(names: Iterable[str], layer_name: str) -> dict[str, Candidate]:
+    """Return those that nothing offers here, but that took part in the race: the reference, and those of packs."""
+    from ..packs.source import as_pack
 
-        return Candidate(as_pack(name, f"layer {layer_name!r}", layer_name), PLUGIN, "user")
-    return None
+    found = {REFERENCE: Candidate(Reference, PLUGIN, "user")}
+    for name in names:
+        if name.startswith("pack:"):
+            with contextlib.suppress(ArgumentError):  # a pack that this program has not
+                found[name] = Candidate(as_pack(name, f"layer {layer_name!r}", layer_name), PLUGIN, "user")
+    return found
 
 
 def described(cells: Sequence[ChoiceCell]) -> str:

@@ -12,14 +12,20 @@ from torch import nn
 from kernels_core import (
     KernelsWarning,
     Mode,
+    NoKernelError,
+    PluginManager,
     count_calls,
+    hookimpl,
+    kernelize,
     quarantine,
     quarantined,
     receipt,
     release,
     resolve,
+    warn_once,
 )
-from kernels_plugins import use_choice, use_kernel_mapping
+from kernels_plugins import choosing, use_choice, use_kernel_mapping
+from kernels_plugins.choice import race
 
 from .test_choice import (
     A_FIRST,
@@ -27,7 +33,9 @@ from .test_choice import (
     BOTH,
     REFERENCE_FIRST,
     WIDTH,
+    A,
     B,
+    Steady,
     Twice,
     cell,
     choice_plugin,  # noqa: F401 - for all tests here
@@ -36,6 +44,13 @@ from .test_choice import (
 )
 
 SPLIT = made(cell(REFERENCE_FIRST), cell(A_FIRST, 16), cell(B_FIRST, 1024))
+
+
+@pytest.fixture(autouse=True)
+def anew() -> None:
+    """Forget what other tests have found about the layer, and warned of."""
+    release()
+    warn_once.forget()
 
 
 def kernel(name: str, forward: Any, **declared: Any) -> type[nn.Module]:
@@ -80,7 +95,6 @@ def test_a_kernel_that_raises_within_its_limit() -> None:
             with pytest.warns(KernelsWarning, match=r"kernels\.Bad: it is in quarantine: it raised RuntimeError: boom"):
                 assert served(module, 1, 16, 16) == ["reference", "reference", "B"]
         assert served(module, 1) == ["B"] and len(quarantined()) == 1
-    release()
 
 
 def test_warnings_as_errors() -> None:
@@ -115,3 +129,67 @@ def test_a_limit_hides_nothing() -> None:
         assert module.weight.grad is not None and module.weight.grad.sum() == (1 + 16 + 16) * WIDTH
         calls = receipt(module, device="cpu", mode=Mode.TRAINING).rows[0].calls
     assert calls == {"reference": 1, "kernels.Lossy": 1, "kernels.B": 2}  # one call was made by two
+
+
+# --- What is offered --------------------------------------------------------------------------------
+
+
+def test_a_winner_that_is_not_offered_any_more() -> None:
+    """The best of those that are left serves, also where the order of winners is that of other shapes."""
+    gone = {**B_FIRST, "kernels.Gone": 0.5}
+    with use_kernel_mapping({"Twice": {"cpu": [A, B]}}):
+        with use_choice(made(cell(gone))):
+            assert served(Twice(), 1) == ["B"]
+        with use_choice(made(cell(A_FIRST), cell(gone, 16), cell({**REFERENCE_FIRST, "pack:none": 0.5}, 64))):
+            assert served(Twice(), 1, 16, 64) == ["A", "B", "reference"]
+
+
+def test_strict_mode_with_a_winner_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused winner is an error there, as any refused kernel; the reference serves where it has won."""
+    monkeypatch.setenv("KERNELS_STRICT", "1")
+    changed = {"kernels.B": "another"}
+    with use_kernel_mapping(BOTH):
+        with use_choice(made(cell(B_FIRST, digests=changed))):
+            with pytest.raises(NoKernelError, match="its code has changed"):
+                served(Twice(), 1)
+        with use_choice(made(cell(REFERENCE_FIRST))):
+            assert served(Twice(), 1) == ["reference"]
+
+
+def test_a_kernelized_model_keeps_its_choice() -> None:
+    """It decides as at that time, also about the calls that the frozen kernel passes on."""
+    with use_kernel_mapping(BOTH):
+        with use_choice(SPLIT):
+            model = kernelize(Twice().eval(), device="cpu", mode=Mode.INFERENCE)
+        assert served(model, 1, 16, 1024, 1) == ["reference", "A", "B", "reference"]
+
+
+class Packs:
+    """A plugin with a pack that has no kernel for the layer."""
+
+    @hookimpl
+    def kernels_packs(self) -> dict[str, Any]:
+        """Offer it."""
+        return {"none": lambda layer_name, device: None}
+
+
+def test_all_that_is_offered_is_known_afterwards(
+    isolated_plugins: PluginManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is offered twice, one that cannot be traced, and a pack without a kernel lose, and are not new."""
+    monkeypatch.setattr(race, "_compiled", lambda forward: forward)  # compiling takes seconds
+    isolated_plugins.register(Packs(), "packs")
+    steady = kernel("Steady", Steady.forward, can_torch_compile=True)
+    again = kernel("Again", Steady.forward, can_torch_compile=True)
+    with use_kernel_mapping({"Twice": {"cpu": [B, steady, again, "pack:none"]}}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with choosing(contexts=["eager", "compiled"], seconds=0.01) as chosen, torch.no_grad():
+            Twice()(torch.ones(64, WIDTH))
+        eager, compiled = chosen.choice.cells_on("cpu")
+        assert eager.winner == "kernels.B" and eager.lost["kernels.Again"] == "it is kernels.Steady, by another name"
+        assert compiled.winner == "kernels.Steady" and "can_torch_compile" in compiled.lost["kernels.B"]
+        assert "no kernel for 'Twice'" in compiled.lost["pack:none:Twice"]
+        with use_choice(chosen.choice):
+            assert served(Twice(), 64) == ["B"]
+            traced = resolve(Twice, device="cpu", mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
+    assert traced.origin == "kernels.Steady"
