@@ -115,9 +115,15 @@ class choosing:  # noqa: N801 - a context manager that reads like a statement
                 "choosing has recorded no call: the block called no decorated layer, or only in compiled code. Adopt "
                 "the model (adopt), and call it as it is, without torch.compile."
             )
-        self.choice = measured(subjects, self.contexts, self.seconds, progress=self.progress)
-        if self.save is not None:
-            self.choice.save(self.save)
+
+        def found(cells: MeasuredOn) -> None:
+            self.choice = self.choice.merged(Choice((cells,)))
+
+        try:
+            measured(subjects, self.contexts, self.seconds, progress=self.progress, found=found)
+        finally:  # an interrupt, or a device that breaks, leaves what was measured before
+            if self.save is not None and self.choice.machines:
+                self.choice.save(self.save)
 
 
 def check_options(contexts: Sequence[str], seconds: float, modes: Sequence[str] = tuple(MODES)) -> None:
@@ -240,7 +246,7 @@ class CallRecorder:
     def _keep(self, layer: Layer, device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         module, given = (None, args) if layer.is_function else (args[0], args[1:])
         tensor = next((value for value in (*given, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        if tensor is None or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if tensor is None or type(tensor) not in (torch.Tensor, nn.Parameter):
             return  # no shape to choose by; or a subclass, which kernels do not get
         call = Call(module, given, kwargs, layer.signature)
         mode: ModeName = "training" if torch.is_grad_enabled() and call.records else "inference"
@@ -248,9 +254,27 @@ class CallRecorder:
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         with self._lock:
             kind = (layer.name, device, mode, key)
-            if kind not in self.subjects and call.obstacle is None:
-                recorded = Recorded(layer.name, layer, call.snapshot())
+            if kind not in self.subjects and call.obstacle is None and not _is_capturing(device):
+                recorded = Recorded(layer.name, layer, _snapshot(call))
                 self.subjects[kind] = RacedCall(recorded, key, device, mode, autocast)
+
+
+def _snapshot(call: Call) -> Call:
+    """Return a call on copies of its inputs, but not of parameters: those are copied for their race, one at a time."""
+    parameters: dict[str, nn.Parameter] = {}
+
+    def without(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, nn.Parameter):
+            return leaf
+        parameters[path] = leaf
+        return None
+
+    return call.replaced(without).snapshot().replaced(lambda path, leaf: parameters.get(path, leaf))
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what it computes has no values yet."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 set_module("kernels_plugins", globals())

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from kernels_core import Candidate, Mode, Reference, find_candidates, plugin_manager, resolve, warn_once
-from kernels_core.replay import kept_random_states, leaves
+from kernels_core.replay import Call, each_tensor, kept_random_states, leaves
 
 from ..oracle.inputs import Recorded, with_gradients
 from ..oracle.probe_cache import digest_of
@@ -46,6 +46,11 @@ class RacedCall:
     device: torch.device
     mode: ModeName
     autocast: torch.dtype | None = None
+
+    def autocasting(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context of autocast that the call was made in."""
+        off = self.autocast is None
+        return contextlib.nullcontext() if off else torch.autocast(self.device.type, dtype=self.autocast)
 
     @property
     def place(self) -> tuple[str, str, str, Key]:
@@ -87,7 +92,8 @@ class _Race:
                 self.lost[name] = f"it is {known}, by another name"
                 return
         try:
-            rows = tried(recorded, found, modes=(mode,), derived=False)
+            with self.subject.autocasting():
+                rows = tried(recorded, found, modes=(mode,), derived=False)
         except Exception as error:
             stop_if_broken(error)
             self.lost[name] = f"it cannot be compared: {type(error).__name__}: {error}"
@@ -174,9 +180,15 @@ def race(
     for candidate in _contestants(subject):
         running.enter(candidate)
     running.forwards[REFERENCE] = layer.reference
+    try:
+        make = _runner(subject)
+    except Exception as error:
+        stop_if_broken(error)
+        warn_once(f"No choice is made for {subject.text}: {subject.recorded.call.why_failed(error)}")
+        return
     capture = device.type == "cuda" and "captured" in contexts
     if "eager" in contexts or capture:
-        runs = {name: run_of(subject, forward) for name, forward in running.forwards.items()}
+        runs = {name: make(forward) for name, forward in running.forwards.items()}
         timings = running.timed({**runs, **beside}, budget, capture)
         if "eager" in contexts:
             yield from running.cell("eager", {name: timing.launched for name, timing in timings.items()})
@@ -186,8 +198,8 @@ def race(
             yield from running.cell("captured", captured, why)
     traceable = {name: running.forwards[name] for name in running.traceable}
     if "compiled" in contexts and traceable:  # else only the reference can serve, measured or not
-        runs = {name: run_of(subject, _compiled(forward)) for name, forward in traceable.items()}
-        runs[REFERENCE] = run_of(subject, _compiled(layer.reference))
+        traceable[REFERENCE] = layer.reference
+        runs = {name: make(_compiled(forward)) for name, forward in traceable.items()}
         timings = running.timed({**runs, **beside}, budget, device.type == "cuda")
         times = {name: timing.captured or timing.launched for name, timing in timings.items()}
         why = {name: "it cannot be compiled in a program" for name in running.forwards}
@@ -206,22 +218,29 @@ def _contestants(subject: RacedCall) -> Iterator[Candidate]:
         yield Candidate(pack, PLUGIN, "user")
 
 
-def run_of(subject: RacedCall, forward: Forward) -> Run:
+def _runner(subject: RacedCall) -> Callable[[Forward], Run]:
+    """Return a function that makes runs of a call: all on the same copies of its inputs and of the module's tensors."""
+    call = subject.recorded.call.snapshot(state=True)  # a batch norm counts its calls
+    call = with_gradients(call) if subject.mode == "training" else call
+    with subject.autocasting():
+        changed = call.run(subject.recorded.layer.reference, gradients=False).mutated
+    if any(name.startswith("input ") for name in changed):  # hundreds of runs would change them on and on
+        cloned = each_tensor(torch.clone)
+        return lambda forward: _run(subject, call, lambda: call.replaced(cloned).make(forward))
+    return lambda forward: _run(subject, call, lambda: call.make(forward))
+
+
+def _run(subject: RacedCall, call: Call, make: Run) -> Run:
     """Return a function that makes the call with a forward; for training, with its backward."""
     training = subject.mode == "training"
-    call = with_gradients(subject.recorded.call) if training else subject.recorded.call
     wanted = [tensor for tensor in call.tensors.values() if tensor.requires_grad]
     seeds: list[torch.Tensor] = []
 
     def run() -> object:
-        with contextlib.ExitStack() as stack:
-            if subject.autocast is not None:
-                stack.enter_context(torch.autocast(subject.device.type, dtype=subject.autocast))
-            if not training:
-                with torch.no_grad():
-                    return call.make(forward)
-            with torch.enable_grad():
-                output = call.make(forward)
+        with subject.autocasting(), torch.set_grad_enabled(training):
+            output = make()
+        if not training:
+            return output
         outputs = [leaf for _, leaf in leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         if not seeds:
             seeds.extend(torch.ones_like(leaf) for leaf in outputs)

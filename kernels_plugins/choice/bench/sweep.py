@@ -23,7 +23,7 @@ from ...oracle.subject import stop_if_broken
 from ..cell import REFERENCE, Context, key_of
 from ..choosing import Batch, check_options, record_calls
 from ..machine import libraries, machine_of
-from ..race import MODES, ModeName, RacedCall, race, run_of
+from ..race import MODES, ModeName, RacedCall, race
 from .report import BenchReport, BenchRow
 
 _COPY = "copy"
@@ -199,7 +199,8 @@ def bytes_of(subject: RacedCall) -> int:
     of inputs and parameters are written.
     """
     call, reference = subject.recorded.call, subject.recorded.layer.reference
-    outputs = run_of(replace(subject, mode="inference"), reference)()
+    with subject.autocasting():
+        outputs = call.run(reference, gradients=False).outputs
     moved = [*{id(tensor): tensor for tensor in call.tensors.values()}.values(), *(leaf for _, leaf in leaves(outputs))]
     if subject.mode == "training":
         moved += [leaf for _, leaf in leaves(outputs) if torch.is_tensor(leaf) and leaf.is_floating_point()]

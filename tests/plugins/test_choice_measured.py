@@ -1,0 +1,160 @@
+"""Measuring changes nothing, keeps nothing, and is done with the calls as they were made."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from kernels_core import KernelsWarning, use_kernel_forward_from_hub
+from kernels_plugins import Choice, choosing, use_kernel_mapping
+
+from .test_choice import (
+    WIDTH,
+    choice_plugin,  # noqa: F401 - for all tests here
+)
+from .test_choice_served import kernel
+
+
+@use_kernel_forward_from_hub("InPlace")
+class InPlace(nn.Module):
+    """A layer that changes its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((WIDTH,), 3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(self.weight)
+
+
+@use_kernel_forward_from_hub("Counting")
+class Counting(nn.BatchNorm1d):
+    """A layer with buffers that each call in training changes."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
+@use_kernel_forward_from_hub("Narrow")
+class Narrow(nn.Module):
+    """A layer that only runs under autocast: its input has another dtype than its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH, WIDTH, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight)
+
+
+@use_kernel_forward_from_hub("weighed")
+def weighed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Take a weight as an argument, as losses do."""
+    return x * weight
+
+
+@use_kernel_forward_from_hub("drops")
+def drops(x: torch.Tensor) -> torch.Tensor:
+    """Draw random numbers."""
+    return functional.dropout(x, 0.5)
+
+
+def measured(name: str, candidate: Any, *calls: Any) -> Choice:
+    """Choose for a layer with one candidate."""
+    with use_kernel_mapping({name: {"cpu": candidate}}), choosing(contexts=["eager"], seconds=0.001) as chosen:
+        for call in calls:
+            call()
+    return chosen.choice
+
+
+def test_layers_that_change_their_input() -> None:
+    """They are measured on fresh copies, with and without gradients."""
+    values: list[float] = []
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        values.append(float(x.detach().abs().max()))
+        return x.mul_(self.weight)
+
+    module, x = InPlace(), torch.ones(4, WIDTH)
+    with torch.no_grad():
+        choice = measured("InPlace", kernel("K", forward), lambda: module(x))
+    trained = measured("InPlace", kernel("K", forward), lambda: module(x * 1))
+    assert ["kernels.K" in one.times for one in (*choice.cells_on("cpu"), *trained.cells_on("cpu"))] == [True, True]
+    assert max(values) < 10 and torch.equal(x, torch.full((4, WIDTH), 3.0))
+
+
+def test_layers_with_buffers() -> None:
+    """The module is as its own calls have left it, however often it was measured."""
+    module, after = Counting(WIDTH), {}
+
+    def call() -> None:
+        module(torch.randn(16, WIDTH))
+        after.update(copy.deepcopy(module.state_dict()))
+
+    right = kernel("K", lambda self, input: nn.BatchNorm1d.forward(self, input))
+    (cell,) = measured("Counting", right, call).cells_on("cpu")
+    assert "kernels.K" in cell.times
+    assert all(torch.equal(value, after[name]) for name, value in module.state_dict().items())
+
+
+def test_calls_under_autocast_and_with_random_numbers() -> None:
+    """Candidates are compared and timed under the autocast of the call; the user's random numbers go on as before."""
+    module = Narrow()
+
+    def call() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            module(torch.ones(2, WIDTH))
+
+    (cell,) = measured("Narrow", kernel("K", lambda self, x: x @ self.weight.t()), call).cells_on("cpu")
+    assert "kernels.K" in cell.times
+    torch.manual_seed(0)
+    (cell,) = measured("drops", lambda x: functional.dropout(x, 0.5), lambda: drops(torch.ones(2, WIDTH))).cells_on(
+        "cpu"
+    )
+    assert len(cell.times) == 2
+    number = torch.rand(1)
+    torch.manual_seed(0)
+    drops(torch.ones(2, WIDTH))
+    assert torch.equal(torch.rand(1), number)
+
+
+def test_what_measuring_holds() -> None:
+    """No copy of a weight while calls are recorded; nothing of calls, copies and modules afterwards."""
+    weight, seen, kept = nn.Parameter(torch.ones(WIDTH)), list[Any](), list[bool]()
+
+    def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.extend((weakref.ref(x), weakref.ref(weight)))
+        return weight * x
+
+    def call() -> None:
+        weighed(torch.ones(4, WIDTH), weight)
+        subjects = (each for each in gc.get_objects() if type(each).__name__ == "RacedCall")
+        kept.extend(each.recorded.call.args[1] is weight for each in subjects)
+
+    with torch.no_grad():
+        measured("weighed", forward, call)
+    measured("weighed", forward, call)
+    gc.collect()
+    assert kept == [True, True]
+    assert len(seen) > 20 and all(each() is None or each() is weight for each in seen)
+
+
+def test_a_reference_that_cannot_be_run_again() -> None:
+    """No choice is made for it, with the reason, whether it fails on copies or while it is timed."""
+    ones, given = torch.ones(2, WIDTH), [torch.ones(2, WIDTH)]
+
+    @use_kernel_forward_from_hub("once")
+    def once(y: torch.Tensor, x: list[torch.Tensor] | None = None) -> torch.Tensor:
+        return (x or given).pop() + y
+
+    with torch.no_grad(), pytest.warns(KernelsWarning, match="once, inference, .*the reference fails: IndexError"):
+        assert measured("once", lambda y, x=None: y + 1, lambda: once(ones)).machines[0].cells == ()
+    with torch.no_grad(), pytest.warns(KernelsWarning, match="once, inference, .*raises while it is timed: IndexError"):
+        assert measured("once", lambda y, x=None: y + 1, lambda: once(ones, [ones] * 3)).machines[0].cells == ()
