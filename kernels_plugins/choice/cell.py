@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +22,9 @@ MARGIN = 0.02
 Key = tuple[torch.dtype, int, int]
 """Dtype and last dimension of the first tensor of a call, and `bucket_of` its rows."""
 
+_INDICES = (torch.int32, torch.int64)
+"""Dtypes of which every number is a row: the last dimension of such a tensor is as long as a sequence."""
+
 
 def bucket_of(rows: int) -> int:
     """Return the number of the power of two that a number of rows lies in: 0, 1, 2-3, 4-7, ...
@@ -33,9 +37,19 @@ def bucket_of(rows: int) -> int:
 
 
 def key_of(tensor: torch.Tensor) -> Key:
-    """Return the key of a call by its first tensor."""
-    width = tensor.shape[-1] if tensor.dim() else 1
-    return tensor.dtype, width, bucket_of(tensor.numel() // width if width else 0)
+    """Return the key of a call by its first tensor.
+
+    Example:
+        >>> key_of(torch.ones(4, 2, 64)), key_of(torch.zeros(1, 99, dtype=torch.long))
+        ((torch.float32, 64, 4), (torch.int64, 1, 7))
+    """
+    *sizes, width = sizes_of(tensor)
+    return tensor.dtype, width, bucket_of(math.prod(sizes))
+
+
+def sizes_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return sizes whose last one is the width, and the product of the others the rows."""
+    return (*tensor.shape, 1) if tensor.dtype in _INDICES or not tensor.dim() else tuple(tensor.shape)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,7 +14,7 @@ import torch
 from kernels_core import LoadedLayer, LoadError, warn_once
 
 from ..oracle.probe_cache import digest_of
-from .cell import Key, key_of
+from .cell import Key, key_of, sizes_of
 from .choice import Choice
 
 Forward = Callable[..., Any]
@@ -20,6 +22,7 @@ Using = tuple[Choice, str, bool]
 """A choice, its name, and whether it is strict."""
 
 is_capturing = torch.cuda.is_current_stream_capturing
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
 
 _KNOWN = 4096
 """Exact shapes that are remembered for one kernel: a program with more of them has dynamic ones, and starts over."""
@@ -172,7 +175,11 @@ class ShapeLimit:
             )
 
     def _traced(self, forward: Forward, orders: Orders) -> Forward:
-        """Return the same for traced calls: comparisons of sizes, which become guards, one a range."""
+        """Return the same for traced calls: comparisons of sizes, which become guards, one a range.
+
+        An exported program serves all sizes that its user names, and a guard would forbid some: as where nothing was
+        measured.
+        """
         kinds = {(dtype, width) for (dtype, width, _), _ in orders.eager}
         ranges = {
             kind: tuple(_ranges([bucket for bucket in range(64) if self.takes((*kind, bucket))])) for kind in kinds
@@ -182,16 +189,13 @@ class ShapeLimit:
         def limited(*args: Any, **kwargs: Any) -> Any:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, torch.Tensor):
-                    width = value.shape[-1] if value.dim() else 1
+                    *sizes, width = sizes_of(value)
                     spans = ranges.get((value.dtype, width))
-                    if spans is None:
-                        return forward(*args, **kwargs) if default else NotImplemented
-                    rows = value.numel() // width if width else 0
-                    for low, high in spans:
-                        if low <= rows < high:
-                            return forward(*args, **kwargs)
-                    return NotImplemented
-            return forward(*args, **kwargs)
+                    if spans is None or is_exporting():
+                        break
+                    rows = functools.reduce(operator.mul, sizes, 1)  # `math.prod` would be left in the graph
+                    return forward(*args, **kwargs) if any(a <= rows < b for a, b in spans) else NotImplemented
+            return forward(*args, **kwargs) if default else NotImplemented
 
         return limited
 

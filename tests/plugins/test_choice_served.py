@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernels_core import (
     KernelsWarning,
@@ -22,6 +23,7 @@ from kernels_core import (
     receipt,
     release,
     resolve,
+    use_kernel_forward_from_hub,
     warn_once,
 )
 from kernels_plugins import choosing, use_choice, use_kernel_mapping
@@ -31,6 +33,7 @@ from .test_choice import (
     A_FIRST,
     B_FIRST,
     BOTH,
+    CALLS,
     REFERENCE_FIRST,
     WIDTH,
     A,
@@ -193,3 +196,107 @@ def test_all_that_is_offered_is_known_afterwards(
             assert served(Twice(), 64) == ["B"]
             traced = resolve(Twice, device="cpu", mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
     assert traced.origin == "kernels.Steady"
+
+
+# --- Compiled code ----------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """The layer without a decorator, and without Python that no compiler knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((WIDTH,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+@use_kernel_forward_from_hub("Twice")
+class Decorated(Plain):
+    """The layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+ADDS = kernel("C", lambda self, x: (x + x) * 1, can_torch_compile=True)
+
+
+def compiled(reference: float, rows: int) -> Any:
+    """Make a cell of compiled code, where the kernel takes one second."""
+    return cell({"reference": reference, "kernels.C": 1.0}, rows, context="compiled")
+
+
+def test_one_compilation_for_each_range() -> None:
+    """Rows in one range share a graph, of any number of dimensions; there is nothing of the choice in it."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    with use_kernel_mapping({"Twice": {"cpu": ADDS}}), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", KernelsWarning)  # a call that was not measured is no news in compiled code
+        with use_choice(made(compiled(0.5, 2), compiled(2.0, 64), compiled(2.0, 1024))):
+            run = torch.compile(Decorated(), backend=counter, fullgraph=True, dynamic=True)
+            for rows, graphs in ((70, 1), (80, 1), (1500, 1), (2, 2), (3, 2), (9000, 2), (400, 2)):
+                run(torch.ones(2, rows // 2, WIDTH))
+                assert counter.frame_count == graphs
+            marked = torch.ones(70, WIDTH)
+            torch._dynamo.mark_dynamic(marked, 0)
+            torch.compile(Decorated(), backend="eager", fullgraph=True)(marked)
+    operations = [[node.name for node in graph.graph.nodes if node.op.startswith("call")] for graph in counter.graphs]
+    assert [len(names) for names in operations] == [2, 1]
+
+
+def test_the_graph_where_the_reference_wins() -> None:
+    """It is that of the undecorated layer, but for the order of its inputs."""
+    found = []
+    with use_kernel_mapping({"Twice": {"cpu": ADDS}}), use_choice(made(compiled(0.5, 2), compiled(0.5, 64))):
+        for kind in (Plain, Decorated):
+            torch._dynamo.reset()
+            counter = CompileCounterWithBackend("eager")
+            with torch.no_grad():
+                torch.compile(kind(), backend=counter, fullgraph=True)(torch.ones(3, WIDTH))
+            found.append(sorted(str(node.target) for node in counter.graphs[0].graph.nodes))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("rows", [2, 70])
+def test_an_exported_program_takes_all_rows(rows: int) -> None:
+    """A guard would forbid some that its user names: the default order serves it."""
+    dynamic = {"x": {0: torch.export.Dim("rows", min=1, max=4096)}}
+    with use_kernel_mapping({"Twice": {"cpu": ADDS}}), use_choice(made(compiled(0.5, 2), compiled(2.0, 64))):
+        program = torch.export.export(Decorated(), (torch.ones(rows, WIDTH),), dynamic_shapes=dynamic)
+    assert torch.equal(program.module()(torch.ones(999, WIDTH)), torch.full((999, WIDTH), 2.0))
+    assert "add" in str(program.graph)
+
+
+# --- First tensors ----------------------------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("anyhow")
+def anyhow(scale: float, x: torch.Tensor | None = None, *, parts: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+    """Take a tensor in the second place, by keyword, or in a tuple."""
+    return (x if x is not None else parts[0]) * scale
+
+
+def test_calls_by_their_first_tensor() -> None:
+    """The first tensor counts wherever it stands; indices count one by one; a call without any gets the default."""
+
+    def fast(scale: float, x: Any = None, *, parts: Any = ()) -> torch.Tensor:
+        CALLS.append("fast")
+        return scale * (x if x is not None else parts[0])
+
+    name = f"{__name__}.{fast.__qualname__}"
+    slow, quick = {name: 2.0, "reference": 1.0}, {name: 1.0, "reference": 2.0}
+    cells = [cell(slow, layer="anyhow"), cell(quick, 16, layer="anyhow")]
+    cells += [cell(slow, 4, layer="anyhow", dtype="int64", width=1)]
+    few, many = torch.ones(1, WIDTH), torch.ones(16, WIDTH)
+    indices = torch.ones(1, 5, dtype=torch.long)
+    with use_kernel_mapping({"anyhow": {"cpu": fast}}), use_choice(made(*cells)):
+        for given, served_by in ((few, []), (many, ["fast"]), (few, []), (indices, []), (indices[:, :4], [])):
+            for call in (lambda x: anyhow(2.0, x), lambda x: anyhow(2.0, x=x), lambda x: anyhow(scale=2.0, x=x)):
+                CALLS.clear()
+                call(given)
+                assert served_by == CALLS
+        CALLS.clear()
+        anyhow(2.0, parts=(few,))
+        assert CALLS == ["fast"]
