@@ -152,7 +152,7 @@ def test_strict_mode_with_a_winner_that_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("KERNELS_STRICT", "1")
     changed = {"kernels.B": "another"}
     with use_kernel_mapping(BOTH):
-        with use_choice(made(cell(B_FIRST, digests=changed))):
+        with use_choice(made(cell({**B_FIRST, "kernels.A": 4.0}, digests=changed))):
             with pytest.raises(NoKernelError, match="its code has changed"):
                 served(Twice(), 1)
         with use_choice(made(cell(REFERENCE_FIRST))):
