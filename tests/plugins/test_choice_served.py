@@ -190,7 +190,7 @@ def test_all_that_is_offered_is_known_afterwards(
             Twice()(torch.ones(64, WIDTH))
         eager, compiled = chosen.choice.cells_on("cpu")
         assert eager.winner == "kernels.B" and eager.lost["kernels.Again"] == "it is kernels.Steady, by another name"
-        assert compiled.winner == "kernels.Steady" and "can_torch_compile" in compiled.lost["kernels.B"]
+        assert compiled.winner == "kernels.Steady" and "cannot be compiled" in compiled.lost["kernels.B"]
         assert "no kernel for 'Twice'" in compiled.lost["pack:none:Twice"]
         with use_choice(chosen.choice):
             assert served(Twice(), 64) == ["B"]
