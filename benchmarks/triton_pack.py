@@ -65,7 +65,7 @@ def bandwidths() -> Iterator[Row]:
     angles = [tensor(1, TOKENS, 128, grad=False) for _ in range(2)]
     inputs = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k)]
     call = partial(rotary.rotary, cos=angles[0], sin=angles[1])
-    yield from against_copy(f"rotary, 32 + 8 heads of 128, {TOKENS} tokens", call, inputs, (2.5, 2.5))
+    yield from against_copy(f"rotary, 32 + 8 heads of 128, {TOKENS} tokens", call, inputs, (2.5, 2.5), (0.8, 0.8))
 
 
 def against_copy(

@@ -52,25 +52,18 @@ def warm() -> Iterator[TableRow]:
             yield TableRow(("CUDA", numbers(on_gpu)[-1]), "green")
 
 
-def demo() -> Iterator[TableRow]:
-    """Kernels of the demo: microseconds on the GPU, replayed from a graph."""
-    rows = list(read_table("Kernels of the demo").items())
-    for name, cells in (row for row in rows if "backward" not in row[0]):
+def triton() -> Iterator[TableRow]:
+    """Kernels of the pack `triton`: their bandwidth, as a part of that of a copy, for each width."""
+    for name, cells in read_table("Kernels of the pack triton").items():
         yield TableRow((name, None))
-        for column, style in (
-            ("copy", "dim"),
-            ("ours", "green"),
-            ("compiled reference", "blue"),
-            ("eager reference", "yellow"),
-        ):
-            found = numbers(cells[column])
-            yield TableRow((column, found[min(1, len(found) - 1)]), style)
+        for width in ("4096", "5120", "7168", "8192", "12288"):
+            yield TableRow((width, numbers(cells[width])[-1]), "green" if "backward" in name else "blue")
 
 
 PLOTS = {
     "adopted": lambda: Bars(list(adopted()), title="Adopted, of the plain model's time (line: plain)", line=1.0),
     "warm": lambda: Bars(list(warm()), title="A warm call, of a plain module's time (line: the limit, 1.30)", line=1.3),
-    "demo": lambda: Bars(list(demo()), "us", title="Kernels of the demo, forward, on the GPU"),
+    "triton": lambda: Bars(list(triton()), title="Bandwidth, of that of a copy (line: 0.90)", line=0.9),
 }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .launch import Launcher, operator, power_of_two
 
-HEADS = 2
-"""Heads that a program turns, whose angles it reads once."""
+_OUTER_HEADS, _INNER_HEADS = 2, 8
+"""Heads that a program turns, whose angles it reads once: more where those of a position are side by side."""
 
 
 _ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
@@ -137,7 +137,8 @@ def _rotate(
     rest = dim - 2 * half
     block_half = power_of_two(half, 1 << 20)
     block_seq = power_of_two(seq, max(1, 512 // block_half))
-    groups = -(-q.shape[heads] // HEADS) - (-k.shape[heads] // HEADS)
+    each = _OUTER_HEADS if q_outer else _INNER_HEADS
+    groups = -(-q.shape[heads] // each) - (-k.shape[heads] // each)
     _launch(
         -(-seq // block_seq) * groups * q.shape[0], 4, (q, k, cos, sin, qy, ky),
         (q.stride(0), k.stride(0), cos.stride(0) if cos.shape[0] > 1 else 0, seq),
@@ -145,7 +146,7 @@ def _rotate(
             q.stride(heads), q.stride(seq_dim), k.stride(heads), k.stride(seq_dim), cos.stride(1),
             half if halves == 2 else 0, q.shape[heads], k.shape[heads], half, dim,
         ),
-        (q_outer, k_outer, transposed, HEADS, block_seq, block_half, power_of_two(rest, 1 << 20) if rest else 0),
+        (q_outer, k_outer, transposed, each, block_seq, block_half, power_of_two(rest, 1 << 20) if rest else 0),
     )  # fmt: skip
     return qy, ky
 
