@@ -27,8 +27,12 @@ from .tensors import is_odd, is_odd_module
 _NEVER = (KernelsError, KernelsWarning, MemoryError, torch.OutOfMemoryError)
 """Errors that are not the fault of a kernel, or not for a guard to judge."""
 
-_UNCHANGED = (torch.Tensor, *CONSTANTS)
-"""Arguments that a kernel cannot have changed in silence: a tensor counts its changes."""
+_UNCHANGED = (torch.Tensor, torch.nn.Module, *CONSTANTS)
+"""Arguments that a kernel cannot have changed in silence: a tensor counts its changes.
+
+Modules and parameters are taken to be as they were, like those of a layer that is a module: optimizers change them, and
+no kernel does.
+"""
 
 
 _NAMES: dict[torch.dtype | None, tuple[str, ...]] = {
@@ -153,7 +157,8 @@ def _dtype_named(error: Exception, values: Iterable[Any]) -> torch.dtype | None:
 
 def _may_be_changed(values: list[Any]) -> bool:
     """Whether a tensor among the arguments was ever changed in place, or an argument does not record changes."""
-    if any(version(tensor) != 0 for tensor in _tensors(values)):  # at any time: the count at the start is not known
+    changed = (tensor for tensor in _tensors(values) if version(tensor) != 0)  # at any time: not only in this call
+    if not all(isinstance(tensor, torch.nn.Parameter) for tensor in changed):
         return True
     return not all(isinstance(item, _UNCHANGED) for value in values for item in _inside(value))
 

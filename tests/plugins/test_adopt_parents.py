@@ -15,6 +15,7 @@ from torch.nn import functional
 from kernels_core import (
     ArgumentError,
     ArgumentTypeError,
+    KernelsWarning,
     Mode,
     PluginManager,
     count_calls,
@@ -277,6 +278,21 @@ def test_a_kernel_that_loses_the_gradient_of_the_norm(block: Block) -> None:
         return functional.rms_norm(summed, weight.shape, weight.detach(), epsilon), summed
 
     with use_kernel_mapping({"add_rms_norm": {"cpu": detaching}}), pytest.warns(UserWarning, match="loses gradients"):
+        torch.testing.assert_close(gradients(block), slopes)
+    release()
+
+
+def test_a_kernel_that_raises_in_training(block: Block) -> None:
+    """The reference answers, although an optimizer has changed the weight, and the function gets the norm itself."""
+
+    def raising(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, norm: nn.Module) -> Any:
+        raise RuntimeError("out of registers")
+
+    with torch.no_grad():
+        block.post_attention_layernorm.weight.add_(1)
+    slopes = gradients(block)
+    adopt(block)
+    with use_kernel_mapping({"add_rms_norm": {"cpu": raising}}), pytest.warns(KernelsWarning, match="out of registers"):
         torch.testing.assert_close(gradients(block), slopes)
     release()
 
