@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 
 from kernels_core import ArgumentError, Page, Table, TableRow, Tabular, as_json, require_type, set_module
 
-from ..files import write_file
+from ..files import alone_in, write_file
 from .cell import REFERENCE, ChoiceCell
 from .machine import MeasuredOn, libraries, machine_of
 from .page import choice_page
 
 FORMAT = 1
+_LARGEST = 64 << 20
+"""Bytes of a file: a cell takes about one thousand."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,9 @@ class Choice(Tabular):
             OSError: If it cannot be written.
         """
         where = Path(path)
-        kept = Choice.load(where).merged(self) if where.exists() else self
-        write_file(where, kept.to_json() + "\n")
+        with alone_in(where.parent):  # two processes that measure for one file would drop what the other one adds
+            kept = Choice.load(where).merged(self) if where.exists() else self
+            write_file(where, kept.to_json() + "\n")
         return where
 
     @classmethod
@@ -97,6 +101,9 @@ class Choice(Tabular):
         """
         require_type(path, (str, os.PathLike), "The path of a choice")
         try:
+            found = Path(path).stat()
+            if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:  # a pipe would be read for ever
+                raise ValueError(f"it is no regular file of at most {_LARGEST >> 20} MiB")
             return cls.read(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:
             raise ArgumentError(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kernels_core import KernelsWarning, use_kernel_forward_from_hub
-from kernels_plugins import Choice, choosing, use_kernel_mapping
+from kernels_core import ArgumentError, KernelsWarning, use_kernel_forward_from_hub
+from kernels_plugins import Choice, choosing, use_choice, use_kernel_mapping
 
 from .test_choice import (
+    A_FIRST,
     WIDTH,
+    cell,
     choice_plugin,  # noqa: F401 - for all tests here
+    made,
 )
 from .test_choice_served import kernel
 
@@ -99,8 +105,8 @@ def test_layers_with_buffers() -> None:
         after.update(copy.deepcopy(module.state_dict()))
 
     right = kernel("K", lambda self, input: nn.BatchNorm1d.forward(self, input))
-    (cell,) = measured("Counting", right, call).cells_on("cpu")
-    assert "kernels.K" in cell.times
+    (one,) = measured("Counting", right, call).cells_on("cpu")
+    assert "kernels.K" in one.times
     assert all(torch.equal(value, after[name]) for name, value in module.state_dict().items())
 
 
@@ -112,13 +118,13 @@ def test_calls_under_autocast_and_with_random_numbers() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             module(torch.ones(2, WIDTH))
 
-    (cell,) = measured("Narrow", kernel("K", lambda self, x: x @ self.weight.t()), call).cells_on("cpu")
-    assert "kernels.K" in cell.times
+    (one,) = measured("Narrow", kernel("K", lambda self, x: x @ self.weight.t()), call).cells_on("cpu")
+    assert "kernels.K" in one.times
     torch.manual_seed(0)
-    (cell,) = measured("drops", lambda x: functional.dropout(x, 0.5), lambda: drops(torch.ones(2, WIDTH))).cells_on(
+    (one,) = measured("drops", lambda x: functional.dropout(x, 0.5), lambda: drops(torch.ones(2, WIDTH))).cells_on(
         "cpu"
     )
-    assert len(cell.times) == 2
+    assert len(one.times) == 2
     number = torch.rand(1)
     torch.manual_seed(0)
     drops(torch.ones(2, WIDTH))
@@ -158,3 +164,28 @@ def test_a_reference_that_cannot_be_run_again() -> None:
         assert measured("once", lambda y, x=None: y + 1, lambda: once(ones)).machines[0].cells == ()
     with torch.no_grad(), pytest.warns(KernelsWarning, match="once, inference, .*raises while it is timed: IndexError"):
         assert measured("once", lambda y, x=None: y + 1, lambda: once(ones, [ones] * 3)).machines[0].cells == ()
+
+
+# --- The file ---------------------------------------------------------------------------------------
+
+
+def test_files_that_would_be_read_for_ever(tmp_path: Path) -> None:
+    """A pipe, a folder and a file that is too large are errors that name them, and are left alone."""
+    pipe, large = tmp_path / "pipe.json", tmp_path / "large.json"
+    os.mkfifo(pipe)
+    with large.open("wb") as file:
+        file.truncate(1 << 40)
+    for path in (pipe, large, tmp_path, Path("/dev/zero")):
+        for use in (Choice.load, use_choice, choosing, made(cell(A_FIRST)).save):
+            with pytest.raises(ArgumentError, match=rf"{path.name}.*no regular file of at most 64 MiB"):
+                use(path)
+
+
+def test_two_that_save_at_once(tmp_path: Path) -> None:
+    """Each adds to the file: what another one saves meanwhile is not dropped, and no lock is left."""
+    path = tmp_path / "new" / "choice.json"
+    saves = [made(cell(A_FIRST, 1 << number)).save for number in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda save: save(path), saves))
+    assert len(Choice.load(path).cells_on("cpu")) == 16
+    assert list(path.parent.iterdir()) == [path]
