@@ -11,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import torch
 from adopt import PROMPT, ROUNDS, make_steps
 from measure import Row
 
-from kernels_plugins import Choice, adopt, choosing, use_choice, use_kernel_mapping
+from kernels_core import use_kernel_forward_from_hub
+from kernels_plugins import Choice, ChoiceCell, MeasuredOn, adopt, choosing, use_choice, use_kernel_mapping
+from kernels_plugins.choice.machine import machine_of
 
 ROWS = {"cpu": (1, 32, 256), "cuda": (1, 16, 64, 256, 1024, 4096)}
 TRAINED = {"cpu": (256,), "cuda": (256, 1024, 4096)}
@@ -29,10 +32,12 @@ PROVIDERS = ("reference", "torch", "liger", "triton", "inductor")
 def run(
     contexts: tuple[Any, ...] = ("eager",),
     seconds: float = 0.1,
-    parts: tuple[str, ...] = ("regret", "steps"),
+    parts: tuple[str, ...] = ("price", "regret", "steps"),
     file: Path | None = None,
 ) -> Iterator[Row]:
     """Measure on a CUDA device if there is one, else on the CPU."""
+    if "price" in parts:
+        yield from _prices()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, steps = make_steps(device)
     file = file or Path(tempfile.mkdtemp()) / "kernels.choice.json"
@@ -49,6 +54,45 @@ def run(
         )
         for subject in list(times)[1:]:
             yield Row("choice", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"])
+
+
+def _prices() -> Iterator[Row]:
+    """Yield the time of a call of a layer that does nothing, where one candidate wins everywhere and where two do."""
+
+    @use_kernel_forward_from_hub("Nothing")
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    kernels = [type(name, (torch.nn.Module,), {"forward": lambda self, x: x, "__module__": "price"}) for name in "ab"]
+    labels = [f"price.{kernel.__qualname__}" for kernel in kernels]
+    on, x, module = machine_of(torch.device("cpu")), torch.ones(16, 8), Nothing()
+
+    def choice(*winners: int) -> Choice:
+        """Let one of the kernels win for 1 row, and another one for 16."""
+        cells = []
+        for winner, bucket in zip(winners, (1, 5), strict=True):
+            times = {"reference": 3.0, labels[winner]: 1.0, labels[1 - winner]: 2.0}
+            for mode in ("inference", "training"):
+                cells.append(ChoiceCell("Nothing", "cpu", "eager", mode, "float32", 8, bucket, times))
+        return Choice((MeasuredOn(on, tuple(cells)),))
+
+    subjects = {
+        "one wins everywhere": (choice(0, 0), x),
+        "two win": (choice(0, 1), x[:1]),
+        "the second": (choice(0, 1), x),
+    }
+    best = dict.fromkeys(subjects, float("inf"))
+    with use_kernel_mapping({"Nothing": {"cpu": kernels}}), torch.no_grad():
+        for _ in range(9):
+            for name, (used, given) in subjects.items():
+                with use_choice(used):
+                    module(given)
+                    taken = min(timeit.repeat(lambda given=given: module.forward(given), number=2000, repeat=5)) / 2000
+                    best[name] = min(best[name], taken * 1e6)
+    for name in list(subjects)[1:]:
+        base = "one wins everywhere"
+        yield Row("choice", f"warm call, {name} (cpu)", best[name], "us", base, best[base])
 
 
 def _measured(model: Any, device: str, contexts: Any, seconds: float, file: Path | None) -> Choice:
