@@ -371,21 +371,53 @@ def test_what_the_loss_in_chunks_does_not_take() -> None:
     labels = torch.tensor([1, 2, -100])
     assert loss(hidden.double(), weight, None, labels, None, -100) is NotImplemented
     assert loss(hidden, weight, torch.zeros(5).double(), labels, None, -100) is NotImplemented
-    (slope,) = torch.autograd.grad(loss(hidden, weight, None, labels, None, -100), weight, create_graph=True)
-    with pytest.raises(RuntimeError):
-        slope.sum().backward()
+    with pytest.raises(RuntimeError, match="second derivatives"):  # not a slope that is a constant, without a word
+        torch.autograd.grad(loss(hidden, weight, None, labels, None, -100), weight, create_graph=True)
     with pytest.raises(IndexError):
         loss(hidden, weight, None, labels + 4, None, -100)
-    assert loss(hidden, weight, None, torch.full((3,), -100), None, -100).isnan()
     with torch.no_grad():
         assert loss(hidden, weight, None, labels, None, -100).grad_fn is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_loss_of_no_labels(dtype: torch.dtype) -> None:
+    """A batch whose labels are all ignored has the loss NaN, and changes no weight, as with PyTorch."""
+    for loss in (linear_cross_entropy.linear_cross_entropy, shipped_parents.linear_cross_entropy):
+        given = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((3, 4), (5, 4), (5,))]
+        found = loss(*given, torch.full((3,), -100), None, -100)
+        found.backward()
+        assert found.isnan() and not any(each.grad.any() for each in given)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_gradients_of_a_scaled_loss_in_half_precision(autocast: bool) -> None:
+    """The share of each label is too small for float16, and a scaler multiplies the loss for that reason."""
+    hidden, weight, labels = torch.randn(512, 8), torch.randn(40_000, 8) / 50, torch.arange(512)
+    kernel, reference = linear_cross_entropy.linear_cross_entropy, shipped_parents.linear_cross_entropy
+    grads = []
+    for loss, dtype in ((kernel, torch.float16), (reference, torch.float32)):
+        wide = autocast or loss is reference
+        given = [each.to(torch.float32 if wide else dtype).requires_grad_() for each in (hidden, weight)]
+        with torch.autocast("cpu", torch.float16, enabled=autocast and loss is kernel):
+            (loss(*given, None, labels, None, -100) * 4096).backward()
+        grads.append([each.grad.float() for each in given])
+    for found, wanted in zip(*grads, strict=True):
+        assert (found - wanted).norm() < 2e-3 * wanted.norm()
+
+
+def test_the_loss_in_float64_under_autocast() -> None:
+    """Autocast leaves float64 alone, and so does the kernel."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_loss(linear_cross_entropy.linear_cross_entropy, torch.float64, bias=True, items=None)
+        wanted = head_loss(shipped_parents.linear_cross_entropy, torch.float64, bias=True, items=None)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_frozen_head_takes_no_gradient() -> None:
     """Only the gradients that are wanted are computed: a head that does not train needs none as large as itself."""
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     loss = linear_cross_entropy.linear_cross_entropy(hidden, weight, None, torch.tensor([1, 2, 3]), None, -100)
-    assert loss.grad_fn.saved_tensors[1:] == (None, None)
+    assert loss.grad_fn.saved_tensors[2:] == (None, None)
     loss.backward()
     assert hidden.grad is not None
 
