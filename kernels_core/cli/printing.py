@@ -33,7 +33,7 @@ def print_found(found: Any, as_json: bool = False) -> None:
 
     Example:
         >>> print_found(receipt(torch.nn.Linear(2, 2)))
-        no decorated layer
+        no decorated layer; adopt(model) makes layers of an undecorated model dispatch
     """
     console = Console(highlight=False)
     if as_json or not console.is_terminal:  # for grep and cut: no wrapping

@@ -148,7 +148,9 @@ class Receipt(Tabular):
     def as_table(self) -> Table:
         """Return the rows with their reasons: green where a kernel serves, yellow where the reference does."""
         if not self.rows:
-            return Table(COLUMNS, summary="no decorated layer")
+            return Table(
+                COLUMNS, summary="no decorated layer; adopt(model) makes layers of an undecorated model dispatch"
+            )
         shown = len(COLUMNS) - all(row.calls is None for row in self.rows)  # the last column is that of calls
         rows = [TableRow(row.cells[:shown], row.style, tuple(row.remarks)) for row in together(self.rows)]
         return Table(COLUMNS[:shown], rows)

@@ -150,9 +150,13 @@ def with_bypassed(rows: Iterable[ReceiptRow]) -> Iterator[ReceiptRow]:
 
 
 def _reasons(refusals: Iterable[Refusal]) -> tuple[tuple[str, str], ...]:
+    """Return who was refused, and why: the candidate, a plugin as a whole, or all kernels, as by a wrong file."""
     return tuple(
-        (refusal.candidate.label if refusal.candidate else f"plugin {refusal.plugin!r}", refusal.reason)
-        for refusal in refusals
+        (
+            one.candidate.label if one.candidate else f"plugin {one.plugin!r}" if one.plugin else "all kernels",
+            one.reason,
+        )
+        for one in refusals
     )
 
 

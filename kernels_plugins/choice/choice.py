@@ -106,9 +106,10 @@ class Choice(Tabular):
                 raise ValueError(f"it is no regular file of at most {_LARGEST >> 20} MiB")
             return cls.read(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:
-            raise ArgumentError(
-                f"{os.fspath(path)!r} is no file of a choice: {error}. kernels-core choose, or choosing(save=...), "
-                "makes one; it never overwrites another kind of file."
+            problem = getattr(error, "strerror", None) or error
+            raise ArgumentError(  # absolute: a relative path is read from the working directory, which may be another
+                f"{os.path.abspath(path)!r} is no file of a choice: {problem}. kernels-core choose, or "
+                "choosing(save=...), makes one; it never overwrites another kind of file."
             ) from error
 
     @classmethod

@@ -147,7 +147,7 @@ def _tables(result: dict[str, Any]) -> Iterator[Table]:
         TableRow(
             (
                 cell.layer,
-                f"{cell.rows} rows, {cell.mode}",
+                f"rows {cell.rows}, {cell.mode}",
                 short_name(cell.winner),
                 f"{cell.times['reference'] * 1e6:.0f} us",
                 f"{cell.times[cell.winner] * 1e6:.0f} us",

@@ -51,7 +51,7 @@ def doctor(
             )
             for one in found
         ]
-        summary = f"{states[PROBLEM]} problems, {states[NOTE]} notes"
+        summary = f"problems: {states[PROBLEM]}, notes: {states[NOTE]}"
         print_found(Table(columns, rows, summary=summary))
     raise typer.Exit(1 if states[PROBLEM] else 0)
 

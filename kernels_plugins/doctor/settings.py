@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from kernels_core import ArgumentError, configuration, plugin_manager, switch, visible
+from kernels_core import ArgumentError, configuration, configured, plugin_manager, switch, visible
 
 from ..canary.settings import VARIABLE as CANARY
 from ..canary.settings import settings_of_environment
@@ -32,12 +32,15 @@ def check_settings() -> Iterator[Finding]:
         yield Finding("configuration", "problem", problem, PROBLEM, remedy)
     if settings.file is not None:
         yield Finding("configuration", "file", settings.file)
+    chosen = str(configured("choice") or "")
+    if "KERNELS_CHOICE" not in os.environ and chosen and (problem := _problem("KERNELS_CHOICE", chosen)):
+        yield Finding("configuration", "choice", problem, PROBLEM)
     known = known_variables()
     for name in sorted(os.environ):
         value = visible(os.environ[name], 200)
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         if name in known:
-            problem = _problem(name)
+            problem = _problem(name, os.environ[name])
             off = "the reference serves everywhere" if name == _SWITCHES[1] and not problem and switch(name) else ""
             state = PROBLEM if problem else NOTE if off else OK
             yield Finding(
@@ -72,19 +75,19 @@ def known_variables() -> set[str]:
     return found
 
 
-def _problem(name: str) -> str:
+def _problem(name: str, value: str) -> str:
     """Return why the value of a variable cannot be used; empty if it can."""
     try:
         if name in _SWITCHES:
             switch(name)
         elif name == CANARY:
             settings_of_environment()
-        elif name == "KERNELS_CHOICE" and os.environ[name]:
+        elif name == "KERNELS_CHOICE" and value:
             from ..choice.choice import Choice
 
-            Choice.load(Path(os.environ[name]).expanduser())
+            Choice.load(Path(value).expanduser())
         elif name == FOLDERS:
-            gone = [str(path) for path in parse_overrides(os.environ[name]).values() if not path.is_dir()]
+            gone = [str(path) for path in parse_overrides(value).values() if not path.is_dir()]
             return f"there is no folder {', '.join(gone)}: correct or unset {FOLDERS}" if gone else ""
     except ArgumentError as error:
         return str(error)

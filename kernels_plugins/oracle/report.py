@@ -180,7 +180,7 @@ class VerifyReport(Tabular):
     def as_table(self) -> Table:
         """Return a row for each layer, kernel, mode and dtype, with its faults as notes."""
         if not self.rows:
-            return Table(COLUMNS, summary="no decorated layer was called")
+            return Table(COLUMNS, summary="no decorated layer was called; adopt(model) makes layers dispatch")
         return Table(COLUMNS, tuple(self._groups()), summary=self.summary)
 
     @property

@@ -36,6 +36,7 @@ from kernels_core import (
     kernelize,
     plugin_manager,
     quarantine,
+    receipt,
     release,
     resolve,
 )
@@ -290,6 +291,7 @@ def test_a_wrong_file_applies_in_no_part(
             assert [instance(X)[0], instance(X)[0]] == [1, 1]
             assert configured("deny") is None and configured("plugin.acme.level") is None
             assert "kernels.toml" in serving(layer).refusals[0].reason
+            assert receipt(instance, device="cpu").rows[0].refusals[0][0] == "all kernels"
             assert resolve(layer, device="cpu", mode=Mode.INFERENCE, candidate=serving(layer).candidate).is_reference
             with pytest.raises(UntrustedError, match=r"kernels\.toml"):
                 authorize("the code of a kernel")

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -337,6 +338,15 @@ def test_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.forget()
         with pytest.warns(KernelsWarning, match=r"none\.json"):
             assert served(Twice(), 1) == ["A"]
+
+
+def test_a_file_that_is_not_there_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is read from the working directory: the message says which file that is, once."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ArgumentError, match=rf"^'{re.escape(str(tmp_path / 'gone.json'))}' is no file of a choice: No such"
+    ):
+        Choice.load("gone.json")
 
 
 def test_a_choice_in_a_configuration_file(tmp_path: Path, configure: Callable[..., Path]) -> None:

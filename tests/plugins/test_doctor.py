@@ -71,7 +71,7 @@ def test_a_sound_machine_has_no_problem(run: Run, kernel_repository: Publish, mo
     assert re.match("1 repositories, |huggingface_hub 1.* does not list kernels", found["cache kernels"]["found"])
     assert found["hub token"]["found"] == "is there, and is not shown"
     code, text = run(as_json=False)
-    assert "hf_local_member" not in json.dumps(found) + text and "0 problems" in text
+    assert "hf_local_member" not in json.dumps(found) + text and "problems: 0" in text
 
 
 def test_offline_sends_no_request(run: Run, local_hub: LocalHub) -> None:
@@ -124,6 +124,9 @@ def test_a_configuration_file_that_is_wrong(run: Run, configure: Callable[..., P
     path = configure('deny = ["x"]\n')
     code, found = run()
     assert found["configuration file"]["found"] == str(path) and "configuration problem" not in found
+    configure('choice = "gone.json"')
+    code, found = run("--offline")
+    assert code == 1 and str(path.with_name("gone.json")) in found["configuration choice"]["found"]
     configure("deny = 3\n")
     code, found = run()
     assert code == 1 and found["configuration problem"]["found"] == f"{path}:1: deny: write a list, not 3."
