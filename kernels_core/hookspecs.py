@@ -325,7 +325,7 @@ def kernels_adoption_rules() -> Sequence[object] | None:
 
 @hookspec
 def kernels_packs() -> Mapping[str, Callable[..., object]] | None:
-    """Offer kernels that serve only where a mapping asks for them: those of pack NAME, by the source `"pack:NAME"`.
+    """Offer packs: kernels that serve only where a mapping asks for them, by a source such as `pack:NAME`.
 
     Kind: collect. Called: when a mapping that names a pack is parsed, and when a kernel of a pack is loaded.
 

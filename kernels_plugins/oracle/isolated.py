@@ -143,7 +143,7 @@ def _how(code: int) -> str:
 def _showing(name: str) -> Iterator[Callable[[str], None]]:
     """Show the case that runs: in one place on a terminal, else a line for each."""
     console = Console(stderr=True, highlight=False)
-    status = console.status("", spinner="line") if console.is_terminal else None
+    status = console.status("the model is made", spinner="line") if console.is_terminal else None
 
     def show(text: str) -> None:
         if status is not None:

@@ -17,6 +17,7 @@ import kernels_plugins.oracle.plugin as oracle
 from kernels_core import ArgumentError, Candidate, LayerRequest, PluginManager, hookimpl
 from kernels_core.cli import command_line
 from kernels_plugins import register_kernel_mapping
+from kernels_plugins.oracle.isolated import _showing
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -233,3 +234,13 @@ def test_a_decorated_function_is_not_called_for_a_model() -> None:
     code, output = run("oracle_functions:f", "--inputs", "oracle_functions:x")
     assert code == 0 and "1 kernel compared" in output, output
     assert torch.is_grad_enabled()
+
+
+def test_the_first_seconds_show_what_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first case, a terminal has a text beside the spinner: importing a model takes seconds."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for rich, a terminal
+    with _showing("verify"):
+        pass
+    assert "the model is made" in capsys.readouterr().err
