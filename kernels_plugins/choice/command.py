@@ -168,7 +168,7 @@ def in_children(module: str, name: str, arguments: Mapping[str, Any], patience: 
 def serve(task: Mapping[str, Any], measure: Callable[..., object]) -> None:
     """Measure in this process, and write messages to its parent."""
     out: dict[tuple[str, str], str] = {(subject, candidate): reason for subject, candidate, reason in task["out"]}
-    with serving(task) as write:
+    with serving() as write:
 
         def begin(subject: RacedCall, candidate: str, action: str) -> str:
             if (subject.text, candidate) not in out:

@@ -28,6 +28,7 @@ from kernels_core.cli import Json, print_found, using_device
 
 from ..choice.choice import Choice
 from ..choice.page import short_name
+from ..process import command_of
 from .bundle import write_bundle
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _run(hub: LocalHub, home: Path, *arguments: str) -> int:
     # The report has the refusals that the process would warn of.
     ours = {"KERNELS_CACHE": "", "PYTHONWARNINGS": "ignore::UserWarning"}
     before = hub.count()
-    command = [sys.executable, "-m", "kernels_plugins.demo.measure", *arguments]
+    command = command_of("kernels_plugins.demo.measure", *arguments)
     # Its standard output must not mix with the JSON of this process.
     done = subprocess.run(command, env={**os.environ, **hub.environment(home), **ours}, stdout=sys.stderr)
     if done.returncode:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from kernels_core import KernelsError
 
+from ..process import command_of
 from .report import VerifyReport, VerifyRow
 
 _Kernel = tuple[str, str, str]
@@ -88,7 +89,7 @@ def run_child(
     begun: Any = None
     hung = False
     # No fork: a context of CUDA does not live on.
-    command = [sys.executable, "-m", module, json.dumps({**task, "path": sys.path})]
+    command = command_of(module, json.dumps(task))
     # Its standard output carries the messages; the output of users' code goes to standard error.
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child,
@@ -159,9 +160,8 @@ def _showing(name: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def serving(task: Mapping[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
+def serving() -> Iterator[Callable[[dict[str, Any]], None]]:
     """Give a function that writes messages to the parent: `row`, `begin` and `text`."""
-    sys.path[:] = task["path"]  # the model may lie where the parent has looked, such as a folder of tests
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
         os.dup2(2, 1)  # also for native code that prints
 
@@ -175,7 +175,7 @@ def serving(task: Mapping[str, Any]) -> Iterator[Callable[[dict[str, Any]], None
 def serve(task: dict[str, Any], compare: Callable[..., object]) -> None:
     """Compare in this process, and write messages to its parent."""
     out = {tuple(kernel) for kernel in task["out"]}
-    with serving(task) as write:
+    with serving() as write:
 
         def begin(row: VerifyRow) -> bool:
             if _kernel(row) in out:

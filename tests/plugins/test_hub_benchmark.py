@@ -119,9 +119,10 @@ def test_without_consent_nothing_runs(run: Run, publish: Callable[..., Repositor
 
 
 @pytest.mark.slow
-def test_workloads_are_measured_and_compared(run: Run, publish: Callable[..., Repository]) -> None:
-    """Each workload has a result: right, wrong, not compared, or that it raises, which ends no other."""
+def test_workloads_are_measured_and_compared(run: Run, publish: Callable[..., Repository], tmp_path: Path) -> None:
+    """Each workload has a result: right, wrong, not compared, or that it raises; files of the folder are no modules."""
     repository = publish(benchmark=SCRIPT, notes="this is no Python")
+    (tmp_path / "statistics.py").write_text("raise SystemExit('a file of the working directory ran')")
     ran = run("acme/kernels", "--version", "1", "--trust-code", "--json")
     assert ran.code == 1 and "a script prints" in ran.err
     rows = {row["workload"]: row for row in ran.json["results"]}

@@ -397,7 +397,7 @@ def test_small_gradients_of_a_scaled_loss_in_half_precision(autocast: bool) -> N
     grads = []
     for loss, dtype in ((kernel, torch.float16), (reference, torch.float32)):
         wide = autocast or loss is reference
-        given = [each.to(torch.float32 if wide else dtype).requires_grad_() for each in (hidden, weight)]
+        given = [each.to(torch.float32 if wide else dtype, copy=True).requires_grad_() for each in (hidden, weight)]
         with torch.autocast("cpu", torch.float16, enabled=autocast and loss is kernel):
             (loss(*given, None, labels, None, -100) * 4096).backward()
         grads.append(given[1].grad[len(labels) :].float())  # of rows that are no label

@@ -8,7 +8,6 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from kernels_core import ArgumentError, KernelsError, Table, TableRow
 from kernels_core import as_json as to_json
 from kernels_core.cli import Json, print_found
 
+from ...process import command_of
 from ..command import Revision, Trust, Version, by_default, keep_client_quiet
 from ..request import KernelRequest
 from .scripts import FOLDER, Scripts, find_local_scripts, find_scripts
@@ -61,7 +61,7 @@ def benchmark(
             request |= {"repo_id": scripts.repo_id, "revision": scripts.commit, "version": None}
     if not trust_code:
         raise ArgumentError(_refusal(scripts))
-    task = {"folder": str(scripts.folder), "digests": dict(scripts.digests), "request": request, "path": sys.path}
+    task = {"folder": str(scripts.folder), "digests": dict(scripts.digests), "request": request}
     results: list[dict[str, Any]] = []
     try:
         for result in _run({**task, "iterations": iterations, "warmup": warmup}, timeout):
@@ -87,7 +87,7 @@ def _refusal(scripts: Scripts) -> str:
 
 def _run(task: dict[str, Any], timeout: float) -> Iterator[dict[str, Any]]:
     """Run the process, and yield each result as it comes."""
-    command = [sys.executable, "-m", _RUNNER, json.dumps(task)]
+    command = command_of(_RUNNER, json.dumps(task))
     ended = threading.Event()
     console = Console(stderr=True)
     with subprocess.Popen(

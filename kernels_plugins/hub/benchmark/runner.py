@@ -129,7 +129,6 @@ def _synchronize() -> None:
 
 def main(task: dict[str, Any]) -> None:
     """Run the scripts of a task, and write a line for each workload."""
-    sys.path[:] = task["path"]
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the output of scripts, also of native code, goes to standard error
     folder = Path(task["folder"])
