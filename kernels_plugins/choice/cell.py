@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -154,21 +155,38 @@ class ChoiceCell:
         return cell
 
 
-def best_everywhere(cells: Iterable[ChoiceCell]) -> str | None:
-    """Return the candidate that serves all cells almost as well as the winner of each; None if there is none.
+def settled(cells: Sequence[ChoiceCell]) -> list[tuple[str, ...]]:
+    """Return the candidates for each cell, best first, with few winners: one within 2 % of the best is as good.
 
-    Where one does, no call has to ask for its shape.
+    The fewer there are, the fewer calls have to ask for their shape; where one serves all cells, none has to.
+
+    Example:
+        >>> place = ("Norm", "cpu", "eager", "inference", "float32", 64)
+        >>> first = ChoiceCell(*place, 1, {"reference": 3.0, "a": 1.01, "b": 1.0})
+        >>> second = ChoiceCell(*place, 9, {"reference": 3.0, "a": 1.0, "b": 2.0})
+        >>> [order[0] for order in settled([first, second])]
+        ['a', 'a']
     """
-    known = list(cells)
-    for name in known[0].order if known else ():
-        if all(
-            name in cell.times
-            and cell.times[name] <= cell.times[cell.winner] * (1 + MARGIN)
+    good = [
+        [
+            name
+            for name in cell.order
+            if cell.times[name] <= cell.times[cell.winner] * (1 + MARGIN)
             and (name == REFERENCE or cell.ratio(name) < 1)
-            for cell in known
-        ):
-            return name
-    return None
+        ]
+        for cell in cells
+    ]
+    winners: list[str] = []
+    left = list(good)
+    while left:  # greedy: the one that serves most of those that are left
+        counts = Counter(name for names in left for name in names)
+        winners.append(max(counts, key=lambda name: counts[name]))
+        left = [names for names in left if winners[-1] not in names]
+    orders = []
+    for cell, names in zip(cells, good, strict=True):
+        first = next(name for name in winners if name in names)
+        orders.append((first, *(name for name in cell.order if name != first)))
+    return orders
 
 
 set_module("kernels_plugins", globals())

@@ -33,6 +33,7 @@ from .cell import CONTEXTS, Context, key_of
 from .choice import Choice
 from .machine import MeasuredOn, libraries, machine_of
 from .race import MODES, ModeName, RacedCall, race
+from .regime import calls_on_busy_devices
 
 Forward = Callable[..., Any]
 Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -187,6 +188,7 @@ def measured(
 ) -> Choice:
     """Let the candidates for each call race; `begin` is called as in `race`, `found` with the cells of each call."""
     choice, versions = Choice(), libraries()
+    busy = calls_on_busy_devices(subjects)
     bar = Progress(console=Console(stderr=True), transient=True) if progress else None
     with bar or contextlib.nullcontext():
         task = bar.add_task("choosing", total=len(subjects)) if bar is not None else None
@@ -197,7 +199,7 @@ def measured(
                     bar.update(task, description=f"{subject.text}: {candidate}")
                 return begin(subject, candidate, action)
 
-            cells = tuple(race(subject, contexts, budget=seconds, begin=begun))
+            cells = tuple(race(subject, contexts, budget=seconds, begin=begun, busy=subject in busy))
             one = MeasuredOn(machine_of(subject.device), cells, versions)
             choice = choice.merged(Choice((one,)))
             found(one)
@@ -223,6 +225,8 @@ class CallRecorder:
     def __init__(self) -> None:
         """Start without any."""
         self.subjects: dict[object, RacedCall] = {}
+        self._first: object = None
+        self._pass = -1  # its number: one begins where the module that was called first is called again
         self._lock = threading.Lock()
 
     @hookimpl
@@ -253,10 +257,15 @@ class CallRecorder:
         key = key_of(tensor)
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         with self._lock:
+            caller = id(module) if module is not None else layer.number
+            self._first = caller if self._first is None else self._first
+            self._pass += caller == self._first
             kind = (layer.name, device, mode, key)
             if kind not in self.subjects and call.obstacle is None and not _is_capturing(device):
                 recorded = Recorded(layer.name, layer, _snapshot(call))
                 self.subjects[kind] = RacedCall(recorded, key, device, mode, autocast)
+            if kind in self.subjects:
+                self.subjects[kind].passes[self._pass] += 1
 
 
 def _snapshot(call: Call) -> Call:

@@ -46,6 +46,11 @@ class Orders:
     default: tuple[str, ...]
     file: str
 
+    @property
+    def all(self) -> list[tuple[str, ...]]:
+        """The orders of all kinds of calls."""
+        return [self.default, *(order for _, order in (*self.eager, *self.captured))]
+
     def order(self, key: Key, captured: bool = False) -> tuple[tuple[str, ...], bool]:
         """Return the candidates for a kind of call, best first, and whether it was measured.
 
@@ -95,9 +100,12 @@ class ShapeLimit:
         """
         if self.digest and digest_of(forward) not in (None, self.digest):
             raise LoadError("its code has changed since it was measured: measure again (kernels-core choose)")
-        if self.orders is None:
-            return forward
-        limited = (self._traced if self.is_traced else self._eager)(forward, self.orders)
+        orders = self.orders
+        if orders is None or all(
+            map(self._leads, (orders.default, *(order for _, order in (*orders.eager, *orders.captured))))
+        ):
+            return forward  # it serves all calls that come to it: none has to ask for its shape
+        limited = (self._traced if self.is_traced else self._eager)(forward, orders)
         vars(limited)["kernels_choice"] = self.using
         return limited
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,6 +40,7 @@ class RacedCall:
         device: Its device.
         mode: Whether autograd recorded it.
         autocast: The dtype of the autocast around it, None without.
+        passes: How often such calls were made in each pass through the model.
     """
 
     recorded: Recorded
@@ -46,6 +48,7 @@ class RacedCall:
     device: torch.device
     mode: ModeName
     autocast: torch.dtype | None = None
+    passes: Counter[int] = field(default_factory=Counter)
 
     def autocasting(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of autocast that the call was made in."""
@@ -163,6 +166,7 @@ def race(
     budget: float,
     begin: Callable[[str, str], str] = lambda candidate, action: "",
     beside: Mapping[str, Run] = types.MappingProxyType({}),
+    busy: bool = False,
 ) -> Iterator[ChoiceCell]:
     """Verify and time all candidates for a call; yield a cell for each context.
 
@@ -174,6 +178,7 @@ def race(
         budget: Seconds for the timing of each candidate, roughly.
         begin: Called before something is done with a candidate; a reason leaves it out.
         beside: Other work to time in turn with the candidates, by name; the cells have its times, too.
+        busy: Whether the device is busy when such calls are launched, so that launching takes no time.
     """
     layer, device = subject.recorded.layer, subject.device
     running = _Race(subject, begin)
@@ -181,7 +186,7 @@ def race(
         running.enter(candidate)
     running.forwards[REFERENCE] = layer.reference
     try:
-        make = _runner(subject)
+        make = runner_of(subject)
     except Exception as error:
         stop_if_broken(error)
         warn_once(f"No choice is made for {subject.text}: {subject.recorded.call.why_failed(error)}")
@@ -189,9 +194,11 @@ def race(
     capture = device.type == "cuda" and "captured" in contexts
     if "eager" in contexts or capture:
         runs = {name: make(forward) for name, forward in running.forwards.items()}
-        timings = running.timed({**runs, **beside}, budget, capture)
+        timings = running.timed({**runs, **beside}, budget, device.type == "cuda")
         if "eager" in contexts:
-            yield from running.cell("eager", {name: timing.launched for name, timing in timings.items()})
+            # Where the device is busy, the CPU still has to keep ahead of it: launching is not quite free.
+            times = {n: t.busy + 0.15 * t.host if busy else t.launched for n, t in timings.items()}
+            yield from running.cell("eager", times)
         if capture:
             captured = {name: timing.captured for name, timing in timings.items() if timing.captured is not None}
             why = {name: timing.not_captured for name, timing in timings.items()}
@@ -218,7 +225,7 @@ def _contestants(subject: RacedCall) -> Iterator[Candidate]:
         yield Candidate(pack, PLUGIN, "user")
 
 
-def _runner(subject: RacedCall) -> Callable[[Forward], Run]:
+def runner_of(subject: RacedCall) -> Callable[[Forward], Run]:
     """Return a function that makes runs of a call: all on the same copies of its inputs and of the module's tensors."""
     call = subject.recorded.call.snapshot(state=True)  # a batch norm counts its calls
     call = with_gradients(call) if subject.mode == "training" else call

@@ -12,7 +12,7 @@ import torch
 
 from kernels_core import ArgumentError, Candidate, LayerRequest, Mode, Reference, warn_once
 
-from .cell import REFERENCE, ChoiceCell, best_everywhere
+from .cell import REFERENCE, ChoiceCell, settled
 from .choice import Choice
 from .limit import Orders, ShapeLimit
 
@@ -53,19 +53,20 @@ def ranked(
     offered = {name_of(candidate): candidate for candidate in reversed(candidates)}
     offered = {**_again(known - offered.keys(), request.layer_name), **offered}
     cells = [replace(one, times={name: one.times[name] for name in one.times if name in offered}) for one in cells]
-    chain = _chain(cells)
+    served = list(zip(cells, settled(cells), strict=True))
+    chain = _chain(served)
     rest = [name for name in map(name_of, candidates) if name not in chain and name != REFERENCE]
     orders = None
-    if best_everywhere(cells) is None:
+    if len({order[0] for _, order in served}) > 1:
         chain = [*(name for name in chain if name != REFERENCE), *rest]
-        eager = [(cell.key, cell.order) for cell in cells if cell.context != "captured"]
-        captured = [(cell.key, cell.order) for cell in cells if cell.context == "captured" and cell.device == "cuda"]
+        eager = [(cell.key, order) for cell, order in served if cell.context != "captured"]
+        captured = [(cell.key, order) for cell, order in served if cell.context == "captured"]
         default = (*dict.fromkeys([*map(name_of, candidates), REFERENCE]),)
         orders = Orders(request.layer_name, tuple(eager), tuple(captured), default, file)
-        if any(order[0] == REFERENCE for order in (default, *(cell.order for cell in cells))):
+        if any(order[0] == REFERENCE for order in (default, *(order for _, order in served))):
             chain.append(REFERENCE)  # the last one, for it passes no call on; where it wins nothing, it is a fallback
     digests = {name: digest for cell in cells for name, digest in cell.digests.items()}
-    note = f"by {file}: {described(cells)}"
+    note = f"by {file}: {described(served)}"
     found: list[Candidate] = []
     for place, name in enumerate(chain):
         limit = None
@@ -84,21 +85,20 @@ def ranked(
     return found
 
 
-def _chain(cells: Sequence[ChoiceCell]) -> list[str]:
+Served = Sequence[tuple[ChoiceCell, tuple[str, ...]]]
+"""Cells, each with the candidates that serve it, best first."""
+
+
+def _chain(served: Served) -> list[str]:
     """Return the winners in the order in which calls ask them: that of few rows, where launching takes long, first."""
-    launched = [cell for cell in cells if cell.context != "captured"] or list(cells)
-    everywhere = best_everywhere(cells)
-    if everywhere == REFERENCE:
+    winners = {order[0] for _, order in served}
+    if winners == {REFERENCE}:
         return [REFERENCE]
-    if everywhere is not None:  # where it cannot serve, the others that always win do
-        return [everywhere, *(name for name in cells[0].order if name != everywhere and _always_wins(name, cells))]
-    winners = dict.fromkeys(cell.winner for cell in sorted(launched, key=lambda cell: cell.bucket))
-    winners.update(dict.fromkeys(cell.winner for cell in cells))
-    return list(winners)
-
-
-def _always_wins(name: str, cells: Sequence[ChoiceCell]) -> bool:
-    return all(name in cell.order[: cell.order.index(REFERENCE)] for cell in cells)
+    if len(winners) == 1:  # where it cannot serve, the others that always win do
+        always = set.intersection(*(set(order[: order.index(REFERENCE)]) for _, order in served))
+        return [name for name in served[0][1] if name in always]
+    by_rows = sorted(served, key=lambda pair: (pair[0].context == "captured", pair[0].bucket))
+    return list(dict.fromkeys(order[0] for _, order in by_rows))
 
 
 def _again(names: Iterable[str], layer_name: str) -> dict[str, Candidate]:
@@ -113,30 +113,30 @@ def _again(names: Iterable[str], layer_name: str) -> dict[str, Candidate]:
     return found
 
 
-def described(cells: Sequence[ChoiceCell]) -> str:
+def described(served: Served) -> str:
     """Return in words which candidate serves which rows, by how much it wins, and what lost."""
     texts = []
-    places = sorted(cells, key=lambda cell: (cell.dtype, cell.width, cell.context, cell.bucket))
-    for (dtype, width, context), group in groupby(places, key=lambda cell: (cell.dtype, cell.width, cell.context)):
-        for winner, run in groupby(group, key=lambda cell: cell.winner):
-            run_of = list(run)
-            first, last = run_of[0].rows.partition("-")[0], run_of[-1].rows.rpartition("-")[2]
-            rows = first if first == last else f"{first}-{last}"
-            ratios = [cell.ratio(winner) for cell in run_of]
-            span = "-".join(dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}")))
-            gain = f"{span} of the reference's time"
-            if winner == REFERENCE:
-                beaten = all(min(cell.times.values()) == cell.times[REFERENCE] for cell in run_of)
-                gain = "measured faster for this shape" if beaten else "no other is faster for this shape"
-            lost = [
-                f"{name} {min(cell.times.get(name, float('inf')) / cell.times[REFERENCE] for cell in run_of):.2f}"
-                for name in run_of[0].order
-                if name not in (winner, REFERENCE)
-            ]
-            others = f" (lost: {', '.join(lost)})" if lost else ""
-            where = " in CUDA graphs" if context == "captured" else ""
-            unit = "row" if rows == "1" else "rows"
-            texts.append(f"{rows} {unit} of {width} {dtype}{where}: {winner}, {gain}{others}")
+    places = sorted(served, key=lambda pair: (pair[0].dtype, pair[0].width, pair[0].context, pair[0].bucket))
+    alike = groupby(places, key=lambda pair: (pair[0].dtype, pair[0].width, pair[0].context, pair[1][0]))
+    for (dtype, width, context, winner), run in alike:
+        cells = [cell for cell, _ in run]
+        first, last = cells[0].rows.partition("-")[0], cells[-1].rows.rpartition("-")[2]
+        rows = first if first == last else f"{first}-{last}"
+        ratios = [cell.ratio(winner) for cell in cells]
+        span = "-".join(dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}")))
+        gain = f"{span} of the reference's time"
+        if winner == REFERENCE:
+            beaten = all(min(cell.times.values()) == cell.times[REFERENCE] for cell in cells)
+            gain = "measured faster for this shape" if beaten else "no other is faster for this shape"
+        lost = [
+            f"{name} {min(cell.times.get(name, float('inf')) / cell.times[REFERENCE] for cell in cells):.2f}"
+            for name in cells[0].order
+            if name not in (winner, REFERENCE)
+        ]
+        others = f" (lost: {', '.join(lost)})" if lost else ""
+        where = " in CUDA graphs" if context == "captured" else ""
+        unit = "row" if rows == "1" else "rows"
+        texts.append(f"{rows} {unit} of {width} {dtype}{where}: {winner}, {gain}{others}")
     return "; ".join(texts)
 
 

@@ -18,7 +18,7 @@ Run = Callable[[], object]
 _FEWEST, _MOST = 9, 200
 """Rounds of each run."""
 
-_OTHERS = bytearray(4 << 20)
+_OTHERS = bytearray(1 << 20)
 """Copied before each run: in a model, other code has used the caches of the CPU since the last call of a layer. A call
 that is repeated in a loop looks twice as fast, and the more code it runs, the more so: compiled ones above all."""
 
@@ -31,14 +31,21 @@ class Timing:
     """The seconds that a run takes.
 
     Attributes:
-        launched: From the CPU: the longer of the time to launch it, and that of the device.
+        host: Of the CPU, to launch it.
+        busy: Of the device; the same where that is the CPU.
         captured: Replayed from a CUDA graph; None where that was not measured.
         not_captured: Why not.
     """
 
-    launched: float
+    host: float
+    busy: float
     captured: float | None = None
     not_captured: str = ""
+
+    @property
+    def launched(self) -> float:
+        """Where nothing else waits for the device: the longer of both."""
+        return max(self.host, self.busy)
 
 
 def time_runs(
@@ -69,7 +76,7 @@ def time_runs(
             once[name], launched[name] = _warm(run, device), []
         except Exception as error:  # a candidate that fails is out; one that breaks the device breaks the next, too
             broken[name] = error
-    slowest = max(once.values(), default=1.0) + _launch(lambda: None, device)
+    slowest = max(once.values(), default=1.0) + launch_time(lambda: None, device)
     rounds = max(_FEWEST, min(_MOST, int(budget / slowest)))
     order, shuffled = list(launched), random.Random(rounds)  # its own generator: the user's is left alone
     with _quiet():
@@ -80,7 +87,7 @@ def time_runs(
                     continue
                 before(name)
                 try:
-                    launched[name].append(_launch(runs[name], device))
+                    launched[name].append(launch_time(runs[name], device))
                 except Exception as error:
                     broken[name] = error
     yield from broken.items()
@@ -89,18 +96,26 @@ def time_runs(
             continue
         run, host = runs[name], sorted(times)[len(times) // 4]  # other work on the machine only ever adds time
         if device.type != "cuda":
-            yield name, Timing(host)
+            yield name, Timing(host, host)
             continue
         before(name)
-        replayed: float | None = None
-        reason = "not asked for"
-        if capture:
-            try:
-                replayed, reason = _replayed(run, device, budget), ""
-            except Exception as error:
-                reason = f"it cannot be captured in a CUDA graph: {type(error).__name__}: {error}".partition("\n")[0]
-        busy = replayed if replayed is not None else _busy(run, device)
-        yield name, Timing(max(host, busy), replayed, reason)
+        busy, replayed, reason = device_time(run, device, budget if capture else 0.0)
+        yield name, Timing(host, busy, replayed, reason)
+
+
+def device_time(run: Run, device: torch.device, budget: float) -> tuple[float, float | None, str]:
+    """Return the seconds of a GPU for a run; the same replayed from a CUDA graph, or None, and why not.
+
+    Without a budget, nothing is captured.
+    """
+    reason = "not asked for"
+    if budget:
+        try:
+            replayed = _replayed(run, device, budget)
+            return replayed, replayed, ""
+        except Exception as error:
+            reason = f"it cannot be captured in a CUDA graph: {type(error).__name__}: {error}".partition("\n")[0]
+    return _waited(run, device), None, reason
 
 
 def _warm(run: Run, device: torch.device) -> float:
@@ -115,7 +130,7 @@ def _warm(run: Run, device: torch.device) -> float:
     return min(times)
 
 
-def _launch(run: Run, device: torch.device) -> float:
+def launch_time(run: Run, device: torch.device) -> float:
     """Return the seconds until the CPU is through with a run: on a GPU, it does not wait for that."""
     synchronize(device)
     bytes(_OTHERS)
@@ -142,7 +157,7 @@ def _replayed(run: Run, device: torch.device, budget: float) -> float:
     return max(times[0] - times[1], 1e-7)
 
 
-def _busy(run: Run, device: torch.device) -> float:
+def _waited(run: Run, device: torch.device) -> float:
     """Return the seconds of the device for a run that cannot be captured."""
     flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
     # While the device is busy with the flush, the CPU launches the run.
