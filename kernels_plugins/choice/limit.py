@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -23,6 +24,18 @@ Using = tuple[Choice, str, bool]
 
 is_capturing = torch.cuda.is_current_stream_capturing
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
+
+# Written for the parameters of a kernel: to pass `*args` on would cost half as much as the question.
+_TEXT = """\
+def limited{signature}:
+    try:
+        taken = _choice_known[{tensor}.dtype, {tensor}.shape]
+    except (KeyError, AttributeError):
+        taken = _choice_found(({arguments},), {{}})
+    if taken is True or (taken and _choice_capturing() == (taken == "captured")):
+        return _choice_forward({arguments})
+    return NotImplemented
+"""
 
 _KNOWN = 4096
 """Exact shapes that are remembered for one kernel: a program with more of them has dynamic ones, and starts over."""
@@ -139,38 +152,33 @@ class ShapeLimit:
                 known[tensor.dtype, tensor.shape] = taken
             return taken
 
-        def with_keywords(*args: Any, **kwargs: Any) -> Any:
-            try:
-                taken = known[args[first].dtype, args[first].shape]
-            except (KeyError, AttributeError, IndexError):
+        names: dict[str, Any] = {
+            "_choice_known": known,
+            "_choice_found": found,
+            "_choice_forward": forward,
+            "_choice_capturing": is_capturing,
+        }
+        parameters = list(inspect.signature(forward).parameters.values())
+        if len(parameters) <= first or any(each.kind is not each.POSITIONAL_OR_KEYWORD for each in parameters):
+
+            def limited(*args: Any, **kwargs: Any) -> Any:
                 taken = found(args, kwargs)
-            if taken is True or (taken and is_capturing() == (taken == "captured")):
-                return forward(*args, **kwargs)
-            return NotImplemented
+                if taken is True or (taken and is_capturing() == (taken == "captured")):
+                    return forward(*args, **kwargs)
+                return NotImplemented
 
-        # Names in place of `*args`, and no `**kwargs` where none can come, save a third of the price.
-        def of_function(x: Any, /, *args: Any) -> Any:
-            try:
-                taken = known[x.dtype, x.shape]
-            except (KeyError, AttributeError):
-                taken = found((x, *args), {})
-            if taken is True or (taken and is_capturing() == (taken == "captured")):
-                return forward(x, *args)
-            return NotImplemented
-
-        def of_module(module: Any, x: Any, /, *args: Any) -> Any:
-            try:
-                taken = known[x.dtype, x.shape]
-            except (KeyError, AttributeError):
-                taken = found((module, x, *args), {})
-            if taken is True or (taken and is_capturing() == (taken == "captured")):
-                return forward(module, x, *args)
-            return NotImplemented
-
-        kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
-        simple = not {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}.intersection(kinds)
-        limited: Any = (of_function if self.is_function else of_module) if simple else with_keywords
-        return cast(Forward, limited)
+            return limited
+        arguments = ", ".join(each.name for each in parameters)
+        bare = [each.replace(annotation=each.empty, default=each.empty) for each in parameters]
+        text = _TEXT.format(signature=inspect.Signature(bare), tensor=parameters[first].name, arguments=arguments)
+        exec(
+            compile(text, f"<calls that {self.name} takes>", "exec"),
+            {"_choice_capturing": is_capturing, **names},
+            names,
+        )
+        made = cast("types.FunctionType", names["limited"])
+        made.__defaults__ = tuple(each.default for each in parameters if each.default is not each.empty)
+        return made
 
     def _say_if_missed(self, key: Key) -> None:
         assert self.orders is not None
