@@ -160,9 +160,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", default="eager")
     parser.add_argument("--seconds", type=float, default=0.1)
+    parser.add_argument("--rows", help="The rows to measure in inference, such as 1,4096.")
+    parser.add_argument("--trained", help="The same in training.")
     parser.add_argument("--parts", default="regret,steps")
     parser.add_argument("--file", type=Path, help="A choice to use, or where to keep the one that is measured.")
     given = parser.parse_args()
+    for table, text in ((ROWS, given.rows), (TRAINED, given.trained)):
+        if text:
+            table.update(dict.fromkeys(table, tuple(map(int, text.split(",")))))
     chosen = tuple(given.contexts.split(",")), given.seconds, tuple(given.parts.split(",")), given.file
     for row in run(*chosen):
         print(f"{row.subject}: {row.value:.2f} {row.unit}" + (f" ({row.ratio:.3f})" if row.ratio else ""), flush=True)
