@@ -129,7 +129,7 @@ def _provider(name: str) -> str:
 
 
 def _in_turns(
-    model: Any, step: Callable[[], None], file: Path, device: str, rounds: int, compiled: bool
+    model: Any, step: Callable[[], Any], file: Path, device: str, rounds: int, compiled: bool
 ) -> dict[str, float]:
     """Time a step in turns, plain and with the choice, and with each pack alone; return the medians."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
