@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Write a configuration file into the folder of the test, which becomes the working directory; return its path."""
     monkeypatch.chdir(tmp_path)
+    gc.collect()  # kernelized models that other tests have left would read the file as soon as `forget` is called
 
     def write(text: str, name: str = "kernels.toml") -> Path:
         (tmp_path / name).write_text(text, encoding="utf-8")

@@ -260,6 +260,9 @@ def test_linear_cross_entropy_at_the_edges() -> None:
     assert all(not each.any() for each in found)
     found = run(lambda h, w: linear_cross_entropy(h, w, ignored[:0], reduction="sum"), [hidden[:0], weight], None, 2)
     assert [each.shape for each in found] == [(), (0, 8), (10, 8)] and not any(each.any() for each in found)
+    halves = [each.half().requires_grad_() for each in (hidden, weight)]
+    found = torch.autograd.grad(linear_cross_entropy(*halves, ignored), halves)
+    assert not any(each.any() for each in found)  # zeros as PyTorch's, although the loss is NaN
     labels = torch.tensor([3, 0, 3, 1], device=DEVICE)
     torch.testing.assert_close(
         linear_cross_entropy(hidden, weight, labels, ignore_index=3),

@@ -119,7 +119,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dweight is not None and rows == 0:
             dweight.zero_()
         ctx.gradients = (dhidden, dweight, dbias if dbias is None else dbias.to(weight.dtype))
-        ctx.factor = factor if late else None
+        # Without any label, the factor is infinite, and the gradients are zero: infinity times zero would be NaN.
+        ctx.factor = factor.nan_to_num(posinf=0.0) if late else None
         return losses.sum() * factor
 
     @staticmethod
