@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kernels_core import PluginManager, forget, scope
+from kernels_core.models.choice import choices
 from kernels_core.settings.reader import forget_settings
 from kernels_plugins import mapping
 
@@ -43,7 +43,8 @@ def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Write a configuration file into the folder of the test, which becomes the working directory; return its path."""
     monkeypatch.chdir(tmp_path)
-    gc.collect()  # kernelized models that other tests have left would read the file as soon as `forget` is called
+    # Kernelized models that other tests have left, in caches of compiled code, would read the file at once on `forget`.
+    choices.clear()
 
     def write(text: str, name: str = "kernels.toml") -> Path:
         (tmp_path / name).write_text(text, encoding="utf-8")
