@@ -76,7 +76,7 @@ def parity(session: nox.Session) -> None:
 def models(session: nox.Session) -> None:
     """Adopt models of transformers, and compare them with untouched ones."""
     install(session, *TEST_TOOLS, "transformers", "peft", "accelerate")
-    session.run("pytest", "-n", "2", "-k", "adopt", "tests/plugins", "tests/docs", *session.posargs)
+    session.run("pytest", "-n", "2", "-k", "adopt or quickstart or ten_lines or demo_serves", "tests/plugins", "tests/docs", *session.posargs)
 
 
 @nox.session

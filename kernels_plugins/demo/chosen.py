@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
@@ -100,10 +101,8 @@ def say(text: str) -> None:
 
 
 def _llama(device: torch.device, dtype: torch.dtype) -> tuple[str, nn.Module, Callable[..., list[Tensor]]]:
-    import transformers
-
     size = LLAMA.get(device.type, LLAMA["cpu"])
-    library: Any = transformers
+    library: Any = importlib.import_module("transformers")  # which need not be installed
     config = library.LlamaConfig(**size, num_key_value_heads=size["num_attention_heads"] // 4, vocab_size=2000)
     with torch.device(device):
         model = library.LlamaForCausalLM(config).to(dtype).eval()
@@ -114,7 +113,7 @@ def _llama(device: torch.device, dtype: torch.dtype) -> tuple[str, nn.Module, Ca
             output = model(ids[:, :tokens], labels=ids if training else None, use_cache=False, logits_to_keep=0)
         return _with_gradients(model, output.loss) if training else [output.logits]
 
-    return f"Llama of transformers {transformers.__version__}", model, run
+    return f"Llama of transformers {library.__version__}", model, run
 
 
 def _block(device: torch.device, dtype: torch.dtype) -> tuple[str, nn.Module, Callable[..., list[Tensor]]]:
