@@ -76,7 +76,8 @@ def parity(session: nox.Session) -> None:
 def models(session: nox.Session) -> None:
     """Adopt models of transformers, and compare them with untouched ones."""
     install(session, *TEST_TOOLS, "transformers", "peft", "accelerate")
-    session.run("pytest", "-n", "2", "-k", "adopt or quickstart or ten_lines or demo_serves", "tests/plugins", "tests/docs", *session.posargs)
+    chosen = "adopt or quickstart or ten_lines or demo_serves"
+    session.run("pytest", "-n", "2", "-k", chosen, "tests/plugins", "tests/docs", *session.posargs)
 
 
 @nox.session
