@@ -134,12 +134,12 @@ class ChoiceCell:
 
     @property
     def of_subject(self) -> tuple[str, str, str, Key]:
-        """What the cells of one call have in common."""
+        """The place without the context: equal for all cells of one call."""
         return self.layer, self.device, self.mode, self.key
 
     @classmethod
     def read(cls, value: Any) -> ChoiceCell:
-        """Make a cell of what JSON has for it.
+        """Make a cell of its parsed JSON.
 
         Raises:
             ArgumentError: If that is no cell.

@@ -114,7 +114,7 @@ class Choice(Tabular):
 
     @classmethod
     def read(cls, value: Any) -> Choice:
-        """Make a choice of what JSON has for it.
+        """Make a choice of its parsed JSON.
 
         Args:
             value: What `to_json` wrote, parsed.
@@ -133,7 +133,7 @@ class Choice(Tabular):
             raise ArgumentError(f"it is malformed: {type(error).__name__}: {error}") from error
 
     def to_json(self) -> str:
-        """Return what a file has.
+        """Return the content of a file, as JSON.
 
         Example:
             >>> Choice().to_json()

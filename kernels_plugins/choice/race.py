@@ -57,7 +57,7 @@ class RacedCall:
 
     @property
     def place(self) -> tuple[str, str, str, Key]:
-        """What its cells have in common."""
+        """The place of its cells, without the context."""
         return self.recorded.layer.name, self.device.type, self.mode, self.key
 
     @property

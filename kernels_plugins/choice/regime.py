@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from ..oracle.subject import stop_if_broken
 from .race import RacedCall, runner_of
 from .timing import device_time, launch_time
 
@@ -17,9 +18,14 @@ def calls_on_busy_devices(calls: Sequence[RacedCall]) -> frozenset[RacedCall]:
     waiting: dict[int, float] = defaultdict(float)
     for call in calls:
         if call.device.type == "cuda":
-            run = runner_of(call)(call.recorded.layer.reference)
-            run()  # what is compiled or allocated at first
-            launching = min(launch_time(run, call.device) for _ in range(5))
+            try:
+                run = runner_of(call)(call.recorded.layer.reference)
+                run()  # the first time compiles and allocates
+                launching = min(launch_time(run, call.device) for _ in range(5))
+                busy = device_time(run, call.device, 0.02)[0]
+            except Exception as error:  # a reference that cannot run on copies: its race reports the reason
+                stop_if_broken(error)
+                continue
             for number, count in call.passes.items():
-                waiting[number] += count * (device_time(run, call.device, 0.02)[0] - launching)
+                waiting[number] += count * (busy - launching)
     return frozenset(call for call in calls if call.passes and waiting[min(call.passes)] > 0)
