@@ -20,6 +20,7 @@ TEST_TOOLS = (
     "hypothesis==6.170.15",
     "numpy",
     "prometheus-client==0.26.0",
+    "sigstore==4.5.1",
 )
 KERNELS = "kernels==0.17.2"
 """The library whose users are to lose nothing here: the oracle of tests/parity."""

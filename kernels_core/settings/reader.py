@@ -34,7 +34,8 @@ _CORE: dict[str, Parse] = {
 
 OWNERS = {
     **dict.fromkeys(_CORE, ""),
-    **{"mapping": "mapping", "packs": "adopt", "adoption": "adopt", "trusted": "hub"},
+    **{"mapping": "mapping", "packs": "adopt", "adoption": "adopt"},
+    **dict.fromkeys(("trusted", "signatures", "signers", "trusted-root"), "hub"),
     **{"canary": "canary", "observers": "observe"},
 }
 """The plugin that checks a setting. Other plugins have a table of their own: so a setting whose plugin is blocked is

@@ -21,6 +21,7 @@ _VARIABLES = {
     "choice": "KERNELS_CHOICE",
     "canary": "KERNELS_CANARY",
     "observers": "KERNELS_OBSERVE",
+    "signatures": "KERNELS_SIGNATURES",
 }
 """The variable that wins over a setting."""
 

@@ -109,7 +109,7 @@ def download(
         try:
             # Dependencies are not followed: each has an entry of its own in the lock.
             request = locked_request(locked, kernel, trust_remote_code=trust_remote_code or ())
-            for fetched in _fetch(request, all_variants):
+            for fetched in map(fetching.fetch_build, selected_builds(request, all_variants)):
                 checked = {"files": len(fetched.build.files), "lock": fetched.checked.get("lock", "")}
                 rows.append({**_named(kernel), "variant": fetched.selected.variant, **checked})
         except KernelsError as error:
@@ -180,13 +180,12 @@ def variants(repo_id: Repository, revision: Revision = None, version: Version = 
 # --- Requests ------------------------------------------------------------------------------------
 
 
-def _fetch(request: KernelRequest, all_variants: bool) -> Iterable[fetching.FetchedBuild]:
-    """Fetch the best build of a kernel, or each."""
+def selected_builds(request: KernelRequest, all_variants: bool) -> list[fetching.SelectedBuild]:
+    """Select the best build of a kernel, or each."""
     if not all_variants:
-        return [fetching.fetch_build(fetching.select_build(request))]
+        return [fetching.select_build(request)]
     resolved = fetching.resolve_kernel(request)
-    builds = [resolved.build(name) for name in resolved.variants if parse_variant(name) is not None]
-    return [fetching.fetch_build(build) for build in builds]
+    return [resolved.build(name) for name in resolved.variants if parse_variant(name) is not None]
 
 
 def _locked_rows(made: Lock, changes: Sequence[tuple[LockedKernel | None, LockedKernel | None]]) -> list[Row]:
@@ -211,13 +210,17 @@ def _warn_of_old_lock(folder: Path, locked: Lock) -> None:
         )
 
 
-def _resolve(repo_id: str, revision: str | None, version: int | None) -> fetching.ResolvedKernel:
-    """Find a kernel to look at, by default its newest version, or main.
+def request_to_read(repo_id: str, revision: str | None, version: int | None) -> KernelRequest:
+    """Request a kernel to look at, by default its newest version, or main.
 
     Its publisher need not be trusted, as no code of it is run.
     """
     revision, version = by_default(repo_id, revision, version)
-    return fetching.resolve_kernel(KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True))
+    return KernelRequest(repo_id, revision=revision, version=version, trust_remote_code=True)
+
+
+def _resolve(repo_id: str, revision: str | None, version: int | None) -> fetching.ResolvedKernel:
+    return fetching.resolve_kernel(request_to_read(repo_id, revision, version))
 
 
 def by_default(repo_id: str, revision: str | None, version: int | None) -> tuple[str | None, int | None]:

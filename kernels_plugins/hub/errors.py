@@ -6,7 +6,7 @@ kernel as it would open a file or import a module.
 
 from __future__ import annotations
 
-from kernels_core import LoadError, UntrustedError
+from kernels_core import IntegrityError, LoadError, UntrustedError
 
 
 class UnreachableError(LoadError, ConnectionError):
@@ -43,3 +43,27 @@ class DependencyError(LoadError, RuntimeError):
 
 class PublisherError(UntrustedError, ValueError):
     """The publisher of a kernel is not trusted."""
+
+
+class SignatureError(UntrustedError, ValueError):
+    """The signature of a kernel is malformed, or covers none of its files; the kinds below have other reasons."""
+
+
+class UnsignedError(SignatureError):
+    """A kernel has no signature, and one is required."""
+
+
+class SignerError(SignatureError):
+    """A kernel is signed, but not by a signer of its publisher."""
+
+
+class ExpiredError(SignatureError):
+    """The certificate of a signature was not valid when it was logged."""
+
+
+class AuthorityError(SignatureError):
+    """The certificate of a signature is not one of a trusted authority, or no authority can be read."""
+
+
+class TamperedError(SignatureError, IntegrityError):
+    """A signature is not one of the bytes beside it."""

@@ -27,6 +27,7 @@ from .client.overrides import VARIABLE, find_override
 from .errors import AbsentError, UnknownError
 from .locking.lockfile import hash_variant
 from .request import KernelRequest, RepoInfo, RequestOptions
+from .signatures.checking import check_signature
 
 PLUGIN = "hub"
 """The plugin that loads kernels from the Hub: where it is left out, nothing does."""
@@ -123,8 +124,8 @@ def select_build(request: KernelRequest, *, suggest: bool = True) -> SelectedBui
     return resolved.build(name)
 
 
-def fetch_build(selected: SelectedBuild) -> FetchedBuild:
-    """Download a build, whether or not it fits, unless it is in the cache; read it, and check its files."""
+def fetch_build(selected: SelectedBuild, *, verify: bool = True) -> FetchedBuild:
+    """Download a build, whether or not it fits, unless it is in the cache; read it, and check files and signature."""
     from .client import download, revision
 
     resolved = selected.resolved
@@ -139,6 +140,8 @@ def fetch_build(selected: SelectedBuild) -> FetchedBuild:
             revision.forget_record(pin)  # the listing may be wrong, not the files
             download.discard(selected.folder)
             raise
+        # Not a fault of the download, as those above: what is refused here stays in the cache.
+        signature = check_signature(build, pin.repo_id, selected.place) if verify else {}
         # Written only now: a listing that the files do not match would refuse them for ever.
         revision.keep_record(pin)
         cache = download.metadata_cache(request.repo_id)
@@ -149,7 +152,9 @@ def fetch_build(selected: SelectedBuild) -> FetchedBuild:
         cache.write_pin(first.commit, pin)
         if pin.repo_id != request.repo_id:
             download.metadata_cache(pin.repo_id).write_pin(pin.commit, pin)
-    return FetchedBuild(selected, build, {"digest": digest, "transfer": transfer, **resolved.checked, **lock})
+    return FetchedBuild(
+        selected, build, {"digest": digest, "transfer": transfer, **signature, **resolved.checked, **lock}
+    )
 
 
 def install(request: KernelRequest) -> FetchedBuild:
@@ -251,7 +256,9 @@ def _read_folder(path: Path, options: RequestOptions, asked: str, trust: str = "
     with naming(selected.place):
         authorize(folder, PLUGIN)
         build = as_build(folder, read_files(folder))
-        return FetchedBuild(selected, build, {"digest": check_digest(build), "trust": trust})
+        digest = check_digest(build)
+        signature = check_signature(build, options.repo_id if isinstance(options, KernelRequest) else "", asked)
+        return FetchedBuild(selected, build, {"digest": digest, **signature, "trust": trust})
 
 
 def _check_lock(request: KernelRequest, name: str, resolved: ResolvedKernel) -> dict[str, str]:

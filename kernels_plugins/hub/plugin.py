@@ -65,17 +65,21 @@ def _parse_trusted(section: ConfigSection) -> dict[str, ConfigSection]:
 
 @hookimpl
 def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]]:
-    """Own `trusted` in the configuration file."""
-    return {"trusted": _parse_trusted}
+    """Own `trusted`, and the settings of signatures, in the configuration file."""
+    from .signatures.signer import SETTINGS
+
+    return {"trusted": _parse_trusted, **SETTINGS}
 
 
 @hookimpl
 def kernels_register_commands(cli: typer.Typer) -> None:
-    """Add `lock`, `download`, `info`, `versions`, `variants` and `benchmark`, and the group `cache`."""
+    """Add `lock`, `download`, `info`, `versions`, `variants`, `benchmark` and `verify-signature`, and `cache`."""
     from . import command  # only the command line needs it
     from .benchmark.command import benchmark
     from .cache.command import cache
+    from .signatures.command import verify_signature
 
-    for function in (command.lock, command.download, command.info, command.versions, command.variants, benchmark):
+    own = (command.lock, command.download, command.info, command.versions, command.variants)
+    for function in (*own, benchmark, verify_signature):
         cli.command()(function)
     cli.add_typer(cache, name="cache")

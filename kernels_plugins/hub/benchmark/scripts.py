@@ -13,6 +13,7 @@ from .. import fetching
 from ..builds.integrity import check_transfer
 from ..errors import AbsentError
 from ..request import KernelRequest
+from ..signatures.checking import refuse_unsigned
 
 FOLDER = "benchmarks"
 _PATTERN = "benchmark*.py"
@@ -51,6 +52,7 @@ def find_scripts(request: KernelRequest) -> Scripts:
     resolved = installed.selected.resolved
     if resolved is None:  # LOCAL_KERNELS names a folder instead
         return _scripts(_repository(installed.selected.folder), installed.selected.origin)
+    refuse_unsigned("the benchmark scripts of a kernel are no part of its build, so no signature covers them")
     pin = resolved.pin
     client = Client(describe_agent(None))
     with fetching.naming(str(request)):

@@ -1,0 +1,1 @@
+"""Signatures of builds: who is to sign, and who did. Read `verification.py` first."""
