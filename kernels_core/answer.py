@@ -31,6 +31,10 @@ from .resolution import (
 from .warning import warn_once
 
 
+IN_QUARANTINE = "it is in quarantine"
+"""How the reason starts for a kernel that proved wrong in this process."""
+
+
 class ModesDiffer(BaseException):
     """One decision cannot serve all modes that were asked about: decide for each, when a call of that mode comes.
 
@@ -193,4 +197,4 @@ def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Cand
 def quarantine_refusal(entry: Quarantined, candidate: Candidate) -> Refusal:
     """Return the refusal of a candidate whose kernel is in quarantine."""
     cause = Cause.POLICY if entry.mode is None else Cause.MODE
-    return Refusal(f"it is in quarantine: {entry.reason}", candidate, candidate.plugin, entry.error, cause)
+    return Refusal(f"{IN_QUARANTINE}: {entry.reason}", candidate, candidate.plugin, entry.error, cause)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -41,10 +40,11 @@ from .environment import mapping_disabled
 from .errors import NoKernelError
 from .generated import Generator, made_once, passed_back, unused_texts
 from .guards.breaker import stand_in
-from .guards.gradients import is_recorded, needs_proof
-from .guards.proof import Unproven, until_proven
+from .guards.gradients import is_recorded
+from .guards.joining import join
 from .guards.quarantine import excluded_dtypes, without_dtypes
-from .guards.tensors import is_pending, odd_classes, odd_parameters, subclasses_traced, waiting
+from .guards.tensors import is_pending, odd_classes, subclasses_traced, waiting
+from .guards.watch import Watch
 from .layer import Forward, Layer
 from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
@@ -57,15 +57,18 @@ Odd = frozenset[type[torch.Tensor]]
 """The classes of the tensors of a call that are not plain."""
 
 
-def make_forward(layer: Layer, after: int = 0, **decided: Any) -> Forward:
+def make_forward(
+    layer: Layer, after: int = 0, settled: Callable[[_Dispatcher, Frame], None] | None = None, **decided: Any
+) -> Forward:
     """Return the dispatching forward of a layer, with the name, docstring and signature of its reference.
 
     Args:
         layer: The layer.
         after: How many kernels have passed on the calls of this forward: see `decide`.
+        settled: Called with the dispatcher of the forward, and a frame in which functions were published.
         **decided: Further arguments for `decide`: `scopes` and `passed_on`.
     """
-    dispatcher = _Dispatcher(layer, after, **decided)  # kept alive by the functions that it makes
+    dispatcher = _Dispatcher(layer, after, settled, **decided)  # kept alive by the functions that it makes
     forward = dispatcher.forward()
     functools.update_wrapper(forward, layer.reference)
     weakref.finalize(forward, withdraw, dispatcher.names).atexit = False
@@ -86,8 +89,14 @@ class _Dispatcher:
     what holds for calls, of devices, modes, proofs and tracers, holds for these, too.
     """
 
-    def __init__(self, layer: Layer, after: int = 0, **decided: Any) -> None:
-        self.layer, self.after, self.decided = layer, after, decided
+    def __init__(
+        self,
+        layer: Layer,
+        after: int = 0,
+        settled: Callable[[_Dispatcher, Frame], None] | None = None,
+        **decided: Any,
+    ) -> None:
+        self.layer, self.after, self.settled, self.decided = layer, after, settled, decided
         self.prefix = f"layer{layer.number}" + (f"_next{next(_following)}" if after or decided else "")
         self._decide: Callable[..., Resolution] = functools.partial(decide, layer, after=after, **decided)
         self._has_kernel = False  # whether a kernel was ever served
@@ -100,9 +109,10 @@ class _Dispatcher:
         self._numbers = itertools.count()
         self._tables: dict[str, FrameTable] = {}
         self._selectors: dict[str, Forward] = {}
-        self._unproven = Unproven()
-        self._untraceable, self._watched = list[bool](), list[bool]()  # not empty: some kernel is; a call must ask more
-        self._watching = threading.Lock()
+        self.plain = weakref.WeakSet[Forward]()
+        self.watch = Watch(layer, self._cold)
+        self._following: _Dispatcher | None = None
+        self._leading: Callable[[], _Dispatcher | None] = lambda: None  # no strong reference: it has one to this
         self._busy = ForkLock()
         self.names = set[str]()  # on frames, published or as tables
         weakref.finalize(self, withdraw, self.names).atexit = False  # for a copied forward, which has no finalizer
@@ -133,7 +143,7 @@ class _Dispatcher:
         odd -= pending
         kernel = self._published(self._name(device, odd), functools.partial(self._settle, device, odd))
         if is_recorded(module, values):
-            kernel = self._find_proving(kernel) or kernel
+            kernel = self.watch.find_proving(kernel) or kernel
         return waiting(kernel) if pending and kernel is not self.layer.reference else kernel
 
     def _published(self, name: str, decide: Callable[[Frame], Forward]) -> Forward:
@@ -156,9 +166,20 @@ class _Dispatcher:
             served = decide(frame)
             self.names.add(name)
             publish(frame, name, served, before)
+            self._join(frame)
             return served
         finally:
             lock.release()
+
+    def _join(self, frame: Frame) -> None:
+        """Let kernels that pass calls on call the next ones themselves, the last ones first."""
+        leading: _Dispatcher | None = self
+        while leading is not None:
+            if leading._following is not None:
+                join(leading, leading._following, frame)
+            if leading.settled is not None:
+                leading.settled(leading, frame)
+            leading = leading._leading()
 
     def _settle(self, device: torch.device, odd: Odd, frame: Frame) -> Forward:
         """Return one function for both modes, or the selector that asks for the mode."""
@@ -175,10 +196,13 @@ class _Dispatcher:
         kernel: Forward = resolution.implementation or self.layer.reference
         proving: Forward | None = None
         if resolution.implementation is not None:
-            self._watch(resolution, kernel)
-            proving = self._find_proving(kernel)
+            self.watch.add(resolution, kernel)
+            proving = self.watch.find_proving(kernel)
         served = without_dtypes(resolution, plugin_manager().wrap_forward(resolution, proving or kernel))
-        return kernel if served is proving else served  # a plugin wraps the proof with the kernel
+        served = kernel if served is proving else served  # a plugin wraps the proof with the kernel
+        if served is kernel:
+            self.plain.add(kernel)
+        return served
 
     def _selector(self, device: torch.device, odd: Odd) -> Forward:
         """Return the function that serves where training and inference differ; the same one each time."""
@@ -195,42 +219,12 @@ class _Dispatcher:
 
             def published(name: str) -> Forward:
                 kernel = self._published(name, decisions[name])
-                return self._find_proving(kernel) or kernel
+                return self.watch.find_proving(kernel) or kernel
 
             self._selectors[name] = self._generate(
                 "select", self.source.select(*decisions), file=name, _kernels_published=published
             )
         return self._selectors[name]
-
-    def _watch(self, resolution: Resolution, kernel: Forward) -> None:
-        """Let warm calls ask more, if the kernel is not proven or not fit for all calls."""
-        number = id(kernel)
-        with self._watching:  # or another thread takes the kernel before it for the last one to watch
-            if not resolution.can_be_traced:
-                self._untraceable[:] = [True]
-            if needs_proof(resolution) and number not in self._unproven:
-                gone = weakref.ref(kernel, lambda _: self._unproven.pop(number, None))
-                self._unproven[number] = gone, resolution.origin
-            if self._untraceable or self._unproven or odd_parameters:
-                self._watched[:] = [True]
-
-    def _find_proving(self, kernel: Forward) -> Forward | None:
-        """Return a function that proves a kernel; None if it is proven.
-
-        Whether it is does not depend on what is published: another thread may drop that at any time.
-        """
-        number = id(kernel)
-        known = self._unproven.get(number)
-        if known is None:
-            return None
-
-        def forget() -> None:
-            with self._watching:
-                self._unproven.pop(number, None)
-                if not (self._untraceable or self._unproven or odd_parameters):
-                    self._watched.clear()
-
-        return until_proven(self.layer, kernel, kernel, origin=known[1], when_proven=forget, decide_anew=self._cold)
 
     def _refusing(self, resolution: Resolution) -> Forward:
         """Return the function that raises, where the reference must not serve."""
@@ -268,8 +262,8 @@ class _Dispatcher:
         mode = Mode.TRAINING if is_recorded(module, values) else Mode.INFERENCE
         resolution = self._decide(device, (mode,))  # the decision is not kept with the function: ask for it
         judge = stand_in(resolution, error, module, values)
-        if judge is None:
-            return None
+        if judge is None:  # it was not raised in this kernel: perhaps in one that is joined to it
+            return self._following._failed(error, module, values) if self._following is not None else None
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
             output = judge(*args, **kwargs)
@@ -284,7 +278,12 @@ class _Dispatcher:
 
     def _make_next(self) -> Forward | None:
         """Make the forward that serves such calls; a dispatcher that has served only the reference ends the chain."""
-        return make_forward(self.layer, self.after + 1, **self.decided) if self._has_kernel else None
+        if not self._has_kernel:
+            return None
+        forward = make_forward(self.layer, self.after + 1, **self.decided)
+        self._following = forward.__globals__["_kernels_cold"].__self__
+        self._following._leading = weakref.ref(self)
+        return forward
 
     def _was_reference(self, resolution: Resolution) -> bool:
         """Whether no kernel is decided any more that could have passed the call on: the reference has the last word."""
@@ -384,9 +383,9 @@ class _Dispatcher:
             function,
             source,
             file=file,
-            _kernels_watched=self._watched,
-            _kernels_unproven=self._unproven,
-            _kernels_untraceable=self._untraceable,
-            _kernels_find_proving=self._find_proving,
+            _kernels_watched=self.watch.any,
+            _kernels_unproven=self.watch.unproven,
+            _kernels_untraceable=self.watch.untraceable,
+            _kernels_find_proving=self.watch.find_proving,
             **names,
         )

@@ -106,13 +106,14 @@ _FROZEN = """\
 def frozen{signature}:
     if {module}.__class__ is not _kernels_class and not _kernels_isinstance({module}, _kernels_class):
         return _kernels_elsewhere({call})
-    _kernel = _kernels_kernel
     if {is_traced}:
+        _kernel = _kernels_first
         if _kernels_is_odd({values}):
             return _kernels_dispatched({call})
         if _kernels_lossy and ({forward_level} >= 0 or _kernels_grad() and ({records_traced})):
             _kernel = _kernels_proving
         return _kernels_answer(_kernel({call}), _kernels_next, {call})
+    _kernel = _kernels_kernel
     if {odd} or {tests}:
         _kernel = _kernels_unfit({module}, {values})
     elif _kernels_unproven and ({forward_level} >= 0 or {records}):
@@ -122,7 +123,10 @@ def frozen{signature}:
         return _kernels_next()({call})
     return _kernel_output
 """
-"""The forward of a kernelized class; its names are changed while it lives, and others may have kept it."""
+"""The forward of a kernelized class; its names are changed while it lives, and others may have kept it.
+
+`_kernels_kernel` may call the next kernel by itself, as it was decided for eager calls: `_kernels_first` does not.
+"""
 
 # The name is set before the read that may fail: the cold path then decides for that mode only.
 _SELECT = """\

@@ -103,7 +103,9 @@ def frozen(layer: Layer, kernel: Forward, **names: Any) -> Forward:
     """Return the forward of a class that is kernelized with a kernel; its globals are the state of its choice."""
     generator = Generator(layer)
     names = {f"_kernels_{name}": value for name, value in names.items()}
-    function = generator.generate("frozen", generator.source.frozen(), _kernels_kernel=kernel, **names)
+    function = generator.generate(
+        "frozen", generator.source.frozen(), _kernels_first=kernel, _kernels_kernel=kernel, **names
+    )
     return functools.update_wrapper(function, kernel)
 
 

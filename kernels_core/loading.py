@@ -301,6 +301,8 @@ def limited_implementation(layer: Layer | None, candidate: Candidate, loaded: Lo
         if made is not forward:
             functools.update_wrapper(made, forward)  # what guards ask a kernel for, it has, too
             made.__dict__["kernels_unlimited"] = forward
+            if (joins := getattr(limit, "join", None)) is not None:
+                made.__dict__["kernels_join"] = functools.partial(joins, forward)
         layer.adapted.setdefault(key, (forward, made))
     return cast(Forward, layer.adapted[key][1])
 

@@ -126,7 +126,9 @@ class Candidate:
             candidate decides that for all, even if it is offered in a refusal.
         limit: Puts a function around the kernel that passes on the calls for which it is not offered: it returns
             `NotImplemented`. Called once the kernel is loaded, with the `LoadedLayer` and the function that serves
-            calls; an exception refuses the candidate. Equal limits are called once.
+            calls; an exception refuses the candidate. Equal limits are called once. It may have a method `join` of
+            that function and another one, which serves the calls that are passed on: it returns a function for all
+            eager calls, which saves their second dispatch, or None.
         note: Why it is offered, or for which calls: a part of receipts.
     """
 

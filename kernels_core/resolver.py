@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from . import scope
-from .answer import CorePlugin, ModesDiffer, exclusion
+from .answer import IN_QUARANTINE, CorePlugin, ModesDiffer, exclusion
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
 from .errors import KernelsWarning, NoKernelError, PluginError, require_type
@@ -185,7 +185,8 @@ def decide(
             for refusal in resolution.refusals:
                 # That a kernel passes calls on to another one is no news for the user, if it is not in quarantine.
                 unwanted = resolution.is_reference and not resolution.note
-                is_news = not passed_on or unwanted or refusal.cause is not Cause.MODE
+                proved_wrong = refusal.reason.startswith(IN_QUARANTINE)
+                is_news = not passed_on or unwanted or proved_wrong or refusal.cause is not Cause.MODE
                 if is_news and refusal.candidate is not None:  # a plugin that failed was reported already
                     warn_once(
                         f"A kernel for {resolution.subject} is not used{which}, {resolution.origin} runs instead: "

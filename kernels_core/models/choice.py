@@ -20,11 +20,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..contract import check_call
+from ..device import hardware
 from ..dispatch import make_forward as dispatching_forward
 from ..environment import mapping_disabled
 from ..generated import frozen as frozen_forward
 from ..generated import made_once, passed_back
 from ..guards.gradients import is_recorded, keeps_gradients
+from ..guards.joining import Dispatched, joined, published
 from ..guards.proof import until_proven
 from ..guards.quarantine import find_quarantined, without_dtypes
 from ..guards.tensors import is_pending, odd_classes, waiting
@@ -32,7 +34,7 @@ from ..layer import Forward, Layer
 from ..mode import Mode
 from ..plugins import plugin_manager
 from ..resolution import Resolution
-from ..scope import listeners
+from ..scope import Frame, generation, listeners
 from ..torch_internals import constant_result, is_fake_class, is_traced
 from ..warning import WarnOnce
 from .modules import own_device, put_class
@@ -78,6 +80,8 @@ class FrozenChoice:
     active: Forward = field(init=False, repr=False)
     """The function that serves now, where no module is suspended: `chosen`, or the original forward."""
     unproven: Forward | None = field(init=False, default=None, repr=False)
+    next: tuple[Dispatched, Frame] | None = field(init=False, default=None, repr=False)
+    """The dispatcher of the calls that the kernel passes on, and the frame where it has last published a function."""
     members: dict[str, Any] = field(init=False, repr=False)
     """The members of its classes, besides the forward."""
     cls: type[nn.Module] = field(init=False, repr=False)
@@ -200,7 +204,7 @@ def make_forward(frozen: FrozenChoice) -> Forward:
         state = forward.__globals__
         # First whether it matters: the question takes microseconds.
         recorded = state["_kernels_unproven"] and is_recorded(self, (*args, *kwargs.values()))
-        return state["_kernels_proving" if recorded else "_kernels_kernel"](self, *args, **kwargs)
+        return state["_kernels_proving" if recorded else "_kernels_first"](self, *args, **kwargs)
 
     def unfit(module: nn.Module | None, values: tuple[Any, ...]) -> Forward:
         """Return the function for a call that a tracer records, or with tensors that are not plain."""
@@ -221,8 +225,14 @@ def make_forward(frozen: FrozenChoice) -> Forward:
             return None
         # Other calls, such as traced ones, may have another first candidate: it is this kernel that passed them on.
         scopes = choice.request.scopes
-        made = dispatching_forward(frozen.layer, scopes=scopes, passed_on=(choice.implementation,))
-        return pinned(made, frozen.functions) if frozen.functions else made
+        passed_on = (choice.implementation,)
+        if frozen.functions:
+            return pinned(dispatching_forward(frozen.layer, scopes=scopes, passed_on=passed_on), frozen.functions)
+        return dispatching_forward(frozen.layer, settled=settled, scopes=scopes, passed_on=passed_on)
+
+    def settled(part: Dispatched, frame: Frame) -> None:
+        frozen.next = part, frame
+        _join(frozen)
 
     forward: Any
     if frozen.layer is not None:
@@ -270,8 +280,41 @@ def refresh(frozen: FrozenChoice) -> None:
             frozen.unproven = frozen.unproven or _until_proven(frozen, resolution, kernel)
             state.update(_kernels_unproven=True, _kernels_proving=_wrapped(frozen, frozen.unproven))
     if frozen.layer is not None:
-        state["_kernels_kernel"] = _wrapped(frozen, frozen.active)
+        state["_kernels_first"] = state["_kernels_kernel"] = _wrapped(frozen, frozen.active)
         cast(Any, frozen.cls.forward).__globals__.update(state)  # at once: other threads are in calls
+        _join(frozen)
+
+
+def _join(frozen: FrozenChoice) -> None:
+    """Let the kernel call the next one itself where it passes calls on, if all calls of the model have the same one."""
+    if frozen.next is None or frozen.active is frozen.original.forward:
+        return
+    before = generation()
+    (part, frame), state, device = frozen.next, cast(Any, frozen.cls.forward).__globals__, frozen.device
+    if device.type != "cpu" and device.index is None and hardware.accelerators != 1:
+        return
+    index = "" if device.type == "cpu" else f"_{device.index or 0}"
+    mode = "training" if Mode.TRAINING in frozen.mode else "inference"
+    following = published(part, frame, f"_{device.type}{index}_{mode}")
+    if following is None or _wrapped(frozen, frozen.active) is not frozen.active:
+        return
+    joint = joined(frozen.active, following)
+    if joint is None:
+        return
+
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        """Serve recorded calls by the first part, until the second one, which has a proof of its own, is proven."""
+        if id(following) in part.watch.unproven:
+            return frozen.active(*args, **kwargs)
+        if state["_kernels_proving"] is apart:
+            state["_kernels_unproven"] = False
+        return joint(*args, **kwargs)
+
+    if not state["_kernels_unproven"] and id(following) in part.watch.unproven:
+        state.update(_kernels_proving=apart, _kernels_unproven=True)
+    state["_kernels_kernel"] = joint
+    if before != generation():  # a change of mappings meanwhile has refreshed it already, perhaps before these lines
+        refresh(frozen)
 
 
 def _wrapped(frozen: FrozenChoice, forward: Forward) -> Forward:

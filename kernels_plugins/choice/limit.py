@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -29,16 +28,23 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambd
 _TEXT = """\
 def limited{signature}:
     try:
-        taken = _choice_known[{tensor}.dtype, {tensor}.shape]
+        _choice_serve = _choice_known[{tensor}.dtype, {tensor}.shape]
     except (KeyError, AttributeError):
-        taken = _choice_found(({arguments},), {{}})
-    if taken is True or (taken and _choice_capturing() == (taken == "captured")):
-        return _choice_forward({arguments})
-    return NotImplemented
+        _choice_serve = _choice_find(({arguments},), {{}})
+    return _choice_serve({arguments})
 """
 
 _KNOWN = 4096
 """Exact shapes that are remembered for one kernel: a program with more of them has dynamic ones, and starts over."""
+
+
+def _pass_on(*args: Any, **kwargs: Any) -> Any:
+    return NotImplemented
+
+
+def _by_capture(eager: Forward, captured: Forward) -> Forward:
+    """Return a forward that asks whether a CUDA graph is being captured."""
+    return lambda *args, **kwargs: (captured if is_capturing() else eager)(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -118,9 +124,16 @@ class ShapeLimit:
             map(self._leads, (orders.default, *(order for _, order in (*orders.eager, *orders.captured))))
         ):
             return forward  # it serves all calls that come to it: none has to ask for its shape
-        limited = (self._traced if self.is_traced else self._eager)(forward, orders)
-        vars(limited)["kernels_choice"] = self.using
+        if self.is_traced:
+            limited = self._traced(forward, orders)
+            vars(limited)["kernels_choice"] = self.using
+        else:
+            limited = self._eager(forward, orders)
         return limited
+
+    def join(self, forward: Forward, following: Forward) -> Forward | None:
+        """Return a forward that calls another one in place of passing calls on: both take the arguments of the layer."""
+        return None if self.orders is None or self.is_traced else self._eager(forward, self.orders, following)
 
     def takes(self, key: Key, captured: bool = False) -> bool:
         """Return whether it serves calls of a kind."""
@@ -132,53 +145,46 @@ class ShapeLimit:
         place = order.index(self.name) if self.name in order else len(order)
         return all(place < order.index(name) for name in self.rivals if name in order)
 
-    def _eager(self, forward: Forward, orders: Orders) -> Forward:
-        known: dict[tuple[torch.dtype, torch.Size], object] = {}
+    def _eager(self, forward: Forward, orders: Orders, following: Forward = _pass_on) -> Forward:
+        known: dict[tuple[torch.dtype, torch.Size], Forward] = {}
         first = int(not self.is_function)
+        find_following = vars(following).get("kernels_choice_of", lambda args, kwargs: following)
 
-        def found(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-            """Return whether a call is taken whose shape is new, or whose first argument is no tensor."""
+        def find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
+            """Return the function for a call whose shape is new, or whose first argument is no tensor."""
             tensor: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
             if tensor is None:  # as where nothing was measured
-                return self._leads(orders.default)
+                return forward if self._leads(orders.default) else find_following(args, kwargs)
             key = key_of(tensor)
             self._say_if_missed(key)  # first: where warnings are errors, it raises each time
-            taken: object = self.takes(key)
-            if taken is not self.takes(key, captured=True):
-                taken = "eager" if taken else "captured"
+            eager, captured = (
+                forward if self.takes(key, captured=captured) else find_following(args, kwargs)
+                for captured in (False, True)
+            )
+            serve = eager if eager is captured else _by_capture(eager, captured)
             if len(args) > first and args[first] is tensor:
                 if len(known) >= _KNOWN:
                     known.clear()
-                known[tensor.dtype, tensor.shape] = taken
-            return taken
+                known[tensor.dtype, tensor.shape] = serve
+            return serve
 
-        names: dict[str, Any] = {
-            "_choice_known": known,
-            "_choice_found": found,
-            "_choice_forward": forward,
-            "_choice_capturing": is_capturing,
-        }
         parameters = list(inspect.signature(forward).parameters.values())
+        limited: Forward
         if len(parameters) <= first or any(each.kind is not each.POSITIONAL_OR_KEYWORD for each in parameters):
 
             def limited(*args: Any, **kwargs: Any) -> Any:
-                taken = found(args, kwargs)
-                if taken is True or (taken and is_capturing() == (taken == "captured")):
-                    return forward(*args, **kwargs)
-                return NotImplemented
+                return find(args, kwargs)(*args, **kwargs)
 
-            return limited
-        arguments = ", ".join(each.name for each in parameters)
-        bare = [each.replace(annotation=each.empty, default=each.empty) for each in parameters]
-        text = _TEXT.format(signature=inspect.Signature(bare), tensor=parameters[first].name, arguments=arguments)
-        exec(
-            compile(text, f"<calls that {self.name} takes>", "exec"),
-            {"_choice_capturing": is_capturing, **names},
-            names,
-        )
-        made = cast("types.FunctionType", names["limited"])
-        made.__defaults__ = tuple(each.default for each in parameters if each.default is not each.empty)
-        return made
+        else:
+            arguments = ", ".join(each.name for each in parameters)
+            bare = [each.replace(annotation=each.empty, default=each.empty) for each in parameters]
+            text = _TEXT.format(signature=inspect.Signature(bare), tensor=parameters[first].name, arguments=arguments)
+            names: dict[str, Any] = {"_choice_known": known, "_choice_find": find}
+            exec(compile(text, f"<calls that {self.name} takes>", "exec"), names)
+            limited = names.pop("limited")
+            cast(Any, limited).__defaults__ = tuple(p.default for p in parameters if p.default is not p.empty)
+        vars(limited).update(kernels_choice_of=find, kernels_choice=self.using)
+        return limited
 
     def _say_if_missed(self, key: Key) -> None:
         assert self.orders is not None

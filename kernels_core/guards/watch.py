@@ -1,0 +1,91 @@
+"""The kernels of one dispatcher about which warm calls ask: not proven to keep gradients, or not fit for tracers."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from ..layer import Forward, Layer
+from ..resolution import Resolution
+from .gradients import needs_proof
+from .proof import Unproven, until_proven
+from .tensors import odd_parameters
+
+
+class Watch:
+    """Such kernels of one dispatcher.
+
+    Attributes:
+        unproven: The kernels whose recorded calls are checked, by their id.
+        untraceable: Not empty if a call asks whether a tracer records it.
+        any: Not empty if a call asks anything.
+    """
+
+    def __init__(self, layer: Layer, decide_anew: Callable[[Any, tuple[Any, ...]], Forward]) -> None:
+        self.unproven = Unproven()
+        self.untraceable, self.any = list[bool](), list[bool]()
+        self._layer, self._decide_anew = layer, decide_anew
+        self._joint = weakref.WeakKeyDictionary[Forward, tuple[Forward, Forward, Watch]]()
+        self._lock = threading.Lock()
+
+    def add(self, resolution: Resolution, kernel: Forward) -> None:
+        """Let warm calls ask more, if the kernel of a decision is not proven or not fit for all calls."""
+        with self._lock:  # or another thread takes the kernel before it for the last one to watch
+            if not resolution.can_be_traced:
+                self.untraceable[:] = [True]
+            if needs_proof(resolution) and id(kernel) not in self.unproven:
+                self._add(kernel, resolution.origin)
+            if self.untraceable or self.unproven or odd_parameters:
+                self.any[:] = [True]
+
+    def add_joint(self, joint: Forward, kernel: Forward, following: Forward, watch: Watch) -> None:
+        """Let recorded calls take its two parts apart, which have proofs of their own, until both are proven.
+
+        Args:
+            joint: A function that calls `following` in place of passing calls on.
+            kernel: The kernel that passes them on.
+            following: The function that serves these.
+            watch: Of the dispatcher that serves these.
+        """
+        with self._lock:
+            self._joint[joint] = kernel, following, watch
+            self._add(joint, "")
+            if watch.untraceable:
+                self.untraceable[:] = [True]
+            self.any[:] = [True]
+
+    def first_part(self, joint: Forward) -> Forward:
+        """Return the kernel that passes calls on in a joint function; any other function as it is."""
+        return self._joint[joint][0] if joint in self._joint else joint
+
+    def _add(self, kernel: Forward, origin: str) -> None:
+        number = id(kernel)
+        self.unproven[number] = weakref.ref(kernel, lambda _: self.unproven.pop(number, None)), origin
+
+    def find_proving(self, kernel: Forward) -> Forward | None:
+        """Return the function that serves a recorded call in place of a kernel; None if that is proven.
+
+        Whether it is does not depend on what is published: another thread may drop that at any time.
+        """
+        number = id(kernel)
+        known = self.unproven.get(number)
+        if known is None:
+            return None
+
+        def forget() -> None:
+            with self._lock:
+                self.unproven.pop(number, None)
+                if not (self.untraceable or self.unproven or odd_parameters):
+                    self.any.clear()
+
+        if kernel in self._joint:
+            first, following, watch = self._joint[kernel]
+            if id(first) in self.unproven or id(following) in watch.unproven:
+                return self.find_proving(first) or first
+            forget()
+            return None
+        return until_proven(
+            self._layer, kernel, kernel, origin=known[1], when_proven=forget, decide_anew=self._decide_anew
+        )
