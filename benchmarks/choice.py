@@ -8,6 +8,7 @@ fixed provider.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -20,7 +21,7 @@ import torch
 from adopt import PROMPT, ROUNDS, make_steps
 from measure import Row
 
-from kernels_core import use_kernel_forward_from_hub
+from kernels_core import Mode, kernelize, use_kernel_forward_from_hub
 from kernels_plugins import Choice, ChoiceCell, MeasuredOn, adopt, choosing, use_choice, use_kernel_mapping
 from kernels_plugins.choice.machine import machine_of
 
@@ -64,35 +65,37 @@ def _prices() -> Iterator[Row]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    kernels = [type(name, (torch.nn.Module,), {"forward": lambda self, x: x, "__module__": "price"}) for name in "ab"]
+    kernels = [type(name, (torch.nn.Module,), {"forward": lambda self, x: x, "__module__": "price"}) for name in "abc"]
     labels = [f"price.{kernel.__qualname__}" for kernel in kernels]
-    on, x, module = machine_of(torch.device("cpu")), torch.ones(16, 8), Nothing()
+    on, x = machine_of(torch.device("cpu")), torch.ones(64, 8)
 
     def choice(*winners: int) -> Choice:
-        """Let one of the kernels win for 1 row, and another one for 16."""
+        """Let one of the kernels win for 1 row, one for 16, and one for 64."""
         cells = []
-        for winner, bucket in zip(winners, (1, 5), strict=True):
-            times = {"reference": 3.0, labels[winner]: 1.0, labels[1 - winner]: 2.0}
+        for winner, bucket in zip(winners, (1, 5, 7), strict=True):
+            times = {"reference": 3.0, **dict.fromkeys(labels, 2.0), labels[winner]: 1.0}
             for mode in ("inference", "training"):
                 cells.append(ChoiceCell("Nothing", "cpu", "eager", mode, "float32", 8, bucket, times))
         return Choice((MeasuredOn(on, tuple(cells)),))
 
-    subjects = {
-        "one wins everywhere": (choice(0, 0), x),
-        "two win": (choice(0, 1), x[:1]),
-        "the second": (choice(0, 1), x),
-    }
-    best = dict.fromkeys(subjects, float("inf"))
+    one, three = choice(0, 0, 0), choice(0, 1, 2)
+    base, dispatched = "one wins everywhere", Nothing().eval()
+    best: dict[tuple[str, str], float] = {}
     with use_kernel_mapping({"Nothing": {"cpu": kernels}}), torch.no_grad():
         for _ in range(9):
-            for name, (used, given) in subjects.items():
+            for used, rows in ((one, {base: 64}), (three, {"the first": 1, "the second": 16, "the third": 64})):
                 with use_choice(used):
-                    module(given)
-                    taken = min(timeit.repeat(lambda given=given: module.forward(given), number=2000, repeat=5)) / 2000
-                    best[name] = min(best[name], taken * 1e6)
-    for name in list(subjects)[1:]:
-        base = "one wins everywhere"
-        yield Row("choice", f"warm call, {name} (cpu)", best[name], "us", base, best[base])
+                    kernelized = kernelize(Nothing().eval(), device="cpu", mode=Mode.INFERENCE)
+                    for how, module in (("dispatched", dispatched), ("kernelized", kernelized)):
+                        for given in [x[:count] for count in rows.values()] * 2:
+                            module(given)
+                        for name, count in rows.items():
+                            call = functools.partial(module.forward, x[:count])
+                            taken = min(timeit.repeat(call, number=2000, repeat=5)) / 2000
+                            best[how, name] = min(best.get((how, name), taken * 1e6), taken * 1e6)
+    for (how, name), taken in best.items():
+        if name != base:
+            yield Row("choice", f"{how}, three win, {name} (cpu)", taken, "us", base, best[how, base])
 
 
 def _measured(model: Any, device: str, contexts: Any, seconds: float, file: Path | None) -> Choice:

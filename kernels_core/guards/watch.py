@@ -30,6 +30,9 @@ class Watch:
         self._joint = weakref.WeakKeyDictionary[Forward, tuple[Forward, Forward, Watch]]()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> Any:
+        return Watch, (self._layer, self._decide_anew)  # for a forward that is pickled by value: it decides anew
+
     def add(self, resolution: Resolution, kernel: Forward) -> None:
         """Let warm calls ask more, if the kernel of a decision is not proven or not fit for all calls."""
         with self._lock:  # or another thread takes the kernel before it for the last one to watch
