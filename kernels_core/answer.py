@@ -30,7 +30,6 @@ from .resolution import (
 )
 from .warning import warn_once
 
-
 IN_QUARANTINE = "it is in quarantine"
 """How the reason starts for a kernel that proved wrong in this process."""
 

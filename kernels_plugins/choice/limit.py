@@ -35,7 +35,7 @@ def limited{signature}:
 """
 
 _KNOWN = 4096
-"""Exact shapes that are remembered for one kernel and dtype: a program with more of them has dynamic ones, and starts over."""
+"""Exact shapes that are remembered for a kernel and dtype: a program with more has dynamic ones, and starts over."""
 
 
 def _pass_on(*args: Any, **kwargs: Any) -> Any:
@@ -132,7 +132,7 @@ class ShapeLimit:
         return limited
 
     def join(self, forward: Forward, following: Forward) -> Forward | None:
-        """Return a forward that calls another one in place of passing calls on: both take the arguments of the layer."""
+        """Return a forward that calls another one, which takes the same arguments, in place of passing calls on."""
         return None if self.orders is None or self.is_traced else self._eager(forward, self.orders, following)
 
     def takes(self, key: Key, captured: bool = False) -> bool:
