@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from measure import Row
 
-from kernels_core import KernelsWarning, plugin_manager
+from kernels_core import KernelsWarning, Scope, plugin_manager
 from kernels_plugins import LocalLayerRepository, canary, use_kernel_mapping
 from kernels_plugins.canary import plugin as canary_plugin
 from kernels_plugins.demo.block import Block
@@ -26,8 +26,8 @@ EVERY = 100
 LIMIT = 1.03
 
 
-def run() -> Iterator[Row]:
-    """Measure on a CUDA device where there is one, else on the CPU, where no limit counts."""
+def kernels_of_demo() -> tuple[Callable[[], None], str, Scope]:
+    """Return a step of training of the demo's block, its device, and the scope of the demo's kernels."""
     for name, plugin in {"canary": canary_plugin, "hub": hub_plugin}.items():
         if name not in plugin_manager().plugins():  # a checkout that is not installed has no entry points
             plugin_manager().register(plugin, name)
@@ -43,18 +43,24 @@ def run() -> Iterator[Row]:
     def step() -> None:
         block(x).float().sum().backward()
 
-    with use_kernel_mapping(mapping), warnings.catch_warnings():
+    return step, device, use_kernel_mapping(mapping)
+
+
+def run() -> Iterator[Row]:
+    """Measure on a CUDA device where there is one, else on the CPU, where no limit counts."""
+    step, device, scope = kernels_of_demo()
+    with scope, warnings.catch_warnings():
         warnings.simplefilter("error", KernelsWarning)
         for _ in range(3):
             step()
         off: list[float] = []
         on: list[float] = []
         for _ in range(3 if device == "cuda" else 1):
-            off.append(_seconds(step, device))
-            with canary(first=0, every=EVERY, action="raise"):
-                on.append(_seconds(step, device))
-        with canary(first=10**9, every=0, action="raise"):
-            each = _seconds(step, device, steps=10)
+            off.append(seconds(step, device))
+            with canary(first=0, every=EVERY, action="raise", outliers=False):
+                on.append(seconds(step, device))
+        with canary(first=10**9, every=0, action="raise", outliers=False):
+            each = seconds(step, device, steps=10)
     what = f"Llama-style block, forward and backward ({device})"
     plain = statistics.median(off) * 1e3
     yield Row(
@@ -70,7 +76,7 @@ def run() -> Iterator[Row]:
     yield Row("canary", f"{what}, canary on each call", each * 1e3, "ms", "no canary", plain)
 
 
-def _seconds(step: Callable[[], None], device: str, steps: int = STEPS) -> float:
+def seconds(step: Callable[[], None], device: str, steps: int = STEPS) -> float:
     """Return the mean time of a step: a canary's cost is in few of them."""
     if device == "cuda":
         torch.cuda.synchronize()

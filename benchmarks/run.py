@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that 
 
 import adopt
 import canary
+import canary_outliers
 import cold
 import compiled
 import eager
@@ -48,6 +49,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "startup": startup.run,
     "cold": cold.run,
     "canary": canary.run,
+    "outliers": canary_outliers.run,
     "adopt": adopt.run,
     "triton": triton_pack.run,
 }

@@ -20,7 +20,7 @@ _lock = threading.Lock()
 
 
 class canary:  # noqa: N801 - a context manager that reads like a statement
-    """Compare kernels with their references, in the live model, for a few of their calls.
+    """Compare kernels with their references, in the live model, for a few of their calls and for outliers.
 
     On the calls that are chosen, the reference runs on copies of the arguments beside the kernel, forward and,
     where autograd records, backward. Random numbers, buffers and arguments are left as they would be without.
@@ -43,11 +43,11 @@ class canary:  # noqa: N801 - a context manager that reads like a statement
         ...     y = torch.nn.Identity()(torch.ones(1))
     """
 
-    def __init__(self, first: int = 3, every: int = 100, action: str = "quarantine") -> None:
+    def __init__(self, first: int = 3, every: int = 100, action: str = "quarantine", *, outliers: bool = True) -> None:
         """Check the settings; nothing changes before the block is entered."""
         from .settings import Settings
 
-        self.settings = Settings(first, every, action)
+        self.settings = Settings(first, every, action, outliers)
 
     def __enter__(self) -> canary:
         """Compare from the next call on; the innermost canary applies."""

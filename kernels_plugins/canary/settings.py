@@ -18,6 +18,7 @@ class Settings:
     first: int = 3
     every: int = 100
     action: str = "quarantine"
+    outliers: bool = True
 
     def __post_init__(self) -> None:
         for name in ("first", "every"):
@@ -28,9 +29,11 @@ class Settings:
                 raise ArgumentError(f"{name} is {value}: a number of calls is 0 or more.")
         if self.action not in ("warn", "quarantine", "raise"):
             raise ArgumentError(f"action is {self.action!r}: use one of warn, quarantine, raise.")
+        if not isinstance(self.outliers, bool):
+            raise ArgumentTypeError(f"outliers is True or False, not {self.outliers!r}.")
 
     def wants(self, number: int) -> bool:
-        """Whether the call of that number, counted from 1, is to be compared.
+        """Whether the call of that number, counted from 1, is to be compared, whatever its inputs are.
 
         Example:
             >>> [n for n in range(1, 12) if Settings(first=2, every=5).wants(n)]
@@ -64,6 +67,7 @@ def settings_of_environment() -> Settings | None:
         return Settings() if text else None
     hint = f"write {VARIABLE}='first=3,every=100,action=raise', any of them, or {VARIABLE}=1."
     kinds = get_type_hints(Settings)
+    kinds["outliers"] = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}.__getitem__
     found: dict[str, int | str] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -71,8 +75,9 @@ def settings_of_environment() -> Settings | None:
             raise ArgumentError(f"{VARIABLE}={text!r}: {part.strip()!r} is not understood: {hint}")
         try:
             found[name] = kinds[name](value)
-        except ValueError:
-            raise ArgumentError(f"{VARIABLE}={text!r}: {name} is {value!r}, not a number: {hint}") from None
+        except (ValueError, KeyError) as error:
+            kind = "a number" if isinstance(error, ValueError) else "1 or 0"
+            raise ArgumentError(f"{VARIABLE}={text!r}: {name} is {value!r}, not {kind}: {hint}") from None
     try:
         return Settings(**found)  # type: ignore[arg-type]
     except ArgumentError as error:

@@ -19,6 +19,7 @@ from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, mo
 from kernels_core.replay import Call, Outcome, is_observed, mapped, same_numbers
 
 from ..comparison import alike, compare
+from .outliers import Outliers, part_of
 from .settings import Settings
 
 Forward = Callable[..., Any]
@@ -27,14 +28,14 @@ _comparing: ContextVar[bool] = ContextVar("kernels_plugins_canary_comparing", de
 """Whether this thread compares: layers inside of a layer that is compared are not compared by themselves."""
 
 _lock = threading.Lock()
-_numbers: dict[tuple[int, str, str], Iterator[int]] = {}
+_calls: dict[tuple[int, str, str], tuple[Iterator[int], Outliers]] = {}
 _warn_once = WarnOnce()
 
 
 def start_over() -> None:
     """Count calls from 1 again, and issue warnings again."""
     with _lock:
-        _numbers.clear()
+        _calls.clear()
     _warn_once.forget()
 
 
@@ -46,15 +47,17 @@ def watched(resolution: Resolution, forward: Forward, settings: Settings) -> For
     key = (layer.number, resolution.origin, str(resolution.request.device))
     with _lock:
         # Kept over decisions: a change of mappings starts no new count.
-        numbers = _numbers.setdefault(key, itertools.count(1))
+        numbers, outliers = _calls.setdefault(key, (itertools.count(1), Outliers()))
     watch = _Watch(resolution, layer, forward, settings, key)
 
     @functools.wraps(forward)
     def watched_forward(*args: Any, **kwargs: Any) -> Any:
         number = next(numbers)  # atomic, without the lock: this is the warm path of each kernel
-        if not settings.wants(number) or _comparing.get() or is_observed():
+        wanted = settings.wants(number)
+        if not (wanted or settings.outliers) or _comparing.get() or is_observed():
             return forward(*args, **kwargs)
-        return watch.compared(number, args, kwargs)
+        why = outliers.find((*args, *kwargs.values()), wanted) if settings.outliers else ""
+        return watch.compared(number, why, args, kwargs) if wanted or why else forward(*args, **kwargs)
 
     return watched_forward
 
@@ -69,10 +72,12 @@ class _Watch:
     settings: Settings
     key: tuple[int, str, str]
 
-    def compared(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call, and compare it."""
+    def compared(self, number: int, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call, and compare it: an outlier as a whole, for the number that makes it one may be in any row."""
         module, inputs = (None, args) if self.layer.is_function else (args[0], args[1:])
         live = Call(module, inputs, kwargs, self.layer.signature)
+        if why and not self.settings.wants(number) and live.obstacle is not None:
+            return self.forward(*args, **kwargs)  # the reference may start a collective, and no other rank compares
         token = _comparing.set(True)
         try:
             before = live.snapshot(state=module is not None and next(module.buffers(), None) is not None)
@@ -80,10 +85,12 @@ class _Watch:
                 output = self.forward(*args, **kwargs)
             if output is NotImplemented:  # another kernel serves this call
                 return output
-            problem = self._problem(live, before, output, _part(number if number > self.settings.first else 0))
+            whole = why or number <= self.settings.first
+            problem = self._problem(live, before, output, _part(0 if whole else number))
         finally:
             _comparing.reset(token)
-        if problem is not None and self._replaces(f"{self._where(number, live)}: {problem}", live, before):
+        where = f"{self._where(number, live)}{why and f', compared because {why}'}" if problem is not None else ""
+        if problem is not None and self._replaces(f"{where}: {problem}", live, before):
             return self.layer.reference(*args, **kwargs)
         saved.hand_over()  # not before: a run that is dropped must not be counted by a checkpoint
         return output
@@ -206,11 +213,7 @@ def _part(number: int) -> Part:
     """Return a function that takes about a million numbers of each large tensor: other rows on each call, all for 0."""
 
     def rows(_: str, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or leaf.numel() <= 2 * _LARGE or leaf.dim() < 2:
-            return leaf
-        table = leaf.detach().reshape(-1, leaf.shape[-1])  # rows, for kernels mostly work by row
-        step = max(1, min(table.shape[0], leaf.numel() // _LARGE))
-        return table[number % step :: step]
+        return part_of(leaf.detach(), number, _LARGE) if isinstance(leaf, torch.Tensor) else leaf
 
     return lambda value: mapped(value, rows) if number else value
 

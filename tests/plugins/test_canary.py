@@ -25,6 +25,7 @@ from kernels_core import (
     use_kernel_forward_from_hub,
 )
 from kernels_plugins import canary, use_kernel_mapping
+from kernels_plugins.canary import outliers
 from kernels_plugins.canary import plugin as canary_plugin
 from kernels_plugins.canary.settings import Settings, settings_of_environment
 from kernels_plugins.canary.watch import start_over
@@ -411,6 +412,7 @@ ENVIRONMENT = {
     "0": None,
     "1": Settings(),
     "first=1": Settings(first=1),
+    "first=1,outliers=off": Settings(first=1, outliers=False),
     " first = 2 , every=7, action=raise ": Settings(2, 7, "raise"),
 }
 
@@ -422,7 +424,9 @@ def test_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings_of_environment() == ENVIRONMENT[text]
 
 
-@pytest.mark.parametrize("text", ["first", "first=x", "last=3", "action=explode", "first=-1", "first=1;every=2"])
+@pytest.mark.parametrize(
+    "text", ["first", "first=x", "last=3", "action=explode", "first=-1", "first=1;every=2", "outliers=x"]
+)
 def test_bad_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting that cannot be parsed is an error with its name and the form."""
     monkeypatch.setenv("KERNELS_CANARY", text)
@@ -446,6 +450,7 @@ def test_environment_watches_from_the_start(monkeypatch: pytest.MonkeyPatch) -> 
         ({"every": 1.5}, ArgumentTypeError),
         ({"first": True}, ArgumentTypeError),
         ({"action": "explode"}, ArgumentError),
+        ({"outliers": 1}, ArgumentTypeError),
     ],
 )
 def test_bad_arguments(settings: dict[str, Any], error: type[Exception]) -> None:
@@ -471,3 +476,102 @@ def test_a_call_that_is_passed_on_is_not_compared() -> None:
     assert [entry.reason.partition(":")[0] for entry in quarantined()] == [
         "a canary found that it disagrees with the reference"
     ]
+
+
+# --- Outliers ---------------------------------------------------------------------------------------
+
+
+def wrong_for(is_outlier: Callable[[torch.Tensor], Any]) -> type[nn.Module]:
+    """Make a kernel that is wrong for some inputs."""
+    return kernel_of(lambda self, x: right(self, x) + (1.0 if is_outlier(x) else 0.0))
+
+
+def _with_nan() -> torch.Tensor:
+    x = torch.randn(4, SIZE)
+    x[2, 3] = float("nan")
+    return x
+
+
+OUTLIERS: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[], torch.Tensor], str]] = {
+    "large": (lambda x: x.abs().max() > 1e3, lambda: torch.randn(4, SIZE) * 1e4, "reaches"),
+    "one large number": (lambda x: x.abs().max() > 1e3, lambda: torch.eye(4, SIZE) * 5e3, "tensor 1 .* reaches 5e"),
+    "tiny": (lambda x: x.abs().max() < 1e-4, lambda: torch.randn(4, SIZE) * 1e-6, "reaches"),
+    "zero": (lambda x: not x.any(), lambda: torch.zeros(4, SIZE), "reaches 0"),
+    "NaN": (lambda x: x.isnan().any(), _with_nan, "holds NaN"),
+    "infinite": (lambda x: x.isinf().any(), lambda: _with_nan().nan_to_num(nan=float("-inf")), "reaches inf"),
+    "shape": (lambda x: x.shape[0] == 3, lambda: torch.randn(3, SIZE), "other dtypes, shapes or strides"),
+    "stride": (lambda x: not x.is_contiguous(), lambda: torch.randn(SIZE, 4).T, "other dtypes, shapes or strides"),
+    "dtype": (lambda x: x.dtype is torch.float64, lambda: torch.randn(4, SIZE).double(), "other dtypes"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", OUTLIERS)
+def test_a_kernel_wrong_for_outliers_is_found(name: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within two outliers, usual calls between or not, also where magnitudes are read one call later."""
+    monkeypatch.setattr(outliers, "_is_late", lambda device: late)
+    is_outlier, make, why = OUTLIERS[name]
+    for between in (0, 3):
+        norm = Norm()
+        with use_kernel_mapping({"Norm": {"cpu": wrong_for(is_outlier)}}):
+            with canary(first=1, every=0, action="raise"), torch.no_grad():
+                for _ in range(6):
+                    norm(torch.randn(4, SIZE).clamp(-3, 3) + 2)
+                with pytest.raises(CanaryError, match=f"compared because .*{why}"):
+                    norm(make())
+                    for _ in range(between):
+                        norm(torch.randn(4, SIZE).clamp(-3, 3) + 2)
+                    norm(make())
+
+
+def test_usual_calls_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many calls with like inputs, the reference runs on the first only; without the trigger, on no outlier."""
+    runs: list[int] = []
+
+    @use_kernel_forward_from_hub("Usual")
+    def usual(x: torch.Tensor) -> torch.Tensor:
+        runs.append(len(x))
+        return x + 1
+
+    with use_kernel_mapping({"Usual": {"cpu": lambda x: 1 + x}}), torch.no_grad():
+        for late in (False, True):
+            monkeypatch.setattr(outliers, "_is_late", lambda device, late=late: late)
+            with canary(first=1, every=0, action="raise"):
+                for number in range(30):
+                    usual(torch.full((4,), 1.0 + number / 100))
+                for _ in range(5):
+                    usual(torch.full((4,), 1e6))
+            assert len(runs) == 2, late
+            runs.clear()
+        with canary(first=1, every=0, outliers=False):
+            usual(torch.ones(4)), usual(torch.full((5,), 1e6))
+        assert runs == [4]
+
+
+def test_lengths_that_always_change_are_compared_by_class() -> None:
+    """A kernel whose lengths differ in each call is compared for the first 64 of them, then for few."""
+    found = outliers.Outliers()
+    compared = [bool(found.find((torch.ones(length, 8),))) for length in range(1, 1025)]
+    assert sum(compared[:64]) == 63  # the first has nothing to be unlike to
+    assert 0 < sum(compared[64:]) < 30
+
+
+def test_a_large_tensor_is_looked_at_in_part() -> None:
+    """Of a much larger tensor, other rows each time, without a copy; smaller ones are looked at in full."""
+    x = torch.arange(64.0).view(2, 16, 2).transpose(0, 1)
+    parts = [outliers.part_of(x, number, 8) for number in range(8)]
+    assert torch.cat([part.flatten() for part in parts]).sort().values.equal(torch.arange(64.0))
+    assert all(part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for part in parts)
+    assert outliers.part_of(x, 3, 32) is x
+
+
+def test_tensors_that_are_not_plain_are_no_outliers() -> None:
+    """A comparison of distributed tensors takes part in collectives, so no rank begins one by itself."""
+
+    class Other(torch.Tensor):
+        pass
+
+    found = outliers.Outliers()
+    assert [found.find((x.as_subclass(Other),)) for x in (torch.ones(2), torch.ones(3) * 1e6)] == ["", ""]
+    found = outliers.Outliers()
+    assert found.find((torch.ones(2), 1, True)) == "" and found.find((torch.ones(2), 2, False))
