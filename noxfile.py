@@ -21,6 +21,7 @@ TEST_TOOLS = (
     "numpy",
     "prometheus-client==0.26.0",
     "sigstore==4.5.1",
+    "cyclonedx-python-lib[json-validation]==11.12.0",
 )
 KERNELS = "kernels==0.17.2"
 """The library whose users are to lose nothing here: the oracle of tests/parity."""

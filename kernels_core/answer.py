@@ -90,6 +90,7 @@ class CorePlugin:
                     misfits=misfits,
                     kernel_layer=loaded.layer,
                     inference_only=not getattr(loaded.layer, "has_backward", True),
+                    provenance=loaded.provenance,
                 )
         return Resolution(request, refusals=tuple(refusals), misfits=misfits)
 

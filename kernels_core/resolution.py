@@ -232,12 +232,15 @@ class LoadedLayer:
         checked: The checks that were made on the way, or were left out: `{"digest": "12 files", ...}`.
         adapt: Makes the kernel for one decorated layer, where a kernel must know the layer; called once for each.
             For a request about a layer name only, `layer` is used for all of them.
+        provenance: Who published it, under which license, with which digests: texts by name, or mappings and
+            sequences of these. Receipts and bills of materials list it.
     """
 
     layer: KernelLayer
     origin: str
     checked: Mapping[str, str] = field(default_factory=dict)
     adapt: Callable[[Layer], KernelLayer] | None = field(default=None, compare=False, repr=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,7 @@ class Resolution:
         misfits: Inapplicable candidates: offered for this layer, but for other devices or modes, so never tried.
         inference_only: Whether the kernel declares that it has no backward.
         kernel_layer: The kernel as it was loaded, with its declarations; None for the reference, or if not known.
+        provenance: Who published it, and so on, as its loader knows it.
     """
 
     request: LayerRequest
@@ -269,6 +273,7 @@ class Resolution:
     misfits: tuple[Refusal, ...] = ()
     inference_only: bool = False
     kernel_layer: KernelLayer | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def subject(self) -> str:

@@ -85,7 +85,6 @@ _fx: Any = sys.modules.get("torch.fx._symbolic_trace")  # `import torch` has loa
 _has_flag = _find("torch.fx._symbolic_trace:_is_fx_tracing_flag") is not None
 _is_fx_tracing = _find("torch.fx._symbolic_trace:_get_is_fx_tracing")  # in its place in PyTorch 2.15
 _has_level = _find("torch.autograd.forward_ad:_current_level") is not None
-
 _held = "_kernels_held.marker is _kernels_marker_in_dynamo"  # older ones replace what they find in an attribute only
 _TRIED = {(2, 6): _held, (2, 11): _held, (2, 13): "_kernels_marker is _kernels_marker_in_dynamo"}
 IS_TRACED: str = _TRIED.get(release, "_kernels_is_dynamo_compiling()")  # as in 2.15; the call takes 14 ns longer
@@ -107,11 +106,9 @@ def in_forward_ad() -> bool:
 
 # --- Who looks at a call -------------------------------------------------------------------------------
 
-
 forward_grad_enabled: Callable[[], bool] | None = _find("torch._C:_is_fwd_grad_enabled")
 """False in the `forward` of a `torch.autograd.Function` and in inference mode, but not in `no_grad`. Without the name,
 `scope` looks for such a forward in the stack."""
-
 
 _transform: Callable[[], object] = _find("torch._C._functorch:peek_interpreter_stack") or (lambda: "unknown")
 in_transform: Callable[[], bool] = _find("torch._C:_are_functorch_transforms_active") or (
@@ -119,7 +116,6 @@ in_transform: Callable[[], bool] = _find("torch._C:_are_functorch_transforms_act
 )
 """Whether a transform of `torch.func` runs. Without the names, one is assumed: the reference answers for a kernel at
 fault, which goes into no quarantine."""
-
 
 _mode_stack = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack")
 
@@ -206,8 +202,8 @@ def version(tensor: torch.Tensor) -> int:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that tensors share whose memory is the same, fake ones included."""
-    storage = tensor.untyped_storage()
-    return int(getattr(storage, "_cdata", id(storage)))  # PyTorch keeps one Python object for each storage
+    storage = tensor.untyped_storage()  # PyTorch keeps one Python object for each
+    return int(getattr(storage, "_cdata", id(storage)))
 
 
 def is_fake_class(cls: type[Any]) -> bool:
@@ -227,7 +223,6 @@ def fake_copies(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]
 
 
 # --- Nested values ---------------------------------------------------------------------------------------
-
 
 _tree_map = _find("torch.utils._pytree:tree_map")
 _tree_leaves = _find("torch.utils._pytree:tree_leaves")
@@ -325,6 +320,12 @@ def destroy_library(library: Any) -> None:
     getattr(library, "_destroy", lambda: None)()
 
 
+python_operators: Iterable[str] = _find("torch.library:_impls") or ()
+"""The operators that Python code implements now, such as `aten/silu/CPU`; without the name, none."""
+operator_registrations: Callable[[str], str] = _find("torch._C:_dispatch_dump") or (lambda name: "")
+"""Describe the functions of an operator, a line each with the place in the source; without the name, empty."""
+
+
 # --- Dynamo ----------------------------------------------------------------------------------------------
 
 
@@ -394,7 +395,6 @@ def many_compilations() -> AbstractContextManager[object]:
 
 def on_cuda_start(function: Callable[[], object]) -> bool:
     """Call a function when CUDA starts, or now if it has; return False where PyTorch offers nothing for that."""
-    call = _find("torch.cuda:_lazy_call")
-    if call is not None:
+    if (call := _find("torch.cuda:_lazy_call")) is not None:
         call(function)
     return call is not None

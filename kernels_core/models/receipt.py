@@ -31,6 +31,7 @@ from .counting import calls_of
 from .frozen import foreign_forward, frozen_choice
 from .functions import called_by, functions_of
 from .modules import device_of, locate, module_paths, required_device
+from .provenance import provenance_of
 from .receipt_row import ReceiptRow, together, with_bypassed
 
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
@@ -116,7 +117,7 @@ class Receipt(Tabular):
         )
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """Return everything as JSON: a list of rows.
+        """Return everything as JSON: a list of rows, each with the provenance of the code that serves it.
 
         Example:
             >>> Receipt(()).to_json()
@@ -126,7 +127,15 @@ class Receipt(Tabular):
         def listed(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
             return [{"candidate": candidate, "reason": reason} for candidate, reason in pairs]
 
-        rows = [{**vars(row), "refusals": listed(row.refusals), "misfits": listed(row.misfits)} for row in self.rows]
+        rows = [
+            {
+                **vars(row),
+                "refusals": listed(row.refusals),
+                "misfits": listed(row.misfits),
+                "provenance": provenance_of(row),
+            }
+            for row in self.rows
+        ]
         return as_json(rows, indent=indent)
 
     def as_page(self) -> Page:

@@ -38,6 +38,7 @@ class ReceiptRow:
             compiled code, whose calls are not.
         aliases: The other paths of a shared layer.
         bypasses: The paths of children, from that of the module, that the kernel computes in place of calling them.
+        provenance: Who published the code that serves, and so on, as its loader knows it.
     """
 
     path: str
@@ -56,6 +57,7 @@ class ReceiptRow:
     calls: Mapping[str, int] | None = None
     aliases: tuple[str, ...] = ()
     bypasses: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_reference(self) -> bool:
@@ -121,6 +123,7 @@ class ReceiptRow:
             checked=dict(resolution.checked),
             note="; ".join(filter(None, (resolution.note, not_taken(resolution)))),
             aliases=aliases,
+            provenance=resolution.provenance,
             **more,
         )
 
@@ -146,7 +149,9 @@ def with_bypassed(rows: Iterable[ReceiptRow]) -> Iterator[ReceiptRow]:
         other = found[0]
         assert other is not None
         note = f"{other.origin} computes it, which serves {other.layer_name!r}"
-        yield replace(row, origin=BYPASSED, plugin="", refusals=(), misfits=(), checked={}, note=note, bypasses=())
+        yield replace(
+            row, origin=BYPASSED, plugin="", refusals=(), misfits=(), checked={}, note=note, bypasses=(), provenance={}
+        )
 
 
 def _reasons(refusals: Iterable[Refusal]) -> tuple[tuple[str, str], ...]:

@@ -47,7 +47,8 @@ def kernels_load_layer(request: LayerRequest, source: object) -> LoadedLayer | N
     if source.as_operator:
         check = {"opaque": f"one operator where traced, shaped by the reference, {gradients}"}
     adapt = functools.partial(_adapted, loaded, source, has_backward)
-    return LoadedLayer(_declared(loaded.layer, source), loaded.origin, {**loaded.checked, **check}, adapt=adapt)
+    # With the provenance of the kernel inside.
+    return replace(loaded, layer=_declared(loaded.layer, source), checked={**loaded.checked, **check}, adapt=adapt)
 
 
 @hookimpl

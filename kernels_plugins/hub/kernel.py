@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from kernels_core import set_module
 
@@ -43,6 +45,25 @@ class LoadedKernel:
     place: str = ""
     checked: Mapping[str, str] = field(default_factory=dict)
     dependencies: tuple[LoadedKernel, ...] = ()
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Who published it, under which license, with which digests; the same of all that it depends on."""
+        metadata, repository, digest = self.metadata, self.repo_info, self.metadata.digest
+        algorithm, files = (digest.algorithm, digest.files) if digest else ("", {})
+        return {
+            "name": metadata.name,
+            "version": str(metadata.version),
+            "repository": repository.repo_id if repository else "",
+            "commit": repository.revision if repository else "",
+            "publisher": repository.repo_id.partition("/")[0] if repository else "",
+            "license": metadata.license or "",
+            "upstream": metadata.upstream or "",
+            "trust": self.checked.get("trust", ""),
+            "signature": self.checked.get("signature", "none"),
+            "digests": {path: f"{algorithm}:{b64decode(text).hex()}" for path, text in files.items()},
+            "dependencies": [dependency.provenance for dependency in self.dependencies],
+        }
 
 
 def load(request: KernelRequest) -> LoadedKernel:

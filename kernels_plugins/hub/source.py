@@ -51,7 +51,8 @@ class KernelSource:
 
         find = find_function if self.is_function else find_layer
         try:
-            return LoadedLayer(find(kernel.module, self.layer_name), kernel.origin, kernel.checked)
+            layer = find(kernel.module, self.layer_name)
+            return LoadedLayer(layer, kernel.origin, kernel.checked, provenance=kernel.provenance)
         except ResolutionError as error:
             raise type(error)(f"{kernel.place}: {error}") from error
 
