@@ -114,11 +114,13 @@ def test_a_bill_of_materials_is_valid(
         warnings.simplefilter("ignore")
         replaced.impl("hardswish", lambda x: x, "CPU")
     with use_kernel_mapping(mapping):
-        done = CliRunner().invoke(command_line(), ["sbom", "sbom_model:make", "--device", "cpu"])
+        done = CliRunner().invoke(command_line(), ["sbom", "sbom_model:make", "--device", "cpu", "--json"])
         arguments = ["sbom", "sbom_model:make", "--device", "cpu", "--output", str(tmp_path / "sbom.json")]
         written = CliRunner().invoke(command_line(), arguments)
     del replaced
-    assert (done.exit_code, written.exit_code, written.stdout) == (0, 0, ""), done.exception
+    assert (done.exit_code, written.exit_code) == (0, 0), done.exception
+    lines = [line.split() for line in written.stdout.splitlines()]
+    assert ["acme/kernels", repository.head()[:12], "acme", "Apache-2.0", "none"] in lines
     for text in (done.stdout, (tmp_path / "sbom.json").read_text(encoding="utf-8")):
         assert validation.JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     bom = json.loads(done.stdout)
