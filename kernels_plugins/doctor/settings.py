@@ -16,6 +16,8 @@ from ..canary.settings import VARIABLE as CANARY
 from ..canary.settings import settings_of_environment
 from ..hub.client.overrides import VARIABLE as FOLDERS
 from ..hub.client.overrides import parse_overrides
+from ..hub.signatures.signer import VARIABLE as SIGNATURES
+from ..hub.signatures.signer import find_policy
 from .finding import NOTE, OK, PROBLEM, Finding
 
 _NAME = re.compile(r"\b(?:KERNELS_[A-Z][A-Z_]*[A-Z]|LOCAL_KERNELS|DISABLE_KERNEL_MAPPING)\b")
@@ -82,6 +84,8 @@ def _problem(name: str, value: str) -> str:
             switch(name)
         elif name == CANARY:
             settings_of_environment()
+        elif name == SIGNATURES:
+            find_policy()
         elif name == "KERNELS_CHOICE" and value:
             from ..choice.choice import Choice
 

@@ -101,6 +101,7 @@ def test_variables_that_are_misspelt_or_malformed(run: Run, monkeypatch: pytest.
         "KERNELS_FLAVOUR_OF_THE_DAY": "vanilla",
         "DISABLE_KERNEL_MAPPING": "perhaps",
         "KERNELS_CANARY": "first=many",
+        "KERNELS_SIGNATURES": "sometimes",
         "KERNELS_CHOICE": "no-such-file.json",
         "LOCAL_KERNELS": "acme/gate=/no/such/folder",
         "KERNELS_DENY": "acme/*\x1b[2J",

@@ -240,8 +240,10 @@ def test_policies(
         get_kernel("acme/bad", **MAIN)
 
 
-def test_dependencies_are_verified_too(kernel_repository: Publish, authority: Authority, settings: Set) -> None:
-    """A signed kernel that depends on an unsigned one is refused with the name of that one."""
+def test_dependencies_and_targets_of_redirects_are_verified(
+    kernel_repository: Publish, authority: Authority, settings: Set
+) -> None:
+    """A signed kernel that depends on an unsigned one is refused; where one was moved, the new owner has to sign."""
     kernel_repository("acme/base", kernel())
     files = signed_files(authority, kernel())
     metadata = {**json.loads(files["metadata.json"]), "kernel-depends": [{"repo-id": "acme/base", "revision": "main"}]}
@@ -249,6 +251,11 @@ def test_dependencies_are_verified_too(kernel_repository: Publish, authority: Au
     kernel_repository("acme/top", {**files, "metadata.json": text, "metadata.json.sigstore": authority.sign(text)})
     with pytest.raises(errors.UnsignedError, match=r"acme/base at main.*has no signature"):
         get_kernel("acme/top", **MAIN)
+    kernel_repository("eve/target", signed_files(authority, kernel()))
+    moved = kernel_repository("acme/moved", kernel())
+    moved.commit({"kernel-status.toml": b'kind = "redirect"\ndestination = "eve/target"\n'})
+    with pytest.raises(errors.SignerError, match=r"\[signers\.eve\]"):
+        get_kernel("acme/moved", **MAIN)
 
 
 def test_without_the_extra(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from kernels_core import visible
 
+from ...locks import KeyedLocks
 from ..builds.integrity import Build
 from ..builds.metadata import METADATA, SIGNATURE
 from ..errors import (
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from sigstore.models import Bundle
     from sigstore.verify import Verifier
 
-EXTRA = "pip install 'kernels-core[sigstore]'"
+_quiet = KeyedLocks()
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def verify_build(
         from sigstore.errors import CertValidationError
         from sigstore.models import Bundle
     except ImportError as error:
-        raise PackageError(f"signatures cannot be verified without sigstore ({error}): {EXTRA}") from error
+        raise PackageError(
+            f"signatures cannot be verified without sigstore ({error}): pip install 'kernels-core[sigstore]'"
+        ) from error
     verifier = _verifier(root, refresh)
     stage = _Stage(signers)
     bundle: Bundle | None = None
@@ -162,12 +165,13 @@ def _verifier(root: Path | None, refresh: bool) -> Verifier:
 def _quietly() -> Iterator[None]:
     """Keep `sigstore` from logging that it sends no request: that is how we want it."""
     logger = logging.getLogger("sigstore")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with _quiet.hold():  # or the level of one thread would be restored by another
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _named(certificate: Certificate) -> tuple[str, str]:
