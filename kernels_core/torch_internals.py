@@ -217,9 +217,9 @@ def fake_copies(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]
     mode = _find("torch._subclasses.fake_tensor:FakeTensorMode")
     if mode is None:
         yield [tensor.detach().clone() for tensor in tensors]
-        return
-    with mode(allow_non_fake_inputs=True) as entered:
-        yield [entered.from_tensor(tensor.detach()) for tensor in tensors]
+    else:
+        with mode(allow_non_fake_inputs=True) as entered:
+            yield [entered.from_tensor(tensor.detach()) for tensor in tensors]
 
 
 # --- Nested values ---------------------------------------------------------------------------------------
@@ -231,8 +231,7 @@ _registered = _find("torch.utils._pytree:SUPPORTED_NODES")
 
 def _opened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     """Return the children of a container, and a function that makes one of others; None for a leaf."""
-    kind = type(tree)
-    if kind in (dict, OrderedDict, defaultdict):
+    if (kind := type(tree)) in (dict, OrderedDict, defaultdict):
 
         def filled(new: list[Any]) -> Any:
             made = copy.copy(tree)
@@ -277,8 +276,7 @@ class _NoDispatchMode:
     def __enter__(self) -> Any:
         raise RuntimeError("operators cannot be watched with this version of PyTorch")
 
-    def __exit__(self, *error: object) -> None:
-        pass
+    def __exit__(self, *error: object) -> None: ...
 
 
 if TYPE_CHECKING:
@@ -390,7 +388,10 @@ def many_compilations() -> AbstractContextManager[object]:
     return cast("AbstractContextManager[object]", patch(known) if patch and known else contextlib.nullcontext())
 
 
-# --- Devices ---------------------------------------------------------------------------------------------
+# --- Devices and processes -------------------------------------------------------------------------------
+
+default_store: Callable[[], Any] = _find("torch.distributed.distributed_c10d:_get_default_store") or (lambda: None)
+"""Return the store of the default process group; without the name, ranks share only what lies in one cache."""
 
 
 def on_cuda_start(function: Callable[[], object]) -> bool:

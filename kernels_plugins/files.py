@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 try:
     import fcntl
 except ImportError:  # on Windows
@@ -36,6 +38,27 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(number)  # that frees it, as the end of the process does
+
+
+@contextlib.contextmanager
+def alone_with(lock: Path, seconds: float) -> Iterator[None]:
+    """Let no other thread or process in such a block for the same file; after some seconds, go on nevertheless.
+
+    For work that is only wasted if two do it: also where the file cannot be made, or its file system has no locks.
+
+    Example:
+        >>> import tempfile
+        >>> with alone_with(Path(tempfile.mkdtemp()) / "lock", 1.0):
+        ...     pass
+    """
+    held = FileLock(lock, timeout=seconds)
+    with contextlib.suppress(OSError, Timeout, NotImplementedError):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()  # where it is held; the end of the process frees it, too
 
 
 def write_file(path: Path, text: str) -> None:

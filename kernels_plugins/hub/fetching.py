@@ -16,7 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from kernels_core import IntegrityError, LoadError, ResolutionError, authorize, plugin_manager
+import torch
+
+from kernels_core import IntegrityError, LoadError, ResolutionError, authorize, device_capability, plugin_manager
 
 from ..locks import KeyedLocks
 from .builds.integrity import Build, RemoteFile, as_build, check_digest, check_transfer, read_files
@@ -32,6 +34,9 @@ from .signatures.checking import check_signature
 PLUGIN = "hub"
 """The plugin that loads kernels from the Hub: where it is left out, nothing does."""
 _MOST_VERSIONS = 5  # that are tried for a suggestion
+
+_LONGEST_DOWNLOAD = 600.0
+"""Seconds to wait for another process that downloads a build, before this one does."""
 
 _files = KeyedLocks()
 """One thread at a time changes the files of a build."""
@@ -116,7 +121,7 @@ def select_build(request: KernelRequest, *, suggest: bool = True) -> SelectedBui
     with naming(str(request)):
         authorize(RepoInfo(resolved.pin.repo_id, resolved.pin.commit), PLUGIN)
         try:
-            name = select_variant(resolved.variants, request.backend, request.on_cpu)
+            name = _select(resolved)
         except AbsentError as error:
             if not suggest or request.commit is not None:
                 raise
@@ -198,6 +203,27 @@ def naming(place: str) -> Iterator[None]:
 # --- Inside --------------------------------------------------------------------------------------
 
 
+def _select(resolved: ResolvedKernel) -> str:
+    """Select a build: the one that all ranks of a job have whose devices are alike, else the one that fits best."""
+    from .client.board import ask_once, find_board
+
+    request = resolved.request
+    name = select_variant(resolved.variants, request.backend, request.on_cpu)
+    if find_board() is None:
+        return name
+    on_gpu = not request.on_cpu and torch.cuda.is_initialized()  # a driver that sleeps is not started for this
+    device = device_capability(torch.device("cuda")) if on_gpu else "cpu" if request.on_cpu else request.backend
+    wanted = str(ask_once(f"the build of {resolved.pin.commit} for {device}", lambda: name))
+    choice = choose_here(resolved.variants, request.backend, request.on_cpu)
+    if wanted != name and wanted not in map(str, choice.accepted):
+        why = next((reason for other, reason in choice.rejected if str(other) == wanted), "it is not listed")
+        raise AbsentError(
+            f"other ranks have its build {wanted}, and that does not fit here: {why}. Make the ranks alike, with the "
+            "same PyTorch"
+        )
+    return wanted
+
+
 def _suggestion(resolved: ResolvedKernel) -> str:
     """Name the newest version that has a build for this machine, if the Hub lists one."""
     request = resolved.request
@@ -216,9 +242,14 @@ def _suggestion(resolved: ResolvedKernel) -> str:
 
 
 def _client(request: KernelRequest) -> Any:
+    from .client.board import find_board, leader_patience
     from .client.download import Client, describe_agent
 
-    return Client(describe_agent(cast("str | None", request.user_agent)), request.local_files_only)
+    client = Client(describe_agent(cast("str | None", request.user_agent)), request.local_files_only)
+    if find_board() is None:
+        return client
+    # A pin may take two requests: the other ranks wait for both.
+    return replace(client, persistent=True, patience=min(client.patience, leader_patience() / 3))
 
 
 def _install(request: KernelRequest, path: tuple[str, ...], memo: dict[KernelRequest, FetchedBuild]) -> FetchedBuild:
@@ -282,13 +313,27 @@ def _check_lock(request: KernelRequest, name: str, resolved: ResolvedKernel) -> 
 
 def _read(selected: SelectedBuild, resolved: ResolvedKernel, client: Any) -> tuple[Build, str]:
     """Return a build as listed by the Hub, downloaded if it is not in the cache, and the check that it passed."""
-    folder, listed = selected.folder, resolved.variants[selected.variant]
-    # Not the folder: a download that was cut off leaves one.
-    here = {file.path for file in listed if (folder / file.path).is_file()}
+    from .client.answers import share
+    from .client.download import metadata_cache
+
+    folder, listed, pin = selected.folder, resolved.variants[selected.variant], resolved.pin
+
+    def here() -> set[str]:  # not the folder: a download that was cut off leaves one
+        return {file.path for file in listed if (folder / file.path).is_file()}
+
+    found = here()
     # Of a locked build that was never downloaded, the metadata may be here; of one that was, no file may be missing.
     locked = resolved.request.commit is not None
-    if len(here) < len(listed) and not (locked and client.silence and here - {METADATA}):
-        client.fetch_folder(resolved.pin, f"build/{selected.variant}", listed)
+    if len(found) < len(listed) and not (locked and client.silence and found - {METADATA}):
+        # One process of a cache downloads. The lock is a file in the cache: so those wait for it that share the cache,
+        # wherever they run, and no rank has to know which ones these are.
+        share(
+            f"build {selected.variant} at {pin.commit}",
+            metadata_cache(pin.repo_id),
+            lambda: client.fetch_folder(pin, f"build/{selected.variant}", listed),
+            patience=_LONGEST_DOWNLOAD,
+            is_done=lambda: len(here()) == len(listed),
+        )
     files = read_files(folder)
     transfer = _check_transfer(folder, files, listed)
     return as_build(folder, files), transfer

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from kernels_plugins.hub import kernel as steps
 from kernels_plugins.hub import plugin
 from kernels_plugins.hub.builds import importing
 from kernels_plugins.hub.builds.machine import this_machine
-from kernels_plugins.hub.client import revision
+from kernels_plugins.hub.client import answers, revision
 from kernels_plugins.local_hub.server import LocalHub, Repository
 
 Publish = Callable[..., Repository]
@@ -49,10 +50,12 @@ def new_process() -> Iterator[Callable[[], None]]:
             revision._pins,
             revision._listed,
             steps._loaded,
+            revision._forgotten,
             plugin._kernels,
         ):
             known.clear()  # type: ignore[attr-defined]
         this_machine.cache_clear()
+        answers._started = time.time()  # notes of earlier processes are not for this one
 
         if listings := sys.modules.get("huggingface_hub._tree_cache"):  # newer clients keep listings in memory
             listings.__dict__["_IN_MEMORY_TREE_CACHE"].clear()

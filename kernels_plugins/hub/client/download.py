@@ -18,6 +18,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,6 +120,7 @@ class Client:
     local_files_only: bool = False  # whether to send no request
     # seconds to wait for an answer, with all repetitions of the client; downloads may take longer
     patience: float = field(default_factory=lambda: 6.0 * constants.HF_HUB_ETAG_TIMEOUT)
+    persistent: bool = False  # whether to repeat a request for all that time, as one that asks for others does
 
     @property
     def silence(self) -> str:
@@ -164,7 +166,7 @@ class Client:
 
         def ask() -> None:
             try:
-                answer.set_result(_repeat(question, self.patience))
+                answer.set_result(_repeat(question, self))
             except BaseException as error:
                 answer.set_exception(error)
 
@@ -238,7 +240,7 @@ class Client:
 
     def _download(self, pin: Pin, path: str) -> str:
         place: dict[str, Any] = {"repo_type": pin.repo_type, "revision": pin.commit, "cache_dir": cache_root()}
-        return str(_repeat(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), self.patience))
+        return str(_repeat(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), self))
 
     def read_status(self, pin: Pin, listed: RemoteFile) -> bytes:
         """Return the file that redirects a repository."""
@@ -297,9 +299,10 @@ def discard(place: Path) -> str:
     return "They were removed from the cache: try again"
 
 
-def _repeat(question: Callable[[], T], patience: float) -> T:
+def _repeat(question: Callable[[], T], client: Client) -> T:
     """Send a request again, after a short time, where the Hub may answer then: the client repeats only some of them."""
-    for pause in _PAUSES:
+    end = time.monotonic() + client.patience
+    for pause in chain(_PAUSES, repeat(4.0) if client.persistent else ()):
         try:
             return question()
         except Exception as error:
@@ -308,7 +311,8 @@ def _repeat(question: Callable[[], T], patience: float) -> T:
             asked = str(headers.get("Retry-After", ""))
             pause = float(asked) if asked.isdecimal() else pause
             # The caller waits for all of it.
-            if pause > patience or not (_is_network_error(error) or status in (408, 429) or (status or 0) >= 500):
+            late = time.monotonic() + pause > end
+            if late or not (_is_network_error(error) or status in (408, 429) or (status or 0) >= 500):
                 raise
         time.sleep(pause)
     return question()

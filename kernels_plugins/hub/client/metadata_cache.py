@@ -7,6 +7,7 @@ for a commit. With these, a kernel that was loaded once loads again without a re
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +29,14 @@ class Pin:
     repo_type: str  # `kernel`, or `model` for the older form
     commit: str  # 40 hexadecimal digits
 
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Pin | None:
+        """Read a pin as JSON has it; None where it is malformed."""
+        repo_id, repo_type, commit = map(data.get, ("repo_id", "repo_type", "commit"))
+        if is_repo_id(repo_id) and repo_type in ("kernel", "model") and is_commit(commit):
+            return cls(repo_id, repo_type, commit)
+        return None
+
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:12]}"
 
@@ -42,6 +51,15 @@ class Record:
     # repository and revision that it redirects to; empty if it is not redirected, None if that is not known yet
     redirect: tuple[()] | tuple[str, str] | None = None
 
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Record | None:
+        """Read metadata as JSON has them; None where they are malformed."""
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            variants = {name: tuple(RemoteFile(**file) for file in files) for name, files in data["variants"].items()}
+            if all(_is_well_formed(file) for files in variants.values() for file in files):
+                return cls(data["publisher_trusted"] is True, variants, _redirect(data.get("redirect")))
+        return None
+
 
 _changing = KeyedLocks()
 
@@ -54,11 +72,7 @@ class MetadataCache:
 
     def pin(self, revision: str) -> Pin | None:
         """Return the pin of a revision when it was last loaded."""
-        data = self._read(self._revision(revision))
-        repo_id, repo_type, commit = map(data.get, ("repo_id", "repo_type", "commit"))
-        if is_repo_id(repo_id) and repo_type in ("kernel", "model") and is_commit(commit):
-            return Pin(repo_id, repo_type, commit)
-        return None
+        return Pin.parse(self._read(self._revision(revision)))
 
     def pins(self) -> dict[str, Pin]:
         """Return the pin of each revision that was loaded, by the name under which it is kept."""
@@ -71,12 +85,7 @@ class MetadataCache:
 
     def record(self, commit: str) -> Record | None:
         """Return the metadata of a commit."""
-        data = self._read(self._commit(commit))
-        with contextlib.suppress(AttributeError, KeyError, TypeError):
-            variants = {name: tuple(RemoteFile(**file) for file in files) for name, files in data["variants"].items()}
-            if all(_is_well_formed(file) for files in variants.values() for file in files):
-                return Record(data["publisher_trusted"] is True, variants, _redirect(data.get("redirect")))
-        return None
+        return Record.parse(self._read(self._commit(commit)))
 
     def update_record(self, commit: str, **changes: Any) -> None:
         """Change the metadata of a commit, and keep the rest of it, which another thread may change meanwhile."""
@@ -91,6 +100,22 @@ class MetadataCache:
     def write_newest(self, version: int) -> None:
         """Remember the newest version."""
         self._write(self._folder / "versions.json", {"newest": version})
+
+    def note(self, question: str) -> dict[str, Any]:
+        """Return the note on a question that some process asked last; empty if there is none."""
+        return self._read(self._note(question, "json"))
+
+    def write_note(self, question: str, note: Mapping[str, Any]) -> None:
+        """Write a note; an empty one is none."""
+        self._write(self._note(question, "json"), dict(note))
+
+    def lock(self, question: str) -> Path:
+        """Return the file that the process holds which asks a question: whoever finds it shares this cache."""
+        return self._note(question, "lock")
+
+    def _note(self, question: str, kind: str) -> Path:
+        # Hashed: a branch in it may be longer than the name of a file.
+        return self._folder / "answers" / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.{kind}"
 
     def _revision(self, revision: str) -> Path:
         return self._folder / "revisions" / f"{quote(revision, safe='')}.json"  # a branch may have slashes in its name

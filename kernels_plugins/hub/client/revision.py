@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
-from kernels_core import warn_once
+from kernels_core import LoadError, warn_once
 
 from ...locks import KeyedLocks
 from ..errors import RevisionError, UnknownError, UnreachableError
 from ..names import is_commit
 from ..request import KernelRequest
+from .answers import share
+from .board import ask_once
 from .download import REPO_TYPES, Client, cache_folder, metadata_cache, not_cached
 from .metadata_cache import Pin, Record
 from .redirect import parse_status
+
+T = TypeVar("T")
 
 logger = logging.getLogger("kernels_plugins.hub")
 """For notes that are no faults: these are no warnings, which may be errors."""
@@ -33,6 +40,9 @@ _pins: dict[tuple[str, str], Pin] = {}
 
 _listed: dict[Pin, Record] = {}
 """The commits whose files were listed in this process, and not verified yet."""
+
+_forgotten: Counter[Pin] = Counter()
+"""How many listings of a commit were wrong: the next one is another question, to which there is no answer yet."""
 
 
 @dataclass(frozen=True)
@@ -86,30 +96,38 @@ def _pin(client: Client, repo_id: str, ref: str) -> tuple[Pin, str]:
     folder = str(cache_folder(repo_id, REPO_TYPES[0]))
     with _asking.hold(folder):
         if (folder, ref) not in _pins:
-            pin, how = _find_pin(client, repo_id, ref)
+            known = metadata_cache(repo_id).pin(ref)
+            if known is not None and is_commit(ref):
+                return known, "a commit that is in the cache"
+            # All ranks of a job get one commit: also those that are offline, or whose cache has another one.
+            answer = ask_once(f"the commit of {repo_id} at {ref}", lambda: _find_pin(client, repo_id, ref))
+            pin, how = _parsed(Pin.parse(answer["pin"])), str(answer["how"])
             if how != _HUB:  # served for now: the next request asks again
                 return pin, how
             _pins[folder, ref] = pin
         return _pins[folder, ref], _HUB
 
 
-def _find_pin(client: Client, repo_id: str, ref: str) -> tuple[Pin, str]:
-    known = metadata_cache(repo_id).pin(ref)
-    if known is not None and is_commit(ref):
-        return known, "a commit that is in the cache"
+def _find_pin(client: Client, repo_id: str, ref: str) -> dict[str, Any]:
+    cache = metadata_cache(repo_id)
+    known, version = cache.pin(ref), ref.removeprefix(_VERSION)
+
+    def send() -> dict[str, Any]:
+        pin = client.find_pin(repo_id, ref) if version == ref else _find_version(client, repo_id, int(version))
+        return asdict(pin)
+
     if client.silence:
         if known is None:
             raise not_cached(client.silence)
-        return known, f"from the cache: {client.silence} is set"
+        return {"pin": asdict(known), "how": f"from the cache: {client.silence} is set"}
     if known is not None:
         client = replace(client, patience=client.patience / 6)  # there is something to serve meanwhile
     try:
-        version = ref.removeprefix(_VERSION)
-        return client.find_pin(repo_id, ref) if version == ref else _find_version(client, repo_id, int(version)), _HUB
+        return {"pin": share(f"the commit of {ref}", cache, send, patience=2 * client.patience), "how": _HUB}
     except UnreachableError as error:
         if known is None:
             raise
-        return known, f"from the cache: {error}"
+        return {"pin": asdict(known), "how": f"from the cache: {error}"}
 
 
 def _find_version(client: Client, repo_id: str, version: int) -> Pin:
@@ -132,13 +150,21 @@ def find_record(pin: Pin, client: Client) -> Record:
         return record
     listed = _listed.get(pin)  # one look: another thread may keep or forget it
     if listed is None:
-        variants, status = client.list_files(pin)
-        found = () if status is None else parse_status(client.read_status(pin, status))
-        listed = replace(record, variants=variants, redirect=found)  # not kept on disk before the files passed
-        if found:  # the file that says so was compared with the listing
-            cache.update_record(pin.commit, variants=variants, redirect=found)
-        if variants or found:  # an answer without either may be no answer of the Hub
-            _listed[pin] = listed
+        question = _listing(pin)
+
+        def send() -> dict[str, Any]:
+            variants, status = client.list_files(pin)
+            redirect = () if status is None else parse_status(client.read_status(pin, status))
+            return asdict(Record(variants=variants, redirect=redirect))
+
+        answer = ask_once(question, lambda: share(question, cache, send, patience=2 * client.patience))
+        # As JSON, also where this process asked: so the others read it.
+        found = _parsed(Record.parse(json.loads(json.dumps(answer))))
+        listed = replace(record, variants=found.variants, redirect=found.redirect)
+        if listed.redirect:  # the file that says so was compared with the listing
+            cache.update_record(pin.commit, variants=listed.variants, redirect=listed.redirect)
+        if listed.variants or listed.redirect:  # an answer without either may be no answer of the Hub
+            _listed[pin] = listed  # not kept on disk before the files passed
     return listed
 
 
@@ -153,6 +179,22 @@ def forget_record(pin: Pin) -> None:
     """Forget the listing of a commit, in the cache, too: files do not pass the checks, and it may be the fault."""
     _listed.pop(pin, None)
     cache = metadata_cache(pin.repo_id)
+    cache.write_note(_listing(pin), {})
+    _forgotten[pin] += 1
     record = cache.record(pin.commit)
     if record is not None and record.variants:  # kept with another build, whose files passed
         cache.update_record(pin.commit, variants={}, redirect=None)
+
+
+def _listing(pin: Pin) -> str:
+    again = f", asked again ({_forgotten[pin]})" if pin in _forgotten else ""
+    return f"the files of {pin.repo_type} {pin.repo_id} at {pin.commit}{again}"
+
+
+def _parsed(answer: T | None) -> T:
+    if answer is None:
+        raise LoadError(
+            "another process has shared an answer of the Hub that cannot be read: upgrade it, or remove "
+            "the folder `kernels-core` of the repository from the cache"
+        )
+    return answer

@@ -6,6 +6,8 @@ from kernels_core import configured
 
 from ..errors import PublisherError
 from ..request import KernelRequest
+from .answers import share
+from .board import ask_once
 from .download import Client, metadata_cache
 from .metadata_cache import Pin
 
@@ -27,12 +29,17 @@ def require_trust(request: KernelRequest, pin: Pin, client: Client) -> str:
     if record is not None and record.publisher_trusted:  # of this commit: a later one is asked about
         return f"{owner} was a trusted publisher when it was downloaded"
     allow = f"allow it with trust_remote_code=[{pin.repo_id!r}], or by the setting trusted of a configuration file"
-    if client.silence:
-        raise PublisherError(
-            f"whether {owner!r} is a trusted publisher cannot be asked while {client.silence} is set. Load it once "
-            f"online, or {allow}"
-        )
-    if client.is_trusted_publisher(owner):
+    question = f"whether {owner} is a trusted publisher"
+
+    def send() -> bool:
+        if client.silence:
+            raise PublisherError(
+                f"whether {owner!r} is a trusted publisher cannot be asked while {client.silence} is set. Load it once "
+                f"online, or {allow}"
+            )
+        return bool(share(question, known, lambda: client.is_trusted_publisher(owner), patience=2 * client.patience))
+
+    if ask_once(question, send) is True:
         known.update_record(pin.commit, publisher_trusted=True)  # a refusal is not kept, and asked about again
         return f"{owner} is a trusted publisher"
     moved = "" if pin.repo_id == request.repo_id else f" ({request.repo_id!r} was moved to {pin.repo_id!r})"
