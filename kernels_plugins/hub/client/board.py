@@ -101,12 +101,17 @@ class FolderBoard:
             raise LoadError(f"{FOLDER} is {folder}, which other users may write: name a folder that only you may write")
 
     def take(self, key: str) -> bool:
-        """Make a file that must not exist."""
+        """Make a file that must not exist, with some text: a full disk shows here, and not after the Hub was asked."""
+        place = self._folder / key
         with self._naming():
             try:
-                (self._folder / key).touch(exist_ok=False)
+                with place.open("x") as file:
+                    file.write(f"process {os.getpid()}")
             except FileExistsError:
                 return False
+            except OSError:
+                place.unlink(missing_ok=True)
+                raise
             return True
 
     def post(self, key: str, text: str) -> str:
