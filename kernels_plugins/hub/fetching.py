@@ -211,7 +211,9 @@ def _select(resolved: ResolvedKernel) -> str:
     name = select_variant(resolved.variants, request.backend, request.on_cpu)
     if find_board() is None:
         return name
-    on_gpu = not request.on_cpu and torch.cuda.is_initialized()  # a driver that sleeps is not started for this
+    on_gpu = (
+        not request.on_cpu and cast("Any", torch.cuda).is_initialized()
+    )  # a driver that sleeps is not started for this
     device = device_capability(torch.device("cuda")) if on_gpu else "cpu" if request.on_cpu else request.backend
     wanted = str(ask_once(f"the build of {resolved.pin.commit} for {device}", lambda: name))
     choice = choose_here(resolved.variants, request.backend, request.on_cpu)
