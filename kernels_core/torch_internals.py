@@ -308,8 +308,7 @@ def forget_operators(namespace: Any, *names: str) -> None:
     """Let PyTorch forget operators that it has looked up, also in the list that a namespace has of them."""
     for name in names:
         vars(namespace).pop(name, None)
-    listed = getattr(namespace, "_dir", None)
-    if isinstance(listed, list):
+    if isinstance(listed := getattr(namespace, "_dir", None), list):
         listed[:] = [name for name in listed if name not in names]
 
 
