@@ -66,9 +66,26 @@ def make_steps(device: str) -> tuple[Any, dict[str, Callable[[], Any]]]:
     return model, {"prefill": prefill, "decoding": decoding, "training": training}
 
 
+def timed(step: Callable[[], Any], device: str) -> float:
+    """Return the milliseconds of a warm step; of short ones, such as decoding, the mean of some.
+
+    Python runs a function quickly only after it was called a few times, and a subject has just been put in place.
+    """
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    start, count = time.perf_counter(), 0
+    while count < 1 or (count < 8 and time.perf_counter() - start < 0.02):
+        step()
+        synchronize()
+        count += 1
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+        synchronize()
+    return (time.perf_counter() - start) / count * 1e3
+
+
 def measure(model: Any, step: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
     """Time the step in turns, plain and adopted; return the median in milliseconds for each."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     subjects: dict[str, Any] = {"plain": None, "adopted": {}}
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         subjects["adopted, pack:liger"] = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
@@ -80,12 +97,7 @@ def measure(model: Any, step: Callable[[], Any], device: str, rounds: int) -> di
         for name, mapping in subjects.items():
             adopted = adopt(model) if mapping is not None else None
             with scopes[name]:
-                step()  # warm
-                synchronize()
-                start = time.perf_counter()
-                step()
-                synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(timed(step, device))
             if adopted is not None:
                 adopted.undo()
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}

@@ -11,14 +11,13 @@ import argparse
 import functools
 import statistics
 import tempfile
-import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from adopt import PROMPT, ROUNDS, make_steps
+from adopt import PROMPT, ROUNDS, make_steps, timed
 from measure import Row
 
 from kernels_core import Mode, kernelize, use_kernel_forward_from_hub
@@ -135,23 +134,18 @@ def _in_turns(
     model: Any, step: Callable[[], Any], file: Path, device: str, rounds: int, compiled: bool
 ) -> dict[str, float]:
     """Time a step in turns, plain and with the choice, and with each pack alone; return the medians."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     fixed: dict[str, Mapping[str, Any] | None] = {"plain": None, "adopted": {}, "chosen": {}}
     if device == "cuda" and not compiled:  # Liger's kernels do not serve compiled code
         fixed["pack:liger"] = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
+        fixed["chosen, loss mapped"] = {"linear_cross_entropy": {"cuda": "pack:triton"}}
     times: dict[str, list[float]] = {name: [] for name in fixed}
     scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in fixed.items()}
     for _ in range(rounds):
         for name, mapping in fixed.items():
             adopted = adopt(model) if mapping is not None else None
-            choice = use_choice(file) if name == "chosen" else None
+            choice = use_choice(file) if name.startswith("chosen") else None
             with scopes[name]:
-                step()  # warm
-                synchronize()
-                start = time.perf_counter()
-                step()
-                synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(timed(step, device))
             if choice is not None:
                 choice.close()
             if adopted is not None:

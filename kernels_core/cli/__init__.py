@@ -30,6 +30,7 @@ from rich.console import Console
 
 from .. import __version__, hookspecs
 from ..answer import describe_tie, find_rivals
+from ..environment import switch
 from ..errors import ArgumentError, KernelsError, KernelsWarning, PluginError, RequirementError
 from ..mode import STAND_INS, Mode
 from ..models.receipt import receipt
@@ -131,6 +132,8 @@ def _start(
 ) -> None:
     """Show which kernels serve which layers on this machine, and why."""
     warnings.showwarning = _show_warning
+    for variable in ("KERNELS_STRICT", "DISABLE_KERNEL_MAPPING"):
+        switch(variable)  # neither on nor off is an error of every command, not only of those that decide
     if context.invoked_subcommand != "plugins":
         for fault in plugin_manager().faults:
             warnings.warn(str(fault), KernelsWarning, stacklevel=1)

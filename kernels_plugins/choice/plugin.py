@@ -83,6 +83,12 @@ class use_choice:  # noqa: N801 - reads like a statement
         self.close()
 
 
+@functools.cache
+def _absolute(path: str) -> str:
+    """Return where a path led when it was first used: a program may change its working directory between decisions."""
+    return str(Path(path).expanduser().absolute())
+
+
 @functools.lru_cache(maxsize=4)
 def _loaded(path: str, changed: tuple[int, int]) -> Choice:
     from .choice import Choice
@@ -98,11 +104,12 @@ def _in_use() -> tuple[Choice, str, bool] | None:
     path = os.environ.get("KERNELS_CHOICE", str(configured("choice") or ""))
     if not path:
         return None
+    file = _absolute(path)
     try:
-        found = Path(path).expanduser().stat()
+        found = os.stat(file)
     except OSError:
-        return _loaded(path, (0, 0)), path, False  # raises, and says why
-    return _loaded(str(Path(path).expanduser()), (found.st_mtime_ns, found.st_size)), path, False
+        return _loaded(file, (0, 0)), path, False  # raises, and says why
+    return _loaded(file, (found.st_mtime_ns, found.st_size)), path, False
 
 
 @hookimpl

@@ -394,6 +394,15 @@ def test_a_broken_plugin_does_not_break_the_command_line(run: Run, isolated_plug
     assert ran.code == 1
 
 
+@pytest.mark.parametrize("variable", ["KERNELS_STRICT", "DISABLE_KERNEL_MAPPING"])
+def test_a_switch_that_is_neither_on_nor_off(run: Run, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """Every command refuses such a variable, not only one that comes to ask for it."""
+    monkeypatch.setenv(variable, "maybe")
+    for command in (("resolve", "Nothing"), ("hooks",), ("plugins",)):
+        ran = run(*command)
+        assert ran.code == 2 and f"{variable}='maybe' is neither on nor off" in ran.err
+
+
 def test_strict_mode_ends_the_command(
     run: Run, isolated_plugins: PluginManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -328,6 +328,22 @@ def test_a_winner_that_cannot_serve() -> None:
         release(entry)
 
 
+def test_a_relative_path_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that changes its working directory keeps the choice that `KERNELS_CHOICE` named when it started."""
+    monkeypatch.chdir(tmp_path)
+    made(cell(B_FIRST)).save(tmp_path / "once.json")
+    monkeypatch.setenv("KERNELS_CHOICE", "once.json")
+    with use_kernel_mapping(BOTH):
+        plugin.forget()
+        assert served(Twice(), 1) == ["B"]
+        (tmp_path / "else").mkdir()
+        monkeypatch.chdir(tmp_path / "else")
+        plugin.forget()
+        assert served(Twice(), 1) == ["B"]
+    monkeypatch.undo()
+    plugin.forget()
+
+
 def test_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`KERNELS_CHOICE` names a file; one that cannot be read means the default order, with the reason, or an error."""
     path = tmp_path / "choice.json"
