@@ -62,7 +62,8 @@ from .resolution import (
     Resolution,
 )
 from .resolver import find_candidates, forget, resolve, serving_forward
-from .scope import Scope, checkpoint_scopes
+from .scopes.kept import checkpoint_scopes
+from .scopes.scope import Scope
 from .settings.report import Configuration, SettingRow, configuration, configured
 from .settings.section import ConfigSection
 from .table import Table, TableRow, Tabular, as_json, visible

@@ -50,7 +50,8 @@ from .mode import EAGER_MODES, TRACED_MODES, Mode
 from .plugins import plugin_manager
 from .resolution import Resolution
 from .resolver import decide, must_raise, no_kernel, ready
-from .scope import PATIENCE, ForkLock, Frame, FrameTable, keep_scopes, publish, resolving, root, withdraw
+from .scopes.frame import PATIENCE, ForkLock, Frame, FrameTable, here, publish, resolving, root, withdraw
+from .scopes.kept import keep_scopes, notice_checkpoint
 from .torch_internals import constant_result, disabled, disabled_lazily, is_traced
 
 Odd = frozenset[type[torch.Tensor]]
@@ -149,7 +150,7 @@ class _Dispatcher:
     def _published(self, name: str, decide: Callable[[Frame], Forward]) -> Forward:
         """Return the function that is published in the active frame; decide and publish if there is none."""
         keep_scopes()
-        frame: Frame = root.active
+        frame = here()
         known: Forward | None = getattr(frame, name, None)
         if known is not None:
             return known
@@ -163,6 +164,7 @@ class _Dispatcher:
                 return meanwhile
             # Read before the decision: `publish` keeps none that a change of mappings has overtaken.
             before = ready()
+            notice_checkpoint()
             served = decide(frame)
             self.names.add(name)
             publish(frame, name, served, before)
@@ -310,7 +312,7 @@ class _Dispatcher:
             if device is None:
                 return nowhere if refusing is None or mapping_disabled() else refusing
             frame = root.active
-            kept = frame is not root and frame.in_function  # as an argument, it has a guard, which keeps the scopes
+            kept = frame.keeps_scopes  # as an argument, it has a guard, which keeps them
             odd = subclasses_traced(module, values)
             forward: Forward = getattr(frame, table(device.type, device.index, odd, kept))
             return forward

@@ -58,7 +58,7 @@ if not _kernels_condition({asked}):
 _FIND = """\
 try:
     _kernel_frame = _kernels_frame()
-    if _kernel_frame is not _kernels_root and not _kernels_outside_functions():
+    if _kernel_frame.parent and not _kernels_outside_functions():
         _kernels_keep_scopes()
     {answer}
     if _kernels_watched:

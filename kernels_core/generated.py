@@ -24,7 +24,8 @@ from .guards.gradients import (
 from .guards.proof import read_attributes
 from .guards.tensors import is_odd, is_odd_module, odd_parameters
 from .layer import Forward, Layer
-from .scope import active_frame, keep_scopes, root
+from .scopes.frame import active_frame, root
+from .scopes.kept import keep_scopes
 from .torch_internals import (
     EXPRESSION_NAMES,
     FORWARD_LEVEL,

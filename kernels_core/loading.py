@@ -29,7 +29,7 @@ from .mode import Mode
 from .plugins import plugin_manager
 from .raised import detached, error_text, message_of
 from .resolution import Candidate, Cause, KernelLayer, LayerRequest, LoadedLayer, Refusal
-from .scope import PATIENCE, forget, resolving
+from .scopes.frame import PATIENCE, forget, resolving
 from .torch_internals import constant_result, no_dispatch_modes, no_torch_function
 from .warning import warn_once
 

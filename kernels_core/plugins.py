@@ -26,7 +26,7 @@ from .hookspecs import PROJECT
 from .isolation import FAULTS, checked_hooks, isolated, raised_in
 from .raised import error_text
 from .resolution import Candidate, LayerRequest, Resolution
-from .scope import PATIENCE
+from .scopes.frame import PATIENCE
 from .settings import reader
 from .warning import WarnOnce, warn_once
 

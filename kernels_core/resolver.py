@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 
-from . import scope
 from .answer import IN_QUARANTINE, CorePlugin, ModesDiffer, exclusion
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
@@ -27,7 +26,8 @@ from .loading import forget_failures
 from .mode import Mode, check_call_mode
 from .plugins import plugin_manager
 from .resolution import Candidate, Cause, JointRequest, LayerRequest, Refusal, Resolution, rank_offers
-from .scope import Frame
+from .scopes import frame as frames
+from .scopes.frame import Frame, here
 from .settings.reader import forget_settings
 from .warning import warn_once
 
@@ -64,7 +64,7 @@ def resolve(
         'reference'
     """
     request = _request_of(layer_or_name, device, mode)
-    if scope.resolving.get():  # a hook that answers another request calls this: do not recurse
+    if frames.resolving.get():  # a hook that answers another request calls this: do not recurse
         return Resolution(request, note="asked while a layer is being resolved")
     if candidate is None or mapping_disabled():
         return decide(request.layer or request.layer_name, request.device, (mode,))
@@ -122,7 +122,7 @@ def _request(
     name, known = (layer, None) if isinstance(layer, str) else (layer.name, layer)
     kind = JointRequest if len(modes) > 1 else LayerRequest
     if scopes is None:
-        scopes = (scope.root.active if frame is None else frame).payloads()
+        scopes = (here() if frame is None else frame).payloads()
     return kind(name, device, modes[0], known, device_capability(device), scopes, subclasses, passed_on)
 
 
@@ -199,13 +199,13 @@ def decide(
 @contextlib.contextmanager
 def _resolving() -> Iterator[None]:
     """Mark this thread or task as resolving, under the modes in which modules expect to be imported."""
-    token = scope.resolving.set(True)
+    token = frames.resolving.set(True)
     try:
         # What a kernel makes at import would be inference tensors, which autograd refuses ever after.
         with torch.inference_mode(False):
             yield
     finally:
-        scope.resolving.reset(token)
+        frames.resolving.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +245,7 @@ def ready() -> int:
     """Find the plugins, if that was not done yet, and return the generation that a decision now belongs to."""
     if not mapping_disabled():
         plugin_manager().plugins()
-    return scope.generation()
+    return frames.generation()
 
 
 def must_raise(resolution: Resolution) -> bool:
@@ -297,10 +297,10 @@ def forget() -> None:
     """
     forget_settings()  # first: decisions after the last line read it again
     forget_failures()  # what has failed is tried again, too
-    scope.forget()
+    frames.forget()
 
 
 plugin_manager().on_change.append(forget)
-on_change.append(scope.forget)  # not `forget`: loads that have failed need not be tried again
-on_odd_parameter.append(scope.forget)
+on_change.append(frames.forget)  # not `forget`: loads that have failed need not be tried again
+on_odd_parameter.append(frames.forget)
 plugin_manager().register(CorePlugin(), "core", trusted=True)

@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from . import loading, plugins, resolver, scope
+from . import loading, plugins, resolver
 from .answer import CorePlugin
 from .plugins import PluginManager
+from .scopes.frame import forget
 from .settings.reader import forget_settings
 from .warning import warn_once
 
@@ -147,6 +148,6 @@ def hook_recorder(isolated_plugins: PluginManager) -> Iterator[HookRecorder]:
 def _start_anew() -> None:
     """Forget decisions, loaded kernels and issued warnings, without resolving anything again."""
     forget_settings()
-    scope.forget()
+    forget()
     warn_once.forget()
     loading.forget_loads()

@@ -14,9 +14,8 @@ Names were tried with PyTorch 2.6 to 2.13, unless an entry says otherwise.
 from __future__ import annotations
 
 import contextlib
-import copy
+import ctypes
 import functools
-import inspect
 import pkgutil
 import re
 import sys
@@ -40,8 +39,6 @@ def _find(path: str) -> Any:
     except (ImportError, AttributeError):
         return None
 
-
-# --- Versions ----------------------------------------------------------------------------------------
 
 _found = re.match(r"(\d+)\.(\d+)", torch.__version__)
 release: tuple[int, int] = (int(_found[1]), int(_found[2])) if _found else (0, 0)
@@ -185,11 +182,32 @@ def has_saved_tensors_hooks() -> bool:
     return _top_hooks is None or _top_hooks(False) is not None
 
 
+graph_task: Callable[[], int] = _find("torch._C:_current_graph_task_id") or (lambda: -1)
+"""The number of the backward that makes this call, else -1. Without the name, a scope serves no other thread's."""
+_carry, _drop = _find("torch._C:_stash_obj_in_tls"), _find("torch._C:_remove_obj_from_tls")  # the last from 2.13 on
+_is_carried, _carried = _find("torch._C:_is_key_in_tls"), _find("torch._C:_get_obj_in_tls")
+
+
+def carry(key: str, value: object) -> None:
+    """Let the threads in which autograd runs what this thread starts find an object; None for none."""
+    if value is None and _drop is not None:
+        _drop(key)  # a thread that ends with one needs the interpreter's lock, so keep none for nothing
+    elif _carry is not None:
+        if _drop is None:  # 2.6 to 2.11 drop a reference that they did not take
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+        _carry(key, value)
+
+
+def carried(key: str) -> Any:
+    """Return such an object; None if there is none."""
+    return _carried(key) if _is_carried is not None and _carried is not None and _is_carried(key) else None
+
+
 TraceError: type[Exception] = _find("torch.fx.proxy:TraceError") or ValueError
 """Raised by proxies of `torch.fx` that are used as conditions; without the name, its base class."""
 
 
-# --- Tensors -------------------------------------------------------------------------------------------
+# --- Tensors and nested values -------------------------------------------------------------------------
 
 
 def version(tensor: torch.Tensor) -> int:
@@ -215,14 +233,9 @@ def is_fake_class(cls: type[Any]) -> bool:
 def fake_copies(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Give copies of tensors without data, and the mode in which they can be computed with; else, real copies."""
     mode = _find("torch._subclasses.fake_tensor:FakeTensorMode")
-    if mode is None:
-        yield [tensor.detach().clone() for tensor in tensors]
-    else:
-        with mode(allow_non_fake_inputs=True) as entered:
-            yield [entered.from_tensor(tensor.detach()) for tensor in tensors]
+    with contextlib.nullcontext() if mode is None else mode(allow_non_fake_inputs=True) as entered:
+        yield [entered.from_tensor(t.detach()) if entered is not None else t.detach().clone() for t in tensors]
 
-
-# --- Nested values ---------------------------------------------------------------------------------------
 
 _tree_map = _find("torch.utils._pytree:tree_map")
 _tree_leaves = _find("torch.utils._pytree:tree_leaves")
@@ -232,18 +245,10 @@ _registered = _find("torch.utils._pytree:SUPPORTED_NODES")
 def _opened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     """Return the children of a container, and a function that makes one of others; None for a leaf."""
     if (kind := type(tree)) in (dict, OrderedDict, defaultdict):
-
-        def filled(new: list[Any]) -> Any:
-            made = copy.copy(tree)
-            made.update(zip(tree, new, strict=True))
-            return made
-
-        return list(tree.values()), filled
-    if kind in (list, tuple, deque):
-        return list(tree), kind
-    if isinstance(tree, tuple) and hasattr(kind, "_fields"):
-        return list(tree), lambda new: kind(*new)
-    return None
+        empty: Any = defaultdict(tree.default_factory) if kind is defaultdict else kind()
+        return list(tree.values()), lambda new: empty.update(zip(tree, new, strict=True)) or empty
+    named = getattr(kind, "_make", None) if isinstance(tree, tuple) else None
+    return (list(tree), named or kind) if named or kind in (list, tuple, deque) else None
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -256,10 +261,10 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def tree_leaves(tree: Any) -> list[Any]:
     """Return the leaves of a nested value. The fallback does not open registered classes."""
-    if _tree_leaves is not None:
-        return list(_tree_leaves(tree))
-    opened = _opened(tree)
-    return [tree] if opened is None else [leaf for child in opened[0] for leaf in tree_leaves(child)]
+    found: list[Any] = [] if _tree_leaves is None else _tree_leaves(tree)
+    if _tree_leaves is None:
+        tree_map(found.append, tree)
+    return found
 
 
 def registered_node(kind: type[Any]) -> Any:
@@ -323,7 +328,7 @@ operator_registrations: Callable[[str], str] = _find("torch._C:_dispatch_dump") 
 """Describe the functions of an operator, a line each with the place in the source; without the name, empty."""
 
 
-# --- Dynamo ----------------------------------------------------------------------------------------------
+# --- Dynamo, devices, processes ----------------------------------------------------------------------------
 
 
 @functools.cache
@@ -349,8 +354,7 @@ def constant_result(function: AnyFunction) -> AnyFunction:
 def disabled(function: AnyFunction, *, reason: str) -> AnyFunction:
     """Keep Dynamo out of a function; from PyTorch 2.7 on, it shows the reason where that is an error."""
     disable: Any = torch.compiler.disable
-    known = "reason" in inspect.signature(disable).parameters
-    return cast(AnyFunction, disable(function, reason=reason) if known else disable(function))
+    return cast(AnyFunction, disable(function, reason=reason) if release >= (2, 7) else disable(function))
 
 
 def disabled_lazily(function: AnyFunction, *, reason: str) -> AnyFunction:
@@ -363,8 +367,7 @@ def disabled_lazily(function: AnyFunction, *, reason: str) -> AnyFunction:
 
 def disabled_when_called(function: AnyFunction) -> AnyFunction:
     """Keep Dynamo out of a function and all that it calls; imports Dynamo at the first call, else now."""
-    disable = _find("torch:_disable_dynamo") or cast(Any, torch.compiler).disable
-    return cast(AnyFunction, disable(function))
+    return cast(AnyFunction, (_find("torch:_disable_dynamo") or cast(Any, torch.compiler).disable)(function))
 
 
 def dynamo_is_imported() -> bool:
@@ -387,14 +390,11 @@ def many_compilations() -> AbstractContextManager[object]:
     return cast("AbstractContextManager[object]", patch(known) if patch and known else contextlib.nullcontext())
 
 
-# --- Devices and processes -------------------------------------------------------------------------------
-
 default_store: Callable[[], Any] = _find("torch.distributed.distributed_c10d:_get_default_store") or (lambda: None)
 """Return the store of the default process group; without the name, ranks share only what lies in one cache."""
 
 
 def on_cuda_start(function: Callable[[], object]) -> bool:
     """Call a function when CUDA starts, or now if it has; return False where PyTorch offers nothing for that."""
-    if (call := _find("torch.cuda:_lazy_call")) is not None:
-        call(function)
-    return call is not None
+    call = _find("torch.cuda:_lazy_call")
+    return call is not None and call(function) is None  # it returns nothing

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kernels_core import PluginManager, forget, scope
+from kernels_core import PluginManager, forget
 from kernels_core.models.choice import choices
+from kernels_core.scopes import frame as frames
 from kernels_core.settings.reader import forget_settings
 from kernels_plugins import mapping
 
@@ -36,8 +37,8 @@ def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     forget_settings()
     mapping._registered = registered
-    if scope.root.active is not scope.root:
-        scope._current.set(scope.root)
+    if frames.here() is not frames.root:
+        frames.set_frame(frames.root)
 
 
 @pytest.fixture

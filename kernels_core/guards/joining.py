@@ -11,7 +11,7 @@ import weakref
 from typing import Protocol
 
 from ..layer import Forward
-from ..scope import Frame, generation, publish
+from ..scopes.frame import Frame, generation, publish
 from .watch import Watch
 
 

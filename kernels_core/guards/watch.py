@@ -9,6 +9,7 @@ from typing import Any
 
 from ..layer import Forward, Layer
 from ..resolution import Resolution
+from ..scopes.kept import notice_checkpoint
 from .gradients import needs_proof
 from .proof import Unproven, until_proven
 from .tensors import odd_parameters
@@ -76,6 +77,7 @@ class Watch:
         known = self.unproven.get(number)
         if known is None:
             return None
+        notice_checkpoint()
 
         def forget() -> None:
             with self._lock:

@@ -34,7 +34,7 @@ from ..layer import Forward, Layer
 from ..mode import Mode
 from ..plugins import plugin_manager
 from ..resolution import Resolution
-from ..scope import Frame, generation, listeners
+from ..scopes.frame import Frame, generation, listeners
 from ..torch_internals import constant_result, is_fake_class, is_traced
 from ..warning import WarnOnce
 from .modules import own_device, put_class

@@ -16,7 +16,7 @@ from ..layer import Forward, Layer
 from ..mode import Mode
 from ..resolution import LayerRequest, Refusal, Resolution
 from ..resolver import Decided, decide
-from ..scope import Scope
+from ..scopes.scope import ForwardScope
 from ..torch_internals import constant_result
 from ..warning import warn
 
@@ -43,7 +43,7 @@ def pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
             return Resolution(request, refusals=(Refusal(reason, choice.candidate, choice.plugin),))
         return replace(choice, request=request)
 
-    scope = Scope(Decided(choice_for))
+    scope = ForwardScope(Decided(choice_for))
 
     @constant_result
     def compare() -> None:

@@ -14,7 +14,7 @@ from ..layer import Layer
 from ..mode import Mode
 from ..resolution import LayerRequest, Resolution
 from ..resolver import Decided
-from ..scope import Scope
+from ..scopes.scope import ForwardScope
 from .choice import blocks
 from .frozen import frozen_choice
 from .modules import own_device
@@ -28,7 +28,7 @@ def _reference(numbers: frozenset[int] | None, mode: Mode | None, request: Layer
     return None
 
 
-_everywhere = Scope(Decided(functools.partial(_reference, None, None)))
+_everywhere = ForwardScope(Decided(functools.partial(_reference, None, None)))
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def references(*models: nn.Module, layers: Collection[Layer] | None = None, mode
     scope = _everywhere
     if layers is not None or mode is not None:
         numbers = frozenset(layer.number for layer in layers) if layers is not None else None
-        scope = Scope(Decided(functools.partial(_reference, numbers, mode)))
+        scope = ForwardScope(Decided(functools.partial(_reference, numbers, mode)))
     suspended = [
         (module, choice, module.training)
         # Each once: models may share modules.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kernels_core import KernelsWarning, Mode, checkpoint_scopes, use_kernel_forward_from_hub
+from kernels_core import ArgumentTypeError, KernelsWarning, Mode, checkpoint_scopes, use_kernel_forward_from_hub
 from kernels_core.guards.functions import function_contexts, in_function
-from kernels_core.scope import active_frame, root
+from kernels_core.scopes.frame import here, root
+from kernels_core.torch_internals import DispatchMode, saved_tensors_hooks
 from kernels_plugins.mapping import register_kernel_mapping, use_kernel_mapping
 
 pytestmark = pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
@@ -69,7 +72,7 @@ def derived_elsewhere(y: torch.Tensor, x: torch.Tensor) -> tuple[float, float]:
 
     def backward() -> None:
         y.backward(retain_graph=True)
-        frames.append(active_frame())
+        frames.append(here())
 
     thread = threading.Thread(target=backward)
     thread.start()
@@ -143,7 +146,7 @@ def test_an_error_in_a_recomputation_leaves_the_scopes(layer: nn.Module) -> None
         y = reentrant(function, torch.ones(1, requires_grad=True))
     with pytest.raises(ValueError, match="second call"):
         y.backward()
-    assert active_frame() is root
+    assert here() is root
 
 
 def test_a_function_that_cannot_be_brought_into_its_scopes_is_reported(layer: nn.Module) -> None:
@@ -152,11 +155,8 @@ def test_a_function_that_cannot_be_brought_into_its_scopes_is_reported(layer: nn
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             mapping = {"Times": {"cpu": times(3)}}
-            with use_kernel_mapping(mapping if scoped else {}):
-                if not scoped:
-                    threading.Thread(target=Recomputing.apply, args=(layer, torch.ones(1, requires_grad=True))).start()
-                else:
-                    Recomputing.apply(layer, torch.ones(1, requires_grad=True))
+            with use_kernel_mapping(mapping) if scoped else contextlib.nullcontext():
+                Recomputing.apply(layer, torch.ones(1, requires_grad=True))
         told = [str(w.message) for w in caught if issubclass(w.category, KernelsWarning)]
         assert len(told) == scoped and all("Recomputing" in text for text in told)
 
@@ -215,9 +215,88 @@ def test_checkpoint_scopes(layer: nn.Module) -> None:
     with use_kernel_mapping({"Times": {"cpu": times(3)}}):
         y = checkpoint(lambda x: layer(x).sin(), x, use_reentrant=False, context_fn=checkpoint_scopes)
     assert derived_elsewhere(y, x)[1] == pytest.approx(3 * torch.tensor(3.0).cos().item())
-    assert active_frame() is root
+    assert here() is root
     y.backward()
     assert x.grad is not None and x.grad.item() == pytest.approx(6 * torch.tensor(3.0).cos().item())
+
+
+def test_checkpoint_scopes_around_other_contexts(layer: nn.Module) -> None:
+    """Around a selective `context_fn`, kernels are recomputed in their scopes, but for what that one keeps."""
+    operators: list[str] = []
+
+    class Watch(DispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operators.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    class Product(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.mm(x, x) * 3
+
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    x, recomputed = torch.ones(1, 1, requires_grad=True), []
+    contexts: list[Any] = [checkpoint_scopes, checkpoint_scopes(inner=kept)]
+    for context_fn in contexts:
+        with use_kernel_mapping({"Times": {"cpu": Product}}):
+            layer(x)  # proven to keep gradients
+            y: Any = checkpoint(lambda x: layer(x).sin().sin(), x, use_reentrant=False, context_fn=context_fn)
+        x.grad = None
+        with Watch():  # type: ignore[no-untyped-call]
+            y.backward()
+        recomputed.append(operators.count("mm.default") - 2)  # the backward of a product has two
+        operators.clear()
+        expected = 6 * torch.tensor(3.0).cos() * torch.tensor(3.0).sin().cos()
+        assert x.grad is not None and x.grad.item() == pytest.approx(expected.item())
+    assert recomputed == [1, 0]
+    with pytest.raises(ArgumentTypeError, match="inner is a context_fn"):
+        checkpoint_scopes(inner=[])  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_checkpoint_scopes_in_compiled_code(layer: nn.Module, selective: bool) -> None:
+    """Where a checkpoint is compiled, its graph has the kernels of its scopes, and is recomputed as one."""
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.sin.default])
+    context_fn: Any = checkpoint_scopes(inner=kept) if selective else checkpoint_scopes
+    torch._dynamo.reset()
+
+    def run(x: torch.Tensor) -> Any:
+        return checkpoint(lambda x: layer(x).sin().sin(), x, use_reentrant=False, context_fn=context_fn)
+
+    x = torch.ones(1, requires_grad=True)
+    with use_kernel_mapping({"Times": {"cpu": times(3)}}):
+        y = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+    y.backward()
+    expected = 3 * torch.tensor(3.0).cos() * torch.tensor(3.0).sin().cos()
+    assert x.grad is not None and x.grad.item() == pytest.approx(expected.item())
+
+
+def test_a_checkpoint_that_keeps_no_scopes_is_reported(layer: nn.Module) -> None:
+    """The first recorded call in a scope and in such a checkpoint warns, once; a call in any other one does not."""
+
+    def told(function: Any, scope: Any, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught, scope:
+            warnings.simplefilter("always")
+            y: Any = checkpoint(function, torch.ones(1, requires_grad=True), **{"use_reentrant": False, **options})
+            y.backward()
+            layer(torch.ones(1, requires_grad=True))
+        return [str(w.message) for w in caught if issubclass(w.category, KernelsWarning)]
+
+    def fresh() -> use_kernel_mapping:
+        return use_kernel_mapping({"Times": {"cpu": times(3)}})
+
+    def scoped(x: torch.Tensor) -> Any:
+        with fresh():
+            return layer(x)
+
+    with torch.autograd.graph.saved_tensors_hooks(str, str):
+        known = saved_tensors_hooks() is not None  # not before PyTorch 2.7
+    assert not told(layer, contextlib.nullcontext())
+    assert not told(scoped, contextlib.nullcontext())
+    assert not told(layer, fresh(), context_fn=checkpoint_scopes)
+    assert not told(layer, fresh(), use_reentrant=True)
+    assert not told(lambda x: checkpoint(layer, x, use_reentrant=True), fresh(), context_fn=checkpoint_scopes)
+    texts = told(layer, fresh()) + told(layer, fresh())
+    assert len(texts) == known and all("context_fn=kernels_core.checkpoint_scopes" in text for text in texts)
 
 
 def test_the_forward_of_a_function_is_found_without_private_names() -> None:

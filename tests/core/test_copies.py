@@ -30,7 +30,7 @@ from kernels_core import (
     use_kernel_forward_from_hub,
 )
 from kernels_core.errors import NoKernelError
-from kernels_core.scope import root
+from kernels_core.scopes.frame import root
 from kernels_plugins.mapping import use_kernel_mapping
 
 X = torch.ones(2, 4)

@@ -132,6 +132,7 @@ def test_each_device_finds_its_kernel(accelerator: str, accelerators: int, where
         return lambda *args: (name, args)
 
     class Frame:
+        parent = None
         layer0_cpu = staticmethod(found("cpu"))
 
     names = [f"layer0_{accelerator}_{index}" for index in range(8)]

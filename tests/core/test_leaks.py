@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from kernels_core import KernelsWarning, Mode, kernelize, scope, use_kernel_forward_from_hub, warn_once
+from kernels_core import KernelsWarning, Mode, kernelize, use_kernel_forward_from_hub, warn_once
+from kernels_core.scopes import frame as frames
 from kernels_plugins import register_kernel_mapping, use_kernel_mapping
 
 Make = Callable[..., Any]
@@ -78,7 +79,7 @@ def test_dropped_layers_leave_no_names_and_no_source() -> None:
         torch._dynamo.reset()
         gc.collect()
         texts = [file for file in linecache.cache if "kernels_core" in file]
-        return len(scope.root.published), len(texts), len(vars(scope.Frame))
+        return len(frames.root.published), len(texts), len(vars(frames.Frame))
 
     counts = [taken() for _ in range(8)]
     assert counts[-1] <= counts[2], counts

@@ -23,10 +23,10 @@ from kernels_core import (
     kernelize,
     quarantined,
     release,
-    scope,
     use_kernel_forward_from_hub,
 )
 from kernels_core.guards import gradients, proof
+from kernels_core.scopes.frame import forget
 from kernels_plugins import use_kernel_mapping
 
 Forward = Callable[..., Any]
@@ -257,7 +257,7 @@ def test_decisions_dropped_in_the_middle_of_a_call_leave_it_checked() -> None:
 
     class Forgets(list[Any]):
         def __iter__(self) -> Iterator[Any]:  # asked whether it holds a tensor that requires grad
-            scope.forget()
+            forget()
             gc.collect()
             return super().__iter__()
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from kernels_core import Mode, Scope, ScopeError, resolve, scope
+from kernels_core import Mode, Scope, ScopeError, resolve
+from kernels_core.scopes import frame as frames
 from kernels_core.testing import HookRecorder
 from kernels_plugins.mapping import register_kernel_mapping, use_kernel_mapping
 
@@ -31,7 +32,7 @@ def adding(make_kernel: Make) -> Callable[[float], use_kernel_mapping]:
 def sizes() -> tuple[int, int]:
     """Count living frames, and resolutions in all tables."""
     gc.collect()
-    return len(scope._frames), sum(map(len, scope._tables))
+    return len(frames._frames), sum(map(len, frames._tables))
 
 
 def test_scopes_nest(make_layer: Make, adding: Make) -> None:
@@ -106,7 +107,7 @@ def test_exceptions_leave_scopes(make_layer: Make, adding: Make) -> None:
     for error in (ValueError, KeyboardInterrupt, GeneratorExit):
         with contextlib.suppress(error), adding(10), adding(20):
             raise error
-        assert scope.root.active is scope.root
+        assert frames.root.active is frames.root
     for _ in range(2):
         with adding(10):
             continue
@@ -120,13 +121,13 @@ def test_leaving_in_another_order_is_an_error(adding: Make) -> None:
         outer.__exit__(None, None, None)
     outer.__enter__()
     inner.__enter__()
-    here = scope.root.active
+    here = frames.root.active
     with pytest.raises(ScopeError):
         outer.__exit__(None, None, None)
-    assert scope.root.active is here
+    assert frames.root.active is here
     inner.__exit__(None, None, None)
     outer.__exit__(None, None, None)
-    assert scope.root.active is scope.root
+    assert frames.root.active is frames.root
 
 
 def test_threads_do_not_see_each_others_scopes(make_layer: Make, adding: Make) -> None:
@@ -187,24 +188,24 @@ def test_generators_give_the_scope_back(make_layer: Make, adding: Make) -> None:
             yield float(layer(X)[0])
 
     assert list(numbers()) == [10, 10]
-    assert scope.root.active is scope.root
+    assert frames.root.active is frames.root
 
     closed = numbers()
     assert next(closed) == 10
     closed.close()  # type: ignore[attr-defined]
-    assert scope.root.active is scope.root
+    assert frames.root.active is frames.root
 
     thrown = numbers()
     assert next(thrown) == 10
     with pytest.raises(KeyError):
         thrown.throw(KeyError)  # type: ignore[attr-defined]
-    assert scope.root.active is scope.root
+    assert frames.root.active is frames.root
 
     dropped = numbers()
     assert next(dropped) == 10
     del dropped
     gc.collect()
-    assert scope.root.active is scope.root
+    assert frames.root.active is frames.root
     assert layer(X)[0] == 1
 
 
@@ -259,7 +260,7 @@ def test_frames_go_with_their_scope(make_layer: Make, adding: Make) -> None:
     layer, ten = make_layer()(), adding(10)
     with ten:
         layer(X)
-        frame = weakref.ref(scope.root.active)
+        frame = weakref.ref(frames.root.active)
     assert frame() is not None
     del ten
     gc.collect()
@@ -318,11 +319,11 @@ def test_decorated_functions_do_not_grow_the_tables() -> None:
 
     make()
     gc.collect()
-    before = len(scope._tables)
+    before = len(frames._tables)
     for _ in range(20):
         make()
     gc.collect()
-    assert len(scope._tables) <= before
+    assert len(frames._tables) <= before
 
 
 def test_dropping_one_layer_leaves_the_others(make_layer: Make, make_kernel: Make) -> None:
@@ -347,15 +348,15 @@ def test_layers_that_are_collected_while_answers_are_dropped(make_layer: Make) -
         layers = [make_layer(f"Collected{number}_{i}") for i in range(4)]
         for layer in layers:
             layer()(X)
-        scope.publish(scope.root, "collects", Collects(), scope.generation())
+        frames.publish(frames.root, "collects", Collects(), frames.generation())
         gc.collect()
         gc.disable()
         try:
             del layer, layers
-            scope.forget()
+            frames.forget()
         finally:
             gc.enable()
-        assert not scope.root.published
+        assert not frames.root.published
 
 
 def test_scope_is_dropped_while_other_threads_use_theirs(make_layer: Make, adding: Make) -> None:

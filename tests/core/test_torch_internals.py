@@ -113,7 +113,10 @@ def own_names() -> frozenset[str]:
 
 OWN = own_names()
 
-FOREIGN = {"kernels_plugins/hub/client/download.py": ["client._api"]}
+FOREIGN = {
+    "kernels_core/scopes/frame.py": ["asyncio._get_running_loop"],
+    "kernels_plugins/hub/client/download.py": ["client._api"],
+}
 """Private names of other libraries, which the test cannot tell from those of PyTorch."""
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from kernels_core import (
     CUDAProperties,
@@ -178,6 +180,81 @@ def test_a_reentrant_checkpoint_has_the_gradient_of_its_output(in_scope: bool, c
         y = checkpoint(lambda x: Times()(x).sin(), x, use_reentrant=False, context_fn=checkpoint_scopes)
     y.sum().backward()
     torch.testing.assert_close(x.grad, 3 * torch.cos(3 * ones()))
+
+
+class Calls(torch.autograd.Function):
+    """Calls a layer in its backward, which runs in a thread of autograd, and derives that once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Any, seen: list[int]) -> Any:
+        ctx.layer, ctx.seen = layer, seen
+        ctx.save_for_backward(x)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.seen.append(threading.get_ident())
+        return gradient * ctx.layer(*ctx.saved_tensors), None, None
+
+
+def test_backwards_in_the_threads_of_autograd_are_in_scopes() -> None:
+    """A layer in a backward, a double backward or a recomputation there is in the scopes of the caller, and no other.
+
+    Two threads in two scopes share the thread of a GPU.
+    """
+
+    @use_kernel_forward_from_hub("GpuTimes")
+    class Times(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    def times(factor: float) -> Any:
+        forward: Any = lambda self, x: x * factor  # noqa: E731
+        return use_kernel_mapping({"GpuTimes": {"cuda": type("Kernel", (nn.Module,), {"forward": forward})}})
+
+    layer, seen = Times(), list[int]()
+
+    def check(factor: float) -> None:
+        for _ in range(20):
+            x = ones().requires_grad_()
+            (first,) = torch.autograd.grad(Calls.apply(x, layer, seen).sum(), x, create_graph=True)
+            assert first[0].item() == factor
+            (second,) = torch.autograd.grad(Calls.apply(first, layer, seen).sum(), x)  # derives the backward, too
+            assert second[0].item() == factor * factor * factor
+            y: Any = checkpoint(lambda x: layer(x).sin(), x, use_reentrant=False)
+            y.sum().backward()
+            torch.testing.assert_close(x.grad, factor * torch.cos(factor * ones()))
+
+    def scoped(scope: Any, factor: float, failed: list[BaseException]) -> None:
+        try:
+            with scope:
+                check(factor)
+        except BaseException as error:
+            failed.append(error)
+
+    check(2)
+    with times(3):
+        check(3)
+        with times(4):
+            check(4)
+        check(3)
+    check(2)
+    assert threading.get_ident() not in seen
+    failed: list[BaseException] = []
+    threads = [threading.Thread(target=scoped, args=(times(n), n, failed)) for n in (5, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    x = ones().requires_grad_()
+    selective = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.sin.default])
+    for context_fn in (checkpoint_scopes, checkpoint_scopes(inner=selective)):
+        with times(3):
+            y: Any = checkpoint(lambda x: layer(x).sin().sin(), x, use_reentrant=False, context_fn=context_fn)
+        with times(4):
+            (found,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(found, 3 * torch.cos(3 * ones()) * torch.cos(torch.sin(3 * ones())))
 
 
 # --- Tensors that are not plain ---------------------------------------------------------------------

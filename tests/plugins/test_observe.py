@@ -25,10 +25,10 @@ from kernels_core import (
     forget,
     kernelize,
     release,
-    scope,
     use_kernel_forward_from_hub,
 )
 from kernels_core.models.choice import choices
+from kernels_core.scopes.frame import root
 from kernels_plugins import (
     LocalLayerRepository,
     LogResolutions,
@@ -101,8 +101,8 @@ def test_off_nothing_is_around_a_call(manager: PluginManager, caplog: pytest.Log
     mapping = use_kernel_mapping({"Scale": {"cpu": FastScale}})
     with mapping:
         Scale()(torch.ones(2, requires_grad=True))  # recorded: the kernel proves that it keeps gradients
-        names = [name for name in scope.root.active.published if not name.endswith("_proving")]
-        published = [getattr(scope.root.active, name) for name in names]
+        names = [name for name in root.active.published if not name.endswith("_proving")]
+        published = [getattr(root.active, name) for name in names]
     assert published == [FastScale.forward]
     assert not caplog.records
 

@@ -1,25 +1,22 @@
-"""Scopes, and the frames that keep the decisions made in each of them.
+"""Frames, which keep the decisions made in each scope; the dispatcher reads them.
 
-A `Scope` is a context manager that plugins make. Entering it under another scope makes a `Frame`,
-which the dispatcher reads. The innermost frame of this thread or task is a context variable.
+The innermost frame of this thread or task is a context variable. Threads start without one: see `here`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import copyreg
 import os
 import threading
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
-from types import TracebackType
+from contextvars import Context, ContextVar
 from typing import Any
 
-from .errors import ScopeError
-from .guards.functions import function_contexts, in_function, outside_functions
-from .layer import Forward
-from .warning import warn_once
+from ..layer import Forward
+from ..torch_internals import carried, carry, graph_task
+from ..warning import warn_once
 
 PATIENCE = 60.0
 """Seconds to wait for another thread that resolves or loads the same.
@@ -50,6 +47,8 @@ _fork_locks: weakref.WeakSet[ForkLock] = weakref.WeakSet()
 def _free_locks() -> None:
     for one in list(_fork_locks):
         one.free()
+    for other in open_scopes.keys() - {threading.get_ident()}:
+        del open_scopes[other]  # of a thread that does not exist in the child
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -72,14 +71,16 @@ class Frame:
     active: Any
     """The innermost frame of this thread or task: `root.active`. Set below."""
     in_function: Any
-    """The answer of `in_function` for traced calls, with `keep_scopes`. Set below."""
+    """The answer of `in_function` for traced calls, with `keep_scopes`. Set in `kept`, as is the next one."""
+    keeps_scopes: Any
+    """The same in scopes, and false outside of them, where there are none to keep."""
 
     def __init__(self, payload: object = None, parent: Frame | None = None, key: int = 0) -> None:
         self.payload = payload
         self.parent = parent
         self.key = key
         self.children: dict[int, Frame] = {}  # by the id of their scope, whose finalizer removes them
-        self.finalizer: weakref.finalize[[weakref.ref[Frame]], Scope] | None = None
+        self.finalizer: weakref.finalize[[weakref.ref[Frame]], Any] | None = None  # of the scope
         self.published: set[str] = set()
         self.tables: set[FrameTable] = set()
         self.orphaned = False
@@ -89,6 +90,17 @@ class Frame:
         if self is not root:
             raise TypeError("cannot pickle an open scope: the process that loads it opens its own")
         return "root"
+
+    def of_scope(self, scope: object, payload: object) -> Frame:
+        """Return the frame of a scope that is entered in this one; it lives as long as the scope."""
+        if (frame := self.children.get(id(scope))) is None:
+            with _lock:  # several threads may enter this scope for the first time
+                if (frame := self.children.get(id(scope))) is None:
+                    frame = self.children[id(scope)] = Frame(payload, self, id(scope))
+                    _frames.add(frame)
+                    frame.finalizer = weakref.finalize(scope, _drop, weakref.ref(frame))
+                    frame.finalizer.atexit = False
+        return frame
 
     def payloads(self) -> tuple[object, ...]:
         """Return the payloads of the open scopes, innermost first."""
@@ -100,8 +112,16 @@ class Frame:
 
 
 root = Frame()
+"""The frame around all scopes."""
 
-_current: ContextVar[Frame] = ContextVar("kernels_core_frame", default=root)
+unscoped = Frame()
+"""The active frame of threads that have entered no scope: `here` finds the one whose decisions serve them.
+
+Until a scope is entered anywhere in the process, that is the root, whose decisions are published here, too. After that,
+nothing is: so each of these threads comes to `here` once, at its next call, though all layers may be warm.
+"""
+
+_current: ContextVar[Frame] = ContextVar("kernels_core_frame", default=unscoped)
 
 
 class _Nowhere:
@@ -120,7 +140,7 @@ def _copied(variable: ContextVar[Any]) -> Any:
 copyreg.pickle(ContextVar, _copied)
 
 active_frame = _current.get
-"""Returns `root.active`, a little quicker, where Dynamo does not look."""
+"""Returns `root.active`, a little quicker, where Dynamo does not look; often `here` is meant."""
 
 # The getter is implemented in C, so Dynamo evaluates and guards this attribute instead of tracing
 # into it. (Called with an argument, `ContextVar.get` takes it as the default: here that is the root.)
@@ -131,137 +151,86 @@ listeners: list[Callable[[], None]] = []
 """Called when every decision was dropped."""
 
 _tables: weakref.WeakSet[FrameTable] = weakref.WeakSet()
-_frames: weakref.WeakSet[Frame] = weakref.WeakSet([root])
+_frames: weakref.WeakSet[Frame] = weakref.WeakSet([root, unscoped])
 _generation = 0
 
 
-class Scope:
-    """A context manager in which dispatch may decide otherwise.
+# --- The frame of a thread ---------------------------------------------------------------------------
 
-    Plugins find its payload in `LayerRequest.scopes`, innermost scope first. Scopes nest, are active only in
-    the thread or asyncio task that entered them, and can be entered any number of times, also by several
-    threads at once: decisions made inside are kept as long as the object lives.
+CARRIED = "kernels_core_frame"
+"""The key of the frame among what autograd carries from the thread that starts a backward to its own threads."""
 
-    Args:
-        payload: Anything a plugin wants to find in `LayerRequest.scopes`; must not refer to the
-            scope itself.
-
-    Example:
-        >>> with Scope({"profile": "fast"}):
-        ...     resolve("RMSNorm", device="cpu", mode=Mode.INFERENCE).request.scopes
-        ({'profile': 'fast'},)
-    """
-
-    def __init__(self, payload: object) -> None:
-        """Carry `payload`."""
-        self._payload = payload
-
-    def __enter__(self) -> Scope:
-        """Make this the innermost scope of the current thread or task."""
-        keep_scopes()  # before: the forward of a custom function was entered in the scopes around this one
-        parent = active_frame()
-        if (frame := parent.children.get(id(self))) is None:
-            with _lock:  # several threads may enter this scope for the first time
-                if (frame := parent.children.get(id(self))) is None:
-                    frame = parent.children[id(self)] = Frame(self._payload, parent, id(self))
-                    _frames.add(frame)
-                    frame.finalizer = weakref.finalize(self, _drop, weakref.ref(frame))
-                    frame.finalizer.atexit = False
-        # No token to reset: one object may be entered many times, and by several threads at once.
-        _current.set(frame)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Go back to the scope around this one."""
-        frame = active_frame()
-        if frame.key != id(self) or frame.orphaned or frame.parent is None:
-            raise ScopeError(
-                "This scope is not the innermost one of this thread or task: leave scopes in the "
-                "reverse order of entering them, in the thread or task that entered them."
-            )
-        _current.set(frame.parent)
+_any_scope = False  # whether one was ever entered
+open_scopes: dict[int, int] = {}
+"""How many scopes are open in each thread, by its number."""
 
 
-class KeptScopes(contextlib.ContextDecorator):
-    """Enters the scopes that were open when it was made, and keeps them: for calls that are made again later.
-
-    Other than `Scope`, it may be entered in any thread, while other scopes are open.
-    """
-
-    def __init__(self) -> None:
-        """Take the scopes of this thread or task."""
-        self.frame: Frame = active_frame()
-        self._before: list[Frame] = []  # a stack: it may be entered in several threads and in itself
-        self._scopes, around = [], self.frame
-        while around.parent is not None:  # decisions are dropped with the object of a scope
-            self._scopes.append(around.finalizer and around.finalizer.peek())
-            around = around.parent
-
-    def __enter__(self) -> KeptScopes:
-        """Make them the scopes of this thread or task."""
-        self._before.append(active_frame())
-        _current.set(self.frame)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Go back to those before."""
-        _current.set(self._before.pop())
+def here(*, notice: bool = True) -> Frame:
+    """Return the frame whose decisions serve this thread or task; notice if others are in scopes and it is not."""
+    frame = active_frame()
+    return frame if frame is not unscoped else _find_frame(notice)
 
 
-def checkpoint_scopes() -> tuple[contextlib.AbstractContextManager[object], contextlib.AbstractContextManager[object]]:
-    """Let a checkpoint recompute in the scopes in which it was called: its `context_fn`.
+def _find_frame(notice: bool) -> Frame:
+    if not _any_scope:
+        return root
+    if graph_task() == -1:
+        _current.set(root)
+        if notice:
+            _notice_scopes_elsewhere()
+        return root
+    # Autograd has threads of its own for each GPU, which run the backwards of all threads in turn: nothing may be set.
+    # From PyTorch 2.13 on, it carries the context of the caller, or of its own thread where a backward starts another.
+    context = carried("context")
+    frame: Frame | None = context.get(_current) if isinstance(context, Context) else None
+    if frame is None or frame is unscoped:
+        frame = carried(CARRIED)
+    if frame is None and notice:
+        _notice_scopes_elsewhere()
+    return frame or root
 
-    Without it, the recomputation is in the scopes that are open where `backward()` runs; on a GPU, in none, for
-    autograd has threads of its own. With `use_reentrant=True` this is done by itself.
 
-    Returns:
-        What PyTorch asks for: a context manager for the forward, which does nothing, and one for the recomputation.
-
-    Example:
-        >>> from torch.utils.checkpoint import checkpoint
-        >>> x = torch.ones(1, requires_grad=True)
-        >>> with Scope("fast"):
-        ...     y = checkpoint(torch.sin, x, use_reentrant=False, context_fn=checkpoint_scopes)
-        >>> y.backward()
-    """
-    return contextlib.nullcontext(), KeptScopes()
+def _notice_scopes_elsewhere() -> None:
+    me = threading.current_thread()
+    others = [thread for thread in threading.enumerate() if thread is not me and thread.ident in open_scopes]
+    if others:
+        warn_once(
+            f"A layer is called in thread {me.name!r}, which is in no scope, while thread "
+            f"{others[0].name!r} is in one: its mapping does not serve here. If it should, call the function of this "
+            "thread as contextvars.copy_context().run(function), with a copy that is made in the scope, or register "
+            "the mapping for the process.",
+            key=CARRIED,
+        )
 
 
-def keep_scopes() -> None:
-    """Let the custom autograd functions in whose forward this is recompute in the scopes in which they were called."""
-    if outside_functions() or not in_function():
+def reset_frame(frame: Frame, frame_carried: Frame | None) -> None:
+    """Go back to the active frame that was before, and to the one that autograd carries."""
+    _current.set(frame)
+    # Of a task, the thread does not tell which one starts a backward; from PyTorch 2.13 on, its context does.
+    in_task = asyncio._get_running_loop() is not None
+    carry(CARRIED, frame_carried if frame_carried is not root and not in_task else None)
+
+
+def set_frame(frame: Frame) -> None:
+    """Make a frame the active one of this thread or task, also where autograd runs its backward."""
+    reset_frame(frame, frame)
+
+
+def forget_unscoped() -> None:
+    """Publish nothing in `unscoped` any more: a scope is entered."""
+    global _any_scope
+    if _any_scope:
         return
-    for context in function_contexts():
-        is_class = isinstance(context, type)  # with `setup_context`, there is no context yet that could keep them
-        if not is_class and "kernels_scopes" in vars(context):
-            continue
-        kept = KeptScopes()
-        if not is_class:
-            context.kernels_scopes = kept
-            if hasattr(context, "run_function"):  # of checkpoints: those of PyTorch, DeepSpeed, Megatron and fairscale
-                context.run_function = kept(context.run_function)
-                continue
-        if kept.frame is not root:
-            name = context.__qualname__ if is_class else type(context).__qualname__
-            warn_once(
-                f"A layer is called in a scope and in the forward of {name}, a custom autograd function. If its "
-                "backward calls the layer again, that is not in this scope on a GPU: output and gradient may be of two "
-                "kernels. Register the mapping for the process, or keep `run_function`, which the backward calls, on "
-                "the context that the forward gets.",
-            )
+    with _lock:
+        _any_scope = True
+        _unpublish(unscoped, set(unscoped.published))
+        for table in list(unscoped.tables):
+            table.pop(unscoped, None)
+        unscoped.tables.clear()
 
 
-class _InFunction(dict[Frame, bool]):
-    """Answers `in_function` as a property of frames: Dynamo reads it while it traces, and again in each guard."""
-
-    def __missing__(self, frame: Frame) -> bool:
-        keep_scopes()
-        return in_function()  # not kept in the dict: the next call may have another answer
-
-
-Frame.in_function = property(_InFunction().__getitem__)
+def _kept_in(frame: Frame) -> tuple[Frame, ...]:
+    return (frame, unscoped) if frame is root and not _any_scope else (frame,)
 
 
 def _drop(reference: weakref.ref[Frame]) -> None:
@@ -308,6 +277,8 @@ class FrameTable(dict[Frame, Forward]):
     def __missing__(self, frame: Frame) -> Forward:
         if resolving.get():  # a plugin calls a decorated layer: no recursion, and no lock to wait for
             return self._reference
+        if frame is unscoped:
+            return self[here()]
         lock = self._busy.lock
         if not lock.acquire(timeout=PATIENCE):
             return self._reference
@@ -318,8 +289,9 @@ class FrameTable(dict[Frame, Forward]):
             forward = self._resolve(frame)
             with _lock:
                 if before == _generation and not frame.orphaned:
-                    self[frame] = forward
-                    frame.tables.add(self)
+                    for one in _kept_in(frame):
+                        self[one] = forward
+                        one.tables.add(self)
             return forward
         finally:
             lock.release()
@@ -334,10 +306,12 @@ def publish(frame: Frame, name: str, answer: object, before: int) -> None:
     """Let warm eager calls find an answer, unless a mapping or plugin changed since generation `before`."""
     with _lock:
         if before == _generation:
-            setattr(frame, name, answer)
-            frame.published.add(name)
-    if frame is root is active_frame():
-        _current.set(root)  # CPython caches the value of a variable that is set, but looks its default up at each read
+            for one in _kept_in(frame):
+                setattr(one, name, answer)
+                one.published.add(name)
+    if (active := active_frame()) is unscoped and not _any_scope:
+        # CPython caches the value of a variable that is set, but looks its default up at each read.
+        _current.set(active)
 
 
 def forget() -> None:
