@@ -36,6 +36,7 @@ class LoadedKernel:
         place: The request and the build, for messages.
         checked: The checks that were passed, in words.
         dependencies: The kernels that it depends on.
+        content: Hash (SHA-256) of the paths and contents of its files.
     """
 
     metadata: Metadata
@@ -45,6 +46,7 @@ class LoadedKernel:
     place: str = ""
     checked: Mapping[str, str] = field(default_factory=dict)
     dependencies: tuple[LoadedKernel, ...] = ()
+    content: str = ""
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class LoadedKernel:
             "version": str(metadata.version),
             "repository": repository.repo_id if repository else "",
             "commit": repository.revision if repository else "",
+            "content": self.content,
             "publisher": repository.repo_id.partition("/")[0] if repository else "",
             "license": metadata.license or "",
             "upstream": metadata.upstream or "",
@@ -125,6 +128,7 @@ def _import(fetched: FetchedBuild) -> LoadedKernel:
         selected.place,
         fetched.checked,
         tuple(needed.values()),
+        fetched.build.fingerprint,
     )
     with _guard.hold():
         # One build may have two origins, as through a redirect: each is listed.

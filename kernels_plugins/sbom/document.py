@@ -50,11 +50,11 @@ def bill_of_materials(receipt: Receipt) -> str:
             continue
         found = row["provenance"]
         overrides |= found.pop("overrides", {})
-        key = _add(found or {"name": row["implementation"]}, row.get("content", ""), made, bom)
+        key = _add(found or {"name": row["implementation"]}, made, bom)
         texts = [("layer", f"{path}: {row['layer_name']}, {row['origin']}") for path in (row["path"], *row["aliases"])]
         calls = f"{row['layer_name']} on {row['device']} for {row['mode']}"
         served.setdefault(key, []).extend([*texts, ("calls", calls), ("plugin", row["plugin"])])
-    torch = _add({"name": "torch", "version": about["torch"], "package": "torch"}, "", made, bom)
+    torch = _add({"name": "torch", "version": about["torch"], "package": "torch"}, made, bom)
     served.setdefault(torch, []).extend(("override", f"{name}: {place}") for name, place in overrides.items())
     for key, properties in served.items():
         made[key].properties.update(_properties(properties))
@@ -63,20 +63,20 @@ def bill_of_materials(receipt: Receipt) -> str:
     return make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string(indent=2)
 
 
-def _add(found: Mapping[str, Any], content: str, made: dict[str, Component], bom: Any) -> str:
+def _add(found: Mapping[str, Any], made: dict[str, Component], bom: Any) -> str:
     """Make the component of some code and of all that it depends on, unless they are made; return its reference."""
-    repository, version = found.get("repository"), found.get("commit") or found.get("version") or ""
-    key = f"{repository or found.get('package') or found['name']}@{version}" + (
-        f"#{content[:12]}" if repository else ""
-    )
+    place = found.get("repository") or found.get("package") or found["name"]
+    # A commit has a build for each machine, and a folder has no commit: the hash tells them apart.
+    version = found.get("commit") or found.get("version") or ""
+    key = "#".join(filter(None, (f"{place}@{version}", found.get("content", "")[:12])))
     if key not in made:
-        made[key] = _component(key, found, content)
-        needed = [_add(one, one.get("content", ""), made, bom) for one in found.get("dependencies", ())]
+        made[key] = _component(key, found)
+        needed = [_add(one, made, bom) for one in found.get("dependencies", ())]
         bom.register_dependency(made[key], [made[one] for one in needed])
     return key
 
 
-def _component(key: str, found: Mapping[str, Any], content: str) -> Component:
+def _component(key: str, found: Mapping[str, Any]) -> Component:
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL
 
@@ -85,7 +85,7 @@ def _component(key: str, found: Mapping[str, Any], content: str) -> Component:
     purl = PackageURL("huggingface", owner, name, version) if owner else None
     if package := found.get("package"):
         purl = PackageURL("pypi", None, package.lower().replace("_", "-"), version)
-    shown = {key: found.get(key, "") for key in ("name", "version", "upstream", "trust", "signature", "digest")}
+    shown = {name: found.get(name, "") for name in ("name", "version", "upstream", "trust", "signature")}
     files = [
         Component(name=path, type=ComponentType.FILE, bom_ref=f"{key}:{path}", hashes=_hashes(digest))
         for path, digest in found.get("digests", {}).items()
@@ -98,7 +98,7 @@ def _component(key: str, found: Mapping[str, Any], content: str) -> Component:
         version=version,
         publisher=found.get("publisher") or None,
         licenses=_licenses(found.get("license", "")),
-        hashes=_hashes(content),
+        hashes=_hashes(found.get("content", "")),
         purl=purl,
         properties=_properties(shown),
         components=files,

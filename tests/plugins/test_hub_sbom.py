@@ -72,7 +72,11 @@ def test_json_of_a_receipt_lists_the_provenance(
         for path in ("__init__.py", "layers.py")
     }
     (base,) = first["provenance"].pop("dependencies")
+    content = hashlib.sha256()
+    for path in ("__init__.py", "layers.py", "metadata.json"):
+        content.update(path.encode() + b"\0" + hashlib.sha256(files[f"build/torch-universal/{path}"]).digest())
     assert first["provenance"] == {
+        "content": content.hexdigest(),
         "name": "kernels",
         "version": "1",
         "repository": "acme/kernels",
@@ -129,6 +133,8 @@ def test_a_bill_of_materials_is_valid(
     assert len(parts) == len(bom["components"]) == 4  # two kernels, the class of the reference, PyTorch
     mine = parts["acme/kernels"]
     assert (mine["version"], mine["publisher"]) == (repository.head(), "acme")
+    (content,) = {kernel.content for kernel in get_loaded_kernels() if kernel.metadata.name == "kernels"}
+    assert mine["hashes"] == [{"alg": "SHA-256", "content": content}]
     assert mine["purl"] == f"pkg:huggingface/acme/kernels@{repository.head()}"
     assert mine["licenses"] == [{"license": {"id": "Apache-2.0"}}]
     assert {file["name"]: file["hashes"][0]["alg"] for file in mine["components"]} == dict.fromkeys(

@@ -18,7 +18,9 @@ from kernels_core import IntegrityError, KernelsError, UntrustedError, configura
 from kernels_core.cli import command_line
 from kernels_plugins import LocalLayerRepository, get_kernel
 from kernels_plugins.hub import errors
+from kernels_plugins.hub.benchmark.scripts import find_scripts
 from kernels_plugins.hub.builds.integrity import as_build
+from kernels_plugins.hub.request import KernelRequest
 from kernels_plugins.hub.signatures.signer import GITHUB, KNOWN, Signer, find_signers
 from kernels_plugins.hub.signatures.verification import verify_build
 from kernels_plugins.local_hub.server import LocalHub, Repository
@@ -99,9 +101,9 @@ def test_each_fault_of_a_signature_has_a_reason_of_its_own_before_any_import(
         ),
         "issuer": (signed_files(authority, source, issuer="https://eve.invalid"), errors.SignerError, "eve.invalid"),
         "called": (
-            signed_files(authority, source, source="https://github.com/eve/own"),
+            signed_files(authority, source, source=f"https://github.com/{'e' * 150}/own"),
             errors.SignerError,
-            "from https://github.com/eve/own, not by",
+            "from https://github.com/e+/own, not by",
         ),
         "late": (signed_files(authority, source, late=11), errors.ExpiredError, "it had expired"),
         "early": (signed_files(authority, source, late=-1), errors.ExpiredError, "was not valid yet"),
@@ -181,7 +183,9 @@ def test_a_byte_that_changes_after_a_verification_is_refused(
             get_kernel(repository.id, revision=repository.head())
 
 
-def test_a_folder_with_a_signature_is_verified_too(authority: Authority, settings: Set, tmp_path: Path) -> None:
+def test_a_folder_with_a_signature_is_verified_too(
+    authority: Authority, settings: Set, tmp_path: Path, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a Hub: a right one serves, a changed file or metadata is refused, an unsigned one where required."""
 
     def folder(name: str, files: dict[str, Any]) -> LocalLayerRepository:
@@ -192,12 +196,15 @@ def test_a_folder_with_a_signature_is_verified_too(authority: Authority, setting
         return LocalLayerRepository(tmp_path / name, layer_name="Scale")
 
     good = signed_files(authority, kernel())
+    monkeypatch.setenv("LOCAL_KERNELS", f"acme/mine={tmp_path / 'good'}:acme/bad={tmp_path / 'bad'}")
     assert call(folder("good", good)).resolution.checked["signature"].startswith(f"by {WORKFLOW}")
     assert "layers.py has other bytes" in call(folder("file", {**good, "layers.py": kernel(5)})).why
     other = {**good, "layers.py": kernel(5), "metadata.json": signed_files(authority, kernel(5))["metadata.json"]}
     assert "is not one of this metadata.json" in call(folder("both", other)).why
     unsigned = {path: data for path, data in good.items() if "sigstore" not in path}
     assert "has no signature" in call(folder("unsigned", unsigned)).why
+    folder("bad", unsigned)
+    assert served(scale("acme/mine")) == 3 and "has no signature" in call(scale("acme/bad")).why
     settings("warn")
     assert served(folder("own", unsigned)) == 3
 
@@ -229,6 +236,8 @@ def test_policies(
     new_process()
     monkeypatch.setenv("KERNELS_SIGNATURES", "require")
     assert "[signers.other]" in call(scale("other/good")).why
+    with pytest.raises(errors.UnsignedError, match="no signature covers them"):  # before it looks for scripts
+        find_scripts(KernelRequest("acme/good", **MAIN))
     row = next(row for row in configuration().settings if row.name == "signatures")
     assert (row.value, row.source) == ("require", "environment")
     monkeypatch.setenv("KERNELS_SIGNATURES", "sometimes")

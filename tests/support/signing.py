@@ -128,10 +128,8 @@ class Authority:
         )
         for number, text in {"8": issuer, "12": source}.items():
             encoded = text.encode()
-            assert len(encoded) < 128  # one byte of DER
-            value = x509.UnrecognizedExtension(
-                ObjectIdentifier(_FULCIO + number), b"\x0c" + bytes([len(encoded)]) + encoded
-            )
+            length = bytes([len(encoded)] if len(encoded) < 128 else [0x81, len(encoded)])  # of DER
+            value = x509.UnrecognizedExtension(ObjectIdentifier(_FULCIO + number), b"\x0c" + length + encoded)
             builder = builder.add_extension(value, critical=False)
         milliseconds = int(start.timestamp() * 1000)
         unsigned = builder.add_extension(_promise(hashlib.sha256(_public(self._ct)).digest(), milliseconds, b""), False)

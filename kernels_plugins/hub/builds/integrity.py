@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Build:
     files: Mapping[str, bytes]  # content per path relative to the folder, without byte code
     metadata: Metadata
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of all paths and contents."""
         total = hashlib.sha256()

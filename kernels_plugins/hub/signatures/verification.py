@@ -198,7 +198,9 @@ def _extension(certificate: Certificate, number: int) -> str:
     except x509.ExtensionNotFound:
         return ""
     value: bytes = found.value.public_bytes()
-    return (value if number == 1 else value[2:]).decode(errors="replace")  # newer ones are texts of DER, short ones
+    if number != 1:  # newer ones are texts of DER: a tag, a length of one byte, or after 0x81 and 0x82 of more
+        value = value[2 + max(0, value[1] - 0x80) :]
+    return value.decode(errors="replace")
 
 
 def _expiry(bundle: Bundle) -> str:
