@@ -166,6 +166,16 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_plugins.ProbeReport",
         ],
     ),
+    "Require numbers that do not move": (
+        "What each property means, and how to require it: [numerics](numerics.md).",
+        [
+            "kernels_plugins.numerics",
+            "kernels_plugins.register_numerics",
+            "kernels_core.NUMERICS",
+            "kernels_core.Numeric",
+            "kernels_core.WantedNumerics",
+        ],
+    ),
     "Take a kernel out": (
         "Why kernels are put there: [quarantine](quarantine.md).",
         [

@@ -31,6 +31,7 @@ from .errors import (
     require_type,
 )
 from .exports import __version__, set_module
+from .guards.numerics import NUMERICS, Numeric, WantedNumerics
 from .guards.quarantine import Quarantined, quarantine, quarantined, release
 from .guards.saved_tensors import SavedTensors, held_back
 from .hookspecs import hookimpl
@@ -70,6 +71,7 @@ from .table import Table, TableRow, Tabular, as_json, visible
 from .warning import WarnOnce, warn_once
 
 __all__ = [
+    "NUMERICS",
     "STAND_INS",
     "ArgumentError",
     "ArgumentTypeError",
@@ -97,6 +99,7 @@ __all__ = [
     "LoadedLayer",
     "Mode",
     "NoKernelError",
+    "Numeric",
     "Page",
     "PluginConflictError",
     "PluginError",
@@ -123,6 +126,7 @@ __all__ = [
     "Tabular",
     "UntrustedError",
     "VerificationError",
+    "WantedNumerics",
     "WarnOnce",
     "__version__",
     "as_json",

@@ -12,6 +12,7 @@ import torch
 from .forward_source import own_signature
 from .guards.limits import DECLARATIONS as LIMITS
 from .guards.limits import check_limits
+from .guards.numerics import NUMERICS, check_declared
 from .guards.tensors import DECLARATION, check_tensors
 from .layer import Layer, call_signature, function_kind
 from .mode import Mode
@@ -19,7 +20,7 @@ from .raised import message_of
 from .resolution import KernelLayer, LayerRequest, Resolution
 
 NOT_TRACED = "it does not declare can_torch_compile = True, and this call is being traced"
-_DECLARATIONS = {"can_torch_compile", "has_backward", "reads", DECLARATION, *LIMITS}
+_DECLARATIONS = {"can_torch_compile", "has_backward", "reads", DECLARATION, *LIMITS, *NUMERICS}
 BOUND = "_kernels_bound"
 """The attribute in which a kernel class keeps the method that serves a function layer."""
 
@@ -72,7 +73,7 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     declared = getattr(kernel, DECLARATION, ())
     if declared != () and not (isinstance(declared, tuple) and all(isinstance(each, type) for each in declared)):
         return f"its {DECLARATION} must be a tuple of classes, not {declared!r}"
-    if (reason := check_limits(layer, kernel)) is not None or layer is None:
+    if (reason := check_declared(kernel) or check_limits(layer, kernel)) is not None or layer is None:
         return reason
     forward: Any = cast(Any, kernel).forward if isinstance(kernel, type) else kernel
     if (kind := function_kind(forward)) != layer.kind:

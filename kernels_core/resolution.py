@@ -290,6 +290,10 @@ class Resolution:
         """Whether the kernel declares `can_torch_compile`; always so for the reference."""
         return self.is_reference or bool(getattr(self.kernel_layer, "can_torch_compile", False))
 
+    def declares(self, name: str) -> bool:
+        """Return whether the kernel declares something to be so, such as `batch_invariant`."""
+        return getattr(self.kernel_layer, name, None) is True
+
     @property
     def is_provisional(self) -> bool:
         """Whether the reference runs only until a kernel can be reached, which is tried in the background."""

@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .hub.request import RepoInfo
     from .hub.source import LayerRepository, LocalLayerRepository
     from .mapping import register_kernel_mapping, use_kernel_mapping
+    from .numerics.plugin import numerics, register_numerics
     from .observe.observers import LogResolutions, ProfileRanges, PrometheusCounters
     from .oracle.kit import check_kernel
     from .oracle.probe import Probe, ProbeReport
@@ -90,6 +91,7 @@ _NAMES = {
     ".hub.request": "RepoInfo",
     ".hub.source": "LayerRepository LocalLayerRepository",
     ".mapping": "register_kernel_mapping use_kernel_mapping",
+    ".numerics.plugin": "numerics register_numerics",
     ".observe.observers": "LogResolutions ProfileRanges PrometheusCounters",
     ".oracle.kit": "check_kernel",
     ".oracle.probe": "Probe ProbeReport",
@@ -160,10 +162,12 @@ __all__ = [
     "kernelize",
     "linear_cross_entropy",
     "load_kernel",
+    "numerics",
     "opaque",
     "probing",
     "reference_backward",
     "register_kernel_mapping",
+    "register_numerics",
     "replace_kernel_forward_from_hub",
     "unkernelize",
     "use_choice",

@@ -32,11 +32,14 @@ from .. import __version__, hookspecs
 from ..answer import describe_tie, find_rivals
 from ..environment import switch
 from ..errors import ArgumentError, KernelsError, KernelsWarning, PluginError, RequirementError
+from ..guards.numerics import NUMERICS, Numeric, WantedNumerics
 from ..mode import STAND_INS, Mode
 from ..models.receipt import receipt
 from ..plugins import ENTRY_POINT_GROUP, plugin_manager
+from ..replay import each_tensor, mapped
 from ..resolution import Refusal, Resolution
 from ..resolver import find_candidates, resolve
+from ..scopes.scope import Scope
 from ..settings.report import configuration
 from ..table import as_json as to_json
 from ..table import visible
@@ -214,6 +217,13 @@ def explain(
     traced: Annotated[bool, typer.Option("--compile", help="The calls are traced by torch.compile.")] = False,
     require: Annotated[list[str] | None, typer.Option(help="A glob of paths that kernels must serve.")] = None,
     origin: Annotated[str | None, typer.Option(help="With --require: a glob of where they must come from.")] = None,
+    numerics: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Find this out, and require it with --require: batch_invariant, for example."
+        ),
+    ] = None,
+    inputs: Annotated[str, typer.Option(help="With --numerics: a function that returns inputs of the model.")] = "",
     html: Annotated[Path | None, typer.Option(help="Write a page for a browser, too.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -223,9 +233,15 @@ def explain(
     """
     if origin is not None and not require:
         raise ArgumentError("--origin restricts the layers that --require GLOB names: add that option.")
+    if unknown := sorted({*(numerics or ())} - {*NUMERICS}):
+        raise ArgumentError(f"--numerics names {', '.join(unknown)}: there are {', '.join(NUMERICS)}.")
+    if inputs and not numerics:
+        raise ArgumentError("--inputs are those that --numerics NAME is found out on: add that option.")
     model = made(factory)
     if mode is None:  # as the model is
         mode = CallMode.training if getattr(model, "training", False) else CallMode.inference
+    if numerics:
+        _run_once(model, inputs, device, mode, tuple(name for name in NUMERICS if name in numerics))
     found = receipt(model, device=device, mode=_mode(mode, traced))
     if html is not None:
         with writing(html):
@@ -233,7 +249,7 @@ def explain(
     print_found(found, as_json)
     try:
         for pattern in require or ():
-            found.require(pattern, origin)
+            found.require(pattern, origin, **dict.fromkeys(numerics or (), True))
     except RequirementError as error:
         print_error(error)
         raise typer.Exit(1) from error
@@ -251,6 +267,25 @@ def config(as_json: Json = False) -> None:
 
 
 # --- Their answers -------------------------------------------------------------------------------
+
+
+def _run_once(model: Any, inputs: str, device: str | None, mode: CallMode, names: tuple[Numeric, ...]) -> None:
+    """Run a model once, so that properties of what serves its layers are found out."""
+    given = made(inputs, "inputs") if inputs else getattr(model, "dummy_inputs", None)
+    if given is None:
+        raise ArgumentError(
+            "--numerics is found out on a call, and the model has no dummy_inputs: name a function that returns its "
+            "inputs, with --inputs package.module:function."
+        )
+    if device:
+        with using_device(device) as where:
+            given = mapped(given, each_tensor(lambda tensor: tensor.to(where)))
+            model = model.to(where)
+    args = given if isinstance(given, tuple | list) else () if isinstance(given, dict) else (given,)
+    named = given if isinstance(given, dict) else {}
+    wanted = Scope(WantedNumerics(names, required=False))
+    with printing_aside(), wanted, torch.set_grad_enabled(mode is CallMode.training):
+        model(*args, **named)
 
 
 def _mode(mode: CallMode, traced: bool) -> Mode:

@@ -16,9 +16,10 @@ from torch import nn
 
 from .. import resolver
 from ..device import Device, as_torch_device
-from ..errors import ArgumentTypeError, RequirementError
+from ..errors import ArgumentTypeError, RequirementError, require_type
 from ..exports import __version__
 from ..generated import dispatched_layer
+from ..guards.numerics import NUMERICS, UNKNOWN
 from ..guards.parts import for_module
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
@@ -54,13 +55,27 @@ class Receipt(Tabular):
     about: Mapping[str, str] = field(default_factory=dict, compare=False)
     faults: tuple[str, ...] = field(default=(), compare=False)
 
-    def require(self, pattern: str, origin: str | None = None) -> Receipt:
+    def require(
+        self,
+        pattern: str,
+        origin: str | None = None,
+        *,
+        deterministic: bool = False,
+        batch_invariant: bool = False,
+        recompute_equal: bool = False,
+    ) -> Receipt:
         """Raise unless the layers at some paths are served as wanted.
+
+        With a property of numbers and without an origin, a reference that has the property will do.
 
         Args:
             pattern: A glob over paths, such as `"model.layers.*.mlp"`; `*` also matches dots.
             origin: A glob over origins, such as `"kernels-community/*"`; None for anything but the
                 reference.
+            deterministic: Whether equal calls must give equal bits; not known, as all of these, before it was found
+                out (`verify`, `numerics`).
+            batch_invariant: Whether the bits of a row must not depend on other rows.
+            recompute_equal: Whether recomputed and compiled forwards must give the same bits.
 
         Returns:
             The receipt itself, for the next requirement.
@@ -84,9 +99,19 @@ class Receipt(Tabular):
             near = difflib.get_close_matches(pattern, paths, 3, 0.3) or paths[:3]
             known = f"there are {len(paths)}, such as {', '.join(map(repr, near))}" if paths else "there is none at all"
             raise RequirementError(f"No decorated layer matches {pattern!r}: {known}.", rows=())
-        wanted = "a kernel" if origin is None else f"origin {origin!r}"
+        asked = dict(zip(NUMERICS, (deterministic, batch_invariant, recompute_equal), strict=True))
+        for name, one in asked.items():
+            require_type(one, bool, name)
+        names = [name for name, one in asked.items() if one]
+        wanted = "" if names else "a kernel"
+        wanted = wanted if origin is None else f"origin {origin!r}"
+        wanted = " that is ".join(filter(None, (wanted or "anything", " and ".join(names))))
+        found = [replace(row, checked={**dict.fromkeys(names, UNKNOWN), **row.checked}) for row in matching]
         failing = [
-            row for row in matching if (row.is_reference if origin is None else not fnmatchcase(row.origin, origin))
+            row
+            for row in found
+            if (row.is_reference and not names if origin is None else not fnmatchcase(row.origin, origin))
+            or not all(row.checked[name].startswith("yes") for name in names)
         ]
         if failing:
             lines = [

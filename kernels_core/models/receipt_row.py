@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..answer import not_taken
+from ..guards.numerics import NUMERICS
 from ..resolution import Refusal, Resolution
 from ..table import indented
 
@@ -82,6 +83,7 @@ class ReceiptRow:
         if self.bypasses:
             yield f"bypasses {', '.join(self.bypasses)}"
         yield from (f"refused {candidate}: {reason}" for candidate, reason in self.refusals)
+        yield from (f"{name}: {self.checked[name]}" for name in NUMERICS if name in self.checked)
         if self.is_reference:
             yield from (f"not for this call: {candidate}: {reason}" for candidate, reason in self.misfits)
 
@@ -150,7 +152,15 @@ def with_bypassed(rows: Iterable[ReceiptRow]) -> Iterator[ReceiptRow]:
         assert other is not None
         note = f"{other.origin} computes it, which serves {other.layer_name!r}"
         yield replace(
-            row, origin=BYPASSED, plugin="", refusals=(), misfits=(), checked={}, note=note, bypasses=(), provenance={}
+            row,
+            origin=BYPASSED,
+            plugin="",
+            refusals=(),
+            misfits=(),
+            checked={name: found for name, found in other.checked.items() if name in NUMERICS},
+            note=note,
+            bypasses=(),
+            provenance={},
         )
 
 

@@ -36,7 +36,7 @@ OWNERS = {
     **dict.fromkeys(_CORE, ""),
     **{"mapping": "mapping", "packs": "adopt", "adoption": "adopt"},
     **dict.fromkeys(("trusted", "signatures", "signers", "trusted-root"), "hub"),
-    **{"canary": "canary", "observers": "observe"},
+    **{"canary": "canary", "numerics": "numerics", "observers": "observe"},
 }
 """The plugin that checks a setting. Other plugins have a table of their own: so a setting whose plugin is blocked is
 known from one that is misspelled, and no plugin can take the setting of another."""

@@ -14,6 +14,9 @@ import torch
 from kernels_core import Candidate, Mode, Reference, find_candidates, plugin_manager, resolve, warn_once
 from kernels_core.replay import Call, each_tensor, kept_random_states, leaves
 
+from ..numerics.invariance import Judgement
+from ..numerics.judge import judged
+from ..numerics.plugin import required
 from ..oracle.inputs import Recorded, with_gradients
 from ..oracle.probe_cache import digest_of
 from ..oracle.subject import stop_if_broken, tried
@@ -105,6 +108,15 @@ class _Race:
         if wrong or not rows:
             self.lost[name] = f"{wrong[0].verdict}: {wrong[0].reason}" if wrong else "it was not compared"
             return
+        if names := required(found.request):
+            try:
+                findings = judged(recorded, found, names)
+            except Exception as error:
+                stop_if_broken(error)
+                findings = {names[0]: Judgement(None, f"{type(error).__name__}: {error}")}
+            if lacking := [f"{each}: {finding}" for each, finding in findings.items() if not finding.has]:
+                self.lost[name] = f"it lacks what is required of numbers: {'; '.join(lacking)}"
+                return
         self.forwards[name] = found.implementation
         self.digests[name] = digest_of(found.implementation) or ""
         compiled = mode | Mode.TORCH_COMPILE

@@ -16,6 +16,7 @@ from kernels_core import ArgumentError
 from kernels_core.cli import Json, made, print_error, print_found, printing_aside, run, using_device, writing
 from kernels_core.replay import mapped
 
+from ..numerics.properties import check_names
 from .isolated import in_children, serve
 from .report import VerifyReport, VerifyRow
 from .subject import Plan
@@ -29,6 +30,9 @@ def verify_command(
     gradients: Annotated[bool, typer.Option(help="Whether to compare training, too.")] = True,
     dtype: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Compare only in this dtype, such as bfloat16; repeatable.")
+    ] = None,
+    numerics: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Find out, too: batch_invariant, for example; repeatable.")
     ] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run kernels in this process, for a debugger: a crash ends it.")
@@ -46,7 +50,7 @@ def verify_command(
     case is shown before it runs.
     """
     model = {"factory": factory, "inputs": inputs, "device": device}
-    arguments: dict[str, Any] = {**model, "gradients": gradients, "dtypes": dtype}
+    arguments: dict[str, Any] = {**model, "gradients": gradients, "dtypes": dtype, "numerics": numerics}
     report: VerifyReport | int = compared(**arguments) if in_process else in_children(arguments)
     if isinstance(report, int):
         raise typer.Exit(report)
@@ -67,6 +71,7 @@ def compared(
     device: str = "",
     gradients: bool = True,
     dtypes: Sequence[str] | None = None,
+    numerics: Sequence[str] | None = None,
     begin: Callable[[VerifyRow], bool] = lambda row: True,
     found: Callable[[VerifyRow], object] = lambda row: None,
 ) -> VerifyReport:
@@ -78,7 +83,8 @@ def compared(
             given = mapped(given, lambda _, leaf: leaf.to(where) if isinstance(leaf, torch.Tensor) else leaf)
             model = model.to(where) if isinstance(model, nn.Module) else model
     args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
-    plan = Plan(gradients, [_dtype(name) for name in dtypes or ()] or None, begin=begin)
+    names = check_names(numerics or (), "--numerics")
+    plan = Plan(gradients, [_dtype(name) for name in dtypes or ()] or None, numerics=names, begin=begin)
     rows = []
     with printing_aside():
         values = args if isinstance(args, tuple | list) else (args,)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
-from kernels_core import Resolution, set_module
+from kernels_core import NUMERICS, Resolution, set_module
 from kernels_core.replay import Call, each_tensor, mapped
 
 from ..comparison import Tolerances, compare
+from ..numerics.properties import find
 from .inputs import Forward, Recorded, with_gradients
 from .report import VerifyRow
 from .subject import stop_if_broken, tried
@@ -31,7 +32,7 @@ class Probe:
 
     Attributes:
         ok: Whether the kernel can do it; None if that could not be determined.
-        reason: Why not.
+        reason: Why not; for a property of numbers, the smallest input that was found to show it, or the inputs tried.
     """
 
     ok: bool | None
@@ -48,7 +49,8 @@ class ProbeReport:
         device: The device on which that was.
         torch: The version of PyTorch.
         probes: The result of each probe, by name: `"forward"`, `"gradients"`, `"compile"`, `"layouts"`, `"sizes"`,
-            `"autocast"`, `"cuda graph"`, and the name of each other dtype.
+            `"autocast"`, `"cuda graph"`, the name of each other dtype, and the properties of numbers that were asked
+            for or that the kernel declares, such as `"batch_invariant"`.
     """
 
     kernel: str
@@ -75,8 +77,17 @@ class ProbeReport:
         return "\n".join(lines)
 
 
-def probe(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances | None = None) -> ProbeReport:
-    """Try a kernel on a call, and on others that are derived from it; nothing is changed."""
+def probe(
+    recorded: Recorded,
+    resolution: Resolution,
+    *,
+    tolerances: Tolerances | None = None,
+    numerics: Collection[str] = (),
+) -> ProbeReport:
+    """Try a kernel on a call, and on others that are derived from it; nothing is changed.
+
+    Of properties of numbers, those are found out that are asked for, or that the kernel declares.
+    """
     call, implementation = recorded.call, cast(Forward, resolution.implementation)
     probes = dict(_judged(tried(recorded, resolution, tolerances=tolerances)))
     device = str(resolution.request.device)
@@ -85,6 +96,9 @@ def probe(recorded: Recorded, resolution: Resolution, *, tolerances: Tolerances 
         probes["compile"] = _traces(call, implementation, bool(report.can("gradients")))
         if call.devices and call.devices[0].type == "cuda":
             probes["cuda graph"] = _captures(call, implementation)
+        names = {*numerics, *filter(resolution.declares, NUMERICS)}
+        found = find(call, implementation, recorded.layer.reference, names, compiles=bool(report.can("compile")))
+        probes |= {name: Probe(finding.has, finding.why) for name, finding in found.items()}
     return report
 
 

@@ -36,7 +36,7 @@ def find(key: str) -> ProbeReport | None:
     """Return the report under a key, None if there is none; a file is looked for once."""
     with _lock:
         if key not in _known:
-            _known[key] = _read(_folder() / f"{key}.json") if not key.startswith(_HERE) else None
+            _known[key] = _read(folder() / f"{key}.json") if not key.startswith(_HERE) else None
         return _known[key]
 
 
@@ -47,7 +47,7 @@ def keep(key: str, report: ProbeReport) -> None:
     if key.startswith(_HERE):
         return
     with contextlib.suppress(OSError):  # a cache may be read-only: it is probed again then
-        write_file(_folder() / f"{key}.json", json.dumps({"format": FORMAT, **asdict(report)}, indent=2))
+        write_file(folder() / f"{key}.json", json.dumps({"format": FORMAT, **asdict(report)}, indent=2))
 
 
 def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.device) -> str:
@@ -99,7 +99,7 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """Return the folder of the files: beside the cache of the Hub's client, if a variable names one."""
     chosen = os.environ.get("KERNELS_CACHE") or os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME")
     return Path(os.path.expanduser(chosen or Path.home() / ".cache")) / "kernels-core" / "probes"

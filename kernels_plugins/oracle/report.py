@@ -33,7 +33,8 @@ class VerifyRow:
         dtype: That of the first input with floating numbers.
         mode: `"inference"` or `"training"`.
         case: The variation of the inputs; `"as given"` for those that were given or recorded.
-        subject: The result that was compared: `"forward"`, `"gradient of parameter weight"`, `"changes"`.
+        subject: The result that was compared: `"forward"`, `"gradient of parameter weight"`, `"changes"`; or the
+            property of numbers that was found out, such as `"batch_invariant"`, of a kernel or of the reference.
         verdict: `"ok"`; `"wrong"`; `"failed"` where the kernel raised and the reference did not; `"undecided"`
             where the reference itself fails or varies; `"refused"` for a kernel that would not serve such calls;
             `"skipped"` for a case that does not apply; `"no kernel"` where none is offered; `"not called"` for a
@@ -186,7 +187,7 @@ class VerifyReport(Tabular):
     @property
     def summary(self) -> str:
         """One line: how many comparisons of how many kernels, and how they ended."""
-        compared = len({row.origin for row in self.rows if row.verdict in COMPARED})
+        compared = len({row.origin for row in self.rows if row.verdict in COMPARED and row.kernel})
         counted = Counter(row.verdict for row in self.rows if row.verdict not in ("no kernel", "not called"))
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counted.items())
         if not compared:

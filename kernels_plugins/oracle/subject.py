@@ -11,6 +11,7 @@ import torch
 
 from kernels_core import (
     Candidate,
+    LayerRequest,
     Mode,
     Reference,
     Resolution,
@@ -35,6 +36,9 @@ class Plan:
     gradients: bool = True
     dtypes: Sequence[torch.dtype] | None = None
     tolerances: Tolerances | None = None
+    # properties of numbers to find out, besides those that kernels declare
+    numerics: Sequence[str] = ()
+    compare: bool = True
     # called before a kernel is loaded, and before it runs on a case; False leaves that out
     begin: Callable[[VerifyRow], bool] = lambda row: True
 
@@ -68,8 +72,11 @@ class Subject:
         self.path, self.layer, self.call = recorded.path, recorded.layer, recorded.call
         self.modes = (Mode.INFERENCE, Mode.TRAINING) if plan.gradients else (Mode.INFERENCE,)
         self.dtypes, self.tolerances, self.begin = plan.dtypes, plan.tolerances, plan.begin
+        self.compare = plan.compare
         self.left_out = False
+        self.serving: list[tuple[VerifyRow, Resolution]] = []
         self.device = (self.call.devices or [torch.device("cpu")])[0]
+        self.request = LayerRequest(self.layer.name, self.device, Mode.INFERENCE, self.layer)
         self.blank = VerifyRow(self.path, self.layer.name, "ok", device=str(self.device))
 
     def rows(self, *, derived: bool) -> Iterator[VerifyRow]:
@@ -93,17 +100,23 @@ class Subject:
         if not serving:
             yield replace(self.blank, verdict="undecided", reason="none of the kernels that are offered can be used")
             return
-        yield from self.tried(serving, derived=derived)
+        for kernel in serving:
+            mode, resolution = next((m, r) for m, r in kernel.decisions.items() if not r.is_reference)
+            self.serving.append((self._row(kernel, mode), resolution))
+        if self.compare:
+            yield from self.tried(serving, derived=derived)
 
     def tried(self, kernels: list[_Kernel], *, derived: bool) -> Iterator[VerifyRow]:
         """Yield how kernels do with the given inputs, and with those derived from them."""
         for call in self._calls():
             given = Case("as given", call, given=True)
             if reason := self._undecided(given):
-                yield replace(self.blank, verdict="undecided", case=given.name, dtype=_dtype(call), reason=reason)
+                yield replace(self.blank, verdict="undecided", case=given.name, dtype=dtype_of(call), reason=reason)
                 continue
             for case in (given, *(cases(call) if derived else ())):
-                if self.dtypes is None or _dtype(case.call) == _dtype(call):  # derived cases have dtypes of their own
+                if self.dtypes is None or dtype_of(case.call) == dtype_of(
+                    call
+                ):  # derived cases have dtypes of their own
                     yield from self._try(case, kernels)
 
     def _calls(self) -> Iterator[Call]:
@@ -164,7 +177,7 @@ class Subject:
             plugin=kernel.candidate.plugin,
             mode=resolution.request.mode_text if mode in resolution.request.mode else str(mode.name).lower(),
             case=case.name if case is not None else "",
-            dtype=_dtype(case.call) if case is not None else "",
+            dtype=dtype_of(case.call) if case is not None else "",
         )
 
     # --- Cases ----------------------------------------------------------------------------------
@@ -196,7 +209,7 @@ class Subject:
             except Exception as error:
                 stop_if_broken(error)
                 reason = case.call.why_failed(error)
-                row = replace(self.blank, mode=str(mode.name).lower(), case=case.name, dtype=_dtype(case.call))
+                row = replace(self.blank, mode=str(mode.name).lower(), case=case.name, dtype=dtype_of(case.call))
                 yield replace(row, verdict="undecided" if case.given else "skipped", reason=reason)
                 continue
             for kernel in serving:
@@ -319,7 +332,8 @@ def _is_near(outputs: Any, exact: Any) -> bool:
     return compare(mapped(exact, rounded), outputs, tolerances=(0.25, 1e-2)).ok
 
 
-def _dtype(call: Call) -> str:
+def dtype_of(call: Call) -> str:
+    """Return the dtype of the first input with floating numbers; empty without one."""
     found = next((t.dtype for t in call.inputs.values() if t.is_floating_point()), None)
     return str(found).removeprefix("torch.") if found is not None else ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -23,6 +23,8 @@ from kernels_core.replay import Call, ModelState
 from kernels_core.torch_internals import dynamo_is_imported
 
 from ..comparison import Tolerances, check_tolerances
+from ..numerics.judge import numeric_rows
+from ..numerics.properties import check_names
 from .inputs import Recorded, decorated, record
 from .report import VerifyReport, VerifyRow
 from .subject import Plan, Subject
@@ -34,6 +36,7 @@ def verify(
     gradients: bool = True,
     dtypes: Sequence[torch.dtype] | None = None,
     tolerances: Tolerances | None = None,
+    numerics: Collection[str] = (),
     **named_inputs: Any,
 ) -> VerifyReport:
     """Compare every kernel that is offered for a layer with the layer's own forward.
@@ -52,13 +55,15 @@ def verify(
             inputs, with all cases, and one case in each other.
         tolerances: Relative and absolute tolerance, or these per dtype; by default those of `torch.testing`,
             around a reference in float64 where the layer can be run in it.
+        numerics: Properties to find out bit by bit, of each kernel and of the reference: names of `NUMERICS`. Those
+            that a kernel declares are found out in any case. Decisions and receipts have the findings from then on.
         **named_inputs: Its keyword arguments.
 
     Returns:
         A report with a row for each comparison.
 
     Raises:
-        ArgumentError: If the model cannot be run with the inputs, or a tolerance is below 0.
+        ArgumentError: If the model cannot be run with the inputs, a tolerance is below 0, or there is no such property.
         ArgumentTypeError: If it is neither a module nor a decorated function, or tolerances are not pairs of numbers.
 
     Example:
@@ -76,7 +81,7 @@ def verify(
     require_type(dtypes, (Sequence, NoneType), "dtypes")
     for dtype in dtypes or ():
         require_type(dtype, torch.dtype, "each of dtypes")
-    plan = Plan(gradients, dtypes, tolerances)
+    plan = Plan(gradients, dtypes, tolerances, check_names(numerics, "numerics"))
     return VerifyReport(tuple(verify_each(model_or_layer, inputs, named_inputs, plan)))
 
 
@@ -101,7 +106,10 @@ def verify_each(
             recorded = _recorded(model_or_layer, call, plan.gradients)
         for one in recorded:
             described = (one.layer.number, tuple((t.shape, t.dtype, t.device) for t in one.call.inputs.values()))
-            yield from Subject(one, plan).rows(derived=described not in known)
+            subject = Subject(one, plan)
+            yield from subject.rows(derived=described not in known)
+            if described not in known:
+                yield from numeric_rows(one, subject, plan.numerics)
             known.add(described)
     if module is not None:
         called = {one.path for one in recorded}

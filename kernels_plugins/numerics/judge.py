@@ -1,0 +1,55 @@
+"""Implementations of a layer, judged on one of its calls: the rows of `verify`, and what decisions ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from kernels_core import NUMERICS, Resolution
+
+from ..oracle.inputs import Recorded
+from ..oracle.report import Verdict, VerifyRow
+from ..oracle.subject import Subject, dtype_of
+from . import store
+from .invariance import Judgement
+from .properties import find
+
+Forward = Callable[..., Any]
+_VERDICTS: dict[bool | None, Verdict] = {True: "ok", False: "wrong", None: "undecided"}
+
+
+def judged(recorded: Recorded, resolution: Resolution, names: Iterable[str]) -> dict[str, Judgement]:
+    """Return findings about the implementation of a decision, for a call: earlier ones of such calls, or new ones."""
+    layer, call = recorded.layer, recorded.call
+    implementation = resolution.implementation or layer.reference
+    key, kind = store.key_of(layer, implementation, resolution.request.device), store.kind_of(call)
+    found = store.known(key).get(kind, {})
+    if new := [name for name in names if name not in found]:
+        found = {**found, **find(call, implementation, layer.reference, new, compiles=resolution.can_be_traced)}
+        store.keep(key, kind, found)
+    return {name: found[name] for name in NUMERICS if name in names}
+
+
+def numeric_rows(recorded: Recorded, subject: Subject, names: Iterable[str]) -> Iterator[VerifyRow]:
+    """Yield a row for each property that is asked for, or that a kernel declares, and each implementation.
+
+    The reference is judged on those that are asked for.
+    """
+    asked = list(names)
+    reference = Resolution(subject.request)
+    blank = replace(subject.blank, mode="inference", case="numerics", dtype=dtype_of(recorded.call))
+    for row, resolution in [
+        *subject.serving,
+        *([(replace(blank, origin=reference.origin), reference)] if asked else []),
+    ]:
+        declared = [name for name in NUMERICS if resolution.declares(name)]
+        wanted = [name for name in NUMERICS if name in (*asked, *declared)]
+        row = replace(row, case=blank.case, dtype=blank.dtype, mode=blank.mode)
+        if not wanted or not subject.begin(row):
+            continue
+        for name, finding in judged(recorded, resolution, wanted).items():
+            why = finding.why if finding.has is not True else ""
+            if why and name in declared:
+                why = f"it declares {name} = True, and that is not so: {why}" if finding.has is False else why
+            yield replace(row, subject=name, verdict=_VERDICTS[finding.has], reason=why)

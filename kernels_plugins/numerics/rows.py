@@ -1,0 +1,238 @@
+"""A call with other numbers of rows: fewer, more, elsewhere, among others, in other dtypes and strides."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from kernels_core import references
+from kernels_core.replay import Call
+
+from ..comparison import compare
+from .bits import tensors_of
+
+Forward = Callable[..., Any]
+MOST = 4096
+"""The largest number of rows that is tried."""
+
+_ELEMENTS = {"cpu": 2**22}
+_SECONDS = 1.0
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "": lambda t: t,
+    "rows with gaps": lambda t: torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]],
+    "strided": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
+}
+"""Ways in which rows lie in memory, by name; a kernel that ignores strides reads NaN."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A call whose first dimension is that of rows, which do not depend on one another.
+
+    Attributes:
+        call: The call with all its rows: first those that were given, then others like them.
+        names: The inputs with rows, and the dimension of these.
+        outputs: The paths of the tensors in the output that have rows, in their first dimension.
+        count: The number of rows.
+        layout: A key of `LAYOUTS`.
+    """
+
+    call: Call
+    names: Mapping[str, int]
+    outputs: tuple[str, ...]
+    count: int
+    layout: str = ""
+
+    @property
+    def width(self) -> int:
+        """The number of elements in a row of the first input that has rows."""
+        name = next(iter(self.names))
+        return self.call.inputs[name].numel() // self.count
+
+    def of(self, indices: torch.Tensor | slice, fill: float | None = None, kept: torch.Tensor | None = None) -> Call:
+        """Return the call with some of the rows, in the order of indices; `fill` replaces those that are not kept."""
+
+        def change(name: str, leaf: Any) -> Any:
+            if name not in self.names or not isinstance(leaf, torch.Tensor):
+                return leaf
+            dim = self.names[name]
+            taken = leaf.movedim(dim, 0)[indices].movedim(0, dim).contiguous()
+            if fill is not None and kept is not None and taken.is_floating_point():
+                taken = taken.clone()
+                taken.movedim(dim, 0)[~kept] = fill
+            return LAYOUTS[self.layout](taken) if taken.is_floating_point() else taken
+
+        with torch.no_grad(), torch.inference_mode(False):
+            return self.call.replaced(change)
+
+    def run(self, forward: Forward, call: Call) -> dict[str, torch.Tensor] | None:
+        """Return the outputs of a forward that have rows, by path; None if it does not take the call."""
+        with references():  # the layers inside run their references, or they would be judged, too
+            run = call.run(forward, gradients=False, mutations=False, parameters=False)
+        if run.outputs is NotImplemented:
+            return None
+        found = tensors_of(run.outputs)
+        return {path: found[path] for path in self.outputs}
+
+    def in_dtype(self, dtype: torch.dtype) -> Rows:
+        """Return the same with everything in another dtype, also the module."""
+        given = next(t.dtype for t in self.call.inputs.values() if t.is_floating_point())
+        return self if given is dtype else replace(self, call=self.call.converted(given, dtype))
+
+    def described(self, count: int) -> str:
+        """Describe the inputs with a number of rows: `x 3x64 float32`."""
+        texts = []
+        for name, tensor in self.call.inputs.items():
+            shape = list(tensor.shape)
+            if name in self.names:
+                shape[self.names[name]] = count
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                texts.append(f"{name} {'x'.join(map(str, shape))} {dtype}")
+        return ", ".join(texts) + (f" ({self.layout})" if self.layout else "")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    names: Mapping[str, int]
+    flat: bool = False
+    """Whether all dimensions but the last one are made the first one."""
+    given: int = field(default=0)
+
+
+def rows_of(call: Call, reference: Forward) -> Rows | str:
+    """Find the rows of a call, by running its reference on fewer of them; or the reason why there are none.
+
+    Rows are all dimensions but the last one of the first floating input, where the reference treats them so;
+    else its first dimension, and those of the inputs that have the same size there.
+    """
+    main = next((name for name, t in call.inputs.items() if t.is_floating_point() and t.numel() and t.dim() > 1), None)
+    if main is None:
+        return "none of its inputs has rows: a floating tensor of two or more dimensions"
+    call = call.snapshot(state=True)  # parameters are not copied again for each run
+    try:
+        with references():
+            whole = call.run(reference, gradients=False)
+    except Exception as error:
+        return call.why_failed(error)
+    if whole.random:
+        return "it draws random numbers, which are others for each number of rows"
+    why = "none of its outputs has as many rows as its inputs"
+    for plan in _plans(call, main):
+        tried = _flattened(call, plan) if plan.flat else call
+        try:
+            found, close = _tried(tried, plan, reference, whole.outputs)
+        except Exception:  # not along these dimensions
+            continue
+        if close and found is not None:
+            return found
+        if found is not None:
+            why = (
+                "its reference computes other numbers for a row where there are fewer rows: they depend on one another"
+            )
+    return why
+
+
+def _plans(call: Call, main: str) -> list[_Plan]:
+    """Return the ways in which inputs may have rows, the likeliest first."""
+    inputs = call.inputs
+    first = inputs[main]
+    before, count = first.shape[:-1], first.shape[0]
+    plans = []
+    if first.dim() > 2:
+        alike = {n: 0 for n, t in inputs.items() if before in (t.shape[:-1], t.shape)}
+        plans.append(_Plan(alike, flat=True, given=before.numel()))
+    last = {
+        n: t.dim() - first.dim() for n, t in inputs.items() if t.dim() >= first.dim() and t.shape[-first.dim()] == count
+    }
+    whole = {n: 0 for n, t in inputs.items() if t.dim() == 1 and not t.is_floating_point() and t.shape[0] == count}
+    leading = {n: 0 for n, t in inputs.items() if t.dim() > 1 and t.shape[0] == count}
+    for names in ({**last, **whole}, {**leading, **whole}, {main: 0}):
+        if all(names != plan.names or plan.flat for plan in plans):
+            plans.append(_Plan(names, given=count))
+    return plans
+
+
+def _flattened(call: Call, plan: _Plan) -> Call:
+    """Return a call with all dimensions of rows in the first one; the others are kept, with one item."""
+
+    def change(name: str, leaf: Any) -> Any:
+        if name not in plan.names:
+            return leaf
+        ones = [1] * (leaf.dim() - 2)
+        last = 1 if leaf.numel() == plan.given else leaf.shape[-1]  # such as labels, one for each row
+        return leaf.detach().reshape(-1, *ones, last)
+
+    return call.replaced(change)
+
+
+def _tried(call: Call, plan: _Plan, reference: Forward, whole: Any) -> tuple[Rows | None, bool]:
+    """Return the rows of a call, None if its outputs have none; and whether a row is about the same among fewer."""
+    given = Rows(call, plan.names, (), plan.given)
+    rows = replace(given, call=_grown(given, 3), count=3) if plan.given < 3 else given
+    shapes = []
+    for count in (2, 3):
+        with references():
+            part = rows.of(slice(count)).run(reference, gradients=False, mutations=False, parameters=False)
+        shapes.append({path: t.shape for path, t in tensors_of(part.outputs).items() if t.dim()})
+    paths = tuple(path for path, shape in shapes[0].items() if shape[0] == 2 and shapes[1][path][0] == 3)
+    if not paths:
+        return None, False
+    rows = replace(rows, outputs=paths)
+    few, more = (rows.run(reference, rows.of(slice(count))) for count in (2, 3))
+    assert few is not None and more is not None
+    expected = {path: tensor[:2] for path, tensor in more.items()}
+    same = all(few[path].shape == tensor.shape for path, tensor in expected.items())
+    close = same and compare(few, expected).ok
+    if close and plan.flat:  # a layer that mixes rows of one sequence computes others when each is a sequence
+        flat = rows.run(reference, replace(given, outputs=paths).of(slice(None)))
+        wanted = {path: tensor for path, tensor in tensors_of(whole).items() if path in paths}
+        close = flat is not None and all(flat[p].numel() == t.numel() for p, t in wanted.items())
+        close = (
+            close and flat is not None and compare({p: flat[p].reshape(t.shape) for p, t in wanted.items()}, wanted).ok
+        )
+    if not close:
+        return rows, False
+    count = _fitting(rows, reference, plan.given)
+    return replace(rows, call=_grown(rows, count), count=count), True
+
+
+def _fitting(rows: Rows, reference: Forward, given: int) -> int:
+    """Return how many rows to try: 4,096, or what memory and time allow."""
+    sizes = [t.numel() // t.shape[rows.names[n]] for n, t in rows.call.inputs.items() if n in rows.names]
+    device = next(iter(rows.call.inputs.values())).device.type
+    most = min(MOST, max(_ELEMENTS.get(device, 2**26) // max(sum(sizes), 1), given, 3))
+    some = min(64, rows.count)
+    call = rows.of(slice(some))
+    taken = float("inf")
+    for _ in range(4):  # the first one may compile, and another process may take the time of one
+        start = time.perf_counter()
+        rows.run(reference, call)
+        taken = min(taken, time.perf_counter() - start)
+    return max(min(most, int(_SECONDS / max(taken, 1e-9) * some)), min(given, 64), 3)
+
+
+def _grown(rows: Rows, count: int) -> Call:
+    """Return the call with so many rows: those that there are, then others like them."""
+
+    def change(name: str, leaf: Any) -> Any:
+        if name not in rows.names or not isinstance(leaf, torch.Tensor):
+            return leaf
+        dim, leaf = rows.names[name], leaf.detach()
+        have = leaf.shape[dim]
+        if have >= count:
+            return leaf.narrow(dim, 0, count).clone()
+        grown = torch.cat([leaf] * -(-count // have), dim).narrow(dim, 0, count).contiguous()
+        if grown.is_floating_point():  # each row needs numbers of its own: most rows show nothing
+            generator = torch.Generator(grown.device).manual_seed(0)
+            factor = torch.rand(grown.shape, generator=generator, device=grown.device).add_(0.5).to(grown.dtype)
+            factor.narrow(dim, 0, have).fill_(1)
+            grown = grown * factor
+        return grown
+
+    with torch.no_grad(), torch.inference_mode(False):
+        return rows.call.replaced(change)

@@ -1,0 +1,91 @@
+"""What was found out about implementations: in memory, and in a file for each, as the reports of probes are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels_core import NUMERICS, Layer
+from kernels_core.replay import Call
+
+from ..files import write_file
+from ..oracle import probe_cache
+from .invariance import Judgement
+
+_FORMAT = 1
+_lock = threading.Lock()
+_found: dict[str, dict[str, dict[str, Judgement]]] = {}
+
+
+def kind_of(call: Call) -> str:
+    """Return the kind of a call, for which a finding holds: the dtype, and the last size of each tensor."""
+    texts = [f"{n} {'x'.join(map(str, t.shape[-1:]))}" for n, t in call.inputs.items()]
+    module = call.module
+    if module is not None:
+        texts += [f"{n} {'x'.join(map(str, p.shape))}" for n, p in module.named_parameters()]
+    dtype = next((t.dtype for t in call.tensors.values() if t.is_floating_point()), None)
+    device = next((t.device.type for t in call.tensors.values()), "cpu")
+    if device != "meta" and torch.is_autocast_enabled(device):
+        texts.append(f"autocast {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}")
+    return ", ".join([str(dtype).removeprefix("torch."), *texts])
+
+
+def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.device) -> str:
+    """Return the key of an implementation: its code, that of the reference, PyTorch, and the kind of device."""
+    return f"{probe_cache.key_of(layer, implementation, device)}-numerics"
+
+
+def is_used() -> bool:
+    """Whether anything was found out, or looked for, in this process."""
+    return bool(_found)
+
+
+def known(key: str) -> dict[str, dict[str, Judgement]]:
+    """Return the findings about an implementation, by kind of call and name; the file is read once."""
+    with _lock:
+        if key not in _found:
+            _found[key] = _read(_path(key)) if not key.startswith("here-") else {}
+        return _found[key]
+
+
+def keep(key: str, kind: str, findings: Mapping[str, Judgement]) -> None:
+    """Keep findings for one kind of call, also for other processes where that is possible."""
+    kinds = known(key)
+    with _lock:
+        kinds[kind] = {**kinds.get(kind, {}), **findings}
+        data = {one: {n: [f.has, f.why] for n, f in names.items()} for one, names in kinds.items()}
+    if not key.startswith("here-"):
+        with contextlib.suppress(OSError):  # a cache may be read-only
+            write_file(_path(key), json.dumps({"format": _FORMAT, "findings": data}, indent=2))
+
+
+def verdicts(key: str) -> dict[str, Judgement]:
+    """Return a finding for each property: one kind of call that shows a fault is enough."""
+    found: dict[str, Judgement] = {}
+    for name in NUMERICS:
+        all_kinds = [findings[name] for findings in known(key).values() if name in findings]
+        if all_kinds:
+            found[name] = min(all_kinds, key=lambda f: (False, None, True).index(f.has))
+    return found
+
+
+def _path(key: str) -> Path:
+    return probe_cache.folder() / f"{key}.json"
+
+
+def _read(path: Path) -> dict[str, dict[str, Judgement]]:
+    """Read findings; a file that cannot be read or parsed is ignored, and will be written anew."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        data = json.loads(path.read_text())
+        if data["format"] == _FORMAT:
+            return {
+                str(kind): {str(name): Judgement(has, str(why)) for name, (has, why) in findings.items()}
+                for kind, findings in data["findings"].items()
+            }
+    return {}

@@ -1,0 +1,373 @@
+"""Properties of numbers, required: by blocks, for the process, in the file, by receipts and on the command line."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    Candidate,
+    Mode,
+    NoKernelError,
+    PluginManager,
+    Reference,
+    RequirementError,
+    configuration,
+    hookimpl,
+    kernelize,
+    receipt,
+    resolve,
+    use_kernel_forward_from_hub,
+)
+from kernels_core.cli import command_line
+from kernels_plugins import choosing, numerics, register_numerics, use_kernel_mapping, verify
+from kernels_plugins.numerics import plugin, store
+
+COMPILED = Mode.INFERENCE | Mode.TORCH_COMPILE
+
+
+@pytest.fixture(autouse=True)
+def _scene(
+    mapping_plugin: object, isolated_plugins: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Run with the plugin `numerics`, nothing known or required, a cache of its own, and one thread."""
+    isolated_plugins.register(plugin, "numerics")
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
+    store._found.clear()
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    register_numerics()
+    store._found.clear()
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+@use_kernel_forward_from_hub("RequiredNorm")
+class Norm(nn.Module):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return norm(x, self.weight)
+
+
+class ByRows(nn.Module):
+    can_torch_compile = True
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return norm(x, self.weight) * (1 + 2e-7 if x.shape[:-1].numel() > 64 else 1)
+
+
+class Steady(nn.Module):
+    can_torch_compile = True
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return norm(x, self.weight) * 1
+
+
+class Modest(Steady):
+    batch_invariant = False
+
+
+@use_kernel_forward_from_hub("RequiredBlend")
+class Blend(nn.Module):
+    """A layer whose rows depend on their number: a reference that is not innocent."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 2e-7 if x.shape[:-1].numel() > 64 else 1)
+
+
+X = torch.randn(8, 64)
+BOTH = {"RequiredNorm": {"cpu": [ByRows, Steady]}}
+ONLY = {"RequiredNorm": {"cpu": ByRows}}
+
+
+def origin(layer: object = Norm, mode: Mode = Mode.INFERENCE) -> str:
+    return resolve(layer, device="cpu", mode=mode).origin.rpartition(".")[2]
+
+
+# --- Blocks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_the_next_candidate_serves_where_the_first_one_lacks_what_is_required() -> None:
+    """Judged at the first call, whose output is that of the next candidate already; the reason is in the receipt."""
+    model, x = nn.Sequential(Norm()).eval(), torch.randn(100, 64)
+    with use_kernel_mapping(BOTH):
+        assert origin() == "ByRows" and not torch.equal(model(x), norm(x, model[0].weight))
+        with numerics("batch_invariant"):
+            assert "not known: it is found out" in receipt(model).rows[0].checked["batch_invariant"]
+            assert torch.equal(model(x), norm(x, model[0].weight)) and origin() == "Steady"
+            (row,) = receipt(model).require("*", batch_invariant=True).rows
+        assert origin() == "ByRows"  # outside of the block
+        outside = json.loads(receipt(model).to_json())[0]
+    assert row.checked["batch_invariant"].startswith("yes: 1 to 4,096 rows")
+    ((refused, reason),) = row.refusals
+    assert refused.endswith("ByRows") and "it is not batch_invariant: " in reason and "65x64 float32" in reason
+    assert outside["checked"]["batch_invariant"].startswith("no: ")
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_a_reference_that_has_it_serves_without_an_error_in_strict_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is the right answer, for it was found to have what is required."""
+    monkeypatch.setenv("KERNELS_STRICT", "1")
+    layer = Norm()
+    with use_kernel_mapping(ONLY), numerics("deterministic", "batch_invariant"), torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(layer(X), norm(X, layer.weight))
+        resolution = resolve(Norm, device="cpu", mode=Mode.INFERENCE)
+    assert (
+        resolution.is_reference and resolution.note == "the reference is deterministic and batch_invariant, as required"
+    )
+
+
+def test_a_reference_that_lacks_it_is_a_warning_and_an_error_in_strict_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is judged as a kernel is, with the smallest input; also where no kernel is offered."""
+    layer = Blend()
+    with numerics("batch_invariant"):
+        with pytest.warns(UserWarning, match="though it lacks what is required: .*not batch_invariant: .*65x64"):
+            assert torch.equal(layer(X), X)
+        monkeypatch.setenv("KERNELS_STRICT", "1")
+        for _ in range(2):
+            with pytest.raises(NoKernelError, match="of the reference itself, it is not batch_invariant"):
+                Blend()(X)
+        store._found.clear()
+        with pytest.raises(NoKernelError, match="of the reference itself"):  # found out at this call
+            Blend()(X)
+    assert torch.equal(Blend()(X), X)
+
+
+def test_a_call_of_another_width_is_judged_anew() -> None:
+    """A kernel that has the property for one width, and lacks it for another, is refused from then on."""
+
+    class Wide(nn.Module):
+        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return ByRows.forward(self, x) if x.shape[-1] > 64 else Steady.forward(self, x)
+
+    with use_kernel_mapping({"RequiredNorm": {"cpu": Wide}}), numerics("batch_invariant"):
+        narrow, wide = Norm(), Norm(128)
+        narrow(X)
+        assert origin() == "Wide"
+        with pytest.warns(UserWarning, match="65x128 float32"):
+            y = wide(torch.randn(100, 128))
+            wide(torch.randn(100, 128))  # decided anew
+        assert origin() == "reference" and y.shape == (100, 128)
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_compiled_calls_are_served_by_what_is_known() -> None:
+    """Nothing can be tried in a trace: a kernel that is not known is refused, one that eager calls proved serves."""
+    model = nn.Sequential(Norm()).eval()
+    with use_kernel_mapping({"RequiredNorm": {"cpu": Steady}}), numerics("batch_invariant"), torch.no_grad():
+        refused = resolve(Norm, device="cpu", mode=COMPILED)
+        assert refused.is_reference and "batch_invariant is not known of it" in str(refused.refusals[0])
+        assert "of the reference itself, it is not known" in str(refused.refusals[-1])
+        model(X)
+        assert origin(mode=COMPILED) == "Steady"
+        assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(X), norm(X, model[0].weight))
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_kernelized_models_are_judged_too() -> None:
+    """A frozen kernel that lacks it does not serve, also in calls after the block."""
+    model, x = nn.Sequential(Norm()).eval(), torch.randn(100, 64)
+    with use_kernel_mapping(BOTH), numerics("batch_invariant"):
+        kernelize(model, device="cpu", mode=Mode.INFERENCE)
+        with torch.no_grad():
+            first = model(x)
+    with torch.no_grad():
+        assert torch.equal(first, norm(x, model[0].weight)) and torch.equal(model(x), first)
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_a_kernel_that_declares_not_to_have_it_is_refused_unseen() -> None:
+    """`batch_invariant = False` needs no trial; anything but a boolean is a mistake in the contract."""
+
+    class Odd(Steady):
+        batch_invariant = "yes"
+
+    with use_kernel_mapping({"RequiredNorm": {"cpu": [Odd, Modest]}}), numerics("batch_invariant"):
+        first, second = resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals
+    assert "its batch_invariant is 'yes': write True or False" in first.reason
+    assert "it declares batch_invariant = False" in second.reason
+
+
+def test_blocks_apply_to_the_thread_that_enters_them_and_nest() -> None:
+    """The requirement of an outer block applies in an inner one, and not in another thread."""
+    seen: list[tuple[str, ...]] = []
+
+    def look() -> None:
+        seen.append(plugin.required(resolve(Norm, device="cpu", mode=Mode.INFERENCE).request))
+
+    with numerics("deterministic"), numerics("batch_invariant"):
+        look()
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    look()
+    assert seen == [("deterministic", "batch_invariant"), (), ()]
+
+
+def test_a_failed_call_is_not_judged_twice_and_nothing_is_kept_of_it() -> None:
+    """The snapshot of a call is dropped after the trial; modules and tensors are freed with their last reference."""
+    layer = Norm()
+    with use_kernel_mapping({"RequiredNorm": {"cpu": Steady}}), numerics("batch_invariant"):
+        before = layer.weight.detach().clone()
+        layer(X).sum().backward()
+    assert torch.equal(layer.weight, before) and layer.weight.grad is not None
+    import weakref
+
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
+# --- For the process, and in the file ----------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_properties_are_registered_for_the_process() -> None:
+    """`register_numerics` applies until it is called without names; wrong names change nothing."""
+    layer = Norm()
+    with use_kernel_mapping(BOTH):
+        register_numerics("batch_invariant")
+        layer(X)
+        assert origin() == "Steady"
+        for wrong, kind in (("exact", ArgumentError), (1, ArgumentTypeError)):
+            with pytest.raises(kind):
+                register_numerics(wrong)  # type: ignore[arg-type]
+            with pytest.raises(kind):
+                numerics(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="names no property: there are deterministic, batch_invariant"):
+            numerics()
+        assert origin() == "Steady"
+        register_numerics()
+        assert origin() == "ByRows"
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_properties_are_required_in_the_configuration_file(configure: Callable[..., Path]) -> None:
+    """`numerics = [...]` applies to the process; an unknown one is a problem of the file, with its line."""
+    configure('numerics = ["batch_invariant"]\n')
+    layer = Norm()
+    with use_kernel_mapping(BOTH):
+        layer(X)
+        assert origin() == "Steady"
+    configure('numerics = ["exact"]\n')
+    (problem,) = configuration().problems
+    assert "kernels.toml:1" in problem and "names 'exact': there are deterministic" in problem
+
+
+# --- Receipts, and the command line ------------------------------------------------------------------
+
+
+def test_a_receipt_requires_what_was_found_out() -> None:
+    """What is not known fails, and so does what is lacking; a reference that has it will do, but not for an origin."""
+    model = nn.ModuleDict({"norm": Norm(), "blend": Blend()}).eval()
+    with use_kernel_mapping(ONLY):
+        with pytest.raises(RequirementError, match=r"(?s)anything that is batch_invariant.*not known: run verify"):
+            receipt(model).require("norm", batch_invariant=True)
+        verify(model["norm"], X, gradients=False, numerics=["batch_invariant", "deterministic"])
+        receipt(model).require("norm", "*ByRows", deterministic=True)
+        with pytest.raises(RequirementError, match=r"(?s)'\*ByRows' that is deterministic and batch_invariant.*65x64"):
+            receipt(model).require("norm", "*ByRows", deterministic=True, batch_invariant=True)
+        with pytest.raises(ArgumentTypeError):
+            receipt(model).require("norm", batch_invariant="yes")  # type: ignore[arg-type]
+    receipt(model).require("norm", batch_invariant=True)
+    with pytest.raises(RequirementError):
+        receipt(model).require("norm")
+    with pytest.raises(RequirementError, match="not known"):
+        receipt(model).require("blend", batch_invariant=True)
+
+
+MADE: dict[str, Any] = {}
+
+
+def make() -> nn.Module:
+    return nn.Sequential(Norm()).eval()
+
+
+def inputs() -> torch.Tensor:
+    return X
+
+
+def explain(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(command_line(), ["explain", f"{__name__}:make", *arguments])
+    text = result.output if result.exception is None else f"{result.output}{result.exception}"
+    return result.exit_code, text
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command line import this module by its name."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or __import__(__name__))
+
+
+@pytest.mark.usefixtures("importable")
+def test_explain_finds_it_out_and_requires_it() -> None:
+    """CI: exit code 1 with the smallest input where the kernel that serves lacks it, 0 where it has it."""
+    call = ("--numerics", "batch_invariant", "--inputs", f"{__name__}:inputs", "--require", "*")
+    with use_kernel_mapping(ONLY):
+        code, text = explain(*call)
+        assert code == 1 and "not served by anything that is batch_invariant" in text and "65x64 float32" in text
+    with use_kernel_mapping({"RequiredNorm": {"cpu": Steady}}):
+        code, text = explain(*call, "--json")
+        assert code == 0 and json.loads(text)[0]["checked"]["batch_invariant"].startswith("yes: ")
+    assert "--numerics names exact" in explain("--numerics", "exact")[1]
+    assert "the model has no dummy_inputs" in explain("--numerics", "deterministic")[1]
+    assert "--inputs are those that --numerics" in explain("--inputs", f"{__name__}:inputs")[1]
+
+
+# --- Measured choice -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_only_those_that_qualify_race() -> None:
+    """A candidate that lacks what is required is out, with the reason, before it is timed."""
+    model = nn.Sequential(Norm()).eval()
+    with use_kernel_mapping(BOTH), numerics("batch_invariant"), torch.no_grad():
+        with choosing(contexts=("eager",), seconds=0.01, progress=False) as chosen:
+            model(X)
+    for cell in chosen.choice.cells_on("cpu"):
+        assert "Steady" in "".join(cell.times) and "ByRows" not in "".join(cell.times)
+        assert any("batch_invariant" in reason for reason in cell.lost.values())
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_a_reference_that_was_chosen_and_lacks_it_is_left_out(isolated_plugins: PluginManager) -> None:
+    """Where a ranking puts the reference first, a kernel that has the property serves in its place."""
+
+    class First:
+        @hookimpl
+        def kernels_rank_candidates(self, candidates: list[Candidate]) -> list[Candidate]:
+            return [Candidate(Reference, "first", "user"), *candidates]
+
+    class Even(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 1
+
+    isolated_plugins.register(First(), "first")
+    layer = Blend()
+    with use_kernel_mapping({"RequiredBlend": {"cpu": Even}}), numerics("batch_invariant"):
+        layer(X)
+        assert origin(Blend) == "Even"
