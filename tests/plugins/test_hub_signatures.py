@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,23 @@ def test_each_fault_of_a_signature_has_a_reason_of_its_own_before_any_import(
     kernel_repository("acme/good", good)
     get_kernel("acme/good", **MAIN)
     assert ran.exists()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no command openssl, which makes timestamps")
+def test_the_time_of_a_timestamp_decides_too(kernel_repository: Publish, authority: Authority, settings: Set) -> None:
+    """Newer logs note no time: that of a timestamp has to be one at which the certificate was valid."""
+    kernel_repository("acme/good", signed_files(authority, kernel(), stamped=True))
+    assert served(scale("acme/good")) == 3
+    kernel_repository("acme/late", signed_files(authority, kernel(), stamped=True, late=11))
+    with pytest.raises(errors.ExpiredError, match="it had expired"):
+        get_kernel("acme/late", **MAIN)
+    bundle = json.loads(authority.sign(b"", stamped=True))
+    good = signed_files(authority, kernel(4), stamped=True)
+    other = {**json.loads(good["metadata.json.sigstore"])["verificationMaterial"]}
+    other["timestampVerificationData"] = bundle["verificationMaterial"]["timestampVerificationData"]
+    kernel_repository("acme/other", changed(good, verificationMaterial=other))
+    with pytest.raises(errors.AuthorityError, match="not enough sources of verified time"):
+        get_kernel("acme/other", **MAIN)
 
 
 def test_a_log_that_does_not_prove_the_signature_is_tampering(

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import struct
+import subprocess
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from kernels_plugins.local_hub.testing import kernel_metadata
@@ -61,6 +62,16 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .sign(self.key, hashes.SHA256())
         )
+        self._clock = ec.generate_private_key(ec.SECP256R1())  # of the authority for timestamps
+        stamping = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.TIME_STAMPING])
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test clock")])
+        self._clock_certificate = (
+            self._builder(self._clock.public_key(), subject, self._start, self._start + timedelta(days=3000))
+            .add_extension(_key_usage(digital_signature=True), critical=True)
+            .add_extension(stamping, critical=True)
+            .add_extension(self._authority, critical=False)
+            .sign(self.key, hashes.SHA256())
+        )
 
     def _builder(self, public: Any, subject: x509.Name, start: datetime, end: datetime) -> x509.CertificateBuilder:
         named = x509.CertificateBuilder().issuer_name(self._name).subject_name(subject).public_key(public)
@@ -81,21 +92,32 @@ class Authority:
                 "logId": identity,
             }
 
-        chain = {"certificates": [{"rawBytes": _b64(self.certificate.public_bytes(Encoding.DER))}]}
-        subject = {"organization": "test", "commonName": "test authority"}
-        authority = {"subject": subject, "uri": "https://ca.invalid", "certChain": chain, "validFor": start}
+        def authority(*chain: x509.Certificate) -> dict[str, Any]:
+            certificates = [{"rawBytes": _b64(certificate.public_bytes(Encoding.DER))} for certificate in chain]
+            subject = {"organization": "test", "commonName": "test authority"}
+            place = {"subject": subject, "uri": "https://ca.invalid"}
+            return {**place, "certChain": {"certificates": certificates}, "validFor": start}
+
         kind = "application/vnd.dev.sigstore.trustedroot+json;version=0.1"
-        lists = {"tlogs": [log(self._log)], "certificateAuthorities": [authority], "ctlogs": [log(self._ct)]}
-        path.write_text(json.dumps({"mediaType": kind, **lists, "timestampAuthorities": []}), encoding="utf-8")
+        lists = {"tlogs": [log(self._log)], "ctlogs": [log(self._ct)]}
+        lists["certificateAuthorities"] = [authority(self.certificate)]
+        lists["timestampAuthorities"] = [authority(self._clock_certificate, self.certificate)]
+        path.write_text(json.dumps({"mediaType": kind, **lists}), encoding="utf-8")
 
     def sign(
-        self, data: bytes, identity: str = WORKFLOW, issuer: str = ISSUER, source: str = SOURCE, late: int = 1
+        self,
+        data: bytes,
+        identity: str = WORKFLOW,
+        issuer: str = ISSUER,
+        source: str = SOURCE,
+        late: int = 1,
+        stamped: bool = False,
     ) -> bytes:
         """Return the bundle of a signature, which is logged so many minutes after the certificate was made.
 
-        The certificate is valid for ten of them.
+        The certificate is valid for ten of them. The time is that of the log, or of a timestamp, as with newer logs.
         """
-        logged = datetime.now(timezone.utc).replace(microsecond=0) - timedelta(days=30)
+        logged = datetime.now(timezone.utc).replace(microsecond=0) - timedelta(days=0 if stamped else 30)
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._certify(key, logged - timedelta(minutes=late), identity, issuer, source)
         signature = key.sign(data, _SHA256)
@@ -105,7 +127,18 @@ class Authority:
         hashed = {"hash": {"algorithm": "sha256", "value": digest.hexdigest()}}
         record = {"apiVersion": "0.0.1", "kind": "hashedrekord", "spec": {"data": hashed, "signature": signed}}
         entry = self._log_entry(json.dumps(record, separators=(",", ":"), sort_keys=True).encode(), logged)
-        material = {"certificate": {"rawBytes": _b64(certificate.public_bytes(Encoding.DER))}, "tlogEntries": [entry]}
+        raw = {"rawBytes": _b64(certificate.public_bytes(Encoding.DER))}
+        material: dict[str, Any] = {"certificate": raw, "tlogEntries": [entry]}
+        if stamped:
+            verifier = {"keyDetails": "PKIX_ECDSA_P256_SHA_256", "x509Certificate": raw}
+            named = {"algorithm": "SHA2_256", "digest": _b64(digest.digest())}
+            newer = {"data": named, "signature": {"content": _b64(signature), "verifier": verifier}}
+            record = {"apiVersion": "0.0.2", "kind": "hashedrekord", "spec": {"hashedRekordV002": newer}}
+            entry = self._log_entry(json.dumps(record, separators=(",", ":"), sort_keys=True).encode(), logged)
+            entry["kindVersion"]["version"] = "0.0.2"
+            del entry["integratedTime"], entry["inclusionPromise"]
+            stamps = {"rfc3161Timestamps": [{"signedTimestamp": _b64(self._stamp(signature))}]}
+            material |= {"tlogEntries": [entry], "timestampVerificationData": stamps}
         message = {
             "messageDigest": {"algorithm": "SHA2_256", "digest": _b64(digest.digest())},
             "signature": _b64(signature),
@@ -138,6 +171,26 @@ class Authority:
         promised = self._ct.sign(struct.pack("!BBQH", 0, 0, milliseconds, 1) + entry + b"\0\0", _SHA256)
         promise = _promise(hashlib.sha256(_public(self._ct)).digest(), milliseconds, promised)
         return builder.add_extension(promise, False).sign(self.key, hashes.SHA256())
+
+    def _stamp(self, signature: bytes) -> bytes:
+        """Return a timestamp of now; the command `openssl` makes it, for no library that we have does."""
+        folder = self.root.parent
+        key = self._clock.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        for name, data in {
+            "clock.key": key,
+            "clock.pem": self._clock_certificate.public_bytes(Encoding.PEM),
+            "signature": signature,
+            "serial": b"01",
+            "ts.cnf": b"[tsa]\ndefault_tsa = t\n[t]\nserial = serial\nsigner_cert = clock.pem\nsigner_key = clock.key\n"
+            b"signer_digest = sha256\ndefault_policy = 1.2.3\ndigests = sha256\ness_cert_id_alg = sha256\n",
+        }.items():
+            (folder / name).write_bytes(data)
+        for command in (
+            "openssl ts -query -data signature -sha256 -cert -out query",
+            "openssl ts -reply -config ts.cnf -queryfile query -out reply",
+        ):
+            subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+        return (folder / "reply").read_bytes()
 
     def _log_entry(self, body: bytes, logged: datetime) -> dict[str, Any]:
         """Put a record into the transparency log, after another one, with the proof that it is there."""
