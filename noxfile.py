@@ -32,6 +32,7 @@ MYPY = "mypy==2.4.1"
 NEWEST_TORCH = "torch==2.15.0"
 MINIMUM_TORCH = "torch==2.6.0"
 MINIMUMS = (
+    "filelock==3.12.*",
     "huggingface_hub==1.10.*",
     "importlib-metadata==6.0",
     "packaging==22.0",
@@ -76,9 +77,9 @@ def parity(session: nox.Session) -> None:
 
 @nox.session
 def models(session: nox.Session) -> None:
-    """Adopt models of transformers, and compare them with untouched ones."""
-    install(session, *TEST_TOOLS, "transformers", "peft", "accelerate")
-    chosen = "adopt or quickstart or ten_lines or demo_serves"
+    """Adopt models of transformers, and compare them with untouched ones; start actors of Ray."""
+    install(session, *TEST_TOOLS, "transformers", "peft", "accelerate", "ray")
+    chosen = "adopt or quickstart or ten_lines or demo_serves or ray_actors"
     session.run("pytest", "-n", "2", "-k", chosen, "tests/plugins", "tests/docs", *session.posargs)
 
 

@@ -130,7 +130,9 @@ def test_a_process_that_started_later_asks_the_hub(local_hub: LocalHub, publish:
     assert local_hub.count("/refs") == 3
 
 
-def test_ranks_with_a_folder_have_one_commit(local_hub: LocalHub, publish: Callable[..., str], run: Run) -> None:
+def test_ranks_with_a_folder_have_one_commit(
+    local_hub: LocalHub, publish: Callable[..., str], run: Run, tmp_path: Path
+) -> None:
     """With `KERNELS_LEADER_DIR`, ranks of two caches send the requests of one process, and each cache downloads once.
 
     Ranks, spawned workers and child processes that come after the branch has moved have the commit of the others, in
@@ -150,7 +152,7 @@ def test_ranks_with_a_folder_have_one_commit(local_hub: LocalHub, publish: Calla
         start(1, lambda number: ask("one"))
         print(json.dumps(found))
     """
-    found = run(code, KERNELS_LEADER_DIR="job")
+    found = run(code, KERNELS_LEADER_DIR=f"{tmp_path}/job")
     refused = found.pop(3)
     assert found == [[first, []]] * 5
     assert refused[0] == "reference" and "not on rank 3" in refused[1][0]
@@ -182,10 +184,10 @@ def found():
         origin = resolve("Scale", device="cpu", mode=Mode.INFERENCE).origin
     return f"{origin} {sorted(plugin_manager().plugins())}"
 """
-    own, spawned, child = run(f"WORKER = {worker!r}\n" + textwrap.dedent(late), KERNELS_LEADER_DIR="job")
+    own, spawned, child = run(f"WORKER = {worker!r}\n" + textwrap.dedent(late), KERNELS_LEADER_DIR=f"{tmp_path}/job")
     assert own.startswith(first) and own == spawned == child and "'mapping'" in own
     assert local_hub.count(is_api) == 0
-    assert run("print(json.dumps(ask('acme')))", KERNELS_LEADER_DIR="next job") == [moved, []]
+    assert run("print(json.dumps(ask('acme')))", KERNELS_LEADER_DIR=f"{tmp_path}/next job") == [moved, []]
 
 
 def test_ranks_of_a_process_group(local_hub: LocalHub, publish: Callable[..., str], run: Run) -> None:
@@ -225,3 +227,29 @@ def test_ranks_of_a_process_group(local_hub: LocalHub, publish: Callable[..., st
         assert rank[1][0].startswith("alone/kernels@")
     assert local_hub.count("alone/kernels/refs") == 4
     assert local_hub.count("acme/kernels/refs") == 6
+
+
+def test_ray_actors(local_hub: LocalHub, publish: Callable[..., str], run: Run, tmp_path: Path) -> None:
+    """Actors of Ray find the plugins, and have the commit of the job in caches of their own, after the branch moved."""
+    pytest.importorskip("ray")
+    first = publish("acme")
+    assert run("print(json.dumps(ask('acme')))", KERNELS_LEADER_DIR=f"{tmp_path}/job") == [first, []]
+    publish("acme", factor=5)
+    local_hub.forget()
+    found = run(
+        """
+        import ray
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        @ray.remote
+        class Actor:
+            def found(self, cache):
+                os.environ["KERNELS_CACHE"] = cache
+                return [ask("acme"), sorted(plugin_manager().plugins())]
+        actors = [Actor.remote() for _ in range(2)]
+        found = ray.get([actor.found.remote(os.path.abspath(f"cache-{n}")) for n, actor in enumerate(actors)])
+        ray.shutdown()
+        print(json.dumps([*found, sorted(plugin_manager().plugins())]))
+        """
+    )
+    assert found == [[[first, []], found[2]]] * 2 + [found[2]] and "hub" in found[2]
+    assert local_hub.count(is_api) == 0

@@ -92,6 +92,8 @@ class FolderBoard:
     """A folder that all ranks see. New files and links are made by one rank only, also on NFS, without any locks."""
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_absolute():  # ranks may work in different folders, and would share nothing without a word
+            raise LoadError(f"{FOLDER} is {str(folder)!r}: write the whole path, which is the same for all ranks")
         self._folder = folder
         with self._naming():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
