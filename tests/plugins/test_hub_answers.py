@@ -31,7 +31,7 @@ def asked(cache: MetadataCache, answer: object = "new", patience: float = 60.0) 
 
 
 def test_notes_that_serve_and_those_that_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A note serves if it was asked of this Hub after this program had started, and not long ago; a failure does not."""
+    """A note serves if it was asked of this Hub since this program started, and not long ago; a failure does not."""
     cache, now = MetadataCache(tmp_path), time.time()
     monkeypatch.setattr(answers, "_started", now - 1000)
 
@@ -109,7 +109,11 @@ def test_a_wrong_list_of_files_is_forgotten(local_hub: LocalHub, kernel_reposito
 
 @pytest.mark.parametrize("shared", ["torch-universal", "torch-cuda"])
 def test_ranks_with_equal_devices_have_one_build(
-    kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared: str
+    kernel_repository: Publish,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    new_process: Callable[[], None],
+    shared: str,
 ) -> None:
     """A rank takes the build of the others, also where another one fits better; one that does not fit is refused."""
     first = kernel_repository(layers=kernel(5), variant="torch-cpu").files()
@@ -123,4 +127,5 @@ def test_ranks_with_equal_devices_have_one_build(
     else:
         assert outcome.value == 2 and "other ranks have its build torch-cuda, and that does not fit" in outcome.why
     monkeypatch.setenv("KERNELS_LEADER", "0")
+    new_process()
     assert call(scale()).value == 5
