@@ -196,6 +196,15 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_plugins.BisectError",
         ],
     ),
+    "Find the first layer that differs": (
+        "Two models, or two settings of one, bit by bit: [consistency](consistency.md).",
+        [
+            "kernels_plugins.consistency",
+            "kernels_plugins.ConsistencyReport",
+            "kernels_plugins.Drift",
+            "kernels_plugins.ConsistencyError",
+        ],
+    ),
     "Observe": (
         "Their records, and how to switch them on: [observe](observe.md).",
         [

@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .choice.choosing import choosing
     from .choice.machine import MeasuredOn
     from .choice.plugin import use_choice
+    from .consistency.consistency import consistency
+    from .consistency.report import ConsistencyError, ConsistencyReport, Drift
     from .hub.builds.metadata import Metadata
     from .hub.builds.variants import VariantAccepted, VariantRejected
     from .hub.dependency import get_kernel_dep
@@ -81,6 +83,8 @@ _NAMES = {
     ".choice.choosing": "choosing",
     ".choice.machine": "MeasuredOn",
     ".choice.plugin": "use_choice",
+    ".consistency.consistency": "consistency",
+    ".consistency.report": "ConsistencyError ConsistencyReport Drift",
     ".hub.builds.metadata": "Metadata",
     ".hub.builds.variants": "VariantAccepted VariantRejected",
     ".hub.dependency": "get_kernel_dep",
@@ -116,7 +120,10 @@ __all__ = [
     "ChoiceCell",
     "Culprit",
     "CulpritSet",
+    "ConsistencyError",
+    "ConsistencyReport",
     "Device",
+    "Drift",
     "FuncRepository",
     "KernelizeFallback",
     "LayerRepository",
@@ -151,6 +158,7 @@ __all__ = [
     "canary",
     "check_kernel",
     "choosing",
+    "consistency",
     "get_kernel",
     "get_kernel_dep",
     "get_kernel_variants",

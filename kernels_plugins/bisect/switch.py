@@ -59,7 +59,7 @@ class Kernel:
         return ", ".join(self.origins)
 
 
-def _find_caller(modules: Container[int]) -> nn.Module | None:
+def find_caller(modules: Container[int]) -> nn.Module | None:
     """Return the innermost module with an `id` among `modules` whose method is running; reads the stack."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:  # a function does not know which module has called it
@@ -152,7 +152,7 @@ class Switch:
             def switched(*args: Any, **kwargs: Any) -> Any:
                 if torch.compiler.is_compiling():
                     return forward(*args, **kwargs)
-                module = _find_caller(self._modules) if decided.is_function else args[0]
+                module = find_caller(self._modules) if decided.is_function else args[0]
                 key = (id(module), decided.number)
                 if key[0] not in self._modules:
                     self.found_elsewhere = True

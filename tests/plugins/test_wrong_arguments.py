@@ -183,6 +183,7 @@ VALID: dict[str, dict[str, Any]] = {
         "contexts": ["eager"],
         "seconds": 0.001,
     },
+    "consistency": {"a": Shift(), "b": Shift(), "inputs": torch.ones(1)},
     "bisect": {"model": Shift(), "metric": mean, "tolerance": 0.1, "relative": 0.0},
     "canary": {"first": 1, "every": 2, "action": "warn"},
     "choosing": {"save": None, "contexts": ("eager",), "seconds": 0.1, "progress": None},
