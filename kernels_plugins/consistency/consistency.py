@@ -13,7 +13,7 @@ from torch import nn
 from kernels_core import ArgumentError, ArgumentTypeError, set_module
 
 from .bits import Gap, gap
-from .recorder import GRADIENT_OUTPUT, INPUT, LEFT, OUTPUT, Event, Key, Recorder, own_tensors
+from .digests import GRADIENT_OUTPUT, INPUT, LEFT, OUTPUT, Digests, Event, Key, own_tensors
 from .report import ConsistencyError, ConsistencyReport, Drift
 from .side import Setting, Side
 
@@ -69,7 +69,7 @@ def consistency(
     sides = Side("a", a, setting_a, batch_a), Side("b", b, setting_b, batch_b)
     by_row = batch_a != batch_b
 
-    def run(side: Side, **more: Any) -> Recorder:
+    def run(side: Side, **more: Any) -> Digests:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Full backward hook is firing")  # of inputs that need no gradient
             return side.run(inputs, seed, by_row=by_row, gradients=gradients, parameters=a is not b, **more)
@@ -172,13 +172,13 @@ def _rows(parts: list[Any] | None) -> list[int] | None:
     return [row for part in parts for row in part]
 
 
-def _place(key: Key, records: list[Recorder]) -> int:
+def _place(key: Key, records: list[Digests]) -> int:
     """Return the place of an event among those of a model that has it."""
     record = next(record for record in records if key in record.events)
     return list(record.events).index(key)
 
 
-def _repeats(first: Key, record: Recorder, again: Recorder) -> bool:
+def _repeats(first: Key, record: Digests, again: Digests) -> bool:
     """Whether a second run has the same bits up to an event."""
     for key, event in record.events.items():
         if key in again.events and not _agree(event, again.events[key]):
@@ -188,19 +188,19 @@ def _repeats(first: Key, record: Recorder, again: Recorder) -> bool:
     return True
 
 
-def _missing(record: Recorder, other: Recorder) -> tuple[str, ...]:
+def _missing(record: Digests, other: Digests) -> tuple[str, ...]:
     """Return the paths that only one record has, without those inside of others."""
     paths = {path for _, path, _ in other.events}
     missing = dict.fromkeys(path for kind, path, _ in record.events if kind == INPUT and path not in paths)
     return tuple(path for path in missing if not any(path.startswith(f"{around}.") for around in missing))
 
 
-def _some(record: Recorder) -> str:
+def _some(record: Digests) -> str:
     paths = list(dict.fromkeys(path for _, path, _ in record.events if path))
     return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "") or "none but the model itself"
 
 
-def _drift(key: Key, records: list[Recorder], again: list[Recorder]) -> Drift:
+def _drift(key: Key, records: list[Digests], again: list[Digests]) -> Drift:
     kind, path, call = key
     events = [record.events.get(key) for record in records]
     event = next(each for each in events if each is not None)
@@ -249,7 +249,7 @@ def _drift(key: Key, records: list[Recorder], again: list[Recorder]) -> Drift:
     )
 
 
-def _held(key: Key, again: list[Recorder]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _held(key: Key, again: list[Digests]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield the tensors of an event on both sides, the parts of a batch joined."""
     held = [again[i].events[key].held if key in again[i].events else [] for i in (0, 1)]
     for name in held[0][0] if all(held) else ():

@@ -14,7 +14,7 @@ from kernels_core import ArgumentError, ArgumentTypeError
 from kernels_core.replay import ModelState, each_tensor, leaves, mapped
 from kernels_core.torch_internals import many_compilations
 
-from .recorder import Key, Recorder
+from .digests import Digests, Key
 from .report import ConsistencyError
 
 Setting = Callable[[], AbstractContextManager[object]]
@@ -47,9 +47,9 @@ class Side:
         hold: Key | None = None,
         only: Iterable[nn.Module] | None = None,
         parameters: bool = False,
-    ) -> Recorder:
+    ) -> Digests:
         """Run the model on copies of the inputs, and return the record; the model is restored afterwards."""
-        recorder = Recorder(
+        record = Digests(
             self.model, seed, by_row=by_row, hold=hold, only=only, compiled=self.is_compiled, parameters=parameters
         )
         copies = _copies(inputs)
@@ -57,17 +57,17 @@ class Side:
         if self.is_compiled:
             torch.compiler.reset()  # Dynamo has no guard on hooks: code compiled before would run past them
         try:
-            with self._state.kept(), many_compilations(), self._setting(), recorder.installed(gradients):
+            with self._state.kept(), many_compilations(), self._setting(), record.installed(gradients):
                 for args, kwargs, rows in _parts(copies, self.batch):
-                    recorder.begin(rows)
+                    record.begin(rows)
                     with torch.set_grad_enabled(gradients):
                         output = self.model(*args, **kwargs)
                     if gradients:
                         _backward(output, seed)
                     del output
-                recorder.finish()
+                record.finish()
         except Exception as error:
-            where = recorder.where
+            where = record.where
             at = f" in layer {where or '(the model)'!r}" if where is not None else ""
             raise ConsistencyError(
                 f"{self.name} raised{at}: {type(error).__name__}: {error}. Nothing was compared; the models are as "
@@ -84,7 +84,7 @@ class Side:
                 "begin with others, and this one stays. Compare models that leave their parameters as they are.",
                 side=self.name,
             )
-        return recorder
+        return record
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`Recorder`: notes a digest of all that goes into and out of each layer of a model, in the order of the calls.
+"""`Digests`: notes a digest of all that goes into and out of each layer of a model, in the order of the calls.
 
 A digest is a few bytes for each tensor, so what is kept does not grow with the tensors. The tensors of one event are
 held if a second run asks for them.
@@ -55,7 +55,7 @@ class Event:
     held: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
-class Recorder:
+class Digests:
     """Records runs of one model, as a plugin that also notes decorated functions and implementations.
 
     Args:
