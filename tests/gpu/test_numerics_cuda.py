@@ -1,0 +1,108 @@
+"""Properties of numbers on a GPU: atomic additions, reductions that depend on rows, Triton, and CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device is visible", allow_module_level=True)
+
+from torch import nn  # noqa: E402
+
+from kernels_core import PluginManager, use_kernel_forward_from_hub  # noqa: E402
+from kernels_core.replay import Call  # noqa: E402
+from kernels_plugins import check_kernel, numerics, use_kernel_mapping  # noqa: E402
+from kernels_plugins.numerics import plugin, store  # noqa: E402
+from kernels_plugins.numerics.properties import find  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _scene(
+    mapping_plugin: object, isolated_plugins: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Run with the plugin `numerics`, nothing known, and a cache of its own."""
+    isolated_plugins.register(plugin, "numerics")
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
+    store._found.clear()
+    torch.manual_seed(0)
+    yield
+    store._found.clear()
+
+
+def norm(x: Any, weight: Any) -> Any:
+    return nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def by_rows(x: Any, weight: Any) -> Any:
+    return norm(x, weight) * (1 + 2e-7 if x.shape[:-1].numel() > 64 else 1)
+
+
+@use_kernel_forward_from_hub("NumericsCudaNorm")
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 1024))
+
+    def forward(self, x: Any) -> Any:
+        return norm(x, self.weight)
+
+
+class Steady(nn.Module):
+    def forward(self: Any, x: Any) -> Any:
+        return norm(x, self.weight) * 1
+
+
+class ByRows(nn.Module):
+    def forward(self: Any, x: Any) -> Any:
+        return by_rows(x, self.weight)
+
+
+def test_atomic_additions_are_not_deterministic() -> None:
+    """A sum of many rows into one by atomic additions differs from run to run, in the backward, too."""
+    index = torch.zeros(4096, dtype=torch.int64, device="cuda")
+
+    def summed(x: Any) -> Any:
+        return torch.zeros(1, x.shape[1], device="cuda").index_add(0, index[: len(x)], x)
+
+    found = find(Call(None, (torch.randn(4096, 256, device="cuda"),)), summed, summed, ["deterministic"])
+    assert found["deterministic"].has is False and found["deterministic"].why.startswith("forward: ")
+
+
+def test_the_kernel_of_the_issue_is_refused_on_a_gpu() -> None:
+    """The kit names the number of rows; PyTorch's own norm is deterministic there."""
+    inputs = torch.randn(16, 1024, device="cuda"), torch.rand(1024, device="cuda")
+    with pytest.raises(AssertionError, match="batch_invariant"):
+        check_kernel(by_rows, norm, *inputs, numerics=["batch_invariant"], ignore={"cuda graph"})
+    found = find(Call(None, inputs), by_rows, norm, ["batch_invariant", "deterministic"])
+    assert "x 65x1024" in found["batch_invariant"].why.replace("argument 1", "x") and found["deterministic"].has
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_captured_calls_are_served_by_what_is_known() -> None:
+    """In a capture nothing can be tried: the reference serves unless eager calls have proved a kernel."""
+    layer, x = Norm().cuda(), torch.randn(128, 1024, device="cuda")
+
+    def captured() -> Any:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            norm(x, layer.weight)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        return y
+
+    expected = norm(x, layer.weight.detach())
+    with use_kernel_mapping({"NumericsCudaNorm": {"cuda": [ByRows, Steady]}}), numerics("batch_invariant"):
+        with torch.no_grad():
+            assert torch.equal(captured(), expected)  # not by `ByRows`, of which nothing is known
+            assert torch.equal(layer(x), expected)
+            assert torch.equal(captured(), expected)
