@@ -154,6 +154,17 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.count_calls",
         ],
     ),
+    "Freeze decisions": (
+        "Elastic restarts, checkpoints and drift: [decisions](decisions.md).",
+        [
+            "kernels_core.DecisionFile",
+            "kernels_core.FrozenModel",
+            "kernels_core.FrozenLayer",
+            "kernels_core.FrozenKernel",
+            "kernels_core.DecisionDiff",
+            "kernels_core.DecisionChange",
+        ],
+    ),
     "Verify a kernel": (
         "The trials, and how numbers are judged: [verify](verify.md).",
         [
@@ -229,6 +240,8 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.Section",
             "kernels_core.Bars",
             "kernels_core.as_json",
+            "kernels_core.write_file",
+            "kernels_core.alone_in",
             "kernels_core.visible",
             "kernels_core.held_back",
             "kernels_core.SavedTensors",
@@ -291,6 +304,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.PluginConflictError",
             "kernels_core.ResolutionError",
             "kernels_core.NoKernelError",
+            "kernels_core.DecisionError",
             "kernels_core.KernelizeError",
             "kernels_core.LoadError",
             "kernels_core.ContractError",

@@ -5,6 +5,9 @@ that name; each call is served by the best one that fits device and mode, and by
 forward itself, the *reference*, where there is none. The rest is in `docs/`.
 """
 
+from .decisions.file import DecisionChange, DecisionDiff, DecisionFile
+from .decisions.files import alone_in, write_file
+from .decisions.frozen import FrozenKernel, FrozenLayer, FrozenModel
 from .decorators import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
 from .device import CUDAProperties, Device, ROCMProperties, device_capability
 from .environment import setting, strict, switch
@@ -14,6 +17,7 @@ from .errors import (
     CanaryError,
     ConfigurationError,
     ContractError,
+    DecisionError,
     IntegrityError,
     KernelizeError,
     KernelsError,
@@ -84,9 +88,16 @@ __all__ = [
     "Configuration",
     "ConfigurationError",
     "ContractError",
+    "DecisionChange",
+    "DecisionDiff",
+    "DecisionError",
+    "DecisionFile",
     "Device",
     "Exclusive",
     "FrozenChoice",
+    "FrozenKernel",
+    "FrozenLayer",
+    "FrozenModel",
     "IntegrityError",
     "KernelLayer",
     "KernelizeError",
@@ -129,6 +140,7 @@ __all__ = [
     "WantedNumerics",
     "WarnOnce",
     "__version__",
+    "alone_in",
     "as_json",
     "authorize",
     "change_class",
@@ -168,6 +180,7 @@ __all__ = [
     "use_kernelized_func",
     "visible",
     "warn_once",
+    "write_file",
 ]
 
 set_module(__name__, globals(), __all__)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .contract import check_contract, check_mode
+from .decisions.replay import replaying
 from .errors import ContractError, ResolutionError, UntrustedError
 from .guards.limits import limits_of
 from .guards.quarantine import Quarantined, excluded_dtypes, find_denied, find_quarantined
@@ -91,6 +92,8 @@ class CorePlugin:
                     kernel_layer=loaded.layer,
                     inference_only=not getattr(loaded.layer, "has_backward", True),
                     provenance=loaded.provenance,
+                    pin=loaded.pin,
+                    loaded_content=loaded.content,
                 )
         return Resolution(request, refusals=tuple(refusals), misfits=misfits)
 
@@ -109,8 +112,18 @@ def _for_all_modes(request: LayerRequest, answers: list[list[Any]]) -> LayerRequ
 
 
 def _ranked(request: LayerRequest, answers: list[list[Any]], candidates: list[Candidate]) -> list[Candidate] | None:
-    """Return the candidates in the order that a plugin chooses, without tiers that an `Exclusive` leaves out."""
+    """Return the candidates in the order that a plugin chooses, without tiers that an `Exclusive` leaves out.
+
+    A decision file that is replayed comes before that: a plugin is asked only where it has measured the decisions.
+    """
+    replay = replaying.get()
+    if replay is not None:
+        candidates = replay.ranked(request, candidates)
+        if not candidates or candidates[0].record is None:
+            return candidates
     ranked = plugin_manager().hook.kernels_rank_candidates(request=request, candidates=candidates)
+    if ranked is None and replay is not None:
+        return replay.unusable("no plugin applies its measured choice: KERNELS_PLUGINS leaves out 'choice'.")
     if ranked is None:
         return None
     tiers = tiers_of(itertools.chain.from_iterable(answers))

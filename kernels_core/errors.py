@@ -14,6 +14,7 @@ KernelsError
 │   └── PluginConflictError           two distributions, one plugin name
 └── ResolutionError                   .request, .refusals: the whole decision
     ├── NoKernelError                 no kernel may serve, and the reference must not
+    │   ├── DecisionError             .layer, .expected, .found: a decision file does not hold here
     │   └── KernelizeError (ValueError)   the same for a whole model, which was not changed
     ├── LoadError                     a source could not be turned into a layer
     ├── ContractError                 the kernel does not fit the layer or the mode
@@ -191,6 +192,23 @@ class ResolutionError(KernelsError):
 
 class NoKernelError(ResolutionError):
     """No kernel may serve, and falling back to the reference is not allowed."""
+
+
+class DecisionError(NoKernelError):
+    """A decision file does not hold here, or decisions cannot be frozen: nothing serves in place of the kernel.
+
+    Attributes:
+        layer: The name of the layer; empty where the file cannot be used at all.
+        expected: The decision in the file; empty where it has none.
+        found: What there is instead.
+    """
+
+    def __init__(
+        self, message: str, *, layer: str = "", expected: str = "", found: str = "", request: LayerRequest | None = None
+    ) -> None:
+        """Describe the difference, and what to do."""
+        super().__init__(message, request=request)
+        self.layer, self.expected, self.found = layer, expected, found
 
 
 class KernelizeError(NoKernelError, ValueError):

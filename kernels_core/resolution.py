@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from .decisions.content import content_of
 from .errors import is_transient
 from .layer import Layer, source_label
 from .mode import EAGER_MODES, TRACED_MODES, Mode
@@ -130,6 +131,7 @@ class Candidate:
             that function and another one, which serves the calls that are passed on: it returns a function for all
             eager calls, which saves their second dispatch, or None.
         note: Why it is offered, or for which calls: a part of receipts.
+        record: The same for a decision file, as JSON; the plugin that replays the file makes the limit of it.
     """
 
     source: object
@@ -139,6 +141,7 @@ class Candidate:
     same_for_all_modes: bool = False
     limit: Callable[[LoadedLayer, Callable[..., Any]], Callable[..., Any]] | None = None
     note: str = field(default="", compare=False)
+    record: Any = field(default=None, compare=False)
 
     @property
     def label(self) -> str:
@@ -234,6 +237,9 @@ class LoadedLayer:
             For a request about a layer name only, `layer` is used for all of them.
         provenance: Who published it, under which license, with which digests: texts by name, or mappings and
             sequences of these. Receipts and bills of materials list it.
+        content: A hash of the files of its build; empty for kernels that are known by their code.
+        pin: What a decision file keeps, as JSON, of a source with a method `pinned`: called with it, that returns a
+            source of the very same kernel, however its branches move.
     """
 
     layer: KernelLayer
@@ -241,6 +247,8 @@ class LoadedLayer:
     checked: Mapping[str, str] = field(default_factory=dict)
     adapt: Callable[[Layer], KernelLayer] | None = field(default=None, compare=False, repr=False)
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    pin: Any = field(default=None, compare=False, repr=False)
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -260,6 +268,8 @@ class Resolution:
         inference_only: Whether the kernel declares that it has no backward.
         kernel_layer: The kernel as it was loaded, with its declarations; None for the reference, or if not known.
         provenance: Who published it, and so on, as its loader knows it.
+        pin: What a decision file keeps of its source, as in `LoadedLayer.pin`.
+        loaded_content: The hash of its files, as in `LoadedLayer.content`.
     """
 
     request: LayerRequest
@@ -274,6 +284,8 @@ class Resolution:
     inference_only: bool = False
     kernel_layer: KernelLayer | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    pin: Any = field(default=None, compare=False, repr=False)
+    loaded_content: str = field(default="", repr=False)
 
     @property
     def subject(self) -> str:
@@ -284,6 +296,16 @@ class Resolution:
     def is_reference(self) -> bool:
         """Whether the layer's own forward runs."""
         return self.implementation is None
+
+    @property
+    def content(self) -> str:
+        """A hash of the kernel: of the files of its build, else of its code; empty for the reference.
+
+        It is the same in all processes of one program.
+        """
+        if self.is_reference:
+            return ""
+        return self.loaded_content or content_of(self.kernel_layer or self.implementation)
 
     @property
     def can_be_traced(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,9 +16,10 @@ from typing import Any, Literal
 import torch
 
 from .answer import IN_QUARANTINE, CorePlugin, ModesDiffer, exclusion
+from .decisions.replay import VARIABLE, FileReplay, replaying
 from .device import Device, as_torch_device, device_capability
 from .environment import mapping_disabled, strict
-from .errors import KernelsWarning, NoKernelError, PluginError, require_type
+from .errors import DecisionError, KernelsWarning, NoKernelError, PluginError, require_type
 from .guards.quarantine import on_change
 from .guards.tensors import on_odd_parameter
 from .isolation import FAULTS, raised_in
@@ -28,7 +30,7 @@ from .plugins import plugin_manager
 from .resolution import Candidate, Cause, JointRequest, LayerRequest, Refusal, Resolution, rank_offers
 from .scopes import frame as frames
 from .scopes.frame import Frame, here
-from .settings.reader import forget_settings
+from .settings import reader
 from .warning import warn_once
 
 Decorated = str | Layer | torch.nn.Module | type[torch.nn.Module] | Callable[..., Any]
@@ -160,6 +162,9 @@ def decide(
     with _resolving():
         resolution = _decided_before(request)
         if resolution is None:
+            # Two look-ups where there is no file, as nearly always.
+            in_use = VARIABLE in os.environ or not reader.known.nothing
+            token = replaying.set(replay := FileReplay.find(request) if in_use else None)
             try:
                 resolution = manager.hook.kernels_resolve_forward(request=request) or Resolution(request)
             except (PluginError, KernelsWarning):  # raised in strict mode only, and where warnings are errors
@@ -167,10 +172,14 @@ def decide(
             except FAULTS as error:
                 manager.report(raised_in("kernels_resolve_forward", "core", error))
                 resolution = Resolution(request)
+            finally:
+                replaying.reset(token)
             # The request may be another one: that for training, where a candidate is the same for all modes.
             resolution = _unless_excluded(
                 resolution if resolution.request is request else replace(resolution, request=request)
             )
+            if replay is not None:
+                resolution = replay.checked(resolution)
         # A hook has read the mode: its answer may be another one for the second mode.
         if request.depends_on_mode:
             second = anew(modes[1:], after=after)
@@ -253,11 +262,20 @@ def must_raise(resolution: Resolution) -> bool:
     layer = resolution.request.layer
     if not resolution.is_reference or layer is None or resolution.note:
         return False
-    return not layer.use_fallback or (strict() and bool(resolution.refusals))
+    return not layer.use_fallback or (strict() and bool(resolution.refusals)) or find_drift(resolution) is not None
+
+
+def find_drift(resolution: Resolution) -> DecisionError | None:
+    """Return the error of a decision file that does not hold, if that is why the reference was decided."""
+    found = (refusal.error for refusal in resolution.refusals if isinstance(refusal.error, DecisionError))
+    return next(found, None) if resolution.is_reference else None
 
 
 def no_kernel(resolution: Resolution) -> NoKernelError:
     """Make the error of a call that no kernel serves, with all refusals."""
+    if (drift := find_drift(resolution)) is not None:  # a new one each time, or tracebacks would add up
+        place = {"layer": drift.layer, "expected": drift.expected, "found": drift.found}
+        return DecisionError(str(drift), request=resolution.request, **place)
     why = "\n".join(resolution.reasons) or "  no candidate was offered"
     rule = "KERNELS_STRICT is on" if strict() else "the layer was decorated with use_fallback=False"
     return NoKernelError(
@@ -295,7 +313,7 @@ def forget() -> None:
 
     For plugins whose offers changed: `register_kernel_mapping` calls it.
     """
-    forget_settings()  # first: decisions after the last line read it again
+    reader.forget_settings()  # first: decisions after the last line read it again
     forget_failures()  # what has failed is tried again, too
     frames.forget()
 

@@ -11,13 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ArgumentTypeError, require_type
 from .text import cleaned
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+
+Item = TypeVar("Item")
 
 LONGEST = 2_000
 """Characters of a cell or a note that are shown."""
@@ -270,6 +272,43 @@ class Tabular(ABC):
 def indented(notes: Iterable[str]) -> Iterator[str]:
     """Yield notes as they stand below a row, also those of several lines."""
     return ("    " + visible(note, LONGEST).replace("\n", "\n    ") for note in notes)
+
+
+def folded(items: Iterable[tuple[str, object, Item]]) -> list[tuple[str, Item]]:
+    """Return paths in a model, each with its item, with one for those whose keys are equal: `layers.0-23.mlp`.
+
+    The last number of their paths is folded first, so that `layers.0-23.experts.0-7` is one, too.
+
+    Args:
+        items: Triples of a path, a key and an item.
+    """
+    keyed = [(key, re.split(r"(?<![^.])(\d+)(?![^.:])", path), item) for path, key, item in items]
+    for back in range(1, max((len(parts) for _, parts, _ in keyed), default=0), 2):
+        groups: dict[object, list[tuple[object, list[str], Item]]] = {}
+        for each in keyed:
+            key, parts, _ = each
+            number = len(parts) - 1 - back
+            alike = (key, *parts[:number], *parts[number + 1 :]) if number > 0 else id(each)
+            groups.setdefault(alike, []).append(each)
+        keyed = []
+        for group in groups.values():
+            key, parts, item = group[0]
+            number = len(parts) - 1 - back
+            if len(group) > 1:
+                parts = [*parts[:number], _ranges(p[number] for _, p, _ in group), *parts[number + 1 :]]
+            keyed.append((key, parts, item))
+    return [("".join(parts), item) for _, parts, item in keyed]
+
+
+def _ranges(numbers: Iterable[str]) -> str:
+    """Write numbers shortly: `0-2,5`."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 _PIECE = re.compile(r"[^\s/@.:]*(?:[\s/@.:]+|$)")

@@ -19,7 +19,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +42,8 @@ from ..scopes.scope import Scope
 from ..settings.report import configuration
 from ..table import as_json as to_json
 from ..table import visible
-from .arguments import Json, imported, made, printing_aside, using_device, writing
+from .arguments import CallMode, Json, imported, made, printing_aside, using_device, writing
+from .decisions import decisions, freeze
 from .printing import Row, print_error, print_found, print_rows
 
 __all__ = [
@@ -63,13 +63,6 @@ __all__ = [
     "using_device",
     "writing",
 ]
-
-
-class CallMode(str, Enum):
-    """How a call is made: the values of `--mode`."""
-
-    inference = "inference"
-    training = "training"
 
 
 def main() -> None:
@@ -102,6 +95,8 @@ def command_line() -> typer.Typer:
     cli.command("resolve")(resolve_layer)
     cli.command()(explain)
     cli.command()(config)
+    cli.command()(freeze)
+    cli.add_typer(decisions, name="decisions")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KernelsWarning)  # `_start` issues them, once the command is known
         plugin_manager().hook.kernels_register_commands(cli=cli)

@@ -8,6 +8,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,14 @@ import typer
 
 from ..errors import ArgumentError
 from ..layer import find_layer
+
+
+class CallMode(str, Enum):
+    """How a call is made: the values of `--mode`."""
+
+    inference = "inference"
+    training = "training"
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 

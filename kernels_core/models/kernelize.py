@@ -18,7 +18,7 @@ from ..guards.parts import for_module, reads_past
 from ..layer import Layer
 from ..mode import Mode, check_call_mode
 from ..resolution import Cause, Refusal, Resolution
-from ..resolver import decide
+from ..resolver import decide, find_drift, no_kernel
 from ..warning import warn
 from .choice import Run
 from .frozen import foreign_forward, freeze_class, frozen_choice, original_class, swap
@@ -311,6 +311,8 @@ class _Freeze:
         layer = resolution.request.layer
         if resolution.note or not resolution.is_reference or layer is None:
             return resolution
+        if find_drift(resolution) is not None:
+            raise no_kernel(resolution)
         want, case = _case(resolution)
         if want not in self.allowed or not layer.use_fallback or (strict() and resolution.refusals):
             rule = "use_fallback does not allow the reference there"

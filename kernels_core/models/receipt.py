@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from .. import resolver
+from ..decisions.file import DecisionFile
+from ..decisions.freezing import Grounds
 from ..device import Device, as_torch_device
-from ..errors import ArgumentTypeError, RequirementError, require_type
+from ..errors import ArgumentError, ArgumentTypeError, RequirementError, require_type
 from ..exports import __version__
 from ..generated import dispatched_layer
 from ..guards.numerics import NUMERICS, UNKNOWN
 from ..guards.parts import for_module
-from ..layer import Layer
+from ..layer import Layer, source_label
 from ..mode import Mode, check_call_mode
 from ..pages.page import Page
 from ..pages.receipt import receipt_page
@@ -54,6 +58,7 @@ class Receipt(Tabular):
     rows: tuple[ReceiptRow, ...]
     about: Mapping[str, str] = field(default_factory=dict, compare=False)
     faults: tuple[str, ...] = field(default=(), compare=False)
+    _grounds: Grounds = field(default=Grounds(), compare=False, repr=False)
 
     def require(
         self,
@@ -140,6 +145,46 @@ class Receipt(Tabular):
             added=tuple(row for path, row in theirs.items() if path not in mine),
             removed=tuple(row for path, row in mine.items() if path not in theirs),
         )
+
+    def freeze(self, path: str | os.PathLike[str]) -> Path:
+        """Write the decisions to a file that `KERNELS_DECISIONS` replays: the same kernels, of the same bytes.
+
+        Decisions in the file for other models, hardware and modes are kept. May load kernels: those that serve the
+        calls which the first ones pass on.
+
+        Args:
+            path: The file, such as `"kernels.decisions.json"`.
+
+        Returns:
+            The path.
+
+        Raises:
+            ArgumentError: If it cannot be written, or is another kind of file; nothing is written then.
+            DecisionError: If a decision cannot be frozen: a kernel could not be reached, or a file that is replayed
+                now does not hold.
+
+        Example:
+            >>> import tempfile
+            >>> place = receipt(nn.Linear(2, 2)).freeze(f"{tempfile.mkdtemp()}/kernels.decisions.json")
+            >>> place.name
+            'kernels.decisions.json'
+        """
+        return self.decisions().save(path)
+
+    def decisions(self) -> DecisionFile:
+        """Return the decisions as `freeze` writes them.
+
+        Raises:
+            ArgumentError: If this receipt was copied from another process, which has the kernels.
+            DecisionError: As `freeze`.
+
+        Example:
+            >>> str(receipt(nn.Linear(2, 2)).decisions())
+            'no decision'
+        """
+        if self.rows and not self._grounds.decided:
+            raise ArgumentError("This receipt was copied from another process: freeze it in the one that made it.")
+        return self._grounds.freeze()
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return everything as JSON: a list of rows, each with the provenance of the code that serves it.
@@ -274,14 +319,18 @@ def receipt(
         return known[key]
 
     called = functools.cache(called_by)
-    found = [pair for module, places in module_paths(model).items() for pair in _rows(places, module, decide, called)]
-    calls = calls_of([counted for counted, _ in found])
+    paths = module_paths(model)
+    found = [one for module, places in paths.items() for one in _rows(places, module, decide, called)]
+    calls = calls_of([counted for counted, _, _ in found])
     rows = tuple(
         # Calls in compiled code are not counted: that none was is not known.
         replace(row, calls=count if count or "compile" not in row.mode else None)
-        for row, count in zip(with_bypassed(row for _, row in found), calls, strict=True)
+        for row, count in zip(with_bypassed(row for _, row, _ in found), calls, strict=True)
     )
-    return Receipt(rows, _about(model, rows), tuple(map(str, plugin_manager().faults)))
+    inner = [type(module) for module, places in paths.items() if "" in places][-1]  # below its wrappers
+    decided = tuple((resolution, row) for (_, _, resolution), row in zip(found, rows, strict=True))
+    grounds = Grounds(source_label(inner), decided)
+    return Receipt(rows, _about(model, rows), tuple(map(str, plugin_manager().faults)), grounds)
 
 
 def _about(model: nn.Module, rows: Iterable[ReceiptRow]) -> dict[str, str]:
@@ -304,8 +353,11 @@ def _rows(
     module: nn.Module,
     decide: Callable[[Layer, nn.Module], Resolution],
     called: Callable[..., Sequence[Layer]],
-) -> Iterator[tuple[nn.Module | Layer, ReceiptRow]]:
-    """Yield the row of a module, if it is decorated, and those of the functions that it calls, each with its caller."""
+) -> Iterator[tuple[nn.Module | Layer, ReceiptRow, Resolution]]:
+    """Yield the row of a module, if it is decorated, and those of the functions that it calls.
+
+    Each stands between its caller and the decision for the layer, which may not be that of this module.
+    """
     frozen = frozen_choice(module)
     original = type(module) if frozen is None else frozen.original
     if frozen is not None and not frozen.serves(module):
@@ -313,18 +365,19 @@ def _rows(
     layer, forward = dispatched_layer(original.forward), original.forward
     if layer is not None:
         resolution = frozen.resolution if frozen is not None else None
+        decided = resolution or decide(layer, module)
         if resolution is None and layer.condition is not None and not layer.condition(module):
-            resolution = Resolution(decide(layer, module).request, note="its condition is not met")
-        resolution = for_module(resolution or decide(layer, module), module)
+            resolution = Resolution(decided.request, note="its condition is not met")
+        resolution = for_module(resolution or decided, module)
         if (foreign := foreign_forward(module)) is not None:
             note = f"{foreign} runs, which was put on the module as its forward, and may call this one"
             resolution = replace(resolution, note="; ".join(filter(None, (resolution.note, note))))
         forward = resolution.implementation or layer.reference
         past = tuple(getattr(resolution.kernel_layer, "reads", ()))
-        yield module, ReceiptRow.of(resolution, *places, frozen=frozen is not None, bypasses=past)
+        yield module, ReceiptRow.of(resolution, *places, frozen=frozen is not None, bypasses=past), decided
     for function in dict.fromkeys((*functions_of(module), *called(forward, original))):
         kept = frozen.functions.get(function) if frozen is not None else None
-        chosen = kept or decide(function, module)
+        chosen = decided = kept or decide(function, module)
         names = [f"{place}:{function.reference.__name__}" for place in places]
         past = ()
         if not chosen.is_reference and (computes := getattr(original, "kernels_computes", {}).get(function)):
@@ -332,4 +385,4 @@ def _rows(
             if not past:
                 note = "not called: not in this mode, or not while a part of the module is as it is now"
                 chosen = Resolution(chosen.request, note=note)
-        yield function, ReceiptRow.of(chosen, *names, frozen=kept is not None, bypasses=past)
+        yield function, ReceiptRow.of(chosen, *names, frozen=kept is not None, bypasses=past), decided

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from ..answer import not_taken
 from ..guards.numerics import NUMERICS
 from ..resolution import Refusal, Resolution
-from ..table import indented
+from ..table import folded, indented
 
 BYPASSED = "bypassed"
 """The origin of layers that are not called."""
@@ -40,6 +39,7 @@ class ReceiptRow:
         aliases: The other paths of a shared layer.
         bypasses: The paths of children, from that of the module, that the kernel computes in place of calling them.
         provenance: Who published the code that serves, and so on, as its loader knows it.
+        content: A hash of the kernel, as `Resolution.content`; empty for the reference.
     """
 
     path: str
@@ -59,6 +59,7 @@ class ReceiptRow:
     aliases: tuple[str, ...] = ()
     bypasses: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    content: str = ""
 
     @property
     def is_reference(self) -> bool:
@@ -126,6 +127,7 @@ class ReceiptRow:
             note="; ".join(filter(None, (resolution.note, not_taken(resolution)))),
             aliases=aliases,
             provenance=resolution.provenance,
+            content=resolution.content,
             **more,
         )
 
@@ -161,6 +163,7 @@ def with_bypassed(rows: Iterable[ReceiptRow]) -> Iterator[ReceiptRow]:
             note=note,
             bypasses=(),
             provenance={},
+            content="",
         )
 
 
@@ -176,34 +179,6 @@ def _reasons(refusals: Iterable[Refusal]) -> tuple[tuple[str, str], ...]:
 
 
 def together(rows: Iterable[ReceiptRow]) -> list[ReceiptRow]:
-    """Return the rows with one for layers that are served alike, at paths such as `layers.0-23.mlp`.
-
-    The last number of their paths is folded first, so that `layers.0-23.experts.0-7` is one row, too.
-    """
-    keyed = [((*row.cells[1:], *row.remarks), re.split(r"(?<![^.])(\d+)(?![^.:])", row.cells[0]), row) for row in rows]
-    for back in range(1, max((len(parts) for _, parts, _ in keyed), default=0), 2):
-        groups: dict[object, list[tuple[tuple[str, ...], list[str], ReceiptRow]]] = {}
-        for each in keyed:
-            key, parts, _ = each
-            number = len(parts) - 1 - back
-            alike = (key, *parts[:number], *parts[number + 1 :]) if number > 0 else id(each)
-            groups.setdefault(alike, []).append(each)
-        keyed = []
-        for group in groups.values():
-            key, parts, row = group[0]
-            number = len(parts) - 1 - back
-            if len(group) > 1:
-                parts = [*parts[:number], _ranges(p[number] for _, p, _ in group), *parts[number + 1 :]]
-            keyed.append((key, parts, row))
-    return [replace(row, path="".join(parts), aliases=()) for _, parts, row in keyed]
-
-
-def _ranges(numbers: Iterable[str]) -> str:
-    """Write numbers shortly: `0-2,5`."""
-    runs: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
+    """Return the rows with one for layers that are served alike, at paths such as `layers.0-23.mlp`."""
+    found = folded((row.cells[0], (*row.cells[1:], *row.remarks), row) for row in rows)
+    return [replace(row, path=path, aliases=()) for path, row in found]

@@ -29,6 +29,7 @@ _CORE: dict[str, Parse] = {
     "require-plugins": ConfigSection.as_texts,
     "plugins": ConfigSection.as_texts,
     "choice": _path,
+    "decisions": _path,
 }
 """The settings that the core checks; `environment.py` reads the first three."""
 

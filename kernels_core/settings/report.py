@@ -19,6 +19,7 @@ _VARIABLES = {
     "require-plugins": "KERNELS_REQUIRE_PLUGINS",
     "deny": "KERNELS_DENY",
     "choice": "KERNELS_CHOICE",
+    "decisions": "KERNELS_DECISIONS",
     "canary": "KERNELS_CANARY",
     "observers": "KERNELS_OBSERVE",
     "signatures": "KERNELS_SIGNATURES",

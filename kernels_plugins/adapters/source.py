@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from kernels_core import ArgumentError, LoadError, Reference, set_module, source_label
 
@@ -20,6 +21,10 @@ class Adapted:
     def load(self) -> object:
         """Refuse, with a `LoadError`: only the plugin `adapters` can load it, for the result depends on the layer."""
         raise LoadError(f"{self!r} needs the plugin 'adapters': do not block it with KERNELS_PLUGINS")
+
+    def pinned(self, pin: Any) -> Adapted:
+        """Return the same around the kernel that a decision file has."""
+        return replace(self, source=cast(Any, self.source).pinned(pin))
 
     def __repr__(self) -> str:
         text = source_label(self.source)

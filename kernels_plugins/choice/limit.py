@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 
-from kernels_core import LoadedLayer, LoadError, warn_once
+from kernels_core import ArgumentError, Candidate, LayerRequest, LoadedLayer, LoadError, warn_once
 
 from ..oracle.probe_cache import digest_of
-from .cell import Key, key_of, sizes_of
+from .cell import REFERENCE, Key, key_of, sizes_of
 from .choice import Choice
 
 Forward = Callable[..., Any]
@@ -64,6 +64,29 @@ class Orders:
     captured: tuple[tuple[Key, tuple[str, ...]], ...]
     default: tuple[str, ...]
     file: str
+
+    @classmethod
+    def read(cls, layer: str, record: Any, file: str) -> Orders:
+        """Make them of such JSON; raise `ArgumentError` if it is malformed."""
+        try:
+            eager, captured = (
+                tuple(
+                    ((getattr(torch, dtype), width, bucket), (*order,)) for dtype, width, bucket, order in record[key]
+                )
+                for key in ("eager", "captured")
+            )
+            return cls(layer, eager, captured, (*record["default"],), file)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArgumentError(f"{file} has a malformed choice for layer {layer!r}: {error!r}") from error
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The orders as JSON, for decision files."""
+        eager, captured = (
+            [[str(dtype).removeprefix("torch."), width, bucket, [*order]] for (dtype, width, bucket), order in found]
+            for found in (self.eager, self.captured)
+        )
+        return {"eager": eager, "captured": captured, "default": [*self.default]}
 
     @property
     def all(self) -> list[tuple[str, ...]]:
@@ -221,6 +244,28 @@ class ShapeLimit:
             return forward(*args, **kwargs) if default else NotImplemented
 
         return limited
+
+
+def recorded(request: LayerRequest, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return candidates with limits as a decision file has them.
+
+    Args:
+        request: The request that they are candidates for.
+        candidates: The candidates, each with the orders that `Orders.record` has.
+
+    Raises:
+        ArgumentError: If an order is malformed.
+    """
+    function, names = request.layer is not None and request.layer.is_function, [one.label for one in candidates]
+    found = []
+    for place, one in enumerate(candidates):
+        orders = Orders.read(request.layer_name, one.record, "the decision file")
+        rivals = (*names[place + 1 :], REFERENCE)
+        limit = ShapeLimit(
+            names[place], rivals, orders, "", function, request.is_traced, (Choice(), orders.file, False)
+        )
+        found.append(replace(one, limit=limit))
+    return found
 
 
 def _ranges(buckets: list[int]) -> list[tuple[int, int]]:

@@ -115,6 +115,10 @@ def _in_use() -> tuple[Choice, str, bool] | None:
 @hookimpl
 def kernels_rank_candidates(request: LayerRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate] | None:
     """Put the candidates in the order that was measured for the layer, each limited to the shapes for which it won."""
+    if candidates and candidates[0].record is not None:  # of a decision file, which has its own orders
+        from .limit import recorded
+
+        return recorded(request, candidates)
     kept = (getattr(kernel, "kernels_choice", None) for kernel in request.passed_on)
     using = next(filter(None, kept), None)
     if using is None and not _open and "KERNELS_CHOICE" not in os.environ and configured("choice") is None:

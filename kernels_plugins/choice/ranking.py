@@ -81,7 +81,8 @@ def ranked(
                 request.is_traced,
                 (choice, file, strict),
             )
-        found.append(replace(offered[name], limit=limit, note=note))
+        record = orders.record if orders is not None else None
+        found.append(replace(offered[name], limit=limit, note=note, record=record))
     return found
 
 

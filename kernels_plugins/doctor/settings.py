@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from kernels_core import ArgumentError, configuration, configured, plugin_manager, switch, visible
+from kernels_core import ArgumentError, DecisionFile, configuration, configured, plugin_manager, switch, visible
 
 from ..canary.settings import VARIABLE as CANARY
 from ..canary.settings import settings_of_environment
@@ -34,9 +34,10 @@ def check_settings() -> Iterator[Finding]:
         yield Finding("configuration", "problem", problem, PROBLEM, remedy)
     if settings.file is not None:
         yield Finding("configuration", "file", settings.file)
-    chosen = str(configured("choice") or "")
-    if "KERNELS_CHOICE" not in os.environ and chosen and (problem := _problem("KERNELS_CHOICE", chosen)):
-        yield Finding("configuration", "choice", problem, PROBLEM)
+    for key, variable in (("choice", "KERNELS_CHOICE"), ("decisions", "KERNELS_DECISIONS")):
+        chosen = str(configured(key) or "")
+        if variable not in os.environ and chosen and (problem := _problem(variable, chosen)):
+            yield Finding("configuration", key, problem, PROBLEM)
     known = known_variables()
     for name in sorted(os.environ):
         value = visible(os.environ[name], 200)
@@ -90,6 +91,8 @@ def _problem(name: str, value: str) -> str:
             from ..choice.choice import Choice
 
             Choice.load(Path(value).expanduser())
+        elif name == "KERNELS_DECISIONS" and value:
+            DecisionFile.from_file(Path(value).expanduser())
         elif name == FOLDERS:
             gone = [str(path) for path in parse_overrides(value).values() if not path.is_dir()]
             return f"there is no folder {', '.join(gone)}: correct or unset {FOLDERS}" if gone else ""

@@ -303,12 +303,13 @@ def _check_lock(request: KernelRequest, name: str, resolved: ResolvedKernel) -> 
         return {"lock": f"the commit is that in {where}; its files are not checked: the lock has no hashes"}
     promised = dict(request.locked)
     if name not in promised:
-        raise IntegrityError(f"{where} knows no variant {name}. Lock it anew with `kernels-core lock <project>`")
+        again = request.lock.again
+        raise IntegrityError(f"{where} knows no variant {name}. {again[0].upper()}{again[1:]}")
     actual = hash_variant(resolved.variants[name])
     if actual != promised[name]:
         raise IntegrityError(
             f"its variant {name} is not the one that was locked: {where} says {promised[name]}, and it is {actual}. Do "
-            "not use this kernel; if the publisher can explain it, lock it anew with `kernels-core lock <project>`"
+            f"not use this kernel; if the publisher can explain it, {request.lock.again}"
         )
     return {"lock": f"commit and files are those in {where}"}
 

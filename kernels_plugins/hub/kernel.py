@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from base64 import b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,9 @@ from .builds.machine import this_machine
 from .builds.metadata import Metadata
 from .builds.requirements import check_device, check_requirements, warn_dirty
 from .builds.variants import parse_variant
+from .dependency import Dependency
 from .fetching import FetchedBuild, install, install_folder, naming
+from .locking.lockfile import Lock, LockedKernel, hash_variant
 from .request import KernelRequest, RepoInfo, RequestOptions
 
 _guard = KeyedLocks()
@@ -36,7 +39,8 @@ class LoadedKernel:
         place: The request and the build, for messages.
         checked: The checks that were passed, in words.
         dependencies: The kernels that it depends on.
-        content: Hash (SHA-256) of the paths and contents of its files.
+        content: A hash of its files, and of those of the kernels that it depends on.
+        lock: The commits and hashes of it and of these; None for a folder on disk.
     """
 
     metadata: Metadata
@@ -46,7 +50,8 @@ class LoadedKernel:
     place: str = ""
     checked: Mapping[str, str] = field(default_factory=dict)
     dependencies: tuple[LoadedKernel, ...] = ()
-    content: str = ""
+    content: str = field(default="", repr=False)
+    lock: Lock | None = field(default=None, repr=False)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -128,12 +133,31 @@ def _import(fetched: FetchedBuild) -> LoadedKernel:
         selected.place,
         fetched.checked,
         tuple(needed.values()),
-        fetched.build.fingerprint,
+        _content(fetched, needed.values()),
+        _lock(fetched, needed.values()),
     )
     with _guard.hold():
         # One build may have two origins, as through a redirect: each is listed.
         _loaded[module.__name__, selected.origin] = kernel
     return kernel
+
+
+def _content(fetched: FetchedBuild, needed: Iterable[LoadedKernel]) -> str:
+    own, inner = fetched.build.fingerprint, sorted(kernel.content for kernel in needed)
+    return hashlib.sha256("".join((own, *inner)).encode()).hexdigest() if inner else own
+
+
+def _lock(fetched: FetchedBuild, needed: Iterable[LoadedKernel]) -> Lock | None:
+    """Return the commit and the hash of a kernel, and of all that it depends on; None for a folder on disk."""
+    resolved, variant = fetched.selected.resolved, fetched.selected.variant
+    if resolved is None:
+        return None
+    request, pin = resolved.request, resolved.pin
+    revision = request.revision or pin.commit if request.version is None else None
+    wanted = Dependency(pin.repo_id, request.version, revision)
+    own = LockedKernel(wanted, pin.commit, ((variant, hash_variant(resolved.variants[variant])),))
+    inner = (kernel for one in needed if one.lock is not None for kernel in one.lock.kernels)
+    return Lock((own, *dict.fromkeys(kernel for kernel in inner if kernel.dependency != wanted)))
 
 
 set_module("kernels_plugins", globals())

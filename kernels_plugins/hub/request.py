@@ -53,8 +53,7 @@ class RequestOptions:
         locked = self.lock.find(wanted)
         if locked is None:
             raise DependencyError(
-                f"it depends on {wanted}, which is not locked in {self.lock.origin}. Lock anew with "
-                "`kernels-core lock <project>`"
+                f"it depends on {wanted}, which is not locked in {self.lock.origin}. To correct that, {self.lock.again}"
             )
         return _locked(wanted, locked, options)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kernels_core import KernelLayer, LoadedLayer, ResolutionError, require_type, set_module
+from kernels_core import ArgumentError, KernelLayer, LoadedLayer, ResolutionError, require_type, set_module
 
-from .request import KernelRequest, RequestOptions
+from .locking.lockfile import Lock, format_hashes, format_lock, parse_lock
+from .request import KernelRequest, RequestOptions, locked_request
 
 if TYPE_CHECKING:
     from .kernel import LoadedKernel
@@ -52,9 +54,18 @@ class KernelSource:
         find = find_function if self.is_function else find_layer
         try:
             layer = find(kernel.module, self.layer_name)
-            return LoadedLayer(layer, kernel.origin, kernel.checked, provenance=kernel.provenance)
+            known: dict[str, Any] = {
+                "provenance": kernel.provenance,
+                "content": kernel.content,
+                "pin": _as_pin(kernel.lock),
+            }
+            return LoadedLayer(layer, kernel.origin, kernel.checked, **known)
         except ResolutionError as error:
             raise type(error)(f"{kernel.place}: {error}") from error
+
+    def pinned(self, pin: Any) -> KernelSource:
+        """Return a source of the kernel that a decision file has: this commit, with these files."""
+        return PinnedSource(self, _read_pin(pin))
 
     def _written(self, *place: str, pin: str = "") -> str:
         """Return the source as it is written: where the kernel is, the name of the layer, and other arguments."""
@@ -153,6 +164,42 @@ class LocalLayerRepository(KernelSource):
 
     def __repr__(self) -> str:
         return self._written(repr(str(self.repo_path)))
+
+
+@dataclass(frozen=True, repr=False)
+class PinnedSource(KernelSource):
+    """A source of a kernel, at the commit and with the files that a decision file has."""
+
+    source: KernelSource
+    lock: Lock
+
+    def kernel_request(self) -> KernelRequest:
+        """Return the request for that commit."""
+        asked = self.source.kernel_request()
+        kept = {"trust_remote_code": asked.trust_remote_code, "user_agent": asked.user_agent}
+        return locked_request(self.lock, self.lock.kernels[0], **kept)
+
+    def find_layer(self, kernel: LoadedKernel) -> LoadedLayer:
+        """Return the layer of the source."""
+        return self.source.find_layer(kernel)
+
+    def __repr__(self) -> str:
+        return repr(self.source)
+
+
+def _as_pin(lock: Lock | None) -> Any:
+    """Return a lock as the JSON that a decision file has of a kernel."""
+    if lock is None:
+        return None
+    return {"lock": json.loads(format_lock(lock)), "hashes": json.loads(format_hashes(lock))}
+
+
+def _read_pin(pin: Any) -> Lock:
+    """Read such JSON; raise `ArgumentError` if it is malformed."""
+    if not isinstance(pin, dict) or pin.keys() != {"lock", "hashes"} or not pin["lock"]:
+        raise ArgumentError(f"The decision file has no commit of a kernel, but {pin!r}: freeze the decisions anew.")
+    lock = parse_lock(*map(json.dumps, (pin["lock"], pin["hashes"])), origin="the decision file")
+    return replace(lock, again="freeze the decisions anew with `kernels-core freeze`")
 
 
 set_module("kernels_plugins", globals())

@@ -18,8 +18,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-from ..files import write_file
-
 _FORMAT = 1
 _FAULTS = (OSError, ValueError, RuntimeError)  # the last one where a user has no home
 
@@ -35,6 +33,8 @@ def find_outline() -> dict[str, Any] | None:
 
 def keep_outline(outline: Mapping[str, Any]) -> None:
     """Write an outline for later processes, where that is possible."""
+    from ..files import write_file  # whoever makes an outline has imported the core
+
     with contextlib.suppress(*_FAULTS):
         write_file(_place(), json.dumps({**outline, "key": _key()}))
 

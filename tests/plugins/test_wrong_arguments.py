@@ -94,6 +94,7 @@ VALID: dict[str, dict[str, Any]] = {
     "Device.matches": {"device": torch.device("cpu"), "capability": None},
     "Scope": {"payload": 1},
     "authorize": {"source": "acme/silu", "plugin": "hub"},
+    "alone_in": {"folder": Path("folder")},
     "as_json": {"value": 1, "indent": 2},
     "checkpoint_scopes": {},
     "configuration": {},
@@ -130,7 +131,13 @@ VALID: dict[str, dict[str, Any]] = {
     "receipt": {"model": Shift(), **CPU},
     "Receipt.require": {"pattern": "*", "origin": "reference", "batch_invariant": False},
     "Receipt.diff": {"other": receipt(Shift(), device="cpu")},
+    "Receipt.freeze": {"path": "kernels.decisions.json"},
     "Receipt.to_json": {"indent": 2},
+    "DecisionFile.diff": {"other": kernels_core.DecisionFile()},
+    "DecisionFile.from_file": {"path": "kernels.decisions.json"},
+    "DecisionFile.from_json": {"value": {"decisions": 1, "models": []}},
+    "DecisionFile.merged": {"newer": kernels_core.DecisionFile()},
+    "DecisionFile.save": {"path": "kernels.decisions.json"},
     "references": {"models": Shift(), "layers": [decorated_layer(Shift)], "mode": Mode.INFERENCE},
     "release": {"entries": None},
     "require_type": {"value": 1, "kind": int, "name": "x"},
@@ -151,6 +158,7 @@ VALID: dict[str, dict[str, Any]] = {
     "use_kernel_forward_from_hub": {"layer_name": "Shift", "condition": None, "use_fallback": True},
     "use_kernelized_func": {"functions": shift, "computes": None},
     "visible": {"text": "text", "limit": 5},
+    "write_file": {"path": Path("file.txt"), "text": "text"},
     "warn_once": {"message": "wrong arguments", "key": "wrong arguments", "stacklevel": 1, "logger": None},
     "PluginManager": {"discover": False},
     "PluginManager.register": {"plugin": object(), "name": "x", "trusted": False},
@@ -248,6 +256,7 @@ LEFT_OUT = {
 
 EXPECTED: dict[str, tuple[type[Exception], ...]] = {
     "check_kernel": (AssertionError,),  # the kernel or the reference fails for these inputs
+    **dict.fromkeys(("alone_in", "write_file"), (OSError, ValueError)),  # those who write files name them in errors
 }
 
 
@@ -257,6 +266,7 @@ def public(name: str) -> Callable[..., Any]:
     found = getattr(kernels_core, owner, None) or getattr(kernels_plugins, owner)
     examples = {
         "Choice": Choice(),
+        "DecisionFile": kernels_core.DecisionFile(),
         "Device": kernels_core.Device("cpu"),
         "PluginManager": PluginManager(discover=False),
         "Receipt": receipt(Shift(), device="cpu"),

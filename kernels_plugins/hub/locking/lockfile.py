@@ -54,6 +54,7 @@ class Lock:
     # first those that the project itself depends on, then those that kernels depend on
     kernels: tuple[LockedKernel, ...]
     origin: str = field(default=LOCK, compare=False)  # where it was read, for messages
+    again: str = field(default="lock it anew with `kernels-core lock <project>`", compare=False)  # as is the remedy
 
     def require(self, repo_id: str) -> LockedKernel:
         """Return the first entry of a repository: there is one version of each that a project depends on."""

@@ -1,0 +1,1 @@
+"""Decisions as values: to compare between ranks, to keep in files."""

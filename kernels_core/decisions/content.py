@@ -1,0 +1,125 @@
+"""`content_of`: a digest of the code of a kernel that is not from the Hub, equal in all processes of one program."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import re
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
+_NO_CODE = ("__", "_abc", "kernels_", "_kernels_")
+"""How the names of attributes of a class begin that Python and the core make, some of them later."""
+
+_BUILT_IN = ("torch", "builtins")
+"""Packages whose classes are known by their names: the version of PyTorch is that of the program."""
+
+
+def in_program(text: str) -> str:
+    """Return a text with the name of the program in place of `__main__`: as a module that imports it has it.
+
+    So `kernels-core freeze train:model` and `python train.py` write the same.
+    """
+    main: Any = sys.modules.get("__main__")
+    name = getattr(getattr(main, "__spec__", None), "name", "") or Path(getattr(main, "__file__", None) or "").stem
+    return re.sub(r"\b__main__(?=\.)", name.removesuffix(".__main__"), text) if name else text
+
+
+_known: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+
+
+def content_of(kernel: object) -> str:
+    """Return a digest of a class or function, and of the functions and classes of its package that it names.
+
+    By their code and constants, not by their files: other lines of a file may change. Empty for a kernel without code
+    in Python.
+
+    Example:
+        >>> content_of(len), len(content_of(content_of))
+        ('', 64)
+    """
+    with contextlib.suppress(TypeError):  # of one without a hash, or without weak references
+        if kernel in _known:
+            return _known[kernel]
+    lines = list(_lines(kernel))
+    text = hashlib.sha256("\n".join(lines).encode(errors="replace")).hexdigest() if lines else ""
+    with contextlib.suppress(TypeError):
+        _known[kernel] = text
+    return text
+
+
+def _lines(kernel: object) -> Iterator[str]:
+    """Yield a text for each piece of code, in an order that does not depend on the process."""
+    waiting, followed = [kernel], set[int]()
+    while waiting:
+        value: Any = waiting.pop()
+        value = getattr(value, "__func__", value)
+        for name in ("fn", "func", "fget"):  # of kernels in Triton, partials and properties
+            inner = inspect.getattr_static(value, name, None)
+            waiting += [inner] if isinstance(inner, types.FunctionType) else []
+        if id(value) in followed:
+            continue
+        followed.add(id(value))
+        if isinstance(value, type):
+            for base in value.__mro__:
+                if base.__module__.partition(".")[0] not in _BUILT_IN:
+                    members = {name: vars(base)[name] for name in sorted(vars(base)) if not name.startswith(_NO_CODE)}
+                    yield from (f"{base.__qualname__}.{name} {_text(member)}" for name, member in members.items())
+                    waiting += members.values()
+        elif isinstance(value, types.FunctionType):
+            code = value.__code__
+            cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+            named = [value.__globals__.get(name) for name in sorted(_names(code))]
+            constants = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells, *named]
+            yield f"{value.__qualname__} {_text(code)} {[*map(_text, constants)]}"
+            waiting += [one for one in [*constants, *_parts(constants)] if _is_followed(one, value)]
+            waiting += [getattr(value, "__wrapped__", None)]
+
+
+def _parts(values: list[Any]) -> list[Any]:
+    return [part for value in values if isinstance(value, tuple) for part in value]
+
+
+def _is_followed(value: Any, of: types.FunctionType) -> bool:
+    """Whether a value is code of the package of a function: that of others is known by its name."""
+    place = getattr(value, "__module__", None)
+    return isinstance(place, str) and _package(place) == _package(of.__module__)
+
+
+def _package(module: str) -> str:
+    return in_program(f"{module}.").partition(".")[0]
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names(inner)
+
+
+def _text(value: Any) -> str:
+    """Return a text for a value that is the same in every process."""
+    if isinstance(value, types.CodeType):
+        constants = [_text(constant) for constant in value.co_consts]
+        return f"{value.co_code.hex()} {value.co_names} {value.co_varnames} {constants}"
+    if isinstance(value, _SIMPLE):
+        return repr(value)
+    if isinstance(value, tuple):  # a mutable value may differ at each call
+        return str([*map(_text, value)])
+    if isinstance(value, frozenset):  # their order depends on the hashes of a process
+        return str(sorted(map(_text, value)))
+    named = value if isinstance(value, type | types.FunctionType) else type(value)
+    return named.__qualname__
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
