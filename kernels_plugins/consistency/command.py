@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from kernels_core.cli import Json, imported, made, print_found, printing_aside, writing
+from kernels_core import ArgumentError
+from kernels_core.cli import Json, imported, print_found, printing_aside, writing
 
+from ..choice.command import given
 from ..files import write_file
 from .consistency import consistency
 
@@ -18,7 +20,10 @@ _SETTING = "A function that returns a context manager for the runs of {}, as pac
 def compare_models(
     a: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
     b: Annotated[str, typer.Argument(help="Another, or the same.")],
-    inputs: Annotated[str, typer.Option(help="A function that returns the same inputs each time.")],
+    inputs: Annotated[
+        str, typer.Option(help="A function that returns inputs; by default, the model's dummy_inputs.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="Move models and inputs there first, such as cuda.")] = "",
     setting_a: Annotated[str, typer.Option(help=_SETTING.format("a"))] = "",
     setting_b: Annotated[str, typer.Option(help=_SETTING.format("b"))] = "",
     batch_a: Annotated[int | None, typer.Option(help="Rows that a gets at once; by default all.")] = None,
@@ -34,13 +39,15 @@ def compare_models(
     batches, compares a model with itself. Exits with 1 where bits differ.
     """
     settings = [imported(place) if place else None for place in (setting_a, setting_b)]
-    of_both = imported(inputs)
     with printing_aside():
-        first = made(a)
+        first, batches = given(a, inputs, device)
+        if len(batches) != 1:
+            raise ArgumentError(f"{inputs} makes {len(batches)} inputs: name a function that makes one.")
+        args, named = batches[0]
         report = consistency(
             first,
-            first if a == b else made(b),  # a factory makes other weights each time
-            of_both,
+            first if a == b else given(b, inputs, device)[0],  # a factory makes other weights each time
+            named or args,
             setting_a=settings[0],
             setting_b=settings[1],
             batch_a=batch_a,

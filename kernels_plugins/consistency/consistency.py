@@ -71,7 +71,8 @@ def consistency(
 
     def run(side: Side, **more: Any) -> Digests:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Full backward hook is firing")  # of inputs that need no gradient
+            # Of inputs that need no gradient, and of outputs that hold tensors, such as those of transformers.
+            warnings.filterwarnings("ignore", "Full backward hook is firing|For backward hooks to be called")
             return side.run(inputs, seed, by_row=by_row, gradients=gradients, parameters=a is not b, **more)
 
     whole = [run(side, only=[side.model]) for side in sides] if any(side.is_compiled for side in sides) else []

@@ -93,16 +93,20 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         made = inputs() if callable(inputs) and not isinstance(inputs, torch.Tensor | Mapping) else inputs
     except Exception as error:
         raise ArgumentError(f"inputs() raised {type(error).__name__}: {error}") from error
-    if isinstance(made, Mapping):
-        if not all(isinstance(name, str) for name in made):
-            raise ArgumentTypeError(f"inputs is a dict of arguments by name, not {list(made)!r}.")
-        return (), dict(made)
-    if isinstance(made, Iterator) or (isinstance(made, Iterable) and not isinstance(made, torch.Tensor | tuple | list)):
-        raise ArgumentTypeError(
-            f"inputs is a {type(made).__name__}, which may give other data each time: pass a tensor, a tuple "
-            "of arguments, a dict of named ones (such as next(iter(loader))), or a function that returns the same."
-        )
-    return (tuple(made), {}) if isinstance(made, tuple | list) else ((made,), {})
+    if isinstance(made, Mapping) and not all(isinstance(name, str) for name in made):
+        raise ArgumentTypeError(f"inputs is a dict of arguments by name, not {list(made)!r}.")
+    both: tuple[tuple[Any, ...], dict[str, Any]] = (
+        ((), dict(made))
+        if isinstance(made, Mapping)
+        else (tuple(made) if isinstance(made, tuple | list) else (made,), {})
+    )
+    for value in (*both[0], *both[1].values()):
+        if isinstance(value, Iterator) or (made is value and hasattr(value, "__iter__") and not torch.is_tensor(value)):
+            raise ArgumentTypeError(
+                f"inputs is or has a {type(value).__name__}, which may give other data each time: pass a tensor, tuple "
+                "of arguments, a dict of named ones (such as next(iter(loader))), or a function that returns the same."
+            )
+    return both
 
 
 def _copies(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -437,6 +437,22 @@ def test_a_zero_has_a_sign() -> None:
     assert found is not None and (found.path, found.elements, found.largest) == ("0", 1, 0.0)
 
 
+def test_models_of_transformers() -> None:
+    """Two implementations of attention: the input of the projection after it differs first, in the first layer."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+    )
+    a = transformers.LlamaForCausalLM(config)
+    a.set_attn_implementation("sdpa")
+    b = copy.deepcopy(a)
+    b.set_attn_implementation("eager")
+    found = consistency(a, b, {"input_ids": ids(), "labels": ids()}, gradients=True).drift
+    assert found is not None and found.path == "model.layers.0.self_attn" and found.inputs_agree
+    assert found.value == "input of 'model.layers.0.self_attn.o_proj'"
+    assert consistency(a, a, {"input_ids": ids(), "labels": ids()}, gradients=True).ok
+
+
 def test_compiled_code_is_compared_layer_by_layer() -> None:
     """Compiled code that is right is equal, one that is not is found, and hooks leave nothing compiled behind."""
     model = Model().eval()
@@ -589,7 +605,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
 
     def exit_code(*models: str, **more: Any) -> int:
-        options = dict.fromkeys(("setting_a", "setting_b"), "") | dict.fromkeys(("batch_a", "batch_b", "html"))
+        options = dict.fromkeys(("setting_a", "setting_b", "device"), "") | dict.fromkeys(
+            ("batch_a", "batch_b", "html")
+        )
         inputs = {"inputs": "some_models:inputs", "gradients": False, "seed": 0, "as_json": False}
         found: list[int] = []
 
