@@ -24,14 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import kernels_plugins
 from kernels_core import NUMERICS, use_kernel_forward_from_hub
 from kernels_plugins import use_kernel_mapping
+from kernels_plugins.demo.bundle import write_bundle
 from kernels_plugins.demo.layers import GeluAndMul, RMSNorm, RotaryEmbedding, SiluAndMul
 
 PACKS = ("torch", "triton", "liger", "inductor")
 WORDS = {"ok": "yes", "wrong": "**no**", "undecided": "not known"}
-DEMO = Path(kernels_plugins.__file__).parent / "demo/hub/kernels-demo/llama-layers/build"
 
 
 @use_kernel_forward_from_hub("SwiGLUMLP")
@@ -81,8 +80,9 @@ def subjects(device: str, quick: bool) -> Iterator[tuple[str, nn.Module, tuple[T
 
 
 def demo_kernels(device: str) -> dict[str, Any]:
-    """Import the demo's kernels from their build, as they lie in the package."""
-    folder, package = DEMO / f"torch-{device}", f"numerics_demo_{device}"
+    """Import the demo's kernels from their build."""
+    builds = write_bundle(Path(tempfile.mkdtemp()) / "hub") / "kernels-demo/llama-layers/build"
+    folder, package = builds / f"torch-{device}", f"numerics_demo_{device}"
     spec = importlib.util.spec_from_file_location(
         package, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
