@@ -26,8 +26,11 @@ EVERY = 100
 LIMIT = 1.03
 
 
-def kernels_of_demo() -> tuple[Callable[[], None], str, Scope]:
-    """Return a step of training of the demo's block, its device, and the scope of the demo's kernels."""
+def kernels_of_demo(*, updates: bool = False) -> tuple[Callable[[], None], str, Scope]:
+    """Return a step of the demo's block, its device, and the scope of the demo's kernels.
+
+    A step is forward and backward; with `updates`, of AdamW, too, whose learning rate is zero: numbers stay the same.
+    """
     for name, plugin in {"canary": canary_plugin, "hub": hub_plugin}.items():
         if name not in plugin_manager().plugins():  # a checkout that is not installed has no entry points
             plugin_manager().register(plugin, name)
@@ -40,8 +43,13 @@ def kernels_of_demo() -> tuple[Callable[[], None], str, Scope]:
     repository = write_bundle(Path(FOLDER.name, "hub")) / "kernels-demo" / "llama-layers"
     mapping = {name: {device: LocalLayerRepository(repository, layer_name=name)} for name in LAYERS}
 
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.0, fused=True)
+
     def step() -> None:
         block(x).float().sum().backward()
+        if updates:
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step, device, use_kernel_mapping(mapping)
 

@@ -28,7 +28,7 @@ WARM = 5
 
 def run() -> Iterator[Row]:
     """Measure on a CUDA device where there is one, else on the CPU, where no limit counts."""
-    step, device, scope = kernels_of_demo()
+    step, device, scope = kernels_of_demo(updates=True)
 
     def canary_of(trigger: bool) -> Callable[[], AbstractContextManager[object]]:
         return lambda: canary(first=0, every=EVERY, action="raise", outliers=trigger)
@@ -51,7 +51,7 @@ def run() -> Iterator[Row]:
                     taken[name].append(seconds(step, device, STEPS if device == "cuda" else 3))
     outliers._READ = least
     middle = {name: statistics.median(times) * 1e3 for name, times in taken.items()}
-    what = f"Llama-style block, forward and backward ({device})"
+    what = f"Llama-style block, a training step with AdamW ({device})"
     for name in ("outliers", "outliers, all numbers"):
         limit = LIMIT if device == "cuda" and name == "outliers" else None
         text = f"{what}, {name}"
