@@ -70,7 +70,8 @@ class ChoiceCell:
         width: The last dimension of the first tensor.
         bucket: The power of two of its rows: see `rows`.
         times: The seconds that each candidate took, by name; `"reference"` is the layer's own forward.
-        lost: Why other candidates were not measured, by name.
+        lost: Why other candidates were not measured, by name; and why the reference serves only where nothing else
+            does, if it lacks what is required of numbers.
         digests: A digest of the code of each candidate, where it has a file.
     """
 
@@ -104,12 +105,12 @@ class ChoiceCell:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The candidates, best first: the reference before all that do not win by the margin."""
+        """The candidates, best first: the reference before all that do not win by the margin, unless it has lost."""
         bar = self.times[REFERENCE] * (1 - (COMPILED_MARGIN if self.context == "compiled" else MARGIN))
 
-        def rank(name: str) -> tuple[float, bool, float]:
+        def rank(name: str) -> tuple[bool, float, bool, float]:
             time = self.times[name]
-            return min(time, bar), name != REFERENCE, time
+            return name in self.lost, min(time, bar), name != REFERENCE, time
 
         return tuple(sorted(self.times, key=rank))
 
@@ -174,8 +175,12 @@ def settled(cells: Sequence[ChoiceCell]) -> list[tuple[str, ...]]:
         [
             name
             for name in cell.order
-            if cell.times[name] <= cell.times[cell.winner] * (1 + MARGIN)
-            and (name == REFERENCE or cell.ratio(name) < 1)
+            if name == cell.winner
+            or (
+                cell.times[name] <= cell.times[cell.winner] * (1 + MARGIN)
+                and (name == REFERENCE or cell.ratio(name) < 1)
+                and name not in cell.lost
+            )
         ]
         for cell in cells
     ]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from kernels_core import Candidate, Mode, Reference, find_candidates, plugin_manager, resolve, warn_once
+from kernels_core import Candidate, Mode, Reference, Resolution, find_candidates, plugin_manager, resolve, warn_once
 from kernels_core.replay import Call, each_tensor, kept_random_states, leaves
 
 from ..numerics.invariance import Judgement
@@ -108,20 +108,25 @@ class _Race:
         if wrong or not rows:
             self.lost[name] = f"{wrong[0].verdict}: {wrong[0].reason}" if wrong else "it was not compared"
             return
-        if names := required(found.request):
-            try:
-                findings = judged(recorded, found, names)
-            except Exception as error:
-                stop_if_broken(error)
-                findings = {names[0]: Judgement(None, f"{type(error).__name__}: {error}")}
-            if lacking := [f"{each}: {finding}" for each, finding in findings.items() if not finding.has]:
-                self.lost[name] = f"it lacks what is required of numbers: {'; '.join(lacking)}"
-                return
+        if lacking := self.lacking(found):
+            self.lost[name] = lacking
+            return
         self.forwards[name] = found.implementation
         self.digests[name] = digest_of(found.implementation) or ""
         compiled = mode | Mode.TORCH_COMPILE
         if resolve(recorded.layer, device=self.subject.device, mode=compiled, candidate=candidate).implementation:
             self.traceable.add(name)
+
+    def lacking(self, found: Resolution) -> str:
+        """Return what is required of numbers, and an implementation lacks; empty if it has all."""
+        names = required(found.request)
+        try:
+            judgements = judged(self.subject.recorded, found, names) if names else {}
+        except Exception as error:
+            stop_if_broken(error)
+            judgements = {names[0]: Judgement(None, f"{type(error).__name__}: {error}")}
+        lacks = [f"{name}: {one}" for name, one in judgements.items() if not one.has]
+        return f"it lacks what is required of numbers: {'; '.join(lacks)}" if lacks else ""
 
     def is_out(self, name: str, action: str) -> bool:
         """Announce an action with a candidate; return whether it is out by now."""
@@ -166,7 +171,7 @@ class _Race:
             return
         (dtype, width, bucket), subject = self.subject.key, self.subject
         place = (subject.recorded.layer.name, subject.device.type, context, subject.mode)
-        lost = {name: reason for name, reason in {**why, **self.lost}.items() if name not in times}
+        lost = {name: reason for name, reason in {**why, **self.lost}.items() if name not in times or name == REFERENCE}
         digests = {name: digest for name, digest in self.digests.items() if name in times and digest}
         yield ChoiceCell(*place, str(dtype).removeprefix("torch."), width, bucket, dict(times), lost, digests)
 
@@ -197,6 +202,9 @@ def race(
     for candidate in _contestants(subject):
         running.enter(candidate)
     running.forwards[REFERENCE] = layer.reference
+    as_reference = resolve(layer, device=device, mode=MODES[subject.mode], candidate=Candidate(Reference))
+    if lacking := running.lacking(as_reference):  # its times are needed all the same: the others are compared with them
+        running.lost[REFERENCE] = lacking
     try:
         make = runner_of(subject)
     except Exception as error:

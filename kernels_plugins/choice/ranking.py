@@ -12,6 +12,7 @@ import torch
 
 from kernels_core import ArgumentError, Candidate, LayerRequest, Mode, Reference, warn_once
 
+from ..numerics.plugin import required
 from .cell import REFERENCE, ChoiceCell, settled
 from .choice import Choice
 from .limit import Orders, ShapeLimit
@@ -54,6 +55,8 @@ def ranked(
     offered = {**_again(known - offered.keys(), request.layer_name), **offered}
     cells = [replace(one, times={name: one.times[name] for name in one.times if name in offered}) for one in cells]
     served = list(zip(cells, settled(cells), strict=True))
+    if "batch_invariant" in required(request):  # two winners would give a row other bits by the number of rows
+        served = _one_winner(served)
     chain = _chain(served)
     rest = [name for name in map(name_of, candidates) if name not in chain and name != REFERENCE]
     orders = None
@@ -88,6 +91,15 @@ def ranked(
 
 Served = Sequence[tuple[ChoiceCell, tuple[str, ...]]]
 """Cells, each with the candidates that serve it, best first."""
+
+
+def _one_winner(served: Served) -> list[tuple[ChoiceCell, tuple[str, ...]]]:
+    """Return the same with one winner for all cells: the one that takes the least time, relative to the reference."""
+    everywhere = set.intersection(*({*cell.times} - {*cell.lost} for cell, _ in served))
+    if not everywhere:
+        return list(served)
+    first = min(sorted(everywhere), key=lambda name: sum(cell.ratio(name) for cell, _ in served))
+    return [(cell, (first, *(name for name in order if name != first))) for cell, order in served]
 
 
 def _chain(served: Served) -> list[str]:

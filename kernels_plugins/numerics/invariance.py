@@ -41,11 +41,11 @@ class Judgement:
         return f"{ {True: 'yes', False: 'no', None: 'not known'}[self.has] }: {self.why}"
 
 
-class NotTaken(Exception):  # noqa: N818 - no error: an answer
-    """It passes such calls on to the next candidate."""
+NOT_TAKEN = "it passes such calls on to the next candidate"
 
-    def __str__(self) -> str:
-        return "it passes such calls on"
+
+class NotTaken(Exception):  # noqa: N818 - no error: an answer
+    """A kernel takes a call, and passes on one like it, whose rows another implementation computes."""
 
 
 def short(error: Exception) -> str:
@@ -74,7 +74,7 @@ def batch_invariant(
         if whole is None:
             left_out.append(name)
             if dtype is given:
-                return Judgement(None, "it passes such calls on to the next candidate")
+                raise NotTaken
             continue
         tried.append(name)
         for layout in ("",) if whole_vectors else LAYOUTS if only is None else only[1:]:

@@ -12,7 +12,7 @@ from ..oracle.inputs import Recorded
 from ..oracle.report import Verdict, VerifyRow
 from ..oracle.subject import Subject, dtype_of
 from . import store
-from .invariance import Judgement
+from .invariance import NOT_TAKEN, Judgement
 from .properties import find
 
 Forward = Callable[..., Any]
@@ -27,7 +27,7 @@ def judged(recorded: Recorded, resolution: Resolution, names: Iterable[str]) -> 
     found = store.known(key).get(kind, {})
     if new := [name for name in names if name not in found]:
         found = {**found, **find(call, implementation, layer.reference, new, compiles=resolution.can_be_traced)}
-        store.keep(key, kind, found)
+        store.keep(key, kind, {name: one for name, one in found.items() if one.why != NOT_TAKEN})
     return {name: found[name] for name in NUMERICS if name in names}
 
 
@@ -52,4 +52,5 @@ def numeric_rows(recorded: Recorded, subject: Subject, names: Iterable[str]) -> 
             why = finding.why if finding.has is not True else ""
             if why and name in declared:
                 why = f"it declares {name} = True, and that is not so: {why}" if finding.has is False else why
-            yield replace(row, subject=name, verdict=_VERDICTS[finding.has], reason=why)
+            verdict = "refused" if why == NOT_TAKEN else _VERDICTS[finding.has]
+            yield replace(row, subject=name, verdict=verdict, reason=why)

@@ -111,7 +111,10 @@ def _checked(names: Sequence[str], where: str) -> tuple[Numeric, ...]:
 
     if not names:
         raise ArgumentError(f"{where} names no property: there are {', '.join(NUMERICS)}.")
-    return check_names(names, where)
+    found = check_names(names, where)
+    if "numerics" not in plugin_manager().plugins():
+        warn_once("The plugin numerics is blocked by KERNELS_PLUGINS or a configuration file: it refuses no kernel.")
+    return found
 
 
 def required(request: LayerRequest) -> tuple[Numeric, ...]:
@@ -254,6 +257,7 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
     from kernels_core.replay import Call, is_observed, leaves
 
     from ..oracle.inputs import Recorded
+    from .invariance import NOT_TAKEN
     from .judge import judged
 
     layer, request, must = resolution.request.layer, resolution.request, required(resolution.request)
@@ -272,7 +276,8 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
                 _busy.reset(token)
         else:
             found = _verdicts(request, resolution.implementation or layer.reference)
-        if not _lacking(found, must) and not _missing(found, must):
+        passed_on = any(one.why == NOT_TAKEN for one in found.values())  # it will do so in this call, too
+        if passed_on or not (_lacking(found, must) or _missing(found, must)):
             return forward
         if keep:
             forget()  # what the next calls, and receipts, are decided by has changed

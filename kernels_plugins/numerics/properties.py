@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from kernels_core.replay import Call, Outcome, each_tensor, mapped
 from ..oracle.inputs import with_gradients
 from ..oracle.subject import stop_if_broken
 from .bits import difference
-from .invariance import Judgement, NotTaken, batch_invariant, short
+from .invariance import NOT_TAKEN, Judgement, NotTaken, batch_invariant, short
 from .rows import Forward, Rows, rows_of
 
 RUNS = 4
@@ -68,6 +69,9 @@ def find(
     if any(tensor.device.type == "meta" for tensor in call.tensors.values()):
         return dict.fromkeys(wanted, Judgement(None, "tensors on meta hold no numbers"))
     rows = rows_of(call, reference) if wanted else ""
+    with contextlib.suppress(Exception), references():  # one that raises is judged, and reported, below
+        if call.run(forward, gradients=False, mutations=False).outputs is NotImplemented:
+            return dict.fromkeys(wanted, Judgement(None, NOT_TAKEN))
     found: dict[str, Judgement] = {}
     for name in wanted:
         try:
@@ -77,6 +81,9 @@ def find(
                 found[name] = batch_invariant(rows, forward)
             else:
                 found[name] = _recompute_equal(call, forward, rows, compiles)
+        except NotTaken:
+            why = "it passes on calls with other rows, dtypes or modes, which another implementation computes"
+            found[name] = Judgement(None, why)
         except Exception as error:
             stop_if_broken(error)
             found[name] = Judgement(None, f"it raises {short(error)}")

@@ -59,7 +59,8 @@ def keep(key: str, kind: str, findings: Mapping[str, Judgement]) -> None:
     kinds = known(key)
     with _lock:
         kinds[kind] = {**kinds.get(kind, {}), **findings}
-        data = {one: {n: [f.has, f.why] for n, f in names.items()} for one, names in kinds.items()}
+        # What could not be found out is tried again by the next process: memory may have been short in this one.
+        data = {one: {n: [f.has, f.why] for n, f in names.items() if f.has is not None} for one, names in kinds.items()}
     if not key.startswith("here-"):
         with contextlib.suppress(OSError):  # a cache may be read-only
             write_file(_path(key), json.dumps({"format": _FORMAT, "findings": data}, indent=2))

@@ -31,7 +31,19 @@ from kernels_core import (
     use_kernel_forward_from_hub,
 )
 from kernels_core.cli import command_line
-from kernels_plugins import choosing, numerics, register_numerics, use_kernel_mapping, verify
+from kernels_plugins import (
+    Choice,
+    ChoiceCell,
+    MeasuredOn,
+    choosing,
+    numerics,
+    register_numerics,
+    use_choice,
+    use_kernel_mapping,
+    verify,
+)
+from kernels_plugins.choice import plugin as choice_plugin
+from kernels_plugins.choice.machine import machine_of
 from kernels_plugins.numerics import plugin, store
 
 COMPILED = Mode.INFERENCE | Mode.TORCH_COMPILE
@@ -43,6 +55,7 @@ def _scene(
 ) -> Iterator[None]:
     """Run with the plugin `numerics`, nothing known or required, a cache of its own, and one thread."""
     isolated_plugins.register(plugin, "numerics")
+    isolated_plugins.register(choice_plugin, "choice")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
     store._found.clear()
     torch.manual_seed(0)
@@ -276,6 +289,13 @@ def test_properties_are_required_in_the_configuration_file(configure: Callable[.
     assert "kernels.toml:1" in problem and "names 'exact': there are deterministic" in problem
 
 
+def test_a_blocked_plugin_is_no_silence(isolated_plugins: PluginManager) -> None:
+    """Where the plugin is blocked, what is required has no effect, and a warning says so."""
+    isolated_plugins.unregister(name="numerics")
+    with pytest.warns(UserWarning, match="The plugin numerics is blocked"):
+        numerics("batch_invariant")
+
+
 # --- Receipts, and the command line ------------------------------------------------------------------
 
 
@@ -351,6 +371,72 @@ def test_only_those_that_qualify_race() -> None:
     for cell in chosen.choice.cells_on("cpu"):
         assert "Steady" in "".join(cell.times) and "ByRows" not in "".join(cell.times)
         assert any("batch_invariant" in reason for reason in cell.lost.values())
+
+
+def test_one_winner_serves_all_rows_where_rows_must_not_matter() -> None:
+    """Where two kernels win for different numbers of rows, one of them serves all, for they have other bits."""
+    steady, other = (f"{Steady.__module__}.{name}" for name in ("Steady", "Slower"))
+    slower = type("Slower", (nn.Module,), {"forward": lambda self, x: Steady.forward(self, x)})
+    slower.__module__ = Steady.__module__
+    place = ("RequiredNorm", "cpu", "eager", "inference", "float32", 64)
+    few = ChoiceCell(*place, 4, {"reference": 3.0, steady: 1.0, other: 2.0})
+    many = ChoiceCell(*place, 13, {"reference": 3.0, steady: 1.5, other: 1.0})
+    choice = Choice((MeasuredOn(machine_of(torch.device("cpu")), (few, many)),))
+    with use_kernel_mapping({"RequiredNorm": {"cpu": [Steady, slower]}}), use_choice(choice):
+        free = resolve(Norm, device="cpu", mode=Mode.INFERENCE)
+        with numerics("batch_invariant"):
+            bound = resolve(Norm, device="cpu", mode=Mode.INFERENCE)
+    assert free.candidate is not None and free.candidate.limit.orders is not None  # type: ignore[union-attr, attr-defined]
+    assert bound.candidate is not None and bound.candidate.limit.orders is None  # type: ignore[union-attr, attr-defined]
+    assert bound.origin == steady
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_a_kernel_that_passes_a_call_on_is_not_judged_by_it() -> None:
+    """It serves the calls that it takes, once these were judged; calls of another dtype go to the next one."""
+
+    class Narrow(Steady):
+        dtypes = (torch.bfloat16,)
+
+    layer = Norm()
+    with use_kernel_mapping({"RequiredNorm": {"cpu": Narrow}}), numerics("batch_invariant"), torch.no_grad():
+        assert torch.equal(layer(X), norm(X, layer.weight))
+        assert origin() == "Narrow"
+        low = layer.bfloat16()
+        low(X.bfloat16())
+        assert origin() == "Narrow"
+        found = resolve(Norm, device="cpu", mode=Mode.INFERENCE).checked["batch_invariant"]
+        assert found.startswith("yes: 1 to 4,096 rows of x 4096x64, bfloat16; not float32, float16")
+
+    class Short(Steady):
+        def supports(self: Any, x: torch.Tensor) -> bool:
+            return len(x) <= 64
+
+    with use_kernel_mapping({"RequiredNorm": {"cpu": Short}}), numerics("batch_invariant"):
+        Norm()(X)
+        (refusal,) = resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals
+    assert "it passes on calls with other rows" in refusal.reason
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_a_reference_that_lacks_it_wins_no_race() -> None:
+    """Its times are measured, for others are compared with them; a kernel serves, even if it is slower."""
+
+    class Slow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(50):
+                x = x * 1
+            return x
+
+    model = nn.Sequential(Blend()).eval()
+    with use_kernel_mapping({"RequiredBlend": {"cpu": Slow}}), numerics("batch_invariant"), torch.no_grad():
+        with choosing(contexts=("eager",), seconds=0.01, progress=False) as chosen:
+            model(X)
+        with use_choice(chosen.choice):
+            assert origin(Blend) == "Slow"
+    (cell,) = chosen.choice.cells_on("cpu")
+    assert cell.order[-1] == "reference" and cell.ratio(cell.winner) > 1
+    assert "batch_invariant: no: " in cell.lost["reference"]
 
 
 @pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")

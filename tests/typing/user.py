@@ -132,6 +132,10 @@ except NoKernelError as error:
 assert_type(bisect(norm, lambda model: 0.0, tolerance=0.1), BisectResult)
 with canary(first=1) as watching:
     assert_type(watching, canary)
+with kernels_plugins.numerics("batch_invariant") as required:
+    assert_type(required, Scope)
+kernels_plugins.register_numerics("exact")  # type: ignore[arg-type]
+kernels_core.receipt(norm).require("*", deterministic=True)
 print(kernels_plugins.get_kernal)  # type: ignore[attr-defined]
 assert_type(kernels_plugins.LayerRepository("acme/kernels", layer_name="RMSNorm", version=1), LayerRepository)
 
