@@ -81,9 +81,12 @@ class FileReplay:
             note = found.note or f"decided in {self.path}"
             return [Candidate(Reference, "", "user", note=note)] if candidates else []
         try:
-            return [one for kernel in found.kernels for one in self._offers(kernel, candidates)]
+            offers = [one for kernel in found.kernels for one in self._offers(kernel, candidates)]
         except KernelsError as error:  # of a source that cannot use what the file has of it
             return self.unusable(str(error))
+        if offers and offers[-1].record is not None:  # the reference has won some shapes, or may serve the rest
+            offers.append(Candidate(Reference, "", "user", note=f"decided in {self.path}"))
+        return offers
 
     def unusable(self, problem: str) -> list[Candidate]:
         """Return no candidate, for the file cannot be applied to this layer."""
@@ -137,7 +140,8 @@ class FileReplay:
         """Whether the reference serves for a reason of this process or this call, of which the file knows nothing."""
         request = self.request
         if len(request.passed_on) >= len(found.kernels):
-            if left := [label for label in self.offered if not any(each.source == label for each in found.kernels)]:
+            left = [label for label in self.offered if not any(each.source == label for each in found.kernels)]
+            if left and found.kernels[-1].record is None:
                 warn_once(
                     f"{found.kernels[-1].origin} passes on a call of layer {request.layer_name!r} ({request.place}): "
                     f"the reference serves it, and not {left[0]}, for {self.path} has no decision for such calls. "

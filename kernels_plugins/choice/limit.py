@@ -256,16 +256,16 @@ def recorded(request: LayerRequest, candidates: Sequence[Candidate]) -> list[Can
     Raises:
         ArgumentError: If an order is malformed.
     """
-    function, names = request.layer is not None and request.layer.is_function, [one.label for one in candidates]
+    function = request.layer is not None and request.layer.is_function
+    measured = [one for one in candidates if one.record is not None]
+    names = [one.label for one in measured]
     found = []
-    for place, one in enumerate(candidates):
+    for place, one in enumerate(measured):
         orders = Orders.read(request.layer_name, one.record, "the decision file")
-        rivals = (*names[place + 1 :], REFERENCE)
-        limit = ShapeLimit(
-            names[place], rivals, orders, "", function, request.is_traced, (Choice(), orders.file, False)
-        )
+        rivals, using = (*names[place + 1 :], REFERENCE), (Choice(), orders.file, False)
+        limit = ShapeLimit(names[place], rivals, orders, "", function, request.is_traced, using)
         found.append(replace(one, limit=limit))
-    return found
+    return [*found, *(one for one in candidates if one.record is None)]  # the reference
 
 
 def _ranges(buckets: list[int]) -> list[tuple[int, int]]:

@@ -418,3 +418,42 @@ def test_strict_mode_ends_the_command(
     ran = run("hooks")
     assert ran.err.startswith("error: Plugin 'broken' raised")
     assert ran.code == 2
+
+
+# --- freeze and decisions ------------------------------------------------------------------------
+
+
+def test_freeze_show_and_diff(run: Run, models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is written for both modes, added to, shown and compared; exit codes are 0, 1 and 2."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    ran = run("freeze", "cli_models:make", "--device", "cpu", "--output", first)
+    assert (ran.code, "Replay it: KERNELS_DECISIONS=" in ran.err) == (0, True)
+    assert [row["mode"] for row in json.loads(Path(first).read_text())["models"]] == ["inference", "training"]
+    before = Path(first).read_bytes()
+    monkeypatch.setenv("KERNELS_DECISIONS", "no such file")  # it decides anew
+    arguments = ["freeze", "cli_models:make", "--device", "cpu", "--mode", "inference", "--json"]
+    assert run(*arguments, "--output", first).json["decisions"] == 1
+    assert Path(first).read_bytes() == before
+    run(*arguments, "--output", second)
+    monkeypatch.delenv("KERNELS_DECISIONS")
+    shown = run("decisions", "show", second)
+    assert shown.code == 0 and shown.out.splitlines()[0].split() == ["path", "layer", "device", "mode"]
+    assert run("decisions", "show", second, "--json").json == json.loads(Path(second).read_text())
+    assert (run("decisions", "diff", first, first).code, run("decisions", "diff", first, first).out) == (
+        0,
+        "no difference\n",
+    )
+    ran = run("decisions", "diff", first, second, "--json")
+    assert ran.code == 1
+    assert {(row["mode"], row["after"]) for row in ran.json} == {("training", "not there")}
+    assert max(map(len, run("decisions", "diff", first, second).out.splitlines())) <= 80
+    Path(second).write_text("{}")
+    for command in (
+        ["decisions", "diff", first, second],
+        ["decisions", "show", second],
+        [*arguments, "--output", second],
+    ):
+        ran = run(*command)
+        assert (ran.code, ran.out) == (2, "") and "is no decision file" in ran.err
+    ran = run("freeze", "cli_models:mine", "--output", first)
+    assert (ran.code, "not a module" in ran.err) == (2, True)
