@@ -19,7 +19,10 @@ from hub_scene import Publish, kernel, new_process, scale
 from huggingface_hub import constants
 
 from kernels_core import DecisionError, DecisionFile, Mode, receipt, use_kernel_forward_from_hub
-from kernels_plugins import LayerRepository, reference_backward, register_kernel_mapping
+from kernels_plugins import LayerRepository, LockedLayerRepository, reference_backward, register_kernel_mapping
+from kernels_plugins.hub.dependency import Dependency
+from kernels_plugins.hub.locking.lockfile import LOCK, write_lock
+from kernels_plugins.hub.locking.maker import make_lock
 from kernels_plugins.local_hub.server import LocalHub, Repository
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
@@ -178,6 +181,47 @@ def test_adapted_sources_are_frozen_with_the_kernel_inside(
     restart()
     local_hub.forget()
     assert (value(), local_hub.count()) == (3.0, 0)
+
+
+def test_redirected_and_locked_kernels(
+    published: Repository,
+    kernel_repository: Publish,
+    place: Path,
+    restart: Callable[[], None],
+    local_hub: LocalHub,
+    tmp_path: Path,
+) -> None:
+    """The repository that a redirect led to is frozen, also where the redirect is changed; locked kernels are, too."""
+    moved = kernel_repository("acme/old", kernel(1))
+    status = 'kind = "redirect"\ndestination = "acme/kernels"\nrevision = "main"\n'
+    moved.commit({"kernel-status.toml": status.encode()})
+    freeze(LayerRepository("acme/old", layer_name="Scale", revision="main"), place)
+    kernel_repository("acme/other", kernel(7))
+    moved.commit({"kernel-status.toml": status.replace("acme/kernels", "acme/other").encode()})
+    restart()
+    local_hub.forget()
+    assert (value(), local_hub.count()) == (3.0, 0)
+    write_lock(tmp_path / LOCK, make_lock([Dependency("acme/kernels", version=1)]))
+    place.unlink()
+    os.environ["KERNELS_DECISIONS"] = ""
+    freeze(LockedLayerRepository("acme/kernels", lockfile=tmp_path / LOCK, layer_name="Scale"), place)
+    restart()
+    local_hub.forget()
+    assert (value(), local_hub.count()) == (3.0, 0)
+
+
+def test_two_ranks_freeze_at_once(published: Repository, place: Path) -> None:
+    """Ranks that freeze into one file at the same time lose nothing of each other, and leave no other file."""
+    register_kernel_mapping({"Scale": {"cpu": scale()}})
+    modes = (Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE | Mode.TORCH_COMPILE, Mode.TRAINING | Mode.TORCH_COMPILE)
+    receipts = [receipt(Scale(), device="cpu", mode=mode) for mode in modes]
+    threads = [threading.Thread(target=found.freeze, args=(place.parent / "new" / "file",)) for found in receipts * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(DecisionFile.from_file(place.parent / "new" / "file").models) == 4
+    assert [path.name for path in (place.parent / "new").iterdir()] == ["file"]
 
 
 def test_a_kernel_that_cannot_be_reached_is_not_frozen(
