@@ -154,6 +154,12 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.count_calls",
         ],
     ),
+    "Many ranks": (
+        "What to set for a job of many processes: [many ranks](ranks.md).",
+        [
+            "kernels_core.agree",
+        ],
+    ),
     "Freeze decisions": (
         "Elastic restarts, checkpoints and drift: [decisions](decisions.md).",
         [
@@ -295,6 +301,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.ArgumentError",
             "kernels_core.ConfigurationError",
             "kernels_core.ArgumentTypeError",
+            "kernels_core.DisagreementError",
             "kernels_core.ScopeError",
             "kernels_core.CanaryError",
             "kernels_core.RequirementError",

@@ -5,6 +5,7 @@ that name; each call is served by the best one that fits device and mode, and by
 forward itself, the *reference*, where there is none. The rest is in `docs/`.
 """
 
+from .decisions.agreement import agree
 from .decisions.file import DecisionChange, DecisionDiff, DecisionFile
 from .decisions.files import alone_in, write_file
 from .decisions.frozen import FrozenKernel, FrozenLayer, FrozenModel
@@ -18,6 +19,7 @@ from .errors import (
     ConfigurationError,
     ContractError,
     DecisionError,
+    DisagreementError,
     IntegrityError,
     KernelizeError,
     KernelsError,
@@ -49,8 +51,8 @@ from .models.frozen import frozen_choice
 from .models.functions import functions_of
 from .models.kernelize import KernelizeFallback, kernelize, unkernelize, use_kernelized_func
 from .models.modules import change_class, module_paths
-from .models.receipt import Receipt, ReceiptDiff, receipt
-from .models.receipt_row import ReceiptRow
+from .models.receipt import Receipt, receipt
+from .models.receipt_row import ReceiptDiff, ReceiptRow
 from .models.references import references
 from .pages.bars import Bars
 from .pages.page import Page, Section
@@ -93,6 +95,7 @@ __all__ = [
     "DecisionError",
     "DecisionFile",
     "Device",
+    "DisagreementError",
     "Exclusive",
     "FrozenChoice",
     "FrozenKernel",
@@ -140,6 +143,7 @@ __all__ = [
     "WantedNumerics",
     "WarnOnce",
     "__version__",
+    "agree",
     "alone_in",
     "as_json",
     "authorize",

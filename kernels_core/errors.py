@@ -7,6 +7,7 @@ KernelsError
 ├── ArgumentTypeError (TypeError)     an object of the wrong type
 ├── ScopeError (RuntimeError)         scopes left in another order than entered
 ├── CanaryError                       a kernel disagrees with its reference, in a live model
+├── DisagreementError                 .layers: ranks of a process group decide differently
 ├── RequirementError                  .rows: the layers that a receipt was required to show otherwise
 ├── VerificationError                 .rows: the comparisons in which a kernel is wrong
 ├── PluginError                       .plugin: the plugin at fault
@@ -120,6 +121,19 @@ class ScopeError(KernelsError, RuntimeError):
 
 class CanaryError(KernelsError):
     """A canary found that a kernel disagrees with its reference."""
+
+
+class DisagreementError(KernelsError):
+    """The ranks of a process group would run different kernels, or one of them did not answer.
+
+    Attributes:
+        layers: The paths of the layers that differ; none where a rank failed or did not answer.
+    """
+
+    def __init__(self, message: str, *, layers: Sequence[str] = ()) -> None:
+        """List the layers that differ, with ranks and reasons."""
+        super().__init__(message)
+        self.layers = tuple(layers)
 
 
 class RequirementError(KernelsError):

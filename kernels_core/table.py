@@ -295,12 +295,12 @@ def folded(items: Iterable[tuple[str, object, Item]]) -> list[tuple[str, Item]]:
             key, parts, item = group[0]
             number = len(parts) - 1 - back
             if len(group) > 1:
-                parts = [*parts[:number], _ranges(p[number] for _, p, _ in group), *parts[number + 1 :]]
+                parts = [*parts[:number], ranges(p[number] for _, p, _ in group), *parts[number + 1 :]]
             keyed.append((key, parts, item))
     return [("".join(parts), item) for _, parts, item in keyed]
 
 
-def _ranges(numbers: Iterable[str]) -> str:
+def ranges(numbers: Iterable[str]) -> str:
     """Write numbers shortly: `0-2,5`."""
     runs: list[list[int]] = []
     for number in sorted(map(int, numbers)):

@@ -31,30 +31,35 @@ def in_program(text: str) -> str:
     return re.sub(r"\b__main__(?=\.)", name.removesuffix(".__main__"), text) if name else text
 
 
-_known: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[object, dict[bool, str]] = weakref.WeakKeyDictionary()
 
 
-def content_of(kernel: object) -> str:
+def content_of(kernel: object, *, on_any_rank: bool = False) -> str:
     """Return a digest of a class or function, and of the functions and classes of its package that it names.
 
     By their code and constants, not by their files: other lines of a file may change. Empty for a kernel without code
     in Python.
+
+    Args:
+        kernel: The class or function.
+        on_any_rank: Whether to leave out the values of global names but floating-point numbers: they may be the number
+            of a rank, its device, or a state.
 
     Example:
         >>> content_of(len), len(content_of(content_of))
         ('', 64)
     """
     with contextlib.suppress(TypeError):  # of one without a hash, or without weak references
-        if kernel in _known:
-            return _known[kernel]
-    lines = list(_lines(kernel))
+        if on_any_rank in _known.get(kernel, ()):
+            return _known[kernel][on_any_rank]
+    lines = list(_lines(kernel, on_any_rank))
     text = hashlib.sha256("\n".join(lines).encode(errors="replace")).hexdigest() if lines else ""
     with contextlib.suppress(TypeError):
-        _known[kernel] = text
+        _known.setdefault(kernel, {})[on_any_rank] = text
     return text
 
 
-def _lines(kernel: object) -> Iterator[str]:
+def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
     """Yield a text for each piece of code, in an order that does not depend on the process."""
     waiting, followed = [kernel], set[int]()
     while waiting:
@@ -77,7 +82,8 @@ def _lines(kernel: object) -> Iterator[str]:
             cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
             named = [value.__globals__.get(name) for name in sorted(_names(code))]
             constants = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells, *named]
-            yield f"{value.__qualname__} {_text(code)} {[*map(_text, constants)]}"
+            left = [*constants[: -len(named)], *filter(_is_shared, named)] if on_any_rank and named else constants
+            yield f"{value.__qualname__} {_text(code)} {[*map(_text, left)]}"
             waiting += [one for one in [*constants, *_parts(constants)] if _is_followed(one, value)]
             waiting += [getattr(value, "__wrapped__", None)]
 
@@ -90,6 +96,11 @@ def _is_followed(value: Any, of: types.FunctionType) -> bool:
     """Whether a value is code of the package of a function: that of others is known by its name."""
     place = getattr(value, "__module__", None)
     return isinstance(place, str) and _package(place) == _package(of.__module__)
+
+
+def _is_shared(value: Any) -> bool:
+    """Whether a value of a global name is the same on all ranks that run the same program with the same settings."""
+    return isinstance(value, float | type | types.FunctionType)
 
 
 def _package(module: str) -> str:

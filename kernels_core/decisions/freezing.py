@@ -92,8 +92,7 @@ def _layer(key: tuple[str, str], found: Iterable[tuple[Resolution, ReceiptRow]])
 
 def _kernels(first: Resolution) -> Iterator[FrozenKernel]:
     """Yield the kernel of a decision, and those that serve the calls which it declares not to take."""
-    resolution, request, number = first, first.request, 0
-    while resolution.implementation is not None:
+    for resolution in serving(first):
         candidate = resolution.candidate
         yield FrozenKernel(
             in_program(candidate.label if candidate else ""),
@@ -103,6 +102,13 @@ def _kernels(first: Resolution) -> Iterator[FrozenKernel]:
             resolution.pin,
             json.loads(in_program(json.dumps(candidate.record))) if candidate else None,
         )
+
+
+def serving(first: Resolution) -> Iterator[Resolution]:
+    """Yield a decision for a kernel, and those for the calls which it declares not to take."""
+    resolution, request, number = first, first.request, 0
+    while resolution.implementation is not None:
+        yield resolution
         limited = unlimited(resolution.implementation) is not resolution.implementation
         if request.layer is None or not (limited or limits_of(resolution.kernel_layer)):
             break

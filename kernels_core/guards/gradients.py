@@ -237,7 +237,7 @@ def try_gradients(
     # One that keeps other gradients is no kernel without a backward: it does not use what a child of the module does.
     ignores = any(name.startswith("parameter") and "." in name for name in missing) and len(missing) < len(sources)
     mode = None if ignores else Mode.TRAINING
-    quarantine(layer, implementation, kernel=kernel, reason=reason, mode=mode)
+    quarantine(layer, implementation, kernel=kernel, reason=reason, mode=mode, now=True)
     if untouched:
         set_random_states(drawn)  # or the call that is made anew would draw the next numbers
         return output, False

@@ -17,10 +17,11 @@ import torch
 from ..device import as_torch_device
 from ..environment import words
 from ..errors import ArgumentTypeError, require_type
-from ..layer import Forward, Layer
+from ..layer import Forward, Layer, source_label
 from ..mode import Mode
 from ..resolution import Candidate, LayerRequest, Resolution
 from ..settings import reader
+from ..warning import warn
 from .limits import first_dtype, unlimited
 
 
@@ -50,6 +51,18 @@ class Quarantined:
     _layer: weakref.ref[Layer] | None = field(default=None, repr=False)
     _implementation: weakref.ref[Forward] | None = field(default=None, repr=False)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is not yet applied: ranks that have agreed on the layer apply it at their next `agree`."""
+        return self in _waiting
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The text of everything but the reason: equal on ranks that exclude the same kernel for the same calls."""
+        device = self.device.type if self.device is not None else ""  # ranks have devices of other numbers
+        mode = str(self.mode.value) if self.mode is not None else ""
+        return self.layer_name, self.layer, self.kernel, device, mode, str(self.dtype or "").removeprefix("torch.")
+
     def concerns(self, request: LayerRequest, implementation: Forward | None, names: Iterable[str] = ()) -> bool:
         """Whether this entry excludes an implementation for a request, if only for calls with a dtype.
 
@@ -58,6 +71,8 @@ class Quarantined:
             implementation: The function that would be called; None while it is not loaded.
             names: What a glob is compared with, besides the layer name: origin, plugin.
         """
+        if self.is_waiting:
+            return False
         if self._implementation is None or self._layer is None:
             if not any(fnmatchcase(name, self.kernel) for name in (request.layer_name, *names)):
                 return False
@@ -89,6 +104,10 @@ _DENY = ("KERNELS_DENY", "deny")
 """The variable, and the setting of the configuration file, with globs of kernels that must not serve."""
 _lock = threading.Lock()
 _entries: list[Quarantined] = []
+_waiting: set[Quarantined] = set()
+"""Those entries that are applied at the next `agree`."""
+agreed: weakref.WeakSet[Layer] = weakref.WeakSet()
+"""The layers that the ranks of a process group have agreed on: none of them leaves a kernel without the others."""
 on_change: list[Callable[[], None]] = []
 """Called after the list has changed: the resolver drops its decisions then."""
 
@@ -103,8 +122,11 @@ def quarantine(
     mode: Mode | None = None,
     dtype: torch.dtype | None = None,
     error: BaseException | None = None,
+    now: bool = False,
 ) -> Quarantined:
     """Exclude a kernel from serving a layer, from the next call on; or all kernels that a glob matches.
+
+    Where ranks have agreed on the layer (`agree`), it goes on until their next `agree`, which excludes it on all ranks.
 
     Args:
         layer: The layer that it must not serve any more; or a glob such as `"acme/*"`, which is compared with the
@@ -116,6 +138,8 @@ def quarantine(
         mode: `Mode.TRAINING` to let it serve inference; None for all.
         dtype: The dtype of the calls for which that holds, that of their first tensor; None for all.
         error: What it raised.
+        now: Whether to exclude it at once on this rank, before the others: where its calls cannot be answered
+            otherwise until then.
 
     Returns:
         The entry, for `release`.
@@ -145,6 +169,7 @@ def quarantine(
             "the forward of a class."
         )
     require_type(dtype, (torch.dtype, NoneType), "dtype")
+    require_type(now, bool, "now")
     where = as_torch_device(device) if device is not None else None
     if is_glob:
         entry = Quarantined("", "", str(layer), where, mode, reason, error, dtype)
@@ -152,11 +177,40 @@ def quarantine(
         # Weak: an entry must not keep a layer, or the code of a kernel, that nothing else uses.
         known, kept = weakref.ref(cast(Layer, layer)), weakref.ref(unlimited(cast(Forward, implementation)))
         name, place = cast(Layer, layer).name, cast(Layer, layer).qualname
+        kernel = kernel or source_label(implementation)
         entry = Quarantined(name, place, kernel, where, mode, reason, error, dtype, known, kept)
+    waits = not now and is_agreed(None if is_glob else cast(Layer, layer))
     with _lock:
+        if waits:  # each call that fails comes here until then
+            for other in _waiting:
+                if other.key == entry.key and (is_glob or other._implementation == entry._implementation):
+                    return other
+            _waiting.add(entry)
         _entries.append(entry)
-    _changed()
+    if waits:
+        warn(
+            f"On this rank, {entry}. The ranks have agreed on this kernel, so it is not left by one of them: the next "
+            "kernels_core.agree(...) takes it out on all ranks. Until then, the reference answers calls that fail."
+        )
+    else:
+        _changed()
     return entry
+
+
+def is_agreed(layer: Layer | None) -> bool:
+    """Whether ranks of a process group that exists have agreed on a layer; on any, for None."""
+    if not agreed or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return layer is None or layer in agreed
+
+
+def apply(entries: Iterable[Quarantined]) -> None:
+    """Apply the entries among these that have waited for that."""
+    with _lock:
+        waited = _waiting.intersection(entries)
+        _waiting.difference_update(waited)
+    if waited:
+        _changed()
 
 
 def quarantined() -> list[Quarantined]:
@@ -168,6 +222,7 @@ def quarantined() -> list[Quarantined]:
     """
     with _lock:
         _entries[:] = [entry for entry in _entries if entry.is_alive]
+        _waiting.intersection_update(_entries)
         return list(_entries)
 
 
@@ -194,6 +249,7 @@ def release(entries: Quarantined | Iterable[Quarantined] | None = None) -> int:
     with _lock:  # `in` finds an entry by identity: entries are equal only to themselves
         released = [entry for entry in _entries if wanted is None or entry in wanted]
         _entries[:] = [entry for entry in _entries if entry not in released]
+        _waiting.difference_update(released)
     if released:
         _changed()
     return len(released)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from ..decisions.agreement import TIMEOUT, group_of, reach
 from ..device import Device, as_torch_device
 from ..environment import strict
 from ..errors import ArgumentError, ArgumentTypeError, KernelizeError
@@ -24,6 +25,7 @@ from .choice import Run
 from .frozen import foreign_forward, freeze_class, frozen_choice, original_class, swap
 from .functions import OF_TORCH, functions_of, held_by
 from .modules import locate, required_device, tensor_device, walk
+from .receipt import Receipt, receipt_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -76,6 +78,7 @@ def kernelize(
     mode: Mode,
     device: str | torch.device | Device | None = None,
     use_fallback: bool | KernelizeFallback = True,
+    group: Any = None,
 ) -> Model:
     """Choose a kernel for each decorated layer of a model now, and keep it.
 
@@ -91,13 +94,17 @@ def kernelize(
         use_fallback: Whether layers may keep their reference where nothing better is offered. `True`
             is `KernelizeFallback.DEFAULT`, `False` is `KernelizeFallback.NONE`. One warning lists
             these layers, with the reasons.
+        group: A process group, all of whose ranks call this: they keep the same kernels, as with `agree`. None for
+            ranks that need not.
 
     Returns:
         The model.
 
     Raises:
         ArgumentError: If no call has that mode, PyTorch knows no such device, or no device is given and the
-            model has none.
+            model has none; or as `agree`.
+        DisagreementError: If the ranks of the group would keep different kernels, or another one of them failed.
+            Nothing is changed on any rank then.
         KernelizeError: If a layer would keep its reference where that is not allowed. Nothing is
             changed then.
 
@@ -117,11 +124,24 @@ def kernelize(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"kernelize takes an nn.Module, not {model!r}.")
-    check_call_mode(mode)
-    freeze = _Freeze(Run(mode), _flags(use_fallback))
-    given = as_torch_device(device) if device is not None else None
-    inferred = given or required_device(model, "kernelize")
-    modules, classes = freeze.plan(model, inferred, given=given, exact=_names_index(device))
+
+    def plan() -> tuple[_Freeze, list[nn.Module], list[type[nn.Module]]]:
+        check_call_mode(mode)
+        freeze = _Freeze(Run(mode), _flags(use_fallback))
+        given = as_torch_device(device) if device is not None else None
+        inferred = given or required_device(model, "kernelize")
+        return freeze, *freeze.plan(model, inferred, given=given, exact=_names_index(device))
+
+    if group is None:
+        freeze, modules, classes = plan()
+    else:
+
+        def planned() -> Receipt:
+            nonlocal freeze, modules, classes
+            freeze, modules, classes = plan()
+            return receipt_of(model, device, mode, dict(zip(modules, classes, strict=True)))
+
+        reach(group_of(model, device, group, TIMEOUT), planned)
     freeze.warn()  # before anything is changed: a warning may be an error
     swap(modules, classes)
     return model

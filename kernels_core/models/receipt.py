@@ -31,13 +31,14 @@ from ..pages.page import Page
 from ..pages.receipt import receipt_page
 from ..plugins import plugin_manager
 from ..resolution import Resolution
-from ..table import Table, TableRow, Tabular, as_json, indented
+from ..table import Table, TableRow, Tabular, as_json
+from .choice import FrozenChoice
 from .counting import calls_of
-from .frozen import foreign_forward, frozen_choice
-from .functions import called_by, functions_of
+from .frozen import foreign_forward
+from .functions import called_by, functions_of, held_by
 from .modules import device_of, locate, module_paths, required_device
 from .provenance import provenance_of
-from .receipt_row import ReceiptRow, together, with_bypassed
+from .receipt_row import ReceiptDiff, ReceiptRow, served_in, together, with_bypassed
 
 COLUMNS = ("path", "layer", "device", "mode", "origin", "plugin", "calls")
 
@@ -141,7 +142,7 @@ class Receipt(Tabular):
         mine, theirs = ({row.path: row for row in receipt.rows} for receipt in (self, other))
         both = [(row, theirs[path]) for path, row in mine.items() if path in theirs]  # in the order of this receipt
         return ReceiptDiff(
-            changed=tuple((before, after) for before, after in both if _served(before) != _served(after)),
+            changed=tuple((before, after) for before, after in both if served_in(before) != served_in(after)),
             added=tuple(row for path, row in theirs.items() if path not in mine),
             removed=tuple(row for path, row in mine.items() if path not in theirs),
         )
@@ -235,38 +236,6 @@ class Receipt(Tabular):
         return Table(COLUMNS[:shown], rows)
 
 
-@dataclass(frozen=True)
-class ReceiptDiff:
-    """The differences between two receipts.
-
-    Attributes:
-        changed: Rows of one path whose origin, device or mode differs, before and after.
-        added: Rows of paths that only the second one has.
-        removed: Rows of paths that only the first one has.
-    """
-
-    changed: tuple[tuple[ReceiptRow, ReceiptRow], ...]
-    added: tuple[ReceiptRow, ...]
-    removed: tuple[ReceiptRow, ...]
-
-    def __bool__(self) -> bool:
-        """Whether there is any difference."""
-        return bool(self.changed or self.added or self.removed)
-
-    def __str__(self) -> str:
-        """A line for each difference."""
-        lines = []
-        for before, after in self.changed:
-            lines += [f"~ {before.path}: {_served(before)} -> {_served(after)}", *indented(after.remarks)]
-        lines += [f"+ {row.path}: {_served(row)}" for row in self.added]
-        lines += [f"- {row.path}: {_served(row)}" for row in self.removed]
-        return "\n".join(lines) or "no difference"
-
-
-def _served(row: ReceiptRow) -> str:
-    return f"{row.origin} on {row.device} for {row.mode}"
-
-
 # --- Looking at a model --------------------------------------------------------------------------
 
 
@@ -306,6 +275,16 @@ def receipt(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"receipt takes an nn.Module, not {model!r}.")
+    return receipt_of(model, device, mode, {})
+
+
+def receipt_of(
+    model: nn.Module,
+    device: str | torch.device | Device | None,
+    mode: Mode | None,
+    planned: Mapping[nn.Module, type[nn.Module]],
+) -> Receipt:
+    """Return the receipt that a model will have once some of its modules have other classes, as `kernelize` plans."""
     given = as_torch_device(device) if device is not None else None
     inferred = given or device_of(model)
     chosen = check_call_mode(mode) if mode is not None else Mode.TRAINING if model.training else Mode.INFERENCE
@@ -318,13 +297,13 @@ def receipt(
             known[key] = resolver.decide(*key, (chosen,))
         return known[key]
 
-    called = functools.cache(called_by)
+    asked = functools.cache(called_by), functools.cache(functions_of)  # a model has few classes
     paths = module_paths(model)
-    found = [one for module, places in paths.items() for one in _rows(places, module, decide, called)]
+    found = [one for module, places in paths.items() for one in _rows(places, module, planned, decide, *asked)]
     calls = calls_of([counted for counted, _, _ in found])
     rows = tuple(
         # Calls in compiled code are not counted: that none was is not known.
-        replace(row, calls=count if count or "compile" not in row.mode else None)
+        replace(row, calls=count) if count is not None and (count or "compile" not in row.mode) else row
         for row, count in zip(with_bypassed(row for _, row, _ in found), calls, strict=True)
     )
     inner = [type(module) for module, places in paths.items() if "" in places][-1]  # below its wrappers
@@ -351,16 +330,18 @@ def _about(model: nn.Module, rows: Iterable[ReceiptRow]) -> dict[str, str]:
 def _rows(
     places: Sequence[str],
     module: nn.Module,
+    planned: Mapping[nn.Module, type[nn.Module]],
     decide: Callable[[Layer, nn.Module], Resolution],
     called: Callable[..., Sequence[Layer]],
+    of_class: Callable[..., Sequence[Layer]],
 ) -> Iterator[tuple[nn.Module | Layer, ReceiptRow, Resolution]]:
     """Yield the row of a module, if it is decorated, and those of the functions that it calls.
 
     Each stands between its caller and the decision for the layer, which may not be that of this module.
     """
-    frozen = frozen_choice(module)
+    frozen: FrozenChoice | None = getattr(planned.get(module, type(module)), "kernels_frozen", None)
     original = type(module) if frozen is None else frozen.original
-    if frozen is not None and not frozen.serves(module):
+    if frozen is not None and module not in planned and not frozen.serves(module):
         frozen = None  # suspended, or its kernel is in quarantine: calls decide by themselves
     layer, forward = dispatched_layer(original.forward), original.forward
     if layer is not None:
@@ -375,7 +356,7 @@ def _rows(
         forward = resolution.implementation or layer.reference
         past = tuple(getattr(resolution.kernel_layer, "reads", ()))
         yield module, ReceiptRow.of(resolution, *places, frozen=frozen is not None, bypasses=past), decided
-    for function in dict.fromkeys((*functions_of(module), *called(forward, original))):
+    for function in dict.fromkeys((*of_class(type(module)), *held_by(module), *called(forward, original))):
         kept = frozen.functions.get(function) if frozen is not None else None
         chosen = decided = kept or decide(function, module)
         names = [f"{place}:{function.reference.__name__}" for place in places]

@@ -182,3 +182,36 @@ def together(rows: Iterable[ReceiptRow]) -> list[ReceiptRow]:
     """Return the rows with one for layers that are served alike, at paths such as `layers.0-23.mlp`."""
     found = folded((row.cells[0], (*row.cells[1:], *row.remarks), row) for row in rows)
     return [replace(row, path=path, aliases=()) for path, row in found]
+
+
+@dataclass(frozen=True)
+class ReceiptDiff:
+    """The differences between two receipts.
+
+    Attributes:
+        changed: Rows of one path whose origin, device or mode differs, before and after.
+        added: Rows of paths that only the second one has.
+        removed: Rows of paths that only the first one has.
+    """
+
+    changed: tuple[tuple[ReceiptRow, ReceiptRow], ...]
+    added: tuple[ReceiptRow, ...]
+    removed: tuple[ReceiptRow, ...]
+
+    def __bool__(self) -> bool:
+        """Whether there is any difference."""
+        return bool(self.changed or self.added or self.removed)
+
+    def __str__(self) -> str:
+        """A line for each difference."""
+        lines = []
+        for before, after in self.changed:
+            lines += [f"~ {before.path}: {served_in(before)} -> {served_in(after)}", *indented(after.remarks)]
+        lines += [f"+ {row.path}: {served_in(row)}" for row in self.added]
+        lines += [f"- {row.path}: {served_in(row)}" for row in self.removed]
+        return "\n".join(lines) or "no difference"
+
+
+def served_in(row: ReceiptRow) -> str:
+    """Return the origin, device and mode of a row: two rows that differ in one of them differ."""
+    return f"{row.origin} on {row.device} for {row.mode}"

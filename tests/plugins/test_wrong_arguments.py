@@ -117,7 +117,8 @@ VALID: dict[str, dict[str, Any]] = {
     "adopt": {"model": Shift(), "rules": []},
     "adopted_rule": {"layer": None},
     "change_class": {"module": Shift(), "cls": Shift},
-    "kernelize": {"model": Shift(), **CPU, "use_fallback": True},
+    "agree": {"model": Shift(), **CPU, "group": None, "on_difference": "warn", "timeout": 1.0},
+    "kernelize": {"model": Shift(), **CPU, "use_fallback": True, "group": None},
     "plugin_manager": {},
     "quarantine": {
         "layer": decorated_layer(Shift),
@@ -125,6 +126,7 @@ VALID: dict[str, dict[str, Any]] = {
         "kernel": "k",
         "reason": "r",
         "dtype": None,
+        "now": True,
         **CPU,
     },
     "quarantined": {},
