@@ -205,7 +205,8 @@ def _take_out(resolution: Resolution, report: Any) -> None:
     device = resolution.request.device
     for mode, out in ((Mode.INFERENCE, None), (Mode.TRAINING, Mode.TRAINING)):
         if reason := _refusal(report, mode):
-            quarantine(layer, implementation, kernel=resolution.origin, reason=reason, device=device, mode=out, now=True)
+            where = {"device": device, "mode": out}
+            quarantine(layer, implementation, kernel=resolution.origin, reason=reason, now=True, **where)
             return
     forget()
 
