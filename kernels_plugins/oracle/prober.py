@@ -202,11 +202,10 @@ def _take_out(resolution: Resolution, report: Any) -> None:
     """Quarantine a kernel for calls that it is incapable of, also where `kernelize` has chosen it; decide anew."""
     layer, implementation = resolution.request.layer, resolution.implementation
     assert layer is not None and implementation is not None
-    device = resolution.request.device
+    origin, device = resolution.origin, resolution.request.device
     for mode, out in ((Mode.INFERENCE, None), (Mode.TRAINING, Mode.TRAINING)):
         if reason := _refusal(report, mode):
-            where = {"device": device, "mode": out}
-            quarantine(layer, implementation, kernel=resolution.origin, reason=reason, now=True, **where)
+            quarantine(layer, implementation, kernel=origin, reason=reason, device=device, mode=out, now=True)
             return
     forget()
 
