@@ -31,6 +31,12 @@ def _weights(device: torch.device) -> torch.Tensor:
         return (weights * 2 + 1).to(device)
 
 
+def has_bits(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds its numbers in one piece of memory, or is a distributed one with such a part."""
+    is_known = type(tensor) in (torch.Tensor, torch.nn.Parameter) or hasattr(type(tensor), "placements")
+    return is_known and tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
+
+
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as integers with the same bits; of a distributed tensor, the part of this rank.
 
@@ -61,6 +67,8 @@ def digest(tensor: torch.Tensor, rows: int = 1) -> torch.Tensor:
         >>> digest(x, 2).tolist() == [digest(x[:1]).item(), digest(x[1:]).item()]
         True
     """
+    if tensor.numel() == 0:
+        return torch.zeros(rows, dtype=torch.int64)
     with torch.no_grad():
         bits: Any = as_bits(tensor).reshape(rows, -1)
         weights = _weights(bits.device)

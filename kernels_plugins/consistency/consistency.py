@@ -84,10 +84,14 @@ def consistency(
             f"{_some(records[0])}, those of the other {_some(records[1])}. Compare models of one structure."
         )
     found = [key for key in common if not _agree(records[0].events[key], records[1].events[key])]
-    # A layer that writes to its input on one side only has an event that the other lacks.
+    # A layer that writes to its input on one side only has an event that the other lacks: a cause of what comes after.
     left = [key for record in records for key in record.events if key[0] == LEFT and key not in common]
-    first = min([*found[:1], *left[:1]], key=lambda key: _place(key, records), default=None)
+    first = min([*found[:1], *left[:1]], key=lambda key: _place(key, records)) if found else None
     notes: list[str] = []
+    if left and not found:
+        notes.append(f"written to in place on one side only, without effect: the input of {left[0][1]}")
+    if opaque := sorted({*records[0].opaque, *records[1].opaque}):
+        notes.append(f"with values that have no plain bits, which are compared by type: {', '.join(opaque[:5])}")
     if first is None and whole and not _agree(*(record.events[OUTPUT, "", 1] for record in whole)):
         first, records = (OUTPUT, "", 1), whole
         notes.append("layer by layer, compiled code computes the same bits; compiled as a whole, it does not")

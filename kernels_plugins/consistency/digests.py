@@ -22,7 +22,7 @@ from kernels_core.replay import random_states, same_random_states
 from kernels_core.torch_internals import disabled, version
 
 from ..bisect.switch import find_caller
-from .bits import digest
+from .bits import digest, has_bits
 
 Forward = Callable[..., Any]
 Key = tuple[str, str, int]
@@ -82,6 +82,7 @@ class Digests:
     ) -> None:
         self.events: dict[Key, Event] = {}
         self.random: dict[str, None] = {}
+        self.opaque: dict[str, None] = {}  # the paths with values whose bits are not known
         self.origins: dict[str, dict[str, None]] = {}
         self.paths = {module: paths for module, paths in module_paths(model).items()}
         self._modules = {id(module): module for module in self.paths}
@@ -95,6 +96,7 @@ class Digests:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._rows = 1
         self._random: Any = None
+        self._recomputes = False
         self._devices = list(dict.fromkeys(tensor.device for tensor in (*model.parameters(), *model.buffers())))
 
     @property
@@ -108,6 +110,13 @@ class Digests:
         self._counts.clear()
         self._rows = rows
         self._random = None
+        self._recomputes = False
+
+    def begin_backward(self) -> None:
+        """Layers that run from now on are recomputed: they get the random numbers of their first run, and no event."""
+        self._counts.clear()
+        self._random = None
+        self._recomputes = True
 
     @contextlib.contextmanager
     def installed(self, gradients: bool = False) -> Iterator[None]:
@@ -201,13 +210,15 @@ class Digests:
             self._devices = list(dict.fromkeys((*self._devices, *(each.device for each in tensors))))
         versions = [(each, -1 if each.is_inference() else version(each)) for each in tensors]
         self._boundary(path, INPUT)
-        call = self._note(INPUT, path, self.where, values)
+        call = self._note(INPUT, path, self.where, {} if self._recomputes else values)
         self._stack.append((path, call, versions))
 
     def leave(self, output: Any) -> None:
         """Note the end of the call that started last."""
         path, call, versions = self._stack.pop()
         self._boundary(path, OUTPUT)
+        if self._recomputes:
+            return
         # Before the output, which may be such an input.
         changed = {str(i): each for i, (each, was) in enumerate(versions) if was >= 0 and version(each) != was}
         if changed:
@@ -244,13 +255,13 @@ class Digests:
             if not isinstance(value, torch.Tensor):
                 event.whole.setdefault(name, []).append(value)
                 continue
-            try:
-                event.whole.setdefault(name, []).append((value.dtype, tuple(value.shape), digest(value)))
-                is_batch = self._by_row and value.dim() > 0 and value.shape[0] % self._rows == 0 and value.numel()
-                event.parts.setdefault(name, []).append(digest(value, self._rows) if is_batch else None)
-            except (RuntimeError, NotImplementedError, KeyError):  # sparse, quantized or nested: it has no plain bits
-                event.whole[name].append(type(value).__name__)
+            if not has_bits(value):  # sparse, quantized, nested, or of another library
+                event.whole.setdefault(name, []).append(type(value).__name__)
+                self.opaque[path] = None
                 continue
+            event.whole.setdefault(name, []).append((value.dtype, tuple(value.shape), digest(value)))
+            is_batch = self._by_row and value.dim() > 0 and value.shape[0] % self._rows == 0
+            event.parts.setdefault(name, []).append(digest(value, self._rows) if is_batch else None)
             if key == self._hold:
                 held[name] = value.detach().clone()
         if key == self._hold:

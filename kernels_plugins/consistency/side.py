@@ -63,6 +63,7 @@ class Side:
                     with torch.set_grad_enabled(gradients):
                         output = self.model(*args, **kwargs)
                     if gradients:
+                        record.begin_backward()
                         _backward(output, seed)
                     del output
                 record.finish()

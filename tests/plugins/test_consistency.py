@@ -17,6 +17,7 @@ import torch
 import typer
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from kernels_core import ArgumentError, ArgumentTypeError, KernelsError, references, use_kernel_forward_from_hub
 from kernels_core.cli import run
@@ -510,6 +511,38 @@ def test_models_of_other_structure() -> None:
     assert report.drift is not None and (report.drift.path, report.drift.inputs_agree) == ("", True)
     with pytest.raises(ConsistencyError, match="no layer in common"):
         consistency(nn.Sequential(nn.Embedding(50, 2)), Model(), ids())
+
+
+class Checkpointed(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = functools.partial(Block.forward, self)
+        return checkpoint(inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def test_a_checkpoint_is_no_difference() -> None:
+    """Layers that are recomputed in backward have the random numbers of their first run, so gradients are the same."""
+    a = Model()
+    b = copy.deepcopy(a)
+    for block in b.blocks:
+        block.__class__ = Checkpointed
+    report = consistency(a, b, ids(), gradients=True)
+    assert report.ok, str(report)
+
+
+def test_what_has_no_effect_is_a_remark() -> None:
+    """An input that only one side writes to, after its last use; values that have no plain bits; empty tensors."""
+    report = consistency(
+        nn.Sequential(nn.Identity(), nn.ReLU()), nn.Sequential(nn.Identity(), nn.ReLU(True)), ids() - 25.0
+    )
+    assert report.ok and "in place on one side only, without effect: the input of 1" in report.notes[0]
+
+    class Sparse(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to_sparse()
+
+    report = consistency(Sparse(), Sparse(), torch.eye(3))
+    assert report.ok and "no plain bits" in report.notes[0]
+    assert consistency(nn.ReLU(), nn.ReLU(), torch.ones(0, 4), batch_a=1).ok
 
 
 class Unsteady(nn.Module):
