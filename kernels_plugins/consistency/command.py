@@ -14,7 +14,7 @@ from ..choice.command import given
 from ..files import write_file
 from .consistency import consistency
 
-_SETTING = "A function that returns a context manager for the runs of {}, as package.module:name."
+_SETTING = "A decision file, or a function that returns a context manager (package.module:name), for the runs of {}."
 
 
 def compare_models(
@@ -38,7 +38,9 @@ def compare_models(
     Inputs are a tensor, a tuple of arguments, or a dict of named ones. The same factory twice, with other settings or
     batches, compares a model with itself. Exits with 1 where bits differ.
     """
-    settings = [imported(place) if place else None for place in (setting_a, setting_b)]
+    settings = [
+        Path(place) if Path(place).is_file() else imported(place) if place else None for place in (setting_a, setting_b)
+    ]
     with printing_aside():
         first, batches = given(a, inputs, device)
         if len(batches) != 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +43,8 @@ def consistency(
         b: Another, with layers of the same paths, or the same.
         inputs: A tensor, a tuple or list of arguments, a dict of named ones, or a function that makes any of these,
             anew for each run.
-        setting_a: Makes the context manager that is entered around each run of `a`, such as `references`.
+        setting_a: Makes the context manager that is entered around each run of `a`, such as `references`; or the path
+            of a decision file, whose decisions are replayed.
         setting_b: That of `b`.
         batch_a: Rows of the inputs that `a` gets at once; None for all of them.
         batch_b: Those of `b`. Rows are compared with the same rows.
@@ -134,8 +136,10 @@ def _check(
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             raise ArgumentError(f"{name} has tensors on the meta device, which have no bits: move it to another.")
     for name, setting in (("setting_a", setting_a), ("setting_b", setting_b)):
-        if setting is not None and not callable(setting):
-            raise ArgumentTypeError(f"{name} is a function that returns a context manager, not {setting!r}.")
+        if not (setting is None or callable(setting) or isinstance(setting, str | os.PathLike)):
+            raise ArgumentTypeError(
+                f"{name} is a function that returns a context manager, or the path of a decision file, not {setting!r}."
+            )
     for name, batch in (("batch_a", batch_a), ("batch_b", batch_b)):
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int)):
             raise ArgumentTypeError(f"{name} is a number of rows, not {batch!r}.")

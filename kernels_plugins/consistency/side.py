@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,14 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels_core import ArgumentError, ArgumentTypeError
+from kernels_core import ArgumentError, ArgumentTypeError, forget
 from kernels_core.replay import ModelState, each_tensor, leaves, mapped
 from kernels_core.torch_internals import many_compilations
 
 from .digests import Digests, Key
 from .report import ConsistencyError
 
-Setting = Callable[[], AbstractContextManager[object]]
+Setting = Callable[[], AbstractContextManager[object]] | str | os.PathLike[str]
+"""A function that makes the context manager around each run, or the path of a decision file."""
+
+_DECISIONS = "KERNELS_DECISIONS"
 
 
 class Side:
@@ -26,7 +31,11 @@ class Side:
     def __init__(self, name: str, model: nn.Module, setting: Setting | None, batch: int | None) -> None:
         self.name, self.model, self.batch = name, model, batch
         self.runs = 0
-        self._setting = setting or contextlib.nullcontext
+        self._setting: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+        if isinstance(setting, str | os.PathLike):
+            self._setting = functools.partial(_replaying, os.fspath(setting))
+        elif setting is not None:
+            self._setting = setting
         self._state = ModelState(model)
 
     @property
@@ -86,6 +95,22 @@ class Side:
                 side=self.name,
             )
         return record
+
+
+@contextlib.contextmanager
+def _replaying(path: str) -> Iterator[None]:
+    """Replay the decisions in a file, and nothing else's, in this process."""
+    before = os.environ.get(_DECISIONS)
+    os.environ[_DECISIONS] = path
+    forget()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_DECISIONS]
+        else:
+            os.environ[_DECISIONS] = before
+        forget()
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -19,7 +19,14 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from kernels_core import ArgumentError, ArgumentTypeError, KernelsError, references, use_kernel_forward_from_hub
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    KernelsError,
+    receipt,
+    references,
+    use_kernel_forward_from_hub,
+)
 from kernels_core.cli import run
 from kernels_plugins import ConsistencyError, consistency, use_kernel_mapping
 from kernels_plugins.consistency.bits import digest, gap
@@ -543,6 +550,19 @@ def test_what_has_no_effect_is_a_remark() -> None:
     report = consistency(Sparse(), Sparse(), torch.eye(3))
     assert report.ok and "no plain bits" in report.notes[0]
     assert consistency(nn.ReLU(), nn.ReLU(), torch.ones(0, 4), batch_a=1).ok
+
+
+def test_two_decision_files(tmp_path: Path) -> None:
+    """Each side replays the decisions of its file; the process has its own again afterwards."""
+    model = Model().eval()
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    receipt(model, device="cpu").freeze(before)
+    with use_kernel_mapping({"ConsistentNorm": {"cpu": Kernel}}):
+        receipt(model, device="cpu").freeze(after)
+        found = consistency(model, model, ids(), setting_a=before, setting_b=str(after)).drift
+        assert found is not None and found.path == "blocks.0.norm"
+        assert (found.a, found.b) == ("reference", f"{__name__}.Kernel")
+        assert receipt(model, device="cpu").rows[0].origin == f"{__name__}.Kernel"
 
 
 class Unsteady(nn.Module):
