@@ -19,7 +19,7 @@ Forward = Callable[..., Any]
 MOST = 4096
 """The largest number of rows that is tried."""
 
-_ELEMENTS = {"cpu": 2**22}
+_ELEMENTS = {"cpu": 2**22}  # of all inputs with rows; on other devices, half a gigabyte in float32
 _SECONDS = 1.0
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -205,7 +205,7 @@ def _fitting(rows: Rows, reference: Forward, given: int) -> int:
     """Return how many rows to try: 4,096, or what memory and time allow."""
     sizes = [t.numel() // t.shape[rows.names[n]] for n, t in rows.call.inputs.items() if n in rows.names]
     device = next(iter(rows.call.inputs.values())).device.type
-    most = min(MOST, max(_ELEMENTS.get(device, 2**26) // max(sum(sizes), 1), given, 3))
+    most = min(MOST, max(_ELEMENTS.get(device, 2**27) // max(sum(sizes), 1), given, 3))
     some = min(64, rows.count)
     call = rows.of(slice(some))
     taken = float("inf")

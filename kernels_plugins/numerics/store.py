@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from kernels_core import NUMERICS, Layer
+from kernels_core import NUMERICS, Layer, __version__
 from kernels_core.replay import Call
 
 from ..files import write_file
 from ..oracle import probe_cache
 from .invariance import Judgement
 
-_FORMAT = 1
+_FORMAT = f"1 {__version__}"  # another version may look closer
 _lock = threading.Lock()
 _found: dict[str, dict[str, dict[str, Judgement]]] = {}
 

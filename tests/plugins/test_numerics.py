@@ -375,7 +375,8 @@ def test_findings_are_kept_for_other_processes(tmp_path: Path) -> None:
     store._found.clear()
     assert store.verdicts(key) == {"batch_invariant": Judgement(False, "shown")}
     (file,) = tmp_path.rglob("*.json")
-    for text in ("", "[]", "{", '{"format": 0, "findings": {}}', '{"format": 1, "findings": {"a": {"b": 1}}}'):
+    broken = {"format": store._FORMAT, "findings": {"a": {"b": 1}}}
+    for text in ("", "[]", "{", '{"format": "0", "findings": {}}', json.dumps(broken)):
         file.write_text(text)
         store._found.clear()
         assert store.verdicts(key) == {}
