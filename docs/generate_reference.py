@@ -169,6 +169,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.FrozenKernel",
             "kernels_core.DecisionDiff",
             "kernels_core.DecisionChange",
+            "kernels_core.content_of",
         ],
     ),
     "Verify a kernel": (

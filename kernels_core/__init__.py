@@ -6,6 +6,7 @@ forward itself, the *reference*, where there is none. The rest is in `docs/`.
 """
 
 from .decisions.agreement import agree
+from .decisions.content import content_of
 from .decisions.file import DecisionChange, DecisionDiff, DecisionFile
 from .decisions.files import alone_in, write_file
 from .decisions.frozen import FrozenKernel, FrozenLayer, FrozenModel
@@ -152,6 +153,7 @@ __all__ = [
     "checkpoint_scopes",
     "configuration",
     "configured",
+    "content_of",
     "count_calls",
     "decorated_layer",
     "device_capability",

@@ -92,14 +92,14 @@ class Frame:
         return "root"
 
     def of_scope(self, scope: object, payload: object) -> Frame:
-        """Return the frame of a scope that is entered in this one; it lives as long as the scope."""
-        if (frame := self.children.get(id(scope))) is None:
-            with _lock:  # several threads may enter this scope for the first time
-                if (frame := self.children.get(id(scope))) is None:
-                    frame = self.children[id(scope)] = Frame(payload, self, id(scope))
-                    _frames.add(frame)
-                    frame.finalizer = weakref.finalize(scope, _drop, weakref.ref(frame))
-                    frame.finalizer.atexit = False
+        """Return the frame of a scope that is entered in this one, kept in `children`; it lives as long as that."""
+        forget_unscoped()
+        with _lock:  # several threads may enter this scope for the first time
+            if (frame := self.children.get(id(scope))) is None:
+                frame = self.children[id(scope)] = Frame(payload, self, id(scope))
+                _frames.add(frame)
+                frame.finalizer = weakref.finalize(scope, _drop, weakref.ref(frame))
+                frame.finalizer.atexit = False
         return frame
 
     def payloads(self) -> tuple[object, ...]:
@@ -138,6 +138,9 @@ def _copied(variable: ContextVar[Any]) -> Any:
 
 
 copyreg.pickle(ContextVar, _copied)
+
+activate = _current.set
+"""Makes a frame the active one, without telling autograd: see `set_frame`."""
 
 active_frame = _current.get
 """Returns `root.active`, a little quicker, where Dynamo does not look; often `here` is meant."""
@@ -207,13 +210,15 @@ def reset_frame(frame: Frame, frame_carried: Frame | None) -> None:
     """Go back to the active frame that was before, and to the one that autograd carries."""
     _current.set(frame)
     # Of a task, the thread does not tell which one starts a backward; from PyTorch 2.13 on, its context does.
-    in_task = asyncio._get_running_loop() is not None
-    carry(CARRIED, frame_carried if frame_carried is not root and not in_task else None)
+    if frame_carried is root or asyncio._get_running_loop() is not None:
+        frame_carried = None
+    carry(CARRIED, frame_carried)
 
 
 def set_frame(frame: Frame) -> None:
     """Make a frame the active one of this thread or task, also where autograd runs its backward."""
-    reset_frame(frame, frame)
+    _current.set(frame)
+    carry(CARRIED, frame if frame is not root and asyncio._get_running_loop() is None else None)
 
 
 def forget_unscoped() -> None:

@@ -13,6 +13,7 @@ from ..errors import ScopeError
 from ..warning import warn_once
 from .frame import (
     Frame,
+    activate,
     active_frame,
     forget_unscoped,
     here,
@@ -52,15 +53,16 @@ class Scope:
     def __enter__(self) -> Scope:
         """Make this the innermost scope of the current thread or task."""
         keep_scopes()  # before: the forward of a custom function was entered in the scopes around this one
-        forget_unscoped()
-        parent = here(notice=False)  # who enters a scope knows of them
+        parent = active_frame()
+        if parent is unscoped:
+            forget_unscoped()
+            parent = here(notice=False)  # who enters a scope knows of them
+            if active_frame() is unscoped:  # in a thread of autograd, which goes on for other threads
+                _borrowed.set(parent)
         if parent is root:
             note_checkpoint()  # which enters the scope again when it recomputes
-        if active_frame() is unscoped:  # in a thread of autograd, which goes on for other threads
-            _borrowed.set(parent)
         # No token to reset: one object may be entered many times, and by several threads at once.
-        set_frame(parent.of_scope(self, self._payload))
-        self._count(1)
+        self._move(parent.children.get(id(self)) or parent.of_scope(self, self._payload), 1)
         return self
 
     def __exit__(
@@ -73,13 +75,14 @@ class Scope:
                 "This scope is not the innermost one of this thread or task: leave scopes in the "
                 "reverse order of entering them, in the thread or task that entered them."
             )
-        set_frame(frame.parent)
+        self._move(frame.parent, -1)
         if _borrowed.get() is frame.parent:
             _borrowed.set(None)
             reset_frame(unscoped, frame.parent)
-        self._count(-1)
 
-    def _count(self, change: int) -> None:
+    def _move(self, frame: Frame, change: int) -> None:
+        """Make a frame the active one, and count the scopes that are open in this thread."""
+        set_frame(frame)
         thread = threading.get_ident()
         open_scopes[thread] = open_scopes.get(thread, 0) + change
         if not open_scopes[thread]:
@@ -87,10 +90,10 @@ class Scope:
 
 
 class ForwardScope(Scope):
-    """A scope of our own around forwards: a thread that is in no such scope need not be reported."""
+    """A scope of our own around forwards, in each call of some models: a thread that is in none is not reported."""
 
-    def _count(self, change: int) -> None:
-        """Leave it out."""
+    def _move(self, frame: Frame, change: int) -> None:
+        activate(frame)
 
 
 def _reduced(process: Any) -> Any:

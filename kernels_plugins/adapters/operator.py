@@ -7,9 +7,6 @@ while code is compiled.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import re
-import secrets
 import threading
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,6 +18,7 @@ from kernels_core.replay import Call, Replay, is_capturing
 from kernels_core.torch_internals import constant_result, dispatch_mode_count, fake_copies, is_recorded
 
 from .ambient import autocast_now, is_transformed, under
+from .names import call_text, is_exporting, read_call
 from .registration import outputs_like, register
 from .structure import (
     Parts,
@@ -38,11 +36,6 @@ from .work import Forward, Gradients, Spec, Taken, Work, apart, gradients_of
 
 Tensors = list[torch.Tensor]
 
-_PROCESS = secrets.token_hex(4)
-"""In every name: a compiler's cache on disk must not take an operator of another process for this one."""
-
-_numbers = itertools.count()
-
 
 class Results:
     """Functions that put results together, as attributes: Dynamo reads those, and guards them."""
@@ -51,9 +44,9 @@ class Results:
 class Operator:
     """A kernel as a custom operator."""
 
-    def __init__(self, work: Work) -> None:
-        """Register the operator; it is taken back when nothing uses it any more."""
-        self.work = work
+    def __init__(self, work: Work, name: str) -> None:
+        """Register the operator under a name of `take_name`; it is taken back when nothing uses it any more."""
+        self.work, self.name = work, name
         self.results = Results()
         self.implementation: Forward | None = None
         self._specs: dict[str, Spec] = {}
@@ -64,8 +57,6 @@ class Operator:
         self._warn = WarnOnce()
         self._last = threading.local()
         self._lock = threading.Lock()
-        plain = re.sub(r"\W+", "_", work.layer.name, flags=re.ASCII)
-        self.name = f"{plain}_{next(_numbers)}_{_PROCESS}"
         learn_names(work.kernel, work.layer.reference)
         self.target = register(self)
 
@@ -79,13 +70,23 @@ class Operator:
             self.refuse(problem)
             return ""
         autocast = autocast_now()
-        key = (structure, tuple(object_key(value) for value in objects), autocast)
+        exporting = is_exporting()  # then the same call has another name: one that another process reads
+        key = (structure, tuple(object_key(value) for value in objects), autocast, exporting)
         with self._lock:
             name = self._names.get(key)
             if name is None:
-                name = self._names[key] = f"call{len(self._names)}"
+                name = text = call_text(structure, objects, autocast, exporting=exporting)
+                while name in self._specs:  # of another object with an equal state: each call gets its own
+                    name = f"{text}#{len(self._specs)}"
+                self._names[key] = name
                 self._specs[name] = Spec(self.work.layer, structure, objects, autocast)
             return name
+
+    def _spec(self, name: str) -> Spec:
+        spec = self._specs.get(name)
+        if spec is None:
+            spec = self._specs[name] = read_call(name, self.work.layer)
+        return spec
 
     def outcome(self, call: str) -> str:
         """Return the attribute of `results` that puts the result of a call together; empty if none can."""
@@ -120,7 +121,7 @@ class Operator:
         """Run the reference under fake tensors; `Unfit` if that is not possible, or does more than to compute."""
         from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # a slow import
 
-        spec = self._specs[name]
+        spec = self._spec(name)
         plain = [tensor.detach() for tensor in tensors]  # fake ones, whose history is that of the traced code
         call = spec.call(plain, ints, floats)
         named = {id(tensor): path for path, tensor in call.tensors.items()}
@@ -156,7 +157,7 @@ class Operator:
 
     def forward(self, tensors: Tensors, ints: list[int], floats: list[float], name: str) -> Tensors:
         """Run the kernel, the first time on copies."""
-        spec = self._specs[name]
+        spec = self._spec(name)
         with torch.no_grad(), under(spec.autocast):
             call = spec.call([tensor.detach() for tensor in tensors], ints, floats)
             key = (name, tuple((tensor.dtype, tensor.device) for tensor in tensors))
@@ -228,7 +229,7 @@ class Operator:
         self, grads: Tensors, tensors: Tensors, ints: list[int], floats: list[float], name: str, needs: list[bool]
     ) -> Tensors:
         """Run the forward again, recorded, and derive that."""
-        spec = self._specs[name]
+        spec = self._spec(name)
         with torch.inference_mode(False), torch.enable_grad(), under(spec.autocast):
             # Saved ones have the history of the whole model.
             leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]

@@ -96,6 +96,7 @@ def _declared(layer: KernelLayer, source: Adapted) -> KernelLayer:
 
 def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: Layer) -> KernelLayer:
     """Make a kernel fit one layer; one that cannot serve any stays as it is, and the contract refuses it."""
+    from .names import take_name
     from .operator import Operator, make_forward  # what makes operators is imported where one is made
     from .recompute import Recompute
     from .work import Work
@@ -117,7 +118,7 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
     traceable = bool(getattr(kernel, "can_torch_compile", False))
     made: Any = eager
     if source.as_operator or traceable:
-        operator = Operator(work)
+        operator = Operator(work, take_name(layer, kernel, loaded.content, own_backward=has_backward))
         made = make_forward(operator, eager, forward if traceable and not source.as_operator else None)
         made.kernels_operator = operator
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):

@@ -1,7 +1,8 @@
 """Registers a kernel as a custom operator of PyTorch, with a backward that is an operator, too.
 
-The schema is `(Tensor[] tensors, SymInt[] ints, float[] floats, str call) -> Tensor[]`. The lists hold the parts of a
-call, the tensors of the module among them; `call` names the rest (`structure`).
+The schema is `(Tensor[] tensors, SymInt[]? ints, float[]? floats, str call) -> Tensor[]`. The lists hold the parts of
+a call, the tensors of the module among them; `call` names the rest (`names`). AOTInductor gives None for an empty list
+of numbers.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 
 from kernels_core.torch_internals import destroy_library, disabled_when_called, forget_operators
 
+from .names import free_name
+
 Target = Callable[..., list[torch.Tensor]]
 
 _NAMESPACE = "kernels_opaque"
-_SCHEMA = "(Tensor[] tensors, SymInt[] ints, float[] floats, str call) -> Tensor[]"
-_BACKWARD = "(Tensor[] grads, Tensor[] tensors, SymInt[] ints, float[] floats, str call, bool[] needs) -> Tensor[]"
+_SCHEMA = "(Tensor[] tensors, SymInt[]? ints, float[]? floats, str call) -> Tensor[]"
+_BACKWARD = "(Tensor[] grads, Tensor[] tensors, SymInt[]? ints, float[]? floats, str call, bool[] needs) -> Tensor[]"
 
 
 def register(operator: Any) -> Target:
@@ -36,14 +39,17 @@ def register(operator: Any) -> Target:
             raise RuntimeError("The kernel behind this operator is gone: keep its layer and its mapping.")
         return found
 
+    def shape(t: Any, i: Any, f: Any, call: str) -> Any:
+        return alive().shape(t, i or [], f or [], call)
+
     library: Any = cast(Any, torch.library).Library(_NAMESPACE, "FRAGMENT")
     tags = (torch.Tag.pt2_compliant_tag,)
     backward = f"{operator.name}_backward"
     library.define(operator.name + _SCHEMA, tags=tags)
     library.define(backward + _BACKWARD, tags=tags)
     for name, real, fake in (
-        (operator.name, lambda *a: alive().forward(*a), lambda *a: alive().shape(*a)),
-        (backward, lambda *a: alive().backward(*a), _shape_of_gradients),
+        (operator.name, lambda t, i, f, call: alive().forward(t, i or [], f or [], call), shape),
+        (backward, lambda g, t, i, f, *rest: alive().backward(g, t, i or [], f or [], *rest), _shape_of_gradients),
     ):
         # Dynamo must not trace into the kernel.
         library.impl(name, disabled_when_called(real), "CompositeExplicitAutograd")
@@ -59,7 +65,12 @@ def register(operator: Any) -> Target:
     def derive(ctx: Any, grads: list[torch.Tensor]) -> Any:
         ints, floats, call, needs = ctx.rest
         found = iter(gradients(grads, list(ctx.saved_tensors), ints, floats, call, needs))
-        return [next(found) if need else None for need in needs], None if ints else [], None if floats else [], None
+        return (
+            [next(found) if need else None for need in needs],
+            [] if ints == [] else None,
+            [] if floats == [] else None,
+            None,
+        )
 
     def derive_nothing(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
@@ -91,3 +102,4 @@ def outputs_like(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 def _withdraw(library: Any, namespace: Any, *names: str) -> None:
     destroy_library(library)
     forget_operators(namespace, *names)
+    free_name(names[0])

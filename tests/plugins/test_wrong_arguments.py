@@ -99,6 +99,7 @@ VALID: dict[str, dict[str, Any]] = {
     "checkpoint_scopes": {},
     "configuration": {},
     "configured": {"key": "choice"},
+    "content_of": {"kernel": one},
     "check_registered_mode": {"mode": Mode.INFERENCE},
     "count_calls": {},
     "decorated_layer": {"decorated": shift},
