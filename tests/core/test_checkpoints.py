@@ -221,7 +221,7 @@ def test_checkpoint_scopes(layer: nn.Module) -> None:
 
 
 def test_checkpoint_scopes_around_other_contexts(layer: nn.Module) -> None:
-    """Around a selective `context_fn`, kernels are recomputed in their scopes, but for what that one keeps."""
+    """Around a selective `context_fn`, kernels are recomputed in their scopes, but not the operators that it keeps."""
     operators: list[str] = []
 
     class Watch(DispatchMode):  # type: ignore[no-untyped-call]

@@ -80,7 +80,7 @@ def named(source: str = SHOP, **changed: Any) -> str:
 
 
 def test_a_hundred_edits_have_names_of_their_own() -> None:
-    """Whatever is changed in the kernel, its layer or the functions that they call, no name is met again."""
+    """An edit of the kernel, its layer or a function that they call gives a new name."""
     sources = [SHOP.replace(before, after) for before, after in EDITS]
     names = {named(source) for source in [SHOP, *sources]}
     assert len(EDITS) == 100 and SHOP not in sources and len(names) == 101
