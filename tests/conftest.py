@@ -28,6 +28,7 @@ def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "KERNELS_REQUIRE_PLUGINS",
         "KERNELS_OBSERVE",
         "KERNELS_CANARY",
+        "KERNELS_DECISIONS",
         "KERNELS_SIGNATURES",
         "DISABLE_KERNEL_MAPPING",
     ):

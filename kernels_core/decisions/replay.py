@@ -29,6 +29,12 @@ _aside: ContextVar[bool] = ContextVar("kernels_core.decisions.aside", default=Fa
 _AGAIN = "Restore that kernel on this rank; or freeze the decisions anew (kernels-core freeze), and restart all ranks."
 
 
+@functools.cache
+def _absolute(path: str) -> Path:
+    """Return the file that a path named when it was first used: the program may change its working directory."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
 @functools.lru_cache(maxsize=4)
 def _loaded(path: str, changed: tuple[int, int]) -> DecisionFile:
     return DecisionFile.from_file(path)
@@ -57,7 +63,7 @@ class FileReplay:
         path = path if path is not None else str(configured("decisions") or "")
         if not path or _aside.get():
             return None
-        place = Path(path).expanduser()
+        place = _absolute(path)
         try:
             try:
                 found = place.stat()

@@ -293,6 +293,22 @@ def test_the_setting(configure: Callable[..., Path], place: Path) -> None:
         assert run(Add()) == 3
 
 
+def test_a_relative_path_survives_a_change_of_folder(
+    place: Path, use: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is that of the working directory in which it was first needed."""
+    register_kernel_mapping({"Add": {"cpu": Add2}})
+    receipt(Add(), **EVAL).freeze(place)
+    monkeypatch.chdir(place.parent)
+    use(Path(place.name))
+    assert run(Add()) == 2
+    (place.parent / "other").mkdir()
+    monkeypatch.chdir(place.parent / "other")
+    register_kernel_mapping({})
+    assert run(Add()) == 2
+    replay._absolute.cache_clear()
+
+
 # --- Drift ------------------------------------------------------------------------------------------
 
 
