@@ -253,3 +253,30 @@ def test_ray_actors(local_hub: LocalHub, publish: Callable[..., str], run: Run, 
     )
     assert found == [[[first, []], found[2]]] * 2 + [found[2]] and "hub" in found[2]
     assert local_hub.count(is_api) == 0
+
+
+def test_a_refusal_on_one_rank_is_a_disagreement(publish: Callable[..., str], run: Run) -> None:
+    """Ranks share a resolution, and the policy of one refuses it: `agree` raises the same error on all, with why."""
+    commit = publish("acme")
+    found = run(
+        """
+        from kernels_core import DisagreementError, agree, use_kernel_forward_from_hub
+        @use_kernel_forward_from_hub("Scale")
+        class Scale(torch.nn.Module):
+            def forward(self, x): return x * 2
+        class Policy:
+            @hookimpl
+            def kernels_authorize(self, request, candidate): return "not on this rank"
+        def rank(number):
+            os.environ["KERNELS_CACHE"] = f"cache-{number}"
+            dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", rank=number, world_size=3)
+            if number == 1: plugin_manager().register(Policy(), "policy")
+            with use_kernel_mapping({"Scale": {"cpu": LayerRepository("acme/kernels", layer_name="Scale", version=1)}}):
+                try: return str(agree(torch.nn.Sequential(Scale()), device="cpu", mode=Mode.INFERENCE))
+                except DisagreementError as error: return str(error)
+        print(json.dumps(start(3, rank)))
+        """
+    )
+    assert len(set(found)) == 1
+    for part in ("ranks 0,2", "rank 1", commit.partition(" ")[0], "not on this rank"):
+        assert part in found[0], found[0]
