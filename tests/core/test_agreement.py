@@ -350,3 +350,52 @@ def test_an_error_that_travels() -> None:
         and error.layers == ("norm",)
         and str(error) == "they differ"
     )
+
+
+PARALLEL = """
+join()
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor import Shard
+found = {}
+register_kernel_mapping({"Norm": {"cpu": Fast}, "scale": {"cpu": fast_scale}})
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+class Weighted(Block):
+    def __init__(self): super().__init__(); self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+    def forward(self, x): return self.down(self.up(super().forward(x)))
+def make(): return nn.Sequential(Weighted(), Weighted())
+def sharded():
+    model = make()
+    for block in model: fully_shard(block, mesh=mesh["dp"])
+    return model
+def tensor_parallel():
+    model = make()
+    up, down = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
+    for block in model: parallelize_module(block, mesh["tp"], {"norm": SequenceParallel(), "up": up, "down": down})
+    return model
+def checkpointed():
+    return nn.Sequential(*map(checkpoint_wrapper, make()))
+for make_one in (make, lambda: nn.parallel.DistributedDataParallel(make()), sharded, tensor_parallel, checkpointed):
+    model = make_one()
+    model(torch.randn(2, 4, 4))
+    with use_kernel_mapping({"Norm": {"cpu": Other}} if R == 3 else {}):
+        texts = [error(agree, model, **CPU, group=group) for group in (mesh["dp"], None)]
+    found.setdefault("parallel", []).append(texts)
+# Each rank has another kind of model around the same layers.
+found["mixed"] = error(agree, (make, sharded, tensor_parallel, checkpointed)[0 if R < 2 else 3](), **CPU)
+report(**found)
+"""
+
+
+def test_four_ranks_of_parallel_models(tmp_path: Path) -> None:
+    """Models of DDP, FSDP2, tensor parallelism and checkpoint wrappers agree, and name layers as the bare one does."""
+    found = run_ranks(tmp_path, MODEL + PARALLEL, world=4)
+    assert alike_on_all(found, "mixed") == ""
+    for rank, ended in enumerate(found):
+        for group, job in ended["parallel"]:
+            assert ("rank 3" in group and "rank 1" in group) if rank in (1, 3) else group == ""
+            assert "  0-1.norm (layer 'Norm'):\n    ranks 0-2: " in job and "    rank 3: " in job
+            assert job == found[0]["parallel"][0][1]

@@ -16,6 +16,7 @@ from kernels_plugins import register_kernel_mapping, use_kernel_mapping
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 warnings.simplefilter("ignore")
 torch.cuda.set_device(R)
 device = torch.device("cuda", R)
@@ -46,7 +47,8 @@ def error(call, *args, **kwargs):
 failing, found, TRAIN = False, {}, {"device": device, "mode": Mode.TRAINING}
 register_kernel_mapping({"Norm": {"cuda": Fast}})
 mesh = init_device_mesh("cuda", (W,), mesh_dim_names=("tp",))
-plan = {"norm": SequenceParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+up, down = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
+plan = {"norm": SequenceParallel(), "up": up, "down": down}
 def tensor_parallel():
     model = make()
     for block in model: parallelize_module(block, mesh, plan)
@@ -62,7 +64,7 @@ for name, model in models.items():
     found[name] = error(agree, model, **TRAIN, group=mesh)
     with use_kernel_mapping({"Norm": {"cuda": Other if R else Fast}}):
         found[name + " differs"] = error(agree, model, **TRAIN)
-    model(torch.randn(4, 64, device=device)).sum().backward()
+    model(torch.randn(2, 8, 64, device=device)).sum().backward()
     found[name + " after a step"] = error(agree, model, **TRAIN)
 times = []
 for _ in range(50):
