@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,7 +51,7 @@ class RankGroup:
         """
         if isinstance(timeout, bool) or not isinstance(timeout, int | float):
             raise ArgumentTypeError(f"timeout is a number of seconds, not {timeout!r}.")
-        if not (math.isfinite(timeout) and 0 < timeout <= _LONGEST):
+        if not 0 < timeout <= _LONGEST:  # nan is not, either
             raise ArgumentError(f"timeout is a positive number of seconds, at most {_LONGEST:.0f}, not {timeout!r}.")
         if not (dist.is_available() and dist.is_initialized()):
             raise ArgumentError(

@@ -170,6 +170,7 @@ def quarantine(
         )
     require_type(dtype, (torch.dtype, NoneType), "dtype")
     require_type(now, bool, "now")
+    require_type(kernel, str, "kernel")
     where = as_torch_device(device) if device is not None else None
     if is_glob:
         entry = Quarantined("", "", str(layer), where, mode, reason, error, dtype)
