@@ -66,7 +66,8 @@ class RankGroup:
                     f"A device mesh of {group.ndim} dimensions has several groups of ranks: name the one whose ranks "
                     "hold the same layers, as with mesh['tp']."
                 )
-            group = group.get_group()
+            outside = group.get_coordinate() is None
+            group = dist.GroupMember.NON_GROUP_MEMBER if outside else group.get_group()
         group = dist.group.WORLD if group is None else group
         if group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ArgumentError(

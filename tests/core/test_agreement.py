@@ -234,7 +234,8 @@ plugin_manager().unregister("acme"); where = "cpu", None; forget()
 some = dist.new_group([2, 3, 6])
 with use_kernel_mapping({"Norm": {"cpu": Other}} if R == 6 else {}):
     found["some"] = error(agree, model, **CPU, group=some)
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+found["small mesh"] = error(agree, model, **CPU, group=DeviceMesh("cpu", [2, 3, 6]))
 mesh = init_device_mesh("cpu", (W // 2, 2), mesh_dim_names=("dp", "tp"))
 with use_kernel_mapping({"Norm": {"cpu": Other}} if R >= 6 else {}):
     found["mesh"] = error(agree, model, **CPU, group=mesh["tp"])
@@ -267,7 +268,9 @@ def test_eight_ranks(tmp_path: Path) -> None:
     inside, outside = [found[rank] for rank in (2, 3, 6)], [found[rank] for rank in (0, 1, 4, 5, 7)]
     assert "    ranks 2-3: " in (text := alike_on_all(inside, "some")) and "    rank 6: " in text
     for rank in outside:
-        assert rank["some"].startswith("ArgumentError: Rank ") and "is not in this process group" in rank["some"]
+        for name in ("some", "small mesh"):
+            assert rank[name].startswith("ArgumentError: Rank ") and "is not in this process group" in rank[name]
+    assert alike_on_all(inside, "small mesh") == ""
     assert alike_on_all(found, "mesh") == ""
     assert "mesh of 2 dimensions" in alike_on_all(found, "both")
     for rank in found[:7]:
