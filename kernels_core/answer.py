@@ -11,6 +11,7 @@ from .decisions.replay import replaying
 from .errors import ContractError, ResolutionError, UntrustedError
 from .guards.limits import limits_of
 from .guards.quarantine import Quarantined, excluded_dtypes, find_denied, find_quarantined
+from .guards.shards import misplaced, on_shards, runs_on_shards
 from .guards.tensors import check_tensors
 from .hookspecs import hookimpl
 from .layer import Forward
@@ -173,6 +174,8 @@ def _fitting(request: LayerRequest, candidate: Candidate, loaded: LoadedLayer) -
         return _refusal(ContractError, request, candidate, [reason])
     try:
         forward = limited_implementation(request.layer, candidate, loaded)
+        if request.layer is not None and runs_on_shards(request.subclasses, kernel):
+            forward = on_shards(request.layer, kernel, forward)
     except Exception as error:  # of the plugin that limits it: a reason like any other
         return Refusal(reason_of(error, candidate), candidate, candidate.plugin, error)
     return exclusion(request, candidate, forward, loaded.origin, kernel) or forward
@@ -199,7 +202,8 @@ def not_taken(resolution: Resolution) -> str:
     dtypes = excluded_dtypes(resolution).items()
     out = [f"it is in quarantine for {dtype}: {entry.reason}" for dtype, entry in dtypes]
     out += [resolution.candidate.note] if resolution.candidate is not None else []
-    return "; ".join(filter(None, [*out, limits_of(resolution.kernel_layer)]))
+    out += [limits_of(resolution.kernel_layer), misplaced(resolution.implementation)]
+    return "; ".join(filter(None, out))
 
 
 def _refusal(kind: type[ResolutionError], request: LayerRequest, candidate: Candidate, reasons: list[str]) -> Refusal:

@@ -13,14 +13,15 @@ from .forward_source import own_signature
 from .guards.limits import DECLARATIONS as LIMITS
 from .guards.limits import check_limits
 from .guards.numerics import NUMERICS, check_declared
-from .guards.tensors import DECLARATION, check_tensors
+from .guards.shards import check_local
+from .guards.tensors import DECLARATION, LOCAL, check_tensors
 from .layer import Layer, call_signature, function_kind
 from .mode import Mode
 from .raised import message_of
 from .resolution import KernelLayer, LayerRequest, Resolution
 
 NOT_TRACED = "it does not declare can_torch_compile = True, and this call is being traced"
-_DECLARATIONS = {"can_torch_compile", "has_backward", "reads", DECLARATION, *LIMITS, *NUMERICS}
+_DECLARATIONS = {"can_torch_compile", "has_backward", "reads", DECLARATION, LOCAL, *LIMITS, *NUMERICS}
 BOUND = "_kernels_bound"
 """The attribute in which a kernel class keeps the method that serves a function layer."""
 
@@ -73,8 +74,9 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     declared = getattr(kernel, DECLARATION, ())
     if declared != () and not (isinstance(declared, tuple) and all(isinstance(each, type) for each in declared)):
         return f"its {DECLARATION} must be a tuple of classes, not {declared!r}"
-    if (reason := check_declared(kernel) or check_limits(layer, kernel)) is not None or layer is None:
-        return reason
+    wrong = check_declared(kernel) or check_limits(layer, kernel) or check_local(layer, kernel)
+    if wrong is not None or layer is None:
+        return wrong
     forward: Any = cast(Any, kernel).forward if isinstance(kernel, type) else kernel
     if (kind := function_kind(forward)) != layer.kind:
         return f"it is a {kind or 'plain'} function, where the layer's own forward is a {layer.kind or 'plain'} one"

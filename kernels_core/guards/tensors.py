@@ -17,6 +17,11 @@ from ..torch_internals import constant_result, is_fake_class, tree_map
 DECLARATION = "tensor_subclasses"
 """The attribute in which a kernel declares the subclasses of `torch.Tensor` that it accepts."""
 
+LOCAL = "local_except"
+"""The attribute in which a kernel declares the dimensions, from the end, that it needs whole: it is local over others.
+
+`guards.shards` runs it on shards then."""
+
 _USUAL = (torch.Tensor, torch.nn.Parameter)
 _HOLD_THEIR_DATA = ("torchao.", "torch.ao.", "torch.sparse.")
 """Where the subclasses are defined that any kernel gets: quantized numbers that their operators know."""
@@ -86,8 +91,9 @@ def _is_odd_parameter(kind: type[torch.Tensor]) -> bool:
 
 def check_tensors(classes: Iterable[type[torch.Tensor]], kernel: object) -> str | None:
     """Return why a kernel layer does not serve calls with tensors of these classes, or None."""
-    accepted = getattr(kernel, DECLARATION, ())
-    names = sorted(kind.__qualname__ for kind in classes if not issubclass(kind, accepted))
+    accepted, shards = getattr(kernel, DECLARATION, ()), getattr(kernel, LOCAL, None) is not None
+    refused = (kind for kind in classes if not (issubclass(kind, accepted) or (shards and is_distributed(kind))))
+    names = sorted(kind.__qualname__ for kind in refused)
     if not names:
         return None
     return (
@@ -99,6 +105,11 @@ def check_tensors(classes: Iterable[type[torch.Tensor]], kernel: object) -> str 
 # --- Pending collectives -----------------------------------------------------------------------------
 
 
+def is_distributed(kind: type[Any]) -> bool:
+    """Whether a class is `DTensor`: only that has placements, and to import its module takes long."""
+    return hasattr(kind, "placements")
+
+
 def is_pending(kind: type[torch.Tensor]) -> bool:
     """Whether tensors of a class are results of functional collectives that may not have arrived yet."""
     return hasattr(kind, "trigger_wait")  # only `AsyncCollectiveTensor` has it; to import its module takes long
@@ -108,13 +119,14 @@ def waiting(forward: Forward) -> Forward:
     """Return a function that waits for the pending collectives among its arguments; gradients flow through."""
 
     def waited(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map(_waited, (args, kwargs))
+        args, kwargs = tree_map(arrived, (args, kwargs))
         return forward(*args, **kwargs)
 
     return waited
 
 
-def _waited(leaf: Any) -> Any:
+def arrived(leaf: Any) -> Any:
+    """Return a value; of a pending collective, its result."""
     return cast(Any, _Wait).apply(leaf) if is_pending(type(leaf)) else leaf
 
 

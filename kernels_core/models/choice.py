@@ -29,6 +29,7 @@ from ..guards.gradients import is_recorded, keeps_gradients
 from ..guards.joining import Dispatched, joined, published
 from ..guards.proof import until_proven
 from ..guards.quarantine import find_quarantined, without_dtypes
+from ..guards.shards import runs_on_shards
 from ..guards.tensors import is_pending, odd_classes, waiting
 from ..layer import Forward, Layer
 from ..mode import Mode
@@ -211,12 +212,20 @@ def make_forward(frozen: FrozenChoice) -> Forward:
         odd = odd_classes(module, values)
         others = [kind for kind in odd if not is_pending(kind) and not is_fake_class(kind)]
         choice = frozen.resolution
+        if choice is not None and runs_on_shards(others, choice.kernel_layer):
+            return on_shards()
         reason = check_call(choice, others, traced=is_traced(odd)) if choice is not None else None
         if choice is not None and reason is not None:
             subject = f"{choice.request.place}, kernelized with {choice.origin}"
             frozen.run.warn(f"A call of {subject}, decides by itself, for {reason}")
             return frozen.original.forward
         return waiting(serve) if any(map(is_pending, odd)) else serve
+
+    @functools.partial(made_once, otherwise=frozen.original.forward)
+    def on_shards() -> Forward | None:
+        """Make the forward for calls with distributed tensors: it decides in the scopes of the choice."""
+        assert frozen.layer is not None and frozen.resolution is not None
+        return dispatching_forward(frozen.layer, scopes=frozen.resolution.request.scopes)
 
     def following() -> Forward | None:
         """Make the forward that serves the calls which the kernel passes on, from the scopes of the choice."""

@@ -135,7 +135,8 @@ def _adapted(loaded: LoadedLayer, source: Adapted, has_backward: bool, layer: La
 
 def _declarations(layer: KernelLayer, source: Adapted) -> dict[str, Any]:
     traceable = source.as_operator or bool(getattr(cast(Any, layer), "can_torch_compile", False))
-    limits = {name: value for name in ("dtypes", "supports") if (value := getattr(layer, name, None)) is not None}
+    kept = ("dtypes", "supports", "local_except")
+    limits = {name: value for name in kept if (value := getattr(layer, name, None)) is not None}
     return {"can_torch_compile": traceable, "has_backward": True, **limits}
 
 

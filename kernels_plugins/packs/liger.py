@@ -40,6 +40,7 @@ def _checked(output: Tensor, *, once: bool = False) -> Tensor:
 def _norm(apply: Callable[..., Tensor], offset: float, casting: str) -> type[nn.Module]:
     class LigerRMSNorm(nn.Module):
         dtypes = _DTYPES
+        local_except = (-1,)
 
         def forward(self: Any, hidden_states: Tensor) -> Any:
             weight = self.weight
@@ -54,6 +55,7 @@ def _norm(apply: Callable[..., Tensor], offset: float, casting: str) -> type[nn.
 def _mlp(apply: Callable[..., Tensor], *, packed: bool = False) -> type[nn.Module]:
     class LigerMLP(nn.Module):
         dtypes = _DTYPES
+        local_except = (-1,)
 
         def forward(self: Any, x: Tensor) -> Any:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if packed else (self.gate_proj(x), self.up_proj(x))

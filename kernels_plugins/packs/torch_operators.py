@@ -30,6 +30,7 @@ class TorchRMSNorm(nn.Module):
     """`torch.nn.functional.rms_norm`."""
 
     can_torch_compile = True
+    local_except = (-1,)
 
     def forward(self: Any, hidden_states: Tensor) -> Any:
         """Return rows of the same shape and dtype."""
@@ -43,6 +44,7 @@ class TorchRMSNormOffset(nn.Module):
     """The same with 1 + weight."""
 
     can_torch_compile = True
+    local_except = (-1,)
 
     def forward(self: Any, hidden_states: Tensor) -> Any:
         """Return rows of the same shape and dtype."""
@@ -62,7 +64,7 @@ def _with_sum(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., 
         summed = residual + hidden_states
         return norm(summed, weight, epsilon), summed
 
-    add_rms_norm.can_torch_compile = True  # type: ignore[attr-defined]
+    vars(add_rms_norm).update(can_torch_compile=True, local_except=(-1,))
     return add_rms_norm
 
 
@@ -70,6 +72,7 @@ class TorchLayerNorm(nn.Module):
     """`torch.nn.functional.layer_norm`."""
 
     can_torch_compile = True
+    local_except = (-1,)
 
     def forward(self: Any, hidden_states: Tensor) -> Any:
         """Return rows of the same shape and dtype."""
@@ -83,6 +86,7 @@ class TorchGeluTanh(nn.Module):
     """`torch.nn.functional.gelu`, approximated by tanh."""
 
     can_torch_compile = True
+    local_except = ()
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """Return a tensor of the same shape and dtype."""

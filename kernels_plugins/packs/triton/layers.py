@@ -15,6 +15,7 @@ from . import cross_entropy, gated, rms_norm, rotary
 def _norm(offset: float) -> type[nn.Module]:
     class TritonRMSNorm(nn.Module):
         can_torch_compile = True
+        local_except = (-1,)
 
         def forward(self: Any, hidden_states: Tensor) -> Any:
             weight = self.weight
@@ -29,6 +30,7 @@ def _norm(offset: float) -> type[nn.Module]:
 def _mlp(kind: int) -> type[nn.Module]:
     class TritonMLP(nn.Module):
         can_torch_compile = True
+        local_except = (-1,)
 
         def forward(self: Any, x: Tensor) -> Any:
             return self.down_proj(gated.gated(self.gate_proj(x), self.up_proj(x), kind))
@@ -40,6 +42,7 @@ class TritonPackedSwiGLUMLP(nn.Module):
     """The same with one projection whose first half is the gate."""
 
     can_torch_compile = True
+    local_except = (-1,)
 
     def forward(self: Any, x: Tensor) -> Any:
         """Project up, gate by SiLU, project down."""
@@ -50,6 +53,7 @@ class TritonSiluAndMul(nn.Module):
     """The second half of each row times the SiLU of the first."""
 
     can_torch_compile = True
+    local_except = (-1,)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Return rows of half the length."""
@@ -137,6 +141,8 @@ for _function in (
     *(add_rms_norm, add_rms_norm_offset),
 ):
     vars(_function)["can_torch_compile"] = True
+for _function in (add_rms_norm, add_rms_norm_offset):
+    vars(_function)["local_except"] = (-1,)
 
 KERNELS: dict[str, KernelLayer] = {
     "RMSNorm": _norm(0.0),

@@ -1,0 +1,230 @@
+"""Kernels on the shards of distributed tensors, by 2 and 4 processes, compared with the undecorated model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fresh_process import run_python
+from torch import nn
+
+from kernels_core import Mode, resolve, use_kernel_forward_from_hub
+from kernels_plugins import use_kernel_mapping
+
+RANKS = """
+import json, os, sys, warnings, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module)
+from kernels_core import KernelsWarning, Mode, kernelize, quarantined, release, use_kernel_forward_from_hub
+from kernels_plugins import canary, use_kernel_mapping, verify
+
+count = int(sys.argv[1])
+torch.set_num_threads(1)
+children = []
+for rank in range(count):
+    child = os.fork()
+    if not child: break
+    children.append(child)
+else:
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    sys.exit(max(codes) and 1)
+
+ran = []
+def rms(x, weight, eps=1e-6):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+class PlainNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+        self.eps = 1e-6
+    def forward(self, x):
+        return rms(x, self.weight, self.eps)
+class PlainMlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8)
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+def plain_add(x, residual, weight):
+    total = x + residual
+    return rms(total, weight), total
+Norm = use_kernel_forward_from_hub("Norm")(type("Norm", (PlainNorm,), {"forward": PlainNorm.forward}))
+Mlp = use_kernel_forward_from_hub("Mlp")(type("Mlp", (PlainMlp,), {"forward": PlainMlp.forward}))
+add_norm = use_kernel_forward_from_hub("add_norm")(lambda x, residual, weight: plain_add(x, residual, weight))
+
+def noted(*tensors):
+    assert all(type(t) in (torch.Tensor, nn.Parameter) for t in tensors), tensors
+    torch.compiler.is_compiling() or ran.append(tuple(tensors[0].shape))
+class NormKernel(nn.Module):
+    local_except, can_torch_compile = (-1,), True
+    def forward(self, x):
+        noted(x, self.weight)
+        return rms(x, self.weight, self.eps)
+class MlpKernel(nn.Module):
+    local_except = (-1,)
+    def forward(self, x):
+        noted(x, self.up.weight, self.down.bias)
+        return self.down(self.up(x).relu())
+def add_kernel(x, residual, weight):
+    noted(x, residual, weight)
+    total = residual + x
+    return rms(total, weight), total
+add_kernel.local_except = (-1,)
+MAPPING = {"Norm": {"cpu": NormKernel}, "Mlp": {"cpu": MlpKernel}, "add_norm": {"cpu": add_kernel}}
+
+def whole(module, mesh):
+    for inner in module.modules():
+        for name, parameter in list(inner._parameters.items()):
+            held = distribute_tensor(parameter.detach(), mesh, [Replicate()] * mesh.ndim)
+            inner._parameters[name] = nn.Parameter(held)
+    return module
+
+def results(function, mesh, places, *shapes, others=()):
+    '''Return outputs and all gradients of a call with inputs placed so.'''
+    torch.manual_seed(3)
+    inputs = [distribute_tensor(torch.randn(shape), mesh, places).requires_grad_() for shape in shapes]
+    if "P" in str(places[0]): inputs = [i.detach().requires_grad_() for i in inputs]
+    weights = list(function.parameters()) if isinstance(function, nn.Module) else list(others)
+    for weight in weights: weight.grad = None
+    outputs = function(*inputs, *others)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum((output * torch.full_like(output, 0.5 + n)).pow(2).sum() for n, output in enumerate(outputs)).backward()
+    return [*outputs, *[i.grad for i in inputs], *[w.grad for w in weights]]
+
+report = {}
+def same(ours, theirs):
+    return [
+        "ok" if a.placements == b.placements and a.shape == b.shape and a.to_local().shape == b.to_local().shape
+        and torch.allclose(a.full_tensor(), b.full_tensor(), atol=1e-5) else f"{a} instead of {b}"
+        for a, b in zip(ours, theirs, strict=True)]
+def compared(name, ours, theirs):
+    ran.clear()
+    with warnings.catch_warnings(record=True) as caught, use_kernel_mapping(MAPPING):
+        warnings.simplefilter("always")
+        found = ours()
+    served = list(ran)
+    texts = [str(w.message) for w in caught if issubclass(w.category, KernelsWarning)]
+    report[name] = [sorted(set(same(found, theirs()))), served, texts]
+"""
+
+CALLS = """
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("store"), rank=rank, world_size=count)
+line = init_device_mesh("cpu", (count,))
+meshes = {"line": (line, {
+    "sequence": [Shard(1)], "batch": [Shard(0)], "replicated": [Replicate()], "hidden": [Shard(2)]})}
+if count == 4:
+    meshes = {"square": (init_device_mesh("cpu", (2, 2)), {
+        "batch and sequence": [Shard(0), Shard(1)], "sequence twice": [Shard(1), Shard(1)],
+        "replicated, sequence": [Replicate(), Shard(1)], "batch and hidden": [Shard(0), Shard(2)]})} | meshes
+def weight_of(mesh):
+    return nn.Parameter(distribute_tensor(torch.linspace(0.5, 1.5, 8), mesh, [Replicate()] * mesh.ndim))
+for title, (mesh, cases) in meshes.items():
+    norm, plain, mlp, plain_mlp = whole(Norm(), mesh), whole(PlainNorm(), mesh), Mlp(), PlainMlp()
+    torch.manual_seed(1)
+    for p in mlp.parameters(): nn.init.normal_(p)
+    plain_mlp.load_state_dict(mlp.state_dict())
+    mlp, plain_mlp, w, v = whole(mlp, mesh), whole(plain_mlp, mesh), weight_of(mesh), weight_of(mesh)
+    with use_kernel_mapping(MAPPING):
+        frozen = kernelize(whole(Norm(), mesh), mode=Mode.TRAINING, device="cpu")
+    for case, places in cases.items():
+        shape = (4, 8, 8)
+        compared(f"{title} {case} norm", lambda: results(norm, mesh, places, shape),
+            lambda: results(plain, mesh, places, shape))
+        compared(f"{title} {case} kernelized", lambda: results(frozen, mesh, places, shape),
+            lambda: results(plain, mesh, places, shape))
+        if title == "line" and count == 4: continue
+        if case != "sequence twice":  # PyTorch has no rule for the linear layer of the undecorated model
+            compared(f"{title} {case} mlp", lambda: results(mlp, mesh, places, shape),
+                lambda: results(plain_mlp, mesh, places, shape))
+        compared(f"{title} {case} function", lambda: results(add_norm, mesh, places, shape, shape, others=[w]),
+            lambda: results(plain_add, mesh, places, shape, shape, others=[v]))
+norm, plain = whole(Norm(), line), whole(PlainNorm(), line)
+for case, size in ("uneven", 7), ("a rank without any", {2: 1, 4: 5}[count]):
+    compared(case, *[lambda m=m: results(m, line, [Shard(1)], (2, size, 8)) for m in (norm, plain)])
+part = DTensor.from_local(torch.randn(2, 4, 8), line, [Partial()])
+with torch.no_grad(): compared("partial", lambda: [norm(part)], lambda: [plain(part)])
+
+# A block, tensor and sequence parallel: norm, projections, norm.
+class Block(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(5)
+        self.norm, self.up, self.down, self.last = norm(), nn.Linear(8, 8), nn.Linear(8, 8), norm()
+    def forward(self, x):
+        return self.last(x + self.down(torch.relu(self.up(self.norm(x)))))
+def parallel(norm):
+    return parallelize_module(Block(norm), line, {
+        "norm": SequenceParallel(), "last": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False)})
+block, plain_block = parallel(Norm), parallel(PlainNorm)
+compared("block", *[lambda m=m: results(m, line, [Shard(1)], (2, 8, 8)) for m in (block, plain_block)])
+if count == 2:
+    for name, module in ("compiled", norm), ("kernelized and compiled", None):
+        torch._dynamo.reset()
+        if module is None:
+            with use_kernel_mapping(MAPPING):
+                module = kernelize(whole(Norm(), line), mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
+        run = torch.compile(module, backend="aot_eager", fullgraph=True)
+        class Compiled(nn.Module):
+            forward = staticmethod(run)
+            parameters = module.parameters
+        for places, shape in (([Shard(1)], (2, 4, 8)), ([Shard(0)], (2, 6, 8))):
+            ran.clear()
+            compared(f"{name} {places[0]}",
+                *[lambda m=m: results(m, line, places, shape) for m in (Compiled(), plain)])
+print(json.dumps({"quarantine": [entry.reason for entry in quarantined()], **report}), flush=True)
+dist.destroy_process_group()
+os._exit(0)
+"""
+
+
+def on_ranks(program: str, count: int, folder: Path) -> list[dict[str, Any]]:
+    """Run a program in processes of one group; return what each prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = run_python("-c", RANKS + program, str(count), environment=environment, folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == count
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes with fork")
+@pytest.mark.parametrize("count", [2, 4])
+def test_local_kernels_run_on_shards(count: int, tmp_path: Path) -> None:
+    """Outputs, inputs' and weights' gradients and placements are those of the undecorated model, on every mesh."""
+    reports = on_ranks(CALLS, count, tmp_path)
+    for report in reports:
+        assert report.pop("quarantine") == []
+        assert {name: values for name, (values, _, _) in report.items() if values != ["ok"]} == {}
+        for name, (_, served, texts) in report.items():
+            refused = "hidden" in name or name in ("a rank without any", "partial")
+            assert bool(served) is not (refused or "compiled" in name), name
+            assert all("local_except" in text for text in texts), (name, texts)
+            assert refused or not texts, (name, texts)
+    assert any("x is sharded over dimension -1" in str(texts) for _, _, texts in reports[0].values())
+    assert len(reports[0]["block"][1]) == 2
+    if count == 4:
+        assert reports[0]["square batch and sequence norm"][1] == [[2, 4, 8]]
+
+
+@pytest.mark.parametrize("declared", [-1, (1,), ["-1"], (True,)])
+def test_a_wrong_declaration_is_refused(declared: object) -> None:
+    """The reason names the declaration, and a right one."""
+
+    @use_kernel_forward_from_hub("LocalDeclared")
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    kernel = type("Kernel", (nn.Module,), {"local_except": declared, "forward": lambda self, x: x})
+    with use_kernel_mapping({"LocalDeclared": {"cpu": kernel}}):
+        found = resolve(Layer, device="cpu", mode=Mode.INFERENCE)
+    assert found.is_reference and "local_except" in str(found.refusals[0]) and "(-1,)" in str(found.refusals[0])
