@@ -3,10 +3,10 @@
 A kernel is *local* over a dimension if its numbers at one position there depend on no other position. Where a `DTensor`
 is sharded over such dimensions only, each rank calls the kernel on its own shard, without a collective; the outputs are
 sharded as the inputs are. A weight that all ranks hold whole gets a part of its gradient from each shard: that gradient
-is `Partial`, as PyTorch's own operators leave it, and is added up by whoever reads it.
+is `Partial`, as PyTorch's own operators leave it, and whoever reads it adds it up.
 
-Calls are judged by global shapes and placements only, which all ranks know. So all ranks decide alike, and none waits in
-a collective of the reference for one that runs the kernel.
+Calls are judged by global shapes and placements only, which all ranks know. So all ranks decide alike, and none waits
+in a collective of the reference for one that runs the kernel.
 """
 
 from __future__ import annotations
