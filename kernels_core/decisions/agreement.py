@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from ..device import Device, as_torch_device
-from ..errors import ArgumentError, ArgumentTypeError, DisagreementError
+from ..errors import ArgumentError, ArgumentTypeError, DisagreementError, KernelsError
 from ..guards.limits import unlimited
 from ..guards.quarantine import Quarantined, agreed, apply, quarantine, quarantined
 from ..layer import Layer, source_label
@@ -79,6 +80,8 @@ def agree(
     ranks = group_of(model, device, group, timeout)
 
     def make() -> Receipt:
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"Ranks agree on an nn.Module, not {model!r}.")
         if on_difference not in ("raise", "warn"):
             raise ArgumentError(f"on_difference is 'raise' or 'warn', not {on_difference!r}.")
         return receipt(model, device=device, mode=mode)
@@ -86,11 +89,16 @@ def agree(
     return reach(ranks, make, warns=on_difference == "warn")
 
 
-def group_of(model: nn.Module, device: Any, group: Any, timeout: float) -> RankGroup:
-    """Return the ranks of a group that a caller has given; tensors go over the device of a model."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"Ranks agree on an nn.Module, not {model!r}.")
-    return RankGroup.of(group, as_torch_device(device) if device is not None else device_of(model), timeout)
+def group_of(model: Any, device: Any, group: Any, timeout: float) -> RankGroup:
+    """Return the ranks of a group that a caller has given; tensors go over the device of a model.
+
+    Says nothing of a wrong model or device: `reach` does, on all ranks. A rank that raised here would leave the others
+    waiting, and its next exchange would answer the one that they wait for.
+    """
+    where = None
+    with contextlib.suppress(KernelsError):
+        where = as_torch_device(device) if device is not None else device_of(model)
+    return RankGroup.of(group, where, timeout)
 
 
 def reach(ranks: RankGroup, make: Callable[[], Receipt], *, warns: bool = False) -> Receipt:

@@ -171,10 +171,11 @@ class DecisionFile(Tabular):
                 if found.layer == request.layer_name and (not layer or found.defined == layer):
                     return found
             known, wanted = {model.model for model in same}, f"{layer or 'this layer'}"
+        traced = " --compile" if Mode.TORCH_COMPILE in mode else ""
         raise DecisionError(
             f"{file} has no decision for {asked}{f' ({layer})' if layer else ''}: it has none for {wanted}, and some "
             f"for {', '.join(sorted(known)) or 'nothing'}. Freeze this model here, too, into the same file: "
-            f"kernels-core freeze MODULE:FACTORY --device {request.device.type} --output FILE.",
+            f"kernels-core freeze MODULE:FACTORY --device {request.device.type}{traced} --output FILE.",
             layer=request.layer_name,
             found=wanted,
             request=request,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -55,6 +55,17 @@ def functions_of(module: nn.Module | type[nn.Module]) -> tuple[Layer, ...]:
         if base is not nn.Module and base is not object:
             found = chain(found, _held(value for name, value in tuple(vars(base).items()) if name != "forward"))
     return tuple(dict.fromkeys(chain(found, held_by(module) if cls is not module else ())))
+
+
+def names_of(functions: Sequence[Layer]) -> list[str]:
+    """Return a name for each function of a module, which no other one of them has: one would hide the other's decision.
+
+    Args:
+        functions: The layers of the functions, each once.
+    """
+    kinds = [[f.reference.__name__ for f in functions], [f.qualname for f in functions]]
+    kinds.append([f"{f.qualname} as {f.name}" for f in functions])
+    return next((names for names in kinds if len(set(names)) == len(names)), kinds[-1])
 
 
 def held_by(module: Any) -> tuple[Layer, ...]:

@@ -122,10 +122,10 @@ def kernelize(
         >>> model[0].forward.__qualname__
         'FastIdentity.forward'
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"kernelize takes an nn.Module, not {model!r}.")
 
     def plan() -> tuple[_Freeze, list[nn.Module], list[type[nn.Module]]]:
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"kernelize takes an nn.Module, not {model!r}.")
         check_call_mode(mode)
         freeze = _Freeze(Run(mode), _flags(use_fallback))
         given = as_torch_device(device) if device is not None else None

@@ -35,7 +35,7 @@ from ..table import Table, TableRow, Tabular, as_json
 from .choice import FrozenChoice
 from .counting import calls_of
 from .frozen import foreign_forward
-from .functions import called_by, functions_of, held_by
+from .functions import called_by, functions_of, held_by, names_of
 from .modules import device_of, locate, module_paths, required_device
 from .provenance import provenance_of
 from .receipt_row import ReceiptDiff, ReceiptRow, served_in, together, with_bypassed
@@ -356,10 +356,11 @@ def _rows(
         forward = resolution.implementation or layer.reference
         past = tuple(getattr(resolution.kernel_layer, "reads", ()))
         yield module, ReceiptRow.of(resolution, *places, frozen=frozen is not None, bypasses=past), decided
-    for function in dict.fromkeys((*of_class(type(module)), *held_by(module), *called(forward, original))):
+    functions = [*dict.fromkeys((*of_class(type(module)), *held_by(module), *called(forward, original)))]
+    for function, name in zip(functions, names_of(functions), strict=True):
         kept = frozen.functions.get(function) if frozen is not None else None
         chosen = decided = kept or decide(function, module)
-        names = [f"{place}:{function.reference.__name__}" for place in places]
+        names = [f"{place}:{name}" for place in places]
         past = ()
         if not chosen.is_reference and (computes := getattr(original, "kernels_computes", {}).get(function)):
             past = tuple(computes(module, chosen.request.mode))

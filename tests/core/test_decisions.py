@@ -436,7 +436,9 @@ def test_files_of_another_kind(frozen: Path, text: str | None, problem: str) -> 
 
 
 def test_a_file_of_another_machine(frozen: Path) -> None:
-    """A file for another class of hardware is an error that names both."""
+    """A file for another class of hardware, or without a mode, is an error that names both, and how to freeze these."""
+    compiled = receipt(Add(), device="cpu", mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
+    assert "freeze MODULE:FACTORY --device cpu --compile --output FILE" in str(compiled.rows[0].refusals)
     value = json.loads(frozen.read_text())
     value["models"][0].update(device="cuda", capability=90)
     frozen.write_text(json.dumps(value))

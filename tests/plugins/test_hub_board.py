@@ -120,6 +120,18 @@ def test_a_leader_that_dies_is_replaced(shared: Board, monkeypatch: pytest.Monke
         assert leader.result() == "next"  # it was only slow: it takes what the others have
 
 
+def test_dead_leaders_are_waited_for_once(shared: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that asks after two leaders have died, as after a restart with the same folder, gets the answer."""
+    monkeypatch.setenv("KERNELS_LEADER_TIMEOUT", "0.05")
+    real = shared.take
+    monkeypatch.setattr(shared, "take", lambda key: real(key) and False)
+    with pytest.raises(UnreachableError, match="and neither has the next one"):
+        ask_once("which commit", lambda: "none")
+    monkeypatch.setattr(shared, "take", real)
+    monkeypatch.setenv("KERNELS_LEADER_TIMEOUT", "5")
+    assert ask_once("which commit", lambda: "the newest") == "the newest"
+
+
 def test_two_leaders_that_die_are_an_error_within_a_bound(shared: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks whose leader and the next one have died end with an error that names the question and the remedy."""
     monkeypatch.setenv("KERNELS_LEADER_TIMEOUT", "0.2")

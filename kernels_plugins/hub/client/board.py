@@ -39,6 +39,8 @@ _PATIENCE = 180.0
 SHARED_ERRORS = {kind.__name__: kind for kind in (RepositoryError, RevisionError, UnreachableError)}
 """Answers of the Hub that are no: others need not ask. All other errors are the asker's own, such as a full disk."""
 
+_DEAD = json.dumps({"dead": True})
+
 _inherited: Any = None
 """The store of a parent process. Its connection is the parent's: bytes of two processes would mix on it."""
 
@@ -204,15 +206,16 @@ def ask_once(question: str, send: Callable[[], Any]) -> Any:
             continue
         if board.take(f"{key}-{turn}"):
             return _lead(board, key, failed, send)
-        if (text := _wait(board, key, failed)) is None:
+        text = _wait(board, key, failed)
+        # A round whose leader is dead is over for good: ranks that ask later, as after a restart, need not wait again.
+        told = _parse(board.post(failed, _DEAD) if text is None else text)
+        if told.get("dead"):
             late += 1
             if late == 2:
                 raise UnreachableError(
                     f"the rank that asks the Hub for {question!r} has not answered in {leader_patience():g} seconds, "
                     f"and neither has the next one: see which rank has ended or hangs, or set {TIMEOUT} higher"
                 )
-            continue
-        told = _parse(text)
         if "answer" in told:
             return told["answer"]
         if kind := SHARED_ERRORS.get(told.get("error", "")):
