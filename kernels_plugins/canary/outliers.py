@@ -27,6 +27,7 @@ _TENSORS = 16
 """Tensors of a call whose magnitudes are read."""
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _PLAIN = (torch.Tensor, nn.Parameter)
 _WORDS = (bool, str, type(None))
 
@@ -69,7 +70,9 @@ class Outliers:
                 if type(value) not in _PLAIN or value.layout is not torch.strided:
                     return ""  # a comparison may start a collective, and other ranks have other numbers
                 form.append((value.dtype, value.shape, value.stride(), value.requires_grad))
-                if value.dtype in _FLOATING and value.numel():
+                if value.dtype.is_complex and value.numel():
+                    tensors.append(torch.view_as_real(value.detach().resolve_conj()))
+                elif value.dtype in (*_FLOATING, *_WHOLE) and value.numel():
                     tensors.append(value)
             else:
                 form.append(value if isinstance(value, _WORDS) else type(value))
@@ -143,6 +146,8 @@ class _Cells:
         self._count = len(tensors)
         with torch.no_grad():  # `out` is not for autograd, and autocast makes no copies with it
             for tensor, cell in zip(tensors, self._cells, strict=False):
+                if tensor.dtype in _WHOLE:  # such as ids of tokens: none is large
+                    tensor = tensor.float()
                 if tensor.dtype is torch.float64:
                     cell.copy_(torch.linalg.vector_norm(tensor, math.inf))
                 else:
@@ -183,17 +188,19 @@ def _classes(sizes: Iterable[float]) -> Sizes:
     found: Sizes = {}
     for position, size in enumerate(sizes):
         is_usual = 0 < size < math.inf
-        found[position, math.frexp(size)[1] // 2 if is_usual else "NaN" if math.isnan(size) else size] = size
+        # As text, for the number 0 is also the class of 1.
+        found[position, math.frexp(size)[1] // 2 if is_usual else str(size)] = size
     return found
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield arguments, and the items of lists, tuples and dicts among them; no modules."""
+    """Yield arguments, and the items of lists, tuples and dicts among them, with the keys of these; no modules."""
     for value in values:
         if isinstance(value, (list, tuple)):
-            yield from value
+            yield from _flat(value)
         elif isinstance(value, dict):
-            yield from value.values()
+            yield from value
+            yield from _flat(value.values())
         elif not isinstance(value, nn.Module):
             yield value
 

@@ -18,6 +18,8 @@ _SIZES = (
 )
 """Numbers of rows that are tried, where kernels may change their way: powers of two, and those beside."""
 _FEW = (1, 2, 3, 16, 17, 64, 256, 1024, 4095, 4096)
+_MANY = 64
+"""Rows that are compared in parts of each size, or more."""
 _VECTOR = 64
 """A number of elements that vectors of a CPU divide without a rest."""
 _FILLS = (torch.inf, -torch.inf, torch.nan, 0.0, 1e4)
@@ -93,7 +95,15 @@ def _rows_differ(rows: Rows, forward: Forward, multiple: int) -> str:
     count, device = rows.count, next(iter(rows.call.inputs.values())).device
     whole = _ran(rows, forward, slice(None))
     everything = torch.arange(count, device=device)
-    parts = [everything[:n] for n in (_FEW if rows.layout else _SIZES) if n < count]
+    sizes = [n for n in (_FEW if rows.layout else _SIZES) if n < count]
+    # In small parts, such as the one row of a decoder's step, most rows may have the same bits by chance: many of them.
+    starts = [
+        (n, i * count // many)
+        for n in sizes
+        for many in [1 if rows.layout else max(_MANY // n, 1)]
+        for i in range(many)
+    ]
+    parts = [everything[at : at + n] for n, at in dict.fromkeys((n, min(at, count - n)) for n, at in starts)]
     parts += [
         everything[at : at + n] for n in (1, 2, 5, 64) for at in (1, 3, count // 2, count - n) if 0 < at <= count - n
     ]

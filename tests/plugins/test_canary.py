@@ -524,6 +524,26 @@ def test_a_kernel_wrong_for_outliers_is_found(name: str, late: bool, monkeypatch
                     norm(make())
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_magnitudes_of_each_sort_of_number_are_told_apart(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero is not like one; integers, booleans, complex numbers and what lists in lists hold have magnitudes, too."""
+    monkeypatch.setattr(outliers, "_is_late", lambda device: late)
+    one = torch.ones(4, 8)
+    pairs: list[tuple[Any, Any]] = [
+        (one, one * 0),
+        *((one.to(dtype), one.to(dtype) * 100) for dtype in (torch.int64, torch.int32, torch.uint8, torch.complex64)),
+        (one.bool(), ~one.bool()),
+        (one.long(), torch.full((4, 8), -(2**63))),
+        ([[one]], [[one * 1000]]),
+        ({"a": one}, {"b": one}),
+    ]
+    for usual, rare in pairs:
+        found = outliers.Outliers()
+        assert [found.find((usual,)) for _ in range(3)] == [""] * 3
+        assert any([found.find((rare,)) for _ in range(2)]), (usual, rare)
+        assert found.find((usual,)) == ""
+
+
 def test_usual_calls_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many calls with like inputs, the reference runs on the first only; without the trigger, on no outlier."""
     runs: list[int] = []

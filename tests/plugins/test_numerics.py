@@ -108,6 +108,18 @@ def test_any_number_of_rows_is_found(most: int, shape: tuple[int, ...]) -> None:
     assert found.has is False and f" {most + 1}x" in found.why
 
 
+@pytest.mark.parametrize("few", [1, 2, 3, 4, 8])
+def test_a_way_of_its_own_for_few_rows_is_found(few: int) -> None:
+    """As for one step of a decoder: the bits of one row in five differ there, so that some rows show nothing."""
+
+    def kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return by_rows(x, weight, 0 if len(x) == few else 10**9)
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert judge(kernel)["batch_invariant"].has is False
+
+
 def by_place(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     y = norm(x, weight)
     y[-1:] = torch.nextafter(y[-1:], torch.full_like(y[-1:], torch.inf))
