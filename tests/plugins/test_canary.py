@@ -526,7 +526,7 @@ def test_a_kernel_wrong_for_outliers_is_found(name: str, late: bool, monkeypatch
 
 @pytest.mark.parametrize("late", [False, True])
 def test_magnitudes_of_each_sort_of_number_are_told_apart(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero is not like one; integers, booleans, complex numbers and what lists in lists hold have magnitudes, too."""
+    """Zero is not like one; integers, booleans, complex numbers and lists in lists have magnitudes, too."""
     monkeypatch.setattr(outliers, "_is_late", lambda device: late)
     one = torch.ones(4, 8)
     pairs: list[tuple[Any, Any]] = [
