@@ -17,6 +17,8 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 _NO_CODE = ("__", "_abc", "kernels_", "_kernels_")
 """How the names of attributes of a class begin that Python and the core make, some of them later."""
 
+_CODE = (type, types.FunctionType)
+
 _BUILT_IN = ("torch", "builtins")
 """Packages whose classes are known by their names: the version of PyTorch is that of the program."""
 
@@ -62,9 +64,13 @@ def content_of(kernel: object, *, on_any_rank: bool = False) -> str:
 def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
     """Yield a text for each piece of code, in an order that does not depend on the process."""
     waiting, followed = [kernel], set[int]()
+    package = _package(getattr(kernel, "__module__", None) or "")
     while waiting:
         value: Any = waiting.pop()
         value = getattr(value, "__func__", value)
+        # The code of an object of the package, such as one that a kernel keeps and calls. Ranks compare no objects.
+        if not (on_any_rank or isinstance(value, _CODE)) and _package(type(value).__module__) == package:
+            value = type(value)
         for name in ("fn", "func", "fget"):  # of kernels in Triton, partials and properties
             inner = inspect.getattr_static(value, name, None)
             waiting += [inner] if isinstance(inner, types.FunctionType) else []
@@ -74,7 +80,7 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
         if isinstance(value, type):
             for base in value.__mro__:
                 if base.__module__.partition(".")[0] not in _BUILT_IN:
-                    members = {name: vars(base)[name] for name in sorted(vars(base)) if not name.startswith(_NO_CODE)}
+                    members = {name: vars(base)[name] for name in sorted(vars(base)) if _is_member(name)}
                     yield from (f"{base.__qualname__}.{name} {_text(member)}" for name, member in members.items())
                     waiting += members.values()
         elif isinstance(value, types.FunctionType):
@@ -86,6 +92,10 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
             yield f"{value.__qualname__} {_text(code)} {[*map(_text, left)]}"
             waiting += [one for one in [*constants, *_parts(constants)] if _is_followed(one, value)]
             waiting += [getattr(value, "__wrapped__", None)]
+
+
+def _is_member(name: str) -> bool:
+    return name in ("__call__", "__init__") or not name.startswith(_NO_CODE)
 
 
 def _parts(values: list[Any]) -> list[Any]:

@@ -554,7 +554,10 @@ from torch import nn
 
 HELP = {constant}
 
-def helper(x): return x + HELP
+class Add:
+    def __call__(self, x): return x + HELP
+
+helper = Add()
 
 class Base(nn.Module):
     def forward(self, x): return helper(x)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
 
 from kernels_core import ArgumentError, IntegrityError, LoadError
-from kernels_plugins.hub.client import board
+from kernels_plugins.hub.client import board, revision
 from kernels_plugins.hub.client.board import Board, FolderBoard, GroupBoard, ask_once, find_board
 from kernels_plugins.hub.errors import RevisionError, UnreachableError
 
@@ -206,13 +208,23 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             board.leader_patience()
 
 
-def test_a_board_with_other_content(shared: Board) -> None:
+@pytest.mark.parametrize("text", ["nonsense", "{}", "[1]"])
+def test_a_board_with_other_content(shared: Board, text: str) -> None:
     """Text on the board that is no answer is an error, not a kernel."""
     import hashlib
 
     from kernels_plugins.hub.client.download import hub_address
 
     key = hashlib.sha256(f"{hub_address()} which commit".encode()).hexdigest()[:32]
-    shared.post(key, "nonsense")
-    with pytest.raises(LoadError, match="'nonsense' where an answer belongs"):
+    shared.post(key, text)
+    with pytest.raises(LoadError, match=f"{re.escape(repr(text))} where an answer belongs"):
         ask_once("which commit", lambda: None)
+
+
+@pytest.mark.parametrize("answer", [3, None, [1], {}, {"pin": 3}, {"pin": {"commit": 3}, "how": "x"}])
+def test_answers_of_another_version(answer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An answer with another content, as of another version of this library, is an error that names the remedy."""
+    monkeypatch.setattr(revision, "ask_once", lambda question, send: answer)
+    monkeypatch.setattr(revision, "cache_folder", lambda *which: tmp_path)
+    with pytest.raises(LoadError, match="cannot be read: upgrade it"):
+        revision._pin(cast(Any, None), "acme/none", "main")

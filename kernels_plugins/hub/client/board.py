@@ -200,7 +200,7 @@ def ask_once(question: str, send: Callable[[], Any]) -> Any:
     key, late = hashlib.sha256(f"{hub_address()} {question}".encode()).hexdigest()[:32], 0
     for turn in count():
         if (text := board.read(key)) is not None:
-            return _parse(text)["answer"]
+            return _parse(text, "answer")["answer"]
         failed = f"{key}-{turn}-failed"
         if board.read(failed) is not None:  # before we asked: this rank takes part in the next round
             continue
@@ -232,7 +232,7 @@ def _lead(board: Board, key: str, failed: str, send: Callable[[], Any]) -> Any:
             board.post(failed, json.dumps(told))
         raise
     # Another rank has posted one, if it took this one for dead: that one holds for all.
-    return _parse(board.post(key, json.dumps({"answer": answer})))["answer"]
+    return _parse(board.post(key, json.dumps({"answer": answer})), "answer")["answer"]
 
 
 def _wait(board: Board, key: str, failed: str) -> str | None:
@@ -247,9 +247,9 @@ def _wait(board: Board, key: str, failed: str) -> str | None:
     return None
 
 
-def _parse(text: str) -> dict[str, Any]:
+def _parse(text: str, *needed: str) -> dict[str, Any]:
     with suppress(ValueError, RecursionError):
-        if isinstance(found := json.loads(text), dict):
+        if isinstance(found := json.loads(text), dict) and found.keys() >= {*needed}:
             return found
     raise LoadError(f"the ranks' board has {text[:80]!r} where an answer belongs: name another {FOLDER}")
 

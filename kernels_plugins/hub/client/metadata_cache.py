@@ -30,9 +30,10 @@ class Pin:
     commit: str  # 40 hexadecimal digits
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> Pin | None:
+    def parse(cls, data: Any) -> Pin | None:
         """Read a pin as JSON has it; None where it is malformed."""
-        repo_id, repo_type, commit = map(data.get, ("repo_id", "repo_type", "commit"))
+        known: Mapping[str, Any] = data if isinstance(data, dict) else {}
+        repo_id, repo_type, commit = map(known.get, ("repo_id", "repo_type", "commit"))
         if is_repo_id(repo_id) and repo_type in ("kernel", "model") and is_commit(commit):
             return cls(repo_id, repo_type, commit)
         return None

@@ -101,7 +101,9 @@ def _pin(client: Client, repo_id: str, ref: str) -> tuple[Pin, str]:
                 return known, "a commit that is in the cache"
             # All ranks of a job get one commit: also those that are offline, or whose cache has another one.
             answer = ask_once(f"the commit of {repo_id} at {ref}", lambda: _find_pin(client, repo_id, ref))
-            pin, how = _parsed(Pin.parse(answer["pin"])), str(answer["how"])
+            # As another rank has it, whose version of this library may be another one.
+            found = answer if isinstance(answer, dict) else {}
+            pin, how = _parsed(Pin.parse(found.get("pin"))), str(found.get("how"))
             if how != _HUB:  # served for now: the next request asks again
                 return pin, how
             _pins[folder, ref] = pin
@@ -194,7 +196,7 @@ def _listing(pin: Pin) -> str:
 def _parsed(answer: T | None) -> T:
     if answer is None:
         raise LoadError(
-            "another process has shared an answer of the Hub that cannot be read: upgrade it, or remove "
-            "the folder `kernels-core` of the repository from the cache"
+            "another process has shared an answer of the Hub that cannot be read: upgrade it, or remove the folder "
+            "`kernels-core` of the repository from the cache; if KERNELS_LEADER_DIR is set, name another one"
         )
     return answer
