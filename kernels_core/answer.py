@@ -60,7 +60,7 @@ class CorePlugin:
             answers = hook.kernels_find_candidates(request=request) if self.only is None else [[self.only]]
         candidates, misfits, refusals = rank_offers(answers)
         if self.only is None:
-            ranked = _ranked(request, answers, candidates)
+            ranked = _ranked(hook, request, answers, candidates)
             if ranked is None and (rivals := find_rivals(candidates)):  # no error: the rule says which serves
                 warn_once(describe_tie(request.layer_name, rivals))
             candidates = candidates if ranked is None else ranked
@@ -112,7 +112,9 @@ def _for_all_modes(request: LayerRequest, answers: list[list[Any]]) -> LayerRequ
     return None
 
 
-def _ranked(request: LayerRequest, answers: list[list[Any]], candidates: list[Candidate]) -> list[Candidate] | None:
+def _ranked(
+    hook: Any, request: LayerRequest, answers: list[list[Any]], candidates: list[Candidate]
+) -> list[Candidate] | None:
     """Return the candidates in the order that a plugin chooses, without tiers that an `Exclusive` leaves out.
 
     A decision file that is replayed comes before that: a plugin is asked only where it has measured the decisions.
@@ -122,7 +124,7 @@ def _ranked(request: LayerRequest, answers: list[list[Any]], candidates: list[Ca
         candidates = replay.ranked(request, candidates)
         if not candidates or candidates[0].record is None:
             return candidates
-    ranked = plugin_manager().hook.kernels_rank_candidates(request=request, candidates=candidates)
+    ranked = hook.kernels_rank_candidates(request=request, candidates=candidates)
     if ranked is None and replay is not None:
         return replay.unusable("no plugin applies its measured choice: KERNELS_PLUGINS leaves out 'choice'.")
     if ranked is None:
@@ -134,9 +136,10 @@ def _ranked(request: LayerRequest, answers: list[list[Any]], candidates: list[Ca
 def _differ_by_mode(request: LayerRequest, candidates: list[Candidate]) -> bool:
     """Return whether the candidates for the second mode are not those for the first one."""
     other = request.in_mode(request.modes[1])
-    answers = plugin_manager().hook.kernels_find_candidates(request=other)
+    hook = plugin_manager().hook
+    answers = hook.kernels_find_candidates(request=other)
     offered = rank_offers(answers)[0]
-    ranked = _ranked(other, answers, offered)
+    ranked = _ranked(hook, other, answers, offered)
     first, second = (
         [(source_key(one.source), one.tier, one.plugin, one.limit) for one in found]
         for found in (candidates, offered if ranked is None else ranked)
@@ -174,7 +177,7 @@ def _fitting(request: LayerRequest, candidate: Candidate, loaded: LoadedLayer) -
         return _refusal(ContractError, request, candidate, [reason])
     try:
         forward = limited_implementation(request.layer, candidate, loaded)
-        if request.layer is not None and runs_on_shards(request.subclasses, kernel):
+        if request.subclasses and request.layer is not None and runs_on_shards(request.subclasses, kernel):
             forward = on_shards(request.layer, kernel, forward)
     except Exception as error:  # of the plugin that limits it: a reason like any other
         return Refusal(reason_of(error, candidate), candidate, candidate.plugin, error)

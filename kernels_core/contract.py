@@ -74,7 +74,9 @@ def check_contract(layer: Layer | None, kernel: KernelLayer) -> str | None:
     declared = getattr(kernel, DECLARATION, ())
     if declared != () and not (isinstance(declared, tuple) and all(isinstance(each, type) for each in declared)):
         return f"its {DECLARATION} must be a tuple of classes, not {declared!r}"
-    wrong = check_declared(kernel) or check_limits(layer, kernel) or check_local(layer, kernel)
+    wrong = check_declared(kernel) or check_limits(layer, kernel)
+    if wrong is None and getattr(kernel, LOCAL, None) is not None:
+        wrong = check_local(layer, kernel)
     if wrong is not None or layer is None:
         return wrong
     forward: Any = cast(Any, kernel).forward if isinstance(kernel, type) else kernel

@@ -113,7 +113,7 @@ class _Dispatcher:
         self.plain = weakref.WeakSet[Forward]()
         self.watch = Watch(layer, self._cold)
         self._following: _Dispatcher | None = None
-        self._leading: Callable[[], _Dispatcher | None] = lambda: None  # no strong reference: it has one to this
+        self._leading: weakref.ref[_Dispatcher] | None = None  # no strong reference: it has one to this
         self._busy = ForkLock()
         self.names = set[str]()  # on frames, published or as tables
         weakref.finalize(self, withdraw, self.names).atexit = False  # for a copied forward, which has no finalizer
@@ -164,11 +164,13 @@ class _Dispatcher:
                 return meanwhile
             # Read before the decision: `publish` keeps none that a change of mappings has overtaken.
             before = ready()
-            notice_checkpoint()
+            if root.active is not root:
+                notice_checkpoint()
             served = decide(frame)
             self.names.add(name)
             publish(frame, name, served, before)
-            self._join(frame)
+            if self._following is not None or self._leading is not None or self.settled is not None:
+                self._join(frame)
             return served
         finally:
             lock.release()
@@ -181,7 +183,7 @@ class _Dispatcher:
                 join(leading, leading._following, frame)
             if leading.settled is not None:
                 leading.settled(leading, frame)
-            leading = leading._leading()
+            leading = leading._leading() if leading._leading is not None else None
 
     def _settle(self, device: torch.device, odd: Odd, frame: Frame) -> Forward:
         """Return one function for both modes, or the selector that asks for the mode."""

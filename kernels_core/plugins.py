@@ -290,12 +290,13 @@ class PluginManager:
     def vetoes(self, request: LayerRequest, candidate: Candidate) -> list[str]:
         """Return the reasons of policies to refuse a candidate."""
         missing = self.missing()
-        refused: list[str] = self.hook.kernels_authorize(request=request, candidate=candidate)
+        refused: list[str] = self._pluggy.hook.kernels_authorize(request=request, candidate=candidate)
         return refused if missing is None else [str(missing)]
 
     def wrap_forward(self, resolution: Resolution, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Let plugins put something around the calls of a forward."""
-        for name, wrap in self.hook.kernels_wrap_forward(resolution=resolution):
+        hook = self._pluggy.hook if self._discovered else self.hook
+        for name, wrap in hook.kernels_wrap_forward(resolution=resolution):
             try:
                 wrapped = wrap(forward)  # this runs code of the plugin, outside of its hook
                 if not callable(wrapped):

@@ -153,6 +153,7 @@ def decide(
     passes on, too; if it was the reference that returned `NotImplemented`, `request.passed_on` lacks an item.
     """
     manager = plugin_manager()
+    hook = manager.hook
     where = functools.partial(decide, layer, device, frame=frame, subclasses=subclasses)
     anew = functools.partial(where, scopes=scopes, passed_on=passed_on)
     if after:
@@ -166,7 +167,7 @@ def decide(
             in_use = VARIABLE in os.environ or not reader.known.nothing
             token = replaying.set(replay := FileReplay.find(request) if in_use else None)
             try:
-                resolution = manager.hook.kernels_resolve_forward(request=request) or Resolution(request)
+                resolution = hook.kernels_resolve_forward(request=request) or Resolution(request)
             except (PluginError, KernelsWarning):  # raised in strict mode only, and where warnings are errors
                 raise
             except FAULTS as error:
@@ -188,7 +189,7 @@ def decide(
         if len(modes) > 1:
             resolution = replace(resolution, request=request.in_mode(modes[0]), every_mode=True)
         if notify is not None:
-            manager.hook.kernels_resolved(resolution=resolution)
+            hook.kernels_resolved(resolution=resolution)
         if notify == "all" and resolution.refusals and not must_raise(resolution):
             which = " in some calls" if passed_on else ""
             for refusal in resolution.refusals:

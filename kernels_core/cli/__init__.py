@@ -130,8 +130,8 @@ def _start(
 ) -> None:
     """Show which kernels serve which layers on this machine, and why."""
     warnings.showwarning = _show_warning
-    for variable in ("KERNELS_STRICT", "DISABLE_KERNEL_MAPPING"):
-        switch(variable)  # neither on nor off is an error of every command, not only of those that decide
+    for variable in ("KERNELS_STRICT", "DISABLE_KERNEL_MAPPING") if context.invoked_subcommand != "doctor" else ():
+        switch(variable)  # neither on nor off is an error of every command; `doctor` reports it among others
     if context.invoked_subcommand != "plugins":
         for fault in plugin_manager().faults:
             warnings.warn(str(fault), KernelsWarning, stacklevel=1)

@@ -29,10 +29,8 @@ Cut = tuple["int | None", ...]
 
 
 def check_local(layer: Layer | None, kernel: KernelLayer) -> str | None:
-    """Return the mistake in the dimensions that a kernel declares, None if there is none."""
-    declared: Any = getattr(kernel, LOCAL, None)
-    if declared is None:
-        return None
+    """Return the mistake in the dimensions that a kernel declares to need whole, None if there is none."""
+    declared: Any = getattr(kernel, LOCAL)
     if not isinstance(declared, tuple) or not all(type(dim) is int and dim < 0 for dim in declared):
         return (
             f"its {LOCAL} is {declared!r}: write a tuple of the dimensions that it needs whole, counted from the end, "

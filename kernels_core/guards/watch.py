@@ -9,6 +9,7 @@ from typing import Any
 
 from ..layer import Forward, Layer
 from ..resolution import Resolution
+from ..scopes.frame import root
 from ..scopes.kept import notice_checkpoint
 from .gradients import needs_proof
 from .proof import Unproven, until_proven
@@ -77,7 +78,8 @@ class Watch:
         known = self.unproven.get(number)
         if known is None:
             return None
-        notice_checkpoint()
+        if root.active is not root:
+            notice_checkpoint()
 
         def forget() -> None:
             with self._lock:

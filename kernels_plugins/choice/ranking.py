@@ -12,7 +12,7 @@ import torch
 
 from kernels_core import ArgumentError, Candidate, LayerRequest, Mode, Reference, warn_once
 
-from ..numerics.plugin import required
+from ..numerics.wanted import required
 from .cell import REFERENCE, ChoiceCell, settled
 from .choice import Choice
 from .limit import Orders, ShapeLimit

@@ -17,6 +17,7 @@ from kernels_core.replay import Call
 from ..files import write_file
 from ..oracle import probe_cache
 from .invariance import Judgement
+from .wanted import found_out
 
 _FORMAT = f"1 {__version__}"  # another version may look closer
 _lock = threading.Lock()
@@ -41,15 +42,11 @@ def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.devic
     return f"{probe_cache.key_of(layer, implementation, device)}-numerics"
 
 
-def is_used() -> bool:
-    """Whether anything was found out, or looked for, in this process."""
-    return bool(_found)
-
-
 def known(key: str) -> dict[str, dict[str, Judgement]]:
     """Return the findings about an implementation, by kind of call and name; the file is read once."""
     with _lock:
         if key not in _found:
+            found_out[:] = [True]
             _found[key] = _read(_path(key)) if not key.startswith("here-") else {}
         return _found[key]
 

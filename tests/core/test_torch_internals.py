@@ -46,6 +46,7 @@ OF_MODULES = {"_parameters", "_buffers", "_modules", "_apply"} | {
 
 READS_VERSION = {
     "kernels_core/models/receipt.py": "shows it",
+    "kernels_core/decisions/freezing.py": "writes it down",
     "kernels_plugins/choice/machine.py": "names the machine of a choice",
     "kernels_plugins/doctor/machine.py": "shows it",
     "kernels_plugins/hub/benchmark/command.py": "shows it",

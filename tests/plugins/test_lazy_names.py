@@ -81,7 +81,7 @@ def test_discovery_loads_entry_points_only() -> None:
     """Finding all plugins loads the modules that are entry points, and the packages that these are in."""
     found = run(f"import sys, kernels_core; kernels_core.plugin_manager().plugins(); {LOADED}").split()
     packages = {".".join(place.split(".")[:count]) for place in ENTRY_POINTS for count in (1, 2, 3)}
-    assert len(ENTRY_POINTS) == 19
+    assert len(ENTRY_POINTS) == 20
     assert set(found) == {*ENTRY_POINTS, *packages}
 
 

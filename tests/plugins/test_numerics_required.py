@@ -44,7 +44,7 @@ from kernels_plugins import (
 )
 from kernels_plugins.choice import plugin as choice_plugin
 from kernels_plugins.choice.machine import machine_of
-from kernels_plugins.numerics import plugin, store
+from kernels_plugins.numerics import plugin, store, wanted
 
 COMPILED = Mode.INFERENCE | Mode.TORCH_COMPILE
 
@@ -227,7 +227,7 @@ def test_blocks_apply_to_the_thread_that_enters_them_and_nest() -> None:
     seen: list[tuple[str, ...]] = []
 
     def look() -> None:
-        seen.append(plugin.required(resolve(Norm, device="cpu", mode=Mode.INFERENCE).request))
+        seen.append(wanted.required(resolve(Norm, device="cpu", mode=Mode.INFERENCE).request))
 
     with numerics("deterministic"), numerics("batch_invariant"):
         look()
