@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -93,7 +93,11 @@ def consistency(
     if left and not found:
         notes.append(f"written to in place on one side only, without effect: the input of {left[0][1]}")
     if opaque := sorted({*records[0].opaque, *records[1].opaque}):
-        notes.append(f"with values that have no plain bits, which are compared by type: {', '.join(opaque[:5])}")
+        paths = ", ".join(path or "(the model)" for path in opaque[:5])
+        notes.append(f"with values that have no plain bits, which are compared by type: {paths}")
+    returned = [record.events[OUTPUT, "", 1].whole.keys() for record in records if (OUTPUT, "", 1) in record.events]
+    if len(returned) == 2 and (alone := sorted(returned[0] ^ returned[1])):
+        notes.append(f"returned by one side only, which are not compared: {_names(alone[:5])}")
     if first is None and whole and not _agree(*(record.events[OUTPUT, "", 1] for record in whole)):
         first, records = (OUTPUT, "", 1), whole
         notes.append("layer by layer, compiled code computes the same bits; compiled as a whole, it does not")
@@ -140,6 +144,8 @@ def _check(
             raise ArgumentTypeError(
                 f"{name} is a function that returns a context manager, or the path of a decision file, not {setting!r}."
             )
+        if isinstance(setting, str | os.PathLike) and not os.path.isfile(setting):
+            raise ArgumentError(f"{name} is {os.fspath(setting)!r}, which is no file: name a decision file.")
     for name, batch in (("batch_a", batch_a), ("batch_b", batch_b)):
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int)):
             raise ArgumentTypeError(f"{name} is a number of rows, not {batch!r}.")
@@ -156,6 +162,8 @@ def _check(
 
 def _agree(a: Event, b: Event) -> bool:
     """Whether all values that both events have are the same: as a whole, or row by row for batches of other sizes."""
+    if a.key[0] == OUTPUT and _apart(a, b):
+        return False
     for name in a.whole.keys() & b.whole.keys():
         ours, theirs = a.whole[name], b.whole[name]
         if len(ours) == len(theirs) and all(map(_same, ours, theirs)):
@@ -168,6 +176,15 @@ def _agree(a: Event, b: Event) -> bool:
             continue
         return False
     return True
+
+
+def _apart(a: Event, b: Event) -> bool:
+    """Whether two events have no value in common to compare, though one has some."""
+    return a.whole.keys() != b.whole.keys() and a.whole.keys().isdisjoint(b.whole)
+
+
+def _names(values: Iterable[str]) -> str:
+    return ", ".join(name or "one value" for name in sorted(values)) or "nothing"
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -237,6 +254,8 @@ def _drift(key: Key, records: list[Digests], again: list[Digests]) -> Drift:
             break
     else:
         causes += _constants(*events)
+        if kind == OUTPUT and events[0] is not None and events[1] is not None and _apart(*events):
+            causes.append(f"it returns {_names(events[0].whole)} in a and {_names(events[1].whole)} in b")
     if None in events:
         causes.append(f"only {'ab'[events.index(None) == 0]} changes it")
     causes += _differences(*(record.module(blamed) for record in records))

@@ -7,6 +7,7 @@ held if a second run asks for them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import zlib
 from collections import Counter
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from kernels_core import Layer, Resolution, find_layer, hookimpl, module_paths, plugin_manager
-from kernels_core.replay import random_states, same_random_states
+from kernels_core.replay import leaves, random_states, same_random_states
 from kernels_core.torch_internals import disabled, version
 
 from ..bisect.switch import find_caller
@@ -32,6 +33,7 @@ INPUT, PARAMETERS, OUTPUT, LEFT = "input", "parameter", "output", "input after t
 GRADIENT_OUTPUT, GRADIENT_INPUT, GRADIENT = "gradient of the output", "gradient of the input", "gradient"
 
 _CONSTANTS = (bool, int, float, str)
+_NO_NUMBERS = (type(None), type, torch.dtype, torch.device)
 _names = itertools.count(1)
 
 
@@ -251,11 +253,11 @@ class Digests:
         key = (kind, path, call)
         event = self.events.setdefault(key, Event(key, parent))
         held: dict[str, torch.Tensor] = {}
-        for name, value in _leaves(values):
-            if not isinstance(value, torch.Tensor):
+        for name, value in _leaves(values, whole=key[:2] == (OUTPUT, "")):
+            if isinstance(value, _CONSTANTS):
                 event.whole.setdefault(name, []).append(value)
                 continue
-            if not has_bits(value):  # sparse, quantized, nested, or of another library
+            if not isinstance(value, torch.Tensor) or not has_bits(value):  # such as sparse, or of another library
                 event.whole.setdefault(name, []).append(type(value).__name__)
                 self.opaque[path] = None
                 continue
@@ -301,16 +303,21 @@ def _read(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield tensors and constants in tuples, lists and mappings.
+def _leaves(value: Any, path: str = "", *, whole: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield tensors and constants in tuples, lists, mappings and dataclasses.
 
     Not those in other objects: a cache has those of all layers before, which would be digested again at each layer.
+    The output of the model is opened as a `whole`, and objects in it that cannot be are noted: no layer comes after it.
     """
     if isinstance(value, (torch.Tensor, *_CONSTANTS)):
         yield path, value
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _leaves(inner, f"{path}.{name}" if path else str(name))
+            yield from _leaves(inner, f"{path}.{name}" if path else str(name), whole=whole)
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{place}]")
+            yield from _leaves(inner, f"{path}[{place}]", whole=whole)
+    elif whole or dataclasses.is_dataclass(value):
+        for place, leaf in leaves(value, path):
+            if isinstance(leaf, (torch.Tensor, *_CONSTANTS)) or (whole and not isinstance(leaf, _NO_NUMBERS)):
+                yield place, leaf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -617,6 +618,7 @@ BAD: dict[str, tuple[dict[str, Any], type[KernelsError], str]] = {
     "no module": ({"a": 3}, ArgumentTypeError, "a is 3"),
     "an iterator": ({"inputs": iter([torch.ones(1)])}, ArgumentTypeError, "may give other data"),
     "a setting that cannot be called": ({"setting_b": 3}, ArgumentTypeError, "setting_b"),
+    "a decision file that is missing": ({"setting_a": "missing.json"}, ArgumentError, "setting_a is .missing.json"),
     "no rows": ({"batch_a": 0}, ArgumentError, "batch_a is 0"),
     "half a row": ({"batch_a": 0.5}, ArgumentTypeError, "batch_a"),
     "gradients of other batches": ({"batch_a": 1, "gradients": True}, ArgumentError, "sum over all rows"),
@@ -684,3 +686,47 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
     assert "Consistency" in (tmp_path / "page.html").read_text()
     assert exit_code(model, model, batch_b=0) == 2
     assert capsys.readouterr().err.startswith("error: batch_b is 0")
+
+
+class Returns(nn.Module):
+    """Adds a number in its own code, after its only layer, and returns it in some form."""
+
+    def __init__(self, number: float, form: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.number, self.form = nn.Identity(), number, form
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.form(self.inner(x) + self.number)
+
+
+@dataclasses.dataclass
+class Result:
+    logits: torch.Tensor
+
+
+class Holder:
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize("form", [Result, Holder, lambda y: [Result(y)], lambda y: {"y": Holder(y)}])
+def test_objects_that_a_model_returns_are_compared(form: Callable[[torch.Tensor], Any]) -> None:
+    """Dataclasses and other objects in the output hold tensors that no later layer shows."""
+    report = consistency(Returns(0.0, form), Returns(1.0, form), torch.randn(3))
+    assert report.drift is not None and report.drift.path == "" and not report.outputs_agree
+    assert consistency(Returns(1.0, form), Returns(1.0, form), torch.randn(3)).ok
+
+
+def test_outputs_of_other_forms_are_no_agreement() -> None:
+    """Outputs with no value in common differ, one that only one side has is noted, and so is a lazy one."""
+    for form, other in (
+        (lambda y: {"a": y}, lambda y: {"b": y}),
+        (lambda y: (y,), lambda y: y),
+        (lambda y: None, Result),
+    ):
+        report = consistency(Returns(0.0, form), Returns(0.0, other), torch.randn(3))
+        assert report.drift is not None and report.drift.causes[0].startswith("it returns "), report
+    report = consistency(Returns(0.0, lambda y: (y, y)), Returns(0.0, lambda y: (y,)), torch.randn(3))
+    assert report.ok and report.notes == ("returned by one side only, which are not compared: [1]",)
+    report = consistency(Returns(0.0, iter), Returns(1.0, iter), torch.randn(3))
+    assert report.notes == ("with values that have no plain bits, which are compared by type: (the model)",)
