@@ -254,8 +254,9 @@ def _drift(key: Key, records: list[Digests], again: list[Digests]) -> Drift:
             break
     else:
         causes += _constants(*events)
-        if kind == OUTPUT and events[0] is not None and events[1] is not None and _apart(*events):
-            causes.append(f"it returns {_names(events[0].whole)} in a and {_names(events[1].whole)} in b")
+        a, b = events
+        if kind == OUTPUT and a is not None and b is not None and _apart(a, b):
+            causes.append(f"it returns {_names(a.whole)} in a and {_names(b.whole)} in b")
     if None in events:
         causes.append(f"only {'ab'[events.index(None) == 0]} changes it")
     causes += _differences(*(record.module(blamed) for record in records))

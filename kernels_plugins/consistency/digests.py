@@ -318,6 +318,6 @@ def _leaves(value: Any, path: str = "", *, whole: bool = False) -> Iterator[tupl
         for place, inner in enumerate(value):
             yield from _leaves(inner, f"{path}[{place}]", whole=whole)
     elif whole or dataclasses.is_dataclass(value):
-        for place, leaf in leaves(value, path):
+        for where, leaf in leaves(value, path):
             if isinstance(leaf, (torch.Tensor, *_CONSTANTS)) or (whole and not isinstance(leaf, _NO_NUMBERS)):
-                yield place, leaf
+                yield where, leaf
