@@ -6,7 +6,6 @@ import functools
 import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -86,7 +85,7 @@ class use_choice:  # noqa: N801 - reads like a statement
 @functools.cache
 def _absolute(path: str) -> str:
     """Return where a path led when it was first used: a program may change its working directory between decisions."""
-    return str(Path(path).expanduser().absolute())
+    return os.path.abspath(os.path.expanduser(path))
 
 
 @functools.lru_cache(maxsize=4)

@@ -191,9 +191,10 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERNELS_LEADER", "1")
     with pytest.raises(LoadError, match="neither a process group of several ranks nor KERNELS_LEADER_DIR"):
         find_board()
-    monkeypatch.setenv("KERNELS_LEADER_DIR", "new")
-    with pytest.raises(LoadError, match="write the whole path"):
-        find_board()
+    for folder in ("new", "~nobody-of-this-name/new"):
+        monkeypatch.setenv("KERNELS_LEADER_DIR", folder)
+        with pytest.raises(LoadError, match="write the whole path"):
+            find_board()
     monkeypatch.setenv("KERNELS_LEADER_DIR", str(tmp_path / "new"))
     assert isinstance(find_board(), FolderBoard)
     monkeypatch.setenv("KERNELS_LEADER", "0")

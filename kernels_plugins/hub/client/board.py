@@ -159,7 +159,7 @@ def find_board() -> Board | None:
     if asked and not switch(SWITCH):
         return None
     if folder := os.environ.get(FOLDER):
-        return FolderBoard(Path(folder).expanduser())
+        return FolderBoard(Path(os.path.expanduser(folder)))
     store = _group_store()
     if store is None and asked:
         raise LoadError(

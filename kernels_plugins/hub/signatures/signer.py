@@ -114,7 +114,7 @@ def _parse_signer(section: ConfigSection) -> Signer:
 
 
 def _parse_root(section: ConfigSection) -> Path:
-    return section.path.parent / Path(section.as_text()).expanduser()
+    return section.path.parent / os.path.expanduser(section.as_text())
 
 
 SETTINGS: Mapping[str, Any] = {
