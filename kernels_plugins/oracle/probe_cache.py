@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +31,9 @@ _HERE = "here-"
 _SIMPLE = (str, bytes, int, float, bool, type(None), torch.dtype)
 
 _lock = threading.Lock()
+_count = itertools.count()
+_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_kept: dict[int, tuple[Any, int]] = {}
 _known: dict[str, ProbeReport | None] = {}
 
 
@@ -56,7 +61,21 @@ def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.devic
     digests = [digest_of(implementation), digest_of(layer.reference)]
     parts = [*digests, torch.__version__, name, device_capability(device)]
     key = hashlib.sha256(json.dumps([FORMAT, *map(str, parts)]).encode()).hexdigest()
-    return _HERE + key if None in digests else key
+    if None not in digests:
+        return key
+    # Code of which no file is known is told apart by its identity: two kernels must not share a report.
+    return f"{_HERE}{_number(implementation)}-{_number(layer.reference)}-{key}"
+
+
+def _number(function: Callable[..., Any]) -> int:
+    """Return the number of a function in this process, which no other one gets, also not after its end."""
+    inner: Any = inspect.unwrap(function)
+    inner = getattr(inner, "__func__", inner)
+    with _lock:
+        try:
+            return _numbers.setdefault(inner, next(_count))
+        except TypeError:  # it takes no weak reference, or has no hash: it is kept, so that its id stays its own
+            return -_kept.setdefault(id(inner), (inner, id(inner)))[1]
 
 
 def digest_of(function: Callable[..., Any]) -> str | None:

@@ -457,3 +457,24 @@ def test_a_reference_that_was_chosen_and_lacks_it_is_left_out(isolated_plugins: 
     with use_kernel_mapping({"RequiredBlend": {"cpu": Even}}), numerics("batch_invariant"):
         layer(X)
         assert origin(Blend) == "Even"
+
+
+def test_code_without_a_file_shares_no_finding() -> None:
+    """Two kernels of which no source is known, as at a prompt, are judged apart, and the right one serves."""
+    scope: dict[str, Any] = {"torch": torch, "nn": nn}
+    exec(
+        "def double(x):\n    return x + x\n"
+        "def few(factor, x):\n    return factor * x if len(x) < 65 else x + x + 1e-7\n"
+        "def steady(factor, x):\n    return factor * x\n"
+        "split = lambda x: few(2, x)\nright = lambda x: steady(2, x)\n",
+        scope,
+    )
+    double = use_kernel_forward_from_hub("WithoutFile")(scope["double"])
+    x = torch.randn(4, 8)
+    for kernels, served in ((["split", "right"], "right"), (["right", "split"], "right"), (["split"], None)):
+        functions = [scope[name] for name in kernels]
+        with use_kernel_mapping({"WithoutFile": {"cpu": functions}}), numerics("batch_invariant"):
+            assert torch.equal(double(x), 2 * x)
+            resolution = resolve(double, device="cpu", mode=Mode.INFERENCE)
+            assert resolution.implementation is (scope[served] if served else None), resolution
+            assert resolution.checked["batch_invariant"].startswith("yes")
