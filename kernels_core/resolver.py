@@ -43,6 +43,7 @@ def resolve(
     device: torch.device | Device | str,
     mode: Mode,
     candidate: Candidate | None = None,
+    subclasses: frozenset[type[torch.Tensor]] = frozenset(),
 ) -> Resolution:
     """Decide which kernel would serve a layer here and now, without running it.
 
@@ -53,6 +54,7 @@ def resolve(
         device: Device of the call, such as `"cuda:1"`; without an index, the current device.
         mode: `Mode.INFERENCE` or `Mode.TRAINING`, with or without `Mode.TORCH_COMPILE`.
         candidate: The only candidate to try, in place of those that plugins offer.
+        subclasses: The classes of the tensors of the call that are not plain, such as `DTensor`.
 
     Returns:
         The decision, with every refusal; for the reference, if no kernel serves.
@@ -65,11 +67,11 @@ def resolve(
         >>> resolve("no such layer", device="cpu", mode=Mode.INFERENCE).origin
         'reference'
     """
-    request = _request_of(layer_or_name, device, mode)
+    request = replace(_request_of(layer_or_name, device, mode), subclasses=subclasses)
     if frames.resolving.get():  # a hook that answers another request calls this: do not recurse
         return Resolution(request, note="asked while a layer is being resolved")
     if candidate is None or mapping_disabled():
-        return decide(request.layer or request.layer_name, request.device, (mode,))
+        return decide(request.layer or request.layer_name, request.device, (mode,), subclasses=subclasses)
     with _resolving():
         return CorePlugin(candidate).kernels_resolve_forward(request)
 

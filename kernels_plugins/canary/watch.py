@@ -19,6 +19,7 @@ from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, mo
 from kernels_core.replay import Call, Outcome, is_observed, mapped, same_numbers
 
 from ..comparison import alike, compare
+from ..comparison.structure import own_part
 from .outliers import Outliers, part_of
 from .settings import Settings
 
@@ -81,12 +82,17 @@ class _Watch:
         token = _comparing.set(True)
         try:
             before = live.snapshot(state=module is not None and next(module.buffers(), None) is not None)
+            mesh = next((t.device_mesh for t in live.inputs.values() if hasattr(type(t), "placements")), None)
             with held_back() as saved:
-                output = self.forward(*args, **kwargs)
+                try:
+                    output = self.forward(*args, **kwargs)
+                except Exception:
+                    _agreed("the kernel raises", mesh)  # the other ranks wait for this one
+                    raise
             if output is NotImplemented:  # another kernel serves this call
                 return output
             whole = why or number <= self.settings.first
-            problem = self._problem(live, before, output, _part(0 if whole else number))
+            problem = _agreed(self._problem(live, before, output, _part(0 if whole else number), mesh), mesh)
         finally:
             _comparing.reset(token)
         where = f"{self._where(number, live)}{why and f', compared because {why}'}" if problem is not None else ""
@@ -97,7 +103,7 @@ class _Watch:
 
     # --- Comparing ------------------------------------------------------------------------------
 
-    def _problem(self, live: Call, before: Call, output: Any, part: Part) -> str | None:
+    def _problem(self, live: Call, before: Call, output: Any, part: Part, mesh: Any) -> str | None:
         """Return the difference between kernel and reference as text, None if there is none."""
         try:
             expected = before.run(self.layer.reference, parameters=False, mutations=False)
@@ -128,26 +134,28 @@ class _Watch:
                 pairs.append((gradients(again), gradients(expected)))
         state = live.state
         try:
-            if alike(pairs, [(state[name], left) for name, left in expected.after.items() if name in state]):
+            same = [(state[name], left) for name, left in expected.after.items() if name in state]
+            if not _agreed(None if alike(pairs, same) else "unlike", mesh):
                 return None
-            return (
-                self._differs("", pairs[0][0], expected, lambda run: part(run.outputs), before)
-                or self._changed(state, before, expected)
-                or (self._differs("gradient of ", pairs[1][0], expected, gradients, before) if wanted else None)
-            )
+            # Each step ends alike on all ranks of a mesh, for the next one may start collectives.
+            outputs = self._differs("", pairs[0][0], expected, lambda run: part(run.outputs), before, mesh)
+            if problem := _agreed(outputs, mesh) or _agreed(self._changed(state, before, expected), mesh):
+                return problem
+            return self._differs("gradient of ", pairs[1][0], expected, gradients, before, mesh) if wanted else None
         except Exception as error:  # outputs that cannot be compared are no fault of the kernel
             failure = f"{type(error).__name__}: {error}"
             self._say("outputs", f"its outputs cannot be compared with those of its reference: {failure}")
             return None
 
     def _differs(
-        self, prefix: str, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call
+        self, prefix: str, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call, mesh: Any
     ) -> str | None:
         """Compare outputs or gradients; a suspicion is checked with a reference in float64."""
         comparison = compare(actual, of(expected), quick=True)
-        if not comparison.ok and not comparison.mismatches:
+        suspected = not comparison.ok and not comparison.mismatches
+        if _agreed("suspected" if suspected else None, mesh):
             try:
-                exact = of(before.run(self.layer.reference, dtype=torch.float64))
+                exact = of(before.run(self.layer.reference, dtype=torch.float64, mutations=False))
             except Exception:  # a reference that does not run in float64 is no better judge than it was
                 exact = None
             comparison = compare(actual, of(expected), exact=exact)
@@ -157,11 +165,14 @@ class _Watch:
         """Compare the arguments and buffers that were changed in place."""
         for name, was in before.state.items():
             now, wanted = state.get(name), expected.after.get(name)
-            if now is None or wanted is None or same_numbers(wanted, now.detach()):
+            if now is None or wanted is None:
                 continue
-            comparison = compare(now.detach(), wanted, quick=True)
+            was, now, wanted = (own_part(tensor.detach(), wanted) for tensor in (was, now, wanted))
+            if same_numbers(wanted, now):
+                continue
+            comparison = compare(now, wanted, quick=True)
             if not comparison.ok:
-                changes = not same_numbers(was.detach(), wanted)
+                changes = not same_numbers(was, wanted)
                 how = "left as it was, or changed otherwise" if changes else "changed in place"
                 return f"{name} was {how}, which the reference does not do: {comparison}"
         return None
@@ -201,6 +212,19 @@ class _Watch:
         )
         at = f" at {path!r}" if path else ""
         return f"layer {self.layer.name!r}{at} on {self.resolution.request.device}, call {number} ({shapes})"
+
+
+def _agreed(problem: str | None, mesh: Any) -> str | None:
+    """Return a problem, or that another rank of a mesh has one: a kernel serves distributed tensors on all or on none.
+
+    All ranks compare the same calls, for these are chosen by number: so each comes here.
+    """
+    if mesh is None:
+        return problem
+    found = torch.tensor([float(problem is not None)], device=mesh.device_type)
+    for group in mesh.get_all_groups():  # along each dimension in turn, it reaches every rank
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+    return problem or ("another rank finds that it disagrees, on its shard" if found.item() else None)
 
 
 Part = Callable[[Any], Any]

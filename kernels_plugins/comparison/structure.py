@@ -71,7 +71,11 @@ def own_part(tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """
     if not _is_distributed(expected):
         return tensor
-    placed = cast(Any, tensor.detach()).redistribute(cast(Any, expected).device_mesh, cast(Any, expected).placements)
+    from torch.distributed.tensor import Replicate  # a second; there is a distributed tensor, so it was done before
+
+    # Parts of a sum are added up: two ranks may share them differently. All ranks of the mesh come here.
+    places = [Replicate() if place.is_partial() else place for place in cast(Any, expected).placements]
+    placed = cast(Any, tensor.detach()).redistribute(cast(Any, expected).device_mesh, places)
     return cast(torch.Tensor, placed.to_local())
 
 

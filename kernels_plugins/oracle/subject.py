@@ -131,6 +131,7 @@ class Subject:
     def _kernels(self) -> list[_Kernel]:
         """Return each candidate once, with the decisions about it."""
         found: list[_Kernel] = []
+        distributed = frozenset(type(t) for t in self.call.inputs.values() if hasattr(type(t), "placements"))
         for mode in self.modes:
             for candidate in find_candidates(self.layer, device=self.device, mode=mode)[0]:
                 if isinstance(candidate.source, type(Reference)):  # there is nothing to compare it with
@@ -144,7 +145,9 @@ class Subject:
                         continue
                     found.append(kernel)
                 if mode not in kernel.decisions:
-                    kernel.decisions[mode] = resolve(self.layer, device=self.device, mode=mode, candidate=candidate)
+                    kernel.decisions[mode] = resolve(
+                        self.layer, device=self.device, mode=mode, candidate=candidate, subclasses=distributed
+                    )
         choice = frozen_choice(self.call.module) if self.call.module is not None else None
         frozen = choice.resolution if choice is not None else None
         if frozen is not None and not frozen.is_reference:

@@ -180,20 +180,57 @@ if count == 2:
             ran.clear()
             compared(f"{name} {places[0]}",
                 *[lambda m=m: results(m, line, places, shape) for m in (Compiled(), plain)])
-print(json.dumps({"quarantine": [entry.reason for entry in quarantined()], **report}), flush=True)
+report["quarantine"] = [entry.reason for entry in quarantined()]
+open(f"{rank}.json", "w").write(json.dumps(report))
+dist.destroy_process_group()
+os._exit(0)
+"""
+
+
+TOOLS = """
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("store"), rank=rank, world_size=count)
+line = init_device_mesh("cpu", (count,))
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(1, keepdim=True)
+Centred = use_kernel_forward_from_hub("Centred")(Centred)
+class OneRankWrong(NormKernel):
+    def forward(self, x):
+        return rms(x, self.weight, self.eps) * (1.5 if rank == 1 else 1.0)
+class WrongGradient(NormKernel):
+    def forward(self, x):
+        return rms(x, self.weight.detach() * 1.5 - self.weight * 0.5, self.eps)
+class NotLocal(nn.Module):
+    local_except = (-1,)
+    def forward(self, x):
+        return x - x.mean(1, keepdim=True)
+for name, make, kernel in (("Norm", Norm, NormKernel), ("Norm", Norm, OneRankWrong), ("Norm", Norm, WrongGradient),
+        ("Centred", Centred, NotLocal)):
+    torch.manual_seed(2)
+    layer, x = whole(make(), line), distribute_tensor(torch.randn(2, 4, 8), line, [Shard(1)])
+    with warnings.catch_warnings(record=True) as caught, use_kernel_mapping({name: {"cpu": kernel}}):
+        warnings.simplefilter("always")
+        with canary(first=2, every=0):
+            for _ in range(3):
+                layer(x.clone().requires_grad_()).sum().backward()
+        texts = [str(w.message) for w in caught if issubclass(w.category, KernelsWarning)]
+        quarantine = [entry.reason for entry in quarantined()]
+        release()
+        rows = [str(row) for row in verify(nn.Sequential(layer), x, gradients=True).rows]
+    report[kernel.__name__] = [texts, quarantine, rows]
+    release()
+open(f"{rank}.json", "w").write(json.dumps(report))
 dist.destroy_process_group()
 os._exit(0)
 """
 
 
 def on_ranks(program: str, count: int, folder: Path) -> list[dict[str, Any]]:
-    """Run a program in processes of one group; return what each prints."""
+    """Run a program in processes of one group; return what each reports."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = run_python("-c", RANKS + program, str(count), environment=environment, folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == count
-    return found
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes with fork")
@@ -213,6 +250,17 @@ def test_local_kernels_run_on_shards(count: int, tmp_path: Path) -> None:
     assert len(reports[0]["block"][1]) == 2
     if count == 4:
         assert reports[0]["square batch and sequence norm"][1] == [[2, 4, 8]]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes with fork")
+def test_canary_and_verify_compare_shards(tmp_path: Path) -> None:
+    """A right kernel passes; one that is wrong on one rank, in a gradient, or not local, is out on all ranks."""
+    for report in on_ranks(TOOLS, 2, tmp_path):
+        texts, quarantine, rows = report.pop("NormKernel")
+        assert texts == quarantine == [] and all(": ok" in row for row in rows), (texts, rows)
+        for name, (_, reasons, _) in report.items():
+            assert len(reasons) == 1 and "a canary found" in reasons[0], (name, reasons)
+        assert any(": wrong" in row for row in report["WrongGradient"][2] + report["NotLocal"][2])
 
 
 @pytest.mark.parametrize("declared", [-1, (1,), ["-1"], (True,)])
