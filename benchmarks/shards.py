@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 benchmarks/shards.py
 
-By hand, the shards are plain tensors, as in a program without `DTensor`. Prints one
-line per size: microseconds of a training step (forward and backward) both ways, and their ratio.
+By hand, the shards are plain tensors, as in a program without `DTensor`. Prints one line
+per size: microseconds of a training step (forward and backward) both ways, and their ratio.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,7 @@ def main() -> None:
     rank = int(os.environ["LOCAL_RANK"])
     if gpu:
         torch.cuda.set_device(rank)
-    kind = "cuda" if gpu else "cpu"
+    kind: Literal["cpu", "cuda"] = "cuda" if gpu else "cpu"
     dist.init_process_group("nccl" if gpu else "gloo")
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     for size in SIZES if gpu else ((2, 512, 512),):
@@ -79,8 +79,9 @@ def main() -> None:
         )
         x.requires_grad_()
         assert isinstance(x, DTensor) and isinstance(gradient, DTensor)
-        hand, shard = Norm(weight.clone()), x.detach().to_local().clone().requires_grad_()
-        cases = {"by hand": (hand, shard, gradient.to_local(), True), "DTensor": (placed, x, gradient, False)}
+        own: torch.Tensor = cast(Any, gradient).to_local()
+        hand, shard = Norm(weight.clone()), cast(Any, x.detach()).to_local().clone().requires_grad_()
+        cases = {"by hand": (hand, shard, own, True), "DTensor": (placed, x, gradient, False)}
         times: dict[str, list[float]] = {name: [] for name in cases}
         with use_kernel_mapping({"ShardNorm": {kind: Kernel}}):
             for number in range(ROUNDS + 3):

@@ -82,7 +82,8 @@ class _Watch:
         token = _comparing.set(True)
         try:
             before = live.snapshot(state=module is not None and next(module.buffers(), None) is not None)
-            mesh = next((t.device_mesh for t in live.inputs.values() if hasattr(type(t), "placements")), None)
+            meshes = (getattr(tensor, "device_mesh", None) for tensor in live.inputs.values())  # `DTensor`s have one
+            mesh = next(filter(None, meshes), None)
             with held_back() as saved:
                 try:
                     output = self.forward(*args, **kwargs)
