@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import itertools
@@ -61,10 +62,19 @@ def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.devic
     digests = [digest_of(implementation), digest_of(layer.reference)]
     parts = [*digests, torch.__version__, name, device_capability(device)]
     key = hashlib.sha256(json.dumps([FORMAT, *map(str, parts)]).encode()).hexdigest()
-    if None not in digests:
+    if None not in digests and all(map(_is_told, (implementation, layer.reference))):
         return key
-    # Code of which no file is known is told apart by its identity: two kernels must not share a report.
+    # Code of which no file is known, and code around a dict or another object, is told apart by its identity: two
+    # kernels must not share a report.
     return f"{_HERE}{_number(implementation)}-{_number(layer.reference)}-{key}"
+
+
+def _is_told(function: Callable[..., Any]) -> bool:
+    """Whether a digest tells a function apart from others of the same code, around other values."""
+    inner: Any = inspect.unwrap(function)
+    cells = getattr(getattr(inner, "__func__", inner), "__closure__", None) or ()
+    values = [cell.cell_contents for cell in cells if _is_filled(cell)]
+    return not any(isinstance(value, dict | list | set | torch.Tensor | functools.partial) for value in values)
 
 
 def _number(function: Callable[..., Any]) -> int:

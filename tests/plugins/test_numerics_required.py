@@ -478,3 +478,16 @@ def test_code_without_a_file_shares_no_finding() -> None:
             resolution = resolve(double, device="cpu", mode=Mode.INFERENCE)
             assert resolution.implementation is (scope[served] if served else None), resolution
             assert resolution.checked["batch_invariant"].startswith("yes")
+
+
+def test_kernels_around_other_values_share_no_finding() -> None:
+    """Two kernels of one code, around two dicts, are judged apart."""
+    double = use_kernel_forward_from_hub("AroundValues")(lambda x: x + x)
+
+    def made(limits: dict[str, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: 2 * x if len(x) <= limits["most"] else x + x + 1e-7
+
+    for most, found in ((10**9, "yes"), (64, "no")):
+        with use_kernel_mapping({"AroundValues": {"cpu": made({"most": most})}}), numerics("batch_invariant"):
+            double(torch.randn(4, 8))
+            assert resolve(double, device="cpu", mode=Mode.INFERENCE).is_reference is (found == "no")
