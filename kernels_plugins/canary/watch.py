@@ -90,10 +90,14 @@ class _Watch:
                 except Exception:
                     _agreed("the kernel raises", mesh)  # the other ranks wait for this one
                     raise
+            raises = _agreed(
+                None, mesh
+            )  # on another rank: nothing to compare there, and its dispatcher judges the error
             if output is NotImplemented:  # another kernel serves this call
                 return output
             whole = why or number <= self.settings.first
-            problem = _agreed(self._problem(live, before, output, _part(0 if whole else number), mesh), mesh)
+            part = _part(0 if whole else number)
+            problem = None if raises else _agreed(self._problem(live, before, output, part, mesh), mesh)
         finally:
             _comparing.reset(token)
         where = f"{self._where(number, live)}{why and f', compared because {why}'}" if problem is not None else ""
@@ -106,39 +110,25 @@ class _Watch:
 
     def _problem(self, live: Call, before: Call, output: Any, part: Part, mesh: Any) -> str | None:
         """Return the difference between kernel and reference as text, None if there is none."""
-        try:
-            expected = before.run(self.layer.reference, parameters=False, mutations=False)
-        except Exception as error:
-            self._say("reference", f"there is nothing to compare with: {before.why_failed(error)}")
-            return None
-        pairs = [(part(output), part(expected.outputs))]
+        expected, again, problem = self._runs(before)
+        # Each step ends alike on all ranks of a mesh, for the next one may start collectives.
+        if _agreed("" if expected is None else problem, mesh) is not None or expected is None:
+            return problem
         wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]
+        if _agreed("" if again is None else None, mesh) is not None:
+            wanted = []
 
         def gradients(run: Outcome) -> dict[str, Any]:
             return {name: part(run.gradients[name]) for name in wanted}
 
-        if wanted:
-            kernel: Any = self.resolution.implementation
-            try:
-                again = before.run(kernel, parameters=False, mutations=False)
-            except torch.OutOfMemoryError as error:  # a second run beside the first is no duty of the kernel
-                self._say("memory", f"there is no memory to compare its gradients: {error}")
-                return None
-            except Exception as error:
-                if before.obstacle is None:
-                    return f"its second run, for its gradients, raises {type(error).__name__}: {error}"
-                self._say("copies", f"its gradients are not compared: {before.why_failed(error)}")  # maybe their fault
-                wanted = []
-            else:
-                if missing := [name for name in wanted if again.gradients.get(name) is None]:
-                    return f"no gradient reaches {', '.join(missing)}, as it does from the reference"
-                pairs.append((gradients(again), gradients(expected)))
+        pairs = [(part(output), part(expected.outputs))]
+        if wanted and again is not None:
+            pairs.append((gradients(again), gradients(expected)))
         state = live.state
         try:
             same = [(state[name], left) for name, left in expected.after.items() if name in state]
             if not _agreed(None if alike(pairs, same) else "unlike", mesh):
                 return None
-            # Each step ends alike on all ranks of a mesh, for the next one may start collectives.
             outputs = self._differs("", pairs[0][0], expected, lambda run: part(run.outputs), before, mesh)
             if problem := _agreed(outputs, mesh) or _agreed(self._changed(state, before, expected), mesh):
                 return problem
@@ -147,6 +137,34 @@ class _Watch:
             failure = f"{type(error).__name__}: {error}"
             self._say("outputs", f"its outputs cannot be compared with those of its reference: {failure}")
             return None
+
+    def _runs(self, before: Call) -> tuple[Outcome | None, Outcome | None, str | None]:
+        """Return the run of the reference, a second one of the kernel for its gradients, and a problem of the latter.
+
+        A run is None where it fails and the kernel is not at fault.
+        """
+        try:
+            expected = before.run(self.layer.reference, parameters=False, mutations=False)
+        except Exception as error:
+            self._say("reference", f"there is nothing to compare with: {before.why_failed(error)}")
+            return None, None, None
+        wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]
+        if not wanted:
+            return expected, None, None
+        kernel: Any = self.resolution.implementation
+        try:
+            again = before.run(kernel, parameters=False, mutations=False)
+        except torch.OutOfMemoryError as error:  # a second run beside the first is no duty of the kernel
+            self._say("memory", f"there is no memory to compare its gradients: {error}")
+            return None, None, None
+        except Exception as error:
+            if before.obstacle is None:
+                return expected, None, f"its second run, for its gradients, raises {type(error).__name__}: {error}"
+            self._say("copies", f"its gradients are not compared: {before.why_failed(error)}")  # maybe their fault
+            return expected, None, None
+        if missing := [name for name in wanted if again.gradients.get(name) is None]:
+            return expected, again, f"no gradient reaches {', '.join(missing)}, as it does from the reference"
+        return expected, again, None
 
     def _differs(
         self, prefix: str, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call, mesh: Any

@@ -14,8 +14,8 @@ import os, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from kernels_core import use_kernel_forward_from_hub
-from kernels_plugins import use_kernel_mapping
+from kernels_core import quarantined, use_kernel_forward_from_hub
+from kernels_plugins import canary, use_kernel_mapping
 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("nccl")
 mesh, ran = init_device_mesh("cuda", (dist.get_world_size(),)), []
@@ -46,6 +46,12 @@ assert ran and set(ran) == {torch.Tensor}, ran
 for ours, theirs in zip(*found):
     assert ours.placements == theirs.placements
     torch.testing.assert_close(ours.full_tensor(), theirs.full_tensor())
+class Wrong(Kernel):
+    def forward(self, x):
+        return rms(self, x) * (1.5 if dist.get_rank() == 1 else 1.0)
+with use_kernel_mapping({"Layer": {"cuda": Wrong}}), canary(first=1, every=0):
+    layer(x).sum().backward()
+assert len(quarantined()) == 1, quarantined()
 print("equal", flush=True)
 dist.destroy_process_group()
 """
@@ -53,7 +59,7 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one host")
 def test_local_kernels_run_on_shards_with_nccl(tmp_path: Path) -> None:
-    """Outputs, gradients and placements are those of the undecorated model."""
+    """Outputs, gradients and placements are those of the undecorated model; a canary's verdict is that of all ranks."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]

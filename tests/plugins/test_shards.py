@@ -196,12 +196,22 @@ class OneRankWrong(NormKernel):
 class WrongGradient(NormKernel):
     def forward(self, x):
         return rms(x, self.weight.detach() * 1.5 - self.weight * 0.5, self.eps)
+calls = []
+class Raises(NormKernel):
+    def forward(self, x):
+        if rank == 1: raise RuntimeError("no memory on this rank")
+        return rms(x, self.weight, self.eps)
+class RaisesAgain(NormKernel):
+    def forward(self, x):
+        calls.append(rank)
+        if calls == [1, 1]: raise RuntimeError("no memory for a second run on this rank")
+        return rms(x, self.weight, self.eps)
 class NotLocal(nn.Module):
     local_except = (-1,)
     def forward(self, x):
         return x - x.mean(1, keepdim=True)
 for name, make, kernel in (("Norm", Norm, NormKernel), ("Norm", Norm, OneRankWrong), ("Norm", Norm, WrongGradient),
-        ("Centred", Centred, NotLocal))[:4 if count == 2 else 0]:
+        ("Centred", Centred, NotLocal), ("Norm", Norm, Raises), ("Norm", Norm, RaisesAgain))[:6 if count == 2 else 0]:
     torch.manual_seed(2)
     layer, x = whole(make(), line), distribute_tensor(torch.randn(2, 4, 8), line, [Shard(1)])
     with warnings.catch_warnings(record=True) as caught, use_kernel_mapping({name: {"cpu": kernel}}):
@@ -212,7 +222,8 @@ for name, make, kernel in (("Norm", Norm, NormKernel), ("Norm", Norm, OneRankWro
         texts = [str(w.message) for w in caught if issubclass(w.category, KernelsWarning)]
         quarantine = [entry.reason for entry in quarantined()]
         release()
-        rows = [str(row) for row in verify(nn.Sequential(layer), x, gradients=True).rows]
+        failing = kernel in (Raises, RaisesAgain)  # on one rank
+        rows = [] if failing else [str(row) for row in verify(nn.Sequential(layer), x, gradients=True).rows]
     report["tools"][kernel.__name__] = [texts, quarantine, rows]
     release()
 open(f"{rank}.json", "w").write(json.dumps(report))
@@ -260,13 +271,15 @@ def test_local_kernels_run_on_shards(count: int, on_ranks: Callable[[int], list[
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes with fork")
 def test_canary_and_verify_compare_shards(on_ranks: Callable[[int], list[dict[str, Any]]]) -> None:
-    """A right kernel passes; one that is wrong on one rank, in a gradient, or not local, is out on all ranks."""
-    for tools in (report["tools"] for report in on_ranks(2)):
+    """A right kernel passes; a kernel wrong on one rank or on all is out on all; none waits for one that raises."""
+    for rank, tools in enumerate(report["tools"] for report in on_ranks(2)):
         texts, quarantine, rows = tools["NormKernel"]
         assert texts == quarantine == [] and all(": ok" in row for row in rows), (texts, rows)
         for name in WRONG:
             reasons = tools[name][1]
             assert len(reasons) == 1 and "a canary found" in reasons[0], (name, reasons)
+        assert tools["Raises"][1] == tools["RaisesAgain"][1] == []
+        assert ("gradients are not compared" in str(tools["RaisesAgain"][0])) is (rank == 1)
         assert any(": wrong" in row for row in tools["WrongGradient"][2] + tools["NotLocal"][2])
 
 
