@@ -171,7 +171,9 @@ class _Race:
             return
         (dtype, width, bucket), subject = self.subject.key, self.subject
         place = (subject.recorded.layer.name, subject.device.type, context, subject.mode)
-        lost = {name: reason for name, reason in {**why, **self.lost}.items() if name not in times or name == REFERENCE}
+        lost = {name: reason for name, reason in {**why, **self.lost}.items() if name not in times}
+        if REFERENCE in self.lost:  # it has a time, for the others to be compared with, and wins nothing
+            lost[REFERENCE] = self.lost[REFERENCE]
         digests = {name: digest for name, digest in self.digests.items() if name in times and digest}
         yield ChoiceCell(*place, str(dtype).removeprefix("torch."), width, bucket, dict(times), lost, digests)
 

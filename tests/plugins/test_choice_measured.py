@@ -8,6 +8,7 @@ import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from torch.nn import functional
 
 from kernels_core import ArgumentError, KernelsWarning, use_kernel_forward_from_hub
 from kernels_plugins import Choice, choosing, use_choice, use_kernel_mapping
+from kernels_plugins.choice.cell import REFERENCE
+from kernels_plugins.choice.race import _Race
 
 from .test_choice import (
     A_FIRST,
@@ -189,3 +192,17 @@ def test_two_that_save_at_once(tmp_path: Path) -> None:
         list(pool.map(lambda save: save(path), saves))
     assert len(Choice.load(path).cells_on("cpu")) == 16
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_cell_of_captured_times_has_reasons_only_for_those_without_a_time() -> None:
+    """The reference that was captured has a time and no empty reason beside it; one that cannot be captured has one."""
+    layer = SimpleNamespace(name="Twice")
+    key, recorded = (torch.float32, WIDTH, 1), SimpleNamespace(layer=layer)
+    subject: Any = SimpleNamespace(key=key, recorded=recorded, device=torch.device("cuda"), mode="inference", text="")
+    running = _Race(subject, lambda name, action: "")
+    why = {REFERENCE: "", "quick": "", "waiting": "it cannot be captured"}
+    (found,) = running.cell("captured", {REFERENCE: 2.0, "quick": 1.0}, why)
+    assert found.lost == {"waiting": "it cannot be captured"} and set(found.times) == {REFERENCE, "quick"}
+    running.lost[REFERENCE] = "it lacks what is required"
+    (found,) = running.cell("captured", {REFERENCE: 2.0, "quick": 1.0}, why)
+    assert found.lost[REFERENCE] == "it lacks what is required"
