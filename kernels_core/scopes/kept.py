@@ -117,7 +117,6 @@ def checkpoint_scopes(*, inner: Callable[[], Contexts] | None = None) -> Context
         ...     y = checkpoint(torch.sin, x, use_reentrant=False, context_fn=checkpoint_scopes)
         >>> y.backward()
         >>> import functools
-    import weakref
         >>> keep_products = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
         >>> with Scope("fast"):
         ...     y = checkpoint(
