@@ -249,7 +249,8 @@ def test_ray_actors(local_hub: LocalHub, publish: Callable[..., str], run: Run, 
         found = ray.get([actor.found.remote(os.path.abspath(f"cache-{n}")) for n, actor in enumerate(actors)])
         ray.shutdown()
         print(json.dumps([*found, sorted(plugin_manager().plugins())]))
-        """
+        """,
+        KERNELS_LEADER_DIR=f"{tmp_path}/job",
     )
     assert found == [[[first, []], found[2]]] * 2 + [found[2]] and "hub" in found[2]
     assert local_hub.count(is_api) == 0
