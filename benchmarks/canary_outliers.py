@@ -1,4 +1,4 @@
-"""What the outlier trigger of a canary costs a step of training of a Llama-style block: `python canary_outliers.py`.
+"""The price of a canary's outlier trigger in a step of training of a Llama-style block: `python canary_outliers.py`.
 
 One process, three settings in turns: no canary, a canary without the trigger, and the same with it. The inputs are
 the same in each step, so no call is an outlier: what is measured is the search for them.

@@ -43,7 +43,7 @@ class DecisionFile(Tabular):
     models: tuple[FrozenModel, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse two decisions for calls that cannot be told apart."""
+        """Refuse two decisions for one kind of call."""
         known: dict[object, tuple[FrozenModel, FrozenLayer]] = {}
         for model in self.models:
             for layer in model.decided:
@@ -182,7 +182,7 @@ class DecisionFile(Tabular):
         )
 
     def places(self) -> Iterator[tuple[tuple[str, str, str], FrozenLayer, str]]:
-        """Yield each path with its class of hardware and mode, its layer, and what serves it there."""
+        """Yield each path with its class of hardware and mode, its layer, and the text of its kernels there."""
         for model in self.models:
             for layer in model.decided:
                 for path in layer.paths:
@@ -216,7 +216,7 @@ class DecisionFile(Tabular):
         return DecisionDiff(tuple(rows))
 
     def as_table(self) -> Table:
-        """Return a row for each layer, with what serves it; layers that are served alike are one row."""
+        """Return a row for each layer, with its kernels; layers that are served alike are one row."""
         return _table(
             (key, layer.layer, (text, *([layer.note] if layer.note and text == "reference" else [])))
             for key, layer, text in self.places()

@@ -90,9 +90,8 @@ class _Watch:
                 except Exception:
                     _agreed("the kernel raises", mesh)  # the other ranks wait for this one
                     raise
-            raises = _agreed(
-                None, mesh
-            )  # on another rank: nothing to compare there, and its dispatcher judges the error
+            # On another rank: there is nothing to compare there, and its dispatcher judges the error.
+            raises = _agreed(None, mesh)
             if output is NotImplemented:  # another kernel serves this call
                 return output
             whole = why or number <= self.settings.first

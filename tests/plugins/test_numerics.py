@@ -162,6 +162,18 @@ def test_what_has_the_property_is_told_with_the_inputs_tried() -> None:
     assert partly.has is True and partly.why.endswith("float32; not bfloat16, float16")
 
 
+def test_a_kernel_that_raises_beside_other_rows_is_not_known_to_be_invariant() -> None:
+    """One that refuses infinities and NaN in other rows makes a row depend on these: no "yes", and the error."""
+
+    def careful(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if not x.isfinite().all():
+            raise ValueError("only finite numbers")
+        return norm(x, weight)
+
+    (found,) = judge(careful).values()
+    assert found.has is None and "raises" in found.why and "only finite numbers" in found.why
+
+
 def test_what_cannot_be_known_is_not_known() -> None:
     """Inputs without rows, outputs without rows, random numbers and rows that depend on one another give reasons."""
 

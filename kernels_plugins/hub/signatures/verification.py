@@ -115,7 +115,7 @@ def verify_build(
         bundle = Bundle.from_json(build.files[SIGNATURE])
         verified = Verified(*_named(bundle.signing_certificate), bool(signers))
         verifier.verify_artifact(build.files[METADATA], bundle, stage)
-    except Exception as error:  # of a bundle that somebody made up: parsers of three libraries read it
+    except Exception as error:  # of a forged bundle: parsers of three libraries read it
         shown = visible(f"{type(error).__name__}: {error}")
         if bundle is None:
             raise SignatureError(f"{SIGNATURE} is malformed ({shown}). Do not use this kernel") from error
