@@ -107,10 +107,13 @@ class FileReplay:
             nothing = not self.offered and resolution.is_reference
             return resolution if nothing else self._refused(resolution, found)
         if not resolution.is_reference:
-            if any(_is(kernel, resolution) for kernel in found.kernels):
+            # In the order of the file: one that was left out would leave its calls to the next, as on no other rank.
+            places = [place for place, kernel in enumerate(found.kernels) if _is(kernel, resolution)]
+            if places and (places[0] <= len(self.request.passed_on) or self._is_of_process()):
                 return resolution
             now = FrozenKernel("", resolution.origin, resolution.content, record=None)
-            return self._refused(resolution, self._drift(found, str(now)))
+            missing = [f"for {refusal}" for refusal in resolution.refusals if places]
+            return self._refused(resolution, self._drift(found, "; ".join([str(now), *missing])))
         if not found.kernels or self._is_excused(found):
             return resolution
         reasons = [str(refusal) for refusal in resolution.refusals]
@@ -154,6 +157,11 @@ class FileReplay:
                     "Let the kernel declare dtypes or supports, and freeze again."
                 )
             return True
+        return self._is_of_process()
+
+    def _is_of_process(self) -> bool:
+        """Whether tensors of a subclass, or a kernel that proved wrong here, can have kept kernels of the file out."""
+        request = self.request
         return bool(request.subclasses) or any(one.layer_name == request.layer_name for one in quarantined())
 
     def _drift(self, found: FrozenLayer, now: str) -> DecisionError:

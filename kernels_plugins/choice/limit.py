@@ -13,6 +13,7 @@ import torch
 
 from kernels_core import ArgumentError, Candidate, LayerRequest, LoadedLayer, LoadError, warn_once
 
+from ..numerics.wanted import required, trying
 from ..oracle.probe_cache import digest_of
 from .cell import REFERENCE, Key, key_of, sizes_of
 from .choice import Choice
@@ -143,9 +144,7 @@ class ShapeLimit:
         if self.digest and digest_of(forward) not in (None, self.digest):
             raise LoadError("its code has changed since it was measured: measure again (kernels-core choose)")
         orders = self.orders
-        if orders is None or all(
-            map(self._leads, (orders.default, *(order for _, order in (*orders.eager, *orders.captured))))
-        ):
+        if orders is None or all(map(self._leads, orders.all)):
             return forward  # it serves all calls that come to it: none has to ask for its shape
         if self.is_traced:
             limited = self._traced(forward, orders)
@@ -179,13 +178,15 @@ class ShapeLimit:
             if tensor is None:  # as where nothing was measured
                 return forward if self._leads(orders.default) else find_following(args, kwargs)
             key = key_of(tensor)
-            self._say_if_missed(key)  # first: where warnings are errors, it raises each time
+            if not trying.get():
+                self._say_if_missed(key)  # first: where warnings are errors, it raises each time
             eager, captured = (
                 forward if self.takes(key, captured=captured) else find_following(args, kwargs)
                 for captured in (False, True)
             )
             serve = eager if eager is captured else _by_capture(eager, captured)
-            if len(args) > first and args[first] is tensor:
+            # Not from a trial: the first call of such a shape by the program has yet to be warned of.
+            if len(args) > first and args[first] is tensor and not trying.get():
                 shapes = known.setdefault(tensor.dtype, {})
                 if len(shapes) >= _KNOWN:
                     shapes.clear()
@@ -246,22 +247,42 @@ class ShapeLimit:
         return limited
 
 
+@dataclass(frozen=True)
+class _Unusable:
+    """The limit of a candidate whose orders cannot be applied.
+
+    A hook that raises would be reported as a plugin at fault, and the decision file as one without this plugin.
+    """
+
+    reason: str
+
+    def __call__(self, loaded: LoadedLayer, forward: Forward) -> Forward:
+        raise LoadError(self.reason)
+
+
 def recorded(request: LayerRequest, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return candidates with limits as a decision file has them.
+
+    Where the orders cannot be applied, all of them are refused, with the reason.
 
     Args:
         request: The request that they are candidates for.
         candidates: The candidates, each with the orders that `Orders.record` has.
-
-    Raises:
-        ArgumentError: If an order is malformed.
     """
     function = request.layer is not None and request.layer.is_function
     measured = [one for one in candidates if one.record is not None]
     names = [one.label for one in measured]
     found = []
-    for place, one in enumerate(measured):
-        orders = Orders.read(request.layer_name, one.record, "the decision file")
+    try:
+        read = [Orders.read(request.layer_name, one.record, "the decision file") for one in measured]
+        if "batch_invariant" in required(request) and any(len({order[0] for order in each.all}) > 1 for each in read):
+            raise ArgumentError(
+                "the decision file has different kernels for few and for many rows, and batch_invariant is required: "
+                "freeze where it is required"
+            )
+    except ArgumentError as error:
+        return [replace(one, limit=_Unusable(str(error))) for one in candidates if one.record is not None]
+    for place, (one, orders) in enumerate(zip(measured, read, strict=True)):
         rivals, using = (*names[place + 1 :], REFERENCE), (Choice(), orders.file, False)
         limit = ShapeLimit(names[place], rivals, orders, "", function, request.is_traced, using)
         found.append(replace(one, limit=limit))

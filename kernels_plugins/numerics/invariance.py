@@ -44,6 +44,7 @@ class Judgement:
 
 
 NOT_TAKEN = "it passes such calls on to the next candidate"
+PASSED_ON = "it passes on calls with other rows, dtypes or modes, which another implementation computes"
 
 
 class NotTaken(Exception):  # noqa: N818 - no error: an answer

@@ -14,6 +14,7 @@ from ..oracle.subject import Subject, dtype_of
 from . import store
 from .invariance import NOT_TAKEN, Judgement
 from .properties import find
+from .wanted import trying
 
 Forward = Callable[..., Any]
 _VERDICTS: dict[bool | None, Verdict] = {True: "ok", False: "wrong", None: "undecided"}
@@ -24,10 +25,15 @@ def judged(recorded: Recorded, resolution: Resolution, names: Iterable[str]) -> 
     layer, call = recorded.layer, recorded.call
     implementation = resolution.implementation or layer.reference
     key, kind = store.key_of(layer, implementation, resolution.request.device), store.kind_of(call)
-    found = store.known(key).get(kind, {})
+    found = store.findings(key, kind, resolution.candidate)
     if new := [name for name in names if name not in found]:
-        found = {**found, **find(call, implementation, layer.reference, new, compiles=resolution.can_be_traced)}
-        store.keep(key, kind, {name: one for name, one in found.items() if one.why != NOT_TAKEN})
+        token = trying.set(True)
+        try:
+            found.update(find(call, implementation, layer.reference, new, compiles=resolution.can_be_traced))
+        finally:
+            trying.reset(token)
+        taken = {name: one for name, one in found.items() if one.why != NOT_TAKEN}
+        store.keep(key, kind, taken, resolution.candidate)
     return {name: found[name] for name in NUMERICS if name in names}
 
 

@@ -56,7 +56,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
         return None
     from ..oracle.probe import implementation_of
 
-    known = _verdicts(request, implementation_of(layer, function=request.layer.is_function))
+    known = _verdicts(request, implementation_of(layer, function=request.layer.is_function), candidate)
     unknown = request.is_traced or _sure.get()
     for name in names:
         finding = known.get(name)
@@ -98,7 +98,7 @@ def kernels_resolve_forward(request: LayerRequest) -> Generator[None, Any, Any]:
     names = required(request)
     if resolution is None or request.layer is None or not (names or found_out):
         return resolution
-    found = _verdicts(request, resolution.implementation or request.layer.reference)
+    found = _verdicts(request, resolution.implementation or request.layer.reference, resolution.candidate)
     texts: dict[str, str] = {name: str(finding) for name, finding in found.items()}
     texts.update({name: "not known: it is found out at the first eager call" for name in _missing(found, names)})
     resolution = replace(resolution, checked={**resolution.checked, **texts})
@@ -136,9 +136,11 @@ def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward]
 # --- Findings --------------------------------------------------------------------------------------
 
 
-def _verdicts(request: LayerRequest, implementation: Forward) -> dict[str, Judgement]:
+def _verdicts(
+    request: LayerRequest, implementation: Forward, candidate: Candidate | None = None
+) -> dict[str, Judgement]:
     assert request.layer is not None
-    return store.verdicts(store.key_of(request.layer, implementation, request.device))
+    return store.verdicts(store.key_of(request.layer, implementation, request.device), candidate)
 
 
 def _lacking(found: Mapping[str, Judgement], names: Sequence[str]) -> dict[str, str]:
@@ -180,7 +182,7 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
             finally:
                 _busy.reset(token)
         else:
-            found = _verdicts(request, resolution.implementation or layer.reference)
+            found = _verdicts(request, resolution.implementation or layer.reference, resolution.candidate)
         passed_on = any(one.why == NOT_TAKEN for one in found.values())  # it will do so in this call, too
         if passed_on or not (_lacking(found, must) or _missing(found, must)):
             return forward

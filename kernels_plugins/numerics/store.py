@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from kernels_core import NUMERICS, Layer, __version__
+from kernels_core import NUMERICS, Candidate, Layer, __version__
 from kernels_core.replay import Call
 
 from ..files import write_file
 from ..oracle import probe_cache
-from .invariance import Judgement
+from .invariance import PASSED_ON, Judgement
 from .wanted import found_out
 
 _FORMAT = f"1 {__version__}"  # another version may look closer
@@ -42,6 +42,29 @@ def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.devic
     return f"{probe_cache.key_of(layer, implementation, device)}-numerics"
 
 
+def findings(key: str, kind: str, candidate: Candidate | None) -> dict[str, Judgement]:
+    """Return the findings about an implementation for one kind of call, as a candidate offers it."""
+    return _within(candidate, {**known(key).get(kind, {}), **known(_key_within(key, candidate)).get(kind, {})})
+
+
+def _key_within(key: str, candidate: Candidate | None) -> str:
+    """Return the key of the findings that hold only within the limit of a candidate.
+
+    A measured choice keeps a kernel to some rows: without it, or with another one, the same code takes others.
+    """
+    limit = candidate.limit if candidate is not None else None
+    return key if limit is None else f"here-{hash(limit)}-{key}"
+
+
+def _within(candidate: Candidate | None, found: dict[str, Judgement]) -> dict[str, Judgement]:
+    """Return findings about a kernel; of one that is kept to some calls, nothing can be known about its other rows."""
+    if candidate is not None and candidate.record is not None:
+        found.setdefault("batch_invariant", Judgement(None, PASSED_ON))
+        if found["batch_invariant"].has:
+            found["batch_invariant"] = Judgement(None, PASSED_ON)
+    return found
+
+
 def known(key: str) -> dict[str, dict[str, Judgement]]:
     """Return the findings about an implementation, by kind of call and name; the file is read once."""
     with _lock:
@@ -51,8 +74,13 @@ def known(key: str) -> dict[str, dict[str, Judgement]]:
         return _found[key]
 
 
-def keep(key: str, kind: str, findings: Mapping[str, Judgement]) -> None:
+def keep(key: str, kind: str, findings: Mapping[str, Judgement], candidate: Candidate | None = None) -> None:
     """Keep findings for one kind of call, also for other processes where that is possible."""
+    within = _key_within(key, candidate)
+    if within != key:
+        limited = {name: one for name, one in findings.items() if one.why == PASSED_ON}
+        keep(within, kind, limited)
+        findings = {name: one for name, one in findings.items() if name not in limited}
     kinds = known(key)
     with _lock:
         kinds[kind] = {**kinds.get(kind, {}), **findings}
@@ -63,14 +91,15 @@ def keep(key: str, kind: str, findings: Mapping[str, Judgement]) -> None:
             write_file(_path(key), json.dumps({"format": _FORMAT, "findings": data}, indent=2))
 
 
-def verdicts(key: str) -> dict[str, Judgement]:
+def verdicts(key: str, candidate: Candidate | None = None) -> dict[str, Judgement]:
     """Return a finding for each property: one kind of call that shows a fault is enough."""
     found: dict[str, Judgement] = {}
+    kinds = [findings for one in {key, _key_within(key, candidate)} for findings in known(one).values()]
     for name in NUMERICS:
-        all_kinds = [findings[name] for findings in known(key).values() if name in findings]
+        all_kinds = [findings[name] for findings in kinds if name in findings]
         if all_kinds:
             found[name] = min(all_kinds, key=lambda f: (False, None, True).index(f.has))
-    return found
+    return _within(candidate, found)
 
 
 def _path(key: str) -> Path:

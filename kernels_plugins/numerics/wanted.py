@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 from kernels_core import NUMERICS, LayerRequest, Numeric, WantedNumerics, configured
 
 registered: list[Numeric] = []
@@ -9,6 +11,10 @@ registered: list[Numeric] = []
 
 found_out: list[bool] = []
 """Not empty once a property of some implementation was found out in this process."""
+
+
+trying: ContextVar[bool] = ContextVar("kernels_plugins_numerics_trying", default=False)
+"""Whether this thread calls an implementation to find out about it: no program has made such a call."""
 
 
 def required(request: LayerRequest) -> tuple[Numeric, ...]:

@@ -366,6 +366,26 @@ def test_a_kernel_that_is_denied(frozen: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "KERNELS_DENY" in drift().found
 
 
+def test_a_kernel_that_is_denied_leaves_its_calls_to_no_other(
+    place: Path, use: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next kernel of the file is for the calls that the first one passes on: it does not serve in its place."""
+    half = adding(2, dtypes=(torch.float16,))
+    register_kernel_mapping({"Add": {"cpu": [half, Add3]}})
+    receipt(Add(), **EVAL).freeze(place)
+    monkeypatch.setenv("KERNELS_DENY", "kernels.Add2")
+    use(place)
+    error = drift()
+    assert error.expected.startswith("kernels.Add2 [") and ", then kernels.Add3 [" in error.expected
+    assert error.found.startswith("kernels.Add3 [") and "for kernels.Add2: " in error.found
+    monkeypatch.setenv("KERNELS_DENY", "kernels.Add3")
+    use(place)
+    with torch.no_grad():
+        assert Add()(X.half()).item() == 2
+    with pytest.raises(DecisionError, match="KERNELS_DENY"):
+        run(Add())
+
+
 def test_other_content(frozen: Path) -> None:
     """A kernel of the same name with another hash is drift."""
     changed(frozen, content="0" * 64, origin="kernels.Add2 of yesterday")

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from kernels_core import DecisionError, DecisionFile, Mode, PluginManager, kernelize, receipt
-from kernels_plugins import use_choice, use_kernel_mapping
+from kernels_core import DecisionError, DecisionFile, Mode, PluginManager, forget, kernelize, receipt
+from kernels_plugins import numerics, use_choice, use_kernel_mapping
 from kernels_plugins.choice import machine
 from kernels_plugins.choice.choice import Choice
 from kernels_plugins.mapping import register_kernel_mapping
+from kernels_plugins.numerics import plugin as numerics_plugin
 
 from .test_choice import (
     A_FIRST,
@@ -105,5 +106,29 @@ def test_a_malformed_record(freeze: Callable[[Choice], Path]) -> None:
         one["record"]["eager"] = [["no dtype", 1]]
     place.write_text(json.dumps(value))
     register_kernel_mapping({})
-    with use_kernel_mapping({}), pytest.raises(DecisionError), torch.no_grad():
+    with use_kernel_mapping({}), pytest.raises(DecisionError, match="has a malformed choice for"), torch.no_grad():
         Twice()(torch.ones(1, 8))
+
+
+def test_a_kernel_for_each_number_of_rows_where_rows_must_not_differ(
+    freeze: Callable[[Choice], Path], isolated_plugins: PluginManager
+) -> None:
+    """A file that was frozen without the requirement is an error under it, whatever is known of each of its kernels."""
+    isolated_plugins.register(numerics_plugin, "numerics")
+    freeze(SPLIT)
+    with numerics("batch_invariant"), pytest.raises(DecisionError, match="batch_invariant is required: freeze where"):
+        served(Twice(), 16)
+    assert served(Twice(), *ROWS) == NAMES
+
+
+def test_a_denied_winner_leaves_its_shapes_to_no_other_kernel(
+    freeze: Callable[[Choice], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ranks serve these shapes by the kernel that is denied here: an error, dispatched and kernelized."""
+    freeze(SPLIT)
+    frozen, dispatched = kernelize(Twice(), **EVAL), Twice()
+    monkeypatch.setenv("KERNELS_DENY", "kernels.A")
+    forget()
+    for module in (frozen, dispatched):
+        with pytest.raises(DecisionError, match=r"(?s)Found: kernels\.B .*; for kernels\.A: .*KERNELS_DENY"):
+            served(module, 16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kernels_core import (
     ArgumentError,
     ArgumentTypeError,
     Candidate,
+    KernelsWarning,
     Mode,
     NoKernelError,
     PluginManager,
@@ -389,6 +391,35 @@ def test_one_winner_serves_all_rows_where_rows_must_not_matter() -> None:
     assert free.candidate is not None and free.candidate.limit.orders is not None  # type: ignore[union-attr, attr-defined]
     assert bound.candidate is not None and bound.candidate.limit.orders is None  # type: ignore[union-attr, attr-defined]
     assert bound.origin == steady
+
+
+def test_a_finding_within_a_choice_holds_within_it_only() -> None:
+    """A kernel that a choice keeps to some rows is not known there, and is judged anew without it; nothing is warned
+    of the rows that only the judge has tried.
+    """
+    times = {f"{__name__}.Steady": 1.0, f"{__name__}.Slower": 2.0, "reference": 3.0}
+    turned = {**times, f"{__name__}.Steady": 2.5}
+    place: Any = {"layer": "RequiredNorm", "device": "cpu", "context": "eager", "mode": "inference"}
+    cells = [
+        ChoiceCell(**place, dtype="float32", width=64, bucket=bucket, times=each)
+        for bucket, each in ((1, times), (11, turned))
+    ]
+    slower = type("Slower", (Steady,), {"__module__": __name__})
+    model = nn.Sequential(Norm()).eval()
+    with use_kernel_mapping({"RequiredNorm": {"cpu": [Steady, slower]}}), torch.no_grad():
+        with use_choice(Choice((MeasuredOn(machine_of(torch.device("cpu")), tuple(cells)),))):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                verify(model, X[:1], numerics=["batch_invariant"], gradients=False)
+                model(X[:1])
+            found = receipt(model, device="cpu").rows[0].checked["batch_invariant"]
+            assert found.startswith("not known: it passes on calls with other rows")
+            with pytest.warns(KernelsWarning, match="is called with 8 or more rows"):
+                model(X)
+        with numerics("batch_invariant"):
+            model(X)
+            (row,) = receipt(model, device="cpu").require("*", batch_invariant=True).rows
+    assert row.origin == f"{__name__}.Steady" and not row.refusals
 
 
 @pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
