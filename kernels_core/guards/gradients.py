@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..environment import strict
 from ..forward_source import PLAIN
 from ..layer import Forward, Layer
 from ..mode import Mode
@@ -33,7 +34,7 @@ from ..torch_internals import (
 )
 from ..warning import warn
 from .functions import in_function
-from .quarantine import quarantine
+from .quarantine import Quarantined, is_agreed, quarantine
 from .saved_tensors import held_back
 
 _CALLS_WITHOUT_NEWS = 100
@@ -42,10 +43,19 @@ _CALLS_WITHOUT_NEWS = 100
 
 @dataclass
 class _Kept:
-    """The arguments and parameters whose gradients a kernel keeps, and how many calls ago the last one was added."""
+    """What is known of the gradients of a kernel.
+
+    Attributes:
+        kept: The arguments and parameters whose gradients it keeps.
+        calls: How many calls ago the last one was added.
+        lost: Those whose gradients it loses.
+        entry: Its quarantine, where ranks are to leave it together.
+    """
 
     kept: set[str] = field(default_factory=set)
     calls: int = 0
+    lost: set[str] = field(default_factory=set)
+    entry: Quarantined | None = None
 
 
 _records: weakref.WeakKeyDictionary[Forward, dict[int, _Kept]] = weakref.WeakKeyDictionary()
@@ -194,8 +204,8 @@ def try_gradients(
 
     Returns:
         The output; and True where the gradients are kept, False where the kernel is refused from now
-        on and the call can be made anew, None where it is refused but has changed its arguments, so
-        that its output must be used.
+        on and the call can be made anew, None where the output must be used: that of the reference where ranks leave
+        the kernel later, together; or that of a kernel that is refused and has changed its arguments.
     """
     candidates = dict(_candidates(layer, module, values))
     sources = {name: tensor for name, tensor in candidates.items() if tensor is not None and tensor.requires_grad}
@@ -206,6 +216,8 @@ def try_gradients(
         if record.calls >= _CALLS_WITHOUT_NEWS:
             _proven.setdefault(implementation, set()).add(layer.number)
         return call(implementation), True
+    if record.entry is not None and record.entry.is_waiting and record.lost.intersection(sources):
+        return call(layer.reference), None
     touched = [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
     touched += [*module.parameters(), *module.buffers()] if module is not None else []
     versions = [version(tensor) for tensor in touched]
@@ -237,10 +249,16 @@ def try_gradients(
     # One that keeps other gradients is no kernel without a backward: it does not use what a child of the module does.
     ignores = any(name.startswith("parameter") and "." in name for name in missing) and len(missing) < len(sources)
     mode = None if ignores else Mode.TRAINING
-    quarantine(layer, implementation, kernel=kernel, reason=reason, mode=mode, now=True)
+    # Ranks that have agreed on it leave it together, if each such call can be answered by the reference until then.
+    waits = untouched and layer.use_fallback and not strict() and is_agreed(layer)
+    entry = quarantine(layer, implementation, kernel=kernel, reason=reason, mode=mode, now=not waits)
+    if waits:
+        record.entry, record.lost = entry, record.lost.union(missing)
+        compiled = Mode.TORCH_COMPILE if mode is None else mode | Mode.TORCH_COMPILE
+        quarantine(layer, implementation, kernel=kernel, reason=reason, mode=compiled, now=True)  # is not checked
     if untouched:
         set_random_states(drawn)  # or the call that is made anew would draw the next numbers
-        return output, False
+        return (call(layer.reference), None) if waits else (output, False)
     saved.hand_over()
     warn(
         f"Layer {layer.name!r}: {reason}. It may have changed its arguments or buffers in place, so this call cannot "

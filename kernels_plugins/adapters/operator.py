@@ -214,7 +214,6 @@ class Operator:
             kernel=self.work.origin,
             reason=f"as an operator, {reason}. Use it without opaque, or repair it",
             mode=mode,
-            now=True,
         )
 
     def _is_out(self, mode: Mode) -> bool:

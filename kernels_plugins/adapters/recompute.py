@@ -112,7 +112,6 @@ class Recompute:
             kernel=self.work.origin,
             reason=f"it cannot have the backward of the reference: {reason}. Leave it to inference",
             mode=Mode.TRAINING,
-            now=True,
         )
         self.work.fall_back(f"cannot have the backward of the reference: {reason}")
 

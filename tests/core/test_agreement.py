@@ -211,6 +211,74 @@ def test_quarantine_waits_for_a_boundary(tmp_path: Path) -> None:
     assert zero["now"] == [3.0, [False]] and one["now"] == [12.0, []]
 
 
+GRADIENTS = """
+from kernels_plugins import opaque, reference_backward
+join()
+found = {}
+CPU["mode"] = Mode.TRAINING
+calls = []
+def make(in_place=False):
+    class Loses(nn.Module):
+        can_torch_compile = True
+        def forward(self, x):
+            torch.compiler.is_compiling() or calls.append(0)
+            if in_place and failing: x.mul_(1)
+            return (x.detach() if R == 1 and failing else x) + 1
+    return Loses
+class Unlike(nn.Module):  # an operator and a backward of the reference need outputs like those of the reference
+    def forward(self, x): return (x + 1).double() if R == 1 else x + 1
+def trained(call):
+    start = torch.ones(2, requires_grad=True)
+    x = start * 1
+    if (y := call(x)).requires_grad: y.sum().backward()
+    return None if start.grad is None else start.grad.tolist()
+def waiting(): return [entry.is_waiting for entry in quarantined()]
+def under(source, prepare=lambda model: model):
+    '''Agree, train three times, and agree again; return what was found on the way.'''
+    global failing
+    release()
+    with use_kernel_mapping({"Norm": {"cpu": source}}, inherit_mapping=False):
+        failing = False
+        model = Net(1)
+        agreed = error(agree, model, **CPU)
+        call = prepare(model)
+        failing = True
+        del calls[:]
+        results = [trained(call) for _ in range(3)]
+        ran, wait = len(calls), waiting()
+        compiled = trained(torch.compile(model, backend="eager")) if source is lossy else None
+        boundary = error(agree, model, **CPU)
+        return agreed, results, ran, wait, compiled, boundary, waiting(), receipt(model, **CPU).rows[0].origin
+lossy = make()
+found["lossy"] = under(lossy)
+found["kernelized"] = under(make(), lambda model: kernelize(model, **CPU))
+found["in place"] = under(make(in_place=True))
+found["backward"] = under(reference_backward(Unlike))
+CPU["mode"] |= Mode.TORCH_COMPILE
+found["operator"] = under(opaque(Unlike), lambda model: torch.compile(model, backend="eager"))
+report(**found)
+"""
+
+
+def test_gradients_that_one_rank_loses(tmp_path: Path) -> None:
+    """Each such call is answered by the reference, and the ranks leave the kernel together; compiled calls, at once.
+
+    So for a kernel that cannot have the backward of the reference. One that changed its arguments is left at once.
+    """
+    zero, one = run_ranks(tmp_path, MODEL + GRADIENTS)
+    right, waits = [[2.0, 2.0]] * 3, {"lossy": [True, False], "kernelized": [True, False], "in place": [False]}
+    assert zero.keys() == one.keys()
+    for name in zero:
+        for rank in (zero, one):
+            agreed, results, ran, waiting, compiled, boundary, applied, origin = rank[name]
+            lost_at_once = rank is one and name == "in place"
+            assert results == ([None, *right[1:]] if lost_at_once else right), name
+            assert agreed == boundary == "" and not any(applied) and origin == "reference"
+            assert compiled == (right[0] if name == "lossy" else None)
+            assert waiting == (waits.get(name, [True]) if rank is one else [])
+            assert name not in waits or ran == (1 if rank is one else 3)  # it is tried once, not in each call
+
+
 MANY = """
 from kernels_core.decisions import decision
 join()

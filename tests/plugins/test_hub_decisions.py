@@ -17,6 +17,7 @@ import pytest
 import torch
 from hub_scene import Publish, kernel, new_process, scale
 from huggingface_hub import constants
+from ranks import torchrun
 
 from kernels_core import DecisionError, DecisionFile, Mode, receipt, use_kernel_forward_from_hub
 from kernels_plugins import LayerRepository, LockedLayerRepository, reference_backward, register_kernel_mapping
@@ -281,7 +282,6 @@ def test_elastic_restarts_continue_with_the_frozen_commit(
     published: Repository, push: Callable[[], None], local_hub: LocalHub, tmp_path: Path
 ) -> None:
     """Workers that torchrun restarts take the newer commit of a branch, and with the file that of the checkpoint."""
-    (tmp_path / "train.py").write_text(PROGRAM)
     done = threading.Event()
 
     def move() -> None:
@@ -293,19 +293,12 @@ def test_elastic_restarts_continue_with_the_frozen_commit(
     mover = threading.Thread(target=move)
     mover.start()
     try:
-        options = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 5 --monitor-interval 0.1"
         # On a loaded machine, a Hub that answers late would be taken for one that is away, and the cache would serve.
-        more = {"OMP_NUM_THREADS": "1", "HF_HUB_ETAG_TIMEOUT": "600"}
+        more = {"HF_HUB_ETAG_TIMEOUT": "600"}
         # Or the workers find the addresses, and the answers of the Hub, that those before the restart have left.
         more["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        environment = {**os.environ, **local_hub.environment(tmp_path / "home"), **more}
-        ran = subprocess.run(
-            [sys.executable, *options.split(), "train.py"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        environment = {**local_hub.environment(tmp_path / "home"), **more}
+        ran = torchrun(tmp_path, PROGRAM, 2, "--max-restarts", "5", **environment)
     finally:
         done.set()
         mover.join()

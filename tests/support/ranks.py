@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 from fresh_process import run_python
@@ -45,3 +48,20 @@ def run_ranks(folder: Path, program: str, world: int = 2, **environment: str) ->
     for rank, process in enumerate(ended):
         assert process.returncode == 0, f"rank {rank}: {process.stdout[-500:]}{process.stderr[-3000:]}"
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+def torchrun(folder: Path, program: str, world: int, *options: str, **environment: str) -> CompletedProcess[str]:
+    """Run a program as so many ranks of one host with torchrun.
+
+    Args:
+        folder: Where they run; the program is `train.py` there.
+        program: Its code.
+        world: The number of ranks.
+        options: More options of torchrun.
+        environment: Variables, besides those of this process.
+    """
+    (folder / "train.py").write_text(textwrap.dedent(program))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"]
+    command += ["--nproc-per-node", str(world), *options, "train.py"]
+    known = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=folder, env=known, capture_output=True, text=True)
