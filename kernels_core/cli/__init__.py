@@ -253,11 +253,11 @@ def explain(
 def config(as_json: Json = False) -> None:
     """Print every setting, its value, and where it is set: file and line, the environment, or nowhere.
 
-    Exits with 1 if the configuration file is wrong.
+    Exits with 1 if the configuration file is wrong, or a setting names a file that is not there.
     """
     found = configuration()
     print_found(found, as_json)
-    if found.problems:
+    if found.problems or found.missing:
         raise typer.Exit(1)
 
 

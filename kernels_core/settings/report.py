@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import require_type
@@ -25,6 +26,9 @@ _VARIABLES = {
     "signatures": "KERNELS_SIGNATURES",
 }
 """The variable that wins over a setting."""
+
+_FILES = ("choice", "decisions")
+"""Settings that name a file."""
 
 _MORE = ("DISABLE_KERNEL_MAPPING", "LOCAL_KERNELS")
 """Variables that are listed besides those that begin with `KERNELS_`."""
@@ -76,21 +80,24 @@ class Configuration(Tabular):
         file: The file; None if there is none.
         settings: The settings that apply; none of the file where it has problems.
         problems: The problems of the file, each with its line.
+        missing: Files that settings name and that are not there; all other settings apply.
     """
 
     file: str | None
     settings: tuple[SettingRow, ...]
     problems: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
     def as_table(self) -> Table:
         """Return the table that shows it: the path stands above, and places in it are lines."""
         rows = [TableRow((row.name, row.value, row.source.replace(f"{self.file}:", "line "))) for row in self.settings]
-        problems = "\n".join(["Nothing of the file applies, and no kernel serves:", *self.problems])
-        return Table(("setting", "value", "from"), rows, self.file or "No file", problems if self.problems else "")
+        heading = ["Nothing of the file applies, and no kernel serves:"] if self.problems else []
+        problems = "\n".join([*heading, *self.problems, *self.missing])
+        return Table(("setting", "value", "from"), rows, self.file or "No file", problems)
 
     def to_json(self) -> str:
         """Return it as JSON."""
-        return as_json({"file": self.file, "settings": self.settings, "problems": self.problems})
+        return as_json(vars(self))
 
 
 def configuration() -> Configuration:
@@ -131,8 +138,22 @@ def configuration() -> Configuration:
     ]
     path = settings.root.path if settings.root is not None else None
     file = settings.problems[0].file if settings.problems else path
-    clean = (replace(row, value=visible(row.value)) for row in rows)  # people paste its JSON into issues: no passwords
-    return Configuration(str(file) if file is not None else None, tuple(clean), tuple(map(str, settings.problems)))
+    clean = [replace(row, value=visible(row.value)) for row in rows]  # people paste its JSON into issues: no passwords
+    missing = (
+        f"{row.source}: {row.name} is {row.value}: there is no such file."
+        for row in clean
+        if row.name in _FILES and row.source != "default" and not _is_file(row, path)
+    )
+    problems = tuple(map(str, settings.problems))
+    return Configuration(str(file) if file is not None else None, tuple(clean), problems, tuple(missing))
+
+
+def _is_file(row: SettingRow, file: Path | None) -> bool:
+    """Whether a path is that of a file, or empty, which is no path; a path in a file is below its folder."""
+    if not row.value or row.value.startswith("not used:"):
+        return True
+    path = Path(os.path.expanduser(row.value))
+    return (path if row.source.startswith("environment") or file is None else file.parent / path).is_file()
 
 
 def _leaves(section: ConfigSection) -> Iterator[ConfigSection]:

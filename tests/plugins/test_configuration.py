@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -436,6 +437,26 @@ def test_the_command(configure: Configure) -> None:
     configure("canary = 3")
     done = run(cli, ["config"])
     assert done.exit_code == 1 and "kernels.toml:1: canary: write a table, not 3" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["choice", "decisions"])
+def test_the_command_looks_for_files(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """It exits with 1 where a file that a setting or a variable names is not there; all other settings apply."""
+    run, cli = CliRunner().invoke, command_line()
+    path = configure(f'observers = ["log"]\n{name} = "no.json"\n')
+    done = run(cli, ["config"])
+    assert done.exit_code == 1 and f"kernels.toml:2: {name} is no.json: there is no such file" in done.stdout
+    assert re.search(r"^observers +log", done.stdout, re.MULTILINE) and not problems()
+    assert json.loads(run(cli, ["config", "--json"]).stdout)["missing"] == list(configuration().missing)
+    (path.parent / "no.json").write_text("{}")
+    assert run(cli, ["config"]).exit_code == 0
+    monkeypatch.setenv(f"KERNELS_{name.upper()}", str(tmp_path / "elsewhere.json"))
+    done = run(cli, ["config"])
+    assert done.exit_code == 1 and "elsewhere.json: there is no such file" in done.stdout
+    monkeypatch.setenv(f"KERNELS_{name.upper()}", "")
+    assert run(cli, ["config"]).exit_code == 0
 
 
 def test_the_files_on_the_page_are_right(configure: Configure) -> None:

@@ -151,7 +151,7 @@ def test_a_process_that_ends_or_hangs(run: Run, publish: Callable[..., Repositor
 def test_consent_replaces_no_other_check(
     run: Run, publish: Callable[..., Repository], local_hub: LocalHub, consent: tuple[str, ...]
 ) -> None:
-    """A publisher that is not trusted, a policy, a damaged download and a kernel without scripts refuse as ever."""
+    """Refused as ever: a publisher without trust, a policy, other bytes, a script that no commit has, no scripts."""
     publish("stranger/kernels", trusted=False, benchmark=SCRIPT)
     assert "is not a trusted publisher" in run("stranger/kernels", *consent).err
     publish("acme/bare")
@@ -159,6 +159,12 @@ def test_consent_replaces_no_other_check(
     publish("acme/damaged", benchmark=SCRIPT)
     local_hub.fail("benchmarks/benchmark.py", flip=10)
     assert "other bytes" in run("acme/damaged", *consent).err
+    planted = publish("acme/planted", benchmark=SCRIPT)
+    assert "--trust-code" in run("acme/planted").err  # they are downloaded
+    folder = cached(planted, commit=planted.head("v1")).parents[1]
+    (folder / "benchmarks" / "benchmark_planted.py").write_text("raise SystemExit('it ran')")
+    refused = run("acme/planted", *consent)
+    assert refused.code == 2 and "benchmark_planted.py is not on the Hub" in refused.err and "it ran" not in refused.err
 
     class Policy:
         @hookimpl

@@ -61,8 +61,9 @@ def find_scripts(request: KernelRequest) -> Scripts:
             raise AbsentError(_missing(pin.repo_id))
         client.fetch_folder(pin, FOLDER, listed)
         folder = installed.selected.folder.parents[1]
-        files = {file.path: (folder / FOLDER / file.path).read_bytes() for file in listed}
-        check_transfer(files, listed)
+        paths = [folder / FOLDER / file.path for file in listed]
+        paths += (folder / FOLDER).glob(_PATTERN)  # one that the Hub does not list would run, too
+        check_transfer({path.relative_to(folder / FOLDER).as_posix(): path.read_bytes() for path in paths}, listed)
         return _scripts(folder, str(pin), pin.repo_id, pin.commit)
 
 
