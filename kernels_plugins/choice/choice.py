@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from kernels_core import ArgumentError, Page, Table, TableRow, Tabular, as_json, require_type, set_module
+from kernels_core import ArgumentError, Page, Table, Tabular, as_json, require_type, set_module
 
 from ..files import alone_in, write_file
 from .cell import REFERENCE, ChoiceCell
 from .machine import MeasuredOn, libraries, machine_of
-from .page import choice_page
+from .page import choice_page, choice_table
 
 FORMAT = 1
 _LARGEST = 64 << 20
@@ -159,17 +159,8 @@ class Choice(Tabular):
         return self.as_page()._repr_html_()
 
     def as_table(self) -> Table:
-        """Return a row for each cell: its winner, the winner's time, and how the others did."""
-        columns = ("layer", "mode", "context", "dtype", "width", "rows", "winner", "us", "of ref.")
-        rows = []
-        for cell in (cell for one in self.machines for cell in one.cells):
-            best = cell.winner
-            time, ratio = f"{cell.times[best] * 1e6:.3g}", f"{cell.ratio(best):.2f}"
-            lost = [f"{name}: {cell.ratio(name):.2f}" for name in cell.order[1:] if name != REFERENCE]
-            lost += [f"{name}: {reason}" for name, reason in cell.lost.items()]
-            values = (cell.layer, cell.mode, cell.context, cell.dtype, cell.width, cell.rows, best, time, ratio)
-            rows.append(TableRow(values, "" if best == REFERENCE else "green", tuple(lost)))
-        return Table(columns, rows, summary=self.summary)
+        """Return a row for all calls of a layer that the same candidate serves, and below it how the others did."""
+        return choice_table(self.machines, self.summary)
 
     @property
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""The page of a choice: how much is won, then each layer by the shapes of its calls."""
+"""The page of a choice: how much is won, then each layer by the shapes of its calls; and its table, which is short."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from textwrap import fill, wrap
 
 from kernels_core import Page, Section, Table, TableRow
 
@@ -19,6 +20,9 @@ _CONTEXTS = {
     "compiled": "in compiled code",
 }
 
+_WIDTH = 80
+"""Characters of a line of the table, if names are not long."""
+
 
 def choice_page(machines: Sequence[MeasuredOn]) -> Page:
     """Return the page of a choice."""
@@ -29,6 +33,66 @@ def choice_page(machines: Sequence[MeasuredOn]) -> Page:
         "reference, which is the layer's own forward, serves where none is faster."
     )
     return Page("Measured choice", parts, lead, list(_cards(cells)))
+
+
+def choice_table(machines: Sequence[MeasuredOn], summary: str) -> Table:
+    """Return a row for all calls of a kind that the same candidate serves, and why others were not timed, each once."""
+    cells = [(one.machine.get("model", ""), cell) for one in machines for cell in one.cells]
+    dtypes = {cell.dtype for _, cell in cells}
+    widths: dict[str, set[int]] = {}
+    groups: dict[tuple[str, ...], list[ChoiceCell]] = {}
+    untimed: dict[str, dict[str, None]] = {}
+    for model, cell in cells:
+        widths.setdefault(cell.layer, set()).add(cell.width)
+        place = (cell.layer, cell.winner, cell.mode, cell.context, cell.dtype, str(cell.width), model)
+        groups.setdefault(place, []).append(cell)
+        for name, reason in cell.lost.items():
+            untimed.setdefault(reason, {})[f"{short_name(name)} of {cell.layer}"] = None
+    rows = []
+    for (layer, winner, mode, context, dtype, width, model), group in groups.items():
+        names = dict.fromkeys(name for cell in group for name in cell.order if name not in (winner, REFERENCE))
+        others = ", ".join(f"{short_name(name)} {_ratios(group, name)}" for name in names)
+        kind = (dtype if len(dtypes) > 1 else "", f"{width} wide" if len(widths[layer]) > 1 else "")
+        calls = ", ".join(filter(None, (_buckets(group), *kind)))
+        values: tuple[str, ...] = (layer, short_name(winner), mode, context, calls, _ratios(group, winner))
+        values = (*values, model) if len(machines) > 1 else values
+        style, label = "green" if winner != REFERENCE else "", f"{layer}, {mode}, {context}"
+        rows.append(TableRow(values, style, wrap(others, _WIDTH - 4), label))
+    rows.sort(key=lambda row: (row.cells[0], row.cells[2:4]))
+    reasons = [f"not timed: {', '.join(names)}: {reason}" for reason, names in untimed.items()]
+    text = "\n".join(fill(line, _WIDTH, subsequent_indent="    ") for line in (*reasons, summary))
+    columns = ("layer", "serves", "mode", "context", "rows", "of ref.", "machine")
+    return Table(columns if len(machines) > 1 else columns[:-1], rows, summary=text)
+
+
+def _buckets(cells: Sequence[ChoiceCell]) -> str:
+    """Return the rows of cells, those that follow each other as one range.
+
+    Example:
+        >>> place = ("N", "cpu", "eager", "inference", "float32", 64)
+        >>> _buckets([ChoiceCell(*place, bucket, {"reference": 1e-6}) for bucket in (1, 2, 3, 8)])
+        '1-7 128-255'
+    """
+    runs: list[list[ChoiceCell]] = []
+    for cell in sorted(cells, key=lambda cell: cell.bucket):
+        if runs and cell.bucket == runs[-1][-1].bucket + 1:
+            runs[-1].append(cell)
+        else:
+            runs.append([cell])
+    return " ".join("-".join(dict.fromkeys((*run[0].rows.split("-")[:1], *run[-1].rows.split("-")[-1:]))) for run in runs)
+
+
+def _ratios(cells: Sequence[ChoiceCell], name: str) -> str:
+    """Return the time of a candidate as a multiple of that of the reference: of one cell, or from the least to the most.
+
+    Example:
+        >>> place = ("N", "cpu", "eager", "inference", "float32", 64)
+        >>> cells = [ChoiceCell(*place, 1, {"reference": 2e-6, "fast": time}) for time in (1e-6, 1.5e-6)]
+        >>> _ratios(cells, "fast"), _ratios(cells, "reference")
+        ('0.50-0.75', '1.00')
+    """
+    found = sorted(cell.ratio(name) for cell in cells if name in cell.times)
+    return "-".join(dict.fromkeys((f"{found[0]:.2f}", f"{found[-1]:.2f}")))
 
 
 def _cards(cells: Sequence[ChoiceCell]) -> Iterator[TableRow]:

@@ -441,11 +441,26 @@ def test_blocks_that_find_nothing() -> None:
 
 
 def test_the_page_and_the_table() -> None:
-    """Both show every cell with its winner; reasons are text of others, and stay text."""
+    """The page shows every cell with its winner; the table has one row for all cells of a kind that one serves."""
     choice = made(cell(A_FIRST, lost={"kernels.<b>": "it says <script>"}), cell(REFERENCE_FIRST, 64))
     page = choice.to_html()
     assert "64-127" in page and "<script>" not in page and "&lt;script&gt;" in page
-    assert str(choice).count("kernels.A") >= 2 and "2 measured, 1 won by a kernel" in str(choice)
+    more = [cell(A_FIRST, rows) for rows in (2, 4, 1024)]
+    choice = made(*choice.cells_on("cpu"), *more, cell(A_FIRST, 1024, dtype="bfloat16", layer="AnotherLayer", width=64))
+    assert [line.split() for line in str(choice).splitlines()] == [
+        ["layer", "serves", "mode", "context", "rows", "of", "ref."],
+        ["AnotherLayer", "A", "inference", "eager", "1024-2047,", "bfloat16", "0.33"],
+        ["B", "0.67"],
+        ["Twice", "A", "inference", "eager", "1-7", "1024-2047,", "float32", "0.33"],
+        ["B", "0.67"],
+        ["Twice", "reference", "inference", "eager", "64-127,", "float32", "1.00"],
+        ["A", "2.00,", "B", "3.00"],
+        ["not", "timed:", "<b>", "of", "Twice:", "it", "says", "<script>"],
+        ["6", "measured,", "5", "won", "by", "a", "kernel,", "1", "by", "the", "reference"],
+    ]
+    assert all(len(line) <= 80 for line in str(choice).splitlines())
+    elsewhere = made(cell(B_FIRST), model="another CPU")
+    assert "another CPU" in str(choice.merged(elsewhere)) and "another CPU" not in str(choice)
 
 
 # --- The command ------------------------------------------------------------------------------------
