@@ -79,11 +79,12 @@ def _buckets(cells: Sequence[ChoiceCell]) -> str:
             runs[-1].append(cell)
         else:
             runs.append([cell])
-    return " ".join("-".join(dict.fromkeys((*run[0].rows.split("-")[:1], *run[-1].rows.split("-")[-1:]))) for run in runs)
+    ends = ((run[0].rows.split("-")[0], run[-1].rows.split("-")[-1]) for run in runs)
+    return " ".join("-".join(dict.fromkeys(pair)) for pair in ends)
 
 
 def _ratios(cells: Sequence[ChoiceCell], name: str) -> str:
-    """Return the time of a candidate as a multiple of that of the reference: of one cell, or from the least to the most.
+    """Return the time of a candidate as a multiple of that of the reference, from the least to the most of all cells.
 
     Example:
         >>> place = ("N", "cpu", "eager", "inference", "float32", 64)

@@ -20,17 +20,18 @@ from ..comparison.tolerance import tolerance_of
 from ..oracle.inputs import decorated
 from .block import Block
 
-LLAMA = {
-    "cpu": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 8},
-    "cuda": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32},
-}
+LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32}
+GPT2 = {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 65}
+"""The size that nanoGPT trains on a CPU: wider models spend its time in matrix products, where nothing is to be won."""
+
 BLOCK = {
     "cpu": {"hidden": 256, "heads": 8, "inner": 704, "length": 128},
     "cuda": {"hidden": 4096, "heads": 32, "inner": 11008, "length": 2048},
 }
-TOKENS = {"cpu": 128, "cuda": 2048}
 
 Step = Callable[[], list[Tensor]]
+Made = tuple[str, nn.Module, int, Callable[..., list[Tensor]]]
+"""The name of a model, itself, the tokens of a prefill, and a step for a number of tokens."""
 
 
 @dataclass
@@ -72,12 +73,12 @@ def measure_model(device: torch.device, dtype: torch.dtype, mapping: Mapping[str
         compiler: Whether PyTorch can compile here.
     """
     torch.manual_seed(0)
-    name, model, run = _llama(device, dtype) if importlib.util.find_spec("transformers") else _block(device, dtype)
-    tokens = TOKENS.get(device.type, TOKENS["cpu"])
+    make = _block if not importlib.util.find_spec("transformers") else _gpt2 if device.type == "cpu" else _llama
+    name, model, tokens, run = make(device, dtype)
     with adopt(model), use_kernel_mapping(mapping):
         say(f"{name}: candidates for {len(receipt(model, device=device).rows)} layers are measured")
         steps: dict[str, Step] = {
-            f"prefill of {tokens} tokens": lambda: run(tokens),
+            f"prefill of {tokens:,} tokens": lambda: run(tokens),
             "one token": lambda: run(1),
             "training step": lambda: run(tokens, training=True),
         }
@@ -85,7 +86,7 @@ def measure_model(device: torch.device, dtype: torch.dtype, mapping: Mapping[str
             for step in steps.values():
                 step()
         if compiler:
-            steps[f"prefill of {tokens} tokens, compiled"] = torch.compile(lambda: run(tokens))
+            steps[f"prefill of {tokens:,} tokens, compiled"] = torch.compile(lambda: run(tokens))
         timed = []
         with use_choice(chosen.choice):
             for title, step in steps.items():
@@ -100,23 +101,34 @@ def say(text: str) -> None:
     print(f"demo: {text}", file=sys.stderr, flush=True)
 
 
-def _llama(device: torch.device, dtype: torch.dtype) -> tuple[str, nn.Module, Callable[..., list[Tensor]]]:
-    size = LLAMA.get(device.type, LLAMA["cpu"])
+def _gpt2(device: torch.device, dtype: torch.dtype) -> Made:
     library: Any = importlib.import_module("transformers")  # which need not be installed
-    config = library.LlamaConfig(**size, num_key_value_heads=size["num_attention_heads"] // 4, vocab_size=2000)
+    # The tokens that begin and end texts: those of its tokenizer are not among so few.
+    model = library.GPT2LMHeadModel(library.GPT2Config(**GPT2, bos_token_id=0, eos_token_id=0)).to(device, dtype).eval()
+    return f"GPT-2 of transformers {library.__version__}", model, 768, _steps(model, GPT2["vocab_size"], (12, 64))
+
+
+def _llama(device: torch.device, dtype: torch.dtype) -> Made:
+    library: Any = importlib.import_module("transformers")
+    config = library.LlamaConfig(**LLAMA, num_key_value_heads=LLAMA["num_attention_heads"] // 4, vocab_size=2000)
     with torch.device(device):
         model = library.LlamaForCausalLM(config).to(dtype).eval()
-    ids = torch.randint(0, 2000, (1, TOKENS[device.type]), device=device)
+    return f"Llama of transformers {library.__version__}", model, 2048, _steps(model, 2000, (1, 2048))
+
+
+def _steps(model: nn.Module, vocabulary: int, shape: tuple[int, int]) -> Callable[..., list[Tensor]]:
+    ids = torch.randint(0, vocabulary, shape, device=next(model.parameters()).device)
 
     def run(tokens: int, training: bool = False) -> list[Tensor]:
+        given = ids if tokens > 1 else ids[:1, :1]
         with torch.set_grad_enabled(training):
-            output = model(ids[:, :tokens], labels=ids if training else None, use_cache=False, logits_to_keep=0)
+            output = model(given, labels=given if training else None, use_cache=False, logits_to_keep=0)
         return _with_gradients(model, output.loss) if training else [output.logits]
 
-    return f"Llama of transformers {library.__version__}", model, run
+    return run
 
 
-def _block(device: torch.device, dtype: torch.dtype) -> tuple[str, nn.Module, Callable[..., list[Tensor]]]:
+def _block(device: torch.device, dtype: torch.dtype) -> Made:
     size = BLOCK.get(device.type, BLOCK["cpu"])
     block = Block(**size).to(device, dtype)
     x = torch.randn(1, size["length"], size["hidden"], device=device, dtype=dtype)
@@ -126,7 +138,7 @@ def _block(device: torch.device, dtype: torch.dtype) -> tuple[str, nn.Module, Ca
             output = block(x[:, :tokens])
         return _with_gradients(block, output.float().pow(2).mean()) if training else [output]
 
-    return "A block of Llama (install transformers for a whole model)", block, run
+    return "A block of Llama (install transformers for a whole model)", block, size["length"], run
 
 
 def _with_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:

@@ -160,7 +160,7 @@ def _tables(result: dict[str, Any]) -> Iterator[Table]:
         for cell in one.cells
     ]
     yield Table(("layer", "calls", "serves", *columns), rows, title="Each layer, measured", right=columns)
-    counts = Counter(row["origin"] for row in result["receipt"])
+    counts = Counter(short_name(row["origin"]) for row in result["receipt"])
     served = [TableRow((origin, count), "" if origin == "reference" else "green") for origin, count in counts.items()]
     yield Table(("serves inference", "layers"), served, title="Receipt", right=("layers",))
 
