@@ -5,8 +5,7 @@ takes a literal, so that the tests can list all names and delete one at a time.
 
 *Private* is a name in or under `torch` that starts with an underscore, or is not documented (`TraceError`).
 The dictionaries of `nn.Module` (`_parameters`, `_buffers`, `_modules`, `_forward_hooks` and their kin) and `_apply`
-are not: they stand in every pickled module, and subclasses override them, so PyTorch cannot rename them. Other files
-may use them.
+are not, and other files use them: they stand in every pickled module, or subclasses override them.
 
 Names were tried with PyTorch 2.6 to 2.13, unless an entry says otherwise.
 """
@@ -115,13 +114,9 @@ in_transform: Callable[[], bool] = _find("torch._C:_are_functorch_transforms_act
 fault, which goes into no quarantine."""
 
 _mode_stack = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack")
-
-
-def _count_dispatch_modes() -> int:
-    return len(_mode_stack()) if _mode_stack else int(type(torch.empty(0, device="cpu")) is not torch.Tensor)
-
-
-dispatch_mode_count: Callable[[], int] = _find("torch._C:_len_torch_dispatch_stack") or _count_dispatch_modes
+dispatch_mode_count: Callable[[], int] = _find("torch._C:_len_torch_dispatch_stack") or (
+    lambda: len(_mode_stack()) if _mode_stack else int(type(torch.empty(0, device="cpu")) is not torch.Tensor)
+)
 """Return how many dispatch modes are active. Without either name, only those that make fake tensors are found."""
 
 _is_jit_tracing: Callable[[], bool] = _find("torch._C:_is_tracing") or cast(Any, torch.jit).is_tracing
@@ -238,7 +233,6 @@ def fake_copies(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]
 
 
 _tree_map = _find("torch.utils._pytree:tree_map")
-_tree_leaves = _find("torch.utils._pytree:tree_leaves")
 _registered = _find("torch.utils._pytree:SUPPORTED_NODES")
 
 
@@ -261,15 +255,21 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def tree_leaves(tree: Any) -> list[Any]:
     """Return the leaves of a nested value. The fallback does not open registered classes."""
-    found: list[Any] = [] if _tree_leaves is None else _tree_leaves(tree)
-    if _tree_leaves is None:
-        tree_map(found.append, tree)
+    found: list[Any] = []
+    tree_map(found.append, tree)
     return found
 
 
 def registered_node(kind: type[Any]) -> Any:
     """Return `flatten_fn` and `unflatten_fn` of a class that was registered with PyTorch; None if it was not."""
     return _registered.get(kind) if _registered is not None else None
+
+
+def dtensor_spec(mesh: Any, places: Any, shape: Any, stride: Any, dtype: torch.dtype) -> Any:
+    """Return the description that the constructor of `DTensor` takes; None without the names: then, `from_local`."""
+    spec = _find("torch.distributed.tensor._dtensor_spec:DTensorSpec")
+    meta = _find("torch.distributed.tensor._dtensor_spec:TensorMeta")
+    return spec(mesh, places, tensor_meta=meta(shape, stride, dtype)) if spec is not None and meta is not None else None
 
 
 # --- Operators -------------------------------------------------------------------------------------------

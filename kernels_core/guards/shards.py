@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 
 from ..layer import Forward, Layer
 from ..resolution import KernelLayer
-from ..torch_internals import constant_result, tree_leaves, tree_map
+from ..torch_internals import constant_result, dtensor_spec, is_watched, tree_leaves, tree_map
 from .limits import unlimited
-from .tensors import LOCAL, arrived, is_distributed
+from .tensors import LOCAL, arrived, is_distributed, is_pending
 
 Cut = tuple["int | None", ...]
 """The dimension of a call, from the end, that each dimension of the mesh shards; None where all ranks hold the same."""
+Look = tuple[str, Any, Any, torch.Size]
+"""The name, the mesh, the placements and the shape of a distributed tensor of a call."""
 
 
 def check_local(layer: Layer | None, kernel: KernelLayer) -> str | None:
@@ -56,12 +58,7 @@ def on_shards(layer: Layer, kernel: KernelLayer, forward: Forward) -> Forward:
     key = id(forward), LOCAL
     if key in layer.adapted:
         return cast(Forward, layer.adapted[key][1])
-    from torch.distributed.tensor import (
-        DTensor,
-        Partial,
-        Replicate,
-        Shard,
-    )  # a second; a call with a `DTensor` has done it
+    from torch.distributed.tensor import Partial, Replicate, Shard  # a second; a call with a `DTensor` has done it
 
     whole: tuple[int, ...] = getattr(kernel, LOCAL)
     even = getattr(kernel, "supports", None) is not None or unlimited(forward) is not forward
@@ -71,7 +68,7 @@ def on_shards(layer: Layer, kernel: KernelLayer, forward: Forward) -> Forward:
     def note(problem: str) -> None:
         sharded.__dict__["kernels_misplaced"] = f"it runs on shards of DTensors ({LOCAL} = {whole}), and {problem}"
 
-    def placed(leaf: Any, mesh: Any, cut: Cut, given: list[tuple[Any, torch.Tensor]]) -> Any:
+    def placed(leaf: Any, mesh: Any, cut: Cut, given: list[tuple[Any, torch.Tensor]], fast: bool) -> Any:
         """Return an output as the distributed tensor of which it is this rank's shard."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
@@ -79,8 +76,8 @@ def on_shards(layer: Layer, kernel: KernelLayer, forward: Forward) -> Forward:
         for tensor, shard in given:
             if leaf.shape == shard.shape and leaf.stride() == shard.stride() and tensor.placements == places:
                 shape, stride = tensor.shape, tensor.stride()  # not computed: Dynamo would lose symbols of sizes
-                return DTensor.from_local(leaf, mesh, places, run_check=False, shape=shape, stride=stride)
-        sizes, strides = list(leaf.shape), list(leaf.stride())
+                return _joined(leaf, mesh, places, shape, stride, fast)
+        sizes = list(leaf.shape)
         for dim in {dim for dim in cut if dim is not None}:
             tensor, shard = next(pair for pair in given if not pair[0].placements[cut.index(dim)].is_replicate())
             size, held = tensor.shape[dim], shard.shape[dim]
@@ -90,42 +87,49 @@ def on_shards(layer: Layer, kernel: KernelLayer, forward: Forward) -> Forward:
                     f"positions in dimension {dim}: it is not local over that, as its {LOCAL} = {whole} declares."
                 )
             sizes[dim] = size
-            strides = [s // held * size if s > leaf.stride(dim) else s for s in strides]
-        shape, stride = torch.Size(sizes), tuple(strides)
-        return DTensor.from_local(leaf, mesh, places, run_check=False, shape=shape, stride=stride)
+        shape = torch.Size(sizes)
+        return _joined(leaf, mesh, places, shape, _strides(leaf, shape, cut), fast)
 
     @functools.wraps(forward, updated=())
     def sharded(*args: Any, **kwargs: Any) -> Any:
+        fast = _is_plain()
         given = args[1:] if is_method else args
         tensors = {names[n] if n < len(names) else f"argument {n + 1}": value for n, value in enumerate(given)}
         tensors = {name: value for name, value in (tensors | kwargs).items() if isinstance(value, _MAY_HOLD)}
-        cut, problem = _cut(tensors, whole, even)
+        problem = _not_distributed(tensors)
+        if not problem:
+            looks = tuple([(name, t.device_mesh, t.placements, t.shape) for name, t in tensors.items()])
+            cut, problem = (_known_cut if fast else _cut)(looks, whole, even)
         if is_method and not problem:
             problem = _not_whole(args[0], next(iter(tensors.values())).device_mesh)
         if problem:
             note(problem)
             return NotImplemented
         mesh = next(iter(tensors.values())).device_mesh
-        shared = [Replicate() if dim is None else Partial() for dim in cut]  # gradients of tensors that all ranks hold
+        shared = tuple([Replicate() if dim is None else Partial() for dim in cut])  # of gradients of what all hold
         pairs: list[tuple[Any, torch.Tensor]] = []
 
         def shard(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             places = cast(Any, value).placements
-            back = [theirs if ours.is_replicate() else ours for ours, theirs in zip(places, shared, strict=True)]
-            local = arrived(cast(Any, value).to_local(grad_placements=back))
+            back = tuple([b if a.is_replicate() else a for a, b in zip(places, shared, strict=True)])
+            local = _shard(value, back, fast)
             pairs.append((value, local))
             return local
 
         shards = [shard(value) for value in given]
         named = {name: shard(value) for name, value in kwargs.items()}
-        output = forward(*((_of_shards(args[0], shared),) if is_method else ()), *shards, **named)
-        return output if output is NotImplemented else tree_map(lambda leaf: placed(leaf, mesh, cut, pairs), output)
+        output = forward(*((_of_shards(args[0], shared, fast),) if is_method else ()), *shards, **named)
+        if isinstance(output, torch.Tensor):
+            return placed(output, mesh, cut, pairs, fast)
+        if output is NotImplemented:
+            return output
+        return tree_map(lambda leaf: placed(leaf, mesh, cut, pairs, fast), output)
 
     look = getattr(forward, "kernels_changed_part", None)
     if look is not None:  # it takes only plain parameters for such
-        sharded.__dict__["kernels_changed_part"] = lambda module: look(_of_shards(module, None))
+        sharded.__dict__["kernels_changed_part"] = lambda module: look(_of_shards(module, None, False))
     sharded.__dict__["kernels_unlimited"] = unlimited(forward)
     return cast(Forward, layer.adapted.setdefault(key, (forward, sharded))[1])
 
@@ -138,41 +142,43 @@ def misplaced(implementation: object) -> str:
 _MAY_HOLD = (torch.Tensor, list, tuple, dict)
 
 
-def _cut(tensors: dict[str, Any], whole: tuple[int, ...], even: bool) -> tuple[Cut, str]:
-    """Return the dimension that each dimension of the mesh shards; and why the kernel cannot run on shards, or ""."""
+def _not_distributed(tensors: dict[str, Any]) -> str:
+    """Return which argument holds a tensor that is not distributed; or "". Leaves only distributed tensors."""
     for name, tensor in list(tensors.items()):
         if isinstance(tensor, torch.Tensor):
             if not is_distributed(type(tensor)):
-                return (), f"{name} is a plain tensor"
+                return f"{name} is a plain tensor"
         elif any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(tensor)):
-            return (), f"{name} holds tensors in a {type(tensor).__name__}"
+            return f"{name} holds tensors in a {type(tensor).__name__}"
         else:
             del tensors[name]
-    if not tensors:
-        return (), "no argument is a DTensor"
-    (first, one), *others = tensors.items()
-    mesh = one.device_mesh
-    for name, tensor in others:
-        if tensor.device_mesh != mesh:
+    return "" if tensors else "no argument is a DTensor"
+
+
+def _cut(looks: tuple[Look, ...], whole: tuple[int, ...], even: bool) -> tuple[Cut, str]:
+    """Return the dimension that each dimension of the mesh shards; and why the kernel cannot run on shards, or ""."""
+    (first, mesh, _, _), *others = looks
+    for name, theirs, _, _ in others:
+        if theirs != mesh:
             return (), f"{name} is on another mesh than {first}"
     cut: list[int | None] = []
     sizes: dict[int, int] = {}
     for number in range(mesh.ndim):
         dim, by, size = None, "", 0
-        for name, tensor in tensors.items():
-            placement = tensor.placements[number]
+        for name, _, placements, shape in looks:
+            placement = placements[number]
             if type(placement).__name__ == "Shard":
-                this = _from_end(placement, tensor.ndim)
-                if dim is not None and (this != dim or tensor.shape[this] != size):
+                this = _from_end(placement, len(shape))
+                if dim is not None and (this != dim or shape[this] != size):
                     return (), f"{name} is not sharded as {by} is"
-                dim, by, size = this, name, tensor.shape[this]
+                dim, by, size = this, name, shape[this]
             elif not placement.is_replicate():
                 return (), f"{name} is {placement}"
         if dim in whole:
             return (), f"{by} is sharded over dimension {dim}"
-        for name, tensor in tensors.items():
-            held = dim is not None and tensor.ndim >= -dim and tensor.shape[dim] != 1
-            if held and tensor.placements[number].is_replicate():
+        for name, _, placements, shape in looks:
+            held = dim is not None and len(shape) >= -dim and shape[dim] != 1
+            if held and placements[number].is_replicate():
                 return (), f"{name} is not sharded over dimension {dim} as {by} is"
         cut.append(dim)
         if dim is not None:
@@ -182,6 +188,9 @@ def _cut(tensors: dict[str, Any], whole: tuple[int, ...], even: bool) -> tuple[C
         if size % ranks and (even or cut.count(dim) > 1 or (ranks - 1) * -(-size // ranks) >= size):
             return (), f"dimension {dim} of {size} is not sharded evenly over {ranks} ranks"
     return tuple(cut), ""
+
+
+_known_cut = functools.lru_cache(1024)(_cut)
 
 
 def _ranks(mesh: Any, cut: Iterable[int | None], dim: int) -> int:
@@ -218,17 +227,115 @@ def _not_whole(module: torch.nn.Module, mesh: Any) -> str:
     return ""
 
 
-def _of_shards(module: torch.nn.Module, shared: list[Any] | None) -> torch.nn.Module:
+def _of_shards(module: torch.nn.Module, shared: tuple[Any, ...] | None, fast: bool) -> torch.nn.Module:
     """Return a module with plain tensors in place of the distributed ones, and all else as in the original."""
     made = object.__new__(type(module))  # a class may have a constructor
     state = dict(module.__dict__)
     for held in ("_parameters", "_buffers"):
         state[held] = {
-            name: arrived(tensor.to_local(grad_placements=shared)) if is_distributed(type(tensor)) else tensor
+            name: _shard(tensor, shared, fast) if is_distributed(type(tensor)) else tensor
             for name, tensor in state[held].items()
         }
     state["_modules"] = {
-        name: None if child is None else _of_shards(child, shared) for name, child in module._modules.items()
+        name: None if child is None else _of_shards(child, shared, fast) for name, child in module._modules.items()
     }
     made.__dict__.update(state)
     return made
+
+
+# --- Into a kernel and out of it ---------------------------------------------------------------------
+
+
+def _is_plain() -> bool:
+    """Whether nothing watches a call: tracers know only PyTorch's own ways between a tensor and its shards."""
+    return not (torch.compiler.is_compiling() or is_watched())
+
+
+def _shard(tensor: Any, back: Any, fast: bool) -> torch.Tensor:
+    """Return this rank's shard of a distributed tensor, whose gradient is to be placed so."""
+    if fast and tensor.requires_grad and torch.is_grad_enabled():
+        return cast(torch.Tensor, _split(tensor, back))
+    return cast(torch.Tensor, arrived(tensor.to_local(grad_placements=back)))
+
+
+def _joined(shard: torch.Tensor, mesh: Any, places: Any, shape: torch.Size, stride: tuple[int, ...], fast: bool) -> Any:
+    """Return the distributed tensor of which each rank has a shard."""
+    if not fast:
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(shard, mesh, places, run_check=False, shape=shape, stride=stride)
+    if shard.requires_grad and torch.is_grad_enabled():
+        return _join(shard, (mesh, places, shape, stride, shard.dtype))
+    return _whole_of(mesh, places, shape, stride, shard.dtype)(shard)
+
+
+@functools.lru_cache(1024)
+def _whole_of(mesh: Any, places: Any, shape: torch.Size, stride: Any, dtype: torch.dtype) -> Callable[..., Any]:
+    """Return a function that makes the shard of each rank a distributed tensor, without a history."""
+    from torch.distributed.tensor import DTensor
+
+    spec = dtensor_spec(mesh, places, shape, stride, dtype)
+    if spec is None:
+        known: Any = {"device_mesh": mesh, "placements": places, "shape": shape, "stride": stride, "run_check": False}
+        return lambda shard: DTensor.from_local(shard.detach(), **known)
+    new: Any = DTensor.__new__  # its `__init__` does nothing
+    return lambda shard: new(DTensor, shard.detach(), spec, requires_grad=False)
+
+
+class _Split(torch.autograd.Function):
+    """As `DTensor.to_local`, in a third of the time: the gradient is placed by what is known of its tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any, back: Any) -> torch.Tensor:
+        """Return the shard; a fresh tensor, for autograd writes its history on it."""
+        shard = tensor.to_local()
+        if is_pending(type(shard)):
+            shard = shard.trigger_wait()
+        ctx.set_materialize_grads(False)
+        ctx.held, ctx.place = shard.stride(), (tensor.device_mesh, back, tensor.shape, tensor.stride())
+        return cast(torch.Tensor, shard if isinstance(shard, torch.nn.Parameter) else shard.view_as(shard))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[Any, ...]:
+        """Place the gradient."""
+        if gradient is None:
+            return None, None
+        mesh, places, shape, stride = ctx.place
+        if gradient.stride() != ctx.held:
+            dims = [place.dim - len(shape) if hasattr(place, "dim") else None for place in places]
+            stride = _strides(gradient, shape, dims)
+        fast = _is_plain() and not torch.is_grad_enabled()  # else, a gradient of this gradient may follow
+        return _joined(gradient, mesh, places, shape, stride, fast), None
+
+
+class _Join(torch.autograd.Function):
+    """As `DTensor.from_local`."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: torch.Tensor, place: tuple[Any, ...]) -> Any:
+        """Return the distributed tensor."""
+        ctx.set_materialize_grads(False)
+        ctx.places = place[1]
+        return _whole_of(*place)(shard)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> tuple[Any, ...]:
+        """Return the shard of the gradient, placed as the output is."""
+        if gradient is not None:
+            if gradient.placements != ctx.places:
+                gradient = gradient.redistribute(placements=ctx.places)
+            gradient = arrived(gradient.to_local())
+        return gradient, None
+
+
+# `apply` itself, without looking for tensors of transforms in the arguments: it takes a third of the time.
+_split, _join = (cast(Any, super(torch.autograd.Function, each)).apply for each in (_Split, _Join))
+
+
+def _strides(shard: torch.Tensor, shape: torch.Size, cut: Iterable[int | None]) -> tuple[int, ...]:
+    """Return the strides of a tensor of which one like this is a shard."""
+    strides = shard.stride()
+    for dim in {dim for dim in cut if dim is not None}:
+        size, held = shape[dim], shard.shape[dim]
+        strides = tuple([s // held * size if s > shard.stride(dim) else s for s in strides])
+    return strides

@@ -78,8 +78,12 @@ def _kinds(values: Iterable[Any]) -> list[type[torch.Tensor]]:
 
 
 def _kinds_of(module: torch.nn.Module | None) -> list[type[torch.Tensor]]:
-    parameters = module.parameters() if module is not None else ()
-    return [type(parameter) for parameter in parameters if _is_odd_parameter(type(parameter))]
+    if module is None:
+        return []
+    kinds: list[type[torch.Tensor]] = [
+        type(p) for p in module._parameters.values() if p is not None and _is_odd_parameter(type(p))
+    ]
+    return sum(map(_kinds_of, module._modules.values()), kinds)  # `parameters()` takes microseconds
 
 
 def _is_odd_parameter(kind: type[torch.Tensor]) -> bool:

@@ -17,7 +17,7 @@ from kernels_core import Mode, resolve, use_kernel_forward_from_hub
 from kernels_plugins import use_kernel_mapping
 
 RANKS = """
-import json, os, sys, warnings, torch, torch.distributed as dist
+import functools, json, os, sys, warnings, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -150,6 +150,24 @@ for title, (mesh, cases) in meshes.items():
 norm, plain = whole(Norm(), line), whole(PlainNorm(), line)
 for case, size in ("uneven", 7), ("a rank without any", {2: 1, 4: 5}[count]):
     compared(case, *[lambda m=m: results(m, line, [Shard(1)], (2, size, 8)) for m in (norm, plain)])
+def more(layer, *, create_graph):
+    '''Return gradients of strided and replicated gradients, of a second backward, and of a gradient.'''
+    torch.manual_seed(6)
+    layer.weight.grad = None
+    x = distribute_tensor(torch.randn(2, 4, 8), line, [Shard(1)]).requires_grad_()
+    other = distribute_tensor(torch.randn(8, 4, 2), line, [Shard(1)])
+    y = layer(x)
+    loss = (y.transpose(0, 2) * other).sum()
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    y.backward(distribute_tensor(torch.randn(2, 4, 8), line, [Replicate()]), retain_graph=True)
+    found = [x.grad.clone(), layer.weight.grad.clone()]
+    first = torch.autograd.grad((y * y).sum(), [x, layer.weight], create_graph=create_graph)
+    if create_graph: (first[0] * first[0]).sum().backward()
+    return [*found, *[g.detach() for g in first], x.grad, layer.weight.grad]
+for create_graph in False, True:
+    run = functools.partial(more, create_graph=create_graph)
+    compared("more" + " gradients" * create_graph, *[functools.partial(run, m) for m in (norm, plain)])
 part = DTensor.from_local(torch.randn(2, 4, 8), line, [Partial()])
 with torch.no_grad(): compared("partial", lambda: [norm(part)], lambda: [plain(part)])
 
