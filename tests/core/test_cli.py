@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
+from command_line import Run, run_here
 from torch import nn
 
 import kernels_core
@@ -30,36 +29,9 @@ from kernels_core import (
 from kernels_plugins import register_kernel_mapping
 
 
-@dataclass
-class Ran:
-    """The exit code and the output of a run of the command line."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["kernels-core", *arguments])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as exit:
-            warnings.simplefilter("default")
-            cli.main()
-        output = capsys.readouterr()
-        return Ran(int(exit.value.code or 0), output.out, output.err)
-
-    return run
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return functools.partial(run_here, capsys)
 
 
 @use_kernel_forward_from_hub("Double")

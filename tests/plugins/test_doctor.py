@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run_here
 from hub_scene import Publish, kernel, new_process  # noqa: F401
 
 from kernels_core import KernelsWarning, PluginError, PluginManager
-from kernels_core import cli as command_line
 from kernels_plugins import doctor, get_kernel
 from kernels_plugins.doctor import hub, settings
 from kernels_plugins.doctor import plugin as doctor_plugin
@@ -41,16 +40,11 @@ def run(
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, as_json: bool = True) -> tuple[int, Any]:
-        monkeypatch.setattr(sys, "argv", ["kernels-core", "doctor", *(["--json"] if as_json else []), *arguments])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        with pytest.raises(SystemExit) as exit:
-            command_line.main()
-        printed = capsys.readouterr().out
+        ran = run_here(capsys, "doctor", *(["--json"] if as_json else []), *arguments)
         if not as_json:
-            return int(exit.value.code or 0), printed
-        answer = json.loads(printed)
-        assert answer["ok"] is not exit.value.code
-        return int(exit.value.code or 0), {f"{one['area']} {one['subject']}": one for one in answer["findings"]}
+            return ran.code, ran.out
+        assert ran.json["ok"] is not bool(ran.code)
+        return ran.code, {f"{one['area']} {one['subject']}": one for one in ran.json["findings"]}
 
     return run
 

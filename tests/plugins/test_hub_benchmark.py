@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import warnings
@@ -12,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import Run, run_here
 from hub_scene import Publish, cached, kernel, new_process
 
 from kernels_core import LayerRequest, hookimpl, plugin_manager
-from kernels_core import cli as command_line
 from kernels_plugins.hub.benchmark import command, runner
 from kernels_plugins.hub.benchmark.scripts import Scripts
 from kernels_plugins.local_hub.server import LocalHub, Repository
@@ -59,37 +60,11 @@ class Scales(Benchmark):
 """
 
 
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, new_process: object) -> Run:
     """Run the command on few iterations."""
-
-    def run(*arguments: str) -> Ran:
-        few = ["--iterations", "3", "--warmup", "1"]
-        monkeypatch.setattr(sys, "argv", ["kernels-core", "benchmark", *arguments, *few])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        monkeypatch.chdir(tmp_path)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            command_line.main()
-        output = capfd.readouterr()
-        return Ran(int(exit.value.code or 0), output.out, output.err)
-
-    return run
+    monkeypatch.chdir(tmp_path)
+    return functools.partial(run_here, capfd, "benchmark", "--iterations", "3", "--warmup", "1")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -13,10 +14,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from command_line import Run, run_here
 from hub_scene import Publish, cached, kernel, new_process
 from packaging.version import Version
 
-from kernels_core import cli as command_line
 from kernels_plugins import get_kernel, has_kernel
 from kernels_plugins.hub.locking.lockfile import Dependency, Lock, LockedKernel, write_lock
 from kernels_plugins.local_hub.server import LocalHub, Repository
@@ -27,36 +28,13 @@ IS_OLD = Version(huggingface_hub.__version__) < Version("1.32")
 lists = pytest.mark.skipif(IS_OLD, reason="this huggingface_hub does not list kernels")
 
 
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def cache(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, new_process: object
 ) -> Run:
     """Run a command of `kernels-core cache`."""
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["kernels-core", "cache", *arguments])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as exit:
-            command_line.main()
-        output = capsys.readouterr()
-        return Ran(int(exit.value.code or 0), output.out, output.err)
-
-    return run
+    monkeypatch.chdir(tmp_path)
+    return functools.partial(run_here, capsys, "cache")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Ran, Run, run_here
 from fresh_process import run_python
 from hub_scene import Publish, kernel, new_process
 
-from kernels_core import cli as command_line
 from kernels_plugins.hub.locking.lockfile import LOCK, Dependency, read_lock
 from kernels_plugins.local_hub.repositories import git_blob_id
 from kernels_plugins.local_hub.server import LocalHub, Repository
@@ -24,22 +25,6 @@ from kernels_plugins.local_hub.testing import kernel_metadata
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 pytestmark = pytest.mark.slow
-
-
-@dataclass
-class Ran:
-    """The output, errors and exit code of a process."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
 
 
 @pytest.fixture
@@ -65,19 +50,9 @@ def cli(python: Run) -> Run:
 def here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, new_process: object
 ) -> Run:
-    """Run the command line in this process, for commands that only read: that is faster."""
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["kernels-core", *arguments])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as exit:
-            command_line.main()
-        output = capsys.readouterr()
-        return Ran(int(exit.value.code or 0), output.out, output.err)
-
-    return run
+    """Run the command line in this process, for commands that only read."""
+    monkeypatch.chdir(tmp_path)
+    return functools.partial(run_here, capsys)
 
 
 @pytest.fixture
