@@ -1,4 +1,4 @@
-"""Every test starts with nothing registered, no scope open, and no setting of this machine."""
+"""Every test starts with nothing registered or in quarantine, no scope open, and no setting of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels_core import PluginManager, forget
+from kernels_core import PluginManager, forget, release
 from kernels_core.models.choice import choices
 from kernels_core.scopes import frame as frames
 from kernels_core.settings.reader import forget_settings
@@ -19,7 +19,7 @@ pytest_plugins = ["kernels_core.testing"]
 
 @pytest.fixture(autouse=True)
 def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Unset the settings that the core obeys; undo registrations and scopes that a test leaves behind."""
+    """Unset the settings that the core obeys; undo what a test leaves behind."""
     for name in (
         "KERNELS_CONFIG",
         "KERNELS_DENY",
@@ -37,6 +37,7 @@ def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_settings()
     yield
     forget_settings()
+    release()
     mapping._registered = registered
     if frames.here() is not frames.root:
         frames.set_frame(frames.root)

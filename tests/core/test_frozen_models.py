@@ -183,7 +183,6 @@ def test_policy_does_not_stop_an_application(make_layer: Make, make_kernel: Make
         for name, layer in (("the house says no", model[0]), ("it is wrong", model[1])):
             with pytest.raises(KernelizeError, match=f"(?s){name}.*KernelizeFallback.NO_LAYER"):
                 kernelize(layer, mode=Mode.INFERENCE, device="cpu", use_fallback=False)
-    release()
 
 
 def test_train_rests_and_eval_wakes() -> None:
@@ -478,7 +477,6 @@ def test_no_gradient_is_lost_to_an_inference_kernel(kernel: type[nn.Module], how
         warnings.simplefilter("error")
         assert layer(x)[0] == 11
     assert layer(x)[0] == 2  # each time
-    release()
 
 
 def test_a_kernel_that_keeps_gradients_goes_on() -> None:

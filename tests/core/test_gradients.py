@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels_core import (
-    KernelsWarning,
     Mode,
     kernelize,
     quarantined,
@@ -27,18 +26,10 @@ from kernels_plugins.mapping import use_kernel_mapping
 Forward = Callable[..., Any]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")  # kernels are refused here
 TELLS_HOOKS = pytest.mark.skipif(
     not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="this PyTorch does not tell the hooks"
 )
-
-
-@pytest.fixture(autouse=True)
-def _released() -> Iterator[None]:
-    """Leave nothing in quarantine, and silence warnings: the list shows the kernels that are refused."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
-        yield
-    release()
 
 
 def make(reference: Forward, **tensors: torch.Tensor) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +21,6 @@ from kernels_core import (
     kernelize,
     quarantined,
     receipt,
-    release,
     resolve,
     use_kernel_forward_from_hub,
 )
@@ -30,12 +29,6 @@ from kernels_plugins.mapping import use_kernel_mapping
 X = torch.ones(2, 4)
 SHIFT = 100.0
 """The number that kernels add, so that an output shows which function made it."""
-
-
-@pytest.fixture(autouse=True)
-def _release() -> Iterator[None]:
-    yield
-    release()
 
 
 class Adapter(nn.Module):

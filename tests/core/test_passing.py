@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,13 +33,6 @@ from kernels_plugins.mapping import use_kernel_mapping
 
 Make = Callable[..., Any]
 EVEN, ODD = torch.zeros(2), torch.zeros(3)
-
-
-@pytest.fixture(autouse=True)
-def _released() -> Iterator[None]:
-    """Leave nothing in quarantine."""
-    yield
-    release()
 
 
 def even(added: float, **members: Any) -> type[nn.Module]:

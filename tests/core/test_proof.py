@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -22,23 +21,14 @@ from kernels_core import (
     hookimpl,
     kernelize,
     quarantined,
-    release,
     use_kernel_forward_from_hub,
 )
 from kernels_core.guards import gradients, proof
 from kernels_core.scopes.frame import forget
 from kernels_plugins import use_kernel_mapping
 
+pytestmark = pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")  # kernels are refused here
 Forward = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _released() -> Iterator[None]:
-    """Leave nothing in quarantine: the tests read the list of it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
-        yield
-    release()
 
 
 def ones(requires_grad: bool = False) -> torch.Tensor:

@@ -6,7 +6,7 @@ import gc
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,13 +33,6 @@ from kernels_plugins.mapping import use_kernel_mapping
 
 Make = Callable[..., Any]
 X = torch.zeros(2)
-
-
-@pytest.fixture(autouse=True)
-def _released() -> Iterator[None]:
-    """Leave nothing in quarantine."""
-    yield
-    release()
 
 
 counter: list[int] = []

@@ -31,7 +31,6 @@ from kernels_core import (
     plugin_manager,
     quarantine,
     receipt,
-    release,
     use_kernel_forward_from_hub,
     use_kernelized_func,
 )
@@ -147,7 +146,6 @@ def test_condition_frozen_quarantine_and_functions(make_layer: Make, make_kernel
         quarantine(decorated_layer(layer), kernel.forward, kernel="k", reason="it is wrong")
         row = receipt(model["a"], device="cpu", mode=Mode.INFERENCE).rows[0]
         assert not row.frozen and row.is_reference and "it is wrong" in row.refusals[0][1]
-    release()
 
 
 @use_kernel_forward_from_hub("called")

@@ -23,26 +23,23 @@ from kernels_core import (
     NoKernelError,
     kernelize,
     quarantined,
-    release,
     resolve,
     use_kernel_forward_from_hub,
 )
 from kernels_core.guards import tensors
 from kernels_plugins import use_kernel_mapping
 
+pytestmark = pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
 X = torch.arange(4.0)
 Served = list[type]
 
 
 @pytest.fixture(autouse=True)
-def _released() -> Iterator[None]:
-    """Start and leave with no kernel in quarantine, and no parameter noticed."""
+def _unnoticed() -> Iterator[None]:
+    """Leave with no parameter noticed."""
     before = list(tensors.odd_parameters)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
-        yield
+    yield
     tensors.odd_parameters[:] = before
-    release()
 
 
 @pytest.fixture(scope="module")

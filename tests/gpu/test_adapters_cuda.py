@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from kernels_core import decorated_layer, quarantined, release, use_kernel_forward_from_hub
+from kernels_core import decorated_layer, quarantined, use_kernel_forward_from_hub
 from kernels_plugins import opaque, reference_backward, use_kernel_mapping
 
 if not torch.cuda.is_available():
@@ -77,11 +76,9 @@ EVERY = pytest.mark.parametrize("source", SOURCES.values(), ids=list(SOURCES))
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Compile anew, and leave nothing in quarantine."""
+def _fresh() -> None:
+    """Compile anew."""
     torch._dynamo.reset()
-    yield
-    release()
 
 
 def serving(source: Any) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from kernels_core import CanaryError, PluginManager, release, use_kernel_forward_from_hub
+from kernels_core import CanaryError, PluginManager, use_kernel_forward_from_hub
 from kernels_plugins import canary, use_kernel_mapping
 from kernels_plugins.canary import plugin as canary_plugin
 
@@ -18,11 +17,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.fixture(autouse=True)
-def _canary(mapping_plugin: object, isolated_plugins: PluginManager) -> Iterator[None]:
+def _canary(mapping_plugin: object, isolated_plugins: PluginManager) -> None:
     isolated_plugins.register(canary_plugin, "canary")
     torch.manual_seed(0)
-    yield
-    release()
 
 
 @use_kernel_forward_from_hub("GpuTwice")

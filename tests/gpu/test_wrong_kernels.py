@@ -25,7 +25,6 @@ from kernels_core import (
     Mode,
     PluginManager,
     quarantined,
-    release,
     resolve,
     use_kernel_forward_from_hub,
 )
@@ -46,7 +45,7 @@ COLUMNS = 128
 def _scene(
     mapping_plugin: object, isolated_plugins: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Have the plugins, with nothing known, and leave nothing in quarantine."""
+    """Have the plugins, with nothing known."""
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
     for name, plugin in {"canary": canary_plugin, "oracle": oracle, "probe": prober}.items():
         isolated_plugins.register(plugin, name)
@@ -54,7 +53,6 @@ def _scene(
     torch.manual_seed(0)
     yield
     probe_cache._known.clear()
-    release()
 
 
 @use_kernel_forward_from_hub("Columns")

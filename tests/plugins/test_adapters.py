@@ -52,12 +52,11 @@ TRACED = Mode.TRAINING | Mode.TORCH_COMPILE
 
 @pytest.fixture(autouse=True)
 def _adapters(mapping_plugin: object, isolated_plugins: PluginManager) -> Iterator[None]:
-    """Have the plugin, compile anew, and leave nothing in quarantine."""
+    """Have the plugin, and compile anew."""
     isolated_plugins.register(adapters_plugin, "adapters")
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    release()
 
 
 def compiled(target: Any, backend: str = "eager", **options: Any) -> tuple[Any, CompileCounterWithBackend]:

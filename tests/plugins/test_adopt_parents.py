@@ -20,7 +20,6 @@ from kernels_core import (
     PluginManager,
     count_calls,
     kernelize,
-    release,
     unkernelize,
 )
 from kernels_plugins import Rule, adopt, use_kernel_mapping, verify
@@ -279,7 +278,6 @@ def test_a_kernel_that_loses_the_gradient_of_the_norm(block: Block) -> None:
 
     with use_kernel_mapping({"add_rms_norm": {"cpu": detaching}}), pytest.warns(UserWarning, match="loses gradients"):
         torch.testing.assert_close(gradients(block), slopes)
-    release()
 
 
 def test_a_kernel_that_raises_in_training(block: Block) -> None:
@@ -294,7 +292,6 @@ def test_a_kernel_that_raises_in_training(block: Block) -> None:
     adopt(block)
     with use_kernel_mapping({"add_rms_norm": {"cpu": raising}}), pytest.warns(KernelsWarning, match="out of registers"):
         torch.testing.assert_close(gradients(block), slopes)
-    release()
 
 
 # --- Rules of one's own ----------------------------------------------------------------------------

@@ -115,7 +115,6 @@ def test_a_joined_kernel_that_raises() -> None:
             assert served(module, 16) == ["reference"]
         assert [entry.kernel for entry in quarantined()] == ["kernels.Bad"]
         assert served(module, 1, 1024) == ["A", "C"]
-        release()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -133,7 +132,6 @@ def test_a_joined_kernel_that_loses_gradients(frozen: bool) -> None:
         with pytest.warns(KernelsWarning, match="gradient"):
             module(torch.ones(16, WIDTH)).sum().backward()
         assert module.weight.grad is not None and module.weight.grad.sum() == 16 * WIDTH
-        release()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -183,4 +181,3 @@ def test_decisions_that_change_meanwhile(frozen: bool) -> None:
         thread.join()
         quarantine(found.request.layer, B.forward, kernel="kernels.B", reason="wrong")
         assert "B" not in served(module, 1, 16, 1024, 16)
-        release()

@@ -51,8 +51,7 @@ SPLIT = made(cell(REFERENCE_FIRST), cell(A_FIRST, 16), cell(B_FIRST, 1024))
 
 @pytest.fixture(autouse=True)
 def anew() -> None:
-    """Forget what other tests have found about the layer, and warned of."""
-    release()
+    """Forget what other tests have warned of."""
     warn_once.forget()
 
 

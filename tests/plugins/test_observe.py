@@ -24,7 +24,6 @@ from kernels_core import (
     PluginManager,
     forget,
     kernelize,
-    release,
     use_kernel_forward_from_hub,
 )
 from kernels_core.models.choice import choices
@@ -206,7 +205,6 @@ def test_what_a_kernel_raised_is_in_the_record(isolated_plugins: Any, mapping_pl
     with pytest.warns(KernelsWarning):
         call(Fails)
         call(LocalLayerRepository("/nowhere", layer_name="Scale"), InferenceScale, grad=True)
-    release()
     raised, missing, declared = caplog.records
     assert raised.exc_info[0] is RuntimeError and "in forward" in caplog.text
     assert issubclass(missing.exc_info[0], OSError) and declared.exc_info is None

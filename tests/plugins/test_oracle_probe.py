@@ -54,7 +54,6 @@ def _scene(
     yield
     torch.set_num_threads(threads)
     probe_cache._known.clear()
-    release()
 
 
 def breaks_the_graph(self: Any, x: torch.Tensor) -> torch.Tensor:
