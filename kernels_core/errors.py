@@ -31,7 +31,6 @@ Of the kinds of `ResolutionError`, a call raises only `NoKernelError`; the other
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +65,16 @@ class KernelsError(Exception):
         """Take a message."""
         self.args = _cleaned(args)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the constructor, which may need keywords."""
+        return _remade, (type(self), self.args), vars(self)
+
+
+def _remade(kind: type[KernelsError], args: tuple[object, ...]) -> KernelsError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
+
 
 class ArgumentError(KernelsError, ValueError):
     """An argument or setting has a value that cannot be used."""
@@ -83,10 +92,6 @@ class ConfigurationError(ArgumentError):
         """Describe the problem, its place, and what to do."""
         super().__init__(message)
         self.file, self.line = file, line
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the keywords that the constructor needs."""
-        return functools.partial(type(self), file=self.file, line=self.line), self.args
 
 
 class ArgumentTypeError(KernelsError, TypeError):
@@ -173,10 +178,6 @@ class PluginError(KernelsError):
         """Describe the fault of a plugin."""
         super().__init__(message)
         self.plugin = plugin
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the keyword that the constructor needs."""
-        return functools.partial(type(self), plugin=self.plugin), self.args
 
 
 class PluginLoadError(PluginError):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kernels_core import KernelsError, Table, TableRow, Tabular, as_json, set_module
 
@@ -24,9 +22,6 @@ class BisectError(KernelsError):
         super().__init__(message)
         self.evaluation = evaluation
         self.paths = tuple(paths)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(type(self), evaluation=self.evaluation, paths=self.paths), self.args
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from kernels_core import KernelsError, Page, Table, TableRow, Tabular, as_json, set_module
 
@@ -21,9 +19,6 @@ class ConsistencyError(KernelsError):
     def __init__(self, message: str, *, side: str = "", path: str | None = None) -> None:
         super().__init__(message)
         self.side, self.path = side, path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(type(self), side=self.side, path=self.path), self.args
 
 
 @dataclass(frozen=True)
