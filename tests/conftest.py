@@ -19,7 +19,7 @@ pytest_plugins = ["kernels_core.testing"]
 
 @pytest.fixture(autouse=True)
 def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Unset the settings that the core obeys; undo what a test leaves behind."""
+    """Unset the settings that the core obeys; undo registrations, scopes and quarantines of a test."""
     for name in (
         "KERNELS_CONFIG",
         "KERNELS_DENY",

@@ -1,18 +1,5 @@
 """Plugin `demo`: the command `kernels-core demo`."""
 
-from __future__ import annotations
+from ..commands import adding
 
-from typing import TYPE_CHECKING
-
-from kernels_core import hookimpl
-
-if TYPE_CHECKING:
-    import typer
-
-
-@hookimpl
-def kernels_register_commands(cli: typer.Typer) -> None:
-    """Add `demo`."""
-    from .command import demo  # only the command line needs it
-
-    cli.command()(demo)
+kernels_register_commands = adding("demo.command:demo")

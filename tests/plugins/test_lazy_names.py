@@ -78,11 +78,11 @@ assert Scale()(torch.ones(1)).item() == 3
 
 
 def test_discovery_loads_entry_points_only() -> None:
-    """Finding all plugins loads the modules that are entry points, their packages, and one that each decision asks."""
+    """Finding all plugins loads the modules that are entry points, their packages, and two that these need."""
     found = run(f"import sys, kernels_core; kernels_core.plugin_manager().plugins(); {LOADED}").split()
     packages = {".".join(place.split(".")[:count]) for place in ENTRY_POINTS for count in (1, 2, 3)}
     assert len(ENTRY_POINTS) == 20
-    assert set(found) == {*ENTRY_POINTS, *packages, "kernels_plugins.numerics.wanted"}
+    assert set(found) == {*ENTRY_POINTS, *packages, "kernels_plugins.commands", "kernels_plugins.numerics.wanted"}
 
 
 # --- The table -----------------------------------------------------------------------------------
