@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from measure import Row
 
-from kernels_plugins import adopt, use_kernel_mapping
+from kernels_plugins import adopt, use_choice, use_kernel_mapping
 
 SIZES: dict[str, dict[str, int]] = {
     "cpu": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16},
@@ -20,7 +21,11 @@ SIZES: dict[str, dict[str, int]] = {
 PROMPT = {"cpu": 256, "cuda": 4096}
 ROUNDS = {"cpu": 8, "cuda": 12}
 CACHED = 64
+LIGER = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
 TRITON = ("RMSNorm", "add_rms_norm", "SwiGLUMLP", "rotary_pos_emb", "linear_cross_entropy")
+
+Subjects = dict[str, Mapping[str, Any] | None]
+"""Mappings by name; None for the model as it is, not adopted."""
 
 
 def run() -> Iterator[Row]:
@@ -30,7 +35,7 @@ def run() -> Iterator[Row]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         model, steps = make_steps(device)
         for name, step in steps.items():
-            times = measure(model, step, device, ROUNDS[device] * (3 if name == "decoding" else 1))
+            times = in_turns(model, step, device, ROUNDS[device] * (3 if name == "decoding" else 1), subjects(device))
             for subject in list(times)[1:]:
                 yield Row(
                     "adopt", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"]
@@ -84,20 +89,30 @@ def timed(step: Callable[[], Any], device: str) -> float:
     return (time.perf_counter() - start) / count * 1e3
 
 
-def measure(model: Any, step: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
-    """Time the step in turns, plain and adopted; return the median in milliseconds for each."""
-    subjects: dict[str, Any] = {"plain": None, "adopted": {}}
+def subjects(device: str) -> Subjects:
+    """Return the mappings to compare."""
+    found: Subjects = {"plain": None, "adopted": {}}
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
-        subjects["adopted, pack:liger"] = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
+        found["adopted, pack:liger"] = LIGER
     if device == "cuda" and importlib.util.find_spec("triton") is not None:
-        subjects["adopted, pack:triton"] = {key: {"cuda": "pack:triton"} for key in TRITON}
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in subjects.items()}
+        found["adopted, pack:triton"] = {key: {"cuda": "pack:triton"} for key in TRITON}
+    return found
+
+
+def in_turns(
+    model: Any, step: Callable[[], Any], device: str, rounds: int, mappings: Subjects, choice: Path | None = None
+) -> dict[str, float]:
+    """Time a step in turns, with each mapping, "chosen" ones also with a choice; return the medians in milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in mappings}
+    scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in mappings.items()}
     for _ in range(rounds):
-        for name, mapping in subjects.items():
+        for name, mapping in mappings.items():
             adopted = adopt(model) if mapping is not None else None
+            chosen = use_choice(choice) if name.startswith("chosen") and choice is not None else None
             with scopes[name]:
                 times[name].append(timed(step, device))
+            if chosen is not None:
+                chosen.close()
             if adopted is not None:
                 adopted.undo()
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}

@@ -12,12 +12,12 @@ import functools
 import statistics
 import tempfile
 import timeit
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from adopt import PROMPT, ROUNDS, make_steps, timed
+from adopt import LIGER, PROMPT, ROUNDS, Subjects, in_turns, make_steps
 from measure import Row
 
 from kernels_core import Mode, kernelize, use_kernel_forward_from_hub
@@ -49,9 +49,10 @@ def run(
     compiled = {f"{name}, compiled": torch.compile(steps[name]) for name in ("prefill", "training")}
     wanted = (steps if "steps" in parts else {}) | (compiled if "compiled" in parts else {})
     for name, step in wanted.items():
-        times = _in_turns(
-            model, step, file, device, ROUNDS[device] * (3 if name == "decoding" else 1), name in compiled
-        )
+        fixed: Subjects = {"plain": None, "adopted": {}, "chosen": {}}
+        if device == "cuda" and name not in compiled:  # Liger's kernels do not serve compiled code
+            fixed |= {"pack:liger": LIGER, "chosen, loss mapped": {"linear_cross_entropy": {"cuda": "pack:triton"}}}
+        times = in_turns(model, step, device, ROUNDS[device] * (3 if name == "decoding" else 1), fixed, file)
         for subject in list(times)[1:]:
             yield Row("choice", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"])
 
@@ -128,29 +129,6 @@ def _regrets(first: Choice, second: Choice) -> Iterator[Row]:
 
 def _provider(name: str) -> str:
     return name.split(":")[1] if name.startswith("pack:") else "torch" if "torch_operators" in name else name
-
-
-def _in_turns(
-    model: Any, step: Callable[[], Any], file: Path, device: str, rounds: int, compiled: bool
-) -> dict[str, float]:
-    """Time a step in turns, plain and with the choice, and with each pack alone; return the medians."""
-    fixed: dict[str, Mapping[str, Any] | None] = {"plain": None, "adopted": {}, "chosen": {}}
-    if device == "cuda" and not compiled:  # Liger's kernels do not serve compiled code
-        fixed["pack:liger"] = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
-        fixed["chosen, loss mapped"] = {"linear_cross_entropy": {"cuda": "pack:triton"}}
-    times: dict[str, list[float]] = {name: [] for name in fixed}
-    scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in fixed.items()}
-    for _ in range(rounds):
-        for name, mapping in fixed.items():
-            adopted = adopt(model) if mapping is not None else None
-            choice = use_choice(file) if name.startswith("chosen") else None
-            with scopes[name]:
-                times[name].append(timed(step, device))
-            if choice is not None:
-                choice.close()
-            if adopted is not None:
-                adopted.undo()
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 if __name__ == "__main__":

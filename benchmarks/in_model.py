@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import statistics
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from measure import Row
+from measure import Row, on_each_device
 
 from kernels_core import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
 
@@ -24,15 +23,7 @@ PROMPT = 64
 
 def run() -> Iterator[Row]:
     """Measure on the CPU and, where there is one, on a CUDA device; nothing without transformers."""
-    if importlib.util.find_spec("transformers") is None:
-        return
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield from on_device(device)
-        finally:
-            torch.set_num_threads(threads)
+    return on_each_device(on_device)
 
 
 def on_device(device: str) -> Iterator[Row]:

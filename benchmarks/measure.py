@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import timeit
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+import torch
 
 ROUND_SECONDS = 0.001
 ROUNDS = 20
@@ -55,6 +58,19 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Return everything, for JSON."""
         return {**asdict(self), "ratio": self.ratio, "passed": self.passed}
+
+
+def on_each_device(measure: Callable[[str], Iterator[Row]]) -> Iterator[Row]:
+    """Measure with one thread on the CPU and, where there is one, on a CUDA device; nothing without transformers."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    threads = torch.get_num_threads()
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        torch.set_num_threads(1)
+        try:
+            yield from measure(device)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def compare(
