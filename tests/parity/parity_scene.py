@@ -74,6 +74,21 @@ class Side:
 
         return Layer
 
+    def function(self, decorator: str = "use_kernel_forward_from_hub") -> tuple[str, Callable[..., Any], Any]:
+        """Make a decorated function, and a class that declares to call it; its layer name comes first."""
+        name = f"scale{next(_numbers)}"
+
+        @getattr(self.lib, decorator)(name)
+        def scale(x: torch.Tensor) -> torch.Tensor:
+            return x * REFERENCE
+
+        @self.lib.use_kernelized_func(scale)
+        class Calls(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return scale(x)
+
+        return name, scale, Calls
+
     def freeze(self, model: nn.Module, mapping: Mapping[str, Any], mode: str = "INFERENCE", **options: Any) -> float:
         """Kernelize a model inside of a scope, and call it outside."""
         options.setdefault("device", "cpu")

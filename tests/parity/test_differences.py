@@ -182,17 +182,8 @@ def test_layer_that_is_a_function(both: Both) -> None:
     folder = write_kernel(both.home / "kernel", "def scale(x):\n    return x * 7\n")
 
     def scenario(side: Side) -> float:
-        @side.lib.use_kernel_forward_from_hub("a function in layers")
-        def scale(x: torch.Tensor) -> torch.Tensor:
-            return x * REFERENCE
-
-        @side.lib.use_kernelized_func(scale)
-        class Calls(nn.Module):
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return scale(x)
-
-        source = side.lib.LocalLayerRepository(folder, layer_name="scale")
-        return side.freeze(Calls(), {"a function in layers": {"cpu": source}})
+        name, _, calls = side.function()
+        return side.freeze(calls(), {name: {"cpu": side.lib.LocalLayerRepository(folder, layer_name="scale")}})
 
     pair = both.run(scenario)
     assert isinstance(pair.theirs.error, TypeError)
@@ -238,19 +229,9 @@ def test_a_function_shared_by_models(both: Both) -> None:
     """Theirs changes model B when model A is kernelized, if both call one function; ours does not."""
 
     def scenario(side: Side) -> tuple[float, float]:
-        name = side.layer().kernel_layer_name + "_function"
-
-        @side.lib.use_kernel_forward_from_hub(name)
-        def scale(x: torch.Tensor) -> torch.Tensor:
-            return x * REFERENCE
-
-        @side.lib.use_kernelized_func(scale)
-        class Calls(nn.Module):
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return scale(x)
-
-        other = Calls()
-        return side.freeze(Calls(), {name: {"cpu": able(3)}}), call(other)
+        name, _, calls = side.function()
+        other = calls()
+        return side.freeze(calls(), {name: {"cpu": able(3)}}), call(other)
 
     pair = both.run(scenario)
     assert (pair.theirs.get(), pair.ours.get()) == ((3.0, 3.0), (3.0, REFERENCE))
@@ -260,11 +241,7 @@ def test_function_as_an_attribute(both: Both) -> None:
     """Theirs freezes a decorated function in an attribute, for it is a module; ours, a function, too."""
 
     def scenario(side: Side) -> list[float]:
-        name = side.layer().kernel_layer_name + "_function"
-
-        @side.lib.use_kernel_forward_from_hub(name)
-        def scale(x: torch.Tensor) -> torch.Tensor:
-            return x * REFERENCE
+        name, scale, _ = side.function()
 
         class Holds(nn.Module):
             def __init__(self) -> None:

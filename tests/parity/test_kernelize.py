@@ -465,26 +465,11 @@ def test_what_is_registered_last_serves(both: Both, first: str, second: str) -> 
 # --- Functions -----------------------------------------------------------------------------------
 
 
-def function_model(side: Side) -> tuple[str, Callable[..., Any], type[nn.Module]]:
-    """Make a decorated function and a class that calls it."""
-    name = side.layer().kernel_layer_name + "_function"
-
-    @side.lib.use_kernel_forward_from_hub(name)
-    def scale(x: torch.Tensor) -> torch.Tensor:
-        return x * REFERENCE
-
-    class Calls(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return scale(x)
-
-    return name, scale, side.lib.use_kernelized_func(scale)(Calls)
-
-
 def test_function_alone(both: Both) -> None:
     """Both leave a decorated function callable, and tell its layer name."""
 
     def scenario(side: Side) -> list[object]:
-        name, scale, _ = function_model(side)
+        name, scale, _ = side.function()
         return [call(scale), scale.kernel_layer_name == name]  # type: ignore[arg-type,attr-defined]
 
     both.run(scenario).agree([REFERENCE, True])
@@ -494,7 +479,7 @@ def test_function_kernelized(both: Both) -> None:
     """Both serve the function that a class declares to call, by a kernel class."""
 
     def scenario(side: Side) -> float:
-        name, _, model = function_model(side)
+        name, _, model = side.function()
         return side.freeze(model(), {name: {"cpu": able(3)}})
 
     both.run(scenario).agree(3.0)
@@ -504,7 +489,7 @@ def test_function_of_a_class_with_a_constructor(both: Both) -> None:
     """Both keep the constructor of such a class, its arguments and its state."""
 
     def scenario(side: Side) -> list[object]:
-        _, scale, _ = function_model(side)
+        _, scale, _ = side.function()
 
         @side.lib.use_kernelized_func(scale)
         class Built(nn.Module):
@@ -524,8 +509,8 @@ def test_function_kernels_of_children(both: Both) -> None:
     """Both serve functions that classes deeper in the model call, and several of one class."""
 
     def scenario(side: Side) -> float:
-        one, first, _ = function_model(side)
-        two, second, _ = function_model(side)
+        one, first, _ = side.function()
+        two, second, _ = side.function()
 
         @side.lib.use_kernelized_func(first, second)
         class Calls(nn.Module):
@@ -555,7 +540,7 @@ def test_function_that_declares(both: Both) -> None:
     """Both obey the declarations of a kernel for a function."""
 
     def scenario(side: Side) -> list[float]:
-        name, _, model = function_model(side)
+        name, _, model = side.function()
         unable = Source(kernel_class(3, has_backward=False))
         return [side.freeze(model(), {name: {"cpu": unable}}, mode) for mode in ("INFERENCE", "TRAINING")]
 

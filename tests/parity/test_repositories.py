@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from parity_scene import (
-    REFERENCE,
     SIDES,
     Both,
     Side,
@@ -21,7 +20,6 @@ from parity_scene import (
     publish_kernels,
     write_kernel,
 )
-from torch import nn
 
 
 def times(kernel: ModuleType) -> float:
@@ -565,17 +563,8 @@ def test_class_serves_a_function(both: Both) -> None:
     folder = write_kernel(both.home / "kernel", kernel_source(3))
 
     def scenario(side: Side) -> float:
-        @side.lib.use_kernel_forward_from_hub("a class for a function")
-        def scale(x: torch.Tensor) -> torch.Tensor:
-            return x * REFERENCE
-
-        @side.lib.use_kernelized_func(scale)
-        class Calls(nn.Module):
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return scale(x)
-
-        source = side.lib.LocalLayerRepository(folder, layer_name="Scale")
-        return side.freeze(Calls(), {"a class for a function": {"cpu": source}})
+        name, _, calls = side.function()
+        return side.freeze(calls(), {name: {"cpu": side.lib.LocalLayerRepository(folder, layer_name="Scale")}})
 
     both.run(scenario).agree(3.0)
 
@@ -590,15 +579,7 @@ def test_older_names(kernels_hub: Both, how: str) -> None:
     lockfile = lock(kernels_hub, commit)
 
     def scenario(side: Side) -> float:
-        @side.lib.use_kernel_func_from_hub("a function at the top")
-        def scale(x: torch.Tensor) -> torch.Tensor:
-            return x * REFERENCE
-
-        @side.lib.use_kernelized_func(scale)
-        class Calls(nn.Module):
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return scale(x)
-
+        name, _, calls = side.function("use_kernel_func_from_hub")
         named: dict[str, tuple[object, dict[str, Any]]] = {
             "FuncRepository": ("acme/kernels", {"version": 1}),
             "LocalFuncRepository": (folder, {}),
@@ -606,7 +587,7 @@ def test_older_names(kernels_hub: Both, how: str) -> None:
         }
         place, options = named[how]
         source = getattr(side.lib, how)(place, func_name="scale", **options)
-        return side.freeze(Calls(), {"a function at the top": {"cpu": source}})
+        return side.freeze(calls(), {name: {"cpu": source}})
 
     kernels_hub.run(scenario).agree(7.0)
 
