@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -11,42 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from demo_layers import DEMO, load, load_reference
 
-from kernels_core.generated import dispatched_layer
 from kernels_plugins.demo.bundle import write_bundle
 from kernels_plugins.hub.builds.integrity import as_build, check_digest, read_files
 from kernels_plugins.hub.builds.metadata import Metadata
 
-DEMO = Path(__file__).resolve().parents[2] / "kernels_plugins" / "demo"
 BUILD = DEMO / "hub" / "kernels-demo" / "llama-layers" / "build"
 LAYERS = ["RMSNorm", "SiluAndMul", "GeluAndMul", "RotaryEmbedding"]
-
-
-def load(name: str, path: Path) -> Any:
-    """Imports the package folder or file `path` as `name`, leaving no bytecode in a folder that is sealed."""
-    init = path / "__init__.py" if path.is_dir() else path
-    spec = importlib.util.spec_from_file_location(
-        name, init, submodule_search_locations=[str(path)] if path.is_dir() else None
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = written
-    return module
-
-
-def load_reference(name: str) -> Any:
-    """The demo's layers as `name`, undecorated: no installed plugin may serve the layers of the comparison."""
-    module = load(name, DEMO / "layers.py")
-    for cls in (getattr(module, layer) for layer in module.__all__):
-        layer = dispatched_layer(cls.forward)
-        cls.forward = layer.reference if layer is not None else cls.forward
-    return module
 
 
 reference = load_reference("demo_reference_layers_cpu")
