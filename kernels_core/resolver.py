@@ -84,18 +84,11 @@ def find_candidates(
 ) -> tuple[list[Candidate], list[Refusal]]:
     """Return every candidate for calls of a layer, best first, and nothing loaded.
 
-    Args:
-        layer_or_name: As for `resolve`, as are the others.
-        device: See there.
-        mode: See there.
+    Arguments and errors are those of `resolve`.
 
     Returns:
         The candidates, and the refusals of kernels that are offered for other devices or modes, and of plugins
         that failed.
-
-    Raises:
-        ArgumentError: If device or mode cannot be those of a call.
-        ArgumentTypeError: If the first argument is not decorated.
 
     Example:
         >>> find_candidates("no such layer", device="cpu", mode=Mode.INFERENCE)

@@ -166,15 +166,10 @@ class use_kernel_mapping(Scope):  # noqa: N801 - a context manager that reads li
     """Choose which kernels serve which layers inside a `with` block.
 
     Applies to the thread or asyncio task that enters it. The object can be entered again and again,
-    and keeps the decisions made inside.
+    and keeps the decisions made inside. Arguments and errors are those of `register_kernel_mapping`.
 
     Args:
-        mapping: As for `register_kernel_mapping`.
         inherit_mapping: Whether mappings from outside of the block apply, too, after this one.
-        same_for_all_modes: As for `register_kernel_mapping`.
-
-    Raises:
-        ArgumentError: As `register_kernel_mapping`, as does `ArgumentTypeError`.
 
     Example:
         >>> class FastIdentity(torch.nn.Module):

@@ -20,18 +20,7 @@ _PYTHON = re.compile(r"python:([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W
 
 
 def parse_text(text: str, options: Mapping[str, Any], where: str, layer_name: str, folder: Path) -> object:
-    """Return the source that a text names.
-
-    Args:
-        text: The text.
-        options: Those of a repository.
-        where: Its place in a mapping, for messages.
-        layer_name: The layer that it serves, for packs.
-        folder: The folder to which paths are relative.
-
-    Raises:
-        ArgumentError: If it names none.
-    """
+    """Return the source that a text names; `where` is its place in a mapping, and paths are relative to `folder`."""
     if not options and text == "reference":
         return Reference
     if not options and text.startswith("pack:"):

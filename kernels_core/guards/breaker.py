@@ -124,12 +124,9 @@ def stand_in(
 def _is_judged(error: Exception) -> bool:
     """Whether an error can be the fault of a kernel: not while a call is traced, nor if the device is lost."""
     traced = dispatch_mode_count() or is_traced()
-    return not (isinstance(error, _NEVER) or _is_of_checkpointing(error) or _is_sticky(error) or traced)
-
-
-def _is_of_checkpointing(error: Exception) -> bool:
-    """Whether an error is one of activation checkpointing, which also stops a recomputation by raising."""
-    return type(error).__module__ == CheckpointError.__module__  # that which stops a recomputation is private
+    # Activation checkpointing also stops a recomputation by raising, and the class of that error is private.
+    of_checkpointing = type(error).__module__ == CheckpointError.__module__
+    return not (isinstance(error, _NEVER) or of_checkpointing or _is_sticky(error) or traced)
 
 
 def _raised(kernel: Forward, error: Exception) -> bool:

@@ -264,10 +264,7 @@ def _changed() -> None:
 def find_quarantined(request: LayerRequest, implementation: Forward | None, *names: str) -> Quarantined | None:
     """Return the entry, or the glob that the user denies, that excludes an implementation for calls of all dtypes.
 
-    Args:
-        request: The request.
-        implementation: The function that would be called; None while it is not loaded.
-        names: What globs are compared with, besides the layer name: origin, plugin.
+    The arguments are those of `Quarantined.concerns`.
     """
     if not _entries and reader.known.nothing and _DENY[0] not in os.environ:  # the most frequent case: no further call
         return None

@@ -106,16 +106,13 @@ def original_class(module: nn.Module) -> type[nn.Module]:
             "undo that first, or kernelize after it (fully_shard, parametrize and the like)."
         )
     if is_parametrized(frozen.original):  # parametrizations may have been added or removed since
-        now, before = (dict(filter(_is_property, vars(each).items())) for each in (cls, frozen.original))
+        classes = (cls, frozen.original)
+        now, before = ({n: one for n, one in vars(each).items() if isinstance(one, property)} for each in classes)
         for name in before.keys() - now.keys():  # parametrize keeps its properties on the class
             delattr(frozen.original, name)
         for name in now.keys() - before.keys():
             setattr(frozen.original, name, now[name])
     return frozen.original
-
-
-def _is_property(item: tuple[str, object]) -> bool:
-    return isinstance(item[1], property)
 
 
 def swap(modules: Sequence[nn.Module], classes: Sequence[type[nn.Module]]) -> None:

@@ -58,11 +58,7 @@ def functions_of(module: nn.Module | type[nn.Module]) -> tuple[Layer, ...]:
 
 
 def names_of(functions: Sequence[Layer]) -> list[str]:
-    """Return a name for each function of a module, which no other one of them has: one would hide the other's decision.
-
-    Args:
-        functions: The layers of the functions, each once.
-    """
+    """Return a name for each function of a module, which no other has, or one would hide the other's decision."""
     kinds = [[f.reference.__name__ for f in functions], [f.qualname for f in functions]]
     kinds.append([f"{f.qualname} as {f.name}" for f in functions])
     return next((names for names in kinds if len(set(names)) == len(names)), kinds[-1])

@@ -73,16 +73,7 @@ def reference_backward(source: object) -> Adapted:
 
     The forward keeps its inputs, not its activations: the backward runs the reference again, with the same
     random numbers and under the same autocast. Calls that autograd does not record run the kernel as it is.
-
-    Args:
-        source: Where the kernel comes from: anything that a mapping takes.
-
-    Returns:
-        A source for mappings. Those of equal sources are equal.
-
-    Raises:
-        ArgumentError: If the source is a text that names no layer, or the reference.
-        ArgumentTypeError: If no kernel can come from it.
+    Argument, answer and errors are those of `opaque`.
 
     Example:
         >>> reference_backward(LayerRepository("acme/norm", layer_name="Norm", version=1))

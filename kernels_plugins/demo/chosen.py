@@ -64,14 +64,7 @@ class Result:
 
 
 def measure_model(device: torch.device, dtype: torch.dtype, mapping: Mapping[str, Any], compiler: bool) -> Result:
-    """Adopt a model, let candidates race for its layers, and time its steps.
-
-    Args:
-        device: Where it runs.
-        dtype: Of its weights.
-        mapping: Candidates from the Hub.
-        compiler: Whether PyTorch can compile here.
-    """
+    """Adopt a model, let candidates race for its layers, also those of a mapping, and time its steps."""
     torch.manual_seed(0)
     make = _block if not importlib.util.find_spec("transformers") else _gpt2 if device.type == "cpu" else _llama
     name, model, tokens, run = make(device, dtype)

@@ -50,8 +50,9 @@ def find_scripts(request: KernelRequest) -> Scripts:
 
     installed = fetching.install(request)
     resolved = installed.selected.resolved
+    build = installed.selected.folder
     if resolved is None:  # LOCAL_KERNELS names a folder instead
-        return _scripts(_repository(installed.selected.folder), installed.selected.origin)
+        return _scripts(build.parents[1] if build.parent.name == "build" else build, installed.selected.origin)
     refuse_unsigned("the benchmark scripts of a kernel are no part of its build, so no signature covers them")
     pin = resolved.pin
     client = Client(describe_agent(None))
@@ -60,7 +61,7 @@ def find_scripts(request: KernelRequest) -> Scripts:
         if not listed:
             raise AbsentError(_missing(pin.repo_id))
         client.fetch_folder(pin, FOLDER, listed)
-        folder = installed.selected.folder.parents[1]
+        folder = build.parents[1]
         paths = [folder / FOLDER / file.path for file in listed]
         paths += (folder / FOLDER).glob(_PATTERN)  # one that the Hub does not list would run, too
         check_transfer({path.relative_to(folder / FOLDER).as_posix(): path.read_bytes() for path in paths}, listed)
@@ -79,10 +80,6 @@ def _scripts(folder: Path, origin: str, repo_id: str = "", commit: str = "") -> 
         raise AbsentError(_missing(origin))
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     return Scripts(origin, repo_id, commit, folder, digests)
-
-
-def _repository(build: Path) -> Path:
-    return build.parents[1] if build.parent.name == "build" else build
 
 
 def _missing(origin: str) -> str:
