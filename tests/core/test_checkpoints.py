@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from warned import never, noted
 
 from kernels_core import ArgumentTypeError, KernelsWarning, Mode, checkpoint_scopes, use_kernel_forward_from_hub
 from kernels_core.guards.functions import function_contexts, in_function
@@ -152,8 +152,7 @@ def test_an_error_in_a_recomputation_leaves_the_scopes(layer: nn.Module) -> None
 def test_a_function_that_cannot_be_brought_into_its_scopes_is_reported(layer: nn.Module) -> None:
     """In a scope, a checkpoint of unknown kind issues a warning that names it; at the root, none."""
     for scoped in (False, True):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with noted() as caught:
             mapping = {"Times": {"cpu": times(3)}}
             with use_kernel_mapping(mapping) if scoped else contextlib.nullcontext():
                 Recomputing.apply(layer, torch.ones(1, requires_grad=True))
@@ -204,8 +203,7 @@ def test_functions_with_setup_context(layer: nn.Module, by_mode: bool, transform
         assert [derived(torch.ones(1)) for _ in range(3)] == [(3, 3)] * 3
     assert len([w for w in caught if issubclass(w.category, KernelsWarning)]) == 1
     register_kernel_mapping(mapping)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", KernelsWarning)
+    with never(KernelsWarning):
         assert derived(torch.ones(1)) == (3, 3)
 
 
@@ -274,8 +272,7 @@ def test_a_checkpoint_that_keeps_no_scopes_is_reported(layer: nn.Module) -> None
     """The first recorded call in a scope and in such a checkpoint warns, once; a call in any other one does not."""
 
     def told(function: Any, scope: Any, **options: Any) -> list[str]:
-        with warnings.catch_warnings(record=True) as caught, scope:
-            warnings.simplefilter("always")
+        with noted() as caught, scope:
             y: Any = checkpoint(function, torch.ones(1, requires_grad=True), **{"use_reentrant": False, **options})
             y.backward()
             layer(torch.ones(1, requires_grad=True))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from warned import noted
 
 from kernels_core import KernelsWarning, NoKernelError, use_kernel_forward_from_hub
 from kernels_core.testing import HookRecorder
@@ -439,8 +439,7 @@ def test_no_fallback_says_why_under_fullgraph(make_layer: Make, compiled: Make) 
 def test_warning_while_tracing(make_layer: Make, make_kernel: Make, compiled: Make) -> None:
     """A kernel that cannot be traced is warned about once while compiling, and breaks no graph."""
     layer = make_layer()()
-    with warnings.catch_warnings(record=True) as caught, use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
-        warnings.simplefilter("always")
+    with noted() as caught, use_kernel_mapping({"Add": {"cpu": make_kernel(10)}}):
         run, counter = compiled(layer)
         assert run(X)[0] == run(X)[0] == 1
     ours = [str(warning.message) for warning in caught if warning.category is KernelsWarning]

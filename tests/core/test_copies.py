@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
+from warned import ignored
 
 from kernels_core import (
     Mode,
@@ -110,8 +110,7 @@ def kernelized(module: Any) -> Any:
 def test_a_copy_of_a_wrapper_is_a_wrapper(wrap: Callable[[Any], Any], clone: Callable[[Any], Any]) -> None:
     """Copying a wrapper that passes attributes on to a kernelized layer returns a wrapper around a copy."""
     wrapper = wrap(kernelized(Shift()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a pickle: choices are not saved
+    with ignored():  # of a pickle: choices are not saved
         twin = clone(wrapper)
     assert type(twin) is type(wrapper)
     if wrap is not torch.compile:  # a second is too much for a compilation
@@ -123,8 +122,7 @@ def test_a_copy_of_a_wrapper_is_a_wrapper(wrap: Callable[[Any], Any], clone: Cal
 def test_copies_keep_their_class_and_what_suspends_them() -> None:
     """Deep and shallow copies of a kernelized layer are kernelized, suspended where it is, and run on themselves."""
     layer = kernelized(Shift())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored():
         layer.train()
     twin: Any
     for twin in (copy.deepcopy(layer), copy.copy(layer), copy.deepcopy(nn.Sequential(layer))[0]):

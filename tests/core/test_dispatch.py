@@ -6,13 +6,13 @@ import copy
 import functools
 import io
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from warned import ignored, never, noted
 
 from kernels_core import (
     ArgumentError,
@@ -68,8 +68,7 @@ def devices_asked(recorder: HookRecorder, name: str) -> set[str]:
 
 def test_reference_serves_where_nothing_is_offered(make_layer: Make) -> None:
     """Without any kernel, class and function run as they would undecorated, and nothing warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         assert make_layer()()(X)[0] == 1
         assert double(torch.ones(1)) == 2
 
@@ -119,8 +118,7 @@ def test_builtin_function_can_be_decorated() -> None:
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a + b + 100
 
-    with warnings.catch_warnings(record=True) as caught, use_kernel_mapping({"builtin add": {"cpu": kernel}}):
-        warnings.simplefilter("always")
+    with noted() as caught, use_kernel_mapping({"builtin add": {"cpu": kernel}}):
         result = add(torch.ones(1), torch.ones(1))
         resolution = resolve(add, device="cpu", mode=Mode.INFERENCE)
     assert not any("'core' raised" in str(w.message) for w in caught), "the core blames itself"
@@ -389,8 +387,7 @@ def test_what_can_be_read_once_reaches_the_kernel_whole(given: str) -> None:
         def forward(self, numbers: Any, x: torch.Tensor) -> torch.Tensor:
             return x + sum(numbers[0] if isinstance(numbers, list) else numbers) + 100
 
-    with use_kernel_mapping({"Total": {"cpu": KernelTotal}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({"Total": {"cpu": KernelTotal}}), ignored():
         for x, expected in ((X, 106), (X.clone().requires_grad_(), 6), (X, 106)):
             numbers = iter([torch.tensor(1), torch.tensor(2), torch.tensor(3)])
             assert Total()(numbers if given == "argument" else [numbers], x)[0] == expected
@@ -562,8 +559,7 @@ def test_warm_calls_ask_nobody(make_layer: Make, make_kernel: Make, hook_recorde
     layer = make_layer()()
     with use_kernel_mapping({"Add": {"cpu": make_kernel(10, can_torch_compile=False, has_backward=False)}}):
         calls = [X, torch.zeros(2, requires_grad=True)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", KernelsWarning)
+        with ignored(KernelsWarning):
             assert [layer(x)[0].item() for x in calls] == [10, 1]
         hook_recorder.clear()
         for _ in range(3):
@@ -619,8 +615,7 @@ def test_warnings_come_once_per_reason(make_layer: Make) -> None:
     unfit = type("Unfit", (nn.Module,), {"forward": lambda self: 0})
     other = type("Other", (nn.Module,), {"forward": lambda self: 0})
     first, second = make_layer()(), make_layer()()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with noted() as caught:
         for source in (unfit, unfit, other, unfit):
             with use_kernel_mapping({"Add": {"cpu": source}}):
                 for layer in (first, second, first):
@@ -636,8 +631,7 @@ def test_warning_turned_into_an_error_leaves_things_usable(make_layer: Make) -> 
     layer = make_layer()()
     unfit = type("Unfit", (nn.Module,), {"forward": lambda self: 0})
     with use_kernel_mapping({"Add": {"cpu": unfit}}):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", KernelsWarning)
+        with never(KernelsWarning):
             with pytest.raises(KernelsWarning, match="Unfit"):
                 layer(X)
         assert layer(X)[0] == 1

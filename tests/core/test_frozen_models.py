@@ -8,7 +8,6 @@ import inspect
 import io
 import pickle
 import types
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
+from warned import ignored, never
 
 from kernels_core import (
     ArgumentError,
@@ -154,8 +154,7 @@ def test_fallback_flags(make_layer: Make, make_kernel: Make) -> None:
     for wanted, mapping in cases.items():
         for flag in cases:
             model = make_layer()()
-            with use_kernel_mapping(mapping), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with use_kernel_mapping(mapping), ignored():
                 mode = Mode.INFERENCE | Mode.TORCH_COMPILE
                 if flag is wanted:
                     assert kernelize(model, mode=mode, device="cpu", use_fallback=flag)(X)[0] == 1
@@ -188,8 +187,7 @@ def test_policy_does_not_stop_an_application(make_layer: Make, make_kernel: Make
 def test_train_rests_and_eval_wakes() -> None:
     """After train(), calls decide by themselves until eval(); one warning at a call states that."""
     model = frozen()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         model.train()
         with use_kernel_mapping(MAPPING):
             kernelize(model, mode=Mode.TRAINING)
@@ -200,16 +198,14 @@ def test_train_rests_and_eval_wakes() -> None:
     assert len(said) == 1
     model.eval()
     assert model[0](X)[0] == 10
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         frozen(Mode.TRAINING).train()
 
 
 def test_moves_are_noticed() -> None:
     """On another device, each call decides by itself, with one warning; back again, the kernel serves, as it should."""
     model = frozen()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         model.half().float()
     assert type(model[0]) is not Scale
     with use_kernel_mapping({"FrozenScale": {"cuda": Kernel}}):
@@ -419,8 +415,7 @@ def test_another_forward_on_the_instance_stays(make_layer: Make, make_kernel: Ma
             unkernelize(strict).forward = types.MethodType(lambda self, x: x, strict)
             with pytest.raises(KernelizeError, match="use_fallback=False"):
                 kernelize(strict, mode=Mode.INFERENCE, device="cpu")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # where no kernel is offered, nothing is lost
+        with never():  # where no kernel is offered, nothing is lost
             other = make_layer("Other")()
             other.forward = lambda x: x
             kernelize(other, mode=Mode.INFERENCE, device="cpu")
@@ -473,16 +468,14 @@ def test_no_gradient_is_lost_to_an_inference_kernel(kernel: type[nn.Module], how
     assert torch.equal((x if how == "inputs" else layer.weight).grad, torch.ones(2))
     with torch.inference_mode():
         assert layer(x)[0] == 11
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with torch.no_grad(), never():
         assert layer(x)[0] == 11
     assert layer(x)[0] == 2  # each time
 
 
 def test_a_kernel_that_keeps_gradients_goes_on() -> None:
     """A kernel that has a backward serves recorded calls of a model that was kernelized for inference."""
-    with use_kernel_mapping(MAPPING), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with use_kernel_mapping(MAPPING), never():
         layer = kernelize(Scale(), mode=Mode.INFERENCE)
         layer(torch.ones(2, requires_grad=True)).sum().backward()
     assert layer.weight.grad is not None and layer(X)[0] == 10
@@ -543,8 +536,7 @@ def test_a_forward_of_another_library_stays_around_a_kernelized_one() -> None:
         clone = copy.deepcopy(layer)
         assert "forward" in clone.__dict__ and clone(x)[0] == 1010
         entry = quarantine(decorated_layer(Scale), Kernel.forward, kernel="k", reason="it is wrong")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ignored():
             assert layer(x)[0] == 1001
         release(entry)
         with use_kernel_mapping({"FrozenScale": {"cpu": Detached}}):
@@ -837,8 +829,7 @@ def test_compiled_code_follows_what_suspends_a_kernel(compiled: Make) -> None:
     """train(), references(), a class that others made, and unkernelize(): compiled code sees each, without a break."""
     model = frozen(Mode.INFERENCE | Mode.TORCH_COMPILE).eval()
     run, _ = compiled(model)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), ignored():
         assert run(X)[0] == 20
         model.train()
         assert run(X)[0] == 2

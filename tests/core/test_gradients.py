@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from warned import noted
 
 from kernels_core import (
     Mode,
@@ -272,8 +272,7 @@ def test_what_was_changed_in_place_is_changed_once(where: str) -> None:
     layer = make(reference, weight=ones())
     layer.register_buffer("count", torch.zeros(3))
     x, count = ones(True) * 1, torch.zeros(3)
-    with kernels(loses), warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with kernels(loses), noted() as said:
         layer(x, count)
     assert x.tolist() == [2 if where == "argument" else 1] * 3
     assert (count + layer.count).tolist() == [0 if where == "argument" else 1] * 3
@@ -302,8 +301,7 @@ def test_a_kernel_that_serves_where_the_reference_fails_is_kept() -> None:
     def fails(self: Any, x: torch.Tensor) -> Any:
         raise ValueError("not implemented")
 
-    with kernels(loses_all), warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with kernels(loses_all), noted() as said:
         assert make(fails, weight=ones())(ones()).tolist() == [1, 1, 1]
     assert out() == []
     assert "the reference fails: ValueError: not implemented" in str(said[0].message)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from warned import ignored, never, noted
 
 from kernels_core import (
     KernelsWarning,
@@ -202,8 +202,7 @@ def test_unpacked_keywords_through_a_wrapper(isolated_plugins: PluginManager, ma
             return wrap
 
     isolated_plugins.register(Plugin(), "around")
-    with unpacked_kernel(unpacked), warnings.catch_warnings():
-        warnings.simplefilter("error", KernelsWarning)
+    with unpacked_kernel(unpacked), never(KernelsWarning):
         assert [Unpacked()(X).item(), Unpacked()(X, scale=3.0).item()] == [25.0, 35.0]
     assert seen == [(2, ["scale", "shift"])] * 2
 
@@ -289,8 +288,7 @@ def test_no_kernel_swallows_a_keyword_that_a_decorator_renames(
     held = layer
     function = kernel_function if rest else kernel_function_without_rest
     kernel = of_class(function) if is_class or kind == "module" else function
-    with use_kernel_mapping({name: {"cpu": kernel}}), torch.no_grad(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with use_kernel_mapping({name: {"cpu": kernel}}), torch.no_grad(), noted() as caught:
         if how == "kernelized" and kind == "module":
             layer = kernelize(layer, mode=Mode.INFERENCE, device="cpu")
         elif how == "kernelized":
@@ -344,8 +342,7 @@ def test_no_kernel_gets_an_argument_in_another_place() -> None:
     with use_kernel_mapping({name: {"cpu": kernel} for name in ("Moved", "Hidden")}), torch.no_grad():
         for _ in range(2):
             assert first(X, cache=X).item() == second(X, cache=X).item() == 12
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", KernelsWarning)
+            with ignored(KernelsWarning):
                 assert first(X, X).item() == second(X, past=X).item() == 2
     assert not quarantined()
 

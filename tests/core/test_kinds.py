@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from warned import ignored
 
 from kernels_core import KernelsWarning, Mode, kernelize, resolve, use_kernel_forward_from_hub
 from kernels_plugins import use_kernel_mapping
@@ -129,8 +129,7 @@ def test_what_returns_not_implemented_passes_the_call_on(kind: str, is_kernelize
     serves = type("Serves", (nn.Module,), {"forward": scaled(3)[kind]})
     layer = use_kernel_forward_from_hub("Kinds")(type("Kinds", (nn.Module,), {"forward": scaled(2)[kind]}))()
     for sources, factor in (([passes, also, serves], 3), ([passes], 2)):
-        with use_kernel_mapping({"Kinds": {"cpu": list(sources)}}), warnings.catch_warnings():
-            warnings.simplefilter("ignore", KernelsWarning)
+        with use_kernel_mapping({"Kinds": {"cpu": list(sources)}}), ignored(KernelsWarning):
             called = kernelize(type(layer)(), mode=Mode.INFERENCE, device="cpu") if is_kernelized else layer
             assert result(kind, called) == factor
     declares = type("Declares", (serves,), {"dtypes": (torch.float32,)})

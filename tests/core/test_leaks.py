@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import linecache
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from warned import never, noted
 
 from kernels_core import KernelsWarning, Mode, kernelize, use_kernel_forward_from_hub, warn_once
 from kernels_core.scopes import frame as frames
@@ -45,8 +45,7 @@ def test_transient_sources_are_warned_of_once(make_layer: Make) -> None:
             raise OSError("no network")
 
     layer = make_layer()()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with noted() as caught:
         for _ in range(5):
             with use_kernel_mapping({"Add": {"cpu": Fails()}}):
                 layer(X)
@@ -96,8 +95,7 @@ def test_warnings_as_errors_are_not_half_applied(make_layer: Make, make_kernel: 
     """Where warnings are errors, every call raises until the reason is gone."""
     layer = make_layer()()
     register_kernel_mapping({"Add": {"cpu": "not a source".encode}})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         for _ in range(3):
             with pytest.raises(KernelsWarning):
                 layer(X)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from warned import never
 
 from kernels_core import (
     Candidate,
@@ -77,8 +77,7 @@ class Never:
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     """A misfit is no fault: nothing here may warn."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         yield
 
 

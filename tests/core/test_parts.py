@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from warned import ignored, noted
 
 from kernels_core import (
     KernelizeError,
@@ -110,8 +110,7 @@ def test_a_changed_part_is_not_ignored(kernel: Any, change: str, kernelized: boo
         pytest.skip("the declared class is the same")
     layer, other = make(f"Gated{kernel}{change}{kernelized}"), make()
     name = f"Gated{kernel}{change}{kernelized}"
-    with use_kernel_mapping({name: {"cpu": kernel}}), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with use_kernel_mapping({name: {"cpu": kernel}}), noted() as caught:
         if kernelized:
             kernelize(layer, mode=Mode.TRAINING, device="cpu")
         torch.testing.assert_close(layer(X), layer.gate(X) + SHIFT)
@@ -132,8 +131,7 @@ def test_receipts_show_a_changed_part(kernel: Any, when: str) -> None:
     name = f"Shown{kernel.__name__}{when}"
     cls = type(make(name))
     model = nn.Sequential(cls(), cls()).eval()
-    with use_kernel_mapping({name: {"cpu": kernel}}), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({name: {"cpu": kernel}}), ignored(), torch.no_grad():
         if when in ("after kernelize", "while suspended"):
             kernelize(model, mode=Mode.INFERENCE, device="cpu")
         assert [row.is_reference for row in receipt(model).rows] == [False, False]
@@ -201,8 +199,7 @@ def test_kernelized_parts_are_of_their_class() -> None:
 def test_compiled_code_looks_at_parts(kernel: Any) -> None:
     """Compiled without a graph break, the kernel serves; with an adapter, the reference does."""
     layer = make("Compiled")
-    with use_kernel_mapping({"Compiled": {"cpu": kernel}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({"Compiled": {"cpu": kernel}}), ignored():
         call: Any = torch.compile(layer, backend="eager", fullgraph=True)
         torch.testing.assert_close(call(X), layer.gate(X) + SHIFT)
         layer.gate = Adapter(layer.gate)
@@ -215,8 +212,7 @@ def test_a_wrong_declaration_is_refused(reads: Any) -> None:
     """The reason shows the right form."""
     kernel = type("Wrong", (nn.Module,), {"forward": Fused.forward, "reads": reads})
     make("Wrong")
-    with use_kernel_mapping({"Wrong": {"cpu": kernel}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({"Wrong": {"cpu": kernel}}), ignored():
         resolution = resolve("Wrong", device="cpu", mode=Mode.INFERENCE)
     assert resolution.is_reference and "nn.Linear" in resolution.refusals[0].reason
 
@@ -231,8 +227,7 @@ def test_a_kernel_without_the_gradients_of_a_child_serves_no_inference() -> None
 
     layer = make("Hidden")
     layer.gate = Adapter(layer.gate)
-    with use_kernel_mapping({"Hidden": {"cpu": Hidden}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({"Hidden": {"cpu": Hidden}}), ignored():
         layer(X)
         with torch.no_grad():
             torch.testing.assert_close(layer(X), layer.gate(X))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from warned import ignored, noted
 
 from kernels_core import (
     ArgumentTypeError,
@@ -70,8 +71,7 @@ def test_the_next_candidate_serves_the_call(make_layer: Make, make_kernel: Make,
     mode = Mode.TRAINING if recorded else Mode.INFERENCE
     if "compiled" in how:
         mode |= Mode.TORCH_COMPILE
-    with use_kernel_mapping({"Add": {"cpu": [even(10), other]}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"Add": {"cpu": [even(10), other]}}), ignored(KernelsWarning):
         if "kernelized" in how:
             layer = kernelize(nn.Sequential(layer), mode=mode, device="cpu")
         called = torch.compile(layer, backend="eager", fullgraph=True) if "compiled" in how else layer
@@ -98,8 +98,7 @@ def test_a_frozen_kernel_passes_on_traced_calls_that_it_would_not_serve(make_lay
         ([even(10, can_torch_compile=False), second], 20),
         ([even(10, can_torch_compile=False)], 1),
     ):
-        with use_kernel_mapping({"Add": {"cpu": sources}}), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", KernelsWarning)
+        with use_kernel_mapping({"Add": {"cpu": sources}}), ignored(KernelsWarning), torch.no_grad():
             kernelize(model, mode=Mode.INFERENCE, device="cpu")
             torch._dynamo.reset()
             assert values(torch.compile(model, backend="eager", fullgraph=True), EVEN, ODD) == [10, number]
@@ -143,8 +142,7 @@ def test_dtypes_and_supports(make_layer: Make, is_kernelized: bool) -> None:
     """A kernel serves the dtypes and shapes that it declares, and its text need not look at them."""
     kernel = declaring(10, dtypes=(torch.float32,), supports=lambda self, x: x.shape[-1] % 2 == 0)
     layer = make_layer()()
-    with use_kernel_mapping({"Add": {"cpu": kernel}}), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with use_kernel_mapping({"Add": {"cpu": kernel}}), noted() as caught:
         if is_kernelized:
             layer = kernelize(layer, mode=Mode.INFERENCE, device="cpu")
         with torch.no_grad():
@@ -165,8 +163,7 @@ def test_declarations_of_a_function() -> None:
 
     kernel.dtypes = (torch.float32,)  # type: ignore[attr-defined]
     for source in kernel, declaring(10, dtypes={torch.float32}):
-        with use_kernel_mapping({"Plus": {"cpu": source}}), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with use_kernel_mapping({"Plus": {"cpu": source}}), torch.no_grad(), ignored():
             assert values(plus, EVEN, EVEN.double(), EVEN) == [10, 1, 10]
 
 
@@ -289,8 +286,7 @@ def test_functions_of_a_kernelized_module_pass_on() -> None:
 def test_a_recorded_call_of_an_inference_model_gets_a_kernel_for_training(make_layer: Make, make_kernel: Make) -> None:
     """The first kernel passes a recorded call on: one without a backward does not serve it, the one after it does."""
     mapping = {"Add": {"cpu": [even(10), make_kernel(20, has_backward=False), make_kernel(30)]}}
-    with use_kernel_mapping(mapping), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping(mapping), ignored(KernelsWarning):
         model = kernelize(make_layer()(), mode=Mode.INFERENCE, device="cpu")
         x = torch.zeros(3, requires_grad=True)
         model(x).sum().backward()
@@ -326,8 +322,7 @@ def test_a_reference_that_returns_not_implemented_has_the_last_word(make_kernel:
 
     inference.has_backward = False  # type: ignore[attr-defined]
     recorded = torch.zeros(3, requires_grad=True)
-    with use_kernel_mapping({"Odd": {"cpu": inference}}), count_calls(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"Odd": {"cpu": inference}}), count_calls(), ignored(KernelsWarning):
         answered = [answers(x) for x in (EVEN, recorded, ODD, recorded, ODD)]
     assert answered[0] is EVEN and answered[1:] == [NotImplemented] * 4
 
@@ -344,8 +339,7 @@ def test_what_is_off_by_then_is_no_answer(variable: str, make_layer: Make, monke
 
     layer, x = make_layer("Scale")(), torch.ones(2)
     wanted = layer(x.double())
-    with use_kernel_mapping({"Scale": {"cpu": Single}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"Scale": {"cpu": Single}}), ignored(KernelsWarning):
         assert layer(x).tolist() == [3, 3]
         monkeypatch.setenv(variable, "1" if variable.startswith("DIS") else "*Single*")
         assert torch.equal(layer(x.double()), wanted)
@@ -376,8 +370,7 @@ def test_quarantine_while_a_kernel_passes_a_call_on(make_layer: Make) -> None:
                 entries.append(quarantine(decorated_layer(layer), kernel, reason="test"))
             return NotImplemented
 
-    with use_kernel_mapping({"Scale": {"cpu": Passing}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"Scale": {"cpu": Passing}}), ignored(KernelsWarning):
         first, second = layer(torch.ones(1)), layer(torch.ones(2))
     assert release() == len(entries) == 1
     assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
@@ -395,8 +388,7 @@ def test_the_next_candidate_is_judged_as_the_first(make_layer: Make, make_kernel
     for bad in forward, loses:
         second = type("Second", (nn.Module,), {"forward": bad})
         layer, x = make_layer()(), torch.zeros(3, requires_grad=True)
-        with use_kernel_mapping({"Add": {"cpu": [even(10), second, make_kernel(30)]}}), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with use_kernel_mapping({"Add": {"cpu": [even(10), second, make_kernel(30)]}}), ignored():
             assert layer(x)[0].item() in (1, 30) and layer(x)[0].item() == 30
             layer(x).sum().backward()
         assert x.grad is not None

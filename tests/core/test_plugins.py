@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import importlib_metadata
 import pytest
 import torch
 from torch import nn
+from warned import ignored, never, noted
 
 from kernels_core import (
     ArgumentError,
@@ -73,8 +73,7 @@ def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 @pytest.fixture
 def caught() -> Iterator[Callable[[], list[str]]]:
     """Collect our warnings."""
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
+    with noted() as record:
         yield lambda: [str(w.message) for w in record if w.category is KernelsWarning]
 
 
@@ -357,8 +356,7 @@ def test_a_fault_that_is_raised_as_a_warning_names_its_plugin(
 
     isolated_plugins.register(Fails(), "fails")
     layer = make_layer()()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", KernelsWarning)
+    with never(KernelsWarning):
         for _ in range(2):
             with pytest.raises(KernelsWarning, match=r"^Plugin 'fails' raised in kernels_find_candidates: KeyError"):
                 layer(X)
@@ -452,8 +450,7 @@ def test_bad_candidates_are_isolated(
     layer = make_layer()()
     register_kernel_mapping({"Add": {"cpu": make_kernel(10)}})
     assert layer(X)[0] == 10
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored():
         isolated_plugins.register(Odd(), "odd")
         assert layer(X)[0] == 10
 

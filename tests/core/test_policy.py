@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from warned import ignored
 
 from kernels_core import (
     ArgumentError,
@@ -56,8 +56,7 @@ def discover(
         monkeypatch.setattr(plugins, "_manager", manager)
         return manager
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with ignored(KernelsWarning):
         yield install
 
 

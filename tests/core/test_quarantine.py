@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import traceback
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from warned import ignored
 
 from kernels_core import (
     ArgumentTypeError,
@@ -101,16 +101,14 @@ def test_kernel_that_raises_is_replaced_in_the_same_call(make_layer: Make, raisi
 def test_next_candidate_takes_over(make_layer: Make, make_kernel: Make, raising: Any) -> None:
     """After a kernel is out, the next candidate serves, not the reference."""
     layer = make_layer()()
-    with use_kernel_mapping({"Add": {"cpu": [raising, make_kernel(20)]}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({"Add": {"cpu": [raising, make_kernel(20)]}}), ignored():
         assert [layer(X)[0].item() for _ in range(5)] == [10, 10, 1, 20, 20]
 
 
 def test_released_kernel_serves_again(make_layer: Make, raising: Any) -> None:
     """release() lets kernels back in, one entry or all; entries that are not there are not counted."""
     layer = make_layer()()
-    with use_kernel_mapping({"Add": {"cpu": raising}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({"Add": {"cpu": raising}}), ignored():
         for _ in range(4):
             layer(X)
         (entry,) = quarantined()
@@ -240,8 +238,7 @@ def test_functions_too(raising: Any) -> None:
 def test_quarantine_by_hand(make_layer: Make, make_kernel: Make) -> None:
     """quarantine() takes a kernel out for one layer, one device or one mode, and for nothing else."""
     first, second, kernel = make_layer("A"), make_layer("B"), make_kernel(10, can_torch_compile=True)
-    with use_kernel_mapping({name: {"cpu": kernel} for name in "AB"}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({name: {"cpu": kernel} for name in "AB"}), ignored():
         assert first()(X)[0] == 10
         common = {"kernel": "a kernel", "reason": "it is wrong"}
         quarantine(decorated_layer(first), kernel.forward, device=torch.device("cuda", 1), **common)
@@ -259,8 +256,7 @@ def test_compiled_code_follows(make_layer: Make, make_kernel: Make, compiled: Ma
     """Code that was compiled with a kernel runs the reference after the kernel is out, and the kernel after release."""
     layer, kernel = make_layer(), make_kernel(10, can_torch_compile=True)
     run, counter = compiled(layer())
-    with use_kernel_mapping({"Add": {"cpu": kernel}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({"Add": {"cpu": kernel}}), ignored():
         assert run(X)[0] == 10
         entry = quarantine(decorated_layer(layer), kernel.forward, kernel="k", reason="wrong")
         assert run(X)[0] == 1
@@ -433,8 +429,7 @@ def test_an_error_that_the_caller_gets_keeps_its_frames(make_layer: Make) -> Non
 
     layer = make_layer(use_fallback=False)()
     with use_kernel_mapping({"Add": {"cpu": type("Raises", (nn.Module,), {"forward": forward})}}), torch.no_grad():
-        with pytest.raises(LookupError) as told, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with pytest.raises(LookupError) as told, ignored():
             layer(X)
         kept = quarantined()[0].error
     assert isinstance(kept, LookupError) and kept is not told.value and kept.args == ("no code",)
@@ -449,8 +444,7 @@ def test_kernels_that_a_glob_names(
     """Dispatched, kernelized and compiled calls run the reference while a glob names the kernel, and say why."""
     torch._dynamo.reset()
     kernel = make_kernel(10, can_torch_compile=True)
-    with use_kernel_mapping({"Add": {"cpu": kernel}}), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"Add": {"cpu": kernel}}), torch.no_grad(), ignored(KernelsWarning):
         layer = make_layer()()
         model = kernelize(nn.Sequential(make_layer()()), mode=Mode.INFERENCE, device="cpu")
         compiled = torch.compile(make_layer()(), backend="eager", fullgraph=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from warned import ignored, never
 
 from kernels_core import (
     ArgumentError,
@@ -89,8 +89,7 @@ def test_plugins_rank_by_priority_then_name(
     try:
         for name in names:
             isolated_plugins.register(offering({"Add": {"cpu": make_kernel(1)}}, priorities[name]), name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ignored():
             assert served_by() == min(names, key=lambda name: (-(priorities[name] or 0), name))
     finally:
         for name in names:
@@ -108,8 +107,7 @@ def test_ties_are_reported_once(make_layer: Make, make_kernel: Make, isolated_pl
     ties = [str(w.message) for w in caught if "equal priority" in str(w.message)]
     assert len(ties) == 1
     assert "alpha, zeta" in ties[0] and "'alpha' goes first" in ties[0] and "late" not in ties[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         register_kernel_mapping({"Add": {"cpu": make_kernel(40, can_torch_compile=True)}})
         assert layer(X)[0] == 40  # said by the user: no tie to speak of
 
@@ -118,8 +116,7 @@ def test_no_tie_without_rivals(make_kernel: Make, isolated_plugins: PluginManage
     """Different priorities, different layers, or two sources of one plugin are no tie."""
     isolated_plugins.register(offering({"Add": {"cpu": [make_kernel(1), make_kernel(2)]}}, 1), "a")
     isolated_plugins.register(offering({"Add": {"cpu": make_kernel(3)}, "Mul": {"cpu": make_kernel(3)}}, 2), "b")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         assert (served_by("Add"), served_by("Mul")) == ("b", "b")
 
 
@@ -225,8 +222,7 @@ def test_resolve_agrees_with_the_call(make_layer: Make, make_kernel: Make) -> No
     """The answer of resolve() for each mode is the kernel that a call in that mode runs."""
     layer = make_layer()()
     kernel = make_kernel(10, has_backward=False)
-    with use_kernel_mapping({"Add": {"cpu": kernel}}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with use_kernel_mapping({"Add": {"cpu": kernel}}), ignored():
         for mode, x in ((Mode.INFERENCE, X), (Mode.TRAINING, torch.zeros(2, requires_grad=True))):
             said = resolve(layer, device="cpu", mode=mode)
             assert (layer(x)[0] == 1) == said.is_reference == (mode is Mode.TRAINING)

@@ -8,7 +8,6 @@ import contextvars
 import functools
 import multiprocessing
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import set_spawning_popen
@@ -19,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from warned import noted
 
 from kernels_core import KernelsWarning, checkpoint_scopes, torch_internals, use_kernel_forward_from_hub
 from kernels_core.scopes.frame import here, root
@@ -83,8 +83,7 @@ def in_backward(function: Callable[[], Any] = call) -> Any:
 
 def warned(function: Callable[[], Any]) -> list[str]:
     """Call a function, and return the warnings of ours that it caused."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with noted() as caught:
         function()
     return [str(w.message) for w in caught if issubclass(w.category, KernelsWarning)]
 

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from torch import nn
+from warned import ignored, never
 
 from kernels_core import (
     ConfigSection,
@@ -219,8 +220,7 @@ def test_files_of_other_users(configure: Configure, monkeypatch: pytest.MonkeyPa
     with pytest.warns(KernelsWarning, match=r"kernels\.toml is not used: (it belongs|every user).*KERNELS_CONFIG"):
         forget()  # models that are kernelized, of other tests, read it at once
         assert configured("deny") is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         monkeypatch.setenv("KERNELS_CONFIG", str(path))
         forget()
         assert configured("deny") == ("x",)
@@ -363,8 +363,7 @@ def test_strict_mode_raises_for_a_wrong_file(
     """With KERNELS_STRICT, a call of a layer raises with file and line, without a warning."""
     monkeypatch.setenv("KERNELS_STRICT", "1")
     configure("deny = 3")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         with pytest.raises(NoKernelError, match=r"kernels\.toml:1: deny: write a list, not 3"):
             make_layer()()(X)
     error = configuration().problems
@@ -435,8 +434,7 @@ def test_denied_kernels(
         authorize("acme/silu")
     layer = make_layer()()
     mapping = use_kernel_mapping({"Add": {"cpu": [make_kernel(10), make_kernel(20), make_kernel(30)]}})
-    with mapping, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with mapping, torch.no_grad(), ignored(KernelsWarning):
         assert layer(X)[0] == 20
         assert str(serving(layer).refusals[0]).endswith("pyproject.toml:3 has '*.Add10'")
         monkeypatch.setenv("KERNELS_DENY", "*.Add20")
@@ -465,8 +463,7 @@ def test_threads_decide_while_the_file_changes(configure: Configure, make_layer:
                 answers.add(float(layer(X)[0]))
 
     threads = [threading.Thread(target=call) for _ in range(3)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored():
         for thread in threads:
             thread.start()
         for _ in range(20):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from warned import noted
 
 from kernels_core import (
     KernelsWarning,
@@ -183,8 +183,7 @@ def test_compiled_calls_with_dtensors(
             return 10 * weighted(self, x, other)
 
     factor, replicated, name = 20.0 if declares else 2.0, [Replicate()], request.node.name
-    with use_kernel_mapping({name: {"cpu": Kernel}}), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with use_kernel_mapping({name: {"cpu": Kernel}}), noted() as caught:
         layer = prepared(make(name))
         plain = layer.weight
         run = torch.compile(layer, backend="eager", fullgraph=True)

@@ -8,7 +8,6 @@ import importlib
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from patience import PATIENCE
 from torch import nn
+from warned import ignored, noted
 
 from kernels_core import Candidate, Mode, PluginManager, dispatch, hookimpl, resolve, use_kernel_forward_from_hub
 from kernels_core.testing import HookRecorder
@@ -110,8 +110,7 @@ def test_failing_load_is_tried_once_by_eight_threads(make_layer: Make, hook_reco
 
     layer, source = make_layer()(), Fails()
     register_kernel_mapping({"Add": {"cpu": source}})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with noted() as caught:
         results = together([lambda: layer(X)[0].item()] * 8)
     assert results == [1] * 8
     assert source.loads == 1
@@ -248,8 +247,7 @@ def test_plugin_that_asks_again_while_resolving(
         plugin = type("Asks", (), {hook: staticmethod(hookimpl(scope[hook]))})
         isolated_plugins.register(plugin, "asks")
     register_kernel_mapping({"Add": {"cpu": Source()}})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored():
         result = together([lambda: layer(X)[0].item()], seconds=SOON)[0]
     assert result in (1, 10)
     assert result == 10 or hook != "kernels_resolved"

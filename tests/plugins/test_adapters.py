@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from warned import never
 
 from kernels_core import (
     ArgumentError,
@@ -477,8 +478,7 @@ def test_transforms_in_compiled_code(transform: str) -> None:
         return torch.func.vmap(forward)(x) if transform == "vmap" else torch.func.grad(lambda y: forward(y).sum())(x)
 
     expected = step(x, reference_of(layer))
-    with serving(opaque(NumpyNorm)), warnings.catch_warnings():
-        warnings.simplefilter("error", KernelsWarning)
+    with serving(opaque(NumpyNorm)), never(KernelsWarning):
         torch.testing.assert_close(compiled(lambda x: step(x, layer))[0](x), expected)
 
 
@@ -598,8 +598,7 @@ def test_modules_as_older_dynamos_see_them(dynamo: None, source: Any) -> None:
     layer = Rich()
     x, other = example(), example()
     wanted = (x, other, *layer.parameters())
-    with serving(source, "Rich"), warnings.catch_warnings():
-        warnings.simplefilter("error", KernelsWarning)
+    with serving(source, "Rich"), never(KernelsWarning):
         run, counter = compiled(layer, "aot_eager")
         assert_like_reference(run, layer, x, [other], wanted=wanted)
         assert (counter.frame_count, operators(counter)) == (1, 1)
@@ -1703,8 +1702,7 @@ def test_any_argument_and_any_result(argument: Any, result: Any) -> None:
     taken = made_of(argument, x.detach())
     torch._dynamo.reset()
     for source in (opaque(kernel), reference_backward(kernel), opaque(reference_backward(kernel))):
-        with serving(source, "any"), warnings.catch_warnings():
-            warnings.simplefilter("error", KernelsWarning)
+        with serving(source, "any"), never(KernelsWarning):
             run = anything if not source.as_operator else compiled(anything)[0]
             expected = reference_of(anything)(x, taken)
             output = run(x, taken)

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 import types
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from torch import nn
 from typer.testing import CliRunner
+from warned import never
 
 from kernels_core import (
     ConfigSection,
@@ -247,8 +247,7 @@ def test_a_configured_mapping_serves(configure: Configure, acme: types.ModuleTyp
         """,
         "pyproject.toml",
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         assert Same()(torch.ones(1, requires_grad=True)).item() == 1
     with pytest.warns(KernelsWarning, match=re.escape(f"{tmp_path}/kernel: there is no such folder")):
         assert Same()(torch.ones(1)).item() == 2
@@ -312,8 +311,7 @@ def test_the_order_of_packs(configure: Configure) -> None:
             return nn.functional.silu(gate) * up
 
     Norm.__qualname__, Gelu.__qualname__ = "RMSNorm", "SiluAndMul"
-    with adopt(nn.Sequential(Norm(), Gelu(), nn.LayerNorm(4))) as adopted, warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with adopt(nn.Sequential(Norm(), Gelu(), nn.LayerNorm(4))) as adopted, never():
         adopted.model[1](adopted.model[0](torch.ones(2, 8)))
         served = {row.path: (row.origin, row.plugin) for row in adopted.receipt(device="cpu").rows}
     assert served["0"] == ("kernels_plugins.packs.torch_operators.TorchRMSNorm", "mapping")

@@ -22,6 +22,7 @@ from fresh_process import run_python
 from hub_scene import REFERENCE, Publish, cached, call, kernel, new_process, scale, served
 from huggingface_hub import constants
 from patience import PATIENCE
+from warned import never, noted
 
 from kernels_core import (
     ArgumentError,
@@ -273,8 +274,7 @@ def test_dirty_build(kernel_repository: Publish) -> None:
     kernel_repository(
         layers=kernel(), metadata={"provenance": {"kernel-builder": {"version": "1", **git}, "kernel": git}}
     ).branch("v1")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with noted() as caught:
         for _ in range(2):
             get_kernel("acme/kernels", version=1)
     (said,) = [str(warning.message) for warning in caught if warning.category is KernelsWarning]
@@ -638,8 +638,7 @@ def test_newer_version(
     for name in ("v1", "v2", "v12", "v9x", "vintage", "v007"):
         repository.branch(name)
     said = "Version 2 of acme/kernels is used, and there is version 12."
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         for _ in range(2):
             get_kernel("acme/kernels", version=2)
     assert logged(caplog) == [said] and local_hub.count("/refs") == 1

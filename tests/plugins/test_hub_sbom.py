@@ -16,6 +16,7 @@ import torch
 from hub_scene import kernel, new_process, scale
 from torch import nn
 from typer.testing import CliRunner
+from warned import ignored
 
 from kernels_core import LoadError, receipt, use_kernel_forward_from_hub
 from kernels_core.cli import command_line
@@ -58,8 +59,7 @@ def test_json_of_a_receipt_lists_the_provenance(
     """Commit, license, publisher, signature, digests, dependencies; packages of references; replaced operators."""
     repository, mapping = scene(kernel_repository, monkeypatch)
     replaced = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored():
         replaced.impl("hardswish", lambda x: x, "CPU")
     with use_kernel_mapping(mapping):
         first, other, _ = json.loads(receipt(sys.modules["sbom_model"].make(), device="cpu").to_json())
@@ -115,8 +115,7 @@ def test_a_bill_of_materials_is_valid(
 
     repository, mapping = scene(kernel_repository, monkeypatch)
     replaced = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored():
         replaced.impl("hardswish", lambda x: x, "CPU")
     with use_kernel_mapping(mapping):
         done = CliRunner().invoke(command_line(), ["sbom", "sbom_model:make", "--device", "cpu", "--json"])

@@ -7,13 +7,13 @@ import copy
 import functools
 import pickle
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from warned import ignored, never
 
 from kernels_core import (
     STAND_INS,
@@ -394,8 +394,7 @@ def test_one_kernel_for_all_modes(how: str) -> None:
     by_mode = {Mode.INFERENCE: times(3), Mode.TRAINING: times(4), **traced}
     assert numbers(by_mode) == [3, 4, 3, 5]
     assert numbers(by_mode, same_for_all_modes=True) == [4, 4, 4, 6]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with ignored(KernelsWarning):
         assert numbers(times(6, has_backward=False)) == [6, 2, 6, 6]
         assert numbers(times(6, has_backward=False), same_for_all_modes=True) == [2, 2, 2, 2]
         lossy = times(7, forward=lambda self, x: x.detach() * 7)
@@ -440,8 +439,7 @@ def test_reference_can_be_named(named: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """A named reference serves in every mode, and no candidate after it does: no warning, no error in strict mode."""
     monkeypatch.setenv("KERNELS_STRICT", "1")
     model = nn.Sequential(Named())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         with (
             use_kernel_mapping({"Named": {"cpu": Tripled}}),
             use_kernel_mapping({"Named": {"cpu": [named, Tripled], "cuda": Tripled}}),
@@ -479,8 +477,7 @@ def test_reference_after_kernels(strict: str, monkeypatch: pytest.MonkeyPatch) -
     """Kernels before it serve the calls that they take, silently; one that cannot be loaded is warned of."""
     monkeypatch.setenv("KERNELS_STRICT", strict)
     model = Named()
-    with warnings.catch_warnings(), use_kernel_mapping({"Named": {"cpu": [Even, Reference, Tripled]}}):
-        warnings.simplefilter("error")
+    with never(), use_kernel_mapping({"Named": {"cpu": [Even, Reference, Tripled]}}):
         assert model(TWO)[0].item() == 3 and model(ONE).item() == 2
         traced = torch.compile(model, backend="eager")
         assert traced(TWO)[0].item() == 3 and traced(ONE).item() == 2

@@ -15,6 +15,7 @@ import oracle_kernels as made
 import pytest
 import torch
 from torch import nn
+from warned import ignored
 
 import kernels_plugins.oracle.plugin as oracle
 from kernels_core import (
@@ -164,8 +165,7 @@ def test_a_kernel_is_tried_once() -> None:
     """The second call runs the kernel and nothing else; another layer or scope tries nothing again."""
     calls: list[int] = []
     kernel = count(made.fused, calls)
-    with use_kernel_mapping({"OracleNorm": {"cpu": kernel}}), probing(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"OracleNorm": {"cpu": kernel}}), probing(), ignored(KernelsWarning):
         layer = made.Norm()
         layer(torch.randn(2, 64))
         tried = len(calls)
@@ -177,8 +177,7 @@ def test_a_kernel_is_tried_once() -> None:
 def test_calls_under_transforms_are_left_alone() -> None:
     """Inside of vmap nothing else can run: the next call is tried."""
     calls: list[int] = []
-    with use_kernel_mapping({"OracleNorm": {"cpu": count(made.fused, calls)}}), probing(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"OracleNorm": {"cpu": count(made.fused, calls)}}), probing(), ignored(KernelsWarning):
         layer = made.Norm()
         with torch.no_grad():
             torch.func.vmap(layer)(torch.randn(3, 2, 64))
@@ -228,8 +227,7 @@ def test_a_reference_that_fails_decides_nothing() -> None:
 def test_the_next_candidate_takes_over_in_the_same_call() -> None:
     """Behind a kernel that is wrong, the next one serves, and is tried in turn; strict mode has no reference."""
     both = [made.kernel(always_wrong), made.kernel(made.fused, can_torch_compile=True)]
-    with use_kernel_mapping({"OracleNorm": {"cpu": both}}), probing(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"OracleNorm": {"cpu": both}}), probing(), ignored(KernelsWarning):
         layer, x = made.Norm(), torch.randn(4, 64)
         torch.testing.assert_close(layer(x), made.norm(x, layer.weight))
         decision = resolve(layer, device="cpu", mode=Mode.INFERENCE)
@@ -240,8 +238,7 @@ def test_the_next_candidate_takes_over_in_the_same_call() -> None:
 def test_strict_mode_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the only kernel is out, the call for which it was tried raises."""
     monkeypatch.setenv("KERNELS_STRICT", "1")
-    with use_kernel_mapping({"OracleNorm": {"cpu": made.kernel(always_wrong)}}), probing(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"OracleNorm": {"cpu": made.kernel(always_wrong)}}), probing(), ignored(KernelsWarning):
         with pytest.raises(NoKernelError, match="it was probed, and is wrong"):
             made.Norm()(torch.randn(4, 64))
 
@@ -253,8 +250,7 @@ def test_functions_are_probed() -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
-    with use_kernel_mapping({"oracle_probed": {"cpu": lambda x: x * 3}}), probing(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelsWarning)
+    with use_kernel_mapping({"oracle_probed": {"cpu": lambda x: x * 3}}), probing(), ignored(KernelsWarning):
         assert double(torch.ones(2)).tolist() == [2.0, 2.0]
         assert double(torch.ones(2)).tolist() == [2.0, 2.0]
 
@@ -301,8 +297,7 @@ def test_reports_are_kept_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         probe_cache._known.clear()
         forget()
         layer = made.Norm()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", KernelsWarning)
+        with ignored(KernelsWarning):
             layer(torch.randn(2, 64))
         return resolve(layer, device="cpu", mode=Mode.TRAINING).origin, bool(quarantined())
 

@@ -7,13 +7,13 @@ import os
 import re
 import sys
 import types
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from warned import ignored, never
 
 from kernels_core import (
     ArgumentError,
@@ -254,8 +254,7 @@ def test_inductor_serves_eager_calls_only() -> None:
     """It serves classes and functions, in both modes, and kernelized; a traced call runs what it ran before."""
     layer, x = nn.Sequential(Norm(), Norm()), torch.randn(2, 8, requires_grad=True)
     expected = layer(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", KernelsWarning)
+    with never(KernelsWarning):
         with use_kernel_mapping({"RMSNorm": "pack:inductor", "scaled": {"cpu": "pack:inductor"}}):
             torch.testing.assert_close(layer(x), expected)
             layer(x).sum().backward()
@@ -307,8 +306,7 @@ def test_inductor_is_verified() -> None:
     """`verify` compares more kinds of calls than are compiled; layers of PyTorch have variants of their own."""
     with adopt(nn.Sequential(nn.RMSNorm(8), nn.LayerNorm(8)), rules=RULES) as adopted:
         with use_kernel_mapping(dict.fromkeys(("RMSNorm", "LayerNorm"), "pack:inductor")):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", KernelsWarning)
+            with ignored(KernelsWarning):
                 report = verify(adopted.model, torch.randn(4, 8))
     assert {(row.layer, row.verdict) for row in report.rows} == {("RMSNorm", "ok"), ("LayerNorm", "ok")}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
+from warned import never
 
 import kernels_core
 from kernels_core import KernelsWarning, LoadError, warn_once
@@ -229,8 +229,7 @@ def test_amd_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dirty_is_said_once() -> None:
     """A dirty build causes one warning for each place, with the dirty part; where warnings are errors, each time."""
     dirty = build(provenance=Provenance(BuilderInfo("1"), GitStatus("a" * 40, True)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         for _ in range(2):
             with pytest.raises(KernelsWarning, match="here: kernels was built while sources of the kernel had changes"):
                 warn_dirty(dirty, "here")
@@ -239,8 +238,7 @@ def test_dirty_is_said_once() -> None:
             warn_dirty(dirty, "here")
         warn_dirty(dirty, "there")
     assert len(caught) == 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with never():
         warn_dirty(build(), "elsewhere")
         warn_dirty(build(provenance=Provenance(BuilderInfo("1"), GitStatus("a" * 40, False))), "elsewhere")
     warn_once.forget()
