@@ -394,8 +394,9 @@ def test_one_winner_serves_all_rows_where_rows_must_not_matter() -> None:
 
 
 def test_a_finding_within_a_choice_holds_within_it_only() -> None:
-    """A kernel that a choice keeps to some rows is not known there, and is judged anew without it; nothing is warned
-    of the rows that only the judge has tried.
+    """A kernel that a choice keeps to some rows is not known there, and is judged anew without it.
+
+    Nothing is warned of the rows that only the judge has tried.
     """
     times = {f"{__name__}.Steady": 1.0, f"{__name__}.Slower": 2.0, "reference": 3.0}
     turned = {**times, f"{__name__}.Steady": 2.5}
