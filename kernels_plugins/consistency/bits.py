@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import torch
 
+from ..numerics.bits import INTEGERS, steps
+
 _PIECE = 2**16
 """Numbers of a row whose bits are summed at once."""
 _ROWS = 16
 """Rows at once: with the piece, this bounds the memory of a digest to some times eight megabytes."""
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FACTOR = 0x9E3779B97F4A7C15 - 2**64
 """Odd: multiplies the sum of the pieces before."""
 
@@ -49,7 +50,7 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.resolve_neg().view(_INTEGERS[tensor.element_size()])
+    return tensor.resolve_neg().view(INTEGERS[tensor.element_size()])
 
 
 def digest(tensor: torch.Tensor, rows: int = 1) -> torch.Tensor:
@@ -122,7 +123,7 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> Gap | None:
         ours, theirs = as_bits(a), as_bits(b)
         differs = ours != theirs
         if a.dtype.is_floating_point and not ((wide.isnan() | other.isnan()) & differs).any():
-            ulps = _steps(ours, theirs)
+            ulps = steps(ours, theirs)
     else:
         differs = torch.ones_like(wide, dtype=torch.bool)  # all bits, also of equal numbers
     elements = int(differs.sum())
@@ -139,16 +140,3 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> Gap | None:
         (float(wide.flatten()[place]), float(other.flatten()[place])),
         tuple(int(i) for i in torch.unravel_index(torch.tensor(place), a.shape)),
     )
-
-
-def _steps(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Return how many numbers of a dtype lie between two, from their bits.
-
-    The bits of negative numbers count down from the lowest integer: mirrored there, all numbers are in their order.
-    """
-    lowest = -(2 ** (8 * ours.element_size() - 1)) if ours.dtype.is_signed else 128  # bytes have no sign
-    steps = []
-    for bits in (ours.long(), theirs.long()):
-        is_negative = bits < 0 if ours.dtype.is_signed else bits >= lowest
-        steps.append(torch.where(is_negative, lowest - bits, bits))
-    return (steps[0] - steps[1]).abs()

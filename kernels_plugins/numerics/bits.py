@@ -8,7 +8,8 @@ import torch
 
 from kernels_core.replay import leaves
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""For each size of an element: the integers that have the same bits."""
 
 
 def tensors_of(value: object) -> dict[str, torch.Tensor]:
@@ -32,9 +33,11 @@ def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return parts.any(-1)
     if one.dtype is torch.bool:
         return one != other
-    integer = _INTEGERS[one.itemsize]
-    differ = one.contiguous().view(integer) != other.contiguous().view(integer)
-    return differ & ~((one != one) & (other != other))
+    return (_bits(one) != _bits(other)) & ~((one != one) & (other != other))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(INTEGERS[tensor.itemsize])
 
 
 def difference(one: Any, other: Any) -> str:
@@ -62,17 +65,17 @@ def size_of(one: torch.Tensor, other: torch.Tensor, total: int) -> str:
     finite = gap[gap.isfinite()]
     if finite.numel() < gap.numel():
         return f"{text}, some in being finite"
-    return f"{text}, at most {float(finite.max()):.2g} and {int(_steps(one, other).max()):,} ulps"
+    return f"{text}, at most {float(finite.max()):.2g} and {int(steps(_bits(one), _bits(other)).max()):,} ulps"
 
 
-def _steps(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return how many numbers of the dtype lie between two, for each pair."""
-    integer = _INTEGERS[one.itemsize]
-    if integer is torch.uint8:  # of 8 bits, equal ones would be rare
-        return torch.ones_like(one, dtype=torch.int64)
-    lowest = torch.iinfo(integer).min
+def steps(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Return how many numbers of a dtype lie between two, from their bits.
+
+    The bits of negative numbers count down from the lowest integer: mirrored there, all numbers are in their order.
+    """
+    lowest = -(2 ** (8 * ours.element_size() - 1)) if ours.dtype.is_signed else 128  # bytes have no sign
     places = []
-    for each in (one, other):  # bits of negative numbers grow downwards
-        bits = each.contiguous().view(integer).to(torch.int64)
-        places.append(torch.where(bits < 0, lowest - bits, bits))
+    for bits in (ours.long(), theirs.long()):
+        is_negative = bits < 0 if ours.dtype.is_signed else bits >= lowest
+        places.append(torch.where(is_negative, lowest - bits, bits))
     return (places[0] - places[1]).abs()
