@@ -202,7 +202,14 @@ def new_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 def cached(plan: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the results of a function of sizes; symbolic sizes, of a compiler, have no hash and no need."""
     fast = functools.lru_cache(_MANY)(plan)
-    return lambda *sizes: fast(*sizes) if type(sizes[0]) is int else plan(*sizes)
+
+    def find(*sizes: Any) -> Any:
+        try:
+            return fast(*sizes)
+        except TypeError:
+            return plan(*sizes)
+
+    return find
 
 
 def power_of_two(size: int, limit: int) -> int:

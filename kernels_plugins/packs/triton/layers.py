@@ -66,7 +66,7 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, 
         return NotImplemented
     if not rotary.fits(q, k, cos, sin, unsqueeze_dim, halves):
         return NotImplemented
-    return rotary.rotary(q, k, cos, sin, unsqueeze_dim, halves)
+    return rotary.turn(q, k, cos, sin, unsqueeze_dim, halves, False)
 
 
 def rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:

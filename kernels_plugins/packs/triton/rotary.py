@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, operator, power_of_two
+from .launch import Launcher, cached, operator, power_of_two
 
 _OUTER_HEADS, _INNER_HEADS = 2, 8
 """Heads that a program turns, whose angles it reads once: more where those of a position are side by side."""
@@ -108,46 +108,68 @@ def _kernel(
 _launch = Launcher(_kernel)
 
 
-def _output(x: Tensor, angle: Tensor, heads: int) -> tuple[Tensor, bool]:
-    """Return an uninitialised tensor in the order of another, and whether heads are outside of positions in it."""
-    dtype = x.dtype if x.dtype is angle.dtype else torch.promote_types(x.dtype, angle.dtype)
-    y = torch.empty_like(x, dtype=dtype)
-    if not y.is_contiguous() and not y.transpose(1, 2).is_contiguous():
-        y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    return y, y.is_contiguous() == (heads == 1)
+def _output(x: Tensor, angle: Tensor) -> Tensor:
+    """Return an uninitialised tensor in the order of another, if positions and heads are outside of its columns."""
+    if x.dtype is angle.dtype:
+        y = torch.empty_like(x)  # most calls: a keyword would take as long as the rest
+    else:
+        y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, angle.dtype))
+    if y.is_contiguous() or y.transpose(1, 2).is_contiguous():
+        return y
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+Sizes = tuple[int, ...]
+
+
+@cached
+def _plan(
+    q: Sizes, q_strides: Sizes, q_dense: bool, k: Sizes, k_strides: Sizes, k_dense: bool,
+    cos: Sizes, cos_strides: Sizes, heads: int, halves: int, transposed: bool,
+) -> tuple[int, Sizes, Sizes, tuple[Any, ...]]:  # fmt: skip
+    """Return the programs, and the numbers and constants of the kernel, for shapes and strides.
+
+    `q_dense` and `k_dense` say whether what becomes of queries and keys is contiguous.
+    """
+    seq, dim, half = q[3 - heads], q[3], cos[2] // halves
+    rest = dim - 2 * half
+    block_half = power_of_two(half, 1 << 20)
+    block_seq = power_of_two(seq, max(1, 512 // block_half))
+    q_outer, k_outer = q_dense == (heads == 1), k_dense == (heads == 1)  # heads are outside of positions
+    each = _OUTER_HEADS if q_outer else _INNER_HEADS
+    groups = -(-q[heads] // each) - (-k[heads] // each)
+    return (
+        -(-seq // block_seq) * groups * q[0],
+        (q_strides[0], k_strides[0], cos_strides[0] if cos[0] > 1 else 0, seq),
+        (
+            q_strides[heads], q_strides[3 - heads], k_strides[heads], k_strides[3 - heads], cos_strides[1],
+            half if halves == 2 else 0, q[heads], k[heads], half, dim,
+        ),
+        (q_outer, k_outer, transposed, each, block_seq, block_half, power_of_two(rest, 1 << 20) if rest else 0),
+    )  # fmt: skip
+
+
 def _rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int, halves: int, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """Turn tensors of 4 dimensions, of which `heads` is that of heads; the angles are for `halves` of the columns."""
-    seq_dim = 3 - heads
-    (qy, q_outer), (ky, k_outer) = _output(q, cos, heads), _output(k, cos, heads)
+    qy, ky = _output(q, cos), _output(k, cos)
     if qy.numel() + ky.numel() == 0:
         return qy, ky
-    q, k, cos, sin = (_unit_stride(x) for x in (q, k, cos, sin))
-    if cos.stride() != sin.stride():
+    q, k, cos, sin = _unit_stride(q), _unit_stride(k), _unit_stride(cos), _unit_stride(sin)
+    angle_strides = cos.stride()
+    if angle_strides != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    seq, dim, width = q.shape[seq_dim], q.shape[3], cos.shape[2]
-    half = width // halves
-    rest = dim - 2 * half
-    block_half = power_of_two(half, 1 << 20)
-    block_seq = power_of_two(seq, max(1, 512 // block_half))
-    each = _OUTER_HEADS if q_outer else _INNER_HEADS
-    groups = -(-q.shape[heads] // each) - (-k.shape[heads] // each)
-    _launch(
-        -(-seq // block_seq) * groups * q.shape[0], 4, (q, k, cos, sin, qy, ky),
-        (q.stride(0), k.stride(0), cos.stride(0) if cos.shape[0] > 1 else 0, seq),
-        (
-            q.stride(heads), q.stride(seq_dim), k.stride(heads), k.stride(seq_dim), cos.stride(1),
-            half if halves == 2 else 0, q.shape[heads], k.shape[heads], half, dim,
-        ),
-        (q_outer, k_outer, transposed, each, block_seq, block_half, power_of_two(rest, 1 << 20) if rest else 0),
+        angle_strides = cos.stride()
+    programs, free, numbers, constants = _plan(
+        q.shape, q.stride(), qy.is_contiguous(), k.shape, k.stride(), ky.is_contiguous(), cos.shape, angle_strides,
+        heads, halves, transposed,
     )  # fmt: skip
+    _launch(programs, 4, (q, k, cos, sin, qy, ky), free, numbers, constants)
     return qy, ky
 
 
@@ -158,21 +180,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     # A rotation is linear: its gradient is its transpose, by the same kernel.
-    dq, dk = _operator(dq, dk, *ctx.saved_tensors, ctx.heads, ctx.halves, not ctx.transposed)
+    dq, dk = turn(dq, dk, *ctx.saved_tensors, ctx.heads, ctx.halves, not ctx.transposed)
     return dq, dk, None, None, None, None, None
 
 
-_operator = operator("rotary", _rotate, _save, _differentiate)
+turn = operator("rotary", _rotate, _save, _differentiate)
+"""As `rotary`, for tensors that are known to fit."""
 
 
 def fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int = 1, halves: int = 2) -> bool:
     """Whether `rotary` takes these: shapes, and angles without gradients, which it does not compute."""
-    if not (q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and heads in (1, 2)):
+    of_q, of_k, of_cos = q.shape, k.shape, cos.shape
+    if not (len(of_q) == len(of_k) == 4 and len(of_cos) == 3 and of_cos == sin.shape and heads in (1, 2)):
         return False
-    batch, seq, dim, width = q.shape[0], q.shape[3 - heads], q.shape[3], cos.shape[2]
+    batch, seq, dim, width = of_q[0], of_q[3 - heads], of_q[3], of_cos[2]
     return (
-        (k.shape[0], k.shape[3 - heads], k.shape[3]) == (batch, seq, dim)
-        and (cos.shape[0] in (1, batch) and cos.shape[1] == seq)
+        (of_k[0], of_k[3 - heads], of_k[3]) == (batch, seq, dim)
+        and (of_cos[0] in (1, batch) and of_cos[1] == seq)
         and (width % 2 == 0 if halves == 2 else True)
         and 0 < width // halves * 2 <= dim
         and q.dtype == k.dtype
@@ -195,4 +219,4 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int = 1, halve
     if not fits(q, k, cos, sin, heads, halves):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, cos, sin))
         raise ValueError(f"rotary does not take tensors of shape {shapes}, or angles that require gradients")
-    return _operator(q, k, cos, sin, heads, halves, False)  # type: ignore[no-any-return]
+    return turn(q, k, cos, sin, heads, halves, False)  # type: ignore[no-any-return]
