@@ -74,11 +74,14 @@ def make_steps(device: str) -> tuple[Any, dict[str, Callable[[], Any]]]:
 def timed(step: Callable[[], Any], device: str) -> float:
     """Return the milliseconds of a warm step; of short ones, such as decoding, the mean of some.
 
-    Python runs a function quickly only after it was called a few times, and a subject has just been put in place.
+    A subject has just been put in place: the first step decides what serves, which takes as long as several steps of
+    decoding, and Python runs a function quickly only after it was called a few times.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    step()
+    synchronize()
     start, count = time.perf_counter(), 0
-    while count < 1 or (count < 8 and time.perf_counter() - start < 0.02):
+    while count < 1 or (count < 8 and time.perf_counter() - start < 0.05):
         step()
         synchronize()
         count += 1
