@@ -113,11 +113,13 @@ def _regrets(first: Choice, second: Choice) -> Iterator[Row]:
     """Yield the regret of the first choice by the times of the second measurement, and those of fixed providers."""
     again = {cell.place: cell for one in second.machines for cell in one.cells}
     regrets: dict[str, list[float]] = {}
+    to_reference: list[float] = []
     for cell in (cell for one in first.machines for cell in one.cells):
         times = again[cell.place].times
         best = min(times.values())
         chosen = times.get(cell.winner, times["reference"])
         regrets.setdefault("the choice", []).append(chosen / best - 1)
+        to_reference.append(chosen / times["reference"])
         for provider in PROVIDERS:
             own = [time for name, time in times.items() if _provider(name) == provider]
             regrets.setdefault(f"{provider} everywhere", []).append((own or [times["reference"]])[0] / best - 1)
@@ -125,6 +127,9 @@ def _regrets(first: Choice, second: Choice) -> Iterator[Row]:
         cells = f"{len(found)} cells"
         yield Row("choice", f"regret of {name}, mean over {cells}", statistics.mean(found) * 100, "%", "", None)
         yield Row("choice", f"regret of {name}, worst of {cells}", max(found) * 100, "%", "", None)
+    slower = sum(ratio > 1.02 for ratio in to_reference)
+    yield Row("choice", "cells where the choice is 2 % slower than the reference", slower, "", "", None)
+    yield Row("choice", "the slowest cell of the choice, to the reference", max(to_reference), "x", "", None)
 
 
 def _provider(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..oracle.subject import stop_if_broken
 from .race import RacedCall, runner_of
-from .timing import device_time, launch_time
+from .timing import device_times, launch_time
 
 
 def calls_on_busy_devices(calls: Sequence[RacedCall]) -> frozenset[RacedCall]:
@@ -22,7 +22,7 @@ def calls_on_busy_devices(calls: Sequence[RacedCall]) -> frozenset[RacedCall]:
                 run = runner_of(call)(call.recorded.layer.reference)
                 run()  # the first time compiles and allocates
                 launching = min(launch_time(run, call.device) for _ in range(5))
-                busy = device_time(run, call.device, 0.02)[0]
+                busy = device_times({"": run}, call.device, 0.02)[""][0]
             except Exception as error:  # a reference that cannot run on copies: its race reports the reason
                 stop_if_broken(error)
                 continue

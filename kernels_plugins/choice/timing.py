@@ -91,31 +91,76 @@ def time_runs(
                 except Exception as error:
                     broken[name] = error
     yield from broken.items()
-    for name, times in launched.items():
-        if name in broken:
-            continue
-        run, host = runs[name], sorted(times)[len(times) // 4]  # other work on the machine only ever adds time
-        if device.type != "cuda":
-            yield name, Timing(host, host)
-            continue
-        before(name)
-        busy, replayed, reason = device_time(run, device, budget if capture else 0.0)
-        yield name, Timing(host, busy, replayed, reason)
+    left = {name: runs[name] for name in launched if name not in broken}
+    of_device = device_times(left, device, budget if capture else 0.0, before) if device.type == "cuda" else {}
+    for name in left:
+        times = launched[name]
+        host = sorted(times)[len(times) // 4]  # other work on the machine only ever adds time
+        yield name, Timing(host, *of_device.get(name, (host,)))
 
 
-def device_time(run: Run, device: torch.device, budget: float) -> tuple[float, float | None, str]:
-    """Return the seconds of a GPU for a run; the same replayed from a CUDA graph, or None, and why not.
+def device_times(
+    runs: Mapping[str, Run],
+    device: torch.device,
+    budget: float,
+    before: Callable[[str], object] = lambda name: None,
+) -> dict[str, tuple[float, float | None, str]]:
+    """Return the seconds of a GPU for each run; the same replayed from a CUDA graph, or None, and why not.
 
-    Without a budget, nothing is captured.
+    Replays are made in turns, too: a GPU that multiplies large matrices lowers its clock meanwhile.
+
+    Args:
+        runs: What to run, by name.
+        device: The GPU.
+        budget: Seconds for all replays of one run, roughly; without, nothing is captured.
+        before: As for `time_runs`.
     """
-    reason = "not asked for"
-    if budget:
-        try:
-            replayed = _replayed(run, device, budget)
-            return replayed, replayed, ""
-        except Exception as error:
-            reason = f"it cannot be captured in a CUDA graph: {type(error).__name__}: {error}".partition("\n")[0]
-    return _waited(run, device), None, reason
+    flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
+    pool = torch.cuda.graph_pool_handle() if budget else None  # shared: nothing reads what a replay leaves there
+    nothing = object()
+    work: dict[Any, Run] = {nothing: lambda: None, **runs}  # a flush alone: its time is not that of a run
+    replays: dict[Any, tuple[Run, int]] = {}
+    taken: dict[Any, list[float]] = {one: [] for one in work}
+    why: dict[Any, str] = dict.fromkeys(work, "not asked for")
+    order, shuffled = list(work), random.Random(len(work))
+    for number in range(max(_FEWEST, min(25, int(budget / 8e-3))) if budget else 0):
+        for one in order:
+            if one is not nothing:
+                before(one)
+            try:
+                if not number:
+                    # Several in a graph, for the clock is coarse; not for longer than that of the GPU is steady.
+                    times = max(1, min(8, int(4e-3 / max(_between(work[one], flush.zero_), 1e-6))))
+                    replays[one] = _captured(times, pool, flush.zero_, work[one]), times
+                elif one in replays:
+                    replay, times = replays[one]
+                    taken[one].append(_between(replay) / times)
+            except Exception as error:
+                replays.pop(one, None)
+                text = f"{type(error).__name__}: {error}".partition("\n")[0]
+                why[one] = f"it cannot be captured in a CUDA graph: {text}"
+        shuffled.shuffle(order)
+    found: dict[str, tuple[float, float | None, str]] = {}
+    for name, run in runs.items():
+        if name in replays and nothing in replays:
+            replayed = max(statistics.median(taken[name]) - statistics.median(taken[nothing]), 1e-7)
+            found[name] = replayed, replayed, ""
+        else:
+            before(name)
+            # While the device is busy with the flush, the CPU launches the run.
+            waited = statistics.median(_between(run, before=flush.zero_) for _ in range(_FEWEST))
+            found[name] = waited, None, why[name] if name not in replays else why[nothing]
+    return found
+
+
+def _captured(times: int, pool: Any, *steps: Run) -> Run:
+    """Return a function that replays a CUDA graph in which some steps are made some times."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        for _ in range(times):
+            for step in steps:
+                step()
+    return graph.replay
 
 
 def _warm(run: Run, device: torch.device) -> float:
@@ -139,29 +184,6 @@ def launch_time(run: Run, device: torch.device) -> float:
     if device.type != "cuda":
         synchronize(device)
     return time.perf_counter() - start
-
-
-def _replayed(run: Run, device: torch.device, budget: float) -> float:
-    """Return the seconds of a run in a CUDA graph, with a cold cache: those of flush and run, less those of a flush."""
-    flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
-    times = []
-    for body in ((flush.zero_, run), (flush.zero_,)):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(8):
-                for step in body:
-                    step()
-        graph.replay()
-        taken = [_between(graph.replay) / 8 for _ in range(max(5, min(25, int(budget / 8e-3))))]
-        times.append(statistics.median(taken))
-    return max(times[0] - times[1], 1e-7)
-
-
-def _waited(run: Run, device: torch.device) -> float:
-    """Return the seconds of the device for a run that cannot be captured."""
-    flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
-    # While the device is busy with the flush, the CPU launches the run.
-    return statistics.median(_between(run, before=flush.zero_) for _ in range(_FEWEST))
 
 
 def _between(run: Run, before: Run = lambda: None) -> float:

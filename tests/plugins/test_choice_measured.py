@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from kernels_core import ArgumentError, KernelsWarning, use_kernel_forward_from_hub
 from kernels_plugins import Choice, choosing, use_choice, use_kernel_mapping
+from kernels_plugins.choice import timing
 from kernels_plugins.choice.cell import REFERENCE
 from kernels_plugins.choice.race import _Race
 
@@ -167,6 +168,33 @@ def test_a_reference_that_cannot_be_run_again() -> None:
         assert measured("once", lambda y, x=None: y + 1, lambda: once(ones)).machines[0].cells == ()
     with torch.no_grad(), pytest.warns(KernelsWarning, match="once, inference, .*raises while it is timed: IndexError"):
         assert measured("once", lambda y, x=None: y + 1, lambda: once(ones, [ones] * 3)).machines[0].cells == ()
+
+
+def test_a_gpu_that_slows_down_slows_down_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays are made in turns: the faster run is found while the clock falls to a half, whichever is first."""
+    clock = [0.0, 0]
+
+    def runs(seconds: float) -> None:
+        clock[0] += seconds * (1 + clock[1] / 100)  # each of the first replays is slower than the one before
+        clock[1] = min(clock[1] + 1, 100)
+
+    def captured(times: int, pool: object, *steps: Any) -> Any:
+        return lambda: [step() for _ in range(times) for step in steps]
+
+    def between(run: Any, before: Any = lambda: None) -> float:
+        before()
+        start = clock[0]
+        run()
+        return clock[0] - start
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(timing, "_captured", captured)
+    monkeypatch.setattr(timing, "_between", between)
+    for order in (("slow", "quick"), ("quick", "slow")):
+        clock[:] = 0.0, 0
+        work = {"slow": lambda: runs(1.05e-3), "quick": lambda: runs(1e-3)}
+        found = timing.device_times({name: work[name] for name in order}, torch.device("cpu"), 0.2)
+        assert 1e-3 < found["quick"][0] < found["slow"][0] < 2.1e-3
 
 
 # --- The file ---------------------------------------------------------------------------------------
