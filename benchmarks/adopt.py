@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,9 +34,12 @@ def run() -> Iterator[Row]:
     if importlib.util.find_spec("transformers") is None:
         return
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        _, plain = make_steps(device)
         model, steps = make_steps(device)
+        adopt(model)
         for name, step in steps.items():
-            times = in_turns(model, step, device, ROUNDS[device] * (3 if name == "decoding" else 1), subjects(device))
+            rounds = ROUNDS[device] * (3 if name == "decoding" else 1)
+            times = in_turns(plain[name], step, device, rounds, subjects(device))
             for subject in list(times)[1:]:
                 yield Row(
                     "adopt", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"]
@@ -74,14 +78,14 @@ def make_steps(device: str) -> tuple[Any, dict[str, Callable[[], Any]]]:
 def timed(step: Callable[[], Any], device: str) -> float:
     """Return the milliseconds of a warm step; of short ones, such as decoding, the mean of some.
 
-    A subject has just been put in place: the first step decides what serves, which takes as long as several steps of
-    decoding, and Python runs a function quickly only after it was called a few times.
+    The first step after a change of mappings decides what serves, which takes as long as several steps of decoding, and
+    Python runs a function quickly only after it was called a few times.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     step()
     synchronize()
     start, count = time.perf_counter(), 0
-    while count < 1 or (count < 8 and time.perf_counter() - start < 0.05):
+    while count < 1 or (count < 8 and time.perf_counter() - start < 0.03):
         step()
         synchronize()
         count += 1
@@ -103,19 +107,32 @@ def subjects(device: str) -> Subjects:
 
 
 def in_turns(
-    model: Any, step: Callable[[], Any], device: str, rounds: int, mappings: Subjects, choice: Path | None = None
+    plain: Callable[[], Any],
+    step: Callable[[], Any],
+    device: str,
+    rounds: int,
+    mappings: Subjects,
+    choice: Path | None = None,
 ) -> dict[str, float]:
-    """Time a step in turns, with each mapping, "chosen" ones also with a choice; return the medians in milliseconds."""
+    """Time steps in turns, each round in another order; return the medians in milliseconds.
+
+    Args:
+        plain: The step of a model that is not adopted.
+        step: The same of one that is, for each mapping.
+        device: Where they run.
+        rounds: How often.
+        mappings: What to compare; None for `plain`.
+        choice: A choice for those whose name begins with "chosen".
+    """
     times: dict[str, list[float]] = {name: [] for name in mappings}
     scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in mappings.items()}
+    order, shuffled = list(mappings), random.Random(rounds)
     for _ in range(rounds):
-        for name, mapping in mappings.items():
-            adopted = adopt(model) if mapping is not None else None
+        shuffled.shuffle(order)
+        for name in order:
             chosen = use_choice(choice) if name.startswith("chosen") and choice is not None else None
             with scopes[name]:
-                times[name].append(timed(step, device))
+                times[name].append(timed(plain if mappings[name] is None else step, device))
             if chosen is not None:
                 chosen.close()
-            if adopted is not None:
-                adopted.undo()
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}

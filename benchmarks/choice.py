@@ -39,22 +39,24 @@ def run(
     if "price" in parts:
         yield from _prices()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, plain = make_steps(device)
     model, steps = make_steps(device)
     file = file or Path(tempfile.mkdtemp()) / "kernels.choice.json"
-    with adopt(model):
-        first = Choice.load(file) if file.exists() else _measured(model, device, contexts, seconds, file)
-        print(first, flush=True)
-        if "regret" in parts:
-            yield from _regrets(first, _measured(model, device, contexts, seconds, None))
-    compiled = {f"{name}, compiled": torch.compile(steps[name]) for name in ("prefill", "training")}
-    wanted = (steps if "steps" in parts else {}) | (compiled if "compiled" in parts else {})
-    for name, step in wanted.items():
+    adopt(model)
+    first = Choice.load(file) if file.exists() else _measured(model, device, contexts, seconds, file)
+    print(first, flush=True)
+    pairs = {name: (plain[name], steps[name]) for name in steps} if "steps" in parts else {}
+    for name in ("prefill", "training") if "compiled" in parts else ():
+        pairs[f"{name}, compiled"] = torch.compile(plain[name]), torch.compile(steps[name])
+    for name, (as_it_is, step) in pairs.items():
         fixed: Subjects = {"plain": None, "adopted": {}, "chosen": {}}
-        if device == "cuda" and name not in compiled:  # Liger's kernels do not serve compiled code
+        if device == "cuda" and name in steps:  # Liger's kernels do not serve compiled code
             fixed |= {"pack:liger": LIGER, "chosen, loss mapped": {"linear_cross_entropy": {"cuda": "pack:triton"}}}
-        times = in_turns(model, step, device, ROUNDS[device] * (3 if name == "decoding" else 1), fixed, file)
+        times = in_turns(as_it_is, step, device, ROUNDS[device] * (3 if name == "decoding" else 1), fixed, file)
         for subject in list(times)[1:]:
             yield Row("choice", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"])
+    if "regret" in parts:
+        yield from _regrets(first, _measured(model, device, contexts, seconds, None))
 
 
 def _prices() -> Iterator[Row]:
