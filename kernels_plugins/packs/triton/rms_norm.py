@@ -266,17 +266,12 @@ def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
     if x.shape[-1] > FORWARD_WIDTH:
         total = (x + residual).contiguous()
         return _forward(total, weight, eps, offset), total
-    if x.dtype is weight.dtype and x.is_contiguous() and residual.is_contiguous():  # see `_forward`
-        y, total = torch.empty_like(x), torch.empty_like(x)
-        columns = stride = residual_stride = weight.numel()
-        rows = x.numel() // columns if columns else 0
-    else:
-        total = new_rows(x, x.dtype)
-        y = new_rows(total, x.dtype if x.dtype is weight.dtype else torch.promote_types(x.dtype, weight.dtype))
-        x, rows, columns, stride = as_rows(x)
-        residual, _, _, residual_stride = as_rows(residual)
-    if not rows or not columns:
+    total = new_rows(x, x.dtype)
+    y = new_rows(total, x.dtype if x.dtype is weight.dtype else torch.promote_types(x.dtype, weight.dtype))
+    if not y.numel():
         return y, total
+    x, rows, columns, stride = as_rows(x)
+    residual, _, _, residual_stride = as_rows(residual)
     height, warps, constants = _forward_plan(columns, offset)
     tensors = (x, residual, weight.contiguous(), y, total)
     numbers = (stride, residual_stride, columns)
