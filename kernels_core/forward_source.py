@@ -195,7 +195,9 @@ class ForwardSource:
         pieces["not_plain"] = f"{pieces['odd']} or " if accelerator is None else ""
         pieces["on_cpu"] = _ON_CPU.format(**pieces)
         pieces["answer"] = pieces["on_cpu"] if accelerator is None else _fill(_ON_ACCELERATOR, pieces)
-        pieces["unfit"] = _UNFIT.format(**pieces)
+        kind = f"{self._first}.__class__"  # another has gone the cold path by now, which looks at the module, too
+        plain = f"({kind} is _kernels_tensor or {kind} is _kernels_parameter) and "
+        pieces["unfit"] = _UNFIT.format(**{**pieces, "tests": self._unfit_tests(plain)})
         pieces["records"] = self._records(exact=False, first_is_tensor=True)
         pieces["find"] = _fill(_FIND if self._first is not None else _ONLY_COLD, pieces)
         pieces["asked"] = self.call if self.is_function else self.module
@@ -236,7 +238,7 @@ class ForwardSource:
             "forward_level": self.forward_level,
             "odd": self._odd(exact=True),
             "records_traced": f"_kernels_records({self.module}, {self.values}) or _kernels_is_transformed()",
-            "tests": self._unfit_tests,
+            "tests": self._unfit_tests(""),
         }
 
     @cached_property
@@ -293,10 +295,9 @@ class ForwardSource:
                 tests.append(f"{known} and _kernels_is_odd(({p.name},))")
         return " or ".join(tests) or "False"
 
-    @property
-    def _unfit_tests(self) -> str:
-        """A test whether a tracer records the call, or the module has a tensor that is not plain."""
-        odd_module = f" or _kernels_odd_parameters and _kernels_is_odd_module({self.module})"
+    def _unfit_tests(self, plain: str) -> str:
+        """Write a test whether a tracer records the call, or the module has a tensor that is not plain."""
+        odd_module = f" or _kernels_odd_parameters and {plain}_kernels_is_odd_module({self.module})"
         return f"_kernels_untraceable and ({self.is_recorded})" + (odd_module if not self.is_function else "")
 
     def _records(self, *, exact: bool, first_is_tensor: bool = False) -> str:
