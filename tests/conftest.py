@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels_core import PluginManager, forget, release
 from kernels_core.models.choice import choices
@@ -56,6 +57,16 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with the same random numbers in each run, in one thread: with small tensors, several only wait."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,14 +35,7 @@ from kernels_plugins.consistency.command import compare_models
 
 HIDDEN, HEADS, LENGTH, ROWS = 32, 4, 6, 3
 
-
-@pytest.fixture(autouse=True)
-def _scene(mapping_plugin: object) -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several wait for each other on a busy machine
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("mapping_plugin", "one_thread")
 
 
 @use_kernel_forward_from_hub("ConsistentNorm")

@@ -225,14 +225,16 @@ def test_registering_adds_and_replaces() -> None:
     assert serving("Other") == "B"
 
 
+class Package:
+    """A plugin package with a mapping."""
+
+    @hookimpl
+    def kernels_mapping(self) -> Any:
+        return {"Packaged": {"cpu": C}}
+
+
 def test_registering_without_inheriting(isolated_plugins: PluginManager) -> None:
     """inherit_mapping=False drops registered mappings, and those of plugin packages; True brings both back."""
-
-    class Package:
-        @hookimpl
-        def kernels_mapping(self) -> Any:
-            return {"Packaged": {"cpu": C}}
-
     isolated_plugins.register(Package(), "package")
     register_kernel_mapping({"Layer": {"cpu": A}})
     assert (serving(), serving("Packaged")) == ("A", "C")
@@ -275,12 +277,6 @@ def test_a_scope_that_a_plugin_opens_inside_counts(isolated_plugins: PluginManag
 
 def test_scope_without_inheriting(isolated_plugins: PluginManager) -> None:
     """A scope with inherit_mapping=False hides mappings of program and packages, and inner scopes apply."""
-
-    class Package:
-        @hookimpl
-        def kernels_mapping(self) -> Any:
-            return {"Packaged": {"cpu": C}}
-
     isolated_plugins.register(Package(), "package")
     register_kernel_mapping({"Layer": {"cpu": A}})
     with use_kernel_mapping({"Other": {"cpu": B}}, inherit_mapping=False):

@@ -35,17 +35,17 @@ from kernels_plugins.oracle import prober
 
 @pytest.fixture(autouse=True)
 def _scene(
-    mapping_plugin: object, isolated_plugins: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mapping_plugin: object,
+    isolated_plugins: PluginManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
 ) -> Iterator[None]:
     """Run with the plugin `numerics`, nothing known, a cache of its own, and one thread."""
     isolated_plugins.register(plugin, "numerics")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
     store._found.clear()
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     store._found.clear()
 
 

@@ -53,18 +53,18 @@ COMPILED = Mode.INFERENCE | Mode.TORCH_COMPILE
 
 @pytest.fixture(autouse=True)
 def _scene(
-    mapping_plugin: object, isolated_plugins: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mapping_plugin: object,
+    isolated_plugins: PluginManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
 ) -> Iterator[None]:
     """Run with the plugin `numerics`, nothing known or required, a cache of its own, and one thread."""
     isolated_plugins.register(plugin, "numerics")
     isolated_plugins.register(choice_plugin, "choice")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
     store._found.clear()
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     register_numerics()
     store._found.clear()
 

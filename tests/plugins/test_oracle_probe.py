@@ -41,7 +41,11 @@ COMPILED = Mode.INFERENCE | Mode.TORCH_COMPILE
 
 @pytest.fixture(autouse=True)
 def _scene(
-    mapping_plugin: object, isolated_plugins: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mapping_plugin: object,
+    isolated_plugins: PluginManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
 ) -> Iterator[None]:
     """Run with the plugins of the oracle, with nothing known and a cache of its own."""
     isolated_plugins.register(oracle, "oracle")
@@ -49,11 +53,7 @@ def _scene(
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KERNELS_PROBE", raising=False)
     probe_cache._known.clear()
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     probe_cache._known.clear()
 
 

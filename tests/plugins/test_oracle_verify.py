@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import oracle_kernels as made
@@ -29,14 +29,9 @@ from kernels_plugins import VerifyReport, VerifyRow, register_kernel_mapping, us
 
 
 @pytest.fixture(autouse=True)
-def _plugins(mapping_plugin: object, isolated_plugins: PluginManager) -> Iterator[None]:
+def _plugins(mapping_plugin: object, isolated_plugins: PluginManager, one_thread: None) -> None:
     """Run with the plugins `core`, `mapping` and `oracle`."""
     isolated_plugins.register(oracle, "oracle")
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for such small tensors, several only wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 def verified(forward: Callable[..., Any], *, layer: nn.Module | None = None, **options: Any) -> VerifyReport:
