@@ -35,25 +35,37 @@ from ..guards.numerics import NUMERICS, Numeric, WantedNumerics
 from ..mode import STAND_INS, Mode
 from ..models.receipt import receipt
 from ..plugins import ENTRY_POINT_GROUP, plugin_manager
-from ..replay import each_tensor, mapped
 from ..resolution import Refusal, Resolution
 from ..resolver import find_candidates, resolve
 from ..scopes.scope import Scope
 from ..settings.report import configuration
 from ..table import as_json as to_json
 from ..table import visible
-from .arguments import CallMode, Json, imported, made, printing_aside, using_device, writing
+from .arguments import (
+    CallMode,
+    Factory,
+    Json,
+    imported,
+    made,
+    mode_of,
+    printing_aside,
+    using_device,
+    with_inputs,
+    writing,
+)
 from .decisions import decisions, freeze
 from .printing import Row, print_error, print_found, print_rows
 
 __all__ = [
     "CallMode",
+    "Factory",
     "Json",
     "Row",
     "command_line",
     "imported",
     "made",
     "main",
+    "mode_of",
     "plugin_rows",
     "print_error",
     "print_found",
@@ -61,6 +73,7 @@ __all__ = [
     "printing_aside",
     "run",
     "using_device",
+    "with_inputs",
     "writing",
 ]
 
@@ -194,7 +207,7 @@ def resolve_layer(
     Fetches and imports kernels, as the first call of the layer would. Exits with 1 where the
     layer's own forward, the reference, would run.
     """
-    resolution = resolve(imported(layer) if ":" in layer else layer, device=device, mode=_mode(mode, traced))
+    resolution = resolve(imported(layer) if ":" in layer else layer, device=device, mode=mode_of(mode, traced))
     if as_json:
         print(to_json(_resolution(resolution)))
     else:
@@ -206,7 +219,7 @@ def resolve_layer(
 
 
 def explain(
-    factory: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
+    factory: Factory,
     device: Annotated[str | None, typer.Option(help="Device of the calls, such as cuda.")] = None,
     mode: Annotated[CallMode | None, typer.Option(help="Whether autograd records the calls.")] = None,
     traced: Annotated[bool, typer.Option("--compile", help="The calls are traced by torch.compile.")] = False,
@@ -233,11 +246,10 @@ def explain(
     if inputs and not numerics:
         raise ArgumentError("--inputs are those that --numerics NAME is found out on: add that option.")
     model = made(factory)
-    if mode is None:  # as the model is
-        mode = CallMode.training if getattr(model, "training", False) else CallMode.inference
+    chosen = mode_of(mode, traced, model)
     if numerics:
-        _run_once(model, inputs, device, mode, tuple(name for name in NUMERICS if name in numerics))
-    found = receipt(model, device=device, mode=_mode(mode, traced))
+        _run_once(model, inputs, device, chosen, tuple(name for name in NUMERICS if name in numerics))
+    found = receipt(model, device=device, mode=chosen)
     if html is not None:
         with writing(html):
             html.write_text(found.to_html(), encoding="utf-8")
@@ -264,27 +276,14 @@ def config(as_json: Json = False) -> None:
 # --- Their answers -------------------------------------------------------------------------------
 
 
-def _run_once(model: Any, inputs: str, device: str | None, mode: CallMode, names: tuple[Numeric, ...]) -> None:
+def _run_once(model: Any, inputs: str, device: str | None, mode: Mode, names: tuple[Numeric, ...]) -> None:
     """Run a model once, so that properties of what serves its layers are found out."""
-    given = made(inputs, "inputs") if inputs else getattr(model, "dummy_inputs", None)
-    if given is None:
-        raise ArgumentError(
-            "--numerics is found out on a call, and the model has no dummy_inputs: name a function that returns its "
-            "inputs, with --inputs package.module:function."
-        )
-    if device:
-        with using_device(device) as where:
-            given = mapped(given, each_tensor(lambda tensor: tensor.to(where)))
-            model = model.to(where)
+    model, given = with_inputs(model, inputs, device, "its inputs", "--numerics is found out on a call, and the model")
     args = given if isinstance(given, tuple | list) else () if isinstance(given, dict) else (given,)
     named = given if isinstance(given, dict) else {}
     wanted = Scope(WantedNumerics(names, required=False))
-    with printing_aside(), wanted, torch.set_grad_enabled(mode is CallMode.training):
+    with printing_aside(), wanted, torch.set_grad_enabled(Mode.TRAINING in mode):
         model(*args, **named)
-
-
-def _mode(mode: CallMode, traced: bool) -> Mode:
-    return Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
 
 
 def _resolution(resolution: Resolution) -> Row:

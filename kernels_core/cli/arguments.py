@@ -17,6 +17,8 @@ import typer
 
 from ..errors import ArgumentError
 from ..layer import find_layer
+from ..mode import Mode
+from ..replay import each_tensor, mapped
 
 
 class CallMode(str, Enum):
@@ -26,7 +28,15 @@ class CallMode(str, Enum):
     training = "training"
 
 
+Factory = Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def mode_of(mode: CallMode | None, traced: bool, model: Any = None) -> Mode:
+    """Return the mode that options name; by default, that of a model as it is."""
+    if mode is None:
+        mode = CallMode.training if getattr(model, "training", False) else CallMode.inference
+    return Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
 
 
 def imported(place: str) -> Any:
@@ -94,3 +104,26 @@ def using_device(name: str) -> Iterator[torch.device]:
         yield device
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
         raise ArgumentError(f"The device {name!r} cannot be used here: {error}") from error
+
+
+def with_inputs(
+    model: Any,
+    inputs: str,
+    device: str | None,
+    what: str = "them",
+    why: str = "The inputs of the model are not known, for it",
+) -> tuple[Any, Any]:
+    """Return a model and its inputs, on a device: those of a function that is named, or its `dummy_inputs`.
+
+    Where it has none, `ArgumentError` says why a function is needed, and what it returns.
+    """
+    given = made(inputs, "inputs") if inputs else getattr(model, "dummy_inputs", None)
+    if given is None:
+        raise ArgumentError(
+            f"{why} has no dummy_inputs: name a function that returns {what}, with --inputs package.module:function."
+        )
+    if device:
+        with using_device(device) as where:
+            given = mapped(given, each_tensor(lambda tensor: tensor.to(where)))
+            model = model.to(where) if isinstance(model, torch.nn.Module) else model
+    return model, given

@@ -12,16 +12,15 @@ from torch import nn
 from ..decisions.file import DecisionFile
 from ..decisions.replay import replaying_nothing
 from ..errors import ArgumentError
-from ..mode import Mode
 from ..models.receipt import receipt
-from .arguments import CallMode, Json, made, printing_aside
+from .arguments import CallMode, Factory, Json, made, mode_of, printing_aside
 from .printing import print_found
 
 decisions = typer.Typer(no_args_is_help=True, help="Show and compare decision files.")
 
 
 def freeze(
-    factory: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
+    factory: Factory,
     device: Annotated[str | None, typer.Option(help="Device of the calls, such as cuda.")] = None,
     mode: Annotated[list[CallMode] | None, typer.Option(help="By default both. Repeatable.")] = None,
     traced: Annotated[bool, typer.Option("--compile", help="The calls are traced by torch.compile.")] = False,
@@ -38,10 +37,9 @@ def freeze(
     model = made(factory)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{factory} is a {type(model).__name__}, not a module: name a model, or its factory.")
-    extra = Mode.TORCH_COMPILE if traced else Mode(0)
     with replaying_nothing(), printing_aside():
         # All are decided before one is written.
-        found = [receipt(model, device=device, mode=Mode[each.value.upper()] | extra) for each in mode or [*CallMode]]
+        found = [receipt(model, device=device, mode=mode_of(each, traced)) for each in mode or [*CallMode]]
         frozen = DecisionFile()
         for each in found:
             frozen = frozen.merged(each.decisions())

@@ -9,13 +9,13 @@ import typer
 
 from kernels_core import ArgumentError
 from kernels_core import as_json as to_json
-from kernels_core.cli import Json, made, print_found, printing_aside, using_device
+from kernels_core.cli import Factory, Json, made, print_found, printing_aside, using_device
 
 from .adopted import adopt
 
 
 def adopt_model(
-    factory: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
+    factory: Factory,
     device: Annotated[str, typer.Option(help="Of the calls, such as cuda; by default that of the model.")] = "",
     served: Annotated[bool, typer.Option("--served", help="Show the receipt, too: who serves each layer.")] = False,
     as_json: Json = False,

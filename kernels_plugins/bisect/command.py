@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from kernels_core.cli import Json, imported, made, print_found, printing_aside
+from kernels_core.cli import Factory, Json, imported, made, print_found, printing_aside
 
 from .bisection import bisect
 
 
 def bisect_model(
-    model: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
+    model: Factory,
     metric: Annotated[str, typer.Argument(help="A function of the model that returns a number, in the same form.")],
     tolerance: Annotated[float, typer.Option(help="How far the number may be from that on references.")],
     relative: Annotated[float, typer.Option(help="A share of that number that is allowed besides.")] = 0.0,

@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import nn
 
 from kernels_core import ArgumentError, KernelsError, find_layer
-from kernels_core.cli import Json, made, print_found, printing_aside, run, using_device, writing
-from kernels_core.replay import mapped
+from kernels_core.cli import Factory, Json, made, print_found, printing_aside, run, with_inputs, writing
 
 from ..adoption.adopted import adopt
 from ..files import write_file
@@ -33,7 +31,7 @@ PATIENCE = 300.0
 
 
 def choose_command(
-    factory: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
+    factory: Factory,
     inputs: Annotated[str, typer.Option(help="A function that returns a list of inputs, as package.module:name.")] = "",
     device: Annotated[str, typer.Option(help="Move model and inputs there first, such as cuda.")] = "",
     output: Annotated[Path, typer.Option(help="The file to write, or to add to.")] = Path("kernels.choice.json"),
@@ -124,16 +122,7 @@ def given(factory: str, inputs: str, device: str) -> tuple[Any, list[Batch]]:
             f"{factory} is a {type(model).__name__}, neither a module nor a decorated function: name a model, or its "
             "factory."
         )
-    batches: Any = made(inputs, "inputs") if inputs else getattr(model, "dummy_inputs", None)
-    if batches is None:
-        raise ArgumentError(
-            "The inputs of the model are not known, for it has no dummy_inputs: name a function that returns a list of "
-            "them, with --inputs package.module:function."
-        )
-    if device:
-        with using_device(device) as where:
-            model = model.to(where) if isinstance(model, nn.Module) else model
-            batches = mapped(batches, lambda _, leaf: leaf.to(where) if torch.is_tensor(leaf) else leaf)
+    model, batches = with_inputs(model, inputs, device, "a list of them")
     each = batches if isinstance(batches, list) else [batches]
     return model, [
         ((), one) if isinstance(one, Mapping) else (one if isinstance(one, tuple) else (one,), {}) for one in each

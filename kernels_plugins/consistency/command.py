@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kernels_core import ArgumentError
-from kernels_core.cli import Json, imported, print_found, printing_aside, writing
+from kernels_core.cli import Factory, Json, imported, print_found, printing_aside, writing
 
 from ..choice.command import given
 from ..files import write_file
@@ -18,7 +18,7 @@ _SETTING = "A decision file, or a function that returns a context manager (packa
 
 
 def compare_models(
-    a: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
+    a: Factory,
     b: Annotated[str, typer.Argument(help="Another, or the same.")],
     inputs: Annotated[
         str, typer.Option(help="A function that returns inputs; by default, the model's dummy_inputs.")

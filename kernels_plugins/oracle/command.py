@@ -10,11 +10,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
 
 from kernels_core import ArgumentError
-from kernels_core.cli import Json, made, print_error, print_found, printing_aside, run, using_device, writing
-from kernels_core.replay import mapped
+from kernels_core.cli import Json, made, print_error, print_found, printing_aside, run, with_inputs, writing
 
 from ..numerics.properties import check_names
 from .isolated import in_children, serve
@@ -76,12 +74,7 @@ def compared(
     found: Callable[[VerifyRow], object] = lambda row: None,
 ) -> VerifyReport:
     """Compare the kernels of a model that is named by its factory: see `Plan`; `found` is called with each row."""
-    model = made(factory)
-    given = _given(model, inputs)
-    if device:
-        with using_device(device) as where:
-            given = mapped(given, lambda _, leaf: leaf.to(where) if isinstance(leaf, torch.Tensor) else leaf)
-            model = model.to(where) if isinstance(model, nn.Module) else model
+    model, given = with_inputs(made(factory), inputs, device)
     args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
     names = check_names(numerics or (), "--numerics")
     plan = Plan(gradients, [_dtype(name) for name in dtypes or ()] or None, numerics=names, begin=begin)
@@ -99,18 +92,6 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ArgumentError(f"--dtype is {name!r}: name a dtype of PyTorch, such as float32 or bfloat16.")
     return dtype
-
-
-def _given(model: Any, place: str) -> Any:
-    if place:
-        return made(place, "inputs")
-    dummy = getattr(model, "dummy_inputs", None)
-    if dummy is None:
-        raise ArgumentError(
-            "The inputs of the model are not known, for it has no dummy_inputs: name a function that returns them, "
-            "with --inputs package.module:function."
-        )
-    return dummy
 
 
 if __name__ == "__main__":  # in a child of `in_children`

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kernels_core import Mode, receipt
-from kernels_core.cli import CallMode, Json, Row, made, print_rows, printing_aside, writing
+from kernels_core import receipt
+from kernels_core.cli import CallMode, Factory, Json, Row, made, mode_of, print_rows, printing_aside, writing
 
 from .document import bill_of_materials
 
 
 def sbom(
-    factory: Annotated[str, typer.Argument(help="A module, or a function that makes one, as package.module:name.")],
+    factory: Factory,
     device: Annotated[str | None, typer.Option(help="Device of the calls, such as cuda.")] = None,
     mode: Annotated[CallMode | None, typer.Option(help="Whether autograd records the calls.")] = None,
     traced: Annotated[bool, typer.Option("--compile", help="The calls are traced by torch.compile.")] = False,
@@ -29,11 +29,8 @@ def sbom(
     operators of PyTorch that are replaced. Fetches and imports kernels, as the first calls would.
     """
     model = made(factory)
-    if mode is None:  # as the model is
-        mode = CallMode.training if getattr(model, "training", False) else CallMode.inference
-    chosen = Mode[mode.value.upper()] | (Mode.TORCH_COMPILE if traced else Mode(0))
     with printing_aside():
-        text = bill_of_materials(receipt(model, device=device, mode=chosen))
+        text = bill_of_materials(receipt(model, device=device, mode=mode_of(mode, traced, model)))
     if output is not None:
         with writing(output):
             output.write_text(text + "\n", encoding="utf-8")
