@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, mo
 from kernels_core.replay import Call, Outcome, is_observed, mapped, same_numbers
 
 from ..comparison import alike, compare
+from ..comparison.ranks import jointly, mesh_of, on_any, together
 from ..comparison.structure import own_part
 from .outliers import Outliers, part_of
 from .settings import Settings
@@ -79,104 +81,130 @@ class _Watch:
         live = Call(module, inputs, kwargs, self.layer.signature)
         if why and not self.settings.wants(number) and live.obstacle is not None:
             return self.forward(*args, **kwargs)  # the reference may start a collective, and no other rank compares
-        token = _comparing.set(True)
+        mesh = mesh_of(live.inputs.values())
+        token, said = _comparing.set(True), list[tuple[str, str]]()
         try:
-            before = live.snapshot(state=module is not None and next(module.buffers(), None) is not None)
-            meshes = (getattr(tensor, "device_mesh", None) for tensor in live.inputs.values())  # `DTensor`s have one
-            mesh = next(filter(None, meshes), None)
+            state = module is not None and next(module.buffers(), None) is not None
+            before = together(mesh, lambda: live.snapshot(state=state))
             with held_back() as saved:
                 try:
                     output = self.forward(*args, **kwargs)
                 except Exception:
-                    _agreed("the kernel raises", mesh)  # the other ranks wait for this one
+                    on_any(True, mesh)  # the other ranks wait for this one
                     raise
             # On another rank: there is nothing to compare there, and its dispatcher judges the error.
-            raises = _agreed(None, mesh)
+            raises = on_any(False, mesh)
             if output is NotImplemented:  # another kernel serves this call
                 return output
-            whole = why or number <= self.settings.first
-            part = _part(0 if whole else number)
-            problem = None if raises else _agreed(self._problem(live, before, output, part, mesh), mesh)
+            part = _part(0 if why or number <= self.settings.first else number)
+            problem = None if raises else _agreed(self._problem(live, before, output, part, mesh, said), mesh)
+            # A kernel that has changed an input leaves nothing to run on.
+            rerun = problem is not None and not on_any(not self._is_as_before(live, before), mesh)
         finally:
             _comparing.reset(token)
+        for kind, message in said:  # not before: a warning may be an error, and the other ranks would wait
+            self._say(kind, message)
         where = f"{self._where(number, live)}{why and f', compared because {why}'}" if problem is not None else ""
-        if problem is not None and self._replaces(f"{where}: {problem}", live, before):
+        if problem is not None and self._replaces(f"{where}: {problem}") and rerun:
             return self.layer.reference(*args, **kwargs)
         saved.hand_over()  # not before: a run that is dropped must not be counted by a checkpoint
         return output
 
     # --- Comparing ------------------------------------------------------------------------------
 
-    def _problem(self, live: Call, before: Call, output: Any, part: Part, mesh: Any) -> str | None:
+    def _problem(
+        self, live: Call, before: Call, output: Any, part: Part, mesh: Any, said: list[tuple[str, str]]
+    ) -> str | None:
         """Return the difference between kernel and reference as text, None if there is none."""
-        expected, again, problem = self._runs(before)
-        # Each step ends alike on all ranks of a mesh, for the next one may start collectives.
-        if _agreed("" if expected is None else problem, mesh) is not None or expected is None:
+        try:
+            return self._difference(live, before, output, part, mesh, said)
+        except Exception as error:  # outputs that cannot be compared are no fault of the kernel
+            failure = f"{type(error).__name__}: {error}"
+            said.append(("outputs", f"its outputs cannot be compared with those of its reference: {failure}"))
+            return None
+
+    def _difference(
+        self, live: Call, before: Call, output: Any, part: Part, mesh: Any, said: list[tuple[str, str]]
+    ) -> str | None:
+        expected, again, problem = together(mesh, lambda: self._runs(before, mesh, said))
+        if on_any(expected is None or problem is not None, mesh) or expected is None:
             return problem
         wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]
-        if _agreed("" if again is None else None, mesh) is not None:
+        if on_any(again is None, mesh):
             wanted = []
 
         def gradients(run: Outcome) -> dict[str, Any]:
             return {name: part(run.gradients[name]) for name in wanted}
 
-        pairs = [(part(output), part(expected.outputs))]
-        if wanted and again is not None:
-            pairs.append((gradients(again), gradients(expected)))
-        state = live.state
-        try:
-            same = [(state[name], left) for name, left in expected.after.items() if name in state]
-            if not _agreed(None if alike(pairs, same) else "unlike", mesh):
-                return None
-            outputs = self._differs("", pairs[0][0], expected, lambda run: part(run.outputs), before, mesh)
-            if problem := _agreed(outputs, mesh) or _agreed(self._changed(state, before, expected), mesh):
-                return problem
-            return self._differs("gradient of ", pairs[1][0], expected, gradients, before, mesh) if wanted else None
-        except Exception as error:  # outputs that cannot be compared are no fault of the kernel
-            failure = f"{type(error).__name__}: {error}"
-            self._say("outputs", f"its outputs cannot be compared with those of its reference: {failure}")
-            return None
+        def outputs_of(run: Outcome) -> Any:
+            return part(run.outputs)
 
-    def _runs(self, before: Call) -> tuple[Outcome | None, Outcome | None, str | None]:
+        def is_alike() -> bool:
+            pairs = [(part(output), part(expected.outputs))]
+            if wanted and again is not None:
+                pairs.append((gradients(again), gradients(expected)))
+            return alike(pairs, [(state[name], left) for name, left in expected.after.items() if name in state])
+
+        state = live.state
+        if not on_any(not together(mesh, is_alike), mesh):
+            return None
+        if problem := _agreed(self._differs("", lambda: part(output), expected, outputs_of, before, mesh), mesh):
+            return problem
+        if problem := _agreed(together(mesh, lambda: self._changed(state, before, expected)), mesh):
+            return problem
+        if not wanted or again is None:
+            return None
+        return self._differs("gradient of ", lambda: gradients(again), expected, gradients, before, mesh)
+
+    def _runs(
+        self, before: Call, mesh: Any, said: list[tuple[str, str]]
+    ) -> tuple[Outcome | None, Outcome | None, str | None]:
         """Return the run of the reference, a second one of the kernel for its gradients, and a problem of the latter.
 
         A run is None where it fails and the kernel is not at fault.
         """
         try:
-            expected = before.run(self.layer.reference, parameters=False, mutations=False)
+            expected = before.run(jointly(self.layer.reference, mesh), parameters=False, mutations=False)
         except Exception as error:
-            self._say("reference", f"there is nothing to compare with: {before.why_failed(error)}")
+            said.append(("reference", f"there is nothing to compare with: {before.why_failed(error)}"))
             return None, None, None
         wanted = [name for name, gradient in expected.gradients.items() if gradient is not None]
         if not wanted:
             return expected, None, None
-        kernel: Any = self.resolution.implementation
+        kernel: Any = jointly(cast(Any, self.resolution.implementation), mesh)
         try:
             again = before.run(kernel, parameters=False, mutations=False)
         except torch.OutOfMemoryError as error:  # a second run beside the first is no duty of the kernel
-            self._say("memory", f"there is no memory to compare its gradients: {error}")
+            said.append(("memory", f"there is no memory to compare its gradients: {error}"))
             return None, None, None
         except Exception as error:
             if before.obstacle is None:
                 return expected, None, f"its second run, for its gradients, raises {type(error).__name__}: {error}"
-            self._say("copies", f"its gradients are not compared: {before.why_failed(error)}")  # maybe their fault
+            said.append(("copies", f"its gradients are not compared: {before.why_failed(error)}"))  # maybe their fault
             return expected, None, None
         if missing := [name for name in wanted if again.gradients.get(name) is None]:
             return expected, again, f"no gradient reaches {', '.join(missing)}, as it does from the reference"
         return expected, again, None
 
     def _differs(
-        self, prefix: str, actual: Any, expected: Outcome, of: Callable[[Outcome], Any], before: Call, mesh: Any
+        self,
+        prefix: str,
+        actual: Callable[[], Any],
+        expected: Outcome,
+        of: Callable[[Outcome], Any],
+        before: Call,
+        mesh: Any,
     ) -> str | None:
         """Compare outputs or gradients; a suspicion is checked with a reference in float64."""
-        comparison = compare(actual, of(expected), quick=True)
-        suspected = not comparison.ok and not comparison.mismatches
-        if _agreed("suspected" if suspected else None, mesh):
-            try:
-                exact = of(before.run(self.layer.reference, dtype=torch.float64, mutations=False))
-            except Exception:  # a reference that does not run in float64 is no better judge than it was
-                exact = None
-            comparison = compare(actual, of(expected), exact=exact)
+        comparison = together(mesh, lambda: compare(actual(), of(expected), quick=True))
+        if on_any(not comparison.ok and not comparison.mismatches, mesh):
+            exact = None
+            with contextlib.suppress(Exception):  # a reference that does not run in float64 is no better judge
+                exact = together(
+                    mesh,
+                    lambda: of(before.run(jointly(self.layer.reference, mesh), dtype=torch.float64, mutations=False)),
+                )
+            comparison = together(mesh, lambda: compare(actual(), of(expected), exact=exact))
         return None if comparison.ok else f"{prefix}{comparison}"
 
     def _changed(self, state: Mapping[str, torch.Tensor], before: Call, expected: Outcome) -> str | None:
@@ -197,8 +225,14 @@ class _Watch:
 
     # --- Acting ---------------------------------------------------------------------------------
 
-    def _replaces(self, message: str, live: Call, before: Call) -> bool:
-        """React to a disagreement as the settings say; return whether the reference is to answer the call."""
+    def _is_as_before(self, live: Call, before: Call) -> bool:
+        try:
+            return all(compare(live.inputs[name], was, quick=True).ok for name, was in before.inputs.items())
+        except Exception:  # inputs that cannot be compared may be changed
+            return False
+
+    def _replaces(self, message: str) -> bool:
+        """React to a disagreement as the settings say; return whether the reference may answer the call."""
         if self.settings.action == "raise":
             raise CanaryError(message)
         if self.settings.action == "warn":
@@ -213,9 +247,7 @@ class _Watch:
             reason=f"a canary found that it disagrees with the reference: {message}",
         )
         self._say("disagrees", f"{message}. It is in quarantine from now on")
-        # A kernel that has changed an input leaves nothing to run on.
-        same = all(compare(live.inputs[name], was, quick=True).ok for name, was in before.inputs.items())
-        return same and self.layer.use_fallback
+        return self.layer.use_fallback
 
     def _say(self, kind: str, message: str) -> None:
         """Warn once of each kind for each kernel, layer and device: a failing reference hides no later disagreement."""
@@ -237,12 +269,8 @@ def _agreed(problem: str | None, mesh: Any) -> str | None:
 
     All ranks compare the same calls, for these are chosen by number: so each comes here.
     """
-    if mesh is None:
-        return problem
-    found = torch.tensor([float(problem is not None)], device=mesh.device_type)
-    for group in mesh.get_all_groups():  # along each dimension in turn, it reaches every rank
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
-    return problem or ("another rank finds that it disagrees, on its shard" if found.item() else None)
+    found = on_any(problem is not None, mesh)
+    return problem or ("another rank finds that it disagrees, on its shard" if found else None)
 
 
 Part = Callable[[Any], Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from kernels_core import (
 from kernels_core.replay import Call, Outcome, leaves, mapped
 
 from ..comparison import Comparison, Tolerances, compare
+from ..comparison.ranks import jointly, mesh_of, on_any, together
 from .inputs import Case, Forward, Recorded, cases, with_gradients
 from .report import VerifyRow
 
@@ -76,6 +78,7 @@ class Subject:
         self.left_out = False
         self.serving: list[tuple[VerifyRow, Resolution]] = []
         self.device = (self.call.devices or [torch.device("cpu")])[0]
+        self.mesh = mesh_of(self.call.inputs.values())
         self.request = LayerRequest(self.layer.name, self.device, Mode.INFERENCE, self.layer)
         self.blank = VerifyRow(self.path, self.layer.name, "ok", device=str(self.device))
 
@@ -190,12 +193,13 @@ class Subject:
         try:
             # Twice: what differs from itself judges no other.
             first, second = (self._run(case, self.layer.reference, Mode.INFERENCE) for _ in range(2))
-            difference = compare(second.outputs, first.outputs)
+            difference = together(self.mesh, lambda: compare(second.outputs, first.outputs))
         except Exception as error:
             stop_if_broken(error)
             return case.call.why_failed(error)
+        elsewhere = on_any(not difference.ok, self.mesh)
         if difference.ok:
-            return None
+            return "on another rank of the mesh, the layer is not deterministic" if elsewhere else None
         return (
             "the layer is not deterministic: its reference ran twice on equal inputs, from the same random numbers, "
             f"and the second time differs from the first: {difference}"
@@ -229,12 +233,16 @@ class Subject:
 
     def _run(self, case: Case, forward: Forward, mode: Mode, dtype: torch.dtype | None = None) -> Outcome:
         training = mode is Mode.TRAINING
-        call = with_gradients(case.call) if training else case.call
         cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if case.autocast is not None:
             cast = torch.autocast(self.device.type, dtype=case.autocast)
+
+        def run() -> Outcome:
+            call = with_gradients(case.call) if training else case.call
+            return call.run(jointly(forward, self.mesh), gradients=training, dtype=dtype, contiguous=case.contiguous)
+
         with references(), cast:  # the layers inside run their references, or they would be judged, too
-            return call.run(forward, gradients=training, dtype=dtype, contiguous=case.contiguous)
+            return together(self.mesh, run)
 
     def _expected(self, case: Case, mode: Mode) -> tuple[Outcome, Outcome | None]:
         """Return a run of the reference, and the same in float64 if it can be run so."""
@@ -247,8 +255,9 @@ class Subject:
         if not run.random:
             return run, exact
         # In float64, other numbers may have been drawn.
-        near = _is_near(run.outputs, exact.outputs) and _is_near(dict(run.gradients), dict(exact.gradients))
-        return run, exact if near else None
+        pairs = ((run.outputs, exact.outputs), (dict(run.gradients), dict(exact.gradients)))
+        near = together(self.mesh, lambda: [_is_near(*pair) for pair in pairs])
+        return run, None if on_any(not all(near), self.mesh) else exact
 
     def _judge(
         self, row: VerifyRow, case: Case, mode: Mode, kernel: Forward, expected: Outcome, exact: Outcome | None
@@ -261,23 +270,26 @@ class Subject:
             stop_if_broken(error)
             yield replace(row, verdict="failed", reason=f"it raises {_short(error)}")
             return
-        if run.outputs is NotImplemented:
+        if on_any(run.outputs is NotImplemented, self.mesh):
             yield replace(row, verdict="refused", reason="it passes such calls on to the next candidate")
             return
         draws = "; the reference draws random numbers: a kernel that draws others differs" if expected.random else ""
         ideal = exact.outputs if exact is not None else None
-        forward = compare(run.outputs, expected.outputs, exact=ideal, tolerances=self.tolerances)
+        compared = partial(compare, tolerances=self.tolerances)
+        forward = together(self.mesh, lambda: compared(run.outputs, expected.outputs, exact=ideal))
         yield _with(replace(row, subject="forward"), forward, draws)
         if again is not None:
-            second = compare(again.outputs, run.outputs, tolerances=self.tolerances)
+            second = together(self.mesh, lambda: compared(again.outputs, run.outputs))
             if not second.ok:
                 reason = f"a second call on equal inputs differs from the first: {second}"
                 yield replace(_with(replace(row, subject="second call"), second), reason=reason)
         for name, gradient in expected.gradients.items():
-            ideal = exact.gradients.get(name) if exact is not None else None
-            comparison = _gradient(run.gradients.get(name), gradient, ideal, self.tolerances)
+            best, found = exact.gradients.get(name) if exact is not None else None, run.gradients.get(name)
+            if on_any(found is None, self.mesh):  # on another rank: this one must not wait for it
+                found = None
+            comparison = together(self.mesh, partial(_gradient, found, gradient, best, self.tolerances))
             yield _with(replace(row, subject=f"gradient of {name}"), comparison, draws)
-        if reason := _changes(run, expected, self.tolerances):
+        if reason := together(self.mesh, lambda: _changes(run, expected, self.tolerances)):
             yield replace(row, subject="changes", verdict="wrong", reason=reason)
 
 

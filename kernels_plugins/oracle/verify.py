@@ -23,6 +23,7 @@ from kernels_core.replay import Call, ModelState
 from kernels_core.torch_internals import dynamo_is_imported
 
 from ..comparison import Tolerances, check_tolerances
+from ..comparison.ranks import mesh_of, together
 from ..numerics.judge import numeric_rows
 from ..numerics.properties import check_names
 from .inputs import Recorded, decorated, record
@@ -139,8 +140,9 @@ def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
             stack.enter_context(torch.enable_grad())
         if dynamo_is_imported():  # compiled layers, and compiled parts of them, run as they were written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        held = (*call.inputs.values(), *(call.module.parameters() if call.module is not None else ()))
         try:
-            model(*call.args, **call.kwargs)
+            together(mesh_of(held), lambda: model(*call.args, **call.kwargs))
         except Exception as error:
             raise ArgumentError(
                 f"The model cannot be run with these inputs, on its references: {type(error).__name__}: {error}"

@@ -143,6 +143,8 @@ for _function in (
     vars(_function)["can_torch_compile"] = True
 for _function in (add_rms_norm, add_rms_norm_offset):
     vars(_function)["local_except"] = (-1,)
+for _function in (rotary_pos_emb, rotary_pos_emb_partial, rotary_pos_emb_half):
+    vars(_function)["local_except"] = (-1, -3)  # by position: the heads of q are where cos and sin have a batch
 
 KERNELS: dict[str, KernelLayer] = {
     "RMSNorm": _norm(0.0),

@@ -17,6 +17,7 @@ class RMSNorm(nn.Module):
 
     has_backward = True
     can_torch_compile = True
+    local_except = (-1,)
 
     weight: Tensor
     variance_epsilon: float
@@ -33,6 +34,7 @@ class SiluAndMul(nn.Module):
 
     has_backward = True
     can_torch_compile = True
+    local_except = (-1,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `silu(a) * b` for `x = [a, b]`."""
@@ -44,6 +46,7 @@ class GeluAndMul(nn.Module):
 
     has_backward = True
     can_torch_compile = True
+    local_except = (-1,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `gelu(a) * b` for `x = [a, b]`."""
@@ -55,6 +58,7 @@ class RotaryEmbedding(nn.Module):
 
     has_backward = True
     can_torch_compile = True
+    local_except = (-1, -3, -4)  # by position: heads and batches do not align with those of cos and sin
 
     def forward(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotates `query` and `key` of shape [batch, heads, seq, dim] by `cos` and `sin` of [batch or 1, seq, dim]."""
