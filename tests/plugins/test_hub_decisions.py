@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from hub_scene import Publish, kernel, new_process, scale
 from huggingface_hub import constants
 from ranks import torchrun
@@ -233,6 +235,63 @@ def test_a_kernel_that_cannot_be_reached_is_not_frozen(
     with pytest.raises(DecisionError, match="could not be reached, and may be later"):
         freeze(scale(), place)
     assert not place.exists()
+
+
+WORKER = """
+import sys, torch
+from kernels_core import Mode, plugin_manager, receipt, use_kernel_forward_from_hub
+from kernels_plugins import LayerRepository, register_kernel_mapping
+@use_kernel_forward_from_hub("Scale")
+class Scale(torch.nn.Module):
+    def forward(self, x): return x * 2
+register_kernel_mapping({"Scale": {"cpu": LayerRepository("acme/kernels", layer_name="Scale", revision="main")}})
+def found():
+    with torch.no_grad(): return [Scale()(torch.ones(1)).item(), sorted(plugin_manager().plugins())]
+def freeze(path): receipt(Scale(), device="cpu", mode=Mode.INFERENCE).freeze(path)
+"""
+
+STARTS = """
+import json, multiprocessing, os, subprocess, sys
+from concurrent.futures import ProcessPoolExecutor
+sys.path.insert(0, os.getcwd())
+os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+import worker
+if not os.path.exists("decisions.json"): worker.freeze("decisions.json")
+found = {"program": worker.found()}
+context = multiprocessing.get_context("spawn")
+with ProcessPoolExecutor(1, context) as pool: found["spawned"] = pool.submit(worker.found).result()
+child = subprocess.check_output([sys.executable, "-c", "import worker, json; print(json.dumps(worker.found()))"])
+found["child"] = json.loads(child)
+if len(sys.argv) > 1:
+    import ray
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    found["actor"] = ray.get(ray.remote(worker.found).remote())
+    ray.shutdown()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_spawned_workers_and_ray_actors_have_the_decisions(
+    published: Repository, push: Callable[[], None], local_hub: LocalHub, tmp_path: Path
+) -> None:
+    """Spawned workers, child processes and actors of Ray find the plugins, and serve by the file of the program."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    options = ["ray"] if importlib.util.find_spec("ray") else []
+
+    def run(**variables: str) -> dict[str, Any]:
+        environment = {**os.environ, **local_hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1", **variables}
+        done = run_python("-c", STARTS, *options, environment=environment, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    first = run()
+    push()
+    newer, frozen = run(), run(KERNELS_DECISIONS=str(tmp_path / "decisions.json"))
+    for found, value in ((first, 3.0), (newer, 5.0), (frozen, 3.0)):
+        assert found == {place: [value, found["program"][1]] for place in found} and len(found) == 3 + len(options)
+        assert "hub" in found["program"][1]
 
 
 PROGRAM = """
