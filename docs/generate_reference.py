@@ -249,6 +249,8 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.as_json",
             "kernels_core.write_file",
             "kernels_core.alone_in",
+            "kernels_core.read_json",
+            "kernels_core.of_format",
             "kernels_core.visible",
             "kernels_core.held_back",
             "kernels_core.SavedTensors",

@@ -8,7 +8,7 @@ forward itself, the *reference*, where there is none. The rest is in `docs/`.
 from .decisions.agreement import agree
 from .decisions.content import content_of
 from .decisions.file import DecisionChange, DecisionDiff, DecisionFile
-from .decisions.files import alone_in, write_file
+from .decisions.files import alone_in, of_format, read_json, write_file
 from .decisions.frozen import FrozenKernel, FrozenLayer, FrozenModel
 from .decorators import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
 from .device import CUDAProperties, Device, ROCMProperties, device_capability
@@ -166,9 +166,11 @@ __all__ = [
     "hookimpl",
     "kernelize",
     "module_paths",
+    "of_format",
     "plugin_manager",
     "quarantine",
     "quarantined",
+    "read_json",
     "receipt",
     "references",
     "release",

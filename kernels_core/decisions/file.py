@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,10 @@ from ..mode import Mode
 from ..resolution import LayerRequest
 from ..table import Table, TableRow, Tabular, as_json, folded
 from .content import in_program
-from .files import alone_in, write_file
+from .files import alone_in, of_format, read_json, write_file
 from .frozen import FrozenLayer, FrozenModel, hardware, read_model
 
 FORMAT = 1
-_LARGEST = 64 << 20
-"""Bytes of a file: a layer takes a few hundred."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +99,8 @@ class DecisionFile(Tabular):
         Raises:
             ArgumentError: If it cannot be read, or is no such file; names the problem.
         """
-        require_type(path, (str, os.PathLike), "The path of a decision file")
-        try:
-            found = Path(path).stat()
-            if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:  # a pipe would be read for ever
-                raise ValueError(f"it is no regular file of at most {_LARGEST >> 20} MiB")
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError) as error:
-            problem = str(getattr(error, "strerror", None) or error).rstrip(".")
-            raise ArgumentError(  # absolute: a relative path is read from the working directory, which may be another
-                f"{os.path.abspath(os.fspath(path)).encode(errors='replace').decode()!r} is no decision file: "
-                f"{problem}. `kernels-core freeze`, or receipt(model).freeze(path), makes one."
-            ) from error
+        remedy = "`kernels-core freeze`, or receipt(model).freeze(path), makes one"
+        return read_json(path, cls.from_json, "decision file", remedy)
 
     @classmethod
     def from_json(cls, value: Any) -> DecisionFile:
@@ -126,15 +112,7 @@ class DecisionFile(Tabular):
         Raises:
             ArgumentError: If it is of another format, or malformed.
         """
-        if not isinstance(value, dict) or value.get("decisions") != FORMAT:
-            found = value.get("decisions") if isinstance(value, dict) else None
-            raise ArgumentError(f"its format is {found!r:.100}, and this version of kernels-core reads {FORMAT}")
-        try:
-            return cls(tuple(map(read_model, value["models"])))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, ArgumentError):
-                raise
-            raise ArgumentError(f"it is malformed: {type(error).__name__}: {error}") from error
+        return of_format(value, "decisions", FORMAT, lambda found: cls(tuple(map(read_model, found["models"]))))
 
     def to_json(self) -> str:
         """Return the content of a file: equal decisions give equal bytes.

@@ -1,19 +1,27 @@
-"""Files that are replaced whole or not at all; for plugins, too."""
+"""Files that are replaced whole or not at all, and JSON that may be of another kind; for plugins, too."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
-from ..errors import require_type
+from ..errors import ArgumentError, require_type
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+
+_LARGEST = 64 << 20
+"""Bytes of a file: what is kept takes a few hundred for each layer or cell."""
 
 
 @contextlib.contextmanager
@@ -79,3 +87,65 @@ def write_file(path: Path, text: str) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)  # there only if the writing failed
+
+
+def read_json(path: str | os.PathLike[str], parse: Callable[[Any], T], what: str, remedy: str) -> T:
+    """Return what a function makes of the JSON in a file.
+
+    Args:
+        path: The file.
+        parse: Makes a value of parsed JSON, or raises `ArgumentError`.
+        what: What the file should be.
+        remedy: What makes such a file.
+
+    Raises:
+        ArgumentError: If the file cannot be read, or is no such file; names the problem.
+
+    Example:
+        >>> read_json("missing.json", dict, "price list", "The shop makes one")
+        Traceback (most recent call last):
+        ...
+        kernels_core.ArgumentError: '...missing.json' is no price list: No such file or directory. The shop makes one.
+    """
+    require_type(path, (str, os.PathLike), f"The path of a {what}")
+    require_type(what, str, "what")
+    require_type(remedy, str, "remedy")
+    try:
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:  # a pipe would be read for ever
+            raise ValueError(f"it is no regular file of at most {_LARGEST >> 20} MiB")
+        return parse(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(getattr(error, "strerror", None) or error).rstrip(".")
+        raise ArgumentError(  # absolute: a relative path is read from the working directory, which may be another
+            f"{os.path.abspath(os.fspath(path)).encode(errors='replace').decode()!r} is no {what}: {problem}. {remedy}."
+        ) from error
+
+
+def of_format(value: Any, key: str, version: int, make: Callable[[dict[str, Any]], T]) -> T:
+    """Return what a function makes of parsed JSON that states its format.
+
+    Args:
+        value: The JSON.
+        key: Where it states its format.
+        version: The format that is read.
+        make: Makes a value of it; where that fails, the JSON is malformed.
+
+    Raises:
+        ArgumentError: If it is of another format, or malformed.
+
+    Example:
+        >>> of_format({"prices": 1, "milk": 2}, "prices", 1, lambda value: value["milk"])
+        2
+    """
+    require_type(key, str, "key")
+    require_type(version, int, "version")
+    if not isinstance(value, dict) or value.get(key) != version:
+        found = value.get(key) if isinstance(value, dict) else None
+        raise ArgumentError(f"its format is {found!r:.100}, and this version of kernels-core reads {version}")
+    try:
+        return make(value)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError(f"it is malformed: {type(error).__name__}: {error}") from error

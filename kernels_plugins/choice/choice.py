@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernels_core import ArgumentError, Page, Table, Tabular, as_json, require_type, set_module
+from kernels_core import ArgumentError, Page, Table, Tabular, as_json, of_format, read_json, require_type, set_module
 
 from ..files import alone_in, write_file
 from .cell import REFERENCE, ChoiceCell
@@ -19,8 +17,6 @@ from .machine import MeasuredOn, libraries, machine_of
 from .page import choice_page, choice_table
 
 FORMAT = 1
-_LARGEST = 64 << 20
-"""Bytes of a file: a cell takes about one thousand."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +95,8 @@ class Choice(Tabular):
         Raises:
             ArgumentError: If it cannot be read, or is no such file; names the problem.
         """
-        require_type(path, (str, os.PathLike), "The path of a choice")
-        try:
-            found = Path(path).stat()
-            if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:  # a pipe would be read for ever
-                raise ValueError(f"it is no regular file of at most {_LARGEST >> 20} MiB")
-            return cls.read(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError) as error:
-            problem = getattr(error, "strerror", None) or error
-            raise ArgumentError(  # absolute: a relative path is read from the working directory, which may be another
-                f"{os.path.abspath(path)!r} is no file of a choice: {problem}. kernels-core choose, or "
-                "choosing(save=...), makes one; it never overwrites another kind of file."
-            ) from error
+        remedy = "kernels-core choose, or choosing(save=...), makes one; it never overwrites another kind of file"
+        return read_json(path, cls.read, "file of a choice", remedy)
 
     @classmethod
     def read(cls, value: Any) -> Choice:
@@ -122,15 +108,7 @@ class Choice(Tabular):
         Raises:
             ArgumentError: If that is no choice.
         """
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            found = value.get("format") if isinstance(value, dict) else None
-            raise ArgumentError(f"its format is {found!r}, and this version of kernels-core reads {FORMAT}")
-        try:
-            return cls(tuple(map(MeasuredOn.read, value["machines"])))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, ArgumentError):
-                raise
-            raise ArgumentError(f"it is malformed: {type(error).__name__}: {error}") from error
+        return of_format(value, "format", FORMAT, lambda found: cls(tuple(map(MeasuredOn.read, found["machines"]))))
 
     def to_json(self) -> str:
         """Return the content of a file, as JSON.

@@ -161,6 +161,8 @@ VALID: dict[str, dict[str, Any]] = {
     "use_kernel_forward_from_hub": {"layer_name": "Shift", "condition": None, "use_fallback": True},
     "use_kernelized_func": {"functions": shift, "computes": None},
     "visible": {"text": "text", "limit": 5},
+    "of_format": {"value": {"one": 1}, "key": "one", "version": 1, "make": dict},
+    "read_json": {"path": Path("gone.json"), "parse": dict, "what": "list", "remedy": "Write one"},
     "write_file": {"path": Path("file.txt"), "text": "text"},
     "warn_once": {"message": "wrong arguments", "key": "wrong arguments", "stacklevel": 1, "logger": None},
     "PluginManager": {"discover": False},
