@@ -254,6 +254,17 @@ found["lossy"] = under(lossy)
 found["kernelized"] = under(make(), lambda model: kernelize(model, **CPU))
 found["in place"] = under(make(in_place=True))
 found["backward"] = under(reference_backward(Unlike))
+@use_kernel_forward_from_hub("Must", use_fallback=False)
+class Must(nn.Module):
+    def forward(self, x): return x + 1
+class Next(nn.Module):
+    def forward(self, x): return 1 + x
+release()
+failing, must = False, nn.Sequential(Must())
+with use_kernel_mapping({"Must": {"cpu": [make(), Next]}}):
+    agree(must, **CPU)
+    failing = True
+    found["must"] = trained(must), waiting(), receipt(must, **CPU).rows[0].origin
 CPU["mode"] |= Mode.TORCH_COMPILE
 found["operator"] = under(opaque(Unlike), lambda model: torch.compile(model, backend="eager"))
 report(**found)
@@ -267,6 +278,10 @@ def test_gradients_that_one_rank_loses(tmp_path: Path) -> None:
     """
     zero, one = run_ranks(tmp_path, MODEL + GRADIENTS)
     right, waits = [[2.0, 2.0]] * 3, {"lossy": [True, False], "kernelized": [True, False], "in place": [False]}
+    # Where the reference must not serve, the next candidate does, at once.
+    (gradients, *no_entry, first), (on_one, *at_once, following) = zero.pop("must"), one.pop("must")
+    assert gradients == on_one == [1.0, 1.0] and (no_entry, at_once) == ([[]], [[False]])
+    assert first.endswith(".Loses") and following.endswith(".Next")
     assert zero.keys() == one.keys()
     for name in zero:
         for rank in (zero, one):
