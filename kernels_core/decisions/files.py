@@ -90,7 +90,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def read_json(path: str | os.PathLike[str], parse: Callable[[Any], T], what: str, remedy: str) -> T:
-    """Return what a function makes of the JSON in a file.
+    """Read a file of JSON, and let a function parse that.
 
     Args:
         path: The file.
@@ -123,7 +123,7 @@ def read_json(path: str | os.PathLike[str], parse: Callable[[Any], T], what: str
 
 
 def of_format(value: Any, key: str, version: int, make: Callable[[dict[str, Any]], T]) -> T:
-    """Return what a function makes of parsed JSON that states its format.
+    """Check the format that parsed JSON states, and make a value of it.
 
     Args:
         value: The JSON.

@@ -43,7 +43,7 @@ _CALLS_WITHOUT_NEWS = 100
 
 @dataclass
 class _Kept:
-    """What is known of the gradients of a kernel.
+    """The gradients that a kernel keeps, and those that it loses.
 
     Attributes:
         kept: The arguments and parameters whose gradients it keeps.
