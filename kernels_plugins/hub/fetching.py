@@ -244,14 +244,14 @@ def _suggestion(resolved: ResolvedKernel) -> str:
 
 
 def _client(request: KernelRequest) -> Any:
-    from .client.board import find_board, leader_patience
+    from .client.board import find_board, hub_is_silent, leader_patience
     from .client.download import Client, describe_agent
 
     client = Client(describe_agent(cast("str | None", request.user_agent)), request.local_files_only)
     if find_board() is None:
         return client
     # A pin may take two requests: the other ranks wait for both.
-    return replace(client, persistent=True, patience=min(client.patience, leader_patience() / 3))
+    return replace(client, persistent=not hub_is_silent(), patience=min(client.patience, leader_patience() / 3))
 
 
 def _install(request: KernelRequest, path: tuple[str, ...], memo: dict[KernelRequest, FetchedBuild]) -> FetchedBuild:

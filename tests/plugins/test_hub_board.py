@@ -16,9 +16,11 @@ import pytest
 import torch.distributed as dist
 
 from kernels_core import ArgumentError, IntegrityError, LoadError
+from kernels_plugins.hub import fetching
 from kernels_plugins.hub.client import board, revision
 from kernels_plugins.hub.client.board import Board, FolderBoard, GroupBoard, ask_once, find_board
 from kernels_plugins.hub.errors import RevisionError, UnreachableError
+from kernels_plugins.hub.request import KernelRequest
 
 RANKS = 8
 
@@ -27,6 +29,7 @@ RANKS = 8
 def shared(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
     """Give all threads of a test one board: each thread is a rank."""
     monkeypatch.setenv("KERNELS_LEADER_TIMEOUT", "60")
+    monkeypatch.setattr(board, "_silent", False)
     one: Board
     if request.param == "folder":
         one = FolderBoard(tmp_path / "board")
@@ -77,6 +80,29 @@ def test_a_failure_is_that_of_all_and_the_next_attempt_is_a_new_round(shared: Bo
         "the Hub is in trouble (503)"
     }
     assert ranks(lambda rank: ask_once("which commit", send)) == [1] * RANKS
+
+
+def test_a_hub_that_is_silent_is_told_and_not_asked_for_as_long_again(
+    shared: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that waits long logs for what; once a question was given up, others are repeated less."""
+    monkeypatch.setattr(board, "_QUIET", 0.01)
+    told = threading.Event()
+    monkeypatch.setattr(board.logger, "warning", lambda *text: told.set() if "which commit" in text[1] else None)
+
+    def repeats() -> bool:
+        return bool(fetching._client(KernelRequest("acme/norm", version=1)).persistent)
+
+    def never() -> None:
+        assert told.wait()
+        raise UnreachableError("the Hub cannot be reached")
+
+    assert repeats()
+    with pytest.raises(UnreachableError):
+        ask_once("which commit", never)
+    assert not repeats()
+    assert ask_once("another question", lambda: 1) == 1
+    assert repeats()
 
 
 def test_errors_of_the_rank_itself_are_its_own(shared: Board) -> None:

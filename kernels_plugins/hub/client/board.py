@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +37,13 @@ from .download import hub_address
 SWITCH, FOLDER, TIMEOUT = "KERNELS_LEADER", "KERNELS_LEADER_DIR", "KERNELS_LEADER_TIMEOUT"
 _PATIENCE = 180.0
 """Seconds that a rank waits for the one that leads, unless `KERNELS_LEADER_TIMEOUT` names another number."""
+
+_QUIET = 10.0
+"""Seconds after which a rank tells what it waits for."""
+
+logger = logging.getLogger("kernels_plugins.hub")
+
+_silent = False
 
 SHARED_ERRORS = {kind.__name__: kind for kind in (RepositoryError, RevisionError, UnreachableError)}
 """Answers of the Hub that are no: others need not ask. All other errors are the asker's own, such as a full disk."""
@@ -181,6 +190,14 @@ def leader_patience() -> float:
     return seconds
 
 
+def hub_is_silent() -> bool:
+    """Whether this job last gave a question up: others are not repeated for as long, until the Hub has answered one.
+
+    Ten kernels would take ten times the patience of one otherwise, on a cluster that cannot reach the Hub.
+    """
+    return _silent
+
+
 def ask_once(question: str, send: Callable[[], Any]) -> Any:
     """Return the answer to a question, which one rank of the job asks for all; without a board, ask.
 
@@ -194,9 +211,26 @@ def ask_once(question: str, send: Callable[[], Any]) -> Any:
     Raises:
         UnreachableError: The Hub did not answer, or the board fails, or the rank that leads does not answer in time.
     """
+    global _silent
     board = find_board()
     if board is None:
         return send()
+    text = "There is no answer yet to: %s. One rank asks the Hub, again and again, and the others wait."
+    telling = threading.Timer(_QUIET, logger.warning, [text, question])
+    telling.daemon = True
+    telling.start()
+    try:
+        answer = _answer(board, question, send)
+    except UnreachableError:
+        _silent = True
+        raise
+    finally:
+        telling.cancel()
+    _silent = False
+    return answer
+
+
+def _answer(board: Board, question: str, send: Callable[[], Any]) -> Any:
     key, late = hashlib.sha256(f"{hub_address()} {question}".encode()).hexdigest()[:32], 0
     for turn in count():
         if (text := board.read(key)) is not None:
