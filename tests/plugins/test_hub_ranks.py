@@ -95,7 +95,8 @@ def test_processes_of_one_cache(local_hub: LocalHub, publish: Callable[..., str]
         headers={"Retry-After": "300"},
         times=None,
     )
-    local_hub.fail(lambda request: "down" in request.path, status=503, headers={"Retry-After": "0"}, times=None)
+    trouble: dict[str, Any] = {"status": 503, "headers": {"Retry-After": "0"}, "delay": 1.0}  # so that all come to wait
+    local_hub.fail(lambda request: "down" in request.path, **trouble, times=None)
     found = run(
         """
         phases = {"one": 1, "warm": 1, "cold": 16, "limited": 64, "down": 16}
