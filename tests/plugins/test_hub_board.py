@@ -85,7 +85,7 @@ def test_a_failure_is_that_of_all_and_the_next_attempt_is_a_new_round(shared: Bo
 def test_a_hub_that_is_silent_is_told_and_not_asked_for_as_long_again(
     shared: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank that waits long logs for what; once a question was given up, others are repeated less."""
+    """A rank that waits long logs the question; once one was given up, the client repeats others less."""
     monkeypatch.setattr(board, "_QUIET", 0.01)
     told = threading.Event()
     monkeypatch.setattr(board.logger, "warning", lambda *text: told.set() if "which commit" in text[1] else None)
