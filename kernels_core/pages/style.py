@@ -26,10 +26,11 @@ body.kc{margin:0}
 div.kc>.kc-main{padding:1rem}
 .kc h1{font-size:1.6rem;line-height:1.25;margin:0 0 .25rem}
 .kc h2{font-size:1.15rem;margin:2rem 0 .6rem}
-.kc h3{font-size:1rem;margin:.8rem 0 .2rem}
+.kc h3{font-size:.95rem;margin:1rem 0 .2rem}
 .kc p{margin:.3rem 0;max-width:80ch}
 .kc small,.kc .kc-note,.kc dt,.kc th{color:var(--kc-dim);font-weight:400;font-size:.87rem}
-.kc code,.kc ul,.kc h3{font-size:.87rem;font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+.kc code,.kc ul,.kc section[class]>h3{font-size:.87rem;\
+font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .kc-green{--kc-mark:var(--kc-green)}.kc-yellow{--kc-mark:var(--kc-yellow)}.kc-red{--kc-mark:var(--kc-red)}
 .kc-blue{--kc-mark:var(--kc-blue)}.kc-dim{--kc-mark:var(--kc-dim)}
 :where(.kc) :is(details,section,.kc-bars>div):where(:not([class])){--kc-mark:initial}

@@ -17,6 +17,9 @@ CONTEXTS: tuple[Context, ...] = ("eager", "captured", "compiled")
 REFERENCE = "reference"
 """The name of the layer's own forward among the candidates."""
 
+ALIAS = ", by another name"
+"""The end of the reason of a candidate that is another one, which takes part."""
+
 MARGIN = 0.02
 """The share of the time of the reference by which a kernel has to win: less is noise, and the reference is right."""
 

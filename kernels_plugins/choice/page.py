@@ -10,7 +10,7 @@ from textwrap import fill, wrap
 
 from kernels_core import Page, Section, Table, TableRow
 
-from .cell import REFERENCE, ChoiceCell
+from .cell import ALIAS, REFERENCE, ChoiceCell
 from .machine import MeasuredOn
 
 _MODES = {"inference": "Inference", "training": "Training, forward and backward"}
@@ -46,7 +46,7 @@ def choice_table(machines: Sequence[MeasuredOn], summary: str) -> Table:
         widths.setdefault(cell.layer, set()).add(cell.width)
         place = (cell.layer, cell.winner, cell.mode, cell.context, cell.dtype, str(cell.width), model)
         groups.setdefault(place, []).append(cell)
-        for name, reason in cell.lost.items():
+        for name, reason in _untimed(cell):
             untimed.setdefault(reason, {})[f"{short_name(name)} of {cell.layer}"] = None
     rows = []
     for (layer, winner, mode, context, dtype, width, model), group in groups.items():
@@ -102,23 +102,28 @@ def _cards(cells: Sequence[ChoiceCell]) -> Iterator[TableRow]:
     if won:
         gain = statistics.geometric_mean(1 / cell.ratio(cell.winner) for cell in won)
         yield TableRow((f"{gain:.2f}x", "as fast as the reference, there"), "green", ["geometric mean"])
-    for fixed in sorted({name for cell in cells for name in cell.times} - {REFERENCE}, key=short_name):
-        times = [cell for cell in cells if fixed in cell.times]
-        slower = sum(cell.ratio(fixed) > 1 for cell in times)
-        yield TableRow((f"{slower} of {len(times)}", f"slower with {short_name(fixed)}"), "yellow" if slower else "")
+    fixed: dict[str, list[float]] = {}  # a pack has a name for each layer, and one card
+    for cell in cells:
+        for name in cell.times.keys() - {REFERENCE}:
+            fixed.setdefault(short_name(name), []).append(cell.ratio(name))
+    for name, ratios in sorted(fixed.items()):
+        slower = sum(ratio > 1 for ratio in ratios)
+        yield TableRow((f"{slower} of {len(ratios)}", f"slower with {name}"), "yellow" if slower else "")
 
 
 def _machine(one: MeasuredOn) -> Iterator[object]:
     by_layer = sorted(one.cells, key=lambda cell: (cell.layer, cell.mode, cell.context, cell.dtype, cell.width))
-    for layer, of_layer in groupby(by_layer, key=lambda cell: cell.layer):
+    for layer, group in groupby(by_layer, key=lambda cell: cell.layer):
+        of_layer = list(group)
         parts: list[object] = []
         kinds = groupby(of_layer, key=lambda cell: (cell.mode, cell.context, cell.dtype, cell.width))
-        for (mode, context, dtype, width), group in kinds:
-            cells = sorted(group, key=lambda cell: cell.bucket)
+        for (mode, context, dtype, width), of_kind in kinds:
+            cells = sorted(of_kind, key=lambda cell: cell.bucket)
             title = f"{_MODES[mode]}, {_CONTEXTS[context]}: {dtype}, {width} wide"
-            parts.append(Section(title, [_table(cells), *_lost(cells)]))
-        yield Section(layer, parts, folded=False)
-    yield Section("Measured on", [{**one.machine, **one.libraries}])
+            parts.append(Section(title, [_table(cells)]))
+        yield Section(layer, [*parts, *_lost(of_layer)], folded=False)
+    facts = {**one.machine, **one.libraries}
+    yield Section("Measured on", [{name: value for name, value in facts.items() if value}])
 
 
 def _table(cells: Sequence[ChoiceCell]) -> Table:
@@ -127,16 +132,19 @@ def _table(cells: Sequence[ChoiceCell]) -> Table:
     for cell in cells:
         ratios = [f"{cell.ratio(name):.2f}" if name in cell.times else "" for name in names]
         time = f"{cell.times[REFERENCE] * 1e6:,.1f} us"
-        rows.append(TableRow((cell.rows, time, *ratios, short_name(cell.winner)), "green" * (cell.winner != REFERENCE)))
-    return Table(
-        ("rows", "reference", *map(short_name, names), "serves"), rows, right=["reference", *map(short_name, names)]
-    )
+        rows.append(TableRow((cell.rows, short_name(cell.winner), time, *ratios), "green" * (cell.winner != REFERENCE)))
+    columns = ("rows", "serves", "reference", *map(short_name, names))
+    return Table(columns, rows, right={*columns} - {"serves"})
 
 
 def _lost(cells: Sequence[ChoiceCell]) -> Iterator[object]:
-    reasons = {name: reason for cell in cells for name, reason in cell.lost.items()}
+    reasons = {name: reason for cell in cells for name, reason in _untimed(cell)}
     if reasons:
         yield Section("Not timed", [f"{short_name(name)}: {reason}" for name, reason in reasons.items()], folded=True)
+
+
+def _untimed(cell: ChoiceCell) -> Iterator[tuple[str, str]]:
+    return ((name, reason) for name, reason in cell.lost.items() if not reason.endswith(ALIAS))
 
 
 def short_name(name: str) -> str:

@@ -21,7 +21,7 @@ from ..oracle.inputs import Recorded, with_gradients
 from ..oracle.probe_cache import digest_of
 from ..oracle.subject import stop_if_broken, tried
 from ..packs.source import as_pack
-from .cell import REFERENCE, ChoiceCell, Context, Key
+from .cell import ALIAS, REFERENCE, ChoiceCell, Context, Key
 from .ranking import PLUGIN, name_of
 from .timing import Run, Timing, time_runs
 
@@ -95,7 +95,7 @@ class _Race:
             return
         for known, forward in self.forwards.items():
             if found.implementation is forward:  # of a pack, that is offered, too
-                self.lost[name] = f"it is {known}, by another name"
+                self.lost[name] = f"it is {known}{ALIAS}"
                 return
         try:
             with self.subject.autocasting():

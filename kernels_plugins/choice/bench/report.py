@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 _COLUMNS = ("rows", "candidate", "us", "of ref.", "GB/s", "of copy", "verified")
+_LONGEST = 4.0
+"""The length of the longest bar, as a multiple of that of the reference: beside one of 200, all others are nothing."""
+
 _NUMBERS = ("rows", "us", "of ref.", "GB/s", "of copy")
 LEGEND = (
     "us is the time of a call; of ref. is that as a multiple of the time of the reference, the layer's own forward.\n"
@@ -158,7 +161,8 @@ class BenchReport:
             Section(table.title, [Bars(list(self._bars(table.title)), line=1), _untitled(table)])
             for table in self._tables()
         ]
-        machine = [Section("Measured on", [dict(self.machine)])] if self.machine else []
+        facts = {name: value for name, value in self.machine.items() if value}
+        machine = [Section("Measured on", [facts])] if facts else []
         return Page("Benchmark of layers", [*parts, *machine], f"{self.summary}\n{LEGEND}")
 
     def to_html(self) -> str:
@@ -237,9 +241,10 @@ class BenchReport:
         rows = self._groups()[title]
         names = _names(rows)
         for row in rows:
-            if row.seconds is not None:
+            if row.seconds is not None and row.ratio is not None:
                 label = f"{row.rows} row{'s' * (row.rows != 1)}: {names[row.candidate]}"
-                yield TableRow((label, row.ratio, f"{_number(row.seconds * 1e6)} us ({row.ratio:.2f})"), _style(row))
+                length = min(row.ratio, _LONGEST)
+                yield TableRow((label, length, f"{_number(row.seconds * 1e6)} us ({row.ratio:.2f})"), _style(row))
 
 
 def _names(rows: Sequence[BenchRow]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from kernels_core.replay import Call, leaves
 from ...adoption.adopted import adopt
 from ...oracle.inputs import Recorded, resized, with_gradients
 from ...oracle.subject import stop_if_broken
-from ..cell import REFERENCE, Context, key_of
+from ..cell import ALIAS, REFERENCE, Context, key_of
 from ..choosing import Batch, check_options, record_calls
 from ..machine import libraries, machine_of
 from ..race import MODES, ModeName, RacedCall, race
@@ -184,7 +184,9 @@ def measure(
     for cell in race(subject, contexts, budget=seconds, begin=functools.partial(begin, subject), beside=beside):
         one = replace(blank, context=cell.context, bytes=size, copy=cell.times.get(_COPY))
         found += [replace(one, candidate=name, seconds=cell.times[name], ratio=cell.ratio(name)) for name in cell.order]
-        found += [replace(one, candidate=name, reason=reason) for name, reason in cell.lost.items()]
+        found += [
+            replace(one, candidate=name, reason=why) for name, why in cell.lost.items() if not why.endswith(ALIAS)
+        ]
     timed = {row.context for row in found}
     why = {"compiled": "no other candidate can be compiled in a program, or it fails there"}
     missing = [one for one in blanks if one.context not in timed]
