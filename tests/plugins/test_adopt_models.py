@@ -424,6 +424,55 @@ def test_training_steps_are_equal(llama: Any) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+MEMORY = """
+import re
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from kernels_plugins import adopt, choosing
+
+def made(width, inner, layers):
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 100}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8)).eval()
+
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+def peak(act):
+    Path("/proc/self/clear_refs").write_text("5")  # the highest memory is that of now
+    before = status("VmRSS")
+    act()
+    return status("VmHWM") - before
+
+def choose(model, training):
+    with choosing(contexts=["eager"], seconds=0.01), torch.set_grad_enabled(training):
+        model(torch.arange(16)[None], use_cache=False)
+
+def size(module):
+    return sum(4 * each.numel() for each in module.parameters())
+
+small = made(64, 128, 2)
+adopt(small)  # modules are imported now
+choose(small, False), choose(small, True)
+model = made(512, 2048, 24)
+acts = [lambda: adopt(model), lambda: choose(model, False), lambda: choose(model, True)]
+print(size(model), size(model.model.layers[0].mlp), *map(peak, acts))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell its peak memory")
+def test_the_memory_of_adopting_and_choosing(tmp_path: Path) -> None:
+    """Adopting copies no weights; choosing holds copies of one module at a time, never of the weights of a model."""
+    environment = {**os.environ, "KERNELS_PLUGINS": "-inductor,-liger,-triton"}
+    done = run_python("-c", MEMORY, environment=environment, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights, largest, adopting, inferring, training = map(int, done.stdout.split())
+    assert weights > 30 * largest
+    assert adopting < largest
+    assert max(inferring, training) < 8 * largest  # those of several candidates, and gradients
+
+
 SHARDED = """
 import copy, os, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
