@@ -27,7 +27,7 @@ _VARIABLES = {
 }
 """The variable that wins over a setting."""
 
-_FILES = ("choice", "decisions")
+_FILES = ("choice", "decisions", "trusted-root")
 """Settings that name a file."""
 
 _MORE = ("DISABLE_KERNEL_MAPPING", "LOCAL_KERNELS")
