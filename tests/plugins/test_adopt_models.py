@@ -424,6 +424,45 @@ def test_training_steps_are_equal(llama: Any) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+BESIDE = """
+import collections, sys, torch
+if sys.argv[1] == "absent":
+    sys.modules["kernels"] = None  # an import of it fails
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.import_utils import is_kernels_available
+from kernels_plugins import adopt
+
+torch.manual_seed(0)
+sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+model, ids = LlamaForCausalLM(LlamaConfig(**sizes)).eval(), torch.arange(9)[None]
+wanted = model(ids).logits
+layers = collections.Counter(layer.layer_name for layer in adopt(model).layers)
+torch.testing.assert_close(model(ids).logits, wanted)
+print(is_kernels_available(), *sorted(layers.items()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["as it is", "absent", "too old"])
+def test_hugging_face_kernels(tmp_path: Path, state: str) -> None:
+    """A model is adopted alike, whether transformers decorates its layers with marks of `kernels` or cannot."""
+    environment = dict(os.environ)
+    if state == "too old":
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('too old')")
+        (tmp_path / "kernels-0.0.9.dist-info").mkdir()
+        (tmp_path / "kernels-0.0.9.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.0.9\n")
+        environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [environment.get("PYTHONPATH")])])
+    script = tmp_path / "script.py"
+    script.write_text(BESIDE)
+    done = run_python(str(script), state, environment=environment, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    available, _, layers = done.stdout.strip().partition(" ")
+    counts = made("Llama")[3]
+    assert layers == " ".join(map(str, sorted(counts.items())))
+    assert available == "False" or state == "as it is"
+
+
 MEMORY = """
 import re
 from pathlib import Path
