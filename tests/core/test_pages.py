@@ -123,14 +123,7 @@ def test_a_browser_shows_pages(tmp_path: Path) -> None:
     with browser(tmp_path) as tab:
         for shown, width in ((second, 1280), (second, 400), (file, 1280), (file, 400)):
             for scheme in ("light", "dark"):
-                tab.show(shown.as_uri(), width, scheme=scheme)
-                methods = {event.get("method") for event in tab.events}
-                assert not methods & {"Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"}
-                asked = [
-                    e["params"]["request"]["url"] for e in tab.events if e.get("method") == "Network.requestWillBeSent"
-                ]
-                assert [url for url in asked if not url.startswith("data:")] == [shown.as_uri()]
-                assert tab.value("document.documentElement.scrollWidth") <= width
+                assert not tab.faults(shown.as_uri(), width, scheme=scheme)
                 backs.add(tab.value("getComputedStyle(document.body).backgroundColor"))
         assert len(backs) == 2
         assert tab.value("document.querySelector('summary').focus(); document.activeElement.tagName") == "SUMMARY"

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from browser import CHROMIUM, browser
 from torch import nn
 from typer.testing import CliRunner
 
@@ -30,11 +31,13 @@ from kernels_core import (
     use_kernel_forward_from_hub,
 )
 from kernels_core.cli import command_line
-from kernels_plugins import BenchReport, BenchRow, bench, use_kernel_mapping
+from kernels_plugins import BenchReport, BenchRow, Choice, ChoiceCell, MeasuredOn, bench, use_kernel_mapping
 from kernels_plugins.adoption import plugin as adoption
 from kernels_plugins.choice import plugin
 from kernels_plugins.choice.bench.sweep import sized
+from kernels_plugins.choice.cell import CONTEXTS
 from kernels_plugins.choice.choosing import record_calls
+from kernels_plugins.choice.machine import machine_of
 
 WIDTH = 8
 
@@ -236,6 +239,28 @@ def test_pictures_and_the_page() -> None:
     page = REPORT.to_html()
     assert page.startswith("<!doctype html>") and "<script>" not in page and "H100 &lt;i&gt;" in page
     assert page == REPORT.as_page().to_html() and "kc-bars" in REPORT._repr_html_()
+    slow = replace(ROW, candidate="acme.Slow", seconds=8e-4, ratio=200.0)  # beside its bar, others would be nothing
+    widths = re.findall(r"width:([\d.]+)%", BenchReport((*REPORT.rows, slow)).to_html())
+    assert set(widths) == {"100", "50", "25", "12.5"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium")
+def test_a_browser_shows_benchmarks_and_choices(tmp_path: Path) -> None:
+    """Both pages load without errors and requests, and nothing is cut on a phone, also beside long names."""
+    times = {"reference": 3e-6, "pack:torch:Norm": 2e-6, f"acme.{'Long' * 20}": 1e-6}
+    cells = [
+        ChoiceCell("Norm", "cpu", context, mode, "float32", 64, bucket, times, {"acme.Wrong": "it is wrong\n  <b>"})
+        for context in CONTEXTS
+        for mode in ("inference", "training")
+        for bucket in (1, 13)
+    ]
+    choice = Choice((MeasuredOn(machine_of(torch.device("cpu")), tuple(cells)),))
+    with browser(tmp_path) as tab:
+        for name, text in (("bench", REPORT.to_html()), ("choice", choice.to_html())):
+            file = tmp_path / f"{name}.html"
+            file.write_text(text, encoding="utf-8")
+            assert [tab.faults(file.as_uri(), width) for width in (1280, 400)] == [[], []], name
+    assert choice.to_html().count("slower with torch") == 1  # in all layers, modes and contexts
 
 
 def test_a_plot_is_drawn_or_the_error_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,16 @@ class Browser:
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._read())
 
+    def faults(self, url: str, width: int = 1280, *, scheme: str = "light") -> list[str]:
+        """Load a page, and return its errors, what it asks of others, and whether it is wider than the screen."""
+        self.show(url, width, scheme=scheme)
+        bad = {"Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"}
+        found = [str(event) for event in self.events if event.get("method") in bad]
+        asked = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        found += [other for other in asked if other != url and not other.startswith("data:")]
+        wide = self.value("document.documentElement.scrollWidth")
+        return [*found, f"it is {wide} pixels wide"] if wide > width else found
+
     def value(self, expression: str) -> Any:
         """Return the value of a JavaScript expression."""
         return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
