@@ -375,7 +375,7 @@ def test_peft_before_and_after(llama: Any) -> None:
 
 
 def test_save_pretrained(llama: Any, tmp_path: Path) -> None:
-    """What an adopted model saves is what the untouched one saves."""
+    """An adopted model saves the same files as the untouched one."""
     llama.save_pretrained(tmp_path / "plain")
     adopt(llama)
     llama.save_pretrained(tmp_path / "adopted")

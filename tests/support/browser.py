@@ -19,7 +19,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Browser:
-    """One tab; `events` are the messages that nobody asked for, such as errors and requests."""
+    """One tab; `events` are messages of the browser that answer no command, such as errors and requests."""
 
     def __init__(self, to: int, back: int) -> None:
         self._to, self._back, self._left, self._number, self._session = to, back, b"", 0, ""
@@ -62,7 +62,7 @@ class Browser:
             self.events.append(self._read())
 
     def faults(self, url: str, width: int = 1280, *, scheme: str = "light") -> list[str]:
-        """Load a page, and return its errors, what it asks of others, and whether it is wider than the screen."""
+        """Load a page, and return its errors, its requests to others, and its width where the screen is narrower."""
         self.show(url, width, scheme=scheme)
         bad = {"Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"}
         found = [str(event) for event in self.events if event.get("method") in bad]
