@@ -1,33 +1,30 @@
 """Outliers: the calls of one kernel whose inputs are unlike those of its earlier calls.
 
 Dtypes, shapes and strides are known on the host. Magnitudes are not, and waiting for them would stop a device that
-runs behind its host. So they are computed on the device, beside the call, and read at the next call, when they have
-long arrived. For a magnitude that is new, that is too late: the call is over. From then on, each call waits for its
-own magnitudes, until the new one has come again and was compared. So an outlier is compared at its second occurrence at
-the latest, and which calls are compared depends on their inputs only, on no race: ranks with the same inputs agree.
+runs behind its host. So they are computed on the device, beside the call, and looked at in later calls, once they are
+there. For a magnitude that is new, that is too late: the call is over. From then on, each call waits for its own
+magnitudes, until the new one has come again and was compared.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from .reader import READ, TENSORS, Place, Reader, part_of
+
 _FORMS = 64
 """Forms (dtypes, shapes, strides) that a kernel has until only classes of forms are told apart: with lengths that
 differ in each call, each call would be an outlier."""
 
-_READ = 2**24
-"""Numbers of a tensor that are read in each call: rows at a distance of a larger one, other rows each time."""
-
-_TENSORS = 16
-"""Tensors of a call whose magnitudes are read."""
-
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_REAL = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool))
+_REAL |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _PLAIN = (torch.Tensor, nn.Parameter)
 _WORDS = (bool, str, type(None))
 
@@ -51,9 +48,8 @@ class Outliers:
         self._exact = 0
         self._known: set[tuple[int, object]] = set()
         self._awaited: set[tuple[int, object]] = set()
-        # Lists, for `append` and `pop` are atomic: threads may call one kernel at the same time.
-        self._pending: list[tuple[_Cells, bool]] = []
-        self._free: list[_Cells] = []
+        # Its methods are atomic: threads may call one kernel at the same time.
+        self._pending: deque[tuple[list[Place], bool]] = deque()
         self._calls = 0
 
     def find(self, values: Iterable[Any], compared: bool = False) -> str:
@@ -70,30 +66,38 @@ class Outliers:
                 if type(value) not in _PLAIN or value.layout is not torch.strided:
                     return ""  # a comparison may start a collective, and other ranks have other numbers
                 form.append((value.dtype, value.shape, value.stride(), value.requires_grad))
-                if value.dtype.is_complex and value.numel():
+                if value.dtype in _REAL:
+                    if value.numel():
+                        tensors.append(value)
+                elif value.dtype.is_complex and value.numel():
                     tensors.append(torch.view_as_real(value.detach().resolve_conj()))
-                elif value.dtype in (*_FLOATING, *_WHOLE) and value.numel():
-                    tensors.append(value)
             else:
                 form.append(value if isinstance(value, _WORDS) else type(value))
         first = not self._forms
         why = "its inputs have other dtypes, shapes or strides than before" if self._is_new(form) and not first else ""
-        while self._pending:
-            try:
-                cells, was_compared = self._pending.pop()
-            except IndexError:  # another thread has taken it
-                break
-            sizes = cells.read()
-            self._free.append(cells)
-            if new := sizes.keys() - self._known:
-                (self._known if was_compared or not self._known else self._awaited).update(new)
-        sizes_why = self._find_sizes(tensors[:_TENSORS], compared or bool(why)) if tensors else ""
+        self._look()
+        sizes_why = self._find_sizes(tensors[:TENSORS], compared or bool(why)) if tensors else ""
         return why or sizes_why
 
+    def _look(self) -> None:
+        """Take the magnitudes of earlier calls that are there by now."""
+        while self._pending:
+            try:
+                places, was_compared = entry = self._pending.popleft()
+            except IndexError:  # another thread has taken it
+                return
+            sizes = _sizes_of(places, wait=False)
+            if sizes is None:
+                self._pending.appendleft(entry)
+                return
+            if new := sizes.keys() - self._known:
+                (self._known if was_compared or not self._known else self._awaited).update(new)
+
     def _is_new(self, form: list[object]) -> bool:
-        exact, coarse = tuple(form), tuple(map(_class_of, form))
+        exact = tuple(form)
         if exact in self._forms:
             return False
+        coarse = tuple(map(_class_of, form))
         new = coarse not in self._forms or self._exact < _FORMS
         self._forms.add(coarse)
         if self._exact < _FORMS:
@@ -105,17 +109,16 @@ class Outliers:
         """Look at the magnitudes now, on a CPU or where one is awaited; else start to compute them."""
         self._calls += 1
         device = tensors[0].device
-        parts = [part_of(tensor, self._calls, _READ) for tensor in tensors if tensor.device == device]
+        here = [tensor for tensor in tensors if tensor.device == device]
         if not _is_late(device):
-            sizes = _classes(_largest(part) for part in parts)
+            sizes = _classes(_largest(part_of(tensor, self._calls, READ)) for tensor in here)
         else:
-            cells = self._free.pop() if self._free else _Cells(device)
-            cells.start(parts)
+            # One that was seen in a part of a tensor is looked for in all of it.
+            places = _reader(device).start(here, self._calls, whole=bool(self._awaited))
             if not self._awaited:
-                self._pending.append((cells, compared))
+                self._pending.append((places, compared))
                 return ""
-            sizes = cells.read()
-            self._free.append(cells)
+            sizes = _sizes_of(places, wait=True) or {}
         new = sizes.keys() - self._known
         first = not self._known
         self._known |= new
@@ -127,54 +130,15 @@ class Outliers:
         return f"tensor {position + 1} of its inputs {holds}, unlike before"
 
 
-class _Cells:
-    """Magnitudes that a device computes, and their copy for the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._module = torch.get_device_module(device.type)
-        self._device = device
-        has_events = device.type != "cpu" and hasattr(self._module, "Event")  # none on MPS: reading waits there
-        self._event = self._module.Event() if has_events else None
-        with torch.inference_mode(False):
-            self._there = torch.zeros(_TENSORS, device=device)
-            self._here = torch.zeros(_TENSORS, pin_memory=True) if has_events else self._there
-        self._cells = self._there.unbind()
-        self._count = 0
-
-    def start(self, tensors: list[torch.Tensor]) -> None:
-        """Compute the magnitudes of tensors, without waiting."""
-        self._count = len(tensors)
-        with torch.no_grad():  # `out` is not for autograd, and autocast makes no copies with it
-            for tensor, cell in zip(tensors, self._cells, strict=False):
-                if tensor.dtype in _WHOLE:  # such as ids of tokens: none is large
-                    tensor = tensor.float()
-                if tensor.dtype is torch.float64:
-                    cell.copy_(torch.linalg.vector_norm(tensor, math.inf))
-                else:
-                    torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32, out=cell)
-            if self._event is not None:
-                self._here.copy_(self._there, non_blocking=True)
-                self._event.record(self._module.current_stream(self._device))
-
-    def read(self) -> Sizes:
-        """Return the magnitudes; waits until they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return _classes(self._here[: self._count].tolist())
+@functools.cache
+def _reader(device: torch.device) -> Reader:
+    """Return what reads the tensors of a device, for all kernels: one may get what another one got."""
+    return Reader(device)
 
 
 def _is_late(device: torch.device) -> bool:
     """Whether a device computes behind its host."""
     return device.type != "cpu"
-
-
-def part_of(tensor: torch.Tensor, number: int, limit: int) -> torch.Tensor:
-    """Return about `limit` numbers of a much larger tensor, without a copy: rows at a distance, others each time."""
-    if tensor.numel() <= 2 * limit or tensor.dim() < 2:
-        return tensor
-    longest = max(range(tensor.dim() - 1), key=lambda place: tensor.shape[place])  # kernels mostly work by row
-    step = min(tensor.shape[longest], tensor.numel() // limit)
-    return tensor[(slice(None),) * longest + (slice(number % step, None, step),)]
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -191,6 +155,17 @@ def _classes(sizes: Iterable[float]) -> Sizes:
         # As text, for the number 0 is also the class of 1.
         found[position, math.frexp(size)[1] // 2 if is_usual else str(size)] = size
     return found
+
+
+def _sizes_of(places: list[Place], *, wait: bool) -> Sizes | None:
+    """Return the classes of magnitudes; None while one of them is not there, unless this is to wait."""
+    found: list[float] = []
+    for magnitudes, index in places:
+        sizes = magnitudes.sizes(wait=wait)
+        if sizes is None:
+            return None
+        found.append(sizes[index])
+    return _classes(found)
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

@@ -22,7 +22,8 @@ from kernels_core.replay import Call, Outcome, is_observed, mapped, same_numbers
 from ..comparison import alike, compare
 from ..comparison.ranks import jointly, mesh_of, on_any, together
 from ..comparison.structure import own_part
-from .outliers import Outliers, part_of
+from .outliers import Outliers
+from .reader import part_of
 from .settings import Settings
 
 Forward = Callable[..., Any]

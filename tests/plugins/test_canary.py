@@ -24,8 +24,9 @@ from kernels_core import (
     use_kernel_forward_from_hub,
 )
 from kernels_plugins import canary, use_kernel_mapping
-from kernels_plugins.canary import outliers
+from kernels_plugins.canary import outliers, reader
 from kernels_plugins.canary import plugin as canary_plugin
+from kernels_plugins.canary.reader import Magnitudes, Reader, part_of
 from kernels_plugins.canary.settings import Settings, settings_of_environment
 from kernels_plugins.canary.watch import start_over
 
@@ -577,10 +578,68 @@ def test_lengths_that_always_change_are_compared_by_class() -> None:
 def test_a_large_tensor_is_looked_at_in_part() -> None:
     """Of a much larger tensor, other rows each time, without a copy; smaller ones are looked at in full."""
     x = torch.arange(64.0).view(2, 16, 2).transpose(0, 1)
-    parts = [outliers.part_of(x, number, 8) for number in range(8)]
+    parts = [part_of(x, number, 8) for number in range(8)]
     assert torch.cat([part.flatten() for part in parts]).sort().values.equal(torch.arange(64.0))
     assert all(part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for part in parts)
-    assert outliers.part_of(x, 3, 32) is x
+    assert part_of(x, 3, 32) is x
+
+
+def found(places: list[tuple[Magnitudes, int]]) -> list[float]:
+    """Return the magnitudes at these places, which must be there."""
+    return [(magnitudes.sizes() or [])[index] for magnitudes, index in places]
+
+
+def test_what_has_not_changed_is_not_read_again() -> None:
+    """Tensors that autograd has recorded are read once, for any kernel, until they change; others each time."""
+    reader = Reader(torch.device("cpu"))
+    weight = nn.Parameter(torch.ones(4))
+    x, plain = weight * 2, torch.ones(4)
+
+    def read() -> list[float]:
+        return found(reader.start([x, weight, plain], 1, whole=False))
+
+    ((first, _), *_) = reader.start([x, weight, plain], 1, whole=False)
+    ((again, _), (other, _), _) = reader.start([x, weight, plain], 2, whole=False)
+    assert again is first and other is not first
+    with torch.no_grad():
+        x.mul_(2)
+    weight.data.fill_(3)  # as fused optimizers do: no version counts it
+    plain.data.fill_(7)
+    assert read() == [4.0, 3.0, 7.0]
+    x = x * 2
+    assert read() == [8.0, 3.0, 7.0]
+
+
+def test_a_reading_outlives_its_memory() -> None:
+    """Magnitudes that nobody asked for stay known when their row of memory belongs to later calls."""
+    reader = Reader(torch.device("cpu"))
+    readings = [reader.start([torch.full((3,), float(number))], 1, whole=False) for number in range(600)]
+    assert [found(places) for places in readings] == [[float(number)] for number in range(600)]
+
+
+def test_a_kernel_that_cannot_read_is_replaced() -> None:
+    """Where Triton's kernel fails, operators of PyTorch read, and one warning says so."""
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("no compiler")
+
+    reader = Reader(torch.device("cpu"))
+    reader._kernel = fails
+    with pytest.warns(KernelsWarning, match="RuntimeError: no compiler"):
+        assert found(reader.start([torch.tensor([1.0, -5.0])], 1, whole=False)) == [5.0]
+    assert found(reader.start([torch.tensor([1.0, -6.0])], 1, whole=False)) == [6.0]
+
+
+def test_an_outlier_seen_in_a_part_is_looked_for_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large tensor, a part is read in each call; once it held a new magnitude, the next call reads all of it."""
+    monkeypatch.setattr(outliers, "_is_late", lambda device: True)
+    monkeypatch.setattr(reader, "READ", 64)
+    found, usual = outliers.Outliers(), torch.ones(64, 8)
+    assert not any([found.find((usual,)) for _ in range(9)])  # one row in eight of each
+    rare, other = usual.clone(), usual.clone()
+    rare[13, 5] = other[3, 2] = 1e4
+    assert not any([found.find((rare,)) for _ in range(4)])  # the last of them, the 13th call, reads that row
+    assert "reaches 1e+04" in found.find((other,))  # of whose rows the 14th call would not read the third
 
 
 def test_tensors_that_are_not_plain_are_no_outliers() -> None:
