@@ -611,7 +611,7 @@ def test_what_has_not_changed_is_not_read_again() -> None:
 
 
 def test_a_reading_outlives_its_memory() -> None:
-    """Magnitudes that nobody asked for stay known when their row of memory belongs to later calls."""
+    """Magnitudes that were never read stay known when their row of memory belongs to later calls."""
     reader = Reader(torch.device("cpu"))
     readings = [reader.start([torch.full((3,), float(number))], 1, whole=False) for number in range(600)]
     assert [found(places) for places in readings] == [[float(number)] for number in range(600)]
