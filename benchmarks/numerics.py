@@ -1,7 +1,8 @@
 """Properties of numbers, found out bit by bit, of the kernels that come with kernels-core and of those around it.
 
 `python benchmarks/numerics.py` prints a table in Markdown for the first GPU, else the CPU, and the smallest input that
-shows each "no". `--device cpu` chooses the device, `--quick` takes small layers and leaves out what compiles.
+shows each "no". `--device cpu` chooses the device, `--quick` takes small layers and leaves out what compiles,
+`--every-size` tries every number of rows, and `--only TEXT` takes the layers with a text in their names.
 """
 
 from __future__ import annotations
@@ -92,14 +93,17 @@ def demo_kernels(device: str) -> dict[str, Any]:
     return {name: getattr(module.layers, name) for name in ("RMSNorm", "SiluAndMul", "GeluAndMul", "RotaryEmbedding")}
 
 
-def judged(device: str, quick: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def judged(device: str, quick: bool, every_size: bool, only: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield layer, implementation, and the row of the report for each property."""
     from kernels_plugins.oracle.subject import Plan
     from kernels_plugins.oracle.verify import verify_each
 
     names = NUMERICS[:2] if quick else NUMERICS
+    plan = Plan(numerics=names, every_size=every_size, compare=False)
     demo = demo_kernels(device)
     for title, module, inputs in subjects(device, quick):
+        if only not in title:
+            continue
         module = module.to(device, inputs[0].dtype).requires_grad_(True)
         name = type(module).__name__ if not isinstance(module, TorchNorm) else "RMSNorm"
         packs = () if isinstance(module, TorchNorm) else tuple(f"pack:{pack}" for pack in PACKS)
@@ -107,7 +111,7 @@ def judged(device: str, quick: bool) -> Iterator[tuple[str, str, dict[str, Any]]
         found: dict[str, dict[str, Any]] = {}
         started = time.perf_counter()
         with use_kernel_mapping({name: {device: kernels}} if kernels else {}, inherit_mapping=False):
-            for row in verify_each(module, inputs, {}, Plan(numerics=names, compare=False)):
+            for row in verify_each(module, inputs, {}, plan):
                 if row.case == "numerics":
                     label = row.kernel or "reference"
                     label = "the demo's" if "numerics_demo" in label else label.removesuffix(f":{name}")
@@ -134,6 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--every-size", action="store_true")
+    parser.add_argument("--only", default="")
     chosen = parser.parse_args()
     os.environ["KERNELS_CACHE"] = tempfile.mkdtemp()  # findings of an earlier run would be taken for new ones
     torch.manual_seed(0)
@@ -143,7 +149,9 @@ def main() -> None:
     print(f"| Layer | Implementation | {' | '.join(f'`{name}`' for name in names)} |")
     print("|---" * (2 + len(names)) + "|")
     reasons = []
-    for title, label, properties in judged(chosen.device, chosen.quick):  # at once: a later kernel may end the process
+    for title, label, properties in judged(
+        chosen.device, chosen.quick, chosen.every_size, chosen.only
+    ):  # at once: a later kernel may end the process
         verdicts = " | ".join(WORDS[properties[name].verdict] for name in names)
         print(f"| {title} | {label} | {verdicts} |", flush=True)
         reasons += [f"- {title}, {label}, `{n}`: {properties[n].reason}" for n in names if properties[n].reason]

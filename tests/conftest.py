@@ -13,7 +13,9 @@ from kernels_core import PluginManager, forget, release
 from kernels_core.models.choice import choices
 from kernels_core.scopes import frame as frames
 from kernels_core.settings.reader import forget_settings
-from kernels_plugins import mapping
+from kernels_plugins import mapping, register_numerics
+from kernels_plugins.numerics import plugin as numerics_hooks
+from kernels_plugins.numerics import store
 
 pytest_plugins = ["kernels_core.testing"]
 
@@ -74,3 +76,20 @@ def mapping_plugin(isolated_plugins: PluginManager) -> types.ModuleType:
     """Add the plugin `mapping` to an isolated plugin manager, so that registering mappings has an effect."""
     isolated_plugins.register(mapping, "mapping")
     return mapping
+
+
+@pytest.fixture
+def numerics_plugin(
+    mapping_plugin: object,
+    isolated_plugins: PluginManager,
+    one_thread: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[None]:
+    """Add the plugin `numerics`, with nothing known or required, and a cache of its own."""
+    isolated_plugins.register(numerics_hooks, "numerics")
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
+    store._found.clear()
+    yield
+    register_numerics()
+    store._found.clear()

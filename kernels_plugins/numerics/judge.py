@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from kernels_core import NUMERICS, Resolution
+from kernels_core import NUMERICS, Mode, Resolution
 
 from ..oracle.inputs import Recorded
 from ..oracle.report import Verdict, VerifyRow
 from ..oracle.subject import Subject, dtype_of
 from . import store
-from .invariance import NOT_TAKEN, Judgement
+from .invariance import BACKWARD, NOT_TAKEN, Judgement, joined
 from .properties import find
 from .wanted import trying
 
@@ -20,30 +20,45 @@ Forward = Callable[..., Any]
 _VERDICTS: dict[bool | None, Verdict] = {True: "ok", False: "wrong", None: "undecided"}
 
 
-def judged(recorded: Recorded, resolution: Resolution, names: Iterable[str]) -> dict[str, Judgement]:
-    """Return findings about the implementation of a decision, for a call: earlier ones of such calls, or new ones."""
+def judged(
+    recorded: Recorded, resolution: Resolution, names: Iterable[str], *, mode: Mode | None = None, every: bool = False
+) -> dict[str, Judgement]:
+    """Return findings about the implementation of a decision, for a call: earlier ones of such calls, or new ones.
+
+    Earlier ones in which not every number of rows was tried are made again where `every` is to be. `mode` is that of
+    the call, where the decision serves others, too.
+    """
+    names, training = list(names), Mode.TRAINING in (mode or resolution.request.mode)
     layer, call = recorded.layer, recorded.call
     implementation = resolution.implementation or layer.reference
     key, kind = store.key_of(layer, implementation, resolution.request.device), store.kind_of(call)
     found = store.findings(key, kind, resolution.candidate)
-    if new := [name for name in names if name not in found]:
-        token = trying.set(True)
+    wanted = [*names, *([BACKWARD] if training and "batch_invariant" in names else [])]
+    if new := [name for name in wanted if name not in found or (every and _is_sample(name, found[name]))]:
+        compiles, token = resolution.can_be_traced, trying.set(True)
         try:
-            found.update(find(call, implementation, layer.reference, new, compiles=resolution.can_be_traced))
+            found.update(find(call, implementation, layer.reference, new, compiles=compiles, every=every))
         finally:
             trying.reset(token)
         taken = {name: one for name, one in found.items() if one.why != NOT_TAKEN}
         store.keep(key, kind, taken, resolution.candidate)
+    found = joined(found, training=training)
     return {name: found[name] for name in NUMERICS if name in names}
 
 
-def numeric_rows(recorded: Recorded, subject: Subject, names: Iterable[str]) -> Iterator[VerifyRow]:
+def _is_sample(name: str, finding: Judgement) -> bool:
+    return name in ("batch_invariant", BACKWARD) and bool(finding.has) and not finding.every
+
+
+def numeric_rows(
+    recorded: Recorded, subject: Subject, names: Iterable[str], *, every: bool = False
+) -> Iterator[VerifyRow]:
     """Yield a row for each property that is asked for, or that a kernel declares, and each implementation.
 
     The reference is judged on those that are asked for.
     """
     asked = list(names)
-    reference = Resolution(subject.request)
+    reference = Resolution(replace(subject.request, mode=subject.modes[-1]))
     blank = replace(subject.blank, mode="inference", case="numerics", dtype=dtype_of(recorded.call))
     for row, resolution in [
         *subject.serving,
@@ -54,7 +69,7 @@ def numeric_rows(recorded: Recorded, subject: Subject, names: Iterable[str]) -> 
         row = replace(row, case=blank.case, dtype=blank.dtype, mode=blank.mode)
         if not wanted or not subject.begin(row):
             continue
-        for name, finding in judged(recorded, resolution, wanted).items():
+        for name, finding in judged(recorded, resolution, wanted, every=every).items():
             why = finding.why if finding.has is not True else ""
             if why and name in declared:
                 why = f"it declares {name} = True, and that is not so: {why}" if finding.has is False else why

@@ -140,7 +140,8 @@ def _verdicts(
     request: LayerRequest, implementation: Forward, candidate: Candidate | None = None
 ) -> dict[str, Judgement]:
     assert request.layer is not None
-    return store.verdicts(store.key_of(request.layer, implementation, request.device), candidate)
+    key = store.key_of(request.layer, implementation, request.device)
+    return store.verdicts(key, candidate, training=Mode.TRAINING in request.mode)
 
 
 def _lacking(found: Mapping[str, Judgement], names: Sequence[str]) -> dict[str, str]:
@@ -175,14 +176,15 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
         """Return the forward that serves such calls: this one, or that of the next candidate that may serve them."""
         module, given = (None, args) if layer.is_function else (args[0], args[1:])
         call = Call(module, given, kwargs, layer.signature)
+        mode = Mode.TRAINING if torch.is_grad_enabled() and call.records else Mode.INFERENCE
         if keep:
             token = _busy.set(True)
             try:
-                found = judged(Recorded("", layer, call.snapshot()), resolution, names)
+                found = judged(Recorded("", layer, call.snapshot()), resolution, names, mode=mode)
             finally:
                 _busy.reset(token)
         else:
-            found = _verdicts(request, resolution.implementation or layer.reference, resolution.candidate)
+            found = _verdicts(request.in_mode(mode), resolution.implementation or layer.reference, resolution.candidate)
         passed_on = any(one.why == NOT_TAKEN for one in found.values())  # it will do so in this call, too
         if passed_on or not (_lacking(found, must) or _missing(found, must)):
             return forward
@@ -191,7 +193,6 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
         token = _sure.set(not keep)
         try:
             with Scope(WantedNumerics(must)):  # which may be closed by now, where `kernelize` has chosen
-                mode = Mode.TRAINING if torch.is_grad_enabled() and call.records else Mode.INFERENCE
                 decided = resolve(layer, device=request.device, mode=mode)
                 serving = serving_forward(decided)  # raises in strict mode where nothing may serve
                 if decided.is_reference and resolution.is_reference:
@@ -208,6 +209,7 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
         kind = (
             *((leaf.dtype, *leaf.shape[-1:]) for leaf in found if isinstance(leaf, torch.Tensor)),
             torch.is_grad_enabled(),
+            any(leaf.requires_grad for leaf in found if isinstance(leaf, torch.Tensor)),
             torch.is_autocast_enabled(request.device.type),
             None if layer.is_function else id(args[0]),  # modules of one class may differ in their sizes
         )

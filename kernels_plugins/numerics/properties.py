@@ -16,8 +16,8 @@ from kernels_core.replay import Call, Outcome, each_tensor, mapped
 from ..oracle.inputs import with_gradients
 from ..oracle.subject import stop_if_broken
 from .bits import difference
-from .invariance import NOT_TAKEN, PASSED_ON, Judgement, NotTaken, batch_invariant, short
-from .rows import Forward, Rows, rows_of
+from .invariance import BACKWARD, NOT_TAKEN, PASSED_ON, Judgement, backward_invariant, batch_invariant, short
+from .rows import Forward, NotTaken, Rows, rows_of
 
 RUNS = 4
 
@@ -46,7 +46,13 @@ def declared_by(kernel: object) -> list[str]:
 
 
 def find(
-    call: Call, forward: Forward, reference: Forward, names: Iterable[str], *, compiles: bool = True
+    call: Call,
+    forward: Forward,
+    reference: Forward,
+    names: Iterable[str],
+    *,
+    compiles: bool = True,
+    every: bool = False,
 ) -> dict[str, Judgement]:
     """Find out whether an implementation has some properties, on a call and on others like it.
 
@@ -54,18 +60,20 @@ def find(
         call: The call; nothing of it is changed.
         forward: The implementation: a kernel, or the reference.
         reference: The layer's own forward, which shows where the rows are.
-        names: The properties.
+        names: The properties; and `BACKWARD`, whether gradients of inputs are batch-invariant, too.
         compiles: Whether it serves compiled calls, too.
+        every: Whether to try every number of rows for `batch_invariant`.
 
     Returns:
-        A finding for each name, in the order of `NUMERICS`.
+        A finding for each name.
 
     Example:
         >>> call = Call(None, (torch.randn(8, 16),))
         >>> find(call, torch.square, torch.square, ["batch_invariant"])["batch_invariant"].has
         True
     """
-    wanted = check_names(names, "find")
+    names = list(names)
+    wanted = [*check_names([name for name in names if name != BACKWARD], "find"), *([BACKWARD] * (BACKWARD in names))]
     if any(tensor.device.type == "meta" for tensor in call.tensors.values()):
         return dict.fromkeys(wanted, Judgement(None, "tensors on meta hold no numbers"))
     rows = rows_of(call, reference) if wanted else ""
@@ -74,11 +82,16 @@ def find(
             return dict.fromkeys(wanted, Judgement(None, NOT_TAKEN))
     found: dict[str, Judgement] = {}
     for name in wanted:
+        if name == BACKWARD and "batch_invariant" in found and found["batch_invariant"].has is False:
+            found[name] = Judgement(None, "outputs are not batch_invariant")
+            continue
         try:
             if name == "deterministic":
                 found[name] = _deterministic(call, forward, rows)
             elif name == "batch_invariant":
-                found[name] = batch_invariant(rows, forward)
+                found[name] = batch_invariant(rows, forward, every=every)
+            elif name == BACKWARD:
+                found[name] = backward_invariant(rows, forward, every=every)
             else:
                 found[name] = _recompute_equal(call, forward, rows, compiles)
         except NotTaken:
@@ -89,7 +102,7 @@ def find(
     return found
 
 
-def taken_away(call: Call, forward: Forward, reference: Forward, name: str) -> str:
+def taken_away(call: Call, forward: Forward, reference: Forward, name: str, *, every: bool = False) -> str:
     """Return why a kernel lacks a property that the reference has in the same case; empty if it takes nothing away.
 
     On a CPU, PyTorch computes the last few elements of a tensor otherwise than those before, in whole vectors: kernels
@@ -100,11 +113,14 @@ def taken_away(call: Call, forward: Forward, reference: Forward, name: str) -> s
         return finding.why if finding.has is False and other.has else ""
     rows = rows_of(call, reference)
     on_cpu = all(device.type == "cpu" for device in call.devices)
-    finding = batch_invariant(rows, forward, whole_vectors=on_cpu)
-    if finding.has is not False or finding.case is None:
-        return ""
-    other = batch_invariant(rows, reference, finding.case, whole_vectors=on_cpu)
-    return finding.why if other.has else ""
+    finding = batch_invariant(rows, forward, whole_vectors=on_cpu, every=every)
+    if finding.has is False and finding.case is not None:
+        other = batch_invariant(rows, reference, finding.case, whole_vectors=on_cpu, every=every)
+    else:
+        finding, other = (
+            backward_invariant(rows, each, whole_vectors=on_cpu, every=every) for each in (forward, reference)
+        )
+    return finding.why if finding.has is False and other.has else ""
 
 
 def _smaller(call: Call, rows: Rows | str) -> Iterator[Call]:

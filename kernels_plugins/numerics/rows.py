@@ -30,6 +30,10 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Ways in which rows lie in memory, by name; a kernel that ignores strides reads NaN."""
 
 
+class NotTaken(Exception):  # noqa: N818 - no error: an answer
+    """A kernel takes a call, and passes on one like it, whose rows another implementation computes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """A call whose first dimension is that of rows, which do not depend on one another.
@@ -40,6 +44,7 @@ class Rows:
         outputs: The paths of the tensors in the output that have rows, in their first dimension.
         count: The number of rows.
         layout: A key of `LAYOUTS`.
+        trained: The inputs with rows that require grad in the given call, or all floating ones where none does.
     """
 
     call: Call
@@ -47,6 +52,7 @@ class Rows:
     outputs: tuple[str, ...]
     count: int
     layout: str = ""
+    trained: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -78,6 +84,35 @@ class Rows:
             return None
         found = tensors_of(run.outputs)
         return {path: found[path] for path in self.outputs}
+
+    def backwards(self, forward: Forward) -> Callable[..., dict[str, torch.Tensor]] | None:
+        """Return a function that runs rows forward and backward, each from its own gradient of the outputs.
+
+        It takes the same arguments as `of`, after the rows, and returns gradients of inputs, rows first. None if no
+        input gets any.
+        """
+        pushed: dict[str, torch.Tensor] = {}
+
+        def run(rows: Rows, part: Any, fill: float | None, kept: torch.Tensor | None) -> dict[str, torch.Tensor]:
+            call = rows.of(part, fill, kept)
+            call = call.replaced(lambda name, leaf: leaf.requires_grad_() if name in rows.trained else leaf)
+            with references(), call.replayed(forward, gradients=True, changes=False) as replay:
+                if replay.outputs is NotImplemented:
+                    raise NotTaken
+                found = tensors_of(replay.outputs)
+                outputs = {path: found[path] for path in rows.outputs if found[path].requires_grad}
+                for path in outputs if not pushed else ():  # the first run is of all rows
+                    numbers = torch.randn(found[path].shape, generator=torch.Generator().manual_seed(len(pushed)))
+                    pushed[path] = numbers.to(found[path].device, found[path].dtype)
+                if not outputs:
+                    return {}
+                sources = [replay.sources[f"input {name}"] for name in rows.trained]
+                gradients = [pushed[path][part] for path in outputs]
+                arrived = torch.autograd.grad(list(outputs.values()), sources, gradients, allow_unused=True)
+            both = zip(rows.trained, arrived, strict=True)
+            return {name: grad.movedim(rows.names[name], 0) for name, grad in both if grad is not None}
+
+        return run if run(self, slice(None), None, None) else None
 
     def in_dtype(self, dtype: torch.dtype) -> Rows:
         """Return the same with everything in another dtype, also the module."""
@@ -122,19 +157,25 @@ def rows_of(call: Call, reference: Forward) -> Rows | str:
     if whole.random:
         return "it draws random numbers, which are others for each number of rows"
     why = "none of its outputs has as many rows as its inputs"
+    best: Rows | None = None  # of those with equally many outputs the first, for it is the likeliest
     for plan in _plans(call, main):
         tried = _flattened(call, plan) if plan.flat else call
         try:
             found, close = _tried(tried, plan, reference, whole.outputs)
         except Exception:  # not along these dimensions
             continue
-        if close and found is not None:
-            return found
-        if found is not None:
+        if close and found is not None and (best is None or len(found.outputs) > len(best.outputs)):
+            best = found
+        elif found is not None and not close:
             why = (
                 "its reference computes other numbers for a row where there are fewer rows: they depend on one another"
             )
-    return why
+    if best is None:
+        return why
+    floating = [name for name in best.names if call.inputs[name].is_floating_point()]
+    trained = tuple(name for name in floating if call.inputs[name].requires_grad) or tuple(floating)
+    count = _fitting(best, reference)
+    return replace(best, call=_grown(best, count), count=count, trained=trained)
 
 
 def _plans(call: Call, main: str) -> list[_Plan]:
@@ -171,7 +212,7 @@ def _flattened(call: Call, plan: _Plan) -> Call:
 
 
 def _tried(call: Call, plan: _Plan, reference: Forward, whole: Any) -> tuple[Rows | None, bool]:
-    """Return the rows of a call, None if its outputs have none; and whether a row is about the same among fewer."""
+    """Return a few rows of a call, None if its outputs have none; and whether one is about the same among fewer."""
     given = Rows(call, plan.names, (), plan.given)
     rows = replace(given, call=_grown(given, 3), count=3) if plan.given < 3 else given
     shapes = []
@@ -195,17 +236,14 @@ def _tried(call: Call, plan: _Plan, reference: Forward, whole: Any) -> tuple[Row
         close = (
             close and flat is not None and compare({p: flat[p].reshape(t.shape) for p, t in wanted.items()}, wanted).ok
         )
-    if not close:
-        return rows, False
-    count = _fitting(rows, reference, plan.given)
-    return replace(rows, call=_grown(rows, count), count=count), True
+    return rows, close
 
 
-def _fitting(rows: Rows, reference: Forward, given: int) -> int:
+def _fitting(rows: Rows, reference: Forward) -> int:
     """Return how many rows to try: 4,096, or what memory and time allow."""
     sizes = [t.numel() // t.shape[rows.names[n]] for n, t in rows.call.inputs.items() if n in rows.names]
     device = next(iter(rows.call.inputs.values())).device.type
-    most = min(MOST, max(_ELEMENTS.get(device, 2**27) // max(sum(sizes), 1), given, 3))
+    most = min(MOST, max(_ELEMENTS.get(device, 2**27) // max(sum(sizes), 1), rows.count))
     some = min(64, rows.count)
     call = rows.of(slice(some))
     taken = float("inf")
@@ -213,7 +251,7 @@ def _fitting(rows: Rows, reference: Forward, given: int) -> int:
         start = time.perf_counter()
         rows.run(reference, call)
         taken = min(taken, time.perf_counter() - start)
-    return max(min(most, int(_SECONDS / max(taken, 1e-9) * some)), min(given, 64), 3)
+    return max(min(most, int(_SECONDS / max(taken, 1e-9) * some)), min(rows.count, 64))
 
 
 def _grown(rows: Rows, count: int) -> Call:

@@ -16,10 +16,10 @@ from kernels_core.replay import Call
 
 from ..files import write_file
 from ..oracle import probe_cache
-from .invariance import PASSED_ON, Judgement
+from .invariance import BACKWARD, PASSED_ON, Judgement, joined
 from .wanted import found_out
 
-_FORMAT = f"1 {__version__}"  # another version may look closer
+_FORMAT = f"2 {__version__}"  # another version may look closer
 _lock = threading.Lock()
 _found: dict[str, dict[str, dict[str, Judgement]]] = {}
 
@@ -85,21 +85,24 @@ def keep(key: str, kind: str, findings: Mapping[str, Judgement], candidate: Cand
     with _lock:
         kinds[kind] = {**kinds.get(kind, {}), **findings}
         # What could not be found out is tried again by the next process: memory may have been short in this one.
-        data = {one: {n: [f.has, f.why] for n, f in names.items() if f.has is not None} for one, names in kinds.items()}
+        data = {
+            one: {n: [f.has, f.why, f.every] for n, f in names.items() if f.has is not None}
+            for one, names in kinds.items()
+        }
     if not key.startswith("here-"):
         with contextlib.suppress(OSError):  # a cache may be read-only
             write_file(_path(key), json.dumps({"format": _FORMAT, "findings": data}, indent=2))
 
 
-def verdicts(key: str, candidate: Candidate | None = None) -> dict[str, Judgement]:
+def verdicts(key: str, candidate: Candidate | None = None, *, training: bool) -> dict[str, Judgement]:
     """Return a finding for each property: one kind of call that shows a fault is enough."""
     found: dict[str, Judgement] = {}
     kinds = [findings for one in {key, _key_within(key, candidate)} for findings in known(one).values()]
-    for name in NUMERICS:
+    for name in (*NUMERICS, BACKWARD):
         all_kinds = [findings[name] for findings in kinds if name in findings]
         if all_kinds:
             found[name] = min(all_kinds, key=lambda f: (False, None, True).index(f.has))
-    return _within(candidate, found)
+    return joined(_within(candidate, found), training=training)
 
 
 def _path(key: str) -> Path:
@@ -112,7 +115,9 @@ def _read(path: Path) -> dict[str, dict[str, Judgement]]:
         data = json.loads(path.read_text())
         if data["format"] == _FORMAT:
             return {
-                str(kind): {str(name): Judgement(has, str(why)) for name, (has, why) in findings.items()}
+                str(kind): {
+                    str(name): Judgement(has, str(why), every=every) for name, (has, why, every) in findings.items()
+                }
                 for kind, findings in data["findings"].items()
             }
     return {}

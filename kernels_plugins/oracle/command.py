@@ -32,6 +32,9 @@ def verify_command(
     numerics: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Find out, too: batch_invariant, for example; repeatable.")
     ] = None,
+    every_size: Annotated[
+        bool, typer.Option("--every-size", help="For batch_invariant, try every number of rows.")
+    ] = False,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run kernels in this process, for a debugger: a crash ends it.")
     ] = False,
@@ -48,7 +51,8 @@ def verify_command(
     case is shown before it runs.
     """
     model = {"factory": factory, "inputs": inputs, "device": device}
-    arguments: dict[str, Any] = {**model, "gradients": gradients, "dtypes": dtype, "numerics": numerics}
+    found = {"gradients": gradients, "dtypes": dtype, "numerics": numerics, "every_size": every_size}
+    arguments: dict[str, Any] = {**model, **found}
     report: VerifyReport | int = compared(**arguments) if in_process else in_children(arguments)
     if isinstance(report, int):
         raise typer.Exit(report)
@@ -70,6 +74,7 @@ def compared(
     gradients: bool = True,
     dtypes: Sequence[str] | None = None,
     numerics: Sequence[str] | None = None,
+    every_size: bool = False,
     begin: Callable[[VerifyRow], bool] = lambda row: True,
     found: Callable[[VerifyRow], object] = lambda row: None,
 ) -> VerifyReport:
@@ -77,7 +82,9 @@ def compared(
     model, given = with_inputs(made(factory), inputs, device)
     args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
     names = check_names(numerics or (), "--numerics")
-    plan = Plan(gradients, [_dtype(name) for name in dtypes or ()] or None, numerics=names, begin=begin)
+    plan = Plan(
+        gradients, [_dtype(name) for name in dtypes or ()] or None, numerics=names, every_size=every_size, begin=begin
+    )
     rows = []
     with printing_aside():
         values = args if isinstance(args, tuple | list) else (args,)

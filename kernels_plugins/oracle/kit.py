@@ -37,6 +37,7 @@ def check_kernel(
     ignore: Collection[str] = (),
     tolerances: Tolerances | None = None,
     numerics: Collection[str] = (),
+    every_size: bool = False,
     **named_inputs: Any,
 ) -> ProbeReport:
     """Assert that a kernel computes the same as a reference, on some inputs and on others that are derived from them.
@@ -54,6 +55,8 @@ def check_kernel(
         ignore: Probes that need not pass, such as `{"compile", "gradients"}`, with the reason in your test.
         tolerances: As for `verify`.
         numerics: Properties that the kernel must have, whatever the reference has: names of `NUMERICS`.
+        every_size: Whether to try every number of rows for `batch_invariant`, which may take minutes on a CPU; else
+            some hundred, where kernels change their way.
         **named_inputs: Keyword arguments for both.
 
     Returns:
@@ -84,6 +87,7 @@ def check_kernel(
     for probe_name in ignore:
         require_type(probe_name, str, "A probe in ignore")
     check_tolerances(tolerances)
+    require_type(every_size, bool, "every_size")
     asked = check_names(numerics, "numerics")
     forward: Any = type(module).forward if module is not None else reference
     name = type(module).__name__ if module is not None else getattr(forward, "__name__", source_label(forward))
@@ -100,14 +104,18 @@ def check_kernel(
     )
     wanted = {*asked, *declared_by(kernel)}
     names = {"deterministic", "batch_invariant", *wanted}
-    report = probe(Recorded("", layer, call), resolution, tolerances=tolerances, numerics=names)
+    report = probe(Recorded("", layer, call), resolution, tolerances=tolerances, numerics=names, every_size=every_size)
     if unknown := sorted(set(ignore) - report.probes.keys() - {"gradients", "compile", "cuda graph", *NUMERICS}):
         raise ArgumentError(f"ignore names {', '.join(unknown)}: there are {', '.join(report.probes)}.")
     failed = {
         name: f"it declares {name} = True, and that is not so: {reason}" if name in declared_by(kernel) else reason
         for name, reason in report.failed.items()
         if name not in ignore
-        and (name not in NUMERICS or name in wanted or taken_away(call, implementation, layer.reference, name))
+        and (
+            name not in NUMERICS
+            or name in wanted
+            or taken_away(call, implementation, layer.reference, name, every=every_size)
+        )
     }
     must = {"undecided", "forward", *wanted} - set(ignore)
     undecided = {name: one.reason for name, one in report.probes.items() if one.ok is None and name in must}

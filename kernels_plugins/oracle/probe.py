@@ -13,6 +13,7 @@ from kernels_core import NUMERICS, Resolution, set_module
 from kernels_core.replay import Call, each_tensor, mapped
 
 from ..comparison import Tolerances, compare
+from ..numerics.invariance import BACKWARD, joined
 from ..numerics.properties import find
 from .inputs import Forward, Recorded, with_gradients
 from .report import VerifyRow
@@ -83,6 +84,7 @@ def probe(
     *,
     tolerances: Tolerances | None = None,
     numerics: Collection[str] = (),
+    every_size: bool = False,
 ) -> ProbeReport:
     """Try a kernel on a call, and on others that are derived from it; nothing is changed.
 
@@ -97,7 +99,12 @@ def probe(
         if call.devices and call.devices[0].type == "cuda":
             probes["cuda graph"] = _captures(call, implementation)
         names = {*numerics, *filter(resolution.declares, NUMERICS)}
-        found = find(call, implementation, recorded.layer.reference, names, compiles=bool(report.can("compile")))
+        training = bool(report.can("gradients"))
+        if training and "batch_invariant" in names:
+            names.add(BACKWARD)
+        reference, compiles = recorded.layer.reference, bool(report.can("compile"))
+        found = find(call, implementation, reference, names, compiles=compiles, every=every_size)
+        found = joined(found, training=training)
         probes |= {name: Probe(finding.has, finding.why) for name, finding in found.items()}
     return report
 

@@ -40,6 +40,7 @@ class Plan:
     tolerances: Tolerances | None = None
     # properties of numbers to find out, besides those that kernels declare
     numerics: Sequence[str] = ()
+    every_size: bool = False
     compare: bool = True
     # called before a kernel is loaded, and before it runs on a case; False leaves that out
     begin: Callable[[VerifyRow], bool] = lambda row: True
@@ -104,7 +105,8 @@ class Subject:
             yield replace(self.blank, verdict="undecided", reason="none of the kernels that are offered can be used")
             return
         for kernel in serving:
-            mode, resolution = next((m, r) for m, r in kernel.decisions.items() if not r.is_reference)
+            # In training, if it serves there: properties of numbers are about gradients, too, then.
+            mode, resolution = next((m, r) for m, r in reversed(kernel.decisions.items()) if not r.is_reference)
             self.serving.append((self._row(kernel, mode), resolution))
         if self.compare:
             yield from self.tried(serving, derived=derived)

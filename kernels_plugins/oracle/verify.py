@@ -38,6 +38,7 @@ def verify(
     dtypes: Sequence[torch.dtype] | None = None,
     tolerances: Tolerances | None = None,
     numerics: Collection[str] = (),
+    every_size: bool = False,
     **named_inputs: Any,
 ) -> VerifyReport:
     """Compare every kernel that is offered for a layer with the layer's own forward.
@@ -58,6 +59,7 @@ def verify(
             around a reference in float64 where the layer can be run in it.
         numerics: Properties to find out bit by bit, of each kernel and of the reference: names of `NUMERICS`. Those
             that a kernel declares are found out in any case. Decisions and receipts have the findings from then on.
+        every_size: Whether to try every number of rows for `batch_invariant`, as for `check_kernel`.
         **named_inputs: Its keyword arguments.
 
     Returns:
@@ -82,7 +84,8 @@ def verify(
     require_type(dtypes, (Sequence, NoneType), "dtypes")
     for dtype in dtypes or ():
         require_type(dtype, torch.dtype, "each of dtypes")
-    plan = Plan(gradients, dtypes, tolerances, check_names(numerics, "numerics"))
+    require_type(every_size, bool, "every_size")
+    plan = Plan(gradients, dtypes, tolerances, check_names(numerics, "numerics"), every_size)
     return VerifyReport(tuple(verify_each(model_or_layer, inputs, named_inputs, plan)))
 
 
@@ -110,7 +113,7 @@ def verify_each(
             subject = Subject(one, plan)
             yield from subject.rows(derived=described not in known)
             if described not in known:
-                yield from numeric_rows(one, subject, plan.numerics)
+                yield from numeric_rows(one, subject, plan.numerics, every=plan.every_size)
             known.add(described)
     if module is not None:
         called = {one.path for one in recorded}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,54 +10,13 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device is visible", allow_module_level=True)
 
-from torch import nn  # noqa: E402
+from norms import ByRows, Norm, Steady, by_rows, norm  # noqa: E402
 
-from kernels_core import PluginManager, use_kernel_forward_from_hub  # noqa: E402
 from kernels_core.replay import Call  # noqa: E402
 from kernels_plugins import check_kernel, numerics, use_kernel_mapping  # noqa: E402
-from kernels_plugins.numerics import plugin, store  # noqa: E402
 from kernels_plugins.numerics.properties import find  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _scene(
-    mapping_plugin: object, isolated_plugins: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """Run with the plugin `numerics`, nothing known, and a cache of its own."""
-    isolated_plugins.register(plugin, "numerics")
-    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
-    store._found.clear()
-    torch.manual_seed(0)
-    yield
-    store._found.clear()
-
-
-def norm(x: Any, weight: Any) -> Any:
-    return nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
-
-
-def by_rows(x: Any, weight: Any) -> Any:
-    return norm(x, weight) * (1 + 2e-7 if x.shape[:-1].numel() > 64 else 1)
-
-
-@use_kernel_forward_from_hub("NumericsCudaNorm")
-class Norm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 1024))
-
-    def forward(self, x: Any) -> Any:
-        return norm(x, self.weight)
-
-
-class Steady(nn.Module):
-    def forward(self: Any, x: Any) -> Any:
-        return norm(x, self.weight) * 1
-
-
-class ByRows(nn.Module):
-    def forward(self: Any, x: Any) -> Any:
-        return by_rows(x, self.weight)
+pytestmark = pytest.mark.usefixtures("numerics_plugin")
 
 
 def test_atomic_additions_are_not_deterministic() -> None:
@@ -85,7 +42,7 @@ def test_the_kernel_of_the_issue_is_refused_on_a_gpu() -> None:
 @pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
 def test_captured_calls_are_served_by_what_is_known() -> None:
     """In a capture nothing can be tried: the reference serves unless eager calls have proved a kernel."""
-    layer, x = Norm().cuda(), torch.randn(128, 1024, device="cuda")
+    layer, x = Norm(1024).cuda(), torch.randn(128, 1024, device="cuda")
 
     def captured() -> Any:
         stream = torch.cuda.Stream()
@@ -101,7 +58,7 @@ def test_captured_calls_are_served_by_what_is_known() -> None:
         return y
 
     expected = norm(x, layer.weight.detach())
-    with use_kernel_mapping({"NumericsCudaNorm": {"cuda": [ByRows, Steady]}}), numerics("batch_invariant"):
+    with use_kernel_mapping({"NumericsNorm": {"cuda": [ByRows, Steady]}}), numerics("batch_invariant"):
         with torch.no_grad():
             assert torch.equal(captured(), expected)  # not by `ByRows`, of which nothing is known
             assert torch.equal(layer(x), expected)

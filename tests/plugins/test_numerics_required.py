@@ -6,12 +6,13 @@ import gc
 import json
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from norms import ByRows, Norm, Steady, norm
 from torch import nn
 from typer.testing import CliRunner
 
@@ -37,6 +38,7 @@ from kernels_plugins import (
     Choice,
     ChoiceCell,
     MeasuredOn,
+    check_kernel,
     choosing,
     numerics,
     register_numerics,
@@ -46,55 +48,15 @@ from kernels_plugins import (
 )
 from kernels_plugins.choice import plugin as choice_plugin
 from kernels_plugins.choice.machine import machine_of
-from kernels_plugins.numerics import plugin, store, wanted
+from kernels_plugins.numerics import store, wanted
 
 COMPILED = Mode.INFERENCE | Mode.TORCH_COMPILE
 
 
 @pytest.fixture(autouse=True)
-def _scene(
-    mapping_plugin: object,
-    isolated_plugins: PluginManager,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    one_thread: None,
-) -> Iterator[None]:
-    """Run with the plugin `numerics`, nothing known or required, a cache of its own, and one thread."""
-    isolated_plugins.register(plugin, "numerics")
+def _scene(numerics_plugin: None, isolated_plugins: PluginManager) -> None:
+    """Run with the plugins `numerics` and `choice`."""
     isolated_plugins.register(choice_plugin, "choice")
-    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
-    store._found.clear()
-    yield
-    register_numerics()
-    store._found.clear()
-
-
-def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
-
-
-@use_kernel_forward_from_hub("RequiredNorm")
-class Norm(nn.Module):
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return norm(x, self.weight)
-
-
-class ByRows(nn.Module):
-    can_torch_compile = True
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return norm(x, self.weight) * (1 + 2e-7 if x.shape[:-1].numel() > 64 else 1)
-
-
-class Steady(nn.Module):
-    can_torch_compile = True
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return norm(x, self.weight) * 1
 
 
 class Modest(Steady):
@@ -110,8 +72,8 @@ class Blend(nn.Module):
 
 
 X = torch.randn(8, 64)
-BOTH = {"RequiredNorm": {"cpu": [ByRows, Steady]}}
-ONLY = {"RequiredNorm": {"cpu": ByRows}}
+BOTH = {"NumericsNorm": {"cpu": [ByRows, Steady]}}
+ONLY = {"NumericsNorm": {"cpu": ByRows}}
 
 
 def origin(layer: object = Norm, mode: Mode = Mode.INFERENCE) -> str:
@@ -169,6 +131,46 @@ def test_a_reference_that_lacks_it_is_a_warning_and_an_error_in_strict_mode(monk
     assert torch.equal(Blend()(X), X)
 
 
+class _Backward(torch.autograd.Function):
+    """The identity, whose gradient depends on the number of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (1 + 2e-7 * (len(gradient) > 64))
+
+
+class Backward(nn.Module):
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return _Backward.apply(norm(x, self.weight))  # type: ignore[no-untyped-call, no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
+def test_gradients_of_rows_are_required_in_training() -> None:
+    """A kernel whose backward depends on the number of rows serves inference, and no training."""
+    model = nn.Sequential(Norm())
+    with use_kernel_mapping({"NumericsNorm": {"cpu": [Backward, Steady]}}), numerics("batch_invariant"):
+        with torch.no_grad():
+            model(X)
+        assert origin() == "Backward"
+        model(X).sum().backward()
+        assert (origin(), origin(mode=Mode.TRAINING)) == ("Backward", "Steady")
+        refused = str(resolve(Norm, device="cpu", mode=Mode.TRAINING).refusals[0])
+        assert "in backward, of the gradients of inputs: " in refused and "x 65x64 float32" in refused
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Backward}}):
+        receipt(model.eval(), mode=Mode.INFERENCE).require("*", "*Backward", batch_invariant=True)
+        with pytest.raises(RequirementError, match="no: in backward"):
+            receipt(model.train(), mode=Mode.TRAINING).require("*", "*Backward", batch_invariant=True)
+        report = verify(Norm(), X, numerics=["batch_invariant"])
+        assert not report.ok and "in backward" in str(report)
+        assert verify(Norm(), X, gradients=False, numerics=["batch_invariant"]).ok
+        with pytest.raises(AssertionError, match="batch_invariant: in backward"):
+            check_kernel(Backward, Norm(), X, ignore={"compile"})
+
+
 def test_a_call_of_another_width_is_judged_anew() -> None:
     """A kernel that has the property for one width, and lacks it for another, is refused from then on."""
 
@@ -176,7 +178,7 @@ def test_a_call_of_another_width_is_judged_anew() -> None:
         def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
             return ByRows.forward(self, x) if x.shape[-1] > 64 else Steady.forward(self, x)
 
-    with use_kernel_mapping({"RequiredNorm": {"cpu": Wide}}), numerics("batch_invariant"):
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Wide}}), numerics("batch_invariant"):
         narrow, wide = Norm(), Norm(128)
         narrow(X)
         assert origin() == "Wide"
@@ -190,7 +192,7 @@ def test_a_call_of_another_width_is_judged_anew() -> None:
 def test_compiled_calls_are_served_by_what_is_known() -> None:
     """Nothing can be tried in a trace: a kernel that is not known is refused, one that eager calls proved serves."""
     model = nn.Sequential(Norm()).eval()
-    with use_kernel_mapping({"RequiredNorm": {"cpu": Steady}}), numerics("batch_invariant"), torch.no_grad():
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Steady}}), numerics("batch_invariant"), torch.no_grad():
         refused = resolve(Norm, device="cpu", mode=COMPILED)
         assert refused.is_reference and "batch_invariant is not known of it" in str(refused.refusals[0])
         assert "of the reference itself, it is not known" in str(refused.refusals[-1])
@@ -218,7 +220,7 @@ def test_a_kernel_that_declares_not_to_have_it_is_refused_unseen() -> None:
     class Odd(Steady):
         batch_invariant = "yes"
 
-    with use_kernel_mapping({"RequiredNorm": {"cpu": [Odd, Modest]}}), numerics("batch_invariant"):
+    with use_kernel_mapping({"NumericsNorm": {"cpu": [Odd, Modest]}}), numerics("batch_invariant"):
         first, second = resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals
     assert "its batch_invariant is 'yes': write True or False" in first.reason
     assert "it declares batch_invariant = False" in second.reason
@@ -243,7 +245,7 @@ def test_blocks_apply_to_the_thread_that_enters_them_and_nest() -> None:
 def test_a_failed_call_is_not_judged_twice_and_nothing_is_kept_of_it() -> None:
     """The snapshot of a call is dropped after the trial; modules and tensors are freed with their last reference."""
     layer = Norm()
-    with use_kernel_mapping({"RequiredNorm": {"cpu": Steady}}), numerics("batch_invariant"):
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Steady}}), numerics("batch_invariant"):
         before = layer.weight.detach().clone()
         layer(X).sum().backward()
     assert torch.equal(layer.weight, before) and layer.weight.grad is not None
@@ -352,7 +354,7 @@ def test_explain_finds_it_out_and_requires_it() -> None:
     with use_kernel_mapping(ONLY):
         code, text = explain(*call)
         assert code == 1 and "not served by anything that is batch_invariant" in text and "65x64 float32" in text
-    with use_kernel_mapping({"RequiredNorm": {"cpu": Steady}}):
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Steady}}):
         code, text = explain(*call, "--json")
         assert code == 0 and json.loads(text)[0]["checked"]["batch_invariant"].startswith("yes: ")
     assert "--numerics names exact" in explain("--numerics", "exact")[1]
@@ -380,11 +382,11 @@ def test_one_winner_serves_all_rows_where_rows_must_not_matter() -> None:
     steady, other = (f"{Steady.__module__}.{name}" for name in ("Steady", "Slower"))
     slower = type("Slower", (nn.Module,), {"forward": lambda self, x: Steady.forward(self, x)})
     slower.__module__ = Steady.__module__
-    place = ("RequiredNorm", "cpu", "eager", "inference", "float32", 64)
+    place = ("NumericsNorm", "cpu", "eager", "inference", "float32", 64)
     few = ChoiceCell(*place, 4, {"reference": 3.0, steady: 1.0, other: 2.0})
     many = ChoiceCell(*place, 13, {"reference": 3.0, steady: 1.5, other: 1.0})
     choice = Choice((MeasuredOn(machine_of(torch.device("cpu")), (few, many)),))
-    with use_kernel_mapping({"RequiredNorm": {"cpu": [Steady, slower]}}), use_choice(choice):
+    with use_kernel_mapping({"NumericsNorm": {"cpu": [Steady, slower]}}), use_choice(choice):
         free = resolve(Norm, device="cpu", mode=Mode.INFERENCE)
         with numerics("batch_invariant"):
             bound = resolve(Norm, device="cpu", mode=Mode.INFERENCE)
@@ -431,20 +433,20 @@ def test_a_kernel_that_passes_a_call_on_is_not_judged_by_it() -> None:
         dtypes = (torch.bfloat16,)
 
     layer = Norm()
-    with use_kernel_mapping({"RequiredNorm": {"cpu": Narrow}}), numerics("batch_invariant"), torch.no_grad():
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Narrow}}), numerics("batch_invariant"), torch.no_grad():
         assert torch.equal(layer(X), norm(X, layer.weight))
         assert origin() == "Narrow"
         low = layer.bfloat16()
         low(X.bfloat16())
         assert origin() == "Narrow"
         found = resolve(Norm, device="cpu", mode=Mode.INFERENCE).checked["batch_invariant"]
-        assert found.startswith("yes: 1 to 4,096 rows of x 4096x64, bfloat16; not float32, float16")
+        assert found.startswith("yes: 1 to 4,096 rows") and "; not float32, float16" in found
 
     class Short(Steady):
         def supports(self: Any, x: torch.Tensor) -> bool:
             return len(x) <= 64
 
-    with use_kernel_mapping({"RequiredNorm": {"cpu": Short}}), numerics("batch_invariant"):
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Short}}), numerics("batch_invariant"):
         Norm()(X)
         (refusal,) = resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals
     assert "it passes on calls with other rows" in refusal.reason
