@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,26 +181,30 @@ def _rows_differ(rows: Rows, run: Ran, sizes: Iterable[int], more: Iterable[int]
     starts += [(n, at) for n in (1, 2, 5, 64) for at in (1, 3, count // 2, count - n) if 0 < at <= count - n]
     starts = [(n, min(at, count - n)) for n, at in dict.fromkeys(starts) if n < count]
     parts = [everything.flip(0), *(everything[at : at + n] for n, at in starts)]
-    needed = len(parts)
-    parts += [everything[:n] for n in more if n < count]
-    parts = [part for part in parts if len(part) * rows.width % multiple == 0]
-    end, at = float("inf"), 0
-    while at < len(parts) and time.perf_counter() < end:
-        some = parts[at : at + _AT_ONCE]
-        found = [_of_rows(run(rows, part, None, None), {path: t[part] for path, t in whole.items()}) for part in some]
-        flags = torch.stack([differ.any() for differ in found]).tolist()  # waits once
-        for part, differ, flag in zip(some, found, flags, strict=True):
+    others = [everything[:n] for n in more if n < count]
+    remaining = (p for p in itertools.chain(parts, _in_time(others)) if len(p) * rows.width % multiple == 0)
+    tried: set[int] = set()
+    while some := [
+        (part, _of_rows(run(rows, part, None, None), {path: t[part] for path, t in whole.items()}))
+        for part in itertools.islice(remaining, _AT_ONCE)
+    ]:
+        flags = torch.stack([differ.any() for _, differ in some]).tolist()  # waits once
+        for (part, differ), flag in zip(some, flags, strict=True):
             if flag:
                 return _shrunk(rows, run, whole, int(part[differ][0]), len(part)), 0
-        at += len(some)
-        if at >= needed and end == float("inf"):
-            end = time.perf_counter() + _BUDGET
+        tried.update(len(part) for part, _ in some)
     kept = everything % 3 == 1
     for fill in _FILLS if count > 1 else ():
         other = run(rows, slice(None), fill, kept)  # one that raises here is not known to be invariant
         if bool((differ := _of_rows(other, whole) & kept).any()):
             return _beside(rows, run, fill, int(differ.sum()), int(kept.sum())), 0
-    return "", len({len(part) for part in parts[:at]})
+    return "", len(tried)
+
+
+def _in_time(parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield parts until the budget is spent, which begins with the first."""
+    end = time.perf_counter() + _BUDGET
+    yield from itertools.takewhile(lambda _: time.perf_counter() < end, parts)
 
 
 def _forwards(forward: Forward) -> Ran:
