@@ -143,6 +143,8 @@ def backward_invariant(
             return Judgement(True, "no input with rows gets a gradient")
         sizes, more = (range(1, rows.count), []) if every else (_SIZES, _more(rows.count))
         reason, count = _rows_differ(rows, run, sizes, more, _VECTOR if whole_vectors else 1)
+    except NotTaken:
+        raise
     except Exception as error:
         return Judgement(None, f"its backward raises {short(error)}")
     if reason:

@@ -396,20 +396,17 @@ def test_one_winner_serves_all_rows_where_rows_must_not_matter() -> None:
 
 
 def test_a_finding_within_a_choice_holds_within_it_only() -> None:
-    """A kernel that a choice keeps to some rows is not known there, and is judged anew without it.
-
-    Nothing is warned of the rows that only the judge has tried.
-    """
-    times = {f"{__name__}.Steady": 1.0, f"{__name__}.Slower": 2.0, "reference": 3.0}
-    turned = {**times, f"{__name__}.Steady": 2.5}
-    place: Any = {"layer": "RequiredNorm", "device": "cpu", "context": "eager", "mode": "inference"}
+    """A kernel that a choice keeps to some rows is not known there, and is judged anew without it, with no warning."""
+    times = {f"{Steady.__module__}.Steady": 1.0, f"{__name__}.Slower": 2.0, "reference": 3.0}
+    turned = {**times, f"{Steady.__module__}.Steady": 2.5}
+    place: Any = {"layer": "NumericsNorm", "device": "cpu", "context": "eager", "mode": "inference"}
     cells = [
         ChoiceCell(**place, dtype="float32", width=64, bucket=bucket, times=each)
         for bucket, each in ((1, times), (11, turned))
     ]
     slower = type("Slower", (Steady,), {"__module__": __name__})
     model = nn.Sequential(Norm()).eval()
-    with use_kernel_mapping({"RequiredNorm": {"cpu": [Steady, slower]}}), torch.no_grad():
+    with use_kernel_mapping({"NumericsNorm": {"cpu": [Steady, slower]}}), torch.no_grad():
         with use_choice(Choice((MeasuredOn(machine_of(torch.device("cpu")), tuple(cells)),))):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
@@ -422,7 +419,7 @@ def test_a_finding_within_a_choice_holds_within_it_only() -> None:
         with numerics("batch_invariant"):
             model(X)
             (row,) = receipt(model, device="cpu").require("*", batch_invariant=True).rows
-    assert row.origin == f"{__name__}.Steady" and not row.refusals
+    assert row.origin == f"{Steady.__module__}.Steady" and not row.refusals
 
 
 @pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning")
