@@ -14,7 +14,7 @@ import torch
 from kernels_core import ArgumentError, Candidate, LayerRequest, LoadedLayer, LoadError, warn_once
 
 from ..numerics.wanted import required, trying
-from ..oracle.probe_cache import digest_of
+from ..oracle.code_digest import digest_of
 from .cell import REFERENCE, Key, key_of, sizes_of
 from .choice import Choice
 

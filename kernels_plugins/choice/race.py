@@ -17,8 +17,8 @@ from kernels_core.replay import Call, each_tensor, kept_random_states, leaves
 from ..numerics.invariance import Judgement
 from ..numerics.judge import judged
 from ..numerics.wanted import required
+from ..oracle.code_digest import digest_of
 from ..oracle.inputs import Recorded, with_gradients
-from ..oracle.probe_cache import digest_of
 from ..oracle.subject import stop_if_broken, tried
 from ..packs.source import as_pack
 from .cell import ALIAS, REFERENCE, ChoiceCell, Context, Key

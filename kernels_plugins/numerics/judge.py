@@ -31,7 +31,7 @@ def judged(
     names, training = list(names), Mode.TRAINING in (mode or resolution.request.mode)
     layer, call = recorded.layer, recorded.call
     implementation = resolution.implementation or layer.reference
-    key, kind = store.key_of(layer, implementation, resolution.request.device), store.kind_of(call)
+    key, kind = store.key_of(layer, implementation, resolution.request.device), store.kind_of(call, implementation)
     found = store.findings(key, kind, resolution.candidate)
     wanted = [*names, *([BACKWARD] if training and "batch_invariant" in names else [])]
     if new := [name for name in wanted if name not in found or (every and _is_sample(name, found[name]))]:

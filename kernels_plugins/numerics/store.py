@@ -16,6 +16,7 @@ from kernels_core.replay import Call
 
 from ..files import write_file
 from ..oracle import probe_cache
+from ..oracle.code_digest import attributes_read
 from .invariance import BACKWARD, PASSED_ON, Judgement, joined
 from .wanted import found_out
 
@@ -24,12 +25,16 @@ _lock = threading.Lock()
 _found: dict[str, dict[str, dict[str, Judgement]]] = {}
 
 
-def kind_of(call: Call) -> str:
-    """Return the kind of a call, for which a finding holds: the dtype, and the last size of each tensor."""
+def kind_of(call: Call, implementation: Callable[..., Any]) -> str:
+    """Return the kind of a call, for which a finding holds: the dtype, and the last size of each tensor.
+
+    Also the numbers and texts in attributes of the module that the implementation reads.
+    """
     texts = [f"{n} {'x'.join(map(str, t.shape[-1:]))}" for n, t in call.inputs.items()]
     module = call.module
     if module is not None:
         texts += [f"{n} {'x'.join(map(str, p.shape))}" for n, p in module.named_parameters()]
+        texts += [f"{name}={value!r}" for name, value in attributes_read(implementation, module).items()]
     dtype = next((t.dtype for t in call.tensors.values() if t.is_floating_point()), None)
     device = next((t.device.type for t in call.tensors.values()), "cpu")
     if device != "meta" and torch.is_autocast_enabled(device):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import os
-import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,17 +17,15 @@ from typing import Any
 
 import torch
 
-from kernels_core import Layer, device_capability, source_label
+from kernels_core import Layer, device_capability
 
 from ..files import write_file
+from .code_digest import digest_of, is_filled, unwrapped
 from .probe import Probe, ProbeReport
 
 FORMAT = 1
-_COMMIT = re.compile(r"/snapshots/([0-9a-f]{40,64})/")
 _HERE = "here-"
 """Prefix of keys that are valid in this process only."""
-
-_SIMPLE = (str, bytes, int, float, bool, type(None), torch.dtype)
 
 _lock = threading.Lock()
 _count = itertools.count()
@@ -71,61 +67,19 @@ def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.devic
 
 def _is_told(function: Callable[..., Any]) -> bool:
     """Whether a digest tells a function apart from others of the same code, around other values."""
-    inner: Any = inspect.unwrap(function)
-    cells = getattr(getattr(inner, "__func__", inner), "__closure__", None) or ()
-    values = [cell.cell_contents for cell in cells if _is_filled(cell)]
+    cells = getattr(unwrapped(function), "__closure__", None) or ()
+    values = [cell.cell_contents for cell in cells if is_filled(cell)]
     return not any(isinstance(value, dict | list | set | torch.Tensor | functools.partial) for value in values)
 
 
 def _number(function: Callable[..., Any]) -> int:
     """Return the number of a function in this process, which no other one gets, also not after its end."""
-    inner: Any = inspect.unwrap(function)
-    inner = getattr(inner, "__func__", inner)
+    inner = unwrapped(function)
     with _lock:
         try:
             return _numbers.setdefault(inner, next(_count))
         except TypeError:  # it takes no weak reference, or has no hash: it is kept, so that its id stays its own
             return -_kept.setdefault(id(inner), (inner, id(inner)))[1]
-
-
-def digest_of(function: Callable[..., Any]) -> str | None:
-    """Return a digest of a function: its file, code, defaults and closure; None if there is no file.
-
-    A file from the Hub has its commit in its path, which identifies all files beside it, too.
-    """
-    inner: Any = inspect.unwrap(function)  # wrappers of plugins are no part of the kernel
-    inner = getattr(inner, "__func__", inner)
-    code = getattr(inner, "__code__", None)
-    if code is None:
-        return None
-    digest = hashlib.sha256(source_label(inner).encode())
-    if commit := _COMMIT.search(code.co_filename.replace(os.sep, "/")):
-        digest.update(commit[1].encode())
-    try:
-        digest.update(Path(code.co_filename).read_bytes())
-    except OSError:  # written at a prompt, or generated
-        return None
-    values = [*(inner.__defaults__ or ()), *(inner.__kwdefaults__ or {}).values()]
-    values += [cell.cell_contents for cell in inner.__closure__ or () if _is_filled(cell)]
-    digest.update(repr([_text(code), *map(_text, values)]).encode())
-    return digest.hexdigest()
-
-
-def _text(value: object) -> str:
-    """Return a text for a value that is the same in every process."""
-    if inspect.iscode(value):
-        return f"{value.co_code.hex()} {value.co_names} {[_text(const) for const in value.co_consts]}"
-    if isinstance(value, tuple):  # a mutable value may differ at every call
-        return str([_text(item) for item in value])
-    code = getattr(value, "__code__", None)
-    return _text(code) if code is not None else repr(value) if isinstance(value, _SIMPLE) else source_label(type(value))
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 def folder() -> Path:

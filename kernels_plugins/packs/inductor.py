@@ -8,6 +8,7 @@ compiled for as many kinds of calls as PyTorch allows for one function (8), and 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,6 +55,8 @@ def _compiled(layer: Layer) -> KernelLayer:
                 warn_once(f"Layer {layer.name!r} {few}.")
         return reference(*args, **kwargs)
 
+    # It is no wrapper of the reference, of which findings would be taken for those about compiled code.
+    vars(forward)["__signature__"] = inspect.signature(vars(forward).pop("__wrapped__"))
     return forward if layer.is_function else type("Compiled", (nn.Module,), {"forward": forward})
 
 

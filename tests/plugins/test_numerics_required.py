@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from norms import ByRows, Norm, Steady, norm
+from norms import ByRows, Norm, Steady, by_rows, norm
 from torch import nn
 from typer.testing import CliRunner
 
@@ -27,6 +27,7 @@ from kernels_core import (
     Reference,
     RequirementError,
     configuration,
+    find_layer,
     hookimpl,
     kernelize,
     receipt,
@@ -509,6 +510,33 @@ def test_code_without_a_file_shares_no_finding() -> None:
             resolution = resolve(double, device="cpu", mode=Mode.INFERENCE)
             assert resolution.implementation is (scope[served] if served else None), resolution
             assert resolution.checked["batch_invariant"].startswith("yes")
+
+
+def test_modules_with_other_values_share_no_finding() -> None:
+    """What a kernel reads of a module decides, such as how it splits: each of its values is judged."""
+
+    class Limited(Norm):
+        most = 10**9
+
+    class Reading(nn.Module):
+        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return by_rows(x, self.weight, self.most)
+
+    free, bound, named = Limited(), Limited(), Limited()
+    bound.most = 64
+    named.index = 3  # type: ignore[assignment]
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Reading}}), torch.no_grad():
+        with numerics("batch_invariant"):
+            free(X)
+            assert origin() == "Reading"
+            named(X)
+            layer = find_layer(Norm)
+            assert layer is not None
+            kinds = store.known(store.key_of(layer, Reading.forward, torch.device("cpu")))
+            assert len(kinds) == 1  # `index` is not read
+            x = torch.randn(100, 64)
+            assert torch.equal(bound(x), norm(x, bound.weight))
+            assert "65x64" in str(resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals[0])
 
 
 def test_kernels_around_other_values_share_no_finding() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -35,6 +36,8 @@ from kernels_core import (
 )
 from kernels_plugins import check_kernel, probing, register_kernel_mapping, use_kernel_mapping
 from kernels_plugins.oracle import probe_cache, prober
+from kernels_plugins.oracle.probe import implementation_of
+from kernels_plugins.packs import inductor as inductor_pack
 
 COMPILED = Mode.INFERENCE | Mode.TORCH_COMPILE
 
@@ -328,6 +331,83 @@ def test_keys_tell_kernels_apart() -> None:
     scope: dict[str, Any] = {}
     exec("def forward(self, x):\n    return x", scope)
     assert probe_cache.key_of(layer, scope["forward"], cpu).startswith("here-")
+
+
+SPLITS = 4
+
+
+class Settings:
+    splits = 4
+    calls = 0
+
+
+def split(x: torch.Tensor) -> int:
+    return SPLITS
+
+
+def by_global(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * SPLITS
+
+
+def by_helper(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * split(x)
+
+
+def by_class(self: Any, x: torch.Tensor) -> torch.Tensor:
+    Settings.calls += 1
+    return x * Settings.splits
+
+
+def test_keys_tell_values_apart_that_code_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Globals, also of functions that it calls, and attributes of classes: another value is another key.
+
+    A name that the code itself sets is left out, or each call would have a key of its own.
+    """
+    layer, cpu = made.Norm.forward.kernels_layer, torch.device("cpu")
+
+    def keys() -> list[str]:
+        return [probe_cache.key_of(layer, f, cpu) for f in (by_global, by_helper, by_class)]
+
+    before = keys()
+    by_class(None, torch.ones(1))
+    assert keys() == before and len(set(before)) == 3
+    monkeypatch.setitem(globals(), "SPLITS", 2)
+    assert [one == other for one, other in zip(before, keys(), strict=True)] == [False, False, True]
+    monkeypatch.setattr(Settings, "splits", 2)
+    assert all(one != other for one, other in zip(before, keys(), strict=True))
+
+
+def test_keys_of_classes_for_functions_have_their_attributes() -> None:
+    """Two classes that share a forward differ in what it reads of them."""
+
+    class Two(nn.Module):
+        factor = 2.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.factor
+
+    class Three(Two):
+        factor = 3.0
+
+    layer, cpu = made.Norm.forward.kernels_layer, torch.device("cpu")
+    keys = [probe_cache.key_of(layer, implementation_of(each, function=True), cpu) for each in (Two, Three, Two)]
+    assert keys[0] != keys[1] and keys[0] == keys[2]
+
+
+def test_keys_tell_a_wrapped_reference_from_the_reference() -> None:
+    """As compiled code, or a kernel that wraps it in any other way, computes other numbers."""
+    reference = made.Norm.forward
+    layer, cpu = reference.kernels_layer, torch.device("cpu")
+
+    @functools.wraps(layer.reference)
+    def wrapping(*args: Any, **kwargs: Any) -> Any:
+        return layer.reference(*args, **kwargs) * 2
+
+    compiled = torch.compile(layer.reference, backend="eager")
+    inductor = inductor_pack._compiled(layer).forward
+    keys = [probe_cache.key_of(layer, f, cpu) for f in (layer.reference, wrapping, compiled, inductor)]
+    assert len(set(keys)) == 4
+    assert inspect.signature(inductor) == inspect.signature(layer.reference)
 
 
 def test_keys_are_the_same_in_another_process() -> None:
