@@ -22,7 +22,7 @@ from ..forward_source import PLAIN
 from ..layer import Forward, Layer
 from ..mode import Mode
 from ..raised import error_text
-from ..replay import Call, random_states, set_random_states
+from ..replay import Call, generators_of, random_states, set_random_states
 from ..resolution import Resolution
 from ..torch_internals import (
     DYNAMO_LISTS_ATTRIBUTES,
@@ -221,7 +221,8 @@ def try_gradients(
     touched = [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
     touched += [*module.parameters(), *module.buffers()] if module is not None else []
     versions = [version(tensor) for tensor in touched]
-    drawn = random_states(tensor.device for tensor in touched)  # for a call that has to be made anew
+    generators = generators_of([*values, module])
+    drawn = random_states([*(tensor.device for tensor in touched), *generators])  # for a call that has to be made anew
     with held_back() as saved:
         output = call(implementation)
     if output is NotImplemented:  # another kernel serves this call, and this one has proven nothing

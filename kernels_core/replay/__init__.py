@@ -6,6 +6,7 @@ buffers, attributes, random generators, gradients and hooks are afterwards as th
 
 from ..exports import set_module
 from .ambient import (
+    RandomSource,
     RandomStates,
     is_capturing,
     is_observed,
@@ -15,7 +16,7 @@ from .ambient import (
     set_random_states,
 )
 from .call import CONSTANTS, Call, Outcome, Replay
-from .copies import same_numbers
+from .copies import generators_of, same_numbers
 from .model_state import ModelState
 from .tree import each_tensor, leaves, mapped, nodes
 
@@ -24,9 +25,11 @@ __all__ = [
     "Call",
     "ModelState",
     "Outcome",
+    "RandomSource",
     "RandomStates",
     "Replay",
     "each_tensor",
+    "generators_of",
     "is_capturing",
     "is_observed",
     "kept_random_states",

@@ -9,12 +9,15 @@ import torch
 
 from ..torch_internals import has_saved_tensors_hooks, is_watched, no_dispatch_modes
 
-RandomStates = Mapping[torch.device, torch.Tensor]
-"""The state of each random generator, by device."""
+RandomSource = torch.device | torch.Generator
+"""A device, for its generator; or a generator that a model has made for itself."""
+
+RandomStates = Mapping[RandomSource, torch.Tensor]
+"""The state of each random generator."""
 
 
-def random_states(devices: Iterable[torch.device]) -> RandomStates:
-    """Return the states of the generators of the CPU and of some devices.
+def random_states(sources: Iterable[RandomSource]) -> RandomStates:
+    """Return the states of the generator of the CPU, of those of some devices, and of other generators.
 
     While a CUDA graph is captured, only that of the CPU: the others cannot be read then.
 
@@ -24,9 +27,11 @@ def random_states(devices: Iterable[torch.device]) -> RandomStates:
         >>> same_random_states(before, random_states(before))
         False
     """
-    states = {torch.device("cpu"): torch.get_rng_state()}
-    for device in dict.fromkeys(devices) if not is_capturing() else ():  # each once, in order
-        if device.type not in ("cpu", "meta"):  # the state of the CPU is there, and meta has no generator
+    states: dict[RandomSource, torch.Tensor] = {torch.device("cpu"): torch.get_rng_state()}
+    for device in dict.fromkeys(sources) if not is_capturing() else ():  # each once, in order
+        if isinstance(device, torch.Generator):
+            states[device] = device.get_state()
+        elif device.type not in ("cpu", "meta"):  # the state of the CPU is there, and meta has no generator
             module = torch.get_device_module(device.type)
             # MPS has one device, and its functions take none.
             states[device] = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
@@ -36,7 +41,9 @@ def random_states(devices: Iterable[torch.device]) -> RandomStates:
 def set_random_states(states: RandomStates) -> None:
     """Set generators to states that `random_states` returned."""
     for device, state in states.items():
-        if device.type == "cpu":
+        if isinstance(device, torch.Generator):
+            device.set_state(state)
+        elif device.type == "cpu":
             torch.set_rng_state(state)
         else:
             module = torch.get_device_module(device.type)
@@ -49,17 +56,17 @@ def same_random_states(states: RandomStates, others: RandomStates) -> bool:
 
 
 @contextlib.contextmanager
-def kept_random_states(devices: Iterable[torch.device], start: RandomStates | None = None) -> Iterator[RandomStates]:
+def kept_random_states(sources: Iterable[RandomSource], start: RandomStates | None = None) -> Iterator[RandomStates]:
     """Restore the random generators afterwards.
 
     Args:
-        devices: The devices whose generators are restored, besides the CPU.
+        sources: The devices whose generators are restored, besides the CPU, and other generators.
         start: The states to begin with; None for those of now.
 
     Yields:
         The states at the start of the block.
     """
-    before = random_states(devices)
+    before = random_states(sources)
     try:
         if start is not None:
             set_random_states(start)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..layer import Forward
 from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
-from .copies import attributes_of, copies_of, detached, replica_of, same_numbers, tensors_of, with_memory
+from .copies import attributes_of, copies_of, detached, generators_of, replica_of, same_numbers, tensors_of, with_memory
 from .gradients import computed, gradients_of
 from .precision import converted, only
 from .tree import each_tensor, leaves, mapped, nodes
@@ -104,6 +104,11 @@ class Call:
         return list(dict.fromkeys(tensor.device for tensor in self.tensors.values()))
 
     @property
+    def generators(self) -> list[torch.Generator]:
+        """The random generators among the arguments, and those that the module holds."""
+        return generators_of([*self.args, *self.kwargs.values(), self.module])
+
+    @property
     def records(self) -> bool:
         """Whether an input, or a tensor of the module, requires grad."""
         return any(tensor.requires_grad for tensor in self.tensors.values())
@@ -157,7 +162,7 @@ class Call:
         with unobserved():
             copies = copies_of(originals.values() if state else self.inputs.values())
             copied = self._on(lambda t: detached(copies[id(t)]).requires_grad_(t.requires_grad), module=state)
-        return replace(copied, random=random_states(t.device for t in originals.values()))
+        return replace(copied, random=random_states([*(t.device for t in originals.values()), *self.generators]))
 
     def converted(self, old: torch.dtype, new: torch.dtype) -> Call:
         """Return the same call with all tensors of one dtype, also of the module, in another."""
@@ -249,7 +254,7 @@ class Call:
         # As around the call: some operators differ there.
         inference = gradients is None and not wanted and torch.is_inference_mode_enabled()
         records = wanted or (gradients is None and recording)  # the forward may ask for the mode of gradients
-        with unobserved(), kept_random_states(devices, self.random) as random:
+        with unobserved(), kept_random_states([*devices, *self.generators], self.random) as random:
             replay = Replay(self, self._copied(originals, dtype, parameters, objects), originals, dtype, random)
             if wanted:
                 replay.ask_for_gradients()
@@ -269,7 +274,7 @@ class Call:
             tensor for name, tensor in originals.items() if id(tensor) not in kept or name.startswith("input ")
         )
         call = self._on(lambda tensor: converted(detached(copies.get(id(tensor), tensor)), dtype))
-        shared = (torch.Tensor, nn.Module, *CONSTANTS)
+        shared = (torch.Tensor, torch.Generator, nn.Module, *CONSTANTS)  # generators are restored
         return (
             call.replaced(lambda _, leaf: leaf if isinstance(leaf, shared) else copy.deepcopy(leaf))
             if objects

@@ -138,6 +138,25 @@ def attributes_of(module: nn.Module) -> Iterator[tuple[str, object]]:
             yield f"{path}.{name}" if path else name, value
 
 
+def generators_of(value: object) -> list[torch.Generator]:
+    """Return the random generators in a nested value, and in attributes of a module or a list of modules.
+
+    Example:
+        >>> class Noise(torch.nn.Module):
+        ...     generators = ()
+        >>> noise = Noise()
+        >>> noise.generators = [torch.Generator()]
+        >>> len(generators_of(torch.nn.Sequential(noise)))
+        1
+    """
+    held = list(value) if isinstance(value, list | tuple) else [value]
+    modules = [each for each in held if isinstance(each, nn.Module)]
+    held += [one for module in modules for _, one in attributes_of(module)]
+    nested = (each for each in held if isinstance(each, torch.Generator | list | dict | tuple))
+    found = (leaf for each in nested for _, leaf in leaves(each))
+    return list(dict.fromkeys(leaf for leaf in found if isinstance(leaf, torch.Generator)))
+
+
 def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
     return ((name, value) for name, value in module.__dict__.items() if name not in _INSIDE and "_hooks" not in name)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..torch_internals import version
 from .ambient import kept_random_states, unobserved
-from .copies import same_numbers
+from .copies import generators_of, same_numbers
 
 
 class ModelState:
@@ -40,6 +40,7 @@ class ModelState:
         # FSDP2 notes apart from the module whether its parameters are whole now: parts are put back by its own method.
         self._sharded: list[Any] = [module for module in modules if hasattr(type(module), "reshard")]
         self._reshard()
+        self._generators = generators_of(model)
         self._attributes = [(module, type(module), dict(module.__dict__)) for module in modules]
         held = [value for _, _, state in self._attributes for value in state.values() if isinstance(value, list | dict)]
         # `__dict__` holds the same list or dict after a change in it.
@@ -57,7 +58,7 @@ class ModelState:
         for _, parameter, *_ in self._parameters:
             parameter.grad = None
         try:
-            with _kept_generators():
+            with _kept_generators(self._generators):
                 yield
         finally:
             self.restore()
@@ -109,15 +110,16 @@ def _has_data(tensor: torch.Tensor, data: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _kept_generators() -> Iterator[None]:
-    """Restore the random generators of Python, PyTorch, its devices in use, and NumPy if it is imported."""
+def _kept_generators(own: list[torch.Generator]) -> Iterator[None]:
+    """Restore the random generators of Python, PyTorch, its devices in use, the model, and NumPy if it is imported."""
     numpy: Any = sys.modules.get("numpy.random")
     kept = random.getstate(), numpy.get_state() if numpy else None
     kinds = {kind: getattr(torch, kind, None) for kind in ("cuda", "xpu")}
     used = {kind: device for kind, device in kinds.items() if device and device.is_available()}
     counts = {kind: device.device_count() for kind, device in used.items() if device.is_initialized()}
     try:
-        with kept_random_states(torch.device(kind, n) for kind, count in counts.items() for n in range(count)):
+        devices = [torch.device(kind, n) for kind, count in counts.items() for n in range(count)]
+        with kept_random_states([*devices, *own]):
             yield
     finally:
         random.setstate(kept[0])

@@ -140,7 +140,7 @@ class _Race:
         """Time runs; those that raise are out."""
         found: dict[str, Timing] = {}
         kept = {name: run for name, run in runs.items() if not self.is_out(name, "is timed")}
-        with kept_random_states([self.subject.device], None):
+        with kept_random_states([self.subject.device, *self.subject.recorded.call.generators]):
             # Again before each run: where one ends the process, it was this one.
             measured = time_runs(
                 kept,

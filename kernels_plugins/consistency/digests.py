@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from kernels_core import Layer, Resolution, find_layer, hookimpl, module_paths, plugin_manager
-from kernels_core.replay import leaves, random_states, same_random_states
+from kernels_core.replay import RandomStates, generators_of, leaves, random_states, same_random_states
 from kernels_core.torch_internals import disabled, version
 
 from ..bisect.switch import find_caller
@@ -99,6 +99,7 @@ class Digests:
         self._rows = 1
         self._random: Any = None
         self._recomputes = False
+        self._generators = generators_of(model)
         self._devices = list(dict.fromkeys(tensor.device for tensor in (*model.parameters(), *model.buffers())))
 
     @property
@@ -236,7 +237,7 @@ class Digests:
 
     def _boundary(self, path: str, kind: str) -> None:
         """Note who drew random numbers since the last boundary, and set the generators."""
-        if self._random is not None and not same_random_states(self._random, random_states(self._devices)):
+        if self._random is not None and not same_random_states(self._random, self._states()):
             self.random[path if kind == OUTPUT or self.where is None else self.where] = None
         call = self._counts[INPUT, path]
         seed = zlib.crc32(f"{self._seed} {kind} {path} {call}".encode())
@@ -244,7 +245,12 @@ class Digests:
         torch.default_generator.manual_seed(seed)
         for device in {device.type for device in self._devices} - {"cpu"}:
             torch.get_device_module(device).manual_seed_all(seed)
-        self._random = random_states(self._devices)
+        for generator in self._generators:
+            generator.manual_seed(seed)
+        self._random = self._states()
+
+    def _states(self) -> RandomStates:
+        return random_states([*self._devices, *self._generators])
 
     def _note(self, kind: str, path: str, parent: str | None, values: Any, call: int | None = None) -> int:
         if call is None:

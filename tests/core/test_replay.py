@@ -223,6 +223,40 @@ def test_snapshots_start_from_their_own_random_numbers() -> None:
     assert torch.equal(snapshot.run(Layer.forward).outputs, first)
 
 
+class Noise(nn.Module):
+    """Draws from a generator of its own, in a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generators = {"noise": [torch.Generator().manual_seed(1)]}
+
+    def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        for each in (self.generators["noise"][0], generator):
+            x = x + (torch.rand(x.shape, generator=each) if each is not None else 0)
+        return x
+
+
+def test_generators_of_the_call_are_restored() -> None:
+    """Runs of a snapshot start from the states of its own generators, in modules, containers and arguments."""
+    noise, given = nn.Sequential(Noise()), torch.Generator().manual_seed(2)
+    own = noise[0].generators["noise"][0]
+
+    def forward(module: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return module[0](x, generator)  # type: ignore[no-any-return]
+
+    call = Call(noise, (torch.ones(3), given)).snapshot()
+    before = own.get_state(), given.get_state()
+    first, second = call.run(forward), call.run(forward)
+    assert torch.equal(first.outputs, second.outputs) and first.random
+    assert torch.equal(own.get_state(), before[0]) and torch.equal(given.get_state(), before[1])
+    with call.replayed(forward, objects=True) as replay:
+        assert torch.equal(replay.outputs, first.outputs)
+    with ModelState(noise).kept():
+        noise(torch.ones(3))
+    assert torch.equal(own.get_state(), before[0])
+    assert torch.equal(forward(noise, torch.ones(3), given), first.outputs)
+
+
 def test_a_forward_that_raises_leaves_nothing_behind() -> None:
     """Modes, random numbers and the module are as before."""
     layer, x = Layer(), torch.randn(2, 8)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import weakref
@@ -559,7 +560,7 @@ def test_two_decision_files(tmp_path: Path) -> None:
         assert receipt(model, device="cpu").rows[0].origin == f"{__name__}.Kernel"
 
 
-class Unsteady(nn.Module):
+class OwnGenerator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.generator = [torch.Generator().manual_seed(3)]
@@ -568,9 +569,30 @@ class Unsteady(nn.Module):
         return x + torch.rand(x.shape, generator=self.generator[0])
 
 
+_calls = itertools.count()
+
+
+class Counting(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + next(_calls)
+
+
+def test_generators_of_a_model_start_from_the_seed_in_each_layer() -> None:
+    """Its layer is named as one that draws random numbers, which are the same on both sides, and restored."""
+    model = nn.Sequential(nn.Identity(), OwnGenerator(), nn.Linear(2, 2))
+    before = model[1].generator[0].get_state()
+    report = consistency(model, model, torch.ones(3, 2))
+    assert report.ok and report.random == ("1",) and report.unsteady == ()
+    assert torch.equal(model[1].generator[0].get_state(), before)
+    other = copy.deepcopy(nn.Sequential(nn.Identity(), nn.Identity(), model[2]))
+    other[1] = OwnGenerator()
+    other[1].generator[0].manual_seed(99)
+    assert consistency(model, other, torch.ones(3, 2), gradients=True).ok
+
+
 def test_bad_inputs_of_models() -> None:
-    """Generators of their own, inputs that change, models that raise or write to parameters, other shapes: named."""
-    unsteady = nn.Sequential(nn.Identity(), Unsteady())
+    """Layers that repeat nothing, inputs that change, models that raise or write to parameters, other shapes: named."""
+    unsteady = nn.Sequential(nn.Identity(), Counting())
     report = consistency(unsteady, unsteady, torch.ones(2))
     assert report.unsteady == ("a", "b") and report.drift is not None and report.drift.path == "1"
     assert "not deterministic" in str(report)

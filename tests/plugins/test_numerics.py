@@ -278,6 +278,19 @@ def test_a_kernel_that_differs_from_run_to_run_is_not_deterministic() -> None:
     found = judge(lambda x, w: Unstable.apply(x), "deterministic")["deterministic"]
     assert found.has is False and "backward: argument" not in found.why and "backward: " in found.why
     assert judge(lambda x, w: nn.functional.dropout(norm(x, w), 0.5), "deterministic")["deterministic"].has
+    generator = torch.Generator()
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = [generator]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.rand(x.shape, generator=self.generator[0])
+
+    call = Call(Noisy(), (torch.randn(8, 64),))
+    found_of = find(call, Noisy.forward, Noisy.forward, ["deterministic", "batch_invariant"])
+    assert found_of["deterministic"].has and "random numbers" in found_of["batch_invariant"].why
     alone = judge(lambda x, w: norm(x.detach(), w.detach()), "deterministic")["deterministic"]
     assert alone.has is True
 
