@@ -187,7 +187,7 @@ def test_each_way_in_which_a_row_depends_on_others_is_found(forward: Callable[..
     assert found.has is False and shown in found.why
 
 
-def test_what_has_the_property_is_told_with_the_inputs_tried() -> None:
+def test_a_finding_names_the_inputs_tried() -> None:
     """A right norm has it up to 4,096 rows; a dtype that a kernel does not take is named."""
     found = judge(norm)["batch_invariant"]
     assert found.has and found.why.endswith(" of argument 1 4096x64, float32, bfloat16, float16")

@@ -305,7 +305,7 @@ def test_a_blocked_plugin_is_no_silence(isolated_plugins: PluginManager) -> None
 
 
 def test_a_receipt_requires_what_was_found_out() -> None:
-    """What is not known fails, and so does what is lacking; a reference that has it will do, but not for an origin."""
+    """A property that is not known or lacking fails; a reference that has it will do, but not for an origin."""
     model = nn.ModuleDict({"norm": Norm(), "blend": Blend()}).eval()
     with use_kernel_mapping(ONLY):
         with pytest.raises(RequirementError, match=r"(?s)anything that is batch_invariant.*not known: run verify"):
@@ -513,7 +513,7 @@ def test_code_without_a_file_shares_no_finding() -> None:
 
 
 def test_modules_with_other_values_share_no_finding() -> None:
-    """What a kernel reads of a module decides, such as how it splits: each of its values is judged."""
+    """An attribute that a kernel reads, such as a number of splits, decides: each of its values is judged."""
 
     class Limited(Norm):
         most = 10**9
