@@ -295,6 +295,7 @@ def test_gradients_that_one_rank_loses(tmp_path: Path) -> None:
 
 
 MANY = """
+import time
 from kernels_core.decisions import decision
 join()
 found = {}
@@ -341,6 +342,9 @@ late = dist.new_group(list(range(W)), timeout=timedelta(seconds=300))
 if R != 7: found["late"] = error(agree, model, **CPU, group=late, timeout=0.3)
 dist.barrier()
 dead = dist.new_group(list(range(W)))
+open(f"connected{R}", "w").close()
+while R == 7 and not all(os.path.exists(f"connected{rank}") for rank in range(W)):
+    time.sleep(0.01)  # or others would find it gone while they connect
 if R != 7: found["dead"] = error(agree, model, **CPU, group=dead)
 report(**found)
 os._exit(0)
