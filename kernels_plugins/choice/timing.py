@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..oracle.probe import captured
+
 Run = Callable[[], object]
 
 _FEWEST, _MOST = 9, 200
@@ -131,12 +133,13 @@ def device_times(
                 if not number:
                     # Several in a graph, for the clock is coarse; not for longer than that of the GPU is steady.
                     times = max(1, min(8, int(4e-3 / max(_between(work[one], flush.zero_), 1e-6))))
-                    replays[one] = _captured(times, pool, flush.zero_, work[one]), times
+                    replays[one] = _replays(times, pool, flush.zero_, work[one]), times
                 elif one in replays:
                     replay, times = replays[one]
                     taken[one].append(_between(replay) / times)
             except Exception as error:
                 replays.pop(one, None)
+                pool = torch.cuda.graph_pool_handle()
                 text = f"{type(error).__name__}: {error}".partition("\n")[0]
                 why[one] = f"it cannot be captured in a CUDA graph: {text}"
         shuffled.shuffle(order)
@@ -153,14 +156,15 @@ def device_times(
     return found
 
 
-def _captured(times: int, pool: Any, *steps: Run) -> Run:
+def _replays(times: int, pool: Any, *steps: Run) -> Run:
     """Return a function that replays a CUDA graph in which some steps are made some times."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+
+    def run() -> None:
         for _ in range(times):
             for step in steps:
                 step()
-    return graph.replay
+
+    return captured(run, pool)[0].replay
 
 
 def _warm(run: Run, device: torch.device) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -25,6 +25,8 @@ _PROBE_OF_CASE = {
     **dict.fromkeys(("empty", "batch of one", "odd size", "odd width"), "sizes"),
     "autocast bfloat16": "autocast",
 }
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -171,32 +173,46 @@ def _first_line(error: Exception) -> str:
 # --- CUDA graphs ----------------------------------------------------------------------------------
 
 
+def captured(run: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Return the CUDA graph of a run, and the output that replays write to.
+
+    After a capture that failed, its generator refuses to draw ever after, as do all graphs that use it, and its stream
+    stays the current one. So each graph has a generator state of its own, and the stream is set back.
+
+    Args:
+        run: What to capture. It has run on this device before, for what is compiled or allocated then.
+        pool: The memory of other graphs to share; after a capture that failed, it cannot be used again.
+    """
+    graph = torch.cuda.CUDAGraph()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    own = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
+            output = run()
+    finally:
+        generator.graphsafe_set_state(own)
+    return graph, output
+
+
 def _captures(call: Call, implementation: Forward) -> Probe:
     """Capture a call in a CUDA graph, replay it, and compare."""
 
-    def captured(*args: Any, **kwargs: Any) -> Any:
+    def replayed(*args: Any, **kwargs: Any) -> Any:
         make_stream: Any = torch.cuda.Stream
         current, aside = torch.cuda.current_stream(), make_stream()
         aside.wait_stream(current)  # a capture must not be on the default stream, so its warm-up is not, either
         with torch.cuda.stream(aside):
             implementation(*args, **kwargs)  # compiles, and allocates memory that it keeps
         current.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        spare = generator.clone_state()
-        try:
-            with torch.cuda.graph(graph):
-                outputs = implementation(*args, **kwargs)
-        except Exception:
-            generator.graphsafe_set_state(spare)  # one in the middle of a capture would refuse to draw ever after
-            raise
+        graph, outputs = captured(lambda: implementation(*args, **kwargs))
         graph.replay()
         torch.cuda.synchronize()
         return mapped(outputs, each_tensor(torch.clone))
 
     try:
         expected = call.run(implementation, gradients=False)
-        actual = call.run(captured, gradients=False)
+        actual = call.run(replayed, gradients=False)
     except Exception as error:
         try:
             torch.cuda.synchronize()  # raises if the device is lost; a failed capture leaves it intact

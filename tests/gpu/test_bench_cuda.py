@@ -14,6 +14,7 @@ from torch import nn  # noqa: E402
 
 from kernels_core import use_kernel_forward_from_hub  # noqa: E402
 from kernels_plugins import bench, use_kernel_mapping  # noqa: E402
+from kernels_plugins.oracle.probe import captured  # noqa: E402
 
 WIDTH = 4096
 
@@ -64,3 +65,20 @@ def test_all_packs_on_a_norm() -> None:
     assert report.ok, report
     assert {row.context for row in report.rows if row.seconds} == {"eager", "captured"}
     assert norm.weight.grad is None and type(norm) is nn.RMSNorm
+
+
+def test_after_a_capture_that_failed() -> None:
+    """Numbers can be drawn, the stream is the one before, and an earlier graph replays: what failed left nothing."""
+    x, stream = torch.ones(8, device="cuda"), torch.cuda.current_stream()
+    earlier, noise = captured(lambda: torch.rand_like(x))
+    with pytest.raises(Exception, match="captur"):
+        captured(lambda: bool(x.sum() == 8))
+    assert torch.cuda.current_stream() == stream
+    torch.randn(8, device="cuda")
+    earlier.replay()
+    first = noise.clone()
+    earlier.replay()
+    assert not torch.equal(first, noise)
+    later, doubled = captured(lambda: x * 2)
+    later.replay()
+    assert torch.equal(doubled, x + x)

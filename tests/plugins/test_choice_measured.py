@@ -178,7 +178,7 @@ def test_a_gpu_that_slows_down_slows_down_all(monkeypatch: pytest.MonkeyPatch) -
         clock[0] += seconds * (1 + clock[1] / 100)  # each of the first replays is slower than the one before
         clock[1] = min(clock[1] + 1, 100)
 
-    def captured(times: int, pool: object, *steps: Any) -> Any:
+    def replays(times: int, pool: object, *steps: Any) -> Any:
         return lambda: [step() for _ in range(times) for step in steps]
 
     def between(run: Any, before: Any = lambda: None) -> float:
@@ -188,7 +188,7 @@ def test_a_gpu_that_slows_down_slows_down_all(monkeypatch: pytest.MonkeyPatch) -
         return clock[0] - start
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(timing, "_captured", captured)
+    monkeypatch.setattr(timing, "_replays", replays)
     monkeypatch.setattr(timing, "_between", between)
     for order in (("slow", "quick"), ("quick", "slow")):
         clock[:] = 0.0, 0
