@@ -55,7 +55,7 @@ def check_kernel(
         ignore: Probes that need not pass, such as `{"compile", "gradients"}`, with the reason in your test.
         tolerances: As for `verify`.
         numerics: Properties that the kernel must have, whatever the reference has: names of `NUMERICS`.
-        every_size: Whether to try every number of rows for `batch_invariant`, which may take minutes on a CPU; else
+        every_size: Whether to try every number of rows for `batch_invariant`, which may take minutes; else
             some hundred, where kernels change their way.
         **named_inputs: Keyword arguments for both.
 
