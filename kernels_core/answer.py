@@ -180,7 +180,8 @@ def _fitting(request: LayerRequest, candidate: Candidate, loaded: LoadedLayer) -
         if request.subclasses and request.layer is not None and runs_on_shards(request.subclasses, kernel):
             forward = on_shards(request.layer, kernel, forward)
     except Exception as error:  # of the plugin that limits it: a reason like any other
-        return Refusal(reason_of(error, candidate), candidate, candidate.plugin, error)
+        limit = "" if candidate.limit is None or isinstance(error, ResolutionError) else "its limit: "
+        return Refusal(limit + reason_of(error, candidate), candidate, candidate.plugin, error)
     return exclusion(request, candidate, forward, loaded.origin, kernel) or forward
 
 

@@ -198,6 +198,8 @@ def carried(key: str) -> Any:
     return _carried(key) if _is_carried is not None and _carried is not None and _is_carried(key) else None
 
 
+has_global_hooks: Callable[[], Any] = _find("torch.nn.modules.module:_has_any_global_hook") or (lambda: False)
+"""Whether hooks of all modules are registered; without the name, kernels that read past a part ignore them."""
 TraceError: type[Exception] = _find("torch.fx.proxy:TraceError") or ValueError
 """Raised by proxies of `torch.fx` that are used as conditions; without the name, its base class."""
 
@@ -215,8 +217,7 @@ def version(tensor: torch.Tensor) -> int:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that tensors share whose memory is the same, fake ones included."""
-    storage = tensor.untyped_storage()  # PyTorch keeps one Python object for each
-    return int(getattr(storage, "_cdata", id(storage)))
+    return int(getattr(storage := tensor.untyped_storage(), "_cdata", id(storage)))  # it has one Python object
 
 
 def is_fake_class(cls: type[Any]) -> bool:
@@ -232,8 +233,7 @@ def fake_copies(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]
         yield [entered.from_tensor(t.detach()) if entered is not None else t.detach().clone() for t in tensors]
 
 
-_tree_map = _find("torch.utils._pytree:tree_map")
-_registered = _find("torch.utils._pytree:SUPPORTED_NODES")
+_tree_map, _registered = _find("torch.utils._pytree:tree_map"), _find("torch.utils._pytree:SUPPORTED_NODES")
 
 
 def _opened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:

@@ -35,6 +35,7 @@ from ..guards.numerics import NUMERICS, Numeric, WantedNumerics
 from ..mode import STAND_INS, Mode
 from ..models.receipt import receipt
 from ..plugins import ENTRY_POINT_GROUP, plugin_manager
+from ..raised import error_text
 from ..resolution import Refusal, Resolution
 from ..resolver import find_candidates, resolve
 from ..scopes.scope import Scope
@@ -282,8 +283,13 @@ def _run_once(model: Any, inputs: str, device: str | None, mode: Mode, names: tu
     args = given if isinstance(given, tuple | list) else () if isinstance(given, dict) else (given,)
     named = given if isinstance(given, dict) else {}
     wanted = Scope(WantedNumerics(names, required=False))
-    with printing_aside(), wanted, torch.set_grad_enabled(Mode.TRAINING in mode):
-        model(*args, **named)
+    try:
+        with printing_aside(), wanted, torch.set_grad_enabled(Mode.TRAINING in mode):
+            model(*args, **named)
+    except KernelsError:
+        raise
+    except Exception as error:
+        raise ArgumentError(f"The model cannot be run with its inputs: {error_text(error)}") from error
 
 
 def _resolution(resolution: Resolution) -> Row:

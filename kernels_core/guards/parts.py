@@ -19,7 +19,7 @@ from ..environment import strict
 from ..errors import NoKernelError
 from ..layer import Forward, Layer, find_layer, source_label
 from ..resolution import Candidate, Cause, Refusal, Resolution
-from ..torch_internals import constant_result
+from ..torch_internals import constant_result, has_global_hooks
 from ..warning import warn_once
 
 Path = tuple[str, ...]
@@ -140,6 +140,8 @@ def _intercepted(part: torch.nn.Module, path: Path) -> str | None:
     for name in _HOOKS:
         if getattr(part, name):
             return f"{'.'.join(path)!r} has hooks"
+    if has_global_hooks():
+        return f"hooks of all modules are registered, so {'.'.join(path)!r} has hooks"
     return f"{'.'.join(path)!r} has a forward of its own" if "forward" in part.__dict__ else None
 
 

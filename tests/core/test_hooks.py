@@ -165,7 +165,7 @@ def test_kernels_rank_candidates(make_layer: Make, make_kernel: Make, isolated_p
     def refuse(loaded: LoadedLayer, forward: Callable[..., Any]) -> Callable[..., Any]:
         raise LoadError("measured with other code")
 
-    limits: dict[str, Any] = {"Add": to_few, "Mine": refuse}
+    limits: dict[str, Any] = {"Add": to_few, "Mine": refuse, "Odd": lambda loaded, forward: 3}
 
     def rank(request: LayerRequest, candidates: Sequence[Candidate]) -> list[Candidate] | None:
         seen.append(candidates)
@@ -174,7 +174,7 @@ def test_kernels_rank_candidates(make_layer: Make, make_kernel: Make, isolated_p
         return [Candidate(few, limit=limits[request.layer_name], note="few rows"), *candidates]
 
     isolated_plugins.register(plugin(kernels_rank_candidates=rank), "ranker")
-    register_kernel_mapping({name: {"cpu": many} for name in ("Add", "Mine", "Other")})
+    register_kernel_mapping({name: {"cpu": many} for name in ("Add", "Mine", "Odd", "Other")})
     module = make_layer("Add")()
     assert [module(torch.zeros(rows))[0] for rows in (1, 3, 1)] == [10, 20, 10]
     resolution = resolve_layer(module, device="cpu", mode=Mode.INFERENCE)
@@ -182,6 +182,8 @@ def test_kernels_rank_candidates(make_layer: Make, make_kernel: Make, isolated_p
     assert receipt(module, device="cpu").rows[0].note == "few rows"
     with pytest.warns(KernelsWarning, match="measured with other code"):
         assert make_layer("Mine")()(X)[0] == 20
+    with pytest.warns(KernelsWarning, match="its limit: AttributeError"):  # its author learns which function it was
+        assert make_layer("Odd")()(X)[0] == 20
     assert make_layer("Other")()(X)[0] == 20
     assert all(offer[0].source is many for offer in seen)
     limits["Other"] = None

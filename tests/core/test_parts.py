@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
 from warned import ignored, noted
 
@@ -29,6 +30,24 @@ from kernels_plugins.mapping import use_kernel_mapping
 X = torch.ones(2, 4)
 SHIFT = 100.0
 """The number that kernels add, so that an output shows which function made it."""
+
+
+@pytest.fixture(autouse=True)
+def _unhook() -> Iterator[None]:
+    yield
+    while _HANDLES:
+        _HANDLES.pop().remove()
+
+
+_HANDLES: list[Any] = []
+"""Hooks of all modules, which end with the test."""
+
+
+def hook_of_all_modules(layer: Any) -> None:
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        return output * 3 if module is layer.gate else None
+
+    _HANDLES.append(register_module_forward_hook(hook))
 
 
 class Adapter(nn.Module):
@@ -96,6 +115,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "bias": lambda layer: setattr(layer, "gate", nn.Linear(4, 4)),
     "hook": lambda layer: layer.gate.register_forward_hook(lambda module, args, output: output * 3),
     "pre-hook": lambda layer: layer.gate.register_forward_pre_hook(lambda module, args: args[0] * 3),
+    "hook of all modules": hook_of_all_modules,
     "forward": own_forward,
     "parametrization": lambda layer: parametrizations.weight_norm(layer.gate),
 }

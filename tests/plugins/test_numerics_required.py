@@ -334,6 +334,10 @@ def inputs() -> torch.Tensor:
     return X
 
 
+def wrong_inputs() -> tuple[torch.Tensor, ...]:
+    return X, X
+
+
 def explain(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(command_line(), ["explain", f"{__name__}:make", *arguments])
     text = result.output if result.exception is None else f"{result.output}{result.exception}"
@@ -361,6 +365,8 @@ def test_explain_finds_it_out_and_requires_it() -> None:
     assert "--numerics names exact" in explain("--numerics", "exact")[1]
     assert "the model has no dummy_inputs" in explain("--numerics", "deterministic")[1]
     assert "--inputs are those that --numerics" in explain("--inputs", f"{__name__}:inputs")[1]
+    code, text = explain("--numerics", "deterministic", "--inputs", f"{__name__}:wrong_inputs")
+    assert code == 1 and "The model cannot be run with its inputs: TypeError: " in text
 
 
 # --- Measured choice -----------------------------------------------------------------------------------
