@@ -114,22 +114,23 @@ def reach(ranks: RankGroup, make: Callable[[], Receipt], *, warns: bool = False)
         Exception: The error of `make`, where it fails on this rank; on the others, that is a disagreement.
     """
     # Every rank takes the same way through this: it depends only on what all of them have exchanged.
+    # Twice at most: what is decided after kernels were taken out may differ, and is compared, too.
     for first in (True, False):
         mine = _Report.make(make, with_quarantine=first)
         digests = ranks.gather(mine.digest)
         same = alike(digests)
         found = [(list(range(len(digests))), mine)] if same else _exchange(ranks, digests, mine)
-        if mine.error is not None:
+        if mine.error is not None:  # not before the exchange: the other ranks are waiting in it
             raise mine.error
         if failed := [f"{ranks.name(who)}: {report.failure}" for who, report in found if report.failure]:
             raise DisagreementError(
                 "\n".join(["Ranks cannot agree, for one of them failed. No model was changed.", *indented(failed)])
             )
-        if _take_out(ranks, mine, found):
+        if _take_out(ranks, mine, found):  # on all ranks, also where this one had none to take out
             continue
         differing = [] if same else list(differences((who, report.decisions) for who, report in found))
         if not differing:
-            if len(digests) > 1:
+            if len(digests) > 1:  # from here on, a quarantine waits: a single rank would wait for nobody
                 agreed.update(layer for layer in map(_layer, mine.decided) if layer is not None)
             break
         text = _described(ranks, differing, len(digests) - sum(len(who) for who, _ in found))
@@ -211,6 +212,7 @@ def _take_out(ranks: RankGroup, mine: _Report, found: list[tuple[list[int], _Rep
     if not waiting and all(out.keys() == outs[0].keys() for out in outs):
         return False
     apply(mine.entries)
+    # All of them before any is excluded: each exclusion changes the decisions that are asked for here.
     serving_now = [each for one in mine.decided for each in serving(one)]
     for key in sorted({key for out in outs for key in out} - mine.out.keys()):
         who, reason = next((who, report.out[key][0]) for who, report in found if key in report.out)
@@ -219,7 +221,7 @@ def _take_out(ranks: RankGroup, mine: _Report, found: list[tuple[list[int], _Rep
             "reason": f"on {ranks.name(who)}, {reason}",
             "mode": Mode(int(mode)) if mode else None,
             "dtype": getattr(torch, dtype) if dtype else None,
-            "now": True,
+            "now": True,  # not at the next `agree`: this is it
         }
         if not name:
             quarantine(kernel, device=device or None, **more)
@@ -227,7 +229,7 @@ def _take_out(ranks: RankGroup, mine: _Report, found: list[tuple[list[int], _Rep
             layer, implementation = one.request.layer, cast(Any, one.implementation)
             names = (one.origin, source_label(unlimited(implementation)))
             if layer is not None and (layer.name, layer.qualname) == (name, place) and kernel in names:
-                where = one.request.device if device else None
+                where = one.request.device if device else None  # the key has no index: ranks have others
                 quarantine(layer, implementation, kernel=kernel, device=where, **more)
     return True
 

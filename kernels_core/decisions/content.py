@@ -56,7 +56,7 @@ def content_of(kernel: object, *, on_any_rank: bool = False) -> str:
             return _known[kernel][on_any_rank]
     lines = list(_lines(kernel, on_any_rank))
     text = hashlib.sha256("\n".join(lines).encode(errors="replace")).hexdigest() if lines else ""
-    with contextlib.suppress(TypeError):
+    with contextlib.suppress(TypeError):  # not kept then, and computed again each time
         _known.setdefault(kernel, {})[on_any_rank] = text
     return text
 
@@ -74,7 +74,7 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
         for name in ("fn", "func", "fget"):  # of kernels in Triton, partials and properties
             inner = inspect.getattr_static(value, name, None)
             waiting += [inner] if isinstance(inner, types.FunctionType) else []
-        if id(value) in followed:
+        if id(value) in followed:  # functions may name each other
             continue
         followed.add(id(value))
         if isinstance(value, type):
@@ -86,6 +86,7 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
         elif isinstance(value, types.FunctionType):
             code = value.__code__
             cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+            # Names of attributes, too: a code object does not tell them from globals. That adds code, and hides none.
             named = [value.__globals__.get(name) for name in sorted(_names(code))]
             constants = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells, *named]
             left = [*constants[: -len(named)], *filter(_is_shared, named)] if on_any_rank and named else constants
@@ -128,6 +129,7 @@ def _text(value: Any) -> str:
     """Return a text for a value that is the same in every process."""
     if isinstance(value, types.CodeType):
         constants = [_text(constant) for constant in value.co_consts]
+        # No line numbers and no file name: a moved function is the same code.
         return f"{value.co_code.hex()} {value.co_names} {value.co_varnames} {constants}"
     if isinstance(value, _SIMPLE):
         return repr(value)
@@ -135,7 +137,7 @@ def _text(value: Any) -> str:
         return str([*map(_text, value)])
     if isinstance(value, frozenset):  # their order depends on the hashes of a process
         return str(sorted(map(_text, value)))
-    named = value if isinstance(value, type | types.FunctionType) else type(value)
+    named = value if isinstance(value, type | types.FunctionType) else type(value)  # its `repr` may have an address
     return named.__qualname__
 
 

@@ -146,6 +146,7 @@ class DecisionFile(Tabular):
             known, wanted = {model.mode for model in self.models if model.where == here.where}, f"mode {here.mode!r}"
         else:
             for found in (found for model in same for found in model.decided):
+                # By class or function, too: two classes may be decorated with one name.
                 if found.layer == request.layer_name and (not layer or found.defined == layer):
                     return found
             known, wanted = {model.model for model in same}, f"{layer or 'this layer'}"

@@ -100,6 +100,7 @@ def _kernels(first: Resolution) -> Iterator[FrozenKernel]:
             resolution.content,
             resolution.plugin,
             resolution.pin,
+            # The names of candidates are in it: that of the program, in place of `__main__`, as in `source`.
             json.loads(in_program(json.dumps(candidate.record))) if candidate else None,
         )
 
@@ -110,6 +111,7 @@ def serving(first: Resolution) -> Iterator[Resolution]:
     while resolution.implementation is not None:
         yield resolution
         limited = unlimited(resolution.implementation) is not resolution.implementation
+        # One that returns `NotImplemented` undeclared may do so for no call: what is next would be loaded for nothing.
         if request.layer is None or not (limited or limits_of(resolution.kernel_layer)):
             break
         number += 1

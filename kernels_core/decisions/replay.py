@@ -82,7 +82,7 @@ class FileReplay:
         same = any(one.same_for_all_modes for one in candidates)
         found = self._find(self.request if same else request)
         if isinstance(found, DecisionError):
-            return []  # `checked` says why
+            return []  # `checked` says why: it knows whether this is drift, or a layer that nothing is offered for
         if not found.kernels:
             note = found.note or f"decided in {self.path}"
             return [Candidate(Reference, "", "user", note=note)] if candidates else []
@@ -125,6 +125,7 @@ class FileReplay:
         """Return the decision of the file; reads the mode of a request only if it makes a difference."""
         if isinstance(self.file, DecisionError):
             return self.file
+        # For each of its modes: once `request.mode` is read, the decision serves that mode only.
         answers = [self._in_mode(self.file, request, mode) for mode in request.modes]
         kinds = {answer.kernels if isinstance(answer, FrozenLayer) else None for answer in answers}
         return answers[0] if len(kinds) == 1 else answers[request.modes.index(request.mode)]

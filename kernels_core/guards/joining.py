@@ -28,11 +28,12 @@ class Dispatched(Protocol):
 def join(first: Dispatched, second: Dispatched, frame: Frame) -> None:
     """Publish functions that call those of `second` in place of passing calls on."""
     before = generation()  # first: `publish` drops what a change from here on has made wrong
-    for name in list(first.names):
+    for name in list(first.names):  # a copy: another thread may add one
         served, following = vars(frame).get(name), published(second, frame, name.removeprefix(first.prefix))
         if served is None or following is None:
             continue
         kernel = first.watch.first_part(served)
+        # Not one that a plugin has wrapped: it would take calls of the next kernel for calls of this one.
         if kernel in first.plain and (joint := joined(kernel, following)) is not None:
             first.watch.add_joint(joint, kernel, following, second.watch)
             publish(frame, name, joint, before)

@@ -81,7 +81,7 @@ def on_shards(layer: Layer, kernel: KernelLayer, forward: Forward) -> Forward:
             different sizes could get different answers on different ranks, and are not taken.
     """
     key = id(forward), LOCAL
-    if key in layer.adapted:
+    if key in layer.adapted:  # the same function each time: code that was compiled with it stays valid
         return cast(Forward, layer.adapted[key][1])
     from torch.distributed.tensor import Replicate, Shard  # a second; a call with a `DTensor` has done it
 

@@ -38,6 +38,7 @@ class Watch:
     def add(self, resolution: Resolution, kernel: Forward) -> None:
         """Let warm calls ask more, if the kernel of a decision is not proven or not fit for all calls."""
         with self._lock:  # or another thread takes the kernel before it for the last one to watch
+            # In place: the generated functions have these lists, and ask only whether they are empty.
             if not resolution.can_be_traced:
                 self.untraceable[:] = [True]
             if needs_proof(resolution) and id(kernel) not in self.unproven:
@@ -66,7 +67,7 @@ class Watch:
         return self._joint[joint][0] if joint in self._joint else joint
 
     def _add(self, kernel: Forward, origin: str) -> None:
-        number = id(kernel)
+        number = id(kernel)  # a warm call asks by it; so it is dropped with the kernel: another one may get it
         self.unproven[number] = weakref.ref(kernel, lambda _: self.unproven.pop(number, None)), origin
 
     def find_proving(self, kernel: Forward) -> Forward | None:
@@ -89,6 +90,7 @@ class Watch:
 
         if kernel in self._joint:
             first, following, watch = self._joint[kernel]
+            # Apart, the first part passes the call on by the dispatcher, which lets the second one be checked.
             if id(first) in self.unproven or id(following) in watch.unproven:
                 return self.find_proving(first) or first
             forget()

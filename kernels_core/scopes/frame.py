@@ -48,7 +48,7 @@ def _free_locks() -> None:
     for one in list(_fork_locks):
         one.free()
     for other in open_scopes.keys() - {threading.get_ident()}:
-        del open_scopes[other]  # of a thread that does not exist in the child
+        del open_scopes[other]  # of a thread that does not exist in the child, whose number a new thread may get
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -291,9 +291,9 @@ class FrameTable(dict[Frame, Forward]):
             if (known := self.get(frame)) is not None:
                 return known
             before = _generation
-            forward = self._resolve(frame)
+            forward = self._resolve(frame)  # without `_lock`: it may take minutes, and other layers go on meanwhile
             with _lock:
-                if before == _generation and not frame.orphaned:
+                if before == _generation and not frame.orphaned:  # else this call gets it, and the next one decides
                     for one in _kept_in(frame):
                         self[one] = forward
                         one.tables.add(self)
@@ -323,7 +323,7 @@ def forget() -> None:
     """Drop every decision: a mapping or a plugin changed."""
     global _generation
     with _lock:
-        _generation += 1
+        _generation += 1  # an answer that another thread decides now is not published any more
         for table in list(_tables):  # a list: dropping a forward may drop its layer, and with that its table
             table.clear()
         for frame in list(_frames):

@@ -44,12 +44,13 @@ class KeptScopes(contextlib.ContextDecorator):
 
     def __enter__(self) -> KeptScopes:
         """Make them the scopes of this thread or task."""
+        # A stack of the thread or task, not of this object: it may be entered in several threads at once.
         _before.set((active_frame(), carried(CARRIED), _keeping.get(), _before.get()))
         set_frame(self.frame)
         note_checkpoint()
         try:
             self._inner.__enter__()
-        except BaseException:
+        except BaseException:  # also an interrupt: `__exit__` is not called for a block that was not entered
             self._leave()
             raise
         return self
@@ -139,7 +140,7 @@ def _hook() -> Callable[..., Any] | None:
 def note_checkpoint() -> None:
     """Remember that the innermost checkpoint, if there is one, recomputes in the scopes of its forward."""
     if (hook := _hook()) is not None:
-        _keeping.set(weakref.ref(hook))
+        _keeping.set(weakref.ref(hook))  # weak: the hook keeps all that its checkpoint saves
 
 
 def notice_checkpoint() -> None:

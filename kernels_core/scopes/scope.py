@@ -70,6 +70,7 @@ class Scope:
     ) -> None:
         """Go back to the scope around this one."""
         frame = active_frame()
+        # By the id: a scope has a frame in each one that it was entered in, and no list of these.
         if frame.key != id(self) or frame.orphaned or frame.parent is None:
             raise ScopeError(
                 "This scope is not the innermost one of this thread or task: leave scopes in the "
@@ -86,7 +87,7 @@ class Scope:
         thread = threading.get_ident()
         open_scopes[thread] = open_scopes.get(thread, 0) + change
         if not open_scopes[thread]:
-            del open_scopes[thread]
+            del open_scopes[thread]  # to be in the dict means to be in a scope; and threads end
 
 
 class ForwardScope(Scope):

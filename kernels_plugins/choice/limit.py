@@ -170,6 +170,7 @@ class ShapeLimit:
     def _eager(self, forward: Forward, orders: Orders, following: Forward = _pass_on) -> Forward:
         known: dict[torch.dtype, dict[torch.Size, Forward]] = {}  # as pairs, a key would take 40 ns more
         first = int(not self.is_function)
+        # Of a kernel that is joined, too: a shape leads to its winner at once, not through those before.
         find_following = vars(following).get("kernels_choice_of", lambda args, kwargs: following)
 
         def find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
@@ -228,7 +229,7 @@ class ShapeLimit:
         measured.
         """
         kinds = {(dtype, width) for (dtype, width, _), _ in orders.eager}
-        ranges = {
+        ranges = {  # a number of rows has at most 63 bits
             kind: tuple(_ranges([bucket for bucket in range(64) if self.takes((*kind, bucket))])) for kind in kinds
         }
         default = self._leads(orders.default)

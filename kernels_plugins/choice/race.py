@@ -271,7 +271,7 @@ def _run(subject: RacedCall, call: Call, make: Run) -> Run:
         if not training:
             return output
         outputs = [leaf for _, leaf in leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        if not seeds:
+        if not seeds:  # once, in a run that warms up
             seeds.extend(torch.ones_like(leaf) for leaf in outputs)
         return torch.autograd.grad(outputs, wanted, seeds, allow_unused=True)
 

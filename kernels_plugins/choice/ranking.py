@@ -51,8 +51,9 @@ def ranked(
             "default order of candidates serves. Measure again: kernels-core choose.",
         )
         return None
-    offered = {name_of(candidate): candidate for candidate in reversed(candidates)}
+    offered = {name_of(candidate): candidate for candidate in reversed(candidates)}  # of two with one name, the first
     offered = {**_again(known - offered.keys(), request.layer_name), **offered}
+    # What is not offered any more wins nothing, and the next best does.
     cells = [replace(one, times={name: one.times[name] for name in one.times if name in offered}) for one in cells]
     served = list(zip(cells, settled(cells), strict=True))
     if "batch_invariant" in required(request):  # two winners would give a row other bits by the number of rows
@@ -98,6 +99,7 @@ def _one_winner(served: Served) -> list[tuple[ChoiceCell, tuple[str, ...]]]:
     everywhere = set.intersection(*({*cell.times} - {*cell.lost} for cell, _ in served))
     if not everywhere:
         return list(served)
+    # Sorted: of two that are equal, all processes take the same one.
     first = min(sorted(everywhere), key=lambda name: sum(cell.ratio(name) for cell, _ in served))
     return [(cell, (first, *(name for name in order if name != first))) for cell, order in served]
 

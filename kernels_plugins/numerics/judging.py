@@ -217,7 +217,7 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
         if serving is None:
             keep = not is_observed()
             serving = chosen(args, kwargs, keep)
-            if keep:
+            if keep:  # two threads may judge one kind at once, and find the same
                 served[kind] = serving
         return serving(*args, **kwargs)
 

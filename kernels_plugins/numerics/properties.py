@@ -179,7 +179,7 @@ def _varies(call: Call, forward: Forward) -> str | None:
         except Exception:
             if not gradients:
                 raise
-            gradients, first = False, None
+            gradients, first = False, None  # from the start: a recorded forward may have other bits
             run = _run(call, forward, gradients=False)
         if first is None:
             first = run
@@ -253,7 +253,7 @@ def _recomputed(call: Call, forward: Forward) -> list[Any]:
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(noted, *args, use_reentrant=False, **kwargs)
 
-    with set_checkpoint_early_stop(False):
+    with set_checkpoint_early_stop(False):  # a recomputation that stops early returns nothing to compare
         _run(call, checkpointed, gradients=True)
     return seen
 

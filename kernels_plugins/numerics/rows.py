@@ -216,7 +216,7 @@ def _tried(call: Call, plan: _Plan, reference: Forward, whole: Any) -> tuple[Row
     given = Rows(call, plan.names, (), plan.given)
     rows = replace(given, call=_grown(given, 3), count=3) if plan.given < 3 else given
     shapes = []
-    for count in (2, 3):
+    for count in (2, 3):  # an output that happens to have two of something has not three then
         with references():
             part = rows.of(slice(count)).run(reference, gradients=False, mutations=False, parameters=False)
         shapes.append({path: t.shape for path, t in tensors_of(part.outputs).items() if t.dim()})

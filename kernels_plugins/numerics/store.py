@@ -74,7 +74,7 @@ def known(key: str) -> dict[str, dict[str, Judgement]]:
     """Return the findings about an implementation, by kind of call and name; the file is read once."""
     with _lock:
         if key not in _found:
-            found_out[:] = [True]
+            found_out[:] = [True]  # in place: the hooks have this list, and decisions ask whether it is empty
             _found[key] = _read(_path(key)) if not key.startswith("here-") else {}
         return _found[key]
 
