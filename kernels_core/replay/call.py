@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..layer import Forward
+from ..torch_internals import storage_key
 from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
 from .copies import attributes_of, copies_of, detached, generators_of, replica_of, same_numbers, tensors_of, with_memory
 from .gradients import computed, gradients_of
@@ -57,6 +58,7 @@ class Outcome:
         mutated: Inputs and tensors of the module that the run changed in place.
         attributes: Attributes of modules, and items of lists and dicts, that the run set or deleted.
         random: Whether the run drew random numbers.
+        shared: Inputs and tensors of the module whose memory the outputs share.
     """
 
     outputs: Any
@@ -65,6 +67,7 @@ class Outcome:
     mutated: Mapping[str, torch.Tensor] = field(default_factory=dict)
     attributes: tuple[str, ...] = ()
     random: bool = False
+    shared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +223,7 @@ class Call:
                 replay.mutated() if mutations else {},
                 replay.attributes() if mutations else (),
                 replay.drew,
+                replay.shared() if mutations else frozenset(),
             )
 
     @contextlib.contextmanager
@@ -367,6 +371,14 @@ class Replay:
             for name, tensor in now.items()
             if not same_numbers(converted(with_memory(self._tensors[name].detach()), self._dtype), tensor)
         }
+
+    def shared(self) -> frozenset[str]:
+        """Return the tensors of the call whose memory the outputs share: to change one in place changes both."""
+        try:
+            keys = {storage_key(leaf) for _, leaf in leaves(self.outputs) if isinstance(leaf, torch.Tensor)}
+            return frozenset(name for name, tensor in self.call.tensors.items() if storage_key(tensor) in keys)
+        except (RuntimeError, NotImplementedError):  # of tensors without a storage, such as sparse ones
+            return frozenset()
 
     def attributes(self) -> tuple[str, ...]:
         """Return attributes of modules, and items of lists and dicts, that the run set or deleted."""

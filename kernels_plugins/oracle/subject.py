@@ -322,6 +322,8 @@ def _changes(run: Outcome, expected: Outcome, tolerances: Tolerances | None) -> 
         difference = compare(run.mutated[name], expected.mutated[name], tolerances=tolerances)
         if not difference.ok:
             found.append(f"it changes {name} otherwise: {difference}")
+    shared = run.shared - expected.shared - run.mutated.keys()  # one that is changed was named above
+    found += [f"its output shares the memory of {name}, and that of the reference does not" for name in shared]
     kept = set(run.attributes) - set(expected.attributes)
     found += [f"it sets or deletes {name}, which the reference does not" for name in kept]
     return "; ".join(sorted(found))

@@ -89,6 +89,27 @@ def test_a_wrong_kernel_is_right_elsewhere(forward: Callable[..., Any]) -> None:
     assert "ok" in {row.verdict for row in report.rows if row.case == "as given"}
 
 
+def test_an_output_in_the_memory_of_an_input() -> None:
+    """It is right until a caller changes it in place; where the reference shares memory, too, it is right as well."""
+
+    @use_kernel_forward_from_hub("OracleCopy")
+    class Copy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+    @use_kernel_forward_from_hub("OracleView")
+    class View(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.view_as(x)
+
+    views, copies = made.kernel(lambda self, x: x.view_as(x)), made.kernel(lambda self, x: x.clone())
+    with use_kernel_mapping({"OracleCopy": {"cpu": [views]}, "OracleView": {"cpu": [views, copies]}}):
+        report = verify(Copy(), torch.randn(4, 8))
+        assert {row.verdict for row in report.rows if row.subject != "changes"} == {"ok"}
+        assert all("its output shares the memory of input x" in row.reason for row in report.failures)
+        assert not report.ok and verify(View(), torch.randn(4, 8)).ok
+
+
 def test_a_wrong_gradient_names_the_parameter() -> None:
     """One wrong gradient does not make the others wrong."""
     report = verified(made.wrong_gradient)
