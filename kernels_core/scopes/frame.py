@@ -84,6 +84,7 @@ class Frame:
         self.published: set[str] = set()
         self.tables: set[FrameTable] = set()
         self.orphaned = False
+        self.scope: weakref.ref[object] | None = None  # once it is orphaned, for the scope around it has gone first
 
     def __reduce__(self) -> str:
         """Pickle the root by its name, for pickles by value of decorated functions; no other frame."""
@@ -246,8 +247,8 @@ def _drop(reference: weakref.ref[Frame]) -> None:
         frame.orphaned = True  # a task may still be in it
         if frame.parent is not None:
             frame.parent.children.pop(frame.key, None)
-        if frame.finalizer is not None:
-            frame.finalizer.detach()
+        if frame.finalizer is not None and (living := frame.finalizer.detach()) is not None:
+            frame.scope = weakref.ref(living[0])
         for child in list(frame.children.values()):
             _drop(weakref.ref(child))
         for table in list(frame.tables):

@@ -70,6 +70,12 @@ class Scope:
     ) -> None:
         """Go back to the scope around this one."""
         frame = active_frame()
+        if frame.orphaned and frame.scope is not None and frame.scope() is self:
+            # The one around it went first, as with a generator that is closed: the thread would stay in it for ever.
+            count = 0
+            while frame.orphaned and frame.parent is not None:
+                frame, count = frame.parent, count - 1
+            self._move(frame, count)
         # By the id: a scope has a frame in each one that it was entered in, and no list of these.
         if frame.key != id(self) or frame.orphaned or frame.parent is None:
             raise ScopeError(

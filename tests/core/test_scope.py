@@ -7,7 +7,7 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -128,6 +128,31 @@ def test_leaving_in_another_order_is_an_error(adding: Make) -> None:
     inner.__exit__(None, None, None)
     outer.__exit__(None, None, None)
     assert frames.root.active is frames.root
+
+
+def test_an_outer_scope_that_is_gone_first(make_layer: Make, adding: Make) -> None:
+    """As with generators that are closed in the wrong order: errors, and then the thread is in no scope."""
+
+    def suspended(added: float) -> Generator[None, None, None]:
+        with adding(added):
+            yield
+
+    layer = make_layer()()
+    blocks = [suspended(10), suspended(20), suspended(30)]
+    for block in blocks:
+        next(block)
+    assert layer(X)[0] == 30
+    for block in blocks[:2]:
+        with pytest.raises(ScopeError):
+            block.close()
+    gc.collect()
+    assert layer(X)[0] == 30
+    with pytest.raises(ScopeError):
+        blocks[2].close()
+    assert layer(X)[0] == 1 and frames.root.active is frames.root
+    assert threading.get_ident() not in frames.open_scopes
+    with adding(10):
+        assert layer(X)[0] == 10
 
 
 def test_threads_do_not_see_each_others_scopes(make_layer: Make, adding: Make) -> None:
