@@ -252,6 +252,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "kernels_core.read_json",
             "kernels_core.of_format",
             "kernels_core.visible",
+            "kernels_core.error_text",
             "kernels_core.held_back",
             "kernels_core.SavedTensors",
             "kernels_core.LayerRequest",

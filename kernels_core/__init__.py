@@ -58,6 +58,7 @@ from .models.references import references
 from .pages.bars import Bars
 from .pages.page import Page, Section
 from .plugins import PluginManager, plugin_manager
+from .raised import error_text
 from .resolution import (
     Candidate,
     Cause,
@@ -157,6 +158,7 @@ __all__ = [
     "count_calls",
     "decorated_layer",
     "device_capability",
+    "error_text",
     "find_candidates",
     "find_layer",
     "forget",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 
+from .errors import require_type
 from .text import cleaned
 
 _LONGEST = 2_000
@@ -25,6 +26,7 @@ def error_text(error: BaseException) -> str:
         >>> len(error_text(ValueError("x" * 5_000_000))) < 2100
         True
     """
+    require_type(error, BaseException, "error")
     return f"{type(error).__name__}: {message_of(error)}".rstrip(": ")
 
 

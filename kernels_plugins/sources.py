@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kernels_core import ArgumentError, ConfigSection, LoadedLayer, LoadError, Mode, Reference, source_label
+from kernels_core import ArgumentError, ConfigSection, LoadedLayer, LoadError, Mode, Reference, error_text, source_label
 
 _OPTIONS = {"version", "revision", "trust_remote_code"}
 _PYTHON = re.compile(r"python:([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
@@ -51,7 +51,7 @@ class PythonObject:
         try:
             return operator.attrgetter(self.name)(importlib.import_module(self.module))
         except (Exception, SystemExit) as error:
-            raise LoadError(f"it cannot be imported: {type(error).__name__}: {error}") from error
+            raise LoadError(f"it cannot be imported: {error_text(error)}") from error
 
     def load(self) -> LoadedLayer:
         """Import the class or function; raise `LoadError` if it is none."""

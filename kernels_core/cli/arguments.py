@@ -18,6 +18,7 @@ import typer
 from ..errors import ArgumentError
 from ..layer import find_layer
 from ..mode import Mode
+from ..raised import error_text
 from ..replay import each_tensor, mapped
 
 
@@ -57,7 +58,7 @@ def imported(place: str) -> Any:
         with printing_aside():
             return operator.attrgetter(qualname)(importlib.import_module(module_name))
     except (Exception, SystemExit) as error:
-        raise ArgumentError(f"Cannot import {place!r}: {type(error).__name__}: {error}") from error
+        raise ArgumentError(f"Cannot import {place!r}: {error_text(error)}") from error
 
 
 def made(place: str, what: str = "model") -> Any:
@@ -78,7 +79,7 @@ def made(place: str, what: str = "model") -> Any:
         with printing_aside():
             return found()
     except (Exception, SystemExit) as error:
-        raise ArgumentError(f"{place!r} makes no {what}: {type(error).__name__}: {error}") from error
+        raise ArgumentError(f"{place!r} makes no {what}: {error_text(error)}") from error
 
 
 def printing_aside() -> contextlib.AbstractContextManager[object]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..layer import Forward
+from ..raised import error_text
 from ..torch_internals import storage_key
 from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
 from .copies import attributes_of, copies_of, detached, generators_of, replica_of, same_numbers, tensors_of, with_memory
@@ -140,7 +141,7 @@ class Call:
 
     def why_failed(self, error: Exception) -> str:
         """Describe why the reference fails on copies: it may be the fault of the copies."""
-        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10) * 2)[0] or 'no message'}"
+        text = error_text(error).partition("\n\n")[0]  # below an empty line, PyTorch may list all kernels
         if obstacle := self.obstacle:  # or the user would repair a reference that is right
             return f"it cannot be compared, because {obstacle}, and a run on copies of it fails: {text}"
         return f"the reference fails: {text}"

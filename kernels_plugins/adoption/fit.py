@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kernels_core import change_class, references
+from kernels_core import change_class, error_text, references
 
 from .parents import plain, rewritten
 from .rule import Rule
@@ -164,7 +164,7 @@ def _loss_or_output(forward: Callable[..., Any], module: nn.Module, given: Mappi
 
 def unmeasured(error: Exception) -> str:
     """Return as a reason the error of a class that was not written to be measured."""
-    return f"{UNMEASURED}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return f"{UNMEASURED}: {error_text(error).partition(chr(10))[0]}"
 
 
 def _part(module: nn.Module, path: str) -> nn.Module | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from kernels_core import ArgumentTypeError, quarantined
+from kernels_core import ArgumentTypeError, error_text, quarantined
 from kernels_core.replay import ModelState
 from kernels_core.torch_internals import many_compilations
 
@@ -85,7 +85,7 @@ class Evaluations:
                 answer = self._metric(self._model)
             except Exception as error:
                 raise failed(
-                    f"The metric raised at {where}: {type(error).__name__}: {error}. Nothing was found; the model "
+                    f"The metric raised at {where}: {error_text(error).rstrip('.')}. Nothing was found; the model "
                     "is as before."
                 ) from error
         if changed := self._state.changed_parameters():

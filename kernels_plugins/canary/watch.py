@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kernels_core import CanaryError, Layer, Resolution, WarnOnce, held_back, module_paths, quarantine
+from kernels_core import CanaryError, Layer, Resolution, WarnOnce, error_text, held_back, module_paths, quarantine
 from kernels_core.replay import Call, Outcome, is_observed, mapped, same_numbers
 
 from ..comparison import alike, compare
@@ -120,7 +120,7 @@ class _Watch:
         try:
             return self._difference(live, before, output, part, mesh, said)
         except Exception as error:  # outputs that cannot be compared are no fault of the kernel
-            failure = f"{type(error).__name__}: {error}"
+            failure = error_text(error)
             said.append(("outputs", f"its outputs cannot be compared with those of its reference: {failure}"))
             return None
 
@@ -180,7 +180,7 @@ class _Watch:
             return None, None, None
         except Exception as error:
             if before.obstacle is None:
-                return expected, None, f"its second run, for its gradients, raises {type(error).__name__}: {error}"
+                return expected, None, f"its second run, for its gradients, raises {error_text(error)}"
             said.append(("copies", f"its gradients are not compared: {before.why_failed(error)}"))  # maybe their fault
             return expected, None, None
         if missing := [name for name in wanted if again.gradients.get(name) is None]:

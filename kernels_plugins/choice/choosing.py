@@ -20,6 +20,7 @@ from kernels_core import (
     ArgumentError,
     Layer,
     Resolution,
+    error_text,
     hookimpl,
     plugin_manager,
     references,
@@ -172,9 +173,7 @@ def record_calls(
                     with torch.set_grad_enabled(training):
                         model(*args, **kwargs)
                 except Exception as error:
-                    raise ArgumentError(
-                        f"The model cannot be run with its inputs: {type(error).__name__}: {error}"
-                    ) from error
+                    raise ArgumentError(f"The model cannot be run with its inputs: {error_text(error)}") from error
     return list(recorder.subjects.values())
 
 

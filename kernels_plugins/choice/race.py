@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 import torch
 
-from kernels_core import Candidate, Mode, Reference, Resolution, find_candidates, plugin_manager, resolve, warn_once
+from kernels_core import (
+    Candidate,
+    Mode,
+    Reference,
+    Resolution,
+    error_text,
+    find_candidates,
+    plugin_manager,
+    resolve,
+    warn_once,
+)
 from kernels_core.replay import Call, each_tensor, kept_random_states, leaves
 
 from ..numerics.invariance import Judgement
@@ -102,7 +112,7 @@ class _Race:
                 rows = tried(recorded, found, modes=(mode,), derived=False)
         except Exception as error:
             stop_if_broken(error)
-            self.lost[name] = f"it cannot be compared: {type(error).__name__}: {error}"
+            self.lost[name] = f"it cannot be compared: {error_text(error)}"
             return
         wrong = [row for row in rows if row.verdict != "ok"]
         if wrong or not rows:
@@ -124,7 +134,7 @@ class _Race:
             judgements = judged(self.subject.recorded, found, names) if names else {}
         except Exception as error:
             stop_if_broken(error)
-            judgements = {names[0]: Judgement(None, f"{type(error).__name__}: {error}")}
+            judgements = {names[0]: Judgement(None, error_text(error))}
         lacks = [f"{name}: {one}" for name, one in judgements.items() if not one.has]
         return f"it lacks what is required of numbers: {'; '.join(lacks)}" if lacks else ""
 
@@ -152,7 +162,7 @@ class _Race:
             for name, timing in measured:
                 if isinstance(timing, Exception):
                     stop_if_broken(timing)
-                    text = f"{type(timing).__name__}: {timing}".partition("\n")[0]
+                    text = error_text(timing).partition("\n")[0]
                     self.lost[name] = f"it raises while it is timed: {text}"
                 else:
                     found[name] = timing

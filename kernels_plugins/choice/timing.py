@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from kernels_core import error_text
+
 from ..oracle.probe import captured
 
 Run = Callable[[], object]

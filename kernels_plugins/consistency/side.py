@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels_core import ArgumentError, ArgumentTypeError, forget
+from kernels_core import ArgumentError, ArgumentTypeError, error_text, forget
 from kernels_core.replay import ModelState, each_tensor, leaves, mapped
 from kernels_core.torch_internals import many_compilations
 
@@ -80,7 +80,7 @@ class Side:
             where = record.where
             at = f" in layer {where or '(the model)'!r}" if where is not None else ""
             raise ConsistencyError(
-                f"{self.name} raised{at}: {type(error).__name__}: {error}. Nothing was compared; the models are as "
+                f"{self.name} raised{at}: {error_text(error).rstrip('.')}. Nothing was compared; the models are as "
                 "before.",
                 side=self.name,
                 path=where,
@@ -118,7 +118,7 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     try:
         made = inputs() if callable(inputs) and not isinstance(inputs, torch.Tensor | Mapping) else inputs
     except Exception as error:
-        raise ArgumentError(f"inputs() raised {type(error).__name__}: {error}") from error
+        raise ArgumentError(f"inputs() raised {error_text(error)}") from error
     if isinstance(made, Mapping) and not all(isinstance(name, str) for name in made):
         raise ArgumentTypeError(f"inputs is a dict of arguments by name, not {list(made)!r}.")
     both: tuple[tuple[Any, ...], dict[str, Any]] = (

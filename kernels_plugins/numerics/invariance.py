@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from kernels_core import error_text
+
 from ..oracle.inputs import DTYPES
 from .bits import differing, size_of
 from .rows import LAYOUTS, Forward, NotTaken, Rows
@@ -80,7 +82,7 @@ def joined(found: Mapping[str, Judgement], *, training: bool) -> dict[str, Judge
 
 def short(error: Exception) -> str:
     """Name an error, with the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no message'}"
+    return error_text(error).partition("\n")[0]
 
 
 def batch_invariant(

@@ -24,6 +24,7 @@ from kernels_core import (
     Resolution,
     ScopeError,
     VerificationError,
+    error_text,
     forget,
     hookimpl,
     plugin_manager,
@@ -179,8 +180,7 @@ def _probed(resolution: Resolution, key: str, forward: Forward) -> Forward:
             raise
         except Exception as error:
             warn_once(
-                f"{resolution.origin} for {resolution.request.place} could not be probed: "
-                f"{type(error).__name__}: {error}",
+                f"{resolution.origin} for {resolution.request.place} could not be probed: {error_text(error)}",
             )
             return forward(*args, **kwargs)
         finally:

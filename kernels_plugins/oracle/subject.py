@@ -17,6 +17,7 @@ from kernels_core import (
     Reference,
     Resolution,
     VerificationError,
+    error_text,
     find_candidates,
     frozen_choice,
     plugin_manager,
@@ -297,7 +298,7 @@ class Subject:
 
 def _short(error: Exception) -> str:
     """Name an error; PyTorch may list every kernel of an operator below an empty line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10) * 2)[0] or 'no message'}"
+    return error_text(error).partition("\n\n")[0]
 
 
 def _gradient(
@@ -359,10 +360,10 @@ def dtype_of(call: Call) -> str:
 
 def stop_if_broken(error: Exception) -> None:
     """Raise if the device is lost, so that no later result on it is valid."""
-    broken = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+    broken = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in error_text(error)
     if broken and not isinstance(error, torch.OutOfMemoryError):
         raise VerificationError(
-            f"The device failed, so no later result on it is valid: {error}. Start a new process; with "
+            f"The device failed, so no later result on it is valid: {error_text(error)}. Start a new process; with "
             "CUDA_LAUNCH_BLOCKING=1, the error comes from the kernel that failed.",
             rows=(),
         ) from error

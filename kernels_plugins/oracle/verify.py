@@ -13,6 +13,7 @@ from torch import nn
 from kernels_core import (
     ArgumentError,
     ArgumentTypeError,
+    error_text,
     find_layer,
     references,
     require_type,
@@ -148,7 +149,7 @@ def _recorded(model: Any, call: Call, gradients: bool) -> list[Recorded]:
             together(mesh_of(held), lambda: model(*call.args, **call.kwargs))
         except Exception as error:
             raise ArgumentError(
-                f"The model cannot be run with these inputs, on its references: {type(error).__name__}: {error}"
+                f"The model cannot be run with these inputs, on its references: {error_text(error)}"
             ) from error
     return calls
 

@@ -104,6 +104,7 @@ VALID: dict[str, dict[str, Any]] = {
     "count_calls": {},
     "decorated_layer": {"decorated": shift},
     "device_capability": {"device": torch.device("cpu")},
+    "error_text": {"error": ValueError("text")},
     "find_candidates": {"layer_or_name": Shift, **CPU},
     "find_layer": {"decorated": shift},
     "forget": {},

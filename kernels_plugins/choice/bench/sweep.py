@@ -14,7 +14,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from kernels_core import ArgumentError, ArgumentTypeError, find_layer, require_type, set_module, source_label
+from kernels_core import (
+    ArgumentError,
+    ArgumentTypeError,
+    error_text,
+    find_layer,
+    require_type,
+    set_module,
+    source_label,
+)
 from kernels_core.replay import Call, leaves
 
 from ...adoption.adopted import adopt
@@ -176,7 +184,7 @@ def measure(
         size = bytes_of(subject)
     except Exception as error:
         stop_if_broken(error)
-        return [replace(one, reason=f"not of this size: {type(error).__name__}: {error}"[:500]) for one in blanks]
+        return [replace(one, reason=f"not of this size: {error_text(error)}"[:500]) for one in blanks]
     source = torch.ones(max(1, size // 8), device=subject.device)  # written: untouched pages are all one page of zeros
     target = torch.empty_like(source)
     beside = {_COPY: lambda: target.copy_(source)}  # in turn with the candidates: a slow moment slows all

@@ -23,7 +23,7 @@ from importlib.util import decode_source, spec_from_file_location
 from types import CodeType, ModuleType
 from typing import Any, cast
 
-from kernels_core import KernelLayer, LoadError
+from kernels_core import KernelLayer, LoadError, error_text
 
 from ...locks import KeyedLocks
 from ..dependency import lend_kernels
@@ -145,7 +145,7 @@ def _import_problem(error: BaseException, name: str) -> str:
         return f"its import fails: {error}. If that is a package to install: pip install {package}"
     if isinstance(error, SyntaxError):
         return f"its import fails: {type(error).__name__} in {error.filename}, line {error.lineno}: {error.msg}"
-    return f"its import fails: {type(error).__name__}: {error}"
+    return f"its import fails: {error_text(error)}"
 
 
 def find_layer(module: ModuleType, layer_name: str) -> KernelLayer:
