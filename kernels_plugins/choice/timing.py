@@ -142,7 +142,7 @@ def device_times(
             except Exception as error:
                 replays.pop(one, None)
                 pool = torch.cuda.graph_pool_handle()
-                text = f"{type(error).__name__}: {error}".partition("\n")[0]
+                text = error_text(error).partition("\n")[0]
                 why[one] = f"it cannot be captured in a CUDA graph: {text}"
         shuffled.shuffle(order)
     found: dict[str, tuple[float, float | None, str]] = {}
