@@ -375,11 +375,10 @@ class Replay:
 
     def shared(self) -> frozenset[str]:
         """Return the tensors of the call whose memory the outputs share: to change one in place changes both."""
-        try:
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # such as of sparse tensors: no storage
             keys = {storage_key(leaf) for _, leaf in leaves(self.outputs) if isinstance(leaf, torch.Tensor)}
             return frozenset(name for name, tensor in self.call.tensors.items() if storage_key(tensor) in keys)
-        except (RuntimeError, NotImplementedError):  # of tensors without a storage, such as sparse ones
-            return frozenset()
+        return frozenset()
 
     def attributes(self) -> tuple[str, ...]:
         """Return attributes of modules, and items of lists and dicts, that the run set or deleted."""
