@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,29 @@ def digest_of(function: Callable[..., Any]) -> str | None:
     None if there is no file. A file from the Hub has its commit in its path, which identifies all files beside it, too.
     """
     inner = unwrapped(function)
-    code = getattr(inner, "__code__", None)
-    if code is None:
+    if getattr(inner, "__code__", None) is None:
         return None
     digest = hashlib.sha256(source_label(inner).encode())
-    if commit := _COMMIT.search(code.co_filename.replace(os.sep, "/")):
-        digest.update(commit[1].encode())
-    try:
-        digest.update(Path(code.co_filename).read_bytes())
-    except OSError:  # written at a prompt, or generated
-        return None
+    for place in _files_of(inner):
+        if commit := _COMMIT.search(place.replace(os.sep, "/")):
+            digest.update(commit[1].encode())
+        try:
+            digest.update(Path(place).read_bytes())
+        except OSError:  # written at a prompt, or generated
+            return None
     texts = _Texts()
+    texts.of(inner)
+    texts = _Texts(texts.stored)  # what one function sets, another one may have read before
     digest.update(repr([texts.of(inner), *texts.of_attributes(getattr(function, "__self__", None))]).encode())
     return digest.hexdigest()
+
+
+def _files_of(function: Any) -> Iterator[str]:
+    """Yield the file of a function, and those of the functions that it wraps: a decorator of PyTorch has its own."""
+    while function is not None:
+        if code := getattr(function, "__code__", None):
+            yield code.co_filename
+        function = getattr(function, "__wrapped__", None)
 
 
 def attributes_read(function: Callable[..., Any], module: torch.nn.Module | None) -> dict[str, object]:
@@ -76,9 +86,9 @@ class _Texts:
     out: a key with them would be another one at each call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stored: Iterable[str] = ()) -> None:
         self.attributes: set[str] = set()
-        self.stored: set[str] = set()
+        self.stored = set(stored)
         self._seen: set[int] = set()
 
     def of(self, value: Any) -> str:
@@ -87,11 +97,12 @@ class _Texts:
             return repr(value)
         if isinstance(value, tuple):
             return str([self.of(item) for item in value])
-        value = getattr(value, "fn", value)  # the function of a kernel of Triton
-        value = getattr(value, "__func__", value)
+        value = _function_in(value)
         if isinstance(value, types.FunctionType):
             return f"{_text_of(value.__code__)} {list(self._used(value))}"
-        return source_label(value if isinstance(value, type | types.ModuleType) else type(value))
+        if isinstance(value, types.ModuleType):
+            return value.__name__  # its path is another one on another machine
+        return source_label(value if isinstance(value, type) else type(value))
 
     def of_attributes(self, owner: object) -> list[str]:
         """Return texts of the simple attributes of an object that the code so far has named."""
@@ -107,14 +118,17 @@ class _Texts:
         self.attributes |= attributes
         self.stored |= stored
         yield from map(self.of, (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
-        held = [cell.cell_contents for cell in function.__closure__ or () if is_filled(cell)]
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        held = [cell.cell_contents for name, cell in cells if name not in self.stored and is_filled(cell)]
         for value in held:
             yield self.of(value)
-        read = {name: function.__globals__[name] for name in sorted(names - stored) if name in function.__globals__}
+        read = {
+            name: function.__globals__[name] for name in sorted(names - self.stored) if name in function.__globals__
+        }
         for name, value in read.items():
             yield f"{name} {self.of(value)}"
         for value in (*held, *read.values()):
-            yield from self._inside(value, attributes - stored)
+            yield from self._inside(value, attributes - self.stored)
 
     def _inside(self, value: object, names: set[str]) -> Iterator[str]:
         """Yield texts of the items of a class or module that code names."""
@@ -138,7 +152,8 @@ def _names_in(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
     read, attributes, stored = set(), set(), set()
     for instruction in dis.get_instructions(code):
         kind, name = instruction.opname, instruction.argval
-        if kind in ("STORE_GLOBAL", "STORE_ATTR", "DELETE_GLOBAL", "DELETE_ATTR"):
+        is_nonlocal = kind == "STORE_DEREF" and name in code.co_freevars
+        if is_nonlocal or kind in ("STORE_GLOBAL", "STORE_ATTR", "DELETE_GLOBAL", "DELETE_ATTR"):
             stored.add(name)
         elif kind in ("LOAD_GLOBAL", "LOAD_NAME"):
             read.add(name)
@@ -151,8 +166,24 @@ def _names_in(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
 
 
 def _text_of(code: types.CodeType) -> str:
-    consts = [_text_of(const) if inspect.iscode(const) else repr(const) for const in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {consts}"
+    return f"{code.co_code.hex()} {code.co_names} {[_text_of_const(const) for const in code.co_consts]}"
+
+
+def _text_of_const(const: object) -> str:
+    if isinstance(const, frozenset):  # of `in {"a", "b"}`: each process has another order
+        return f"frozenset {sorted(map(_text_of_const, const))}"
+    return _text_of(const) if isinstance(const, types.CodeType) else repr(const)
+
+
+def _function_in(value: Any) -> Any:
+    """Return the function in a method, a cache, or a kernel of Triton, also one that is tuned; else the value."""
+    while not isinstance(value, types.FunctionType):
+        value = getattr(value, "__func__", value)
+        within = inspect.getattr_static(value, "fn", inspect.getattr_static(value, "__wrapped__", value))
+        if within is value or isinstance(value, type):
+            break
+        value = within
+    return value
 
 
 def is_filled(cell: Any) -> bool:

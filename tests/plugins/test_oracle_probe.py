@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -377,6 +378,85 @@ def test_keys_tell_values_apart_that_code_reads(monkeypatch: pytest.MonkeyPatch)
     assert all(one != other for one, other in zip(before, keys(), strict=True))
 
 
+LOADED: object = None
+
+
+def load() -> None:
+    global LOADED
+    LOADED = object()
+
+
+def by_loaded(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if LOADED is None:
+        load()
+    return x
+
+
+def test_keys_stay_when_code_sets_what_it_reads() -> None:
+    """Also where another function sets it: what is loaded at the first call, and what is counted in a closure."""
+    count = 0
+
+    def by_count(self: Any, x: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return x
+
+    layer, cpu = made.Norm.forward.kernels_layer, torch.device("cpu")
+    for forward in (by_loaded, by_count):
+        before = probe_cache.key_of(layer, forward, cpu)
+        forward(None, torch.ones(1))
+        assert probe_cache.key_of(layer, forward, cpu) == before, forward.__name__
+    assert LOADED is not None and count
+
+
+class Tuned:
+    """As a tuner of Triton around a kernel: it has the function in `fn`, of an object that has it in `fn`."""
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+
+
+TUNED: Any = None
+CACHED: Any = None
+
+
+def by_wrapped(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * TUNED.fn.fn(x) * CACHED(2)
+
+
+def doubled(x: Any) -> Any:
+    return x * 2
+
+
+def tripled(x: Any) -> Any:
+    return x * 3
+
+
+def test_keys_tell_functions_apart_that_objects_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of tuned kernels and of cached functions that a kernel calls."""
+    layer, cpu, keys = made.Norm.forward.kernels_layer, torch.device("cpu"), set()
+    for tuned, kept in ((doubled, doubled), (tripled, doubled), (doubled, tripled)):
+        monkeypatch.setitem(globals(), "TUNED", Tuned(Tuned(tuned)))
+        monkeypatch.setitem(globals(), "CACHED", functools.lru_cache(kept))
+        keys.add(probe_cache.key_of(layer, by_wrapped, cpu))
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("decorator", ["", "@torch.no_grad()\n"])
+def test_keys_have_the_commit_of_a_decorated_kernel(tmp_path: Path, decorator: str) -> None:
+    """The commit of a snapshot of the Hub, and its file: a decorator of PyTorch is in another file."""
+    layer, cpu, keys = made.Norm.forward.kernels_layer, torch.device("cpu"), []
+    for commit, table in (("a" * 40, "[1]"), ("b" * 40, "[1]"), ("b" * 40, "[2]")):
+        file = tmp_path / "snapshots" / commit / "kernel.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        code = f"import torch\nTABLE = {table}\n{decorator}def forward(self, x):\n    return x * TABLE[0]\n"
+        file.write_text(code)
+        scope: dict[str, Any] = {"__name__": "kernel"}
+        exec(compile(code, str(file), "exec"), scope)
+        keys.append(probe_cache.key_of(layer, scope["forward"], cpu))
+    assert len(set(keys)) == 3 and not any(key.startswith("here-") for key in keys)
+
+
 def test_keys_of_classes_for_functions_have_their_attributes() -> None:
     """Two classes that share a forward differ in what it reads of them."""
 
@@ -410,17 +490,26 @@ def test_keys_tell_a_wrapped_reference_from_the_reference() -> None:
     assert inspect.signature(inductor) == inspect.signature(layer.reference)
 
 
-def test_keys_are_the_same_in_another_process() -> None:
-    """Whatever the seed of hashes."""
+def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:
+    """Whatever the seed of hashes, which orders sets, and wherever modules that the code reads are installed."""
     code = (
-        "import torch, oracle_kernels as made; from kernels_plugins.oracle import probe_cache; "
-        "print(probe_cache.key_of(made.Norm.forward.kernels_layer, made.own_backward, torch.device('cpu')))"
+        "import torch, by_form, oracle_kernels as made; from kernels_plugins.oracle import probe_cache; "
+        "layer, cpu = made.Norm.forward.kernels_layer, torch.device('cpu'); "
+        "print([probe_cache.key_of(layer, f, cpu) for f in (made.own_backward, by_form.forward)])"
     )
-    support = str(Path(made.__file__).parent)
+    text = "import forms\ndef forward(self, x):\n    return x * forms.WIDE if x.ndim in {'a', 'b', 'c', 'd'} else x\n"
+    (tmp_path / "by_form.py").write_text(text)
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        (tmp_path / seed / "forms.py").write_text("WIDE = 3\n")
     keys = {
         subprocess.run(
             [sys.executable, "-c", code],
-            env={"PYTHONPATH": support, "PYTHONHASHSEED": seed, "PATH": ""},
+            env={
+                "PYTHONPATH": os.pathsep.join(map(str, (Path(made.__file__).parent, tmp_path, tmp_path / seed))),
+                "PYTHONHASHSEED": seed,
+                "PATH": "",
+            },
             capture_output=True,
             text=True,
             check=True,
