@@ -64,8 +64,8 @@ class Reader:
         pinned = device.type not in ("cpu", "mps")
         with torch.inference_mode(False):
             partials = torch.zeros(_ROWS, -(-TENSORS // _GROUP), 8, dtype=torch.int32, device=device)
-            there = torch.zeros(_ROWS, TENSORS, device=device)
-            here = torch.zeros(_ROWS, TENSORS, pin_memory=pinned)
+            there = torch.zeros(_ROWS, TENSORS, dtype=torch.float32, device=device)
+            here = torch.zeros(_ROWS, TENSORS, dtype=torch.float32, device="cpu", pin_memory=pinned)
         self._rows = [_Row(*parts, pinned) for parts in zip(partials, there, here, strict=True)]
         if pinned:
             torch.get_device_module(device.type).synchronize(device)  # the zeros are there for each stream

@@ -26,9 +26,9 @@ _FACTOR = 0x9E3779B97F4A7C15 - 2**64
 
 @functools.lru_cache(maxsize=4)
 def _weights(device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False):
-        weights = torch.randint(-(2**62), 2**62, (_PIECE,), generator=generator)
+        weights = torch.randint(-(2**62), 2**62, (_PIECE,), generator=generator, device="cpu")
         return (weights * 2 + 1).to(device)
 
 
@@ -69,7 +69,7 @@ def digest(tensor: torch.Tensor, rows: int = 1) -> torch.Tensor:
         True
     """
     if tensor.numel() == 0:
-        return torch.zeros(rows, dtype=torch.int64)
+        return torch.zeros(rows, dtype=torch.int64, device=tensor.device)
     with torch.no_grad():
         bits: Any = as_bits(tensor).reshape(rows, -1)
         weights = _weights(bits.device)
@@ -138,5 +138,5 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> Gap | None:
         int(ulps.max()) if ulps is not None else math.inf if is_nan else None,
         float(distance.max()),
         (float(wide.flatten()[place]), float(other.flatten()[place])),
-        tuple(int(i) for i in torch.unravel_index(torch.tensor(place), a.shape)),
+        tuple(int(i) for i in torch.unravel_index(torch.tensor(place, device="cpu"), a.shape)),
     )

@@ -171,6 +171,8 @@ def _backward(output: Any, seed: int) -> None:
     outputs = [leaf for _, leaf in leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if not outputs:
         raise ArgumentError("no output requires grad, so there are no gradients to compare: leave out gradients=True.")
-    generator = torch.Generator().manual_seed(seed)
-    gradients = [torch.randn(tuple(each.shape), generator=generator).to(each.device, each.dtype) for each in outputs]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    # On the CPU and in float32, whatever the defaults of the process are.
+    drawn = [torch.randn(tuple(e.shape), generator=generator, dtype=torch.float32, device="cpu") for e in outputs]
+    gradients = [numbers.to(each.device, each.dtype) for numbers, each in zip(drawn, outputs, strict=True)]
     torch.autograd.backward(outputs, gradients)

@@ -162,7 +162,8 @@ def _numbers(rows: int, tried: int, every: bool) -> str:
 def _more(count: int) -> list[int]:
     """Return each small number of rows, multiples of tiles and those beside, and some others, the same each time."""
     tiles = [n for tile in range(_TILE, count, _TILE) for n in (tile - 1, tile, tile + 1)]
-    others = torch.randint(1, count + 1, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator("cpu").manual_seed(0)
+    others = torch.randint(1, count + 1, (32,), generator=generator, device="cpu").tolist()
     return [n for n in dict.fromkeys((*range(1, min(_EACH_TO, count)), *tiles, *others)) if n not in _SIZES]
 
 

@@ -102,7 +102,8 @@ class Rows:
                 found = tensors_of(replay.outputs)
                 outputs = {path: found[path] for path in rows.outputs if found[path].requires_grad}
                 for path in outputs if not pushed else ():  # the first run is of all rows
-                    numbers = torch.randn(found[path].shape, generator=torch.Generator().manual_seed(len(pushed)))
+                    generator = torch.Generator("cpu").manual_seed(len(pushed))
+                    numbers = torch.randn(found[path].shape, generator=generator, dtype=torch.float32, device="cpu")
                     pushed[path] = numbers.to(found[path].device, found[path].dtype)
                 if not outputs:
                     return {}

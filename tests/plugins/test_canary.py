@@ -617,6 +617,19 @@ def test_a_reading_outlives_its_memory() -> None:
     assert [found(places) for places in readings] == [[float(number)] for number in range(600)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_defaults_of_the_process_change_no_magnitude(dtype: torch.dtype) -> None:
+    """A reader that is made while the default dtype or device is another one reads the same."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            reader = Reader(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert found(reader.start([torch.tensor([1.0, -5.0])], 1, whole=False)) == [5.0]
+
+
 def test_a_kernel_that_cannot_read_is_replaced() -> None:
     """Where Triton's kernel fails, operators of PyTorch read, and one warning says so."""
 

@@ -432,6 +432,14 @@ def test_equal_models_are_equal() -> None:
     assert consistency(with_nan, with_nan, torch.tensor([[float("nan"), -0.0], [1.0, 2.0]]), batch_b=1).ok
 
 
+def test_the_default_device_of_the_process_changes_nothing() -> None:
+    """Weights of digests and gradients of outputs are drawn on the CPU, wherever new tensors go by default."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(2, 4)
+    with torch.device("meta"):
+        report = consistency(model, copy.deepcopy(model), x, gradients=True)
+    assert report.ok and report.outputs_agree, str(report)
+
+
 def test_a_zero_has_a_sign() -> None:
     """Bits differ where numbers are equal: by no unit in the last place that a comparison of numbers finds."""
     a, b = nn.Sequential(PositiveZero()), nn.Sequential(PositiveZero())

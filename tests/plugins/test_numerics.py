@@ -465,3 +465,13 @@ def test_findings_are_kept_for_other_processes(tmp_path: Path) -> None:
         file.write_text(text)
         store._found.clear()
         assert store.verdicts(key, training=False) == {}
+
+
+def test_the_default_device_of_the_process_changes_no_finding() -> None:
+    """Numbers that are drawn come from a generator of the CPU, wherever new tensors go by default."""
+    call, names = Call(None, (torch.randn(8, 16),)), ["batch_invariant", BACKWARD]
+    expected = find(call, torch.square, torch.square, names)
+    with torch.device("meta"):
+        found = find(call, torch.square, torch.square, names)
+    assert {name: one.has for name, one in found.items()} == {name: one.has for name, one in expected.items()}
+    assert all(one.has for one in found.values()), found
