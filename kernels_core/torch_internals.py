@@ -1,13 +1,11 @@
 """The only file of both packages that uses private names of PyTorch. It may change with every PyTorch.
 
 Each name stands in an entry of its own, with a fallback that is slower or more cautious, and never raises. `_find`
-takes a literal, so that the tests can list all names and delete one at a time.
+takes a literal, so that the tests can list all names and delete one. Tried: PyTorch 2.6 to 2.13, or as it says.
 
 *Private* is a name in or under `torch` that starts with an underscore, or is not documented (`TraceError`).
 The dictionaries of `nn.Module` (`_parameters`, `_buffers`, `_modules`, `_forward_hooks` and their kin) and `_apply`
 are not, and other files use them: they stand in every pickled module, or subclasses override them.
-
-Names were tried with PyTorch 2.6 to 2.13, unless an entry says otherwise.
 """
 
 from __future__ import annotations
@@ -234,6 +232,7 @@ def fake_copies(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]
 
 
 _tree_map, _registered = _find("torch.utils._pytree:tree_map"), _find("torch.utils._pytree:SUPPORTED_NODES")
+_tree_leaves = _find("torch.utils._pytree:tree_leaves")  # `tree_map` also makes a tree of the results
 
 
 def _opened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
@@ -255,8 +254,9 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def tree_leaves(tree: Any) -> list[Any]:
     """Return the leaves of a nested value. The fallback does not open registered classes."""
-    found: list[Any] = []
-    tree_map(found.append, tree)
+    found: list[Any] = [] if _tree_leaves is None else _tree_leaves(tree)
+    if _tree_leaves is None:
+        tree_map(found.append, tree)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import register_pytree_node
 
 from kernels_core import (
     KernelsWarning,
@@ -104,6 +105,29 @@ def test_the_first_recorded_call_is_checked_wherever_the_tensor_is(place: str, f
         output = layer(*args, **kwargs)
     assert len(quarantined()) == 1
     assert output.requires_grad  # the same call was served by the reference
+
+
+class Packed:
+    """Two tensors that belong together: it cannot be made of anything else."""
+
+    def __init__(self, data: torch.Tensor, lengths: torch.Tensor) -> None:
+        assert data.shape == lengths.shape
+        self.data, self.lengths = data, lengths
+
+
+register_pytree_node(Packed, lambda one: ([one.data, one.lengths], None), lambda parts, _: Packed(*parts))
+
+
+@pytest.mark.parametrize("forward", [scale, loses])
+def test_arguments_of_registered_classes_are_not_made_anew(forward: Forward) -> None:
+    """A class that PyTorch can open, and that checks what it is made of, is looked through while a call is checked."""
+    layer = make(lambda self, packed: scale(self, packed.data, packed.lengths))
+    packed = Packed(ones(True), ones())
+    with kernel(lambda self, packed: forward(self, packed.data, packed.lengths)):
+        layer.weight.requires_grad_()
+        output = layer(packed)
+    assert len(quarantined()) == (forward is loses)
+    assert output.requires_grad
 
 
 @pytest.mark.parametrize("unfreeze", [lambda m: m.weight.requires_grad_(), lambda m: m.child.requires_grad_()])
