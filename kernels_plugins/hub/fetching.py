@@ -251,7 +251,8 @@ def _client(request: KernelRequest) -> Any:
     if find_board() is None:
         return client
     # A pin may take two requests: the other ranks wait for both.
-    return replace(client, persistent=not hub_is_silent(), patience=min(client.patience, leader_patience() / 3))
+    silent, patience = hub_is_silent(), min(client.patience, leader_patience() / 3)
+    return replace(client, persistent=not silent, patience=patience / 6 if silent else patience)
 
 
 def _install(request: KernelRequest, path: tuple[str, ...], memo: dict[KernelRequest, FetchedBuild]) -> FetchedBuild:

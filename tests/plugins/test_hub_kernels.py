@@ -54,7 +54,7 @@ from kernels_plugins import (
 )
 from kernels_plugins.hub import fetching
 from kernels_plugins.hub.builds.machine import Machine
-from kernels_plugins.hub.client import overrides
+from kernels_plugins.hub.client import board, overrides
 from kernels_plugins.hub.client.overrides import parse_overrides
 from kernels_plugins.hub.client.redirect import parse_status
 from kernels_plugins.hub.locking.lockfile import Dependency, Lock, LockedKernel
@@ -729,6 +729,33 @@ def test_a_silent_hub_is_not_waited_for(
     assert factor(get_kernel("acme/kernels", version=1)) == 3
     with pytest.raises(ConnectionError, match=r"did not answer in 0\.3 seconds.*HF_HUB_ETAG_TIMEOUT"):
         get_kernel("acme/kernels", version=2)
+
+
+def test_a_cache_that_serves_is_no_answer_of_the_hub(
+    local_hub: LocalHub,
+    kernel_repository: Publish,
+    monkeypatch: pytest.MonkeyPatch,
+    new_process: Callable[[], None],
+    tmp_path: Path,
+) -> None:
+    """A rank whose cache serves while the Hub is silent waits less for the next kernels, until the Hub has answered."""
+    kernel_repository(layers=kernel()).branch("v1")
+    assert factor(get_kernel("acme/kernels", version=1)) == 3
+    new_process()
+    monkeypatch.setattr(board, "_silent", False)
+    monkeypatch.setenv(board.FOLDER, str(tmp_path / "board"))
+    timeout, patience = constants.HF_HUB_ETAG_TIMEOUT, 6.0
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", patience / 6)
+    local_hub.fail("/api/", status=503, times=None)
+    assert factor(get_kernel("acme/kernels", version=1)) == 3
+    client = fetching._client(KernelRequest("acme/other", version=1))
+    assert not client.persistent and client.patience == patience / 6
+    local_hub.heal()
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", timeout)
+    new_process()
+    monkeypatch.setenv(board.FOLDER, str(tmp_path / "next board"))
+    assert factor(get_kernel("acme/kernels", version=1)) == 3
+    assert not board.hub_is_silent()
 
 
 @pytest.mark.parametrize("question", ["/refs", "/revision/", "/tree/", "/organizations/", "GET /kernels/acme"])

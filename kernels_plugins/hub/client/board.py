@@ -198,6 +198,12 @@ def hub_is_silent() -> bool:
     return _silent
 
 
+def heard(from_hub: bool) -> None:
+    """Note whether an answer to `ask_once` is one of the Hub: the cache, or a rank itself, answers others."""
+    global _silent
+    _silent = not from_hub
+
+
 def ask_once(question: str, send: Callable[[], Any]) -> Any:
     """Return the answer to a question, which one rank of the job asks for all; without a board, ask.
 
@@ -220,14 +226,12 @@ def ask_once(question: str, send: Callable[[], Any]) -> Any:
     telling.daemon = True
     telling.start()
     try:
-        answer = _answer(board, question, send)
+        return _answer(board, question, send)
     except UnreachableError:
         _silent = True
         raise
     finally:
         telling.cancel()
-    _silent = False
-    return answer
 
 
 def _answer(board: Board, question: str, send: Callable[[], Any]) -> Any:

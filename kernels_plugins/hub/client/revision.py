@@ -15,7 +15,7 @@ from ..errors import RevisionError, UnknownError, UnreachableError
 from ..names import is_commit
 from ..request import KernelRequest
 from .answers import share
-from .board import ask_once
+from .board import ask_once, heard
 from .download import REPO_TYPES, Client, cache_folder, metadata_cache, not_cached
 from .metadata_cache import Pin, Record
 from .redirect import parse_status
@@ -104,6 +104,7 @@ def _pin(client: Client, repo_id: str, ref: str) -> tuple[Pin, str]:
             # As another rank has it, whose version of this library may be another one.
             found = answer if isinstance(answer, dict) else {}
             pin, how = _parsed(Pin.parse(found.get("pin"))), str(found.get("how"))
+            heard(how == _HUB)
             if how != _HUB:  # served for now: the next request asks again
                 return pin, how
             _pins[folder, ref] = pin
@@ -162,6 +163,7 @@ def find_record(pin: Pin, client: Client) -> Record:
         answer = ask_once(question, lambda: share(question, cache, send, patience=2 * client.patience))
         # As JSON, also where this process asked: so the others read it.
         found = _parsed(Record.parse(json.loads(json.dumps(answer))))
+        heard(True)
         listed = replace(record, variants=found.variants, redirect=found.redirect)
         if listed.redirect:  # the file that says so was compared with the listing
             cache.update_record(pin.commit, variants=listed.variants, redirect=listed.redirect)
