@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -69,7 +70,8 @@ class Reader:
         self._rows = [_Row(*parts, pinned) for parts in zip(partials, there, here, strict=True)]
         if pinned:
             torch.get_device_module(device.type).synchronize(device)  # the zeros are there for each stream
-        self._next = itertools.count()  # atomic: threads share a reader
+        self._next = itertools.count()
+        self._lock = threading.Lock()  # threads share a reader
         self._remembered: dict[int, tuple[weakref.ref[torch.Tensor], int, Place]] = {}
         self._kernel = _kernel_for(device)
 
@@ -92,9 +94,10 @@ class Reader:
             if not same:
                 unread.append(tensor)
         if unread:
-            row = self._rows[next(self._next) % _ROWS]
-            magnitudes = row.lend(len(unread))
-            self._read(row, unread, number, whole)
+            with self._lock:  # one that was overtaken by as many calls as there are rows would share one
+                row = self._rows[next(self._next) % _ROWS]
+                magnitudes = row.lend(len(unread))
+                self._read(row, unread, number, whole)
             for index, tensor in enumerate(unread):
                 # Others may have been changed uncounted: parameters by fused optimizers, outputs by kernels. What
                 # autograd has saved may not.

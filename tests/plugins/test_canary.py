@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -628,6 +629,30 @@ def test_defaults_of_the_process_change_no_magnitude(dtype: torch.dtype) -> None
     finally:
         torch.set_default_dtype(before)
     assert found(reader.start([torch.tensor([1.0, -5.0])], 1, whole=False)) == [5.0]
+
+
+def test_threads_that_share_a_reader_get_their_own_magnitudes() -> None:
+    """Also where one is stopped within a call while others make more calls than there are rows of memory."""
+    reader, wrong = Reader(torch.device("cpu")), list[object]()
+
+    def read(seed: int) -> None:
+        for number in range(1000):
+            expected = [float(seed * 1000 + number), float(number)]
+            places = reader.start([torch.full((3,), value) for value in expected], 1, whole=False)
+            if (got := found(places)) != expected:
+                wrong.append((got, expected))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong, wrong[:3]
 
 
 def test_a_kernel_that_cannot_read_is_replaced() -> None:
