@@ -22,6 +22,8 @@ _CONTEXTS = {
 
 _WIDTH = 80
 """Characters of a line of the table, if names are not long."""
+_CALLS = 32
+"""Of these, the most for rows, dtype and width: winners that take turns have many ranges of rows."""
 
 
 def choice_page(machines: Sequence[MeasuredOn]) -> Page:
@@ -53,11 +55,15 @@ def choice_table(machines: Sequence[MeasuredOn], summary: str) -> Table:
         names = dict.fromkeys(name for cell in group for name in cell.order if name not in (winner, REFERENCE))
         others = ", ".join(f"{short_name(name)} {_ratios(group, name)}" for name in names)
         kind = (dtype if len(dtypes) > 1 else "", f"{width} wide" if len(widths[layer]) > 1 else "")
-        calls = ", ".join(filter(None, (_buckets(group), *kind)))
+        buckets, notes = _buckets(group), [others]
+        if len(", ".join(filter(None, (buckets, *kind)))) > _CALLS:
+            notes.insert(0, f"rows {buckets}")
+            buckets = f"{len(buckets.split())} ranges"
+        calls = ", ".join(filter(None, (buckets, *kind)))
         values: tuple[str, ...] = (layer, short_name(winner), mode, context, calls, _ratios(group, winner))
         values = (*values, model) if len(machines) > 1 else values
         style, label = "green" if winner != REFERENCE else "", f"{layer}, {mode}, {context}"
-        rows.append(TableRow(values, style, wrap(others, _WIDTH - 4), label))
+        rows.append(TableRow(values, style, [line for note in notes for line in wrap(note, _WIDTH - 4)], label))
     rows.sort(key=lambda row: (row.cells[0], row.cells[2:4]))
     reasons = [f"not timed: {', '.join(names)}: {reason}" for reason, names in untimed.items()]
     text = "\n".join(fill(line, _WIDTH, subsequent_indent="    ") for line in (*reasons, summary))

@@ -459,6 +459,16 @@ def test_the_page_and_the_table() -> None:
         ["6", "measured,", "5", "won", "by", "a", "kernel,", "1", "by", "the", "reference"],
     ]
     assert all(len(line) <= 80 for line in str(choice).splitlines())
+    in_turns = [
+        cell(A_FIRST if power % 2 else B_FIRST, 2**power, dtype=dtype, width=width)
+        for dtype in ("float32", "bfloat16")
+        for width in (64, 14336)
+        for power in range(13)
+    ]
+    lines = str(made(*in_turns)).splitlines()
+    assert all(len(line) <= 80 for line in lines), lines
+    assert any("6 ranges, bfloat16, 14336 wide" in line for line in lines)
+    assert "    rows 2-3 8-15 32-63 128-255 512-1023 2048-4095" in lines
     elsewhere = made(cell(B_FIRST), model="another CPU")
     assert "another CPU" in str(choice.merged(elsewhere)) and "another CPU" not in str(choice)
 
