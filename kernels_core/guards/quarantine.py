@@ -54,7 +54,7 @@ class Quarantined:
     @property
     def is_waiting(self) -> bool:
         """Whether it is not yet applied: ranks that have agreed on the layer apply it at their next `agree`."""
-        return self in _waiting
+        return self in _waiting and is_agreed(self._layer() if self._layer is not None else None)
 
     @property
     def key(self) -> tuple[str, ...]:

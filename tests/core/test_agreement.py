@@ -267,6 +267,16 @@ with use_kernel_mapping({"Must": {"cpu": [make(), Next]}}):
     found["must"] = trained(must), waiting(), receipt(must, **CPU).rows[0].origin
 CPU["mode"] |= Mode.TORCH_COMPILE
 found["operator"] = under(opaque(Unlike), lambda model: torch.compile(model, backend="eager"))
+CPU["mode"] = Mode.TRAINING
+release()
+failing, model = False, Net(1)
+with use_kernel_mapping({"Norm": {"cpu": lossy}}, inherit_mapping=False):
+    agree(model, **CPU)
+    failing = True
+    before = trained(model), waiting()
+    dist.barrier()
+    dist.destroy_process_group()
+    found["ended"] = *before, waiting(), trained(model), waiting(), receipt(model, **CPU).rows[0].origin
 report(**found)
 """
 
@@ -282,6 +292,11 @@ def test_gradients_that_one_rank_loses(tmp_path: Path) -> None:
     (gradients, *no_entry, first), (on_one, *at_once, following) = zero.pop("must"), one.pop("must")
     assert gradients == on_one == [1.0, 1.0] and (no_entry, at_once) == ([[]], [[False]])
     assert first.endswith(".Loses") and following.endswith(".Next")
+    # Without a group, nothing is waited for.
+    zero.pop("ended")
+    before, waiting, *after = one.pop("ended")
+    assert (before, waiting) == (right[0], [True, False])
+    assert after == [[False, False], right[0], [False, False], "reference"]
     assert zero.keys() == one.keys()
     for name in zero:
         for rank in (zero, one):
