@@ -119,6 +119,13 @@ def device_times(
         budget: Seconds for all replays of one run, roughly; without, nothing is captured.
         before: As for `time_runs`.
     """
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # events and graphs are of the current GPU
+        return _device_times(runs, device, budget, before)
+
+
+def _device_times(
+    runs: Mapping[str, Run], device: torch.device, budget: float, before: Callable[[str], object]
+) -> dict[str, tuple[float, float | None, str]]:
     flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
     pool = torch.cuda.graph_pool_handle() if budget else None  # shared: nothing reads what a replay leaves there
     nothing = object()

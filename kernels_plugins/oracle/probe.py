@@ -99,7 +99,8 @@ def probe(
     if report.can("forward"):
         probes["compile"] = _traces(call, implementation, bool(report.can("gradients")))
         if call.devices and call.devices[0].type == "cuda":
-            probes["cuda graph"] = _captures(call, implementation)
+            with torch.cuda.device(call.devices[0]):  # graphs are of the current GPU
+                probes["cuda graph"] = _captures(call, implementation)
         names = {*numerics, *filter(resolution.declares, NUMERICS)}
         training = bool(report.can("gradients"))
         if training and "batch_invariant" in names:

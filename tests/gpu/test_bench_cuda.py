@@ -14,6 +14,7 @@ from torch import nn  # noqa: E402
 
 from kernels_core import use_kernel_forward_from_hub  # noqa: E402
 from kernels_plugins import bench, use_kernel_mapping  # noqa: E402
+from kernels_plugins.choice.timing import device_times  # noqa: E402
 from kernels_plugins.oracle.probe import captured  # noqa: E402
 
 WIDTH = 4096
@@ -82,3 +83,14 @@ def test_after_a_capture_that_failed() -> None:
     later, doubled = captured(lambda: x * 2)
     later.replay()
     assert torch.equal(doubled, x + x)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_gpu_that_is_not_the_current_one_is_timed() -> None:
+    """Its work is captured and timed, and not that of the current GPU, which does nothing."""
+    x = torch.rand(4096, 4096, device="cuda:1")
+    with torch.cuda.device(0):
+        launched, replayed, why = device_times({"": lambda: x @ x}, x.device, 0.2)[""]
+        assert torch.cuda.current_device() == 0
+    assert replayed is not None and not why
+    assert min(launched, replayed) > 1e-5  # of a graph without any work, it is 1e-7
