@@ -54,7 +54,8 @@ def keep(key: str, report: ProbeReport) -> None:
 
 def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.device) -> str:
     """Return the key of a kernel: its code, that of the reference, the version of PyTorch, and the kind of device."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    here = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()  # it may be about another machine
+    name = torch.cuda.get_device_name(device) if here else device.type
     digests = [digest_of(implementation), digest_of(layer.reference)]
     parts = [*digests, torch.__version__, name, device_capability(device)]
     key = hashlib.sha256(json.dumps([FORMAT, *map(str, parts)]).encode()).hexdigest()

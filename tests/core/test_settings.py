@@ -535,6 +535,7 @@ def test_the_report(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> No
         '"cuda:sm>=90" = "python:acme.layers:Add"',
     )
     path = configure("\n".join(settings))
+    path.with_name("kernels.choice.json").touch()  # a file that is not there would be reported
     monkeypatch.setenv("KERNELS_DENY", "c")
     monkeypatch.setenv("KERNELS_PROBE", "1")
     report = configuration()

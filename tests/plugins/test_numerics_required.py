@@ -556,3 +556,12 @@ def test_kernels_around_other_values_share_no_finding() -> None:
         with use_kernel_mapping({"AroundValues": {"cpu": made({"most": most})}}), numerics("batch_invariant"):
             double(torch.randn(4, 8))
             assert resolve(double, device="cpu", mode=Mode.INFERENCE).is_reference is (found == "no")
+
+
+def test_devices_that_are_not_there() -> None:
+    """Decisions and receipts about a GPU of another machine name what is not known of it, without an error."""
+    away = f"cuda:{torch.cuda.device_count()}"
+    with warnings.catch_warnings(), use_kernel_mapping({"NumericsNorm": {"cuda": Steady}}), numerics("batch_invariant"):
+        warnings.simplefilter("error")
+        decision = resolve(Norm, device=away, mode=Mode.INFERENCE)
+    assert decision.checked["batch_invariant"] == "not known: it is found out at the first eager call"
