@@ -349,7 +349,7 @@ def test_a_kernel_that_is_not_offered_any_more(frozen: Path) -> None:
 
 
 def test_a_kernel_that_cannot_be_loaded(place: Path, use: Callable[[Path], None]) -> None:
-    """The reason of the loader is what was found."""
+    """The decision has the reason of the loader."""
     source = Counted(Add2, "kernel")
     register_kernel_mapping({"Add": {"cpu": source}})
     receipt(Add(), **EVAL).freeze(place)

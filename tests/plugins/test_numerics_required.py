@@ -559,7 +559,7 @@ def test_kernels_around_other_values_share_no_finding() -> None:
 
 
 def test_devices_that_are_not_there() -> None:
-    """Decisions and receipts about a GPU of another machine name what is not known of it, without an error."""
+    """Decisions about a GPU of another machine call its properties not known, without an error."""
     away = f"cuda:{torch.cuda.device_count()}"
     with warnings.catch_warnings(), use_kernel_mapping({"NumericsNorm": {"cuda": Steady}}), numerics("batch_invariant"):
         warnings.simplefilter("error")

@@ -393,7 +393,7 @@ def by_loaded(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_keys_stay_when_code_sets_what_it_reads() -> None:
-    """Also where another function sets it: what is loaded at the first call, and what is counted in a closure."""
+    """Also where another function sets it: a library loaded at the first call, a counter in a closure."""
     count = 0
 
     def by_count(self: Any, x: torch.Tensor) -> torch.Tensor:

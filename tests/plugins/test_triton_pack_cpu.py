@@ -98,7 +98,7 @@ LABELS = torch.zeros(2, 3, dtype=torch.int64)
     ],
 )
 def test_wrong_arguments_of_add_rms_norm(arguments: Any, error: type[Exception], problem: str) -> None:
-    """What a kernel would misread is refused, with what to pass."""
+    """Arguments that a kernel would misread are refused, with those to pass."""
     with pytest.raises(error, match=problem):
         add_rms_norm(*arguments)
 
@@ -127,6 +127,6 @@ V = torch.ones(9, 4)
 def test_wrong_arguments_of_linear_cross_entropy(
     arguments: Any, options: Any, error: type[Exception], problem: str
 ) -> None:
-    """What a kernel would misread is refused, with what to pass."""
+    """Arguments that a kernel would misread are refused, with those to pass."""
     with pytest.raises(error, match=problem):
         linear_cross_entropy(*arguments, **options)
