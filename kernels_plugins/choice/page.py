@@ -159,8 +159,10 @@ def short_name(name: str) -> str:
     Example:
         >>> [short_name(n) for n in ("pack:liger:RMSNorm", "LayerRepository('acme/norms', version=1)", "a.b.Norm")]
         ['liger', 'acme/norms', 'Norm']
+        >>> short_name("inductor of torch 2.13.0")
+        'inductor of torch 2.13.0'
     """
     if name.startswith("pack:"):
         return name.split(":")[1]
     repository = re.search(r"Repository\('([^']+)'", name)
-    return repository[1] if repository else name.rpartition(".")[2]
+    return repository[1] if repository else name if " " in name else name.rpartition(".")[2]
