@@ -130,7 +130,7 @@ def reach(ranks: RankGroup, make: Callable[[], Receipt], *, warns: bool = False)
             continue
         differing = [] if same else list(differences((who, report.decisions) for who, report in found))
         if not differing:
-            if len(digests) > 1:  # from here on, a quarantine waits: a single rank would wait for nobody
+            if len(digests) > 1:  # from here on, a quarantine waits for the other ranks; a single rank has none
                 agreed.update(layer for layer in map(_layer, mine.decided) if layer is not None)
             break
         text = _described(ranks, differing, len(digests) - sum(len(who) for who, _ in found))

@@ -21,7 +21,7 @@ except ImportError:  # on Windows
 T = TypeVar("T")
 
 _LARGEST = 64 << 20
-"""Bytes of a file: what is kept takes a few hundred for each layer or cell."""
+"""Bytes of a file: the record of a layer or cell takes a few hundred."""
 
 
 @contextlib.contextmanager

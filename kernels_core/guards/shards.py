@@ -42,7 +42,7 @@ class Back(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is known of all calls with distributed tensors that look alike."""
+    """The plan of all calls whose distributed tensors have the same names, meshes, placements and shapes."""
 
     problem: str
     """Why the kernel cannot run on shards; or an empty text."""
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     backs: tuple[Back, ...] = ()
     """Of each tensor, in order."""
     outputs: Any = None
-    """Of shapes, strides and dtypes of outputs on this rank: their placements, and what makes them distributed."""
+    """Placements and specifications of outputs, by their shape, strides and dtype on this rank."""
 
 
 def check_local(layer: Layer | None, kernel: KernelLayer) -> str | None:
@@ -178,7 +178,7 @@ def _looks(named: list[tuple[str, Any]]) -> tuple[Look, ...] | str:
 
 
 def _plan(looks: tuple[Look, ...], whole: tuple[int, ...], even: bool, fast: bool) -> Plan:
-    """Return what is known of calls that look so, on each rank the same; and why the kernel does not take them."""
+    """Return the plan of such calls, which each rank makes alike."""
     from torch.distributed.tensor import Partial, Replicate
 
     cut, problem = _cut(looks, whole, even)

@@ -17,12 +17,11 @@ from torch import nn
 
 from ..layer import Forward
 from ..raised import error_text
-from ..torch_internals import storage_key
 from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
 from .copies import attributes_of, copies_of, detached, generators_of, replica_of, same_numbers, tensors_of, with_memory
 from .gradients import computed, gradients_of
 from .precision import converted, only
-from .tree import each_tensor, leaves, mapped, nodes
+from .tree import each_tensor, leaves, mapped, memory_of, nodes
 
 CONSTANTS = (
     type(None),
@@ -375,10 +374,8 @@ class Replay:
 
     def shared(self) -> frozenset[str]:
         """Return the tensors of the call whose memory the outputs share: to change one in place changes both."""
-        with contextlib.suppress(RuntimeError, NotImplementedError):  # such as of sparse tensors: no storage
-            keys = {storage_key(leaf) for _, leaf in leaves(self.outputs) if isinstance(leaf, torch.Tensor)}
-            return frozenset(name for name, tensor in self.call.tensors.items() if storage_key(tensor) in keys)
-        return frozenset()
+        keys = {memory_of(leaf) for _, leaf in leaves(self.outputs) if isinstance(leaf, torch.Tensor)} - {None}
+        return frozenset(name for name, tensor in self.call.tensors.items() if memory_of(tensor) in keys)
 
     def attributes(self) -> tuple[str, ...]:
         """Return attributes of modules, and items of lists and dicts, that the run set or deleted."""

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from ..torch_internals import registered_node
+from ..torch_internals import registered_node, storage_key
 
 _PLAIN = (torch.Tensor, str, bytes, int, float, complex, torch.Size, torch.dtype, torch.device, type(None), type)
 
@@ -145,3 +145,11 @@ def _object(value: object, names: list[str], new: list[Any]) -> object:
         else:
             object.__setattr__(made, name, child)  # a slot, also that of a frozen dataclass
     return made
+
+
+def memory_of(tensor: torch.Tensor) -> int | None:
+    """Return a number that tensors share whose memory is the same; None for one without, such as a sparse tensor."""
+    try:
+        return storage_key(tensor)
+    except (RuntimeError, NotImplementedError):
+        return None

@@ -132,7 +132,7 @@ class Outliers:
 
 @functools.cache
 def _reader(device: torch.device) -> Reader:
-    """Return what reads the tensors of a device, for all kernels: one may get what another one got."""
+    """Return the reader of a device, which all kernels share: two may get the same tensor."""
     return Reader(device)
 
 

@@ -137,7 +137,7 @@ class _Row:
         self._lent: Magnitudes | None = None
 
     def lend(self, count: int) -> Magnitudes:
-        """Return what a call reads, after the magnitudes of the call before were taken."""
+        """Return the magnitudes of a new call, after those of the last call in this row were taken."""
         if self._lent is not None and self._lent.sizes() is None:
             self._lent.sizes(wait=True)
         self._lent = Magnitudes(self)

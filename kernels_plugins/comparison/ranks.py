@@ -53,7 +53,7 @@ def together(mesh: Any, step: Callable[[], T]) -> T:
 
 
 def jointly(forward: Callable[..., T], mesh: Any) -> Callable[..., T]:
-    """Return a forward that is such a step, for a run that goes on to collectives: it compares what was changed."""
+    """Return a forward that all ranks take together: the run compares changed inputs afterwards, with collectives."""
     if mesh is None:
         return forward
     return functools.wraps(forward)(lambda *args, **kwargs: together(mesh, lambda: forward(*args, **kwargs)))

@@ -120,7 +120,7 @@ register_pytree_node(Packed, lambda one: ([one.data, one.lengths], None), lambda
 
 @pytest.mark.parametrize("forward", [scale, loses])
 def test_arguments_of_registered_classes_are_not_made_anew(forward: Forward) -> None:
-    """A class that PyTorch can open, and that checks what it is made of, is looked through while a call is checked."""
+    """A class that PyTorch can open, and that checks its parts, is looked through while a call is checked."""
     layer = make(lambda self, packed: scale(self, packed.data, packed.lengths))
     packed = Packed(ones(True), ones())
     with kernel(lambda self, packed: forward(self, packed.data, packed.lengths)):

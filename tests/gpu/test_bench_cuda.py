@@ -69,7 +69,7 @@ def test_all_packs_on_a_norm() -> None:
 
 
 def test_after_a_capture_that_failed() -> None:
-    """Numbers can be drawn, the stream is the one before, and an earlier graph replays: what failed left nothing."""
+    """Random numbers can be drawn, the stream is the one before, and an earlier graph replays."""
     x, stream = torch.ones(8, device="cuda"), torch.cuda.current_stream()
     earlier, noise = captured(lambda: torch.rand_like(x))
     with pytest.raises(Exception, match="captur"):

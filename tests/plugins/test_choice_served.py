@@ -51,7 +51,7 @@ SPLIT = made(cell(REFERENCE_FIRST), cell(A_FIRST, 16), cell(B_FIRST, 1024))
 
 @pytest.fixture(autouse=True)
 def anew() -> None:
-    """Forget what other tests have warned of."""
+    """Forget the warnings of other tests."""
     warn_once.forget()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from kernels_core import (
     kernelize,
     use_kernel_forward_from_hub,
 )
+from kernels_core.replay import Call
 from kernels_plugins import VerifyReport, VerifyRow, register_kernel_mapping, use_kernel_mapping, verify
 
 
@@ -108,6 +110,16 @@ def test_an_output_in_the_memory_of_an_input() -> None:
         assert {row.verdict for row in report.rows if row.subject != "changes"} == {"ok"}
         assert all("its output shares the memory of input x" in row.reason for row in report.failures)
         assert not report.ok and verify(View(), torch.randn(4, 8)).ok
+
+
+def test_a_sparse_output_beside_one_in_the_memory_of_an_input() -> None:
+    """An output without memory of its own hides no other output that shares that of an input."""
+    x = torch.ones(4, 8)
+
+    def outputs(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return given.view(8, 4), given.detach().to_sparse()
+
+    assert Call(None, (x,), {}, inspect.signature(outputs)).run(outputs, gradients=False).shared == {"input given"}
 
 
 def test_a_wrong_gradient_names_the_parameter() -> None:

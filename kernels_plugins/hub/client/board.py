@@ -39,7 +39,7 @@ _PATIENCE = 180.0
 """Seconds that a rank waits for the one that leads, unless `KERNELS_LEADER_TIMEOUT` names another number."""
 
 _QUIET = 10.0
-"""Seconds after which a rank tells what it waits for."""
+"""Seconds after which a rank logs the question that it waits for."""
 
 logger = logging.getLogger("kernels_plugins.hub")
 
