@@ -49,6 +49,8 @@ from kernels_core import (
     source_label,
 )
 
+from .layer_names import check_layer_name, misspelt_for
+
 
 class _Loads(Protocol):
     """A source that loads itself."""
@@ -81,10 +83,12 @@ class Level:
 
     def offers(self, request: LayerRequest, like: Candidate) -> list[Candidate | Refusal]:
         """Return candidates like `like`, those for the narrowest device first, then by mode; after them, refusals."""
+        if request.layer_name not in self.sources:
+            return misspelt_for(request, like, self.sources) if self.sources else []
         like = replace(like, same_for_all_modes=request.layer_name in self.same)
         fitting: list[tuple[float, int, tuple[object, ...]]] = []
         unfit: list[tuple[tuple[object, ...], Cause, str]] = []
-        for (device, mode), sources in self.sources.get(request.layer_name, {}).items():
+        for (device, mode), sources in self.sources[request.layer_name].items():
             if not device.matches(request.device, capability=request.capability):
                 unfit.append((sources, *_why_not(device, request)))  # as refusals: a user asks why it does not serve
                 continue
@@ -201,6 +205,7 @@ def parse_mapping(
     for name, devices in mapping.items():
         if not isinstance(name, str):
             raise ArgumentTypeError(f"A layer name in a mapping is a string, not {name!r}.")
+        check_layer_name(name)
         if _as_text(devices):
             devices = dict.fromkeys(_EVERYWHERE, devices)
         _expect_mapping(devices, f"The mapping of layer {name!r}", "{device: source}")
@@ -278,7 +283,11 @@ def parse_settings(section: ConfigSection) -> Level:
     """Parse the mapping in a configuration file: each source by itself, so that an error has its line."""
     from .sources import read_entries
 
-    sources: dict[str, dict[tuple[Device, Mode], tuple[object, ...]]] = {name: {} for name in section.as_table()}
+    sources: dict[str, dict[tuple[Device, Mode], tuple[object, ...]]] = {}
+    for name, layer in section.as_table().items():
+        with layer.blamed():
+            check_layer_name(name)
+        sources[name] = {}
     for name, leaf, forms in read_entries(section):
         found: dict[tuple[Device, Mode], tuple[object, ...]] = {}
         for item, form in forms:

@@ -122,6 +122,8 @@ def read_entries(section: ConfigSection) -> Iterator[tuple[str, ConfigSection, F
 def _inner(section: ConfigSection) -> list[tuple[str | None, ConfigSection]]:
     """Return the values for each device or mode; for a value that is for all of them, only that, with None."""
     is_source = not isinstance(section.value, dict) or "source" in section.value
+    if section.value == {}:
+        raise section.error('it names no source: write at least one, such as "reference".')
     return [(None, section)] if is_source else list(section.as_table().items())
 
 

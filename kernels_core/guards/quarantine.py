@@ -280,7 +280,7 @@ def excluded_dtypes(resolution: Resolution) -> dict[torch.dtype, Quarantined]:
     """Return the dtypes of calls that the kernel of a decision must not serve, with the entry for each."""
     if not _entries or resolution.implementation is None:
         return {}
-    about = (resolution.request, resolution.implementation, (resolution.origin, resolution.plugin))
+    about = (resolution.request, resolution.implementation, names_of(resolution))
     # A copy of the list, which other threads change.
     return {entry.dtype: entry for entry in tuple(_entries) if entry.dtype is not None and entry.concerns(*about)}
 
@@ -305,9 +305,20 @@ def find_denied(request: LayerRequest, candidate: Candidate) -> Quarantined | No
     """Return the glob that excludes a candidate before anything of it is fetched: by the names of its source."""
     if not _entries and reader.known.nothing and _DENY[0] not in os.environ:
         return None
-    source = candidate.source
+    return find_quarantined(request, None, *_names(candidate))
+
+
+def names_of(resolution: Resolution) -> tuple[str, ...]:
+    """Return the names of the kernel of a decision that a glob is compared with, besides the layer name."""
+    more = _names(resolution.candidate) if resolution.candidate is not None else ()
+    return (resolution.origin, resolution.plugin, *more)
+
+
+def _names(candidate: Candidate) -> tuple[str, ...]:
+    """Return plugin, source, repository, and the source without its layer: `pack:liger`, `python:acme.layers`."""
+    source, label = candidate.source, candidate.label
     named = source if isinstance(source, str) else str(getattr(source, "repo_id", ""))
-    return find_quarantined(request, None, candidate.plugin, candidate.label, named)
+    return candidate.plugin, label, named, label.rpartition(":")[0]
 
 
 @functools.lru_cache(maxsize=8)

@@ -28,7 +28,7 @@ from ..generated import made_once, passed_back
 from ..guards.gradients import is_recorded, keeps_gradients
 from ..guards.joining import Dispatched, joined, published
 from ..guards.proof import until_proven
-from ..guards.quarantine import find_quarantined, without_dtypes
+from ..guards.quarantine import find_quarantined, names_of, without_dtypes
 from ..guards.shards import runs_on_shards
 from ..guards.tensors import is_pending, odd_classes, waiting
 from ..layer import Forward, Layer
@@ -275,7 +275,7 @@ def refresh(frozen: FrozenChoice) -> None:
     if provisional or off:
         frozen.active = frozen.original.forward
     elif resolution is not None and kernel is not None and frozen.layer is not None:
-        recorded, names = resolution.request.in_mode(Mode.TRAINING), (resolution.origin, resolution.plugin)
+        recorded, names = resolution.request.in_mode(Mode.TRAINING), names_of(resolution)
         if find_quarantined(resolution.request, kernel, *names) is not None:
             frozen.active = frozen.original.forward  # decides by itself, and gives the reason
         elif resolution.inference_only or find_quarantined(recorded, kernel, *names) is not None:

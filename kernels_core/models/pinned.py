@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..contract import check_call
-from ..guards.quarantine import find_quarantined
+from ..guards.quarantine import find_quarantined, names_of
 from ..layer import Forward, Layer
 from ..mode import Mode
 from ..resolution import LayerRequest, Refusal, Resolution
@@ -37,7 +37,7 @@ def pinned(forward: Forward, functions: Mapping[Layer, Resolution]) -> Forward:
             anew = functools.partial(decide, subclasses=request.subclasses, passed_on=request.passed_on)
             found = anew(layer, request.device, request.modes, scopes=choice.request.scopes)
             return replace(found, request=request)
-        if kernel is not None and find_quarantined(request, kernel, choice.origin, choice.plugin):
+        if kernel is not None and find_quarantined(request, kernel, *names_of(choice)):
             return None
         if reason := check_call(choice, request.subclasses, traced=request.is_traced):
             return Resolution(request, refusals=(Refusal(reason, choice.candidate, choice.plugin),))

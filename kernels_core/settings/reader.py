@@ -24,8 +24,15 @@ def _path(section: ConfigSection) -> Path:
     return section.path.parent / os.path.expanduser(section.as_text())
 
 
+def _globs(section: ConfigSection) -> tuple[str, ...]:
+    for item in section.as_list():
+        if "://" in item.as_text():
+            raise item.error("kernels have names, not addresses: write 'owner/name*' for those of a repository.")
+    return section.as_texts()
+
+
 _CORE: dict[str, Parse] = {
-    "deny": ConfigSection.as_texts,
+    "deny": _globs,
     "require-plugins": ConfigSection.as_texts,
     "plugins": ConfigSection.as_texts,
     "choice": _path,

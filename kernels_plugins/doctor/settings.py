@@ -8,7 +8,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+
+import torch
 
 from kernels_core import ArgumentError, DecisionFile, configuration, configured, plugin_manager, switch, visible
 
@@ -18,6 +21,11 @@ from ..hub.client.overrides import VARIABLE as FOLDERS
 from ..hub.client.overrides import parse_overrides
 from ..hub.signatures.signer import VARIABLE as SIGNATURES
 from ..hub.signatures.signer import find_policy
+from ..layer_names import misspelt, rule_layers
+from ..observe.plugin import VARIABLE as OBSERVERS
+from ..observe.plugin import observed
+from ..packs.order import EVERY, lack
+from ..packs.source import Pack
 from .finding import NOTE, OK, PROBLEM, Finding
 
 _NAME = re.compile(r"\b(?:KERNELS_[A-Z][A-Z_]*[A-Z]|LOCAL_KERNELS|DISABLE_KERNEL_MAPPING)\b")
@@ -38,6 +46,7 @@ def check_settings() -> Iterator[Finding]:
         chosen = str(configured(key) or "")
         if variable not in os.environ and chosen and (problem := _problem(variable, chosen)):
             yield Finding("configuration", key, problem, PROBLEM)
+    yield from _sources()
     known = known_variables()
     for name in sorted(os.environ):
         value = visible(os.environ[name], 200)
@@ -58,6 +67,28 @@ def check_settings() -> Iterator[Finding]:
         elif _LIKE.match(name):
             remedy = f"Unset it, unless another program reads it. Here are {', '.join(sorted(known))}."
             yield Finding("variables", name, "nothing here reads it", NOTE, remedy)
+
+
+def _sources() -> Iterator[Finding]:
+    """Yield the layer names in the file that nearly are those of adopted layers, and packs that cannot serve here."""
+    mapped, ordered, layers = configured("mapping"), configured("packs"), rule_layers()
+    named = {f"mapping.{name}": set(chain(*by.values())) for name, by in (mapped.sources if mapped else {}).items()}
+    named |= {f"packs.{name}": set(ordered.sources(name)) for name in (ordered.order if ordered else ())}
+    packs: dict[str, set[Pack]] = {}
+    for place, sources in named.items():
+        name = place.partition(".")[2]
+        if name not in layers and (near := misspelt(name, layers)) is not None:
+            remedy = f"Write {near}, unless a layer is decorated with the name {name!r}."
+            yield Finding("configuration", place, "no rule adopts layers of that name", NOTE, remedy)
+        for pack in (source for source in sources if isinstance(source, Pack)):
+            every = layers if pack.layer_name == EVERY else [pack.layer_name]
+            packs.setdefault(pack.name, set()).update(Pack(pack.name, layer) for layer in every)
+    devices = {torch.device("cpu"), torch.accelerator.current_accelerator() or torch.device("cpu")}
+    for name, found in sorted(packs.items()):
+        lacks = [lack(pack.name, pack.layer_name, device) for pack in found for device in devices]
+        if all(lacks):
+            remedy = "It serves nothing on this machine: the next source does, or the reference."
+            yield Finding("configuration", f"pack {name}", lacks[0], NOTE, remedy)
 
 
 def known_variables() -> set[str]:
@@ -87,6 +118,8 @@ def _problem(name: str, value: str) -> str:
             settings_of_environment()
         elif name == SIGNATURES:
             find_policy()
+        elif name == OBSERVERS:
+            observed()
         elif name == "KERNELS_CHOICE" and value:
             from ..choice.choice import Choice
 

@@ -253,6 +253,7 @@ WRONG = {
     "deny = 3": "kernels.toml:1: deny: write a list, not 3.",
     '\ndeny = ["a",\n  3]': "kernels.toml:2: deny[1]: write a text, not 3.",
     'deny = ["a",\n  " "]': "kernels.toml:1: deny[1]: ' ' is empty or has control characters: write a word or a name.",
+    'deny = ["https://huggingface.co/acme/norm"]': "kernels.toml:1: deny[0]: kernels have names, not addresses",
     "dney = []": "kernels.toml:1: dney: there is no such setting: did you mean deny?",
     "choice = true": "kernels.toml:1: choice: write a text, not True.",
     "choice = 2020-02-02": "kernels.toml:1: choice: write a text, not datetime.date(2020, 2, 2).",

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from warned import never
 
 from kernels_core import (
+    ArgumentError,
     ConfigSection,
     ConfigurationError,
     CUDAProperties,
@@ -33,7 +34,9 @@ from kernels_core import (
     configuration,
     configured,
     forget,
+    kernelize,
     quarantined,
+    receipt,
     release,
     resolve,
     use_kernel_forward_from_hub,
@@ -52,6 +55,7 @@ from kernels_plugins.adoption import plugin as adoption
 from kernels_plugins.canary import plugin as canary_plugin
 from kernels_plugins.canary.settings import Settings as CanarySettings
 from kernels_plugins.hub import plugin as hub
+from kernels_plugins.layer_names import misspelt, rule_layers
 from kernels_plugins.local_hub.server import LocalHub
 from kernels_plugins.mapping import parse_mapping
 from kernels_plugins.observe import plugin as observe
@@ -181,6 +185,11 @@ def test_devices_with_bounds(text: str, low: int | None, high: int | None) -> No
 
 WRONG = {
     "[mapping.L]\ncuda = []\nkuda = 'reference'": "2: mapping.L.cuda: it names no source",
+    "[mapping.'*Norm']\ncpu = 'pack:torch'": "1: mapping.*Norm: '*Norm' is a glob, and matches no layer: write an "
+    "entry for each layer name, such as LayerNorm, RMSNorm.",
+    "[packs]\n'Layer?' = ['torch']": "2: packs.Layer?: 'Layer?' is a glob, and matches no layer: write",
+    "[mapping.L]\n[mapping.M]\ncpu = 'reference'": "1: mapping.L: it names no source",
+    "[mapping.L]\ncpu = {}": "2: mapping.L.cpu: it names no source",
     "[mapping.L]\nkuda = 'reference'": "2: mapping.L.kuda: In the mapping of layer 'L': Unknown devi",
     "[mapping.L]\n'cuda:0' = 'reference'": "2: mapping.L.cuda:0: In the mapping of layer 'L': Device typ",
     "[mapping.L]\n'cuda:sm=>9' = 'reference'": "2: mapping.L.cuda:sm=>9: In the mapping of layer 'L': 'cuda:",
@@ -272,6 +281,40 @@ def test_a_configured_mapping_serves(configure: Configure, acme: types.ModuleTyp
     assert origin(Same) == "reference"
 
 
+@pytest.mark.parametrize("place", ["[mapping]\nSmae = 'reference'", "[packs]\nSmae = ['torch']", "code"])
+def test_a_name_that_is_misspelt(configure: Configure, place: str) -> None:
+    """A mapping for nearly the name of a layer changes nothing, and receipts and `kernelize` say that it is there."""
+    configure("" if place == "code" else place)
+    register_kernel_mapping(
+        {"smae": {"cpu": "pack:torch"}, "Sameness": {"cpu": "reference"}} if place == "code" else {}
+    )
+    (row,) = receipt(nn.Sequential(Same()), device="cpu").rows
+    assert row.is_reference and not row.refusals
+    assert row.misfits == ((repr("smae" if place == "code" else "Smae"), row.misfits[0][1]),)
+    assert "this layer is 'Same': correct the mapping if that is meant" in row.misfits[0][1]
+    with pytest.warns(KernelsWarning, match="this layer is 'Same'"):
+        kernelize(nn.Sequential(Same()), mode=Mode.INFERENCE, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant", "near"),
+    [("RMSNrom", "RMSNorm", True), ("rms_norm", "RMSNorm", True), ("RMSNom", "RMSNorm", True),
+     ("RMSNoorm", "RMSNorm", True), ("RMSNorm", "RMSNorm", False), ("RMSNorm2", "RMSNorm", False),
+     ("q_norm", "k_norm", False), ("q_a_norm", "q_b_norm", False), ("layer1_norm", "layer11_norm", False),
+     ("SwiGLUMLP", "GeGLUMLP", False), ("RMSNormOffset", "RMSNorm", False), ("", "RMSNorm", False)],
+)  # fmt: skip
+def test_which_names_are_near(written: str, meant: str, near: bool) -> None:
+    """Letters in another order, one more or less inside, or another case; not names that differ by intention."""
+    assert (misspelt(written, [meant]) == meant) is near
+
+
+def test_no_mapping_has_a_glob() -> None:
+    """A glob as a layer name raises in code, too; none of the shipped layer names is near to another one."""
+    with pytest.raises(ArgumentError, match=r"'\*MLP' is a glob.* such as GeGLUMLP, .*SwiGLUMLP\."):
+        register_kernel_mapping({"*MLP": {"cpu": "reference"}})
+    assert not [name for name in rule_layers() if misspelt(name, rule_layers())] and "RMSNorm" in rule_layers()
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -330,6 +373,25 @@ def test_packs_give_way_to_the_mapping(configure: Configure, acme: types.ModuleT
 
 
 # --- canary, observers, adoption, trusted ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("glob", ["pack:torch", "pack:t*", "*.packs.torch_operators.*", "torch.*", "python:*"])
+def test_a_pack_is_denied_by_name(configure: Configure, acme: types.ModuleType, glob: str) -> None:
+    """A glob is compared with the name of a pack, too, also where a model is kernelized with it."""
+    mapping = '[packs]\nGeluTanh = ["torch"]\n'
+    configure(mapping)
+    model = kernelize(nn.Sequential(Gelu()), mode=Mode.INFERENCE, device="cpu")
+    assert not receipt(model, device="cpu").rows[0].is_reference
+    configure(f'deny = ["{glob}"]\n{mapping}')
+    denied = glob not in ("torch.*", "python:*")
+    assert resolve("GeluTanh", device="cpu", mode=Mode.INFERENCE).is_reference is denied
+    assert receipt(model, device="cpu").rows[0].is_reference is denied
+
+
+@use_kernel_forward_from_hub("GeluTanh")
+class Gelu(nn.Module):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(input, approximate="tanh")
 
 
 def test_a_configured_canary(configure: Configure, acme: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,12 @@ from command_line import run_here
 from hub_scene import Publish, kernel, new_process  # noqa: F401
 
 from kernels_core import KernelsWarning, PluginError, PluginManager
-from kernels_plugins import doctor, get_kernel
+from kernels_plugins import doctor, get_kernel, mapping
+from kernels_plugins.adoption import plugin as adoption
 from kernels_plugins.doctor import hub, settings
 from kernels_plugins.doctor import plugin as doctor_plugin
 from kernels_plugins.local_hub.server import LocalHub
+from kernels_plugins.packs import inductor, torch_operators
 
 pytest_plugins = ["kernels_plugins.hub.testing"]
 
@@ -96,6 +98,7 @@ def test_variables_that_are_misspelt_or_malformed(run: Run, monkeypatch: pytest.
         "DISABLE_KERNEL_MAPPING": "perhaps",
         "KERNELS_CANARY": "first=many",
         "KERNELS_SIGNATURES": "sometimes",
+        "KERNELS_OBSERVE": "logs",
         "KERNELS_CHOICE": "no-such-file.json",
         "LOCAL_KERNELS": "acme/gate=/no/such/folder",
         "KERNELS_DENY": "acme/*\x1b[2J",
@@ -125,6 +128,24 @@ def test_a_configuration_file_that_is_wrong(run: Run, configure: Callable[..., P
     configure("deny = 3\n")
     code, found = run()
     assert code == 1 and found["configuration problem"]["found"] == f"{path}:1: deny: write a list, not 3."
+
+
+def test_names_in_a_configuration_file(
+    run: Run, configure: Callable[..., Path], isolated_plugins: PluginManager
+) -> None:
+    """A layer name near to that of a rule, and a pack without a kernel on this machine, are notes; others are not."""
+    plugins = {"adopt": adoption, "mapping": mapping, "torch": torch_operators, "inductor": inductor}
+    for name, plugin in plugins.items():
+        isolated_plugins.register(plugin, name)
+    configure('[mapping]\nRMSNrom = "pack:torch"\nAttention = "reference"\n[packs]\n"*" = ["torch"]\nx = ["inductor"]')
+    _, found = run("--offline")
+    notes = {name: one["found"] for name, one in found.items() if name.startswith("configuration")}
+    assert notes.keys() == {"configuration file", "configuration mapping.RMSNrom"}
+    assert found["configuration mapping.RMSNrom"]["state"] == "note"
+    assert found["configuration mapping.RMSNrom"]["remedy"].startswith("Write RMSNorm, unless")
+    configure('[mapping]\nRMSNrom = "pack:torch"')
+    _, found = run("--offline")
+    assert "it has no kernel for 'RMSNrom' on cpu" in found["configuration pack torch"]["found"]
 
 
 def test_the_variables_are_those_of_the_page() -> None:
