@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import operator
 import random
 import statistics
 import time
@@ -25,8 +27,11 @@ CACHED = 64
 LIGER = {key: {"cuda": "pack:liger"} for key in ("RMSNorm", "SwiGLUMLP")}
 TRITON = ("RMSNorm", "add_rms_norm", "SwiGLUMLP", "rotary_pos_emb", "linear_cross_entropy")
 
-Subjects = dict[str, Mapping[str, Any] | None]
-"""Mappings by name; None for the model as it is, not adopted."""
+CALLS = {"prefill": 1, "decoding": 8, "training": 1}
+"""The calls of each step that are timed in a turn."""
+
+Subject = tuple[Callable[[], Any], Callable[[], contextlib.AbstractContextManager[None]]]
+"""A step, and the scope that its turn is in."""
 
 
 def run() -> Iterator[Row]:
@@ -38,8 +43,9 @@ def run() -> Iterator[Row]:
         model, steps = make_steps(device)
         adopt(model)
         for name, step in steps.items():
+            fixed = {subject: mapped(step, mapping) for subject, mapping in mappings(device).items()}
             rounds = ROUNDS[device] * (3 if name == "decoding" else 1)
-            times = in_turns(plain[name], step, device, rounds, subjects(device))
+            times = in_turns({"plain": (plain[name], contextlib.nullcontext), **fixed}, device, rounds, CALLS[name])
             for subject in list(times)[1:]:
                 yield Row(
                     "adopt", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"]
@@ -75,30 +81,25 @@ def make_steps(device: str) -> tuple[Any, dict[str, Callable[[], Any]]]:
     return model, {"prefill": prefill, "decoding": decoding, "training": training}
 
 
-def timed(step: Callable[[], Any], device: str) -> float:
-    """Return the milliseconds of a warm step; of short ones, such as decoding, the mean of some.
+def timed(step: Callable[[], Any], device: str, calls: int) -> float:
+    """Return the milliseconds of a warm step, the mean of some calls after as many that are not timed.
 
     The first step after a change of mappings decides what serves, which takes as long as several steps of decoding, and
     Python runs a function quickly only after it was called a few times.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    step()
-    synchronize()
-    start, count = time.perf_counter(), 0
-    while count < 1 or (count < 8 and time.perf_counter() - start < 0.03):
-        step()
-        synchronize()
-        count += 1
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-        synchronize()
-    return (time.perf_counter() - start) / count * 1e3
+    start = 0.0
+    for count in (calls, calls):
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+            synchronize()
+    return (time.perf_counter() - start) / calls * 1e3
 
 
-def subjects(device: str) -> Subjects:
-    """Return the mappings to compare."""
-    found: Subjects = {"plain": None, "adopted": {}}
+def mappings(device: str) -> dict[str, Mapping[str, Any]]:
+    """Return the mappings to compare, by name."""
+    found: dict[str, Mapping[str, Any]] = {"adopted": {}}
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         found["adopted, pack:liger"] = LIGER
     if device == "cuda" and importlib.util.find_spec("triton") is not None:
@@ -106,33 +107,34 @@ def subjects(device: str) -> Subjects:
     return found
 
 
-def in_turns(
-    plain: Callable[[], Any],
-    step: Callable[[], Any],
-    device: str,
-    rounds: int,
-    mappings: Subjects,
-    choice: Path | None = None,
-) -> dict[str, float]:
-    """Time steps in turns, each round in another order; return the medians in milliseconds.
+def mapped(step: Callable[[], Any], mapping: Mapping[str, Any], choice: Path | None = None) -> Subject:
+    """Return the subject that is a step in the scope of a mapping, and with a choice if one is given."""
+    scope = use_kernel_mapping(mapping)
 
-    Args:
-        plain: The step of a model that is not adopted.
-        step: The same of one that is, for each mapping.
-        device: Where they run.
-        rounds: How often.
-        mappings: What to compare; None for `plain`.
-        choice: A choice for those whose name begins with "chosen".
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        with contextlib.nullcontext() if choice is None else use_choice(choice), scope:
+            yield
+
+    return step, entered
+
+
+def in_turns(subjects: Mapping[str, Subject], device: str, rounds: int, calls: int) -> dict[str, float]:
+    """Time steps in turns, each round in another order; return milliseconds, those of the first subject a median.
+
+    The others are it times the median of the ratios in one round: hosts have phases of seconds in which all is slower.
+    All subjects make the same number of calls in a turn: a GPU that works without a pause lowers its clock.
     """
-    times: dict[str, list[float]] = {name: [] for name in mappings}
-    scopes = {name: use_kernel_mapping(mapping or {}) for name, mapping in mappings.items()}
-    order, shuffled = list(mappings), random.Random(rounds)
-    for _ in range(rounds):
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    order, shuffled = list(subjects), random.Random(rounds)
+    for _ in range(1 + rounds):
         shuffled.shuffle(order)
         for name in order:
-            chosen = use_choice(choice) if name.startswith("chosen") and choice is not None else None
-            with scopes[name]:
-                times[name].append(timed(plain if mappings[name] is None else step, device))
-            if chosen is not None:
-                chosen.close()
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+            step, entered = subjects[name]
+            with entered():
+                times[name].append(timed(step, device, calls))
+    first = times[next(iter(subjects))][1:]
+    return {
+        name: statistics.median(first) * statistics.median(map(operator.truediv, taken[1:], first))
+        for name, taken in times.items()
+    }

@@ -8,16 +8,17 @@ fixed provider.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import statistics
 import tempfile
 import timeit
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from adopt import LIGER, PROMPT, ROUNDS, Subjects, in_turns, make_steps
+from adopt import CALLS, LIGER, PROMPT, ROUNDS, Subject, in_turns, make_steps, mapped
 from measure import Row
 
 from kernels_core import Mode, kernelize, use_kernel_forward_from_hub
@@ -26,6 +27,9 @@ from kernels_plugins.choice.machine import machine_of
 
 ROWS = {"cpu": (1, 32, 256), "cuda": (1, 16, 64, 256, 1024, 4096)}
 TRAINED = {"cpu": (256,), "cuda": (256, 1024, 4096)}
+FEW = 64
+"""The most rows for which the switch by hand takes PyTorch's norm."""
+
 PROVIDERS = ("reference", "torch", "liger", "triton", "inductor")
 
 
@@ -45,18 +49,59 @@ def run(
     adopt(model)
     first = Choice.load(file) if file.exists() else _measured(model, device, contexts, seconds, file)
     print(first, flush=True)
-    pairs = {name: (plain[name], steps[name]) for name in steps} if "steps" in parts else {}
-    for name in ("prefill", "training") if "compiled" in parts else ():
-        pairs[f"{name}, compiled"] = torch.compile(plain[name]), torch.compile(steps[name])
-    for name, (as_it_is, step) in pairs.items():
-        fixed: Subjects = {"plain": None, "adopted": {}, "chosen": {}}
-        if device == "cuda" and name in steps:  # Liger's kernels do not serve compiled code
-            fixed |= {"pack:liger": LIGER, "chosen, loss mapped": {"linear_cross_entropy": {"cuda": "pack:triton"}}}
-        times = in_turns(as_it_is, step, device, ROUNDS[device] * (3 if name == "decoding" else 1), fixed, file)
-        for subject in list(times)[1:]:
-            yield Row("choice", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"])
+    for name in steps if "steps" in parts else ():
+        chosen = {"chosen": {}, "chosen, loss mapped": {"linear_cross_entropy": {device: "pack:triton"}}}
+        found = {"plain": (plain[name], contextlib.nullcontext), "adopted": mapped(steps[name], {})}
+        found |= {subject: mapped(steps[name], mapping, file) for subject, mapping in chosen.items()}
+        if device == "cuda":
+            found |= {"pack:liger": mapped(steps[name], LIGER), "by hand": (plain[name], by_hand)}
+        yield from _compared(name, found, device, CALLS[name])
+    for name in ("prefill", "training") if "compiled" in parts else ():  # Liger's kernels do not serve compiled code
+        step = torch.compile(steps[name])
+        found = {"plain": (torch.compile(plain[name]), contextlib.nullcontext)}
+        found |= {"adopted": mapped(step, {}), "chosen": mapped(step, {}, file)}
+        yield from _compared(f"{name}, compiled", found, device, 1)
     if "regret" in parts:
         yield from _regrets(first, _measured(model, device, contexts, seconds, None))
+
+
+def _compared(name: str, subjects: Mapping[str, Subject], device: str, calls: int) -> Iterator[Row]:
+    times = in_turns(subjects, device, ROUNDS[device] * (3 if calls > 1 else 1), calls)
+    for subject in list(times)[1:]:
+        yield Row("choice", f"Llama, {name}, {subject} ({device})", times[subject], "ms", "plain", times["plain"])
+
+
+@contextlib.contextmanager
+def by_hand() -> Iterator[None]:
+    """Switch by the number of rows, as without this library: PyTorch's norm for few, Liger's kernels for many."""
+    from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    from transformers.models.llama import modeling_llama as llama
+
+    norm, mlp, rotary = llama.LlamaRMSNorm.forward, llama.LlamaMLP.forward, llama.apply_rotary_pos_emb
+
+    def norm_by_rows(self: Any, x: torch.Tensor) -> Any:
+        if x.shape[1] <= FEW:
+            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+        return LigerRMSNormFunction.apply(x, self.weight, self.variance_epsilon, 0.0, "llama", False)
+
+    def mlp_by_rows(self: Any, x: torch.Tensor) -> Any:
+        if x.shape[1] <= FEW:
+            return mlp(self, x)
+        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+
+    def rotary_by_rows(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        if q.shape[2] <= FEW:
+            return rotary(q, k, cos, sin, unsqueeze_dim)
+        return liger_rotary_pos_emb(q, k, cos, sin, None, unsqueeze_dim)
+
+    changed: Any = llama
+    changed.LlamaRMSNorm.forward, changed.LlamaMLP.forward = norm_by_rows, mlp_by_rows
+    changed.apply_rotary_pos_emb = rotary_by_rows
+    try:
+        yield
+    finally:
+        changed.LlamaRMSNorm.forward, changed.LlamaMLP.forward, changed.apply_rotary_pos_emb = norm, mlp, rotary
 
 
 def _prices() -> Iterator[Row]:

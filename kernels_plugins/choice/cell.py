@@ -20,7 +20,7 @@ REFERENCE = "reference"
 ALIAS = ", by another name"
 """The end of the reason of a candidate that is another one, which takes part."""
 
-MARGIN = 0.02
+MARGIN = 0.01
 """The share of the time of the reference by which a kernel has to win: less is noise, and the reference is right."""
 
 COMPILED_MARGIN = 0.2
@@ -163,13 +163,13 @@ class ChoiceCell:
 
 
 def settled(cells: Sequence[ChoiceCell]) -> list[tuple[str, ...]]:
-    """Return the candidates for each cell, best first, with few winners: one within 2 % of the best is as good.
+    """Return the candidates for each cell, best first, with few winners: one within 1 % of the best is as good.
 
     The fewer there are, the fewer calls have to ask for their shape; where one serves all cells, none has to.
 
     Example:
         >>> place = ("Norm", "cpu", "eager", "inference", "float32", 64)
-        >>> first = ChoiceCell(*place, 1, {"reference": 3.0, "a": 1.01, "b": 1.0})
+        >>> first = ChoiceCell(*place, 1, {"reference": 3.0, "a": 1.005, "b": 1.0})
         >>> second = ChoiceCell(*place, 9, {"reference": 3.0, "a": 1.0, "b": 2.0})
         >>> [order[0] for order in settled([first, second])]
         ['a', 'a']
