@@ -261,6 +261,10 @@ def test_policies(
     monkeypatch.setenv("KERNELS_SIGNATURES", "sometimes")
     assert "is no policy: set it to off, warn, require" in call(scale("acme/good")).why
     new_process()
+    settings("require")
+    monkeypatch.setenv("KERNELS_SIGNATURES", "")  # set, so it wins: no policy
+    assert not call(scale("acme/unsigned")).resolution.is_reference
+    new_process()
     monkeypatch.setenv("KERNELS_SIGNATURES", "warn")
     monkeypatch.setenv("KERNELS_STRICT", "1")
     with pytest.raises(errors.ExpiredError):

@@ -58,18 +58,19 @@ KNOWN = {
 
 
 def find_policy() -> str | None:
-    """Return the policy of the variable, else that of the configuration file; None where neither is set.
+    """Return the policy of the variable, else that of the configuration file; None where neither says one.
 
     Raises:
         ArgumentError: The variable has another word.
     """
-    text = os.environ.get(VARIABLE, "").strip().lower()
-    if not text:
+    text = os.environ.get(VARIABLE)
+    if text is None:
         policy: str | None = configured("signatures")
         return policy
-    if text not in POLICIES:
+    text = text.strip().lower()
+    if text and text not in POLICIES:
         raise ArgumentError(f"{VARIABLE}={text!r} is no policy: set it to {', '.join(POLICIES)}, or unset it.")
-    return text
+    return text or None
 
 
 def find_signers(repo_id: str) -> tuple[Signer, ...]:
