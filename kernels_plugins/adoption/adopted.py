@@ -149,7 +149,8 @@ class Adopted(Tabular):
             )
             for cells, paths in together.items()
         ]
-        summary = f"{len(self.layers)} adopted, {len({each.path for each in self.refused})} refused"
+        refused = len({each.path for each in self.refused})
+        summary = f"{len(self.layers)} adopted, {refused} refused{', which run as before' if refused else ''}"
         return Table(("path", "layer", "rule", "class"), rows, summary=summary)
 
     def to_json(self) -> str:
@@ -314,8 +315,9 @@ class _Found:
         own = [rule for rule in rules if not rule.function]
         fits, reasons = _first_fit(module, list(filter(partial(has_parts, module), own)))
         if own and fits is None and not reasons:
-            parts = ", ".join(name for name, _ in module.named_children()) or "none"
-            reasons = [(own[0], f"it has other parts than the layers that rules know: {parts}")]
+            parts = ", ".join(name for name, _ in module.named_children()) or "no parts"
+            wanted = " or ".join(dict.fromkeys(", ".join(rule.parts) for rule in own))
+            reasons = [(own[0], f"it has {parts}, and rules know layers of {wanted}")]
         if found.noted("", original, fits, reasons) or functions:
             found.cls = make_class(module, fits, forward, functions)
         return found
@@ -370,7 +372,7 @@ def _first_fit(
         if reason is None:
             return rule, reasons
         reasons.append((rule, reason))
-    return None, reasons
+    return None, [each for each in reasons if not each[1].startswith(UNMEASURED)] or reasons
 
 
 set_module("kernels_plugins", globals())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kernels_core import change_class, error_text, references
 
 from .parents import plain, rewritten
-from .rule import Rule
+from .rule import Rule, UnfitError
 
 _AT_MOST = 2e-5
 """Largest difference to the oracle in a row, in units of its largest number: classes may compute in float32."""
@@ -164,7 +164,11 @@ def _loss_or_output(forward: Callable[..., Any], module: nn.Module, given: Mappi
 
 def unmeasured(error: Exception) -> str:
     """Return as a reason the error of a class that was not written to be measured."""
-    return f"{UNMEASURED}: {error_text(error).partition(chr(10))[0]}"
+    return str(error) if isinstance(error, UnfitError) else f"{UNMEASURED}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return error_text(error).partition("\n")[0]
 
 
 def _part(module: nn.Module, path: str) -> nn.Module | None:
@@ -262,7 +266,15 @@ def _differs(
     for arguments in calls:
         given = [each.clone().requires_grad_() if _is_floating(each) else each for each in arguments]
         passed, spare = ([each.clone() if isinstance(each, Tensor) else each for each in given] for _ in range(2))
-        wanted, found = ours(*spare), theirs(*passed)
+        wanted = ours(*spare)
+        try:
+            found = theirs(*passed)
+        except Exception as fault:
+            shapes = ", ".join(str(tuple(each.shape)) for each in passed if isinstance(each, Tensor))
+            taken = (
+                f"for float64 tensors of {shapes} on a CPU, which the layer takes" if shapes else "with its arguments"
+            )
+            raise UnfitError(f"{UNMEASURED}: {taken}, it raises {_first_line(fault)}") from fault
         if _described(found) != _described(wanted):
             return f"it returns {_described(found)}, and the layer returns {_described(wanted)}"
         pairs = list(zip(*(each if isinstance(each, tuple) else (each,) for each in (wanted, found)), strict=True))

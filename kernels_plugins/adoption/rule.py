@@ -29,10 +29,21 @@ from kernels_core import (
 from ..sources import PythonObject
 from .functions import caller_of
 
-Binding = str | tuple[str, ...] | Callable[[Any], object]
-"""The attribute of a class that stands for a canonical one: its name, several to try, or a function of the module."""
+Binding = str | tuple[str | None, ...] | Callable[[Any], object]
+"""The attribute of a class that stands for a canonical one: its name, several to try, or a function of the module.
+
+With None among several, the canonical attribute is None where the class has none of those before."""
+
+
+def _none(module: object) -> None:
+    return None
+
 
 _reader = functools.cache(operator.attrgetter)  # equal names give one function
+
+
+class UnfitError(Exception):
+    """A module does not fit a rule; the text is the reason, for the user."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +61,8 @@ class Rule:
         oracle: Computes the layer in plain PyTorch, from a module with the canonical attributes and the arguments:
             a tensor, or a tuple of tensors.
         inputs: Makes the arguments of one call for a module, float64 tensors on the CPU; or a list of those of several.
-        binds: For each attribute that the oracle and the kernels read, the attribute of the class that stands for it.
+        binds: For each attribute that the oracle and the kernels read, the attribute of the class that stands for it;
+            or several, of which None, as the last one, lets it be None where a class has none of the others.
         parts: For each child module that kernels read past, its path and exact class, or classes; in a rule that
             fuses, also the layer name as which it is adopted itself.
         function: The name of a function that the forward of these classes finds in the globals of its file, where
@@ -133,23 +145,28 @@ class Rule:
         """Return a function that reads a canonical attribute off modules like this one; None if it has the attribute.
 
         Raises:
-            AttributeError: If the module has no attribute that stands for it.
+            UnfitError: If the module has no attribute that stands for it.
         """
         binding = self.binds[canonical]
         if callable(binding):
-            value = binding(module)
+            try:
+                value = binding(module)
+            except AttributeError as error:
+                raise UnfitError(str(error)) from error
             if not hasattr(module, canonical):
                 return binding
             own = getattr(module, canonical)
             # Not `==` for all: to compare tensors gives a tensor.
             if own is value or (isinstance(own, int | float) and own == value):
                 return None
-            raise AttributeError(f"its own {canonical} is not what the rule reads for it: bind another name")
+            raise UnfitError(f"its own {canonical} is not what the rule reads for it: bind another name")
         names = (binding,) if isinstance(binding, str) else binding
         for name in names:
+            if name is None:
+                return _none
             if hasattr(module, name):
                 return None if name == canonical else _reader(name)
-        raise AttributeError(f"it has no attribute {' or '.join(names)}")
+        raise UnfitError(f"it has no attribute {' or '.join(map(str, names))}, which kernels for the layer read")
 
 
 def parse_rules(section: ConfigSection) -> list[tuple[ConfigSection, PythonObject]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .rule import Binding, Rule
+from .rule import Binding, Rule, UnfitError
 
 
 def random_rows(*shape: int) -> Tensor:
@@ -24,9 +24,11 @@ def _hidden(module: Any) -> tuple[Tensor]:
 
     The first are as small as the root of the epsilon, so that it matters where the class adds it.
     """
+    if getattr(module, "data_format", "") == "channels_first":  # as that of ConvNeXt
+        raise UnfitError("it normalises over the channels of images, the second dimension, and the layer over the last")
     shape = tuple(module.weight.shape)
     if len(shape) != 1 or shape == (1,):  # kernels normalise over the shape of the weight, which broadcasts here
-        raise ValueError(f"its weight is of shape {shape}, not as long as a row")
+        raise UnfitError(f"its weight is of shape {shape}, not as long as a row")
     rows = random_rows(2, *shape) if not module.training else random_rows(1, 2, *shape)
     epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     rows[0] *= 1e3 * (epsilon**0.5 or 1e-3)
@@ -198,7 +200,7 @@ RULES = (
         ("*.*LayerNorm", "*.*LayerNorm1P"),
         layer_norm,
         _hidden,
-        {"weight": ("weight", "gamma"), "bias": ("bias", "beta"), "eps": ("eps", "variance_epsilon", "epsilon")},
+        {"weight": ("weight", "gamma"), "bias": ("bias", "beta", None), "eps": ("eps", "variance_epsilon", "epsilon")},
     ),
     Rule("SwiGLU MLP", "SwiGLUMLP", _MLPS, swiglu_mlp, _projected, parts=_SEPARATE),
     Rule("GeGLU MLP", "GeGLUMLP", _MLPS, geglu_mlp, _projected, parts=_SEPARATE),

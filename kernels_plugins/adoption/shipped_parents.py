@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from kernels_core import Mode, find_layer, resolve
 
-from .rule import Rule
+from .rule import Rule, UnfitError
 from .shipped import random_rows
 
 # --- Blocks: x + attention(norm(x)), x + mlp(norm(x)) ----------------------------------------------
@@ -85,6 +85,8 @@ _BETWEEN = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 def _of_block(module: Any, *answers: object) -> dict[str, nn.Module]:
+    if missing := [name for name in _PARTS if not hasattr(module, name)]:
+        raise UnfitError(f"it has no {' and no '.join(missing)}, and rules know blocks of {', '.join(_PARTS)}")
     (width,) = module.input_layernorm.weight.shape
     return {"self_attn": _Stub(width, None), "mlp": _Stub(width, *answers)}
 
@@ -92,7 +94,7 @@ def _of_block(module: Any, *answers: object) -> dict[str, nn.Module]:
 def _hidden(module: Any, parts: tuple[str, ...]) -> list[tuple[Any, ...]]:
     """Return calls without and with all other arguments: objects of no meaning, which must go to the attention."""
     if more := [name for name, _ in module.named_children() if name not in parts]:
-        raise ValueError(f"it has other parts, too: {', '.join(more)}")
+        raise UnfitError(f"it has other parts, too: {', '.join(more)}")
     (width,) = module.input_layernorm.weight.shape
     names = [each.name for each in inspect.signature(type(module).forward).parameters.values()][2:]
     return [(random_rows(2, width), {}), (random_rows(2, width), {name: object() for name in names})]
@@ -138,7 +140,7 @@ def linear_cross_entropy(
     return loss if num_items is None else loss / num_items
 
 
-class _OtherLogitsError(Exception):
+class _OtherLogitsError(UnfitError):
     """The class computes its logits, or their loss, in another way."""
 
 
@@ -210,9 +212,14 @@ class _Outputs:
     def __getattr__(self, name: str) -> None:
         return None
 
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
+
 
 class _Model(nn.Module):
-    """A model that is only called."""
+    """A model that is only called, or its decoder."""
+
+    decoder = property(lambda self: self)
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +236,7 @@ def _of_model(module: Any) -> Mapping[str, nn.Module]:
 
 def _labelled(module: Any) -> list[tuple[Any, ...]]:
     if not _has_usual_loss(module):
-        raise ValueError("its loss is not ForCausalLMLoss of transformers")
+        raise UnfitError("its loss is not ForCausalLMLoss of transformers")
     ids = torch.arange(10).view(2, 5) % module.lm_head.out_features
     labels = ids.masked_fill(ids % 3 == 0, -100)
     given = {"input_ids": ids, "labels": labels}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fresh_process import run_python
+from warned import never
 
 from kernels_core import Mode, count_calls, kernelize, receipt
 from kernels_plugins import adopt, use_kernel_mapping
@@ -332,6 +333,60 @@ def test_models_that_change_their_logits_are_refused(cls: str, changes: dict[str
     model = getattr(transformers, f"{cls}ForCausalLM")(config)
     (refused,) = (each for each in adopt(model).refused if each.path == "")
     assert "logits are scaled, capped or cast" in refused.reason
+
+
+GPT: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100}
+IMAGES: dict[str, Any] = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+OTHERS: dict[str, tuple[str, dict[str, Any], set[str], dict[str, str]]] = {
+    "Falcon": ("ForCausalLM", GPT, {"LayerNorm", "linear_cross_entropy", "rotary_pos_emb"}, {
+        "SwiGLU MLP": "it has dense_h_to_4h, act, dense_4h_to_h, and rules know layers of gate_proj, up_proj",
+    }),
+    "Bloom": ("ForCausalLM", GPT, {"LayerNorm", "linear_cross_entropy"}, {"SwiGLU MLP": "it has dense_h_to_4h"}),
+    "OPT": ("ForCausalLM", {**GPT, "ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
+            {"LayerNorm", "linear_cross_entropy"}, {}),
+    "GPT2": ("LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0, "attn_pdrop": 0.0}, {"LayerNorm", "GeluTanh"}, {"SwiGLU MLP": "it has c_fc, c_proj"}),
+    "Cohere": ("ForCausalLM", HEADS, {"LayerNorm", "SwiGLUMLP"}, {
+        "rotary": "it computes something else: it differs by",
+        "loss of a causal model": "its loss is not that of its lm_head: logits are scaled, capped or cast before",
+    }),
+    "Olmo": ("ForCausalLM", HEADS, {"SwiGLUMLP", "linear_cross_entropy", "rotary_pos_emb"}, {
+        "LayerNorm": "it has no attribute weight or gamma, which kernels for the layer read",
+    }),
+    "Olmo2": ("ForCausalLM", HEADS, {"RMSNorm", "SwiGLUMLP", "linear_cross_entropy", "rotary_pos_emb"}, {
+        "add and RMSNorm": "it has no input_layernorm, and rules know blocks of input_layernorm, self_attn, ",
+    }),
+    "ConvNext": ("Model", IMAGES, {"LayerNorm"}, {
+        "LayerNorm": "it normalises over the channels of images, the second dimension, and the layer over the last",
+    }),
+}  # fmt: skip
+"""For families that are not in the table: the end of the class's name, sizes, layers that are adopted, and reasons."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name: str) -> None:
+    """What is adopted computes the same, in training with kernels for it, too; no reason is an error of a class."""
+    end, sizes, layers, reasons = OTHERS[name]
+    if not hasattr(transformers, f"{name}{end}"):
+        pytest.skip(f"this transformers has no {name}{end}")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}{end}")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    ids = torch.randint(3, 100, (2, 9))
+    given = {"pixel_values": torch.randn(2, 3, 32, 32)} if end == "Model" else {"input_ids": ids, "labels": ids}
+    wanted, slopes = (model(**given), []) if end == "Model" else step(model, **given)
+    adopted = adopt(model)
+    assert {layer.layer_name for layer in adopted.layers} == layers, adopted
+    found = {each.rule: each.reason for each in adopted.refused}
+    assert found.keys() == reasons.keys() and all(found[rule].startswith(reasons[rule]) for rule in reasons), found
+    assert not [reason for reason in found.values() if "Error" in reason]
+    if end == "Model":
+        torch.testing.assert_close(model(**given)[0], wanted[0])
+        return
+    torch.testing.assert_close(model(**given).logits, wanted.logits, rtol=1e-4, atol=1e-5)
+    with use_kernel_mapping(FUSED), never():
+        output, gradients = step(model, **given)
+    assert (output.logits is None) is ("linear_cross_entropy" in layers)
+    torch.testing.assert_close((output.loss, gradients), (wanted.loss, slopes), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_changes_its_logits_later() -> None:
