@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ from kernels_plugins.numerics import plugin as numerics_hooks
 from kernels_plugins.numerics import store
 
 pytest_plugins = ["kernels_core.testing"]
+
+
+def pytest_collection_finish() -> None:
+    """Leave PyTorch and the collected tests, a million objects, out of each collection of garbage from here on."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

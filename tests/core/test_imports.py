@@ -113,11 +113,14 @@ def words(path: Path) -> Iterator[str]:
             yield node.arg
 
 
-def marks() -> set[str]:
+@functools.cache
+def marks() -> frozenset[str]:
     """Return the names of attributes that the core puts on classes, functions and frames of others."""
     found = {word for path in CORE for word in words(path) if re.fullmatch(r"_?kernels?_[a-z_]+", word)}
     hooks = {name for name in vars(kernels_core.hookspecs) if name.startswith("kernels_")}
-    return found - hooks - {"kernels_core", "kernels_plugins", "kernels_priority"}  # the last is for plugins to set
+    return frozenset(
+        found - hooks - {"kernels_core", "kernels_plugins", "kernels_priority"}
+    )  # the last is for plugins to set
 
 
 def attributes_by_literal(path: Path) -> Iterator[str]:

@@ -77,7 +77,7 @@ def _uses_in(node: ast.AST, own: frozenset[str]) -> Iterator[str]:
         for alias in node.names:
             if _is_private(f"{node.module}.{alias.name}") or alias.name in NAMES:
                 yield f"{node.module}.{alias.name}"
-    elif isinstance(node, ast.Attribute):
+    elif isinstance(node, ast.Attribute) and (node.attr in NAMES or _is_private(node.attr)):
         owner = ast.unparse(node.value)
         if (node.attr in NAMES and owner not in ("self", "cls", "torch_internals")) or (
             _is_private(node.attr) and node.attr not in own | OF_MODULES and owner not in ("self", "cls", "sys")
@@ -86,8 +86,7 @@ def _uses_in(node: ast.AST, own: frozenset[str]) -> Iterator[str]:
     elif isinstance(node, ast.keyword) and node.arg in NAMES:
         yield node.arg or ""
     elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-        private = "|".join([*sorted(filter(_is_private, NAMES)), r"_torchdynamo\w*", r"_dynamo_\w*"])
-        yield from re.findall(rf"\btorch(?:\.\w+)*\._\w+|(?<!\w)(?:{private})\b", node.value)
+        yield from PRIVATE.findall(node.value)
 
 
 def _is_torch(module: str) -> bool:
@@ -96,6 +95,10 @@ def _is_torch(module: str) -> bool:
 
 def _is_private(path: str) -> bool:
     return any(part.startswith("_") and not part.endswith("__") for part in path.split("."))
+
+
+MARKS = "|".join([*sorted(filter(_is_private, NAMES)), r"_torchdynamo\w*", r"_dynamo_\w*"])
+PRIVATE = re.compile(rf"\btorch(?:\.\w+)*\._\w+|(?<!\w)(?:{MARKS})\b")
 
 
 def own_names() -> frozenset[str]:
@@ -133,8 +136,7 @@ def version_reads(source: str) -> list[str]:
     """Return how a source uses the version of PyTorch."""
     reads = []
     for node in ast.walk(ast.parse(source)):
-        inside = [ast.unparse(child) for child in ast.walk(node)]
-        if "torch.__version__" in inside and isinstance(node, ast.Compare):
+        if isinstance(node, ast.Compare) and any(ast.unparse(child) == "torch.__version__" for child in ast.walk(node)):
             reads.append("compared")
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.__version__":
             reads.append("read")
