@@ -50,7 +50,26 @@ def run_ranks(folder: Path, program: str, world: int = 2, **environment: str) ->
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
-def torchrun(folder: Path, program: str, world: int, *options: str, **environment: str) -> CompletedProcess[str]:
+FORKED = """
+import os, runpy, sys, traceback
+import torch._dynamo, torch.distributed.checkpoint, torch.distributed.tensor
+from torch.distributed import run
+def work():
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+configured = run.config_from_args
+run.config_from_args = lambda args: (configured(args)[0], work, [])
+run.main(sys.argv[1:])
+"""
+"""torchrun, with ranks that are forked from it, in place of programs that each import PyTorch."""
+
+
+def torchrun(
+    folder: Path, program: str, world: int, *options: str, forked: bool = True, **environment: str
+) -> CompletedProcess[str]:
     """Run a program as so many ranks of one host with torchrun.
 
     Args:
@@ -58,10 +77,14 @@ def torchrun(folder: Path, program: str, world: int, *options: str, **environmen
         program: Its code.
         world: The number of ranks.
         options: More options of torchrun.
+        forked: Whether the ranks are forked from torchrun; they import our packages anew.
         environment: Variables, besides those of this process.
     """
     (folder / "train.py").write_text(textwrap.dedent(program))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"]
-    command += ["--nproc-per-node", str(world), *options, "train.py"]
+    command = ["--standalone", "--monitor-interval", "0.1", "--nproc-per-node", str(world), *options]
     known = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if forked:
+        command = ["-c", FORKED, *command, "--start-method", "fork", "train.py"]
+        return run_python(*command, environment=known, folder=folder)
+    command = [sys.executable, "-m", "torch.distributed.run", *command, "train.py"]
     return subprocess.run(command, cwd=folder, env=known, capture_output=True, text=True)
