@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError, ArgumentTypeError, require_type
+from .nested import first_tensor
 from .torch_internals import on_cuda_start
 
 TORCH_DEVICE_TYPES = {
@@ -253,16 +254,13 @@ if ACCELERATOR == "cuda" and not on_cuda_start(hardware.count):
     hardware.accelerators = MAX_INDEX  # right for any number, one question slower
 
 
-def find_device(module: torch.nn.Module | None, values: Iterable[Any]) -> torch.device | None:
-    """Return the device of the first tensor: of arguments, also in a list, tuple or dict; of the module; else None."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            return value.device
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-        for item in inner:
-            if isinstance(item, torch.Tensor):
-                return item.device
+def find_device(module: torch.nn.Module | None, values: Sequence[Any]) -> torch.device | None:
+    """Return the device of the first tensor: among arguments and what they contain, of the module, in attributes."""
+    first = values[0] if values and isinstance(values[0], torch.Tensor) else first_tensor(values, attributes=False)
+    if first is not None:
+        return first.device
     if module is not None:
         for tensor in itertools.chain(module.parameters(), module.buffers()):
             return tensor.device
-    return None
+    first = first_tensor(values)
+    return first.device if first is not None else None

@@ -43,7 +43,7 @@ from .guards.breaker import stand_in
 from .guards.gradients import is_recorded
 from .guards.joining import join
 from .guards.quarantine import excluded_dtypes, without_dtypes
-from .guards.tensors import is_pending, odd_classes, subclasses_traced, waiting
+from .guards.tensors import odd_classes, pending_among, subclasses_traced, waiting
 from .guards.watch import Watch
 from .layer import Forward, Layer
 from .mode import EAGER_MODES, TRACED_MODES, Mode
@@ -140,7 +140,7 @@ class _Dispatcher:
         device = find_device(module, values)
         if device is None:
             return self._on_no_device()
-        pending = frozenset(filter(is_pending, odd))
+        pending = pending_among(odd, values) if odd else odd
         odd -= pending
         kernel = self._published(self._name(device, odd), functools.partial(self._settle, device, odd))
         if is_recorded(module, values):

@@ -108,7 +108,7 @@ def frozen{signature}:
         return _kernels_elsewhere({call})
     if {is_traced}:
         _kernel = _kernels_first
-        if _kernels_is_odd({values}):
+        if _kernels_is_odd_traced({values}):
             return _kernels_dispatched({call})
         if _kernels_lossy and ({forward_level} >= 0 or _kernels_grad() and ({records_traced})):
             _kernel = _kernels_proving

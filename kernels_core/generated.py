@@ -22,7 +22,7 @@ from .guards.gradients import (
     requires_grad,
 )
 from .guards.proof import read_attributes
-from .guards.tensors import is_odd, is_odd_module, odd_parameters
+from .guards.tensors import is_odd, is_odd_module, is_odd_traced, odd_parameters
 from .layer import Forward, Layer
 from .scopes.frame import active_frame, root
 from .scopes.kept import keep_scopes
@@ -180,6 +180,7 @@ _SHARED_NAMES: dict[str, object] = {
     "_kernels_is_transformed": is_transformed,
     "_kernels_is_odd": is_odd,
     "_kernels_is_odd_module": is_odd_module,
+    "_kernels_is_odd_traced": is_odd_traced,
     "_kernels_odd_parameters": odd_parameters,
     "_kernels_parameter": torch.nn.Parameter,
     "_kernels_passed_on": NotImplemented,

@@ -6,7 +6,7 @@ import contextlib
 import re
 import traceback
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch.utils.checkpoint import CheckpointError
 from ..environment import strict
 from ..errors import KernelsError, KernelsWarning
 from ..layer import Forward
+from ..nested import held_by
 from ..raised import detached, error_text, message_of
 from ..replay import CONSTANTS, Call
 from ..resolution import Resolution
-from ..torch_internals import dispatch_mode_count, in_forward_ad, in_transform, is_traced, tree_leaves, version
+from ..torch_internals import dispatch_mode_count, in_forward_ad, in_transform, is_traced, version
 from ..warning import warn, warn_once
 from .limits import first_dtype, unlimited
 from .quarantine import quarantine
@@ -145,7 +146,7 @@ def _is_sticky(error: Exception) -> bool:
     return (accelerator is not None and isinstance(error, accelerator)) or "CUDA error" in message_of(error)
 
 
-def _dtype_named(error: Exception, values: Iterable[Any]) -> torch.dtype | None:
+def _dtype_named(error: Exception, values: Sequence[Any]) -> torch.dtype | None:
     """Return the dtype of the first tensor of a call, if an error is about it: the kernel may serve others."""
     dtype = first_dtype(values)
     words = set(re.findall(r"\w+", message_of(error).lower()))  # whole words: "pointer" holds "int"
@@ -154,7 +155,7 @@ def _dtype_named(error: Exception, values: Iterable[Any]) -> torch.dtype | None:
 
 def _may_be_changed(values: list[Any]) -> bool:
     """Whether a tensor among the arguments was ever changed in place, or an argument does not record changes."""
-    changed = (tensor for tensor in _tensors(values) if version(tensor) != 0)  # at any time: not only in this call
+    changed = (tensor for tensor in held_by(values)[0] if version(tensor) != 0)  # at any time: not only in this call
     if not all(isinstance(tensor, torch.nn.Parameter) for tensor in changed):
         return True
     return not all(isinstance(item, _UNCHANGED) for value in values for item in _inside(value))
@@ -167,8 +168,3 @@ def _inside(value: Any) -> Iterable[Any]:
             yield from _inside(item)
     else:
         yield value
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[Any]:
-    """Return the tensors among the arguments."""
-    return (leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor))

@@ -21,18 +21,18 @@ from ..environment import strict
 from ..forward_source import PLAIN
 from ..layer import Forward, Layer
 from ..mode import Mode
+from ..nested import MOST, SEQUENCES, held_by
 from ..raised import error_text
-from ..replay import Call, generators_of, random_states, set_random_states
+from ..replay import Call, generators_of, leaves, nodes, random_states, set_random_states
 from ..resolution import Resolution
 from ..torch_internals import (
     DYNAMO_LISTS_ATTRIBUTES,
     constant_result,
     in_forward_ad,
     in_transform,
-    tree_leaves,
     version,
 )
-from ..warning import warn
+from ..warning import warn, warn_once
 from .functions import in_function
 from .quarantine import Quarantined, is_agreed, quarantine
 from .saved_tensors import held_back
@@ -89,18 +89,28 @@ def is_transformed() -> bool:
 
 def records_autograd(module: torch.nn.Module | None, values: Iterable[Any]) -> bool:
     """Whether an argument, or a parameter, buffer or other tensor of the module, requires grad."""
-    for value in values:
-        if requires_grad(value):
+    traced = torch.compiler.is_dynamo_compiling()
+    tensors, modules, complete = held_by(values, attributes=not traced)
+    for tensor in tensors:
+        if tensor.requires_grad:
             return True
-    return module is not None and has_trainable(module)
+    for each in modules if module is None else (*modules, module):
+        if has_trainable(each):
+            return True
+    # Dynamo looks at attributes last: it guards on all that it looks at.
+    return not complete or (traced and requires_grad(values))
 
 
 def requires_grad(value: Any) -> bool:
-    """Whether an argument is a tensor that requires grad, or a list, tuple or dict that holds one."""
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(item, torch.Tensor) and item.requires_grad:
+    """Whether an argument is a tensor or module that requires grad, or holds one, or more than can be looked at."""
+    tensors, modules, complete = held_by((value,))
+    for tensor in tensors:
+        if tensor.requires_grad:
             return True
-    return False
+    for module in modules:
+        if has_trainable(module):
+            return True
+    return not complete
 
 
 def has_trainable(module: torch.nn.Module) -> bool:
@@ -141,12 +151,12 @@ def reads_trainable(names: Iterable[str], module: torch.nn.Module) -> bool:
 
 
 def _has_trainable_attribute(module: torch.nn.Module) -> bool:
-    """Whether a plain attribute of a module, or an item of a dictionary in one, is a tensor that requires grad.
+    """Whether a plain attribute of a module, or one in a list, tuple or dict there, is a tensor that requires grad.
 
     Asks the garbage collector for the referents of the module. From Python 3.11 on, to ask for `__dict__` would make
     one, and reading an attribute of the module would be slower ever after.
     """
-    return _holds_trainable(gc.get_referents(module), 2)  # 2: a module may refer to its `__dict__` only
+    return _holds_trainable(gc.get_referents(module), 10)  # a list may hold itself
 
 
 def _holds_trainable(values: Iterable[Any], depth: int) -> bool:
@@ -154,8 +164,8 @@ def _holds_trainable(values: Iterable[Any], depth: int) -> bool:
         kind = type(value)
         if kind in _HOLD_NO_TENSOR:  # `isinstance` takes four times as long
             continue
-        if kind is dict:
-            if depth and _holds_trainable(value.values(), depth - 1):
+        if kind is dict or kind in SEQUENCES:
+            if depth and _holds_trainable(value.values() if kind is dict else value, depth - 1):
                 return True
         elif isinstance(value, torch.Tensor) and value.requires_grad:
             return True
@@ -207,6 +217,14 @@ def try_gradients(
         on and the call can be made anew, None where the output must be used: that of the reference where ranks leave
         the kernel later, together; or that of a kernel that is refused and has changed its arguments.
     """
+    touched, _, complete = held_by(values)
+    if not complete and layer.use_fallback and not strict():
+        warn_once(
+            f"Layer {layer.name!r}: more than {MOST} values are in the arguments of a call, so whether {kernel} loses "
+            "a gradient cannot be checked: the reference serves such calls. Pass fewer, or run it under no_grad.",
+            (layer.name, kernel, MOST),
+        )
+        return call(layer.reference), None
     candidates = dict(_candidates(layer, module, values))
     sources = {name: tensor for name, tensor in candidates.items() if tensor is not None and tensor.requires_grad}
     # Not by layer: a kernel must not keep layers alive.
@@ -218,7 +236,6 @@ def try_gradients(
         return call(implementation), True
     if record.entry is not None and record.entry.is_waiting and record.lost.intersection(sources):
         return call(layer.reference), None
-    touched = [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
     touched += [*module.parameters(), *module.buffers()] if module is not None else []
     versions = [version(tensor) for tensor in touched]
     generators = generators_of([*values, module])
@@ -231,7 +248,7 @@ def try_gradients(
     # -1: inference tensors count no changes, so none can be excluded.
     untouched = -1 not in versions and versions == [version(tensor) for tensor in touched]
     # An iterator is used up: the call cannot be made anew.
-    untouched = untouched and not any(isinstance(leaf, Iterator) for leaf in tree_leaves(list(values)))
+    untouched = untouched and not any(isinstance(node, Iterator) for _, node, _ in nodes(values))
     missing = unreached(sources, output)
     if missing:
         without = _missing_in_reference(layer, module, missing, sources, call)
@@ -273,14 +290,17 @@ def _candidates(
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield each tensor that requires grad, or may on another call, by name; None for an argument that is not given."""
     names = list(layer.signature.parameters)
+    tensors, modules, _ = held_by(values)
+    unnamed = {id(tensor): tensor for tensor in tensors if _may_require_grad(tensor)}
     for position, value in enumerate(values):
         name = f"argument {names[position]!r}" if position < len(names) else f"argument {position + 1}"
-        if _may_require_grad(value):
-            yield name, value
-        elif isinstance(value, (dict, list, tuple)):
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                if _may_require_grad(item):
-                    yield f"{name}[{key!r}]", item
+        for path, leaf in leaves(value, name):
+            if _may_require_grad(leaf):
+                unnamed.pop(id(leaf), None)
+                yield path, leaf
+    yield from ((f"tensor {number} in the arguments", tensor) for number, tensor in enumerate(unnamed.values(), 1))
+    for number, each in enumerate(modules, 1):
+        yield from _candidates_of(each, f"{type(each).__name__} {number} in the arguments.")
     if module is not None:
         yield from _candidates_of(module, "")
 
@@ -297,12 +317,10 @@ def _candidates_of(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, 
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the plain attributes of a module, and the items of dictionaries among them."""
+    """Yield the plain attributes of a module, and what lists, tuples and dictionaries among them hold."""
     for name, held in vars(module).items():
-        if type(held) is not dict:
-            yield name, held
-        elif name not in ("_parameters", "_buffers", "_modules"):
-            yield from ((f"{name}[{key!r}]", item) for key, item in held.items())
+        if name not in ("_parameters", "_buffers", "_modules"):
+            yield from leaves(held, name) if type(held) in (dict, list, tuple) else ((name, held),)
 
 
 def _may_require_grad(value: Any) -> bool:
@@ -325,6 +343,7 @@ def _missing_in_reference(
             layer.reference, parameters=False, changes=False
         ) as replay:
             lost = unreached(replay.sources, replay.outputs)
+            shared = unreached(sources, replay.outputs)  # of what is not copied, such as modules in the arguments
     except Exception as error:  # the kernel serves where the reference cannot: nothing to compare with
         warn(
             f"Layer {layer.name!r}: {', '.join(missing)} gets no gradient from its kernel, and whether that is "
@@ -333,12 +352,12 @@ def _missing_in_reference(
         return missing
     # By object: a replay has other names for the same tensors.
     reached = {id(original) for name, original in replay.originals.items() if name not in lost}
-    return [name for name in missing if id(sources[name]) not in reached]
+    return [name for name in missing if id(sources[name]) not in reached and name in shared]
 
 
 def unreached(sources: dict[str, torch.Tensor], output: Any) -> list[str]:
     """Return the names of the sources from which no path leads to the output."""
-    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    outputs, _, _ = held_by([output])
     if not outputs:  # hidden in an object of an unknown class
         return []
     leaves: dict[int, set[str]] = {}  # a tensor may be given twice

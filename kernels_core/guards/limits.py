@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
 from ..layer import Forward, Layer
+from ..nested import first_tensor
 from ..raised import message_of
 from ..resolution import KernelLayer
 
@@ -21,14 +22,10 @@ DECLARATIONS = ("dtypes", "supports")
 """The attributes in which a kernel declares the calls that it takes."""
 
 
-def first_dtype(values: Iterable[Any]) -> torch.dtype | None:
-    """Return the dtype of the first tensor among arguments, also in a list, tuple or dict; None without one."""
-    for value in values:
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        for item in inside:
-            if isinstance(item, torch.Tensor):
-                return item.dtype
-    return None
+def first_dtype(values: Sequence[Any]) -> torch.dtype | None:
+    """Return the dtype of the first tensor among arguments and in them; None without one."""
+    first = first_tensor(values)
+    return first.dtype if first is not None else None
 
 
 def unlimited(function: Forward) -> Forward:

@@ -16,7 +16,8 @@ import torch
 from torch.autograd import forward_ad
 
 from ..layer import Forward, Layer
-from ..torch_internals import in_forward_ad, in_transform, tree_leaves
+from ..nested import held_by
+from ..torch_internals import in_forward_ad, in_transform
 from ..warning import warn_once
 from .gradients import keeps_gradients, records_autograd, try_gradients, unreached
 
@@ -100,12 +101,12 @@ def _lost(given: Any, output: Any) -> set[str]:
 
 def _with_wrapped(values: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in a nested value, and those that transforms have wrapped: each has the derivatives of one."""
-    for leaf in tree_leaves(values):
-        tensor = leaf if isinstance(leaf, torch.Tensor) else None
-        while tensor is not None:
-            yield tensor
-            inner = _unwrapped(tensor, recurse=False) if _unwrapped is not None else tensor
-            tensor = inner if inner is not tensor else None
+    for tensor in held_by([values])[0]:
+        inner: torch.Tensor | None = tensor
+        while inner is not None:
+            yield inner
+            outer, inner = inner, _unwrapped(inner, recurse=False) if _unwrapped is not None else None
+            inner = inner if inner is not outer else None
 
 
 def _may_hide(output: Any) -> bool:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from ..layer import Forward, Layer
+from ..nested import held_by
 from ..resolution import KernelLayer
-from ..torch_internals import constant_result, dtensor_spec, is_watched, tree_leaves, tree_map
+from ..torch_internals import constant_result, dtensor_spec, is_watched, tree_map
 from .limits import unlimited
 from .tensors import LOCAL, arrived, is_distributed, is_pending
 
@@ -170,9 +171,7 @@ def _looks(named: list[tuple[str, Any]]) -> tuple[Look, ...] | str:
                 return f"{name} is a plain tensor"
             held: Any = value
             found.append((name, held.device_mesh, held.placements, held.shape, held.stride(), held.dtype))
-        elif isinstance(value, (list, tuple, dict)) and any(
-            isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)
-        ):
+        elif held_by((value,))[0]:
             return f"{name} holds tensors in a {type(value).__name__}"
     return tuple(found) or "no argument is a DTensor"
 

@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 
 from ..layer import Forward
-from ..torch_internals import constant_result, is_fake_class, tree_map
+from ..nested import SEQUENCES, SIMPLE, held_by
+from ..torch_internals import constant_result, is_fake_class, tree_leaves, tree_map
 
 DECLARATION = "tensor_subclasses"
 """The attribute in which a kernel declares the subclasses of `torch.Tensor` that it accepts."""
@@ -33,7 +34,17 @@ on_odd_parameter: list[Callable[[], None]] = []
 
 
 def is_odd(values: Iterable[Any]) -> bool:
-    """Whether an argument, or an item of a list, tuple or dict among them, is a tensor that is not plain."""
+    """Whether an argument, or what one holds, is a tensor that is not plain."""
+    for value in values:
+        kind = type(value)
+        inside = value if kind in SEQUENCES else value.values() if kind is dict else (value,)
+        if not SIMPLE.issuperset(map(type, inside)):
+            return bool(_kinds(values))
+    return False
+
+
+def is_odd_traced(values: Iterable[Any]) -> bool:
+    """Do the same where Dynamo traces."""
     return bool(_kinds(values))
 
 
@@ -47,7 +58,8 @@ def is_odd_module(module: torch.nn.Module) -> bool:
 
 def odd_classes(module: torch.nn.Module | None, values: Iterable[Any]) -> frozenset[type[torch.Tensor]]:
     """Return the subclasses among the arguments of a call, and those of the parameters of its module."""
-    return frozenset(_kinds(values) + (_kinds_of(module) if odd_parameters else []))
+    kinds = [] if SIMPLE.issuperset(map(type, values)) else _kinds(values)
+    return frozenset(kinds + (_kinds_of(module) if odd_parameters else []))
 
 
 def subclasses_traced(module: torch.nn.Module | None, values: Iterable[Any]) -> tuple[type[torch.Tensor], ...]:
@@ -66,14 +78,12 @@ def _looks_at_parameters() -> bool:
 
 def _kinds(values: Iterable[Any]) -> list[type[torch.Tensor]]:
     found: list[type[torch.Tensor]] = []
-    for value in values:
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        for item in inside:
-            kind = type(item)
-            if kind in _USUAL or not isinstance(item, torch.Tensor) or kind in found:
-                continue
-            if not kind.__module__.startswith(_HOLD_THEIR_DATA):
-                found.append(kind)
+    # Traced, the attributes of objects are left alone: their guards would compile anew whenever a cache grows.
+    tensors, _, _ = held_by(values, attributes=not torch.compiler.is_dynamo_compiling())
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind not in _USUAL and kind not in found and not kind.__module__.startswith(_HOLD_THEIR_DATA):
+            found.append(kind)
     return found
 
 
@@ -117,6 +127,15 @@ def is_distributed(kind: type[Any]) -> bool:
 def is_pending(kind: type[torch.Tensor]) -> bool:
     """Whether tensors of a class are results of functional collectives that may not have arrived yet."""
     return hasattr(kind, "trigger_wait")  # only `AsyncCollectiveTensor` has it; to import its module takes long
+
+
+def pending_among(odd: Iterable[type[torch.Tensor]], values: Iterable[Any]) -> frozenset[type[torch.Tensor]]:
+    """Return the classes of pending collectives; none where one is in an object that cannot be made anew with it."""
+    pending = frozenset(filter(is_pending, odd))
+    if not pending:
+        return pending
+    hidden, _, _ = held_by([leaf for leaf in tree_leaves(list(values)) if not isinstance(leaf, torch.Tensor)])
+    return frozenset() if any(is_pending(type(tensor)) for tensor in hidden) else pending
 
 
 def waiting(forward: Forward) -> Forward:

@@ -30,7 +30,7 @@ from ..guards.joining import Dispatched, joined, published
 from ..guards.proof import until_proven
 from ..guards.quarantine import find_quarantined, names_of, without_dtypes
 from ..guards.shards import runs_on_shards
-from ..guards.tensors import is_pending, odd_classes, waiting
+from ..guards.tensors import odd_classes, pending_among, waiting
 from ..layer import Forward, Layer
 from ..mode import Mode
 from ..plugins import plugin_manager
@@ -210,7 +210,8 @@ def make_forward(frozen: FrozenChoice) -> Forward:
     def unfit(module: nn.Module | None, values: tuple[Any, ...]) -> Forward:
         """Return the function for a call that a tracer records, or with tensors that are not plain."""
         odd = odd_classes(module, values)
-        others = [kind for kind in odd if not is_pending(kind) and not is_fake_class(kind)]
+        pending = pending_among(odd, values)
+        others = [kind for kind in odd if kind not in pending and not is_fake_class(kind)]
         choice = frozen.resolution
         if choice is not None and runs_on_shards(others, choice.kernel_layer):
             return on_shards()
@@ -219,7 +220,7 @@ def make_forward(frozen: FrozenChoice) -> Forward:
             subject = f"{choice.request.place}, kernelized with {choice.origin}"
             frozen.run.warn(f"A call of {subject}, decides by itself, for {reason}")
             return frozen.original.forward
-        return waiting(serve) if any(map(is_pending, odd)) else serve
+        return waiting(serve) if pending else serve
 
     @functools.partial(made_once, otherwise=frozen.original.forward)
     def on_shards() -> Forward | None:

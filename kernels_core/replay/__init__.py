@@ -5,6 +5,7 @@ buffers, attributes, random generators, gradients and hooks are afterwards as th
 """
 
 from ..exports import set_module
+from ..nested import each_tensor, leaves, mapped, nodes
 from .ambient import (
     RandomSource,
     RandomStates,
@@ -18,7 +19,6 @@ from .ambient import (
 from .call import CONSTANTS, Call, Outcome, Replay
 from .copies import generators_of, same_numbers
 from .model_state import ModelState
-from .tree import each_tensor, leaves, mapped, nodes
 
 __all__ = [
     "CONSTANTS",

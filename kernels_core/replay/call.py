@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from ..layer import Forward
+from ..nested import each_tensor, leaves, mapped, memory_of, nodes
 from ..raised import error_text
 from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
 from .copies import attributes_of, copies_of, detached, generators_of, replica_of, same_numbers, tensors_of, with_memory
 from .gradients import computed, gradients_of
 from .precision import converted, only
-from .tree import each_tensor, leaves, mapped, memory_of, nodes
 
 CONSTANTS = (
     type(None),

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .tree import leaves, mapped
+from ..nested import leaves, mapped
 
 _ALIGNMENT = 256
 """Copies start at an address as round as that of their originals: kernels take another path for others."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from .tree import leaves
+from ..nested import leaves
 
 
 class _Computed(torch.autograd.Function):

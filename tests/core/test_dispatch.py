@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,12 +209,13 @@ CALLS: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
     "varargs": lambda f, t: f(1, 2, 3, 4, t),
     "varkw": lambda f, t: f(other=t),
     "list in varkw": lambda f, t: f(other=[t]),
+    "list in a dict in a tuple": lambda f, t: f((1, {"k": [t]})),
 }
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_device_is_that_of_the_first_tensor(call: Any, hook_recorder: HookRecorder) -> None:
-    """A tensor anywhere among the arguments, one level deep too, decides the device, before the module's state."""
+    """A tensor anywhere among the arguments, in containers too, decides the device, before the module's state."""
 
     @use_kernel_forward_from_hub("Where")
     class Where(nn.Module):
@@ -261,7 +263,7 @@ def test_device_falls_back_to_the_module(kind: str, hook_recorder: HookRecorder)
             return "ran"
 
     assert State()(3) == "ran"
-    assert State()([[torch.ones(1)]]) == "ran"  # two levels deep: not looked at
+    assert State()(SimpleNamespace(held=torch.ones(1))) == "ran"  # attributes of objects come last
     assert devices_asked(hook_recorder, "State") == {"meta"}
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kernels_core import ArgumentTypeError, replace_kernel_forward_from_hub, use_kernel_forward_from_hub
+from kernels_core.replay import leaves
 from kernels_plugins.mapping import use_kernel_mapping
 
 P = inspect.Parameter
@@ -108,12 +109,8 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 def has_tensor(args: Any) -> bool:
-    """Whether dispatch can find a device: a tensor, also one level inside a container."""
-    for value in args:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        if any(isinstance(item, torch.Tensor) for item in inner):
-            return True
-    return False
+    """Whether dispatch can find a device: a tensor, also inside of containers."""
+    return any(isinstance(leaf, torch.Tensor) for _, leaf in leaves(list(args)))
 
 
 @settings(max_examples=150, deadline=None)
