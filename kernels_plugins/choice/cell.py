@@ -20,11 +20,12 @@ REFERENCE = "reference"
 ALIAS = ", by another name"
 """The end of the reason of a candidate that is another one, which takes part."""
 
-MARGIN = 0.01
-"""The share of the time of the reference by which a kernel has to win: less is noise, and the reference is right."""
+MARGINS: dict[Context, float] = {"eager": 0.02, "captured": 0.01, "compiled": 0.2}
+"""The share of the time of the reference by which a kernel has to win: less is noise, and the reference is right.
 
-COMPILED_MARGIN = 0.2
-"""The same in compiled code, where a kernel also keeps the compiler from fusing the layer with its neighbours."""
+The time of a GPU varies less than that of the CPU that launches its work; and in compiled code, a kernel also keeps the
+compiler from fusing the layer with its neighbours.
+"""
 
 Key = tuple[torch.dtype, int, int]
 """Dtype and last dimension of the first tensor of a call, and `bucket_of` its rows."""
@@ -76,6 +77,7 @@ class ChoiceCell:
         lost: Why other candidates were not measured, by name; and why the reference serves only where nothing else
             does, if it lacks what is required of numbers.
         digests: A digest of the code of each candidate, where it has a file.
+        busy: Whether a GPU is busy when such calls are launched, so that the times are those of the GPU.
     """
 
     layer: str
@@ -88,6 +90,7 @@ class ChoiceCell:
     times: Mapping[str, float] = field(hash=False)
     lost: Mapping[str, str] = field(default_factory=dict, hash=False)
     digests: Mapping[str, str] = field(default_factory=dict, hash=False)
+    busy: bool = False
 
     def __post_init__(self) -> None:
         """Refuse times that cannot be those of a call."""
@@ -107,9 +110,19 @@ class ChoiceCell:
         return str(self.bucket) if self.bucket < 2 else f"{1 << self.bucket - 1}-{(1 << self.bucket) - 1}"
 
     @property
+    def margin(self) -> float:
+        """The share of the time of the reference by which a kernel has to win.
+
+        Example:
+            >>> ChoiceCell("N", "cuda", "eager", "inference", "bfloat16", 64, 3, {"reference": 1e-3}, busy=True).margin
+            0.01
+        """
+        return MARGINS["captured" if self.busy and self.context == "eager" else self.context]
+
+    @property
     def order(self) -> tuple[str, ...]:
         """The candidates, best first: the reference before all that do not win by the margin, unless it has lost."""
-        bar = self.times[REFERENCE] * (1 - (COMPILED_MARGIN if self.context == "compiled" else MARGIN))
+        bar = self.times[REFERENCE] * (1 - self.margin)
 
         def rank(name: str) -> tuple[bool, float, bool, float]:
             time = self.times[name]
@@ -154,7 +167,7 @@ class ChoiceCell:
             sound = all(isinstance(text, str) for text in texts) and cell.mode in ("inference", "training")
             sound &= isinstance(getattr(torch, cell.dtype, None), torch.dtype) and cell.context in CONTEXTS
             sound &= all(type(number) is int and 0 <= number < 1 << 62 for number in (cell.width, cell.bucket))
-            sound &= cell.bucket < 64
+            sound &= cell.bucket < 64 and type(cell.busy) is bool
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArgumentError(f"a cell is malformed: {type(error).__name__}: {error}") from error
         if not sound:
@@ -163,7 +176,7 @@ class ChoiceCell:
 
 
 def settled(cells: Sequence[ChoiceCell]) -> list[tuple[str, ...]]:
-    """Return the candidates for each cell, best first, with few winners: one within 1 % of the best is as good.
+    """Return the candidates for each cell, best first, with few winners: one within the margin of the best is as good.
 
     The fewer there are, the fewer calls have to ask for their shape; where one serves all cells, none has to.
 
@@ -180,7 +193,7 @@ def settled(cells: Sequence[ChoiceCell]) -> list[tuple[str, ...]]:
             for name in cell.order
             if name == cell.winner
             or (
-                cell.times[name] <= cell.times[cell.winner] * (1 + MARGIN)
+                cell.times[name] <= cell.times[cell.winner] * (1 + min(cell.margin, MARGINS["eager"]))
                 and (name == REFERENCE or cell.ratio(name) < 1)
                 and name not in cell.lost
             )

@@ -169,7 +169,11 @@ class _Race:
         return found
 
     def cell(
-        self, context: Context, times: Mapping[str, float], why: Mapping[str, str] = types.MappingProxyType({})
+        self,
+        context: Context,
+        times: Mapping[str, float],
+        why: Mapping[str, str] = types.MappingProxyType({}),
+        busy: bool = False,
     ) -> Iterator[ChoiceCell]:
         """Yield the cell of a context, unless the reference has no time there: then there is nothing to compare.
 
@@ -185,7 +189,7 @@ class _Race:
         if REFERENCE in self.lost:  # it has a time, for the others to be compared with, and wins nothing
             lost[REFERENCE] = self.lost[REFERENCE]
         digests = {name: digest for name, digest in self.digests.items() if name in times and digest}
-        yield ChoiceCell(*place, str(dtype).removeprefix("torch."), width, bucket, dict(times), lost, digests)
+        yield ChoiceCell(*place, str(dtype).removeprefix("torch."), width, bucket, dict(times), lost, digests, busy)
 
 
 def race(
@@ -230,7 +234,7 @@ def race(
         if "eager" in contexts:
             # Where the device is busy, the CPU still has to keep ahead of it: launching is not quite free.
             times = {n: t.busy + 0.15 * t.host if busy else t.launched for n, t in timings.items()}
-            yield from running.cell("eager", times)
+            yield from running.cell("eager", times, busy=busy)
         if capture:
             captured = {name: timing.captured for name, timing in timings.items() if timing.captured is not None}
             why = {name: timing.not_captured for name, timing in timings.items()}
