@@ -21,8 +21,9 @@ from kernels_plugins.numerics import store
 pytest_plugins = ["kernels_core.testing"]
 
 
-def pytest_collection_finish() -> None:
-    """Leave PyTorch and the collected tests, a million objects, out of each collection of garbage from here on."""
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage() -> None:
+    """Leave PyTorch and what other modules have left, a million objects, out of each collection of garbage."""
     gc.collect()
     gc.freeze()
 

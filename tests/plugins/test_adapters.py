@@ -1686,7 +1686,7 @@ def folded(value: Any) -> Any:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
 @given(argument=values, result=values)
 def test_any_argument_and_any_result(argument: Any, result: Any) -> None:
     """Whatever goes in comes out as from the reference: eager, compiled, and for gradients."""

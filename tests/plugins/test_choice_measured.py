@@ -190,6 +190,7 @@ def test_a_gpu_that_slows_down_slows_down_all(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(timing, "_replays", replays)
     monkeypatch.setattr(timing, "_between", between)
+    monkeypatch.setattr(timing, "_FLUSH", 1)
     for order in (("slow", "quick"), ("quick", "slow")):
         clock[:] = 0.0, 0
         work = {"slow": lambda: runs(1.05e-3), "quick": lambda: runs(1e-3)}
