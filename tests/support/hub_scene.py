@@ -25,7 +25,7 @@ from kernels_plugins.hub import kernel as steps
 from kernels_plugins.hub import plugin
 from kernels_plugins.hub.builds import importing
 from kernels_plugins.hub.builds.machine import this_machine
-from kernels_plugins.hub.client import answers, revision
+from kernels_plugins.hub.client import answers, download, revision
 from kernels_plugins.local_hub.server import LocalHub, Repository
 
 Publish = Callable[..., Repository]
@@ -40,8 +40,9 @@ def kernel(factor: float = 3) -> str:
 
 
 @pytest.fixture(autouse=True)
-def new_process() -> Iterator[Callable[[], None]]:
-    """Clear all that was resolved, loaded and imported, as in a new process."""
+def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Clear all that was resolved, loaded and imported, as in a new process; repeat requests without a pause."""
+    monkeypatch.setattr(download, "_PAUSES", (0.0,) * len(download._PAUSES))
 
     def start() -> None:
         _start_anew()
