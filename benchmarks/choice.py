@@ -180,7 +180,7 @@ def _regrets(first: Choice, second: Choice) -> Iterator[Row]:
 
 
 def _provider(name: str) -> str:
-    return name.split(":")[1] if name.startswith("pack:") else "torch" if "torch_operators" in name else name
+    return name.split(":")[1] if name.startswith("pack:") else "torch" if ".packs." in name else name
 
 
 if __name__ == "__main__":

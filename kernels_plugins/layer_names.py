@@ -42,10 +42,11 @@ def misspelt_for(request: LayerRequest, like: Candidate, names: Iterable[str]) -
 def misspelt(name: str, names: Iterable[str]) -> str | None:
     """Return the first of some names that differs from a name by letters in another order, by one, or by case.
 
-    Not by the first or the last one, nor by a digit: `q_norm` and `k_norm` are two layers.
+    Not by the first or the last one, nor by a digit, for `q_norm` and `k_norm` are two layers; and the name of a
+    function is never nearly that of a class.
     """
-    plain = _plain(name)
-    return next((other for other in names if other != name and _are_near(plain, _plain(other))), None)
+    near = (other for other in names if other != name and other.islower() is name.islower())
+    return next((other for other in near if _are_near(_plain(name), _plain(other))), None)
 
 
 def _plain(name: str) -> str:

@@ -15,93 +15,41 @@ from torch.nn import functional
 
 from kernels_core import Candidate, LayerRequest, hookimpl
 
-
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return functional.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)  # autocast makes it float32
+from .rms_norm import SUMS, rms_norm, rms_norm_offset
 
 
-def _rms_norm_offset(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Do so with 1 + weight, in float32 or wider: in bfloat16, that sum would lose the weight's last digits."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return _rms_norm(x.to(dtype), 1.0 + weight.to(dtype), epsilon).to(x.dtype)
-
-
-class TorchRMSNorm(nn.Module):
-    """`torch.nn.functional.rms_norm`."""
-
-    can_torch_compile = True
-    local_except = (-1,)
-
+def _norm(name: str, norm: Callable[[Tensor, Tensor, float], Tensor]) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor) -> Any:
-        """Return rows of the same shape and dtype."""
         weight = self.weight
         if weight.dtype is not hidden_states.dtype:
             return NotImplemented
-        return _rms_norm(hidden_states, weight, self.variance_epsilon)
+        return norm(hidden_states, weight, self.variance_epsilon)
+
+    return _layer(name, forward)
 
 
-class TorchRMSNormOffset(nn.Module):
-    """The same with 1 + weight."""
-
-    can_torch_compile = True
-    local_except = (-1,)
-
-    def forward(self: Any, hidden_states: Tensor) -> Any:
-        """Return rows of the same shape and dtype."""
-        weight = self.weight
-        if weight.dtype is not hidden_states.dtype:
-            return NotImplemented
-        return _rms_norm_offset(hidden_states, weight, self.variance_epsilon)
+def _layer_norm(self: Any, hidden_states: Tensor) -> Any:
+    weight, bias = self.weight, self.bias
+    if weight.dtype is not hidden_states.dtype or (bias is not None and bias.dtype is not weight.dtype):
+        return NotImplemented
+    return functional.layer_norm(hidden_states, weight.shape, weight, bias, self.eps).to(hidden_states.dtype)
 
 
-def _with_sum(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Any]:
-    def add_rms_norm(
-        hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float, norm_module: object = None
-    ) -> Any:
-        """Add, and normalise the sum, without the price of a module's call."""
-        if weight.dtype is not hidden_states.dtype or residual.dtype is not hidden_states.dtype:
-            return NotImplemented
-        summed = residual + hidden_states
-        return norm(summed, weight, epsilon), summed
-
-    add_rms_norm.__qualname__ = "add_rms_norm"  # receipts show it
-    vars(add_rms_norm).update(can_torch_compile=True, local_except=(-1,))
-    return add_rms_norm
+def _gelu_tanh(self: Any, input: Tensor) -> Tensor:
+    return functional.gelu(input, approximate="tanh")
 
 
-class TorchLayerNorm(nn.Module):
-    """`torch.nn.functional.layer_norm`."""
-
-    can_torch_compile = True
-    local_except = (-1,)
-
-    def forward(self: Any, hidden_states: Tensor) -> Any:
-        """Return rows of the same shape and dtype."""
-        weight, bias = self.weight, self.bias
-        if weight.dtype is not hidden_states.dtype or (bias is not None and bias.dtype is not weight.dtype):
-            return NotImplemented
-        return functional.layer_norm(hidden_states, weight.shape, weight, bias, self.eps).to(hidden_states.dtype)
-
-
-class TorchGeluTanh(nn.Module):
-    """`torch.nn.functional.gelu`, approximated by tanh."""
-
-    can_torch_compile = True
-    local_except = ()
-
-    def forward(self: Any, input: Tensor) -> Tensor:
-        """Return a tensor of the same shape and dtype."""
-        return functional.gelu(input, approximate="tanh")
+def _layer(name: str, forward: Callable[..., Any], *, local_except: tuple[int, ...] = (-1,)) -> type[nn.Module]:
+    members = {"forward": forward, "can_torch_compile": True, "local_except": local_except, "__module__": __name__}
+    return type(name, (nn.Module,), members)
 
 
 _KERNELS = {
-    "RMSNorm": TorchRMSNorm,
-    "RMSNormOffset": TorchRMSNormOffset,
-    "LayerNorm": TorchLayerNorm,
-    "GeluTanh": TorchGeluTanh,
+    "RMSNorm": _norm("TorchRMSNorm", rms_norm),
+    "RMSNormOffset": _norm("TorchRMSNormOffset", rms_norm_offset),
+    "LayerNorm": _layer("TorchLayerNorm", _layer_norm),
+    "GeluTanh": _layer("TorchGeluTanh", _gelu_tanh, local_except=()),
 }
-_NAMED = {"add_rms_norm": _with_sum(_rms_norm), "add_rms_norm_offset": _with_sum(_rms_norm_offset)}
-"""Kernels that serve only where a mapping names them, for they bypass a kernel that is mapped for the norm."""
 
 
 @hookimpl
@@ -122,7 +70,7 @@ def _load(layer_name: str, device: torch.device) -> object:
         from .linear_cross_entropy import linear_cross_entropy  # not needed before
 
         return linear_cross_entropy
-    return {**_KERNELS, **_NAMED}.get(layer_name)
+    return _KERNELS.get(layer_name) or SUMS.get(layer_name)  # sums bypass a kernel for the norm: only where named
 
 
 @hookimpl

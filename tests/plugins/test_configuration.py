@@ -286,11 +286,11 @@ def test_a_name_that_is_misspelt(configure: Configure, place: str) -> None:
     """A mapping for nearly the name of a layer changes nothing, and receipts and `kernelize` say that it is there."""
     configure("" if place == "code" else place)
     register_kernel_mapping(
-        {"smae": {"cpu": "pack:torch"}, "Sameness": {"cpu": "reference"}} if place == "code" else {}
+        {"Smae": {"cpu": "pack:torch"}, "Sameness": {"cpu": "reference"}} if place == "code" else {}
     )
     (row,) = receipt(nn.Sequential(Same()), device="cpu").rows
     assert row.is_reference and not row.refusals
-    assert row.misfits == ((repr("smae" if place == "code" else "Smae"), row.misfits[0][1]),)
+    assert row.misfits == (("'Smae'", row.misfits[0][1]),)
     assert "this layer is 'Same': correct the mapping if that is meant" in row.misfits[0][1]
     with pytest.warns(KernelsWarning, match="this layer is 'Same'"):
         kernelize(nn.Sequential(Same()), mode=Mode.INFERENCE, device="cpu")
@@ -298,13 +298,14 @@ def test_a_name_that_is_misspelt(configure: Configure, place: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "meant", "near"),
-    [("RMSNrom", "RMSNorm", True), ("rms_norm", "RMSNorm", True), ("RMSNom", "RMSNorm", True),
+    [("RMSNrom", "RMSNorm", True), ("RmsNorm", "RMSNorm", True), ("RMSNom", "RMSNorm", True),
      ("RMSNoorm", "RMSNorm", True), ("RMSNorm", "RMSNorm", False), ("RMSNorm2", "RMSNorm", False),
-     ("q_norm", "k_norm", False), ("q_a_norm", "q_b_norm", False), ("layer1_norm", "layer11_norm", False),
-     ("SwiGLUMLP", "GeGLUMLP", False), ("RMSNormOffset", "RMSNorm", False), ("", "RMSNorm", False)],
+     ("rms_norm", "RMSNorm", False), ("q_norm", "k_norm", False), ("q_a_norm", "q_b_norm", False),
+     ("layer1_norm", "layer11_norm", False), ("SwiGLUMLP", "GeGLUMLP", False), ("RMSNormOffset", "RMSNorm", False),
+     ("", "RMSNorm", False)],
 )  # fmt: skip
 def test_which_names_are_near(written: str, meant: str, near: bool) -> None:
-    """Letters in another order, one more or less inside, or another case; not names that differ by intention."""
+    """Letters in another order, one more or less inside, or another case; not names that differ on purpose."""
     assert (misspelt(written, [meant]) == meant) is near
 
 

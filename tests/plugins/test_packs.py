@@ -32,6 +32,7 @@ from kernels_plugins.adoption import shipped_parents
 from kernels_plugins.adoption.classes import dispatching
 from kernels_plugins.adoption.shipped import RULES
 from kernels_plugins.packs import inductor, liger, linear_cross_entropy, torch_operators
+from kernels_plugins.packs.rms_norm import SUMS
 
 CUDA = torch.device("cuda")
 LAYERS = ("RMSNorm", "RMSNormOffset", "SwiGLUMLP", "GeGLUTanhMLP", "PackedSwiGLUMLP")
@@ -432,7 +433,7 @@ def test_the_loss_is_offered_where_a_mapping_names_it_only() -> None:
 @pytest.mark.parametrize("name", ["add_rms_norm", "add_rms_norm_offset"])
 def test_sums_that_the_pack_does_not_take(name: str) -> None:
     """Tensors of two dtypes are passed on, as classes differ in the dtypes that they return then."""
-    kernel = torch_operators._NAMED[name]
+    kernel = SUMS[name]
     x, weight = torch.randn(2, 8), torch.randn(8)
     normed, summed = kernel(x, x, weight, 1e-6, None)
     assert torch.equal(summed, 2 * x) and normed.shape == x.shape
