@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -174,6 +175,13 @@ def _first_line(error: Exception) -> str:
 # --- CUDA graphs ----------------------------------------------------------------------------------
 
 
+@functools.cache
+def _capturing(gpu: int) -> Any:
+    """Return the stream to capture on: PyTorch's own is of the GPU of its first capture. cuBLAS has memory for each."""
+    make_stream: Any = torch.cuda.Stream
+    return make_stream(gpu)
+
+
 def captured(run: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
     """Return the CUDA graph of a run, and the output that replays write to.
 
@@ -189,7 +197,8 @@ def captured(run: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGra
     own = generator.graphsafe_get_state()
     generator.graphsafe_set_state(generator.clone_state())
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
+        aside = _capturing(torch.cuda.current_device())
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool, stream=aside):
             output = run()
     finally:
         generator.graphsafe_set_state(own)
