@@ -49,8 +49,6 @@ from kernels_core import (
     source_label,
 )
 
-from .layer_names import check_layer_name, misspelt_for
-
 
 class _Loads(Protocol):
     """A source that loads itself."""
@@ -84,7 +82,11 @@ class Level:
     def offers(self, request: LayerRequest, like: Candidate) -> list[Candidate | Refusal]:
         """Return candidates like `like`, those for the narrowest device first, then by mode; after them, refusals."""
         if request.layer_name not in self.sources:
-            return misspelt_for(request, like, self.sources) if self.sources else []
+            if not self.sources:
+                return []
+            from .layer_names import misspelt_for  # only where a mapping does not name the layer
+
+            return misspelt_for(request, like, self.sources)
         like = replace(like, same_for_all_modes=request.layer_name in self.same)
         fitting: list[tuple[float, int, tuple[object, ...]]] = []
         unfit: list[tuple[tuple[object, ...], Cause, str]] = []
@@ -205,7 +207,10 @@ def parse_mapping(
     for name, devices in mapping.items():
         if not isinstance(name, str):
             raise ArgumentTypeError(f"A layer name in a mapping is a string, not {name!r}.")
-        check_layer_name(name)
+        if "*" in name or "?" in name:
+            from .layer_names import check_layer_name  # only for a name that is wrong
+
+            check_layer_name(name)
         if _as_text(devices):
             devices = dict.fromkeys(_EVERYWHERE, devices)
         _expect_mapping(devices, f"The mapping of layer {name!r}", "{device: source}")
@@ -281,6 +286,7 @@ def as_source(source: object, where: str, layer_name: str = "", folder: Path = P
 
 def parse_settings(section: ConfigSection) -> Level:
     """Parse the mapping in a configuration file: each source by itself, so that an error has its line."""
+    from .layer_names import check_layer_name
     from .sources import read_entries
 
     sources: dict[str, dict[tuple[Device, Mode], tuple[object, ...]]] = {}

@@ -43,3 +43,5 @@ __all__ = [
 ]
 
 set_module(__name__, globals(), __all__)
+for _public in (each_tensor, leaves, mapped, nodes):  # `kernels_core.nested` is outside of this package
+    _public.__module__ = __name__

@@ -6,6 +6,7 @@ weights of two dtypes are left to the next candidate, for classes differ in the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels_core import Candidate, LayerRequest, hookimpl
-
-from .rms_norm import SUMS, rms_norm, rms_norm_offset
 
 
 def _norm(name: str, norm: Callable[[Tensor, Tensor, float], Tensor]) -> type[nn.Module]:
@@ -44,12 +43,16 @@ def _layer(name: str, forward: Callable[..., Any], *, local_except: tuple[int, .
     return type(name, (nn.Module,), members)
 
 
-_KERNELS = {
-    "RMSNorm": _norm("TorchRMSNorm", rms_norm),
-    "RMSNormOffset": _norm("TorchRMSNormOffset", rms_norm_offset),
-    "LayerNorm": _layer("TorchLayerNorm", _layer_norm),
-    "GeluTanh": _layer("TorchGeluTanh", _gelu_tanh, local_except=()),
-}
+_OFFERED = ("RMSNorm", "RMSNormOffset", "LayerNorm", "GeluTanh")
+
+
+@functools.cache
+def _kernels() -> dict[str, type[nn.Module]]:
+    from .rms_norm import rms_norm, rms_norm_offset  # not needed before
+
+    layer_norm, gelu = _layer("TorchLayerNorm", _layer_norm), _layer("TorchGeluTanh", _gelu_tanh, local_except=())
+    norms = {"RMSNorm": _norm("TorchRMSNorm", rms_norm), "RMSNormOffset": _norm("TorchRMSNormOffset", rms_norm_offset)}
+    return {**norms, "LayerNorm": layer_norm, "GeluTanh": gelu}
 
 
 @hookimpl
@@ -57,20 +60,21 @@ def kernels_find_candidates(request: LayerRequest) -> list[Candidate] | None:
     """Offer them after those of all other plugins, on CPUs and CUDA GPUs."""
     from ..adoption.classes import adopted_rule  # loaded where a model is adopted, and not needed before
 
-    kernel = _KERNELS.get(request.layer_name)
-    if kernel is None or request.device.type not in ("cpu", "cuda") or adopted_rule(request.layer) is None:
+    if request.layer_name not in _OFFERED or request.device.type not in ("cpu", "cuda"):
         return None
-    if request.layer is None or request.layer.qualname.startswith("torch."):  # that is the same operator
-        return None
-    return [Candidate(kernel, priority=-10)]
+    if adopted_rule(request.layer) is None or request.layer is None or request.layer.qualname.startswith("torch."):
+        return None  # the last one is the same operator
+    return [Candidate(_kernels()[request.layer_name], priority=-10)]
 
 
 def _load(layer_name: str, device: torch.device) -> object:
+    from .rms_norm import SUMS  # they bypass a kernel for the norm: only where a mapping names them
+
     if layer_name == "linear_cross_entropy":  # only where a mapping names it: the model then returns no logits
         from .linear_cross_entropy import linear_cross_entropy  # not needed before
 
         return linear_cross_entropy
-    return _KERNELS.get(layer_name) or SUMS.get(layer_name)  # sums bypass a kernel for the norm: only where named
+    return _kernels().get(layer_name) or SUMS.get(layer_name)
 
 
 @hookimpl
