@@ -74,6 +74,10 @@ def _load(layer_name: str, device: torch.device) -> object:
         from .linear_cross_entropy import linear_cross_entropy  # not needed before
 
         return linear_cross_entropy
+    if layer_name == "scaled_dot_product_attention":
+        from .attention import load  # not needed before
+
+        return load()
     return _kernels().get(layer_name) or SUMS.get(layer_name)
 
 

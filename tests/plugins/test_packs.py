@@ -439,3 +439,84 @@ def test_sums_that_the_pack_does_not_take(name: str) -> None:
     assert torch.equal(summed, 2 * x) and normed.shape == x.shape
     for given in ((x, x.double(), weight), (x, x, weight.double())):
         assert kernel(*given, 1e-6, None) is NotImplemented
+
+
+# --- Attention -------------------------------------------------------------------------------------
+
+
+def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, is_causal: bool = False, scale: Any = None) -> Any:
+    weights = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        weights = weights.masked_fill(torch.ones(weights.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    return (weights if attn_mask is None else weights + attn_mask).softmax(-1) @ value
+
+
+def short(query: Any, key: Any, value: Any) -> Any:
+    return attend(query, key, value)
+
+
+def masked(query: Any, key: Any, value: Any, attn_mask: Any) -> Any:
+    return attend(query, key, value, attn_mask)
+
+
+def whole(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: Any = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
+    return attend(query, key, value, attn_mask, is_causal, scale)
+
+
+def causal(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = True
+) -> Any:
+    return attend(query, key, value, attn_mask, is_causal)
+
+
+SDPA: Any = {"scaled_dot_product_attention": {"cpu": "pack:torch"}}
+
+
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [(short, {}), (masked, {"attn_mask": torch.randn(4, 4)}), (whole, {}), (whole, {"is_causal": True}),
+     (whole, {"scale": 0.3, "attn_mask": torch.randn(4, 4)}), (whole, {"enable_gqa": True})],
+)  # fmt: skip
+def test_attention_that_a_layer_name_asks_for(function: Any, given: dict[str, Any]) -> None:
+    """PyTorch's operator computes it, with gradients, in eager and compiled code, by position and by name."""
+    heads = (4, 2, 2) if "enable_gqa" in given else (4, 4, 4)
+    query, key, value = (torch.randn(2, each, 4, 8, requires_grad=True) for each in heads)
+    layer = use_kernel_forward_from_hub("scaled_dot_product_attention")(function)
+    with use_kernel_mapping(SDPA), never():
+        found = layer(query, key=key, value=value, **given)
+        assert resolve(layer, device="cpu", mode=Mode.TRAINING).origin.endswith(
+            "attention.scaled_dot_product_attention"
+        )
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(query, key, value, **given)
+    assert "ScaledDotProduct" in type(found.grad_fn).__name__ or given
+    wanted = function(query, key, value, **given)
+    torch.testing.assert_close((found, compiled), (wanted, wanted))
+    slopes = [torch.autograd.grad(each.square().sum(), (query, key, value)) for each in (found, compiled, wanted)]
+    torch.testing.assert_close(slopes[:2], [slopes[2]] * 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [causal, attend, lambda q, k, v: q, lambda query, key: query])
+def test_attention_with_other_parameters(function: Any) -> None:
+    """Another default, order, name or number of parameters is refused, with those that the operator takes."""
+    layer = use_kernel_forward_from_hub("scaled_dot_product_attention")(function)
+    with use_kernel_mapping(SDPA):
+        (refusal,) = resolve(layer, device="cpu", mode=Mode.INFERENCE).refusals
+    assert "functions that take (query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, " in refusal.reason
+
+
+def test_attention_is_for_functions() -> None:
+    """A class of that name is refused: the operator has no module."""
+
+    @use_kernel_forward_from_hub("scaled_dot_product_attention")
+    class Attention(nn.Module):
+        def forward(self, query: Any, key: Any, value: Any) -> Any:
+            return query
+
+    with use_kernel_mapping(SDPA):
+        (refusal,) = resolve(Attention, device="cpu", mode=Mode.INFERENCE).refusals
+    assert "PyTorch's operator serves functions" in refusal.reason
