@@ -18,6 +18,11 @@ from .frozen import FrozenLayer, FrozenModel, hardware, read_model
 
 FORMAT = 1
 
+_UNSEEN = (
+    " If `receipt(model)` does not list the function, because its caller finds it in another way than by a name in its "
+    "code, put @use_kernelized_func(function) on the class of the module that calls it first."
+)
+
 
 @dataclass(frozen=True)
 class DecisionFile(Tabular):
@@ -151,10 +156,11 @@ class DecisionFile(Tabular):
                     return found
             known, wanted = {model.model for model in same}, f"{layer or 'this layer'}"
         traced = " --compile" if Mode.TORCH_COMPILE in mode else ""
+        unseen = _UNSEEN if request.layer is not None and request.layer.is_function else ""
         raise DecisionError(
             f"{file} has no decision for {asked}{f' ({layer})' if layer else ''}: it has none for {wanted}, and some "
             f"for {', '.join(sorted(known)) or 'nothing'}. Freeze this model here, too, into the same file: "
-            f"kernels-core freeze MODULE:FACTORY --device {request.device.type}{traced} --output FILE.",
+            f"kernels-core freeze MODULE:FACTORY --device {request.device.type}{traced} --output FILE.{unseen}",
             layer=request.layer_name,
             found=wanted,
             request=request,

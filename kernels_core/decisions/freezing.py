@@ -15,6 +15,7 @@ from ..guards.limits import limits_of, unlimited
 from ..models.receipt_row import ReceiptRow
 from ..resolution import Resolution
 from ..resolver import decide, find_drift
+from ..warning import warn_once
 from .content import in_program
 from .file import DecisionFile
 from .frozen import FrozenKernel, FrozenLayer, FrozenModel, hardware
@@ -35,6 +36,12 @@ class Grounds:
 
     def freeze(self) -> DecisionFile:
         """Return the decisions as a file has them; loads the kernels that serve what the first ones pass on."""
+        if not self.decided:
+            warn_once(
+                f"No decision is frozen for {self.model or 'this model'}: its receipt lists no decorated layer or "
+                "function. Put @use_kernelized_func(function) on the class of a module that finds a function in "
+                "another way than by a name in its code; adopt(model) makes layers of an undecorated model dispatch."
+            )
         groups: dict[tuple[str, int | None, str], dict[tuple[str, str], list[tuple[Resolution, ReceiptRow]]]] = {}
         for resolution, row in self.decided:
             request = resolution.request

@@ -60,11 +60,16 @@ def count_calls() -> Iterator[None]:
 def calls_of(counted: Sequence[torch.nn.Module | Layer]) -> list[Mapping[str, int] | None]:
     """Return the calls per origin of each module or decorated function of a model.
 
-    None for all of them if none was counted: the model ran at another time, in compiled code, or not at all.
+    None for all of them if none was counted: the model ran at another time, in compiled code, or not at all. None for
+    classes of which a forward makes modules.
     """
     with _lock:
         known = [_counts.get(each) if _counts is not None else None for each in counted]
-    return [dict(count or {}) for count in known] if any(known) else [None] * len(known)
+    if not any(known):
+        return [None] * len(known)
+    # The calls of a class are counted by module: of those that a forward makes, nothing is kept.
+    of_classes = [isinstance(each, Layer) and not each.is_function for each in counted]
+    return [None if of_class else dict(count or {}) for of_class, count in zip(of_classes, known, strict=True)]
 
 
 class _Counter:

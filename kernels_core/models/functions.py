@@ -19,6 +19,9 @@ _CALLABLE = (types.FunctionType, types.MethodType)
 _ITEMS = (list, tuple, set, frozenset, deque)
 _MAPPINGS = (dict, types.MappingProxyType)
 _HOLDERS = (*_CALLABLE, *_ITEMS, *_MAPPINGS, functools.partial, functools.partialmethod, staticmethod, classmethod)
+_MOST = 10_000
+"""Items that are looked at for one attribute or one name in code: a vocabulary has more, and no functions."""
+
 OF_TORCH = frozenset(nn.Module().__dict__)
 """The attributes that any module has: with no others, it holds nothing of its class or of another library."""
 
@@ -59,7 +62,8 @@ def functions_of(module: nn.Module | type[nn.Module]) -> tuple[Layer, ...]:
 
 def names_of(functions: Sequence[Layer]) -> list[str]:
     """Return a name for each function of a module, which no other has, or one would hide the other's decision."""
-    kinds = [[f.reference.__name__ for f in functions], [f.qualname for f in functions]]
+    short = [f.reference.__name__ if f.is_function else f.qualname.rpartition(".")[2] for f in functions]
+    kinds = [short, [f.qualname for f in functions]]
     kinds.append([f"{f.qualname} as {f.name}" for f in functions])
     return next((names for names in kinds if len(set(names)) == len(names)), kinds[-1])
 
@@ -74,11 +78,19 @@ def held_by(module: Any) -> tuple[Layer, ...]:
 
 
 def _held(values: Iterable[object]) -> Iterator[Layer]:
-    """Yield the layers of decorated functions among values, and inside of containers and partials.
+    """Yield the layers of decorated functions among values, and inside of containers and partials."""
+    for value in _callables(values):
+        layer = dispatched_layer(value)
+        if layer is not None and layer.is_function:
+            yield layer
+
+
+def _callables(values: Iterable[object], *, classes: bool = False) -> Iterator[Any]:
+    """Yield the functions among values, and inside of containers and partials; the modules' classes in mappings, too.
 
     Nothing of other values is read, not even `__class__` or a `values` of their own: lazy ones would load files.
     """
-    opened = set[int]()
+    opened, left = set[int](), _MOST
     stack = [iter(values)]
     while stack:
         value: Any = next(stack[-1], stack)  # the stack marks the end of a container: no container holds it
@@ -86,61 +98,79 @@ def _held(values: Iterable[object]) -> Iterator[Layer]:
             stack.pop()
         elif issubclass(type(value), _HOLDERS) and id(value) not in opened:
             opened.add(id(value))
+            items: tuple[Any, ...] = ()
             if isinstance(value, _CALLABLE):
-                layer = dispatched_layer(value)
-                if layer is not None and layer.is_function:
-                    yield layer
-            elif isinstance(value, _ITEMS):
-                stack.append(iter(tuple(value)))
-            elif isinstance(value, _MAPPINGS):
-                stack.append(iter(tuple(dict.values(value) if isinstance(value, dict) else value.values())))
+                yield value
             elif isinstance(value, staticmethod | classmethod):  # as they lie in the dict of a class
-                stack.append(iter((value.__func__,)))
-            else:
-                stack.append(iter((value.func, *value.args, *value.keywords.values())))
+                items = (value.__func__,)
+            elif isinstance(value, functools.partial | functools.partialmethod):
+                items = (value.func, *value.args, *value.keywords.values())
+            elif len(value) <= left:
+                left -= len(value)
+                is_mapping = issubclass(type(value), _MAPPINGS)
+                values = value if not is_mapping else dict.values(value) if isinstance(value, dict) else value.values()
+                items = tuple(values)
+                if classes and is_mapping:  # a tuple of classes is for `isinstance`, mostly
+                    firsts = (item[0] if type(item) is tuple and item else item for item in items)
+                    yield from (item for item in firsts if issubclass(type(item), type) and issubclass(item, nn.Module))
+            stack.append(iter(items))
 
 
 def called_by(forward: Forward, cls: type[nn.Module]) -> tuple[Layer, ...]:
     """Return the layers of the decorated functions that the code of a forward names: it may call them.
 
-    Follows functions of the same file, and methods of the class of its module.
+    Follows functions of the same file, methods of the class of its module, and what lies in containers that the code
+    names: such as `ACT2FN` of transformers, with classes of which the code makes a module for its call.
     """
     found: dict[Layer, None] = {}
-    followed = set[types.CodeType]()
-    waiting: list[object] = [forward]
+    followed = set[tuple[types.CodeType, type]]()
+    waiting: list[tuple[Any, type[nn.Module]]] = [(forward, cls)]
     while waiting:
-        function: Any = waiting.pop()
+        function, cls = waiting.pop()
+        of_class = issubclass(type(function), type)
+        if of_class:
+            function, cls = function.forward, function
         layer = dispatched_layer(function)
-        if layer is not None and layer.is_function:
+        if layer is not None and (layer.is_function or of_class):
             found[layer] = None
             continue
         wrapped = getattr(function, "__wrapped__", None)  # also of a decorator that is an object
         if wrapped is not None:
-            waiting.append(wrapped)
-        if not isinstance(function, types.FunctionType) or function.__code__ in followed:
+            waiting.append((wrapped, cls))
+        if not isinstance(function, types.FunctionType) or (function.__code__, cls) in followed:
             continue
-        followed.add(function.__code__)  # by code: each closure is another function of it
-        waiting += (value for value in _named(function, cls) if isinstance(value, types.FunctionType))
+        followed.add((function.__code__, cls))  # by code: each closure is another function of it
+        waiting += ((value, cls) for value in _named(function, cls) if isinstance(value, types.FunctionType | type))
     return tuple(found)
 
 
 def _named(function: types.FunctionType, cls: type[nn.Module]) -> Iterator[object]:
-    """Yield the decorated functions, those of the same file and the methods that the code of a function names."""
+    """Yield what the code of a function names: decorated functions, those of the same file, methods, and classes.
+
+    Classes only of mappings: a module that a forward makes is no part of the model.
+    """
     names = dict.fromkeys(_names(function.__code__))
+    methods = [name for name in names if name != "forward"]  # which is that of a child, mostly
     known: Mapping[str, Any] = function.__globals__
-    values = [known[name] for name in names if name in known]
+    values: list[Any] = [known[name] for name in names if name in known]
     for cell in function.__closure__ or ():
         try:
             values.append(cell.cell_contents)
         except ValueError:  # the cell is empty yet
             continue
-    for module in [value for value in values if isinstance(value, types.ModuleType)]:
-        # `vars`: a module that loads names lazily would import them for `getattr`.
-        values += (vars(module)[name] for name in names if name in vars(module))
-    for value in values:
-        if isinstance(value, types.FunctionType) and (value.__globals__ is known or dispatched_layer(value)):
+    for holder in [value for value in values if issubclass(type(value), types.ModuleType | type)]:
+        for place in holder.__mro__ if issubclass(type(holder), type) else (holder,):
+            # `vars`: a module that loads names lazily would import them for `getattr`.
+            values += (vars(place)[name] for name in methods if name in vars(place))
+    for table in [value for value in values if issubclass(type(value), Mapping)]:
+        for place in (table, *type(table).__mro__) if not issubclass(type(table), _MAPPINGS) else ():
+            # Such as a `UserDict`: its own methods may load files.
+            values += (part for part in getattr(place, "__dict__", {}).values() if issubclass(type(part), dict))
+    for value in _callables(values, classes=True):
+        value = getattr(value, "__func__", value)
+        if isinstance(value, type) or getattr(value, "__globals__", None) is known or dispatched_layer(value):
             yield value
-    for name in names.keys() - {"forward"}:  # of a child, mostly
+    for name in methods:
         for base in cls.__mro__:
             if name in vars(base):
                 if base is not nn.Module:

@@ -408,6 +408,42 @@ def test_a_layer_that_is_not_in_the_file(frozen: Path) -> None:
         run(Other())
 
 
+TABLE = {"add": add}
+
+
+class Table(nn.Module):
+    """Finds a function in a table."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return TABLE["add"](x)
+
+
+class Hidden(nn.Module):
+    """Finds a function by a text."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return getattr(sys.modules[__name__], "a" + "dd"[:2])(x)
+
+
+def test_functions_in_tables(place: Path, use: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function in a table of a module is frozen; of one that no name leads to, warning and error say what to do."""
+    register_kernel_mapping({"add": {"cpu": add_two}})
+    receipt(Table(), **EVAL).freeze(place)
+    use(place)
+    assert run(Table()) == 2
+    monkeypatch.delenv(replay.VARIABLE)
+    with pytest.warns(KernelsWarning, match=r"No decision is frozen for .*Hidden: .*use_kernelized_func"):
+        receipt(Hidden(), **EVAL).freeze(place.with_name("hidden"))
+    use(place.with_name("hidden"))
+    with pytest.raises(DecisionError, match=r"has no decision for layer 'add'.*does not list the function.*_func"):
+        run(Hidden())
+    monkeypatch.delenv(replay.VARIABLE)
+    declared = use_kernelized_func(add)(type("Declared", (Hidden,), {}))()
+    receipt(declared, **EVAL).freeze(place.with_name("declared"))
+    use(place.with_name("declared"))
+    assert run(declared) == 2
+
+
 def test_quarantine_is_no_drift(frozen: Path) -> None:
     """A kernel that proves wrong in this process makes way for the reference, with a warning, as without a file."""
     resolution = resolve(Add, **EVAL)

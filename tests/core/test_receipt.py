@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 import threading
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -159,8 +160,92 @@ def helper(x: torch.Tensor) -> torch.Tensor:
     return called(x)
 
 
+@use_kernel_forward_from_hub("made")
+class Made(nn.Module):
+    """A class of which code makes a module for each call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute."""
+        return x * 2
+
+
+class Calls(nn.Module):
+    """An undecorated one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Call the function that is decorated."""
+        return helper(x)
+
+
+class Instances(OrderedDict[str, Any]):
+    """As `ACT2FN` of transformers: its values are classes, alone or with arguments."""
+
+    def __getitem__(self, key: str) -> Any:
+        """Make a module."""
+        kind, more = content if isinstance(content := super().__getitem__(key), tuple) else (content, {})
+        return kind(**more)
+
+
+class Lazy(UserDict[str, Any]):
+    """A mapping whose methods must not run."""
+
+    def __iter__(self) -> Any:
+        """Fail."""
+        raise AssertionError
+
+    values = __iter__
+
+
+class Operators:
+    """A class that is no module."""
+
+    twice = staticmethod(called)
+
+
+TABLE = {"twice": called}
+PAIRS = [("twice", functools.partial(helper))]
+NESTED = OrderedDict({"scale": {"kinds": (called,)}})
+MADE = Instances(made=Made)
+MADE_WITH = Instances(calls=(Calls, {}))
+LAZY = Lazy(twice=called)
+KINDS = (Made, Calls)
+VOCABULARY = {str(number): number for number in range(20_000)}
+
+
 class Caller(nn.Module):
     """Calls it in several ways, by name."""
+
+    def table(self, x: torch.Tensor) -> torch.Tensor:
+        """Find it in a dict."""
+        return TABLE["twice"](x)
+
+    def pairs(self, x: torch.Tensor) -> torch.Tensor:
+        """Find a function that calls it in a list of tuples."""
+        return dict(PAIRS)["twice"](x)
+
+    def nested(self, x: torch.Tensor) -> torch.Tensor:
+        """Find it in containers in containers, by the module that has them."""
+        return this.NESTED["scale"]["kinds"][0](x)
+
+    def made(self, x: torch.Tensor) -> torch.Tensor:
+        """Make a module of a decorated class."""
+        return MADE["made"](x)
+
+    def made_with(self, x: torch.Tensor) -> torch.Tensor:
+        """Make a module that calls it."""
+        return MADE_WITH["calls"](x)
+
+    def lazy(self, x: torch.Tensor) -> torch.Tensor:
+        """Find it in a mapping that is no dict."""
+        return LAZY["twice"](x)
+
+    def static(self, x: torch.Tensor) -> torch.Tensor:
+        """Find it in a class."""
+        return Operators.twice(x)
+
+    def kinds(self, x: torch.Tensor) -> torch.Tensor:
+        """Compare with classes, and look a word up."""
+        return x if isinstance(x, KINDS) or VOCABULARY["7"] else x * 2
 
     def direct(self, x: torch.Tensor) -> torch.Tensor:
         """Call it from a function inside."""
@@ -186,7 +271,11 @@ class Caller(nn.Module):
 this = sys.modules[__name__]
 
 
-@pytest.mark.parametrize("name", ["direct", "by_helper", "by_method", "by_module", "not_at_all", "closure", "wrapped"])
+WAYS = ["direct", "by_helper", "by_method", "by_module", "closure", "wrapped"]
+TABLES = ["table", "pairs", "nested", "made", "made_with", "lazy", "static"]
+
+
+@pytest.mark.parametrize("name", [*WAYS, *TABLES, "not_at_all", "kinds"])
 def test_functions_that_code_calls(name: str) -> None:
     """A receipt lists the decorated functions that the serving code names; `require` fails while one has no kernel."""
     inner = called
@@ -196,14 +285,27 @@ def test_functions_that_code_calls(name: str) -> None:
     }
     forward = ways.get(name) or getattr(Caller, name)
     plain = type("Plain", (Caller,), {"forward": forward})()
-    expected = [] if name == "not_at_all" else ["called"]
+    expected = [] if name in ("not_at_all", "kinds") else ["made" if name == "made" else "called"]
     assert [row.layer_name for row in receipt(plain, device="cpu").rows] == expected
-    with use_kernel_mapping({"called": {"cpu": lambda x, y: x}}):
+    with use_kernel_mapping({"called": {"cpu": lambda x, y: x}, "made": {"cpu": nn.GLU}}):
         found = receipt(nn.Sequential(plain), device="cpu")
-        assert [row.path for row in found.rows] == [f"0:{each}" for each in expected]
+        assert [row.path for row in found.rows] == [f"0:{each.replace('made', 'Made')}" for each in expected]
         if expected:
-            with pytest.raises(RequirementError, match=r"0:called \(layer 'called'\): reference\n.*parameters"):
+            reason = r"0:(called|Made) \(layer '\w+'\): reference\n.*(parameters|constructor)"
+            with pytest.raises(RequirementError, match=reason):
                 found.require("*")
+
+
+@pytest.mark.parametrize(("way", "calls"), [("table", {"reference": 2}), ("made", None)])
+def test_calls_of_what_a_table_has(way: str, calls: dict[str, int] | None) -> None:
+    """Calls of a function in a table are counted; those of modules that a forward makes are not known."""
+    model = type("Plain", (Caller,), {"forward": getattr(Caller, way)})()
+    with count_calls():
+        assert model(torch.ones(1)).item() == helper(torch.ones(1)).item() == 2
+        (row, _) = receipt(
+            nn.Sequential(model, type("Direct", (Caller,), {"forward": Caller.direct})()), device="cpu"
+        ).rows
+        assert row.calls == calls
 
 
 def test_functions_that_only_the_kernel_calls() -> None:
