@@ -143,7 +143,7 @@ class _Dispatcher:
         pending = pending_among(odd, values) if odd else odd
         odd -= pending
         kernel = self._published(self._name(device, odd), functools.partial(self._settle, device, odd))
-        if is_recorded(module, values):
+        if self.watch.unproven and is_recorded(module, values):
             kernel = self.watch.find_proving(kernel) or kernel
         return waiting(kernel) if pending and kernel is not self.layer.reference else kernel
 

@@ -133,8 +133,8 @@ EXPRESSION_NAMES: Mapping[str, object] = {
 
 
 def is_watched() -> bool:
-    """Whether `torch.jit.trace`, a transform of `torch.func` or a dispatch mode sees the operators of this call."""
-    return bool(_is_jit_tracing() or in_transform() or dispatch_mode_count())
+    """Whether a compiler, `torch.jit.trace`, a transform of `torch.func` or a dispatch mode sees this call."""
+    return bool(torch.compiler.is_compiling() or _is_jit_tracing() or in_transform() or dispatch_mode_count())
 
 
 def is_recorded() -> bool:
@@ -148,7 +148,7 @@ def is_traced(classes: Iterable[type[Any]] = ()) -> bool:
         return True
     modes = map(type, _mode_stack()) if _mode_stack is not None and dispatch_mode_count() else ()
     tracers = ("torch._subclasses.", "torch.fx.experimental.")  # the other modes count operators, or cache results
-    return any(kind.__module__.startswith(tracers) for kind in (*classes, *modes))
+    return any([kind.__module__.startswith(tracers) for kind in (*classes, *modes)])
 
 
 def no_dispatch_modes() -> AbstractContextManager[object]:
@@ -265,11 +265,11 @@ def registered_node(kind: type[Any]) -> Any:
     return _registered.get(kind) if _registered is not None else None
 
 
-def dtensor_spec(mesh: Any, places: Any, shape: Any, stride: Any, dtype: torch.dtype) -> Any:
-    """Return the description that the constructor of `DTensor` takes; None without the names: then, `from_local`."""
-    spec = _find("torch.distributed.tensor._dtensor_spec:DTensorSpec")
-    meta = _find("torch.distributed.tensor._dtensor_spec:TensorMeta")
-    return spec(mesh, places, tensor_meta=meta(shape, stride, dtype)) if spec is not None and meta is not None else None
+def dtensor_parts(t: Any) -> tuple[Any, Any]:
+    """Return this rank's shard of a `DTensor`, without a history; and what is equal for all that look alike."""
+    shard, look = getattr(t, "_local_tensor", None), getattr(t, "_spec", None)
+    look = look or (t.device_mesh, t.placements, t.shape, t.stride(), t.dtype)
+    return t.detach().to_local() if shard is None else shard, look
 
 
 # --- Operators -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,39 +21,31 @@ import torch
 from ..layer import Forward, Layer
 from ..nested import held_by
 from ..resolution import KernelLayer
-from ..torch_internals import constant_result, dtensor_spec, is_watched, tree_map
+from ..torch_internals import constant_result, dtensor_parts, is_watched, tree_map
+from .crossing import Back, from_local, joined, recorded, shards_of, strides_of, whole_maker
 from .limits import unlimited
-from .tensors import LOCAL, arrived, is_distributed, is_pending
+from .tensors import LOCAL, is_distributed
 
 Cut = tuple["int | None", ...]
 """The dimension of a call, from the end, that each dimension of the mesh shards; None where all ranks hold the same."""
+MOST_PLANS = 1024
+"""A kernel that gets more kinds of calls starts again, as with none."""
 Look = tuple[str, Any, Any, torch.Size, Any, torch.dtype]
 """Name, mesh, placements, shape, strides and dtype of a distributed tensor of a call."""
 
 
-class Back(NamedTuple):
-    """How the gradient of a tensor is placed."""
-
-    mesh: Any
-    places: Any
-    shape: torch.Size
-    stride: tuple[int, ...]
-    whole_of: Callable[[torch.Tensor], Any] | None
-    """Makes a gradient with the strides of its tensor distributed; None in calls that are watched."""
-
-
 class Plan(NamedTuple):
-    """The plan of all calls whose distributed tensors have the same names, meshes, placements and shapes."""
+    """The plan of all calls whose distributed tensors have the same meshes, placements, shapes, strides and dtypes."""
 
     problem: str
     """Why the kernel cannot run on shards; or an empty text."""
     cut: Cut = ()
     shared: tuple[Any, ...] = ()
     """How gradients of tensors are placed that all ranks hold."""
-    backs: tuple[Back, ...] = ()
-    """Of each tensor, in order."""
+    backs: tuple[tuple[int, Back], ...] = ()
+    """Of each tensor, with its number among arguments and parameters."""
     outputs: Any = None
-    """Placements and specifications of outputs, by their shape, strides and dtype on this rank."""
+    """Placements and makers of outputs, by shape, strides and dtype on this rank; None in calls that are watched."""
 
 
 def check_local(layer: Layer | None, kernel: KernelLayer) -> str | None:
@@ -94,24 +86,26 @@ def on_shards(layer: Layer, kernel: KernelLayer, forward: Forward) -> Forward:
     def note(problem: str) -> None:
         sharded.__dict__["kernels_misplaced"] = f"it runs on shards of DTensors ({LOCAL} = {whole}), and {problem}"
 
-    def placed(leaf: Any, plan: Plan, given: list[Any], shards: list[torch.Tensor], fast: bool) -> Any:
+    def placed(leaf: Any, plan: Plan, given: Iterable[Any], inputs: Iterable[Any], incoming: list[Any]) -> Any:
         """Return an output as the distributed tensor of which it is this rank's shard."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        look = (leaf.shape, leaf.stride(), leaf.dtype) if fast else None
-        if fast and look in plan.outputs:
-            return _joined(leaf, *plan.outputs[look])
-        cut = plan.cut
+        look = (leaf.shape, leaf.stride(), leaf.dtype)
+        if plan.outputs is not None and (known := plan.outputs.get(look)) is not None:
+            return joined(leaf, known, incoming)
+        cut, mesh = plan.cut, plan.backs[0][1].mesh
         places = tuple([Replicate() if dim is None else Shard(dim + leaf.ndim) for dim in cut])
-        for tensor, shard in zip(given, shards, strict=True):
+        tensors: Any = [value for value in given if isinstance(value, torch.Tensor)]
+        shards = [value for value in inputs if isinstance(value, torch.Tensor)]
+        for tensor, shard in zip(tensors, shards, strict=True):
             if leaf.shape == shard.shape and leaf.stride() == shard.stride() and tensor.placements == places:
                 shape, stride = tensor.shape, tensor.stride()  # not computed: Dynamo would lose symbols of sizes
                 break
         else:
             sizes = list(leaf.shape)
             for dim in {dim for dim in cut if dim is not None}:
-                number = next(n for n, t in enumerate(given) if not t.placements[cut.index(dim)].is_replicate())
-                size, held = given[number].shape[dim], shards[number].shape[dim]
+                number = next(n for n, t in enumerate(tensors) if not t.placements[cut.index(dim)].is_replicate())
+                size, held = tensors[number].shape[dim], shards[number].shape[dim]
                 if leaf.ndim < -dim or leaf.shape[dim] != held:
                     raise ValueError(
                         f"The kernel returned a tensor of shape {tuple(leaf.shape)} for a shard that has {held} of "
@@ -120,39 +114,57 @@ def on_shards(layer: Layer, kernel: KernelLayer, forward: Forward) -> Forward:
                     )
                 sizes[dim] = size
             shape = torch.Size(sizes)
-            stride = _strides(leaf, shape, cut)
-        mesh = given[0].device_mesh
-        if not fast:
-            return _from_local(leaf, mesh, places, shape, stride)
-        plan.outputs[look] = places, _whole_of(mesh, places, shape, stride, leaf.dtype)
-        return _joined(leaf, *plan.outputs[look])
+            stride = strides_of(leaf, shape, cut)
+        if plan.outputs is None:
+            return from_local(leaf, mesh, places, shape, stride)
+        plan.outputs[look] = known = places, whole_maker(mesh, places, shape, stride)
+        return joined(leaf, known, incoming)
+
+    plans: dict[Any, Plan] = {}
 
     @functools.wraps(forward, updated=())
     def sharded(*args: Any, **kwargs: Any) -> Any:
-        fast = _is_plain()
         given = args[1:] if is_method else args
-        more = [f"argument {number + 1}" for number in range(len(names), len(given))]
-        looks = _looks([*zip((*names, *more), given, strict=False), *kwargs.items()])
-        plan = Plan(looks) if isinstance(looks, str) else (_known_plan if fast else _plan)(looks, whole, even, fast)
-        problem = plan.problem or (is_method and _not_whole(args[0], plan.backs[0].mesh))
-        if problem:
+        if is_method and args[0]._modules and (problem := _hooked(args[0])):
             note(problem)
             return NotImplemented
-        tensors = [value for value in (*given, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        shards = [_shard(tensor, back) for tensor, back in zip(tensors, plan.backs, strict=True)]
-        rest = iter(shards)
-        inputs = [next(rest) if isinstance(value, torch.Tensor) else value for value in given]
-        named = {name: next(rest) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
-        output = forward(*((_of_shards(args[0], plan.shared, fast),) if is_method else ()), *inputs, **named)
+        values = [*given, *kwargs.values(), *(_parameters(args[0]) if is_method else ())]
+        fast = not is_watched()
+        held, looks = zip(*map(_parts, values), strict=True) if fast and values else (values, ())
+        key = looks, *kwargs
+        plan = plans.get(key) if fast else None
+        if plan is None:
+            more = [f"argument {number + 1}" for number in range(len(names), len(given))]
+            named = [*zip((*names, *more), given, strict=False), *kwargs.items()]
+            plan = _plan(_looks(named), args[0] if is_method else None, values, whole, even, fast)
+            if fast:
+                if len(plans) >= MOST_PLANS:
+                    plans.clear()
+                plans[key] = plan
+        if plan.problem:
+            note(plan.problem)
+            return NotImplemented
+        incoming: list[Any] = []
+        shards = shards_of(values, held, plan.backs, incoming)
+        inputs, rest = shards[: len(given)], shards[len(given) :]
+        if kwargs:
+            kwargs, rest = dict(zip(kwargs, rest, strict=False)), rest[len(kwargs) :]
+        module = (_of_shards(args[0], iter(rest), plan.shared),) if is_method else ()
+        output = forward(*module, *inputs, **kwargs)
         if isinstance(output, torch.Tensor):
-            return placed(output, plan, tensors, shards, fast)
+            return placed(output, plan, values, shards, incoming)
         if output is NotImplemented:
             return output
-        return tree_map(lambda leaf: placed(leaf, plan, tensors, shards, fast), output)
+        return tree_map(lambda leaf: placed(leaf, plan, values, shards, incoming), output)
 
     look = getattr(forward, "kernels_changed_part", None)
     if look is not None:  # it takes only plain parameters for such
-        sharded.__dict__["kernels_changed_part"] = lambda module: look(_of_shards(module, None, False))
+
+        def changed_part(module: torch.nn.Module) -> Any:
+            shards = (recorded(t, None) if is_distributed(type(t)) else t for t in _parameters(module))
+            return look(_of_shards(module, shards, None))
+
+        sharded.__dict__["kernels_changed_part"] = changed_part
     sharded.__dict__["kernels_unlimited"] = unlimited(forward)
     return cast(Forward, layer.adapted.setdefault(key, (forward, sharded))[1])
 
@@ -162,36 +174,50 @@ def misplaced(implementation: object) -> str:
     return getattr(implementation, "kernels_misplaced", "")
 
 
-def _looks(named: list[tuple[str, Any]]) -> tuple[Look, ...] | str:
+def _parts(value: Any) -> tuple[Any, Any]:
+    """Return the shard of a distributed tensor, and how that looks; another value, and why it does not fit, or ""."""
+    try:
+        return dtensor_parts(value)
+    except AttributeError:
+        return value, _misfit(value)
+
+
+def _misfit(value: Any) -> str:
+    """Return why a kernel cannot run on shards with a value beside distributed tensors, or ""."""
+    if isinstance(value, torch.Tensor):
+        return "is a plain tensor"
+    return f"holds tensors in a {type(value).__name__}" if held_by((value,))[0] else ""
+
+
+def _looks(named: Iterable[tuple[str, Any]]) -> tuple[Look, ...] | str:
     """Return how the distributed tensors of a call look; or which argument holds another tensor."""
     found: list[Look] = []
     for name, value in named:
-        if isinstance(value, torch.Tensor):
-            if not is_distributed(type(value)):
-                return f"{name} is a plain tensor"
-            held: Any = value
-            found.append((name, held.device_mesh, held.placements, held.shape, held.stride(), held.dtype))
-        elif held_by((value,))[0]:
-            return f"{name} holds tensors in a {type(value).__name__}"
+        if is_distributed(type(value)):
+            found.append((name, value.device_mesh, value.placements, value.shape, value.stride(), value.dtype))
+        elif misfit := _misfit(value):
+            return f"{name} {misfit}"
     return tuple(found) or "no argument is a DTensor"
 
 
-def _plan(looks: tuple[Look, ...], whole: tuple[int, ...], even: bool, fast: bool) -> Plan:
+def _plan(
+    looks: tuple[Look, ...] | str, module: Any, values: list[Any], whole: tuple[int, ...], even: bool, fast: bool
+) -> Plan:
     """Return the plan of such calls, which each rank makes alike."""
     from torch.distributed.tensor import Partial, Replicate
 
-    cut, problem = _cut(looks, whole, even)
-    if problem:
+    cut, problem = ((), looks) if isinstance(looks, str) else _cut(looks, whole, even)
+    if problem := problem or (_not_whole(module, looks[0][1]) if module is not None else ""):
         return Plan(problem)
     shared = tuple([Replicate() if dim is None else Partial() for dim in cut])
     backs = []
-    for _, mesh, placements, shape, stride, dtype in looks:
-        back = tuple([theirs if ours.is_replicate() else ours for ours, theirs in zip(placements, shared, strict=True)])
-        backs.append(_back(mesh, back, shape, stride, dtype, fast))
-    return Plan("", cut, shared, tuple(backs), {})
-
-
-_known_plan = functools.lru_cache(1024)(_plan)
+    for number, value in enumerate(values):
+        if is_distributed(type(value)):
+            pairs = zip(value.placements, shared, strict=True)
+            places = tuple([theirs if ours.is_replicate() else ours for ours, theirs in pairs])
+            of = value.device_mesh, places, value.shape, value.stride()
+            backs.append((number, Back(*of, whole_maker(*of) if fast else None)))
+    return Plan("", cut, shared, tuple(backs), {} if fast else None)
 
 
 def _cut(looks: tuple[Look, ...], whole: tuple[int, ...], even: bool) -> tuple[Cut, str]:
@@ -243,7 +269,7 @@ def _from_end(placement: Any, ndim: int) -> int:
 
 
 def _not_whole(module: torch.nn.Module, mesh: Any) -> str:
-    """Return the parameter of a module that not all ranks of a mesh hold whole, or the child that has hooks; or ""."""
+    """Return the parameter of a module that not all ranks of a mesh hold whole; or ""."""
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -255,138 +281,40 @@ def _not_whole(module: torch.nn.Module, mesh: Any) -> str:
             if not placement.is_replicate():
                 return f"parameter {name} is {placement}"
     for name, child in module._modules.items():
-        if child is not None:
-            if child._forward_hooks or child._forward_pre_hooks:  # of tensor parallelism: they make DTensors again
-                return f"{name} has hooks"
-            if problem := _not_whole(child, mesh):
-                return f"{problem} of {name}"
+        if child is not None and (problem := _not_whole(child, mesh)):
+            return f"{problem} of {name}"
     return ""
 
 
-def _of_shards(module: torch.nn.Module, shared: tuple[Any, ...] | None, fast: bool) -> torch.nn.Module:
-    """Return a module with plain tensors in place of the distributed ones, and all else as in the original."""
+def _hooked(module: torch.nn.Module) -> str:
+    """Return the child of a module that has hooks, as of tensor parallelism: they make distributed tensors; or ""."""
+    for name, child in module._modules.items():
+        if child is not None and (child._forward_hooks or child._forward_pre_hooks):
+            return f"{name} has hooks"
+        if child is not None and (problem := _hooked(child)):
+            return f"{problem} of {name}"
+    return ""
 
-    def shards(tensors: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: _shard(t, (_known_back if fast else _back)(t.device_mesh, shared, t.shape, t.stride(), t.dtype, fast))
-            if is_distributed(type(t))
-            else t
-            for name, t in tensors.items()
-        }
 
+def _parameters(module: torch.nn.Module) -> list[Any]:
+    """Return the parameters of a module and its children, also those that are None or that others are, too."""
+    found: list[Any] = [*module._parameters.values()]
+    for child in module._modules.values():
+        if child is not None:
+            found += _parameters(child)
+    return found
+
+
+def _of_shards(module: torch.nn.Module, shards: Iterator[Any], shared: tuple[Any, ...] | None) -> torch.nn.Module:
+    """Return a module with shards in place of its parameters, those of its buffers, and all else as in the original."""
     made = object.__new__(type(module))  # a class may have a constructor
-    children = {
-        name: None if child is None else _of_shards(child, shared, fast) for name, child in module._modules.items()
+    state = made.__dict__
+    state.update(module.__dict__)
+    state["_parameters"] = {name: next(shards) for name in module._parameters}
+    state["_buffers"] = {
+        name: recorded(held, shared) if is_distributed(type(held)) else held for name, held in module._buffers.items()
     }
-    state = {"_parameters": shards(module._parameters), "_buffers": shards(module._buffers), "_modules": children}
-    made.__dict__.update(module.__dict__)
-    made.__dict__.update(state)
+    state["_modules"] = {
+        name: None if child is None else _of_shards(child, shards, shared) for name, child in module._modules.items()
+    }
     return made
-
-
-# --- Into a kernel and out of it ---------------------------------------------------------------------
-
-
-def _is_plain() -> bool:
-    """Whether nothing watches a call: tracers know only PyTorch's own ways between a tensor and its shards."""
-    return not (torch.compiler.is_compiling() or is_watched())
-
-
-def _shard(tensor: Any, back: Back) -> torch.Tensor:
-    """Return this rank's shard of a distributed tensor."""
-    if back.whole_of is not None and tensor.requires_grad and torch.is_grad_enabled():
-        return cast(torch.Tensor, _split(tensor, back))
-    return cast(torch.Tensor, arrived(tensor.to_local(grad_placements=back.places)))
-
-
-def _joined(shard: torch.Tensor, places: Any, whole_of: Callable[[torch.Tensor], Any]) -> Any:
-    """Return the distributed tensor of which each rank has a shard."""
-    return _join(shard, places, whole_of) if shard.requires_grad and torch.is_grad_enabled() else whole_of(shard)
-
-
-def _from_local(shard: torch.Tensor, mesh: Any, places: Any, shape: torch.Size, stride: tuple[int, ...]) -> Any:
-    """Do the same as tracers know it, and so that gradients of gradients can follow."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(shard, mesh, places, run_check=False, shape=shape, stride=stride)
-
-
-def _back(mesh: Any, places: Any, shape: torch.Size, stride: Any, dtype: torch.dtype, fast: bool) -> Back:
-    """Return how the gradient of a tensor is placed."""
-    return Back(mesh, places, shape, stride, _whole_of(mesh, places, shape, stride, dtype) if fast else None)
-
-
-_known_back = functools.lru_cache(1024)(_back)
-
-
-def _whole_of(mesh: Any, places: Any, shape: torch.Size, stride: Any, dtype: torch.dtype) -> Callable[..., Any]:
-    """Return a function that makes the shard of each rank a distributed tensor, without a history."""
-    from torch.distributed.tensor import DTensor
-
-    spec = dtensor_spec(mesh, places, shape, stride, dtype)
-    if spec is None:
-        known: Any = {"device_mesh": mesh, "placements": places, "shape": shape, "stride": stride, "run_check": False}
-        return lambda shard: DTensor.from_local(shard.detach(), **known)
-    new: Any = DTensor.__new__  # its `__init__` does nothing
-    return lambda shard: new(DTensor, shard.detach(), spec, requires_grad=False)
-
-
-class _Split(torch.autograd.Function):
-    """As `DTensor.to_local`: but how a gradient is placed is known before."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Any, back: Back) -> torch.Tensor:
-        """Return the shard; a fresh tensor, for autograd writes its history on it."""
-        shard = tensor.to_local()
-        if is_pending(type(shard)):
-            shard = shard.trigger_wait()
-        ctx.set_materialize_grads(False)
-        ctx.back, ctx.stride = back, shard.stride()
-        return cast(torch.Tensor, shard if isinstance(shard, torch.nn.Parameter) else shard.view_as(shard))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[Any, ...]:
-        """Place the gradient."""
-        if gradient is None:
-            return None, None
-        mesh, places, shape, stride, whole_of = ctx.back
-        same = gradient.stride() == ctx.stride
-        if same and whole_of is not None and not torch.is_grad_enabled() and _is_plain():
-            return whole_of(gradient), None
-        if not same:
-            dims = [place.dim - len(shape) if hasattr(place, "dim") else None for place in places]
-            stride = _strides(gradient, shape, dims)
-        return _from_local(gradient, mesh, places, shape, stride), None
-
-
-class _Join(torch.autograd.Function):
-    """As `DTensor.from_local`: but how the tensor is placed is known before."""
-
-    @staticmethod
-    def forward(ctx: Any, shard: torch.Tensor, places: Any, whole_of: Callable[[torch.Tensor], Any]) -> Any:
-        """Return the distributed tensor."""
-        ctx.set_materialize_grads(False)
-        ctx.places = places
-        return whole_of(shard)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Any) -> tuple[Any, ...]:
-        """Return the shard of the gradient, placed as the output is."""
-        if gradient is not None:
-            if gradient.placements != ctx.places:
-                gradient = gradient.redistribute(placements=ctx.places)
-            gradient = arrived(gradient.to_local())
-        return gradient, None, None
-
-
-# `apply` itself: PyTorch's function of that name first searches the arguments for tensors of transforms.
-_split, _join = (cast(Any, super(torch.autograd.Function, each)).apply for each in (_Split, _Join))
-
-
-def _strides(shard: torch.Tensor, shape: torch.Size, cut: Iterable[int | None]) -> tuple[int, ...]:
-    """Return the strides of a tensor of which one like this is a shard."""
-    strides = shard.stride()
-    for dim in {dim for dim in cut if dim is not None}:
-        size, held = shape[dim], shard.shape[dim]
-        strides = tuple([s // held * size if s > shard.stride(dim) else s for s in strides])
-    return strides

@@ -24,7 +24,7 @@ PAGE = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
 
 MAX_LINES = 400
 MAX_FILES = 12
-LARGER = {"kernels_core": 27, "kernels_core/guards": 13}
+LARGER = {"kernels_core": 27, "kernels_core/guards": 14}
 """Folders with more files, and how many at most: docs/house.md says why."""
 
 

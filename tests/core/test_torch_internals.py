@@ -32,6 +32,8 @@ READ = [
     "torch:Tensor._version",
     "torch:UntypedStorage._cdata",
     "torch.library:Library._destroy",
+    "torch.distributed.tensor:DTensor._local_tensor",
+    "torch.distributed.tensor:DTensor._spec",
     *(f"torch._ops:{attribute}" for attribute in INSTANCES),
 ]
 """What it reads off objects of PyTorch, with their classes."""

@@ -64,6 +64,7 @@ def plain_add(x, residual, weight):
 Norm = use_kernel_forward_from_hub("Norm")(type("Norm", (PlainNorm,), {"forward": PlainNorm.forward}))
 Mlp = use_kernel_forward_from_hub("Mlp")(type("Mlp", (PlainMlp,), {"forward": PlainMlp.forward}))
 add_norm = use_kernel_forward_from_hub("add_norm")(lambda x, residual, weight: plain_add(x, residual, weight))
+add = use_kernel_forward_from_hub("sum")(lambda x, residual: x + residual)
 
 def noted(*tensors):
     assert all(type(t) in (torch.Tensor, nn.Parameter) for t in tensors), tensors
@@ -83,7 +84,12 @@ def add_kernel(x, residual, weight):
     total = residual + x
     return rms(total, weight), total
 add_kernel.local_except = (-1,)
+def sum_kernel(x, residual):
+    noted(x, residual)
+    return residual + x  # the gradient of both is that of the output, not copied
+sum_kernel.local_except = ()
 MAPPING = {"Norm": {"cpu": NormKernel}, "Mlp": {"cpu": MlpKernel}, "add_norm": {"cpu": add_kernel}}
+MAPPING["sum"] = {"cpu": sum_kernel}
 
 def whole(module, mesh):
     for inner in module.modules():
@@ -103,6 +109,14 @@ def results(function, mesh, places, *shapes, others=()):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     sum((output * torch.full_like(output, 0.5 + n)).pow(2).sum() for n, output in enumerate(outputs)).backward()
     return [*outputs, *[i.grad for i in inputs], *[w.grad for w in weights]]
+
+def accumulated(function, mesh):
+    '''Return all gradients of two backwards of a sum, and the one that the caller gives to both.'''
+    torch.manual_seed(4)
+    *inputs, given = [distribute_tensor(torch.randn(4, 8, 8), mesh, [Shard(1)]) for _ in range(3)]
+    for each in inputs: each.requires_grad_()
+    for _ in range(2): function(*inputs).backward(given)
+    return [*[i.grad for i in inputs], given]
 
 report = {}
 def same(ours, theirs):
@@ -154,6 +168,7 @@ for title, (mesh, cases) in meshes.items():
 norm, plain = whole(Norm(), line), whole(PlainNorm(), line)
 for case, size in ("uneven", 7), ("a rank without any", {2: 1, 4: 5}[count]):
     compared(case, *[lambda m=m: results(m, line, [Shard(1)], (2, size, 8)) for m in (norm, plain)])
+compared("accumulated", lambda: accumulated(add, line), lambda: accumulated(lambda x, other: x + other, line))
 def more(layer, *, create_graph):
     '''Return gradients of strided and replicated gradients, of a second backward, and of a gradient.'''
     torch.manual_seed(6)
