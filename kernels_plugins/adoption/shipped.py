@@ -135,6 +135,19 @@ def silu_and_mul(self: Any, x: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
+def gelu_and_mul(self: Any, x: Tensor) -> Tensor:
+    """Do so with the exact GELU."""
+    gate, up = x.chunk(2, dim=-1)
+    return functional.gelu(gate) * up
+
+
+def gelu_tanh_and_mul(self: Any, x: Tensor) -> Tensor:
+    """Do so with GELU in its approximation by tanh."""
+    gate, up = x.chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+_GEGLUS = ("*.*GeluAndMul", "*.*GeGLU", "*.*GEGLU")
 _GELUS = ("*.*NewGELU*", "*.*FastGELU*", "*.*AccurateGELU*")  # those in one operation have nothing to gain
 
 # --- Rotary embeddings: functions that attention calls ---------------------------------------------
@@ -208,6 +221,8 @@ RULES = (
     Rule("SwiGLU MLP, packed", "PackedSwiGLUMLP", _MLPS, packed_swiglu_mlp, _projected, parts=_PACKED),
     Rule("GELU, tanh", "GeluTanh", _GELUS, gelu_tanh, _gated),
     Rule("SiLU and mul", "SiluAndMul", ("*.*SiluAndMul", "*.*SwiGLU"), silu_and_mul, _gated),
+    Rule("GELU and mul", "GeluAndMul", _GEGLUS, gelu_and_mul, _gated),
+    Rule("GELU and mul, tanh", "GeluTanhAndMul", _GEGLUS, gelu_tanh_and_mul, _gated),
     # Before the one for all columns, which computes the same where cos has as many: such a function takes fewer, too.
     Rule("rotary, partial", "rotary_pos_emb_partial", _ANY, rotary_pos_emb_partial, _rotated(4, 8), function=_ROTARY),
     Rule("rotary, half", "rotary_pos_emb_half", _ANY, rotary_pos_emb_half, _rotated(4), function=_ROTARY),

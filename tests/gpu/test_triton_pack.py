@@ -162,6 +162,8 @@ def test_gated(shape: tuple[int, ...], kind: int, dtype: torch.dtype) -> None:
         return activation(a) * b
 
     check(lambda x: gated.packed_gated(x, kind), exact, [packed], 1)
+    name = {gated.SILU: "SiluAndMul", gated.GELU: "GeluAndMul", gated.GELU_TANH: "GeluTanhAndMul"}[kind]
+    check(lambda x: layers.KERNELS[name].forward(None, x), exact, [packed], 1)  # type: ignore[union-attr]
 
 
 # --- Rotary ----------------------------------------------------------------------------------------

@@ -97,6 +97,15 @@ class GatedMLP(nn.Module):
         return self.dropout(self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)))
 
 
+def gating(name: str, act: Any) -> nn.Module:
+    """Return an activation with the halves of each row as gate and factor, of a class of that name."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return act(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]
+
+    return type(name, (nn.Module,), {"forward": forward, "__module__": __name__})()
+
+
 def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
 
@@ -149,6 +158,11 @@ def model() -> Model:
         (GatedMLP(tanh_gelu), "GeGLUTanhMLP"),
         (GatedMLP(nn.SiLU()), "SwiGLUMLP"),
         (PackedMLP(), "PackedSwiGLUMLP"),
+        (gating("SiluAndMul", functional.silu), "SiluAndMul"),
+        (gating("SwiGLU", functional.silu), "SiluAndMul"),
+        (gating("GeluAndMul", functional.gelu), "GeluAndMul"),
+        (gating("GeluAndMul", tanh_gelu), "GeluTanhAndMul"),
+        (gating("GEGLU", functional.gelu), "GeluAndMul"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -169,6 +183,7 @@ def test_a_layer_is_known_by_what_it_computes(module: nn.Module, layer_name: str
         (GatedMLP(functional.relu), "it computes something else: it differs by "),
         (GatedMLP(dropout=0.5), "it computes something else: it differs by "),
         (PackedMLP(swapped=True), "it computes something else: it differs by "),
+        (gating("GeluAndMul", functional.silu), "it computes something else: it differs by "),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -542,6 +557,54 @@ def test_wide_layers_are_measured_narrow(by_width: bool, largest: int, monkeypat
     made.clear()
     (reason,) = {each.reason for each in adopt(nn.Sequential(WideMLP(needs_a_gpu))).refused}
     assert reason == "it cannot be measured: RuntimeError: no GPU" and max(made) <= 4096
+
+
+class TimmLayerNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class TimmLayerNorm2d(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class TimmRmsNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps = (WIDTH,), 1e-6
+        self.weight = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class TimmBlock(nn.Module):
+    """As in timm: `norm1`, `fc1`, a norm that is a subclass, scales of residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_pre, self.norm1, self.norm2 = TimmLayerNorm2d(WIDTH), TimmLayerNorm(WIDTH, eps=1e-6), TimmRmsNorm()
+        self.fc1, self.act, self.fc2 = nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH)
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm_pre(x).flatten(2).transpose(1, 2)
+        return self.scale * self.fc2(self.act(self.fc1(self.norm2(x + self.norm1(x)))))
+
+
+def test_a_model_in_the_style_of_timm() -> None:
+    """Its norms are adopted and served, that of images is refused, and it computes the same, with gradients."""
+    model, images = TimmBlock(), torch.randn(2, WIDTH, 3, 5)
+    wanted = model(images)
+    slopes = torch.autograd.grad(wanted.square().sum(), list(model.parameters()))
+    with adopt(model) as adopted, never():
+        assert {layer.path: layer.layer_name for layer in adopted.layers} == {"norm1": "LayerNorm", "norm2": "RMSNorm"}
+        assert [each.path for each in adopted.refused] == ["norm_pre"]
+        assert {row.path for row in adopted.receipt().rows if not row.is_reference} == {"norm1", "norm2"}
+        found = model(images)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), list(model.parameters())), slopes)
 
 
 def test_random_numbers_are_left_alone(model: Model) -> None:

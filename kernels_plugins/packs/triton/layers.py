@@ -49,15 +49,15 @@ class TritonPackedSwiGLUMLP(nn.Module):
         return self.down_proj(gated.packed_gated(self.gate_up_proj(x), gated.SILU))
 
 
-class TritonSiluAndMul(nn.Module):
-    """The second half of each row times the SiLU of the first."""
+def _and_mul(kind: int) -> type[nn.Module]:
+    class TritonActAndMul(nn.Module):
+        can_torch_compile = True
+        local_except = (-1,)
 
-    can_torch_compile = True
-    local_except = (-1,)
+        def forward(self: Any, x: Tensor) -> Tensor:
+            return gated.packed_gated(x, kind)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Return rows of half the length."""
-        return gated.packed_gated(x, gated.SILU)
+    return TritonActAndMul
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, halves: int, *, partial: bool) -> Any:
@@ -153,7 +153,9 @@ KERNELS: dict[str, KernelLayer] = {
     "GeGLUMLP": _mlp(gated.GELU),
     "GeGLUTanhMLP": _mlp(gated.GELU_TANH),
     "PackedSwiGLUMLP": TritonPackedSwiGLUMLP,
-    "SiluAndMul": TritonSiluAndMul,
+    "SiluAndMul": _and_mul(gated.SILU),
+    "GeluAndMul": _and_mul(gated.GELU),
+    "GeluTanhAndMul": _and_mul(gated.GELU_TANH),
     "rotary_pos_emb": rotary_pos_emb,
     "rotary_pos_emb_partial": rotary_pos_emb_partial,
     "rotary_pos_emb_half": rotary_pos_emb_half,
