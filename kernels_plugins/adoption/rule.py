@@ -76,7 +76,8 @@ class Rule:
         mode: The only mode of calls in which the oracle of a rule that fuses calls the function; None for any.
 
     Raises:
-        ArgumentError: If a rule for a function has `binds` or `parts`, which are those of a module; or fuses, too.
+        ArgumentError: If a rule for a function has `binds` or `parts`, which are those of a module; or fuses, too; or
+            a pattern can match no class.
         ArgumentTypeError: For anything of the wrong type.
 
     Example:
@@ -112,6 +113,10 @@ class Rule:
             raise ArgumentError("layer_name of a Rule is empty: mappings need a name to offer kernels under.")
         if not isinstance(self.classes, (tuple, list)) or not all(isinstance(each, str) for each in self.classes):
             raise ArgumentTypeError(f"classes of a Rule is a tuple of patterns, not {self.classes!r}.")
+        if never := [each for each in self.classes if not set(each) & set("*?[.")]:
+            raise ArgumentError(
+                f"classes of a Rule are patterns of module and class: {never[0]!r} matches none. Write '*.{never[0]}'."
+            )
         for name in ("oracle", "inputs", "stubs", *(["fuses"] if self.fuses is not None else [])):
             if not callable(getattr(self, name)):
                 raise ArgumentTypeError(f"{name} of a Rule is a function, not {getattr(self, name)!r}.")

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from warned import never
 
 from kernels_core import (
+    ArgumentError,
     ArgumentTypeError,
     KernelizeError,
     Mode,
@@ -771,6 +772,13 @@ def test_wrong_arguments(make: Any, message: str) -> None:
     """Wrong types are errors of ours that name the argument."""
     with pytest.raises(ArgumentTypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("pattern", ["RMSNorm", ""])
+def test_a_pattern_that_matches_no_class(pattern: str) -> None:
+    """A name without its module would never match, and no model would tell: the error has the pattern that is meant."""
+    with pytest.raises(ArgumentError, match=rf"module and class: '{pattern}' matches none\. Write '\*\.{pattern}'"):
+        Rule("r", "L", ("*.Other", pattern), lambda self, x: x, lambda module: ())
 
 
 def test_the_list_is_readable(model: Model) -> None:
