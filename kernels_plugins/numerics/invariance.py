@@ -99,7 +99,7 @@ def batch_invariant(
     """
     if isinstance(rows, str):
         return Judgement(None, rows)
-    given = next(t.dtype for t in rows.call.inputs.values() if t.is_floating_point())
+    given = rows.dtype
     tried, left_out, most = [], [], 0
     dtypes = dict.fromkeys((given, *(DTYPES if given in DTYPES else ())))
     for dtype in dtypes if only is None else only[:1]:
@@ -150,8 +150,7 @@ def backward_invariant(
     except Exception as error:
         return Judgement(None, f"its backward raises {short(error)}")
     if reason:
-        dtype = next(t.dtype for t in rows.call.inputs.values() if t.is_floating_point())
-        return Judgement(False, f"in backward, of the gradients of inputs: {reason}", (dtype, ""))
+        return Judgement(False, f"in backward, of the gradients of inputs: {reason}", (rows.dtype, ""))
     return Judgement(True, f"gradients of inputs in {_numbers(rows.count, count, every)}", every=every)
 
 

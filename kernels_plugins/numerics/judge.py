@@ -14,6 +14,7 @@ from ..oracle.subject import Subject, dtype_of
 from . import store
 from .invariance import BACKWARD, NOT_TAKEN, Judgement, joined
 from .properties import find
+from .rows import SILENT
 from .wanted import trying
 
 Forward = Callable[..., Any]
@@ -40,7 +41,7 @@ def judged(
             found.update(find(call, implementation, layer.reference, new, compiles=compiles, every=every))
         finally:
             trying.reset(token)
-        taken = {name: one for name, one in found.items() if one.why != NOT_TAKEN}
+        taken = {name: one for name, one in found.items() if one.why not in (NOT_TAKEN, SILENT)}
         store.keep(key, kind, taken, resolution.candidate)
     found = joined(found, training=training)
     return {name: found[name] for name in NUMERICS if name in names}

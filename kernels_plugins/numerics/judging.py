@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ from kernels_core import (
 )
 
 from . import store
+from .rows import ABOUT_THE_CALL, EMPTY, SILENT
 from .wanted import found_out, required, wanted
 
 if TYPE_CHECKING:
@@ -46,6 +48,13 @@ _REFUSED = "numbers as required: "
 _busy: ContextVar[bool] = ContextVar("kernels_plugins_numerics_busy", default=False)
 _sure: ContextVar[bool] = ContextVar("kernels_plugins_numerics_sure", default=False)
 """Whether a decision is for a call that nothing can be tried on: a kernel that is not known is refused then."""
+
+
+@dataclass(frozen=True, eq=False)
+class _OfThisCall:
+    """The payload of a scope in which one call is decided: implementations from which nothing is known for it."""
+
+    found: Mapping[str, Mapping[str, Judgement]]
 
 
 @hookimpl
@@ -141,7 +150,12 @@ def _verdicts(
 ) -> dict[str, Judgement]:
     assert request.layer is not None
     key = store.key_of(request.layer, implementation, request.device)
-    return store.verdicts(key, candidate, training=Mode.TRAINING in request.mode)
+    found = store.verdicts(key, candidate, training=Mode.TRAINING in request.mode)
+    return {**found, **_of_this_call(request).get(key, {})}
+
+
+def _of_this_call(request: LayerRequest) -> Mapping[str, Mapping[str, Judgement]]:
+    return next((payload.found for payload in request.scopes if isinstance(payload, _OfThisCall)), {})
 
 
 def _lacking(found: Mapping[str, Judgement], names: Sequence[str]) -> dict[str, str]:
@@ -172,8 +186,11 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
     assert layer is not None
     served: dict[Any, Forward] = {}
 
-    def chosen(args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> Forward:
-        """Return the forward that serves such calls: this one, or that of the next candidate that may serve them."""
+    def chosen(args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> tuple[Forward, bool]:
+        """Return the forward that serves such calls: this one, or that of the next candidate that may serve them.
+
+        And whether it serves later ones, too: where the numbers of a call showed nothing, those of the next one may.
+        """
         module, given = (None, args) if layer.is_function else (args[0], args[1:])
         call = Call(module, given, kwargs, layer.signature)
         mode = Mode.TRAINING if torch.is_grad_enabled() and call.records else Mode.INFERENCE
@@ -185,19 +202,26 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
                 _busy.reset(token)
         else:
             found = _verdicts(request.in_mode(mode), resolution.implementation or layer.reference, resolution.candidate)
-        passed_on = any(one.why == NOT_TAKEN for one in found.values())  # it will do so in this call, too
+        passed_on = any(one.why in (NOT_TAKEN, EMPTY) for one in found.values())  # it will do so in this call, too
         if passed_on or not (_lacking(found, must) or _missing(found, must)):
-            return forward
-        if keep:
+            return forward, keep
+        here = {name: one for name, one in found.items() if one.why in ABOUT_THE_CALL}
+        lasts = keep and not any(one.why == SILENT for one in here.values())
+        others = _of_this_call(request)
+        if here:
+            key = store.key_of(layer, resolution.implementation or layer.reference, request.device)
+            others = {**others, key: here}
+        elif keep:
             forget()  # what the next calls, and receipts, are decided by has changed
         token = _sure.set(not keep)
         try:
-            with Scope(WantedNumerics(must)):  # which may be closed by now, where `kernelize` has chosen
+            # The scope of what is wanted may be closed by now, where `kernelize` has chosen.
+            with Scope(WantedNumerics(must)), Scope(_OfThisCall(others)) if others else nullcontext():
                 decided = resolve(layer, device=request.device, mode=mode)
                 serving = serving_forward(decided)  # raises in strict mode where nothing may serve
                 if decided.is_reference and resolution.is_reference:
-                    return forward
-                return plugin_manager().wrap_forward(decided, serving) if keep else serving
+                    return forward, lasts
+                return (plugin_manager().wrap_forward(decided, serving) if keep else serving), lasts
         finally:
             _sure.reset(token)
 
@@ -207,17 +231,20 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
             return forward(*args, **kwargs)
         found = [leaf for value in (*args, *kwargs.values()) for _, leaf in leaves(value)]
         kind = (
-            *((leaf.dtype, *leaf.shape[-1:]) for leaf in found if isinstance(leaf, torch.Tensor)),
+            *(
+                (type(leaf), leaf.dtype, leaf.dim(), leaf.numel() > 0, *leaf.shape[-1:])
+                for leaf in found
+                if isinstance(leaf, torch.Tensor)
+            ),
             torch.is_grad_enabled(),
             any(leaf.requires_grad for leaf in found if isinstance(leaf, torch.Tensor)),
             torch.is_autocast_enabled(request.device.type),
-            None if layer.is_function else id(args[0]),  # modules of one class may differ in their sizes
+            *(() if layer.is_function else (id(args[0]), args[0].training)),  # modules of one class may differ in sizes
         )
         serving = served.get(kind)
         if serving is None:
-            keep = not is_observed()
-            serving = chosen(args, kwargs, keep)
-            if keep:  # two threads may judge one kind at once, and find the same
+            serving, lasts = chosen(args, kwargs, not is_observed())
+            if lasts:  # two threads may judge one kind at once, and find the same
                 served[kind] = serving
         return serving(*args, **kwargs)
 

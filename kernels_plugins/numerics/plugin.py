@@ -33,11 +33,11 @@ _lock = threading.Lock()
 class numerics(Scope):  # noqa: N801 - a context manager that reads like a statement
     """Let only kernels serve whose numbers have some properties, which are found out bit by bit.
 
-    A kernel is judged at its first eager call of each kind (dtype, and last size of each tensor), on copies. One that
-    lacks a property is refused, with the smallest input that was found to show it, and the next candidate is judged;
-    so is the reference, where it serves: one that lacks it, too, is a warning, and an error in strict mode. Compiled
-    calls are served by kernels that are known to have the properties. Applies to the thread or asyncio task that
-    enters it.
+    A kernel is judged at its first eager call of each kind (dtype, dimensions and last size of each tensor, whether
+    the module trains), on copies. One that lacks a property is refused, with the smallest input that was found to show
+    it, and the next candidate is judged; so is the reference, where it serves: one that lacks it, too, is a warning,
+    and an error in strict mode. Compiled calls are served by kernels that are known to have the properties. Applies to
+    the thread or asyncio task that enters it.
 
     Args:
         *names: `"deterministic"`, `"batch_invariant"`, `"recompute_equal"`: see `NUMERICS`.

@@ -14,11 +14,13 @@ from kernels_core.replay import Call
 
 from ..comparison import compare
 from .bits import tensors_of
+from .numbers import are_telling, telling, with_own_numbers
 
 Forward = Callable[..., Any]
 MOST = 4096
 """The largest number of rows that is tried."""
 
+_INDICES = (torch.int64, torch.int32)
 _ELEMENTS = {"cpu": 2**22}  # of all inputs with rows; on other devices, half a gigabyte in float32
 _SECONDS = 1.0
 
@@ -28,6 +30,14 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "strided": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
 }
 """Ways in which rows lie in memory, by name; a kernel that ignores strides reads NaN."""
+
+
+EMPTY = "it is empty: without rows, there are no bits to compare"
+NO_ROWS = "none of its inputs has rows: a tensor of two or more dimensions, or of indices"
+SILENT = "its reference returns nothing but equal numbers, infinities or NaN for random rows, which shows nothing"
+SPREAD = "its tensors are spread over ranks (DTensor), each of which would judge for itself"
+ABOUT_THE_CALL = (EMPTY, NO_ROWS, SILENT, SPREAD)
+"""Reasons why nothing can be known from a call, which say nothing of other calls."""
 
 
 class NotTaken(Exception):  # noqa: N818 - no error: an answer
@@ -59,6 +69,12 @@ class Rows:
         """The number of elements in a row of the first input that has rows."""
         name = next(iter(self.names))
         return self.call.inputs[name].numel() // self.count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating input, or of the first floating tensor of the module."""
+        tensors = (*self.call.inputs.values(), *self.call.tensors.values())
+        return next((t.dtype for t in tensors if t.is_floating_point()), tensors[0].dtype)
 
     def of(self, indices: torch.Tensor | slice, fill: float | None = None, kept: torch.Tensor | None = None) -> Call:
         """Return the call with some of the rows, in the order of indices; `fill` replaces those that are not kept."""
@@ -113,12 +129,11 @@ class Rows:
             both = zip(rows.trained, arrived, strict=True)
             return {name: grad.movedim(rows.names[name], 0) for name, grad in both if grad is not None}
 
-        return run if run(self, slice(None), None, None) else None
+        return run if self.trained and run(self, slice(None), None, None) else None
 
     def in_dtype(self, dtype: torch.dtype) -> Rows:
         """Return the same with everything in another dtype, also the module."""
-        given = next(t.dtype for t in self.call.inputs.values() if t.is_floating_point())
-        return self if given is dtype else replace(self, call=self.call.converted(given, dtype))
+        return self if dtype is self.dtype else replace(self, call=self.call.converted(self.dtype, dtype))
 
     def described(self, count: int) -> str:
         """Describe the inputs with a number of rows: `x 3x64 float32`."""
@@ -144,13 +159,18 @@ def rows_of(call: Call, reference: Forward) -> Rows | str:
     """Find the rows of a call, by running its reference on fewer of them; or the reason why there are none.
 
     Rows are all dimensions but the last one of the first floating input, where the reference treats them so;
-    else its first dimension, and those of the inputs that have the same size there.
+    else its first dimension, and those of the inputs that have the same size there. Where no floating input has rows,
+    they are those of the first one of integers, such as indices into a table.
     """
-    main = next((name for name, t in call.inputs.items() if t.is_floating_point() and t.numel() and t.dim() > 1), None)
-    if main is None:
-        return "none of its inputs has rows: a floating tensor of two or more dimensions"
-    call = call.snapshot(state=True)  # parameters are not copied again for each run
+    inputs = call.inputs
+    if any(hasattr(type(tensor), "placements") for tensor in call.tensors.values()):
+        return SPREAD
+    mains = [n for n, t in inputs.items() if t.is_floating_point() and t.numel() and t.dim() > 1][:1]
+    mains += [n for n, t in inputs.items() if t.dtype in _INDICES and t.numel() and t.dim()][:1]
+    if not mains:
+        return EMPTY if any(not t.numel() for t in inputs.values()) else NO_ROWS
     try:
+        call = telling(call)  # on copies: parameters are not copied again for each run
         with references():
             whole = call.run(reference, gradients=False)
     except Exception as error:
@@ -159,7 +179,9 @@ def rows_of(call: Call, reference: Forward) -> Rows | str:
         return "it draws random numbers, which are others for each number of rows"
     why = "none of its outputs has as many rows as its inputs"
     best: Rows | None = None  # of those with equally many outputs the first, for it is the likeliest
-    for plan in _plans(call, main):
+    for main, plan in ((name, plan) for name in mains for plan in _plans(call, name)):
+        if best is not None and main != mains[0]:
+            break
         tried = _flattened(call, plan) if plan.flat else call
         try:
             found, close = _tried(tried, plan, reference, whole.outputs)
@@ -175,8 +197,13 @@ def rows_of(call: Call, reference: Forward) -> Rows | str:
         return why
     floating = [name for name in best.names if call.inputs[name].is_floating_point()]
     trained = tuple(name for name in floating if call.inputs[name].requires_grad) or tuple(floating)
-    count = _fitting(best, reference)
-    return replace(best, call=_grown(best, count), count=count, trained=trained)
+    try:
+        count = _fitting(best, reference)
+        best = replace(best, call=_grown(best, count), count=count, trained=trained)
+        some = best.run(reference, best.of(slice(64)))
+    except Exception as error:
+        return call.why_failed(error)
+    return best if some is not None and any(map(are_telling, some.values())) else SILENT
 
 
 def _plans(call: Call, main: str) -> list[_Plan]:
@@ -185,7 +212,10 @@ def _plans(call: Call, main: str) -> list[_Plan]:
     first = inputs[main]
     before, count = first.shape[:-1], first.shape[0]
     plans = []
-    if first.dim() > 2:
+    if not first.is_floating_point() and first.dim() > 1:  # each index is a row
+        alike = {n: 0 for n, t in inputs.items() if t.shape == first.shape and not t.is_floating_point()}
+        plans.append(_Plan(alike, flat=True, given=first.numel()))
+    elif first.dim() > 2:
         alike = {n: 0 for n, t in inputs.items() if before in (t.shape[:-1], t.shape)}
         plans.append(_Plan(alike, flat=True, given=before.numel()))
     last = {
@@ -264,14 +294,14 @@ def _grown(rows: Rows, count: int) -> Call:
         dim, leaf = rows.names[name], leaf.detach()
         have = leaf.shape[dim]
         if have >= count:
-            return leaf.narrow(dim, 0, count).clone()
+            return with_own_numbers(leaf.narrow(dim, 0, count).clone(), dim)
         grown = torch.cat([leaf] * -(-count // have), dim).narrow(dim, 0, count).contiguous()
         if grown.is_floating_point():  # each row needs numbers of its own: most rows show nothing
             generator = torch.Generator(grown.device).manual_seed(0)
             factor = torch.rand(grown.shape, generator=generator, device=grown.device).add_(0.5).to(grown.dtype)
             factor.narrow(dim, 0, have).fill_(1)
             grown = grown * factor
-        return grown
+        return with_own_numbers(grown, dim)
 
     with torch.no_grad(), torch.inference_mode(False):
         return rows.call.replaced(change)

@@ -18,21 +18,24 @@ from ..files import write_file
 from ..oracle import probe_cache
 from ..oracle.code_digest import attributes_read
 from .invariance import BACKWARD, PASSED_ON, Judgement, joined
+from .rows import ABOUT_THE_CALL
 from .wanted import found_out
 
-_FORMAT = f"2 {__version__}"  # another version may look closer
+_FORMAT = f"3 {__version__}"  # another version may look closer
 _lock = threading.Lock()
 _found: dict[str, dict[str, dict[str, Judgement]]] = {}
 
 
 def kind_of(call: Call, implementation: Callable[..., Any]) -> str:
-    """Return the kind of a call, for which a finding holds: the dtype, and the last size of each tensor.
+    """Return the kind of a call, for which a finding holds: dtype, number of dimensions and last size of each tensor.
 
-    Also the numbers and texts in attributes of the module that the implementation reads.
+    Also whether it is empty, and whether the module trains; and the numbers and texts in attributes of the module that
+    the implementation reads.
     """
-    texts = [f"{n} {'x'.join(map(str, t.shape[-1:]))}" for n, t in call.inputs.items()]
+    texts = [_described(name, tensor) for name, tensor in call.inputs.items()]
     module = call.module
     if module is not None:
+        texts += ["training"] * module.training
         texts += [f"{n} {'x'.join(map(str, p.shape))}" for n, p in module.named_parameters()]
         texts += [f"{name}={value!r}" for name, value in attributes_read(implementation, module).items()]
     dtype = next((t.dtype for t in call.tensors.values() if t.is_floating_point()), None)
@@ -40,6 +43,12 @@ def kind_of(call: Call, implementation: Callable[..., Any]) -> str:
     if device != "meta" and torch.is_autocast_enabled(device):
         texts.append(f"autocast {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}")
     return ", ".join([str(dtype).removeprefix("torch."), *texts])
+
+
+def _described(name: str, tensor: torch.Tensor) -> str:
+    odd = "" if tensor.numel() else " empty"
+    odd += f" {type(tensor).__name__}" if type(tensor) not in (torch.Tensor, torch.nn.Parameter) else ""
+    return f"{name} {tensor.dim()}-D {'x'.join(map(str, tensor.shape[-1:]))}{odd}"
 
 
 def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.device) -> str:
@@ -100,11 +109,16 @@ def keep(key: str, kind: str, findings: Mapping[str, Judgement], candidate: Cand
 
 
 def verdicts(key: str, candidate: Candidate | None = None, *, training: bool) -> dict[str, Judgement]:
-    """Return a finding for each property: one kind of call that shows a fault is enough."""
+    """Return a finding for each property: one kind of call that shows a fault is enough.
+
+    A call from which nothing can be known, such as an empty one, says nothing of others.
+    """
     found: dict[str, Judgement] = {}
     kinds = [findings for one in {key, _key_within(key, candidate)} for findings in known(one).values()]
     for name in (*NUMERICS, BACKWARD):
-        all_kinds = [findings[name] for findings in kinds if name in findings]
+        all_kinds = [
+            findings[name] for findings in kinds if name in findings and findings[name].why not in ABOUT_THE_CALL
+        ]
         if all_kinds:
             found[name] = min(all_kinds, key=lambda f: (False, None, True).index(f.has))
     return joined(_within(candidate, found), training=training)

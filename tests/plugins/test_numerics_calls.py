@@ -1,0 +1,228 @@
+"""Findings about numbers, and the calls that they come from: odd first calls decide nothing about later ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fresh_process import run_python
+from norms import ByRows, Norm, Steady, by_rows, norm
+from torch import nn
+
+from kernels_core import Mode, NoKernelError, receipt, resolve, use_kernel_forward_from_hub
+from kernels_core.replay import Call
+from kernels_plugins import check_kernel, numerics, use_kernel_mapping
+from kernels_plugins.numerics import store
+from kernels_plugins.numerics.numbers import with_own_numbers
+from kernels_plugins.numerics.properties import find
+
+pytestmark = [
+    pytest.mark.usefixtures("numerics_plugin"),
+    pytest.mark.filterwarnings("ignore::kernels_core.KernelsWarning"),
+]
+X = torch.randn(8, 64)
+
+
+def origin(layer: object = Norm) -> str:
+    return resolve(layer, device="cpu", mode=Mode.INFERENCE).origin.rpartition(".")[2]
+
+
+# --- Numbers that show nothing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "first", [torch.zeros(8, 64), torch.full((8, 64), torch.nan), torch.full((8, 64), -torch.inf), torch.ones(5000, 64)]
+)
+def test_a_warm_up_shows_as_much_as_any_other_call(first: torch.Tensor) -> None:
+    """Rows of zeros, NaN, infinities or ones get numbers of their own: the kernel is refused, and on disk, too."""
+    with use_kernel_mapping({"NumericsNorm": {"cpu": ByRows}}), numerics("batch_invariant"), torch.no_grad():
+        Norm()(first)
+        assert origin() == "reference"
+        store._found.clear()
+        assert "rows have other bits" in str(resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals)
+    with pytest.raises(AssertionError, match=r"batch_invariant: .* rows have other bits"):
+        check_kernel(ByRows, Norm(), first, ignore={"compile", "forward", "gradients"})
+
+
+def test_some_rows_that_show_nothing_get_numbers_of_their_own() -> None:
+    """Rows of padding, and single NaN, hold random numbers of the magnitude of the rest; other numbers stay."""
+    nan = torch.nan
+    given = torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 0.0], [nan, 3.0, 5.0], [7.0, 7.0, 7.0]])
+    made = with_own_numbers(given, 0)
+    assert torch.equal(made[0], given[0]) and torch.equal(made[2, 1:], given[2, 1:]) and made.isfinite().all()
+    assert made[1].ne(0).all() and made[3].unique().numel() == 3
+    assert with_own_numbers(torch.zeros(3, 1), 0).unique().numel() == 3
+    variances = torch.tensor([[4.0, 100.0], [0.0, 0.0]])
+    assert (with_own_numbers(variances, 0)[1] >= 0.5).all()  # a root of them is taken, perhaps
+    padded = torch.cat([torch.zeros(300, 64), torch.randn(1, 64)])
+    found = find(Call(None, (padded, torch.rand(64))), by_rows, norm, ["batch_invariant"])["batch_invariant"]
+    assert found.has is False and "65x64" in found.why
+
+
+def test_weights_of_zeros_hold_random_numbers_while_a_kernel_is_judged() -> None:
+    """As before a checkpoint is loaded; the weights themselves stay as they are, and count as an argument, too."""
+    layer = Norm()
+    nn.init.zeros_(layer.weight)
+    with use_kernel_mapping({"NumericsNorm": {"cpu": ByRows}}), numerics("batch_invariant"):
+        assert not layer(X).any() and not layer.weight.any() and layer.weight.grad is None
+        assert "65x64" in str(resolve(Norm, device="cpu", mode=Mode.INFERENCE).refusals)
+    found = find(Call(None, (X, torch.zeros(64))), by_rows, norm, ["batch_invariant"])["batch_invariant"]
+    assert found.has is False
+
+
+def test_outputs_that_are_all_equal_show_nothing_and_the_next_call_is_judged() -> None:
+    """A scale of 0 that is not a tensor: not known, kept nowhere, and the kernel is judged once there are numbers."""
+    scale = {"now": 0.0}
+
+    @use_kernel_forward_from_hub("NumericsScaled")
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * scale["now"]
+
+    class Even(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return scale["now"] * x
+
+    layer = Scaled()
+    with use_kernel_mapping({"NumericsScaled": {"cpu": Even}}), numerics("batch_invariant"), torch.no_grad():
+        with pytest.warns(UserWarning, match="returns nothing but equal numbers"):
+            layer(X)
+        assert (
+            "found out at the first" in receipt(nn.Sequential(layer), device="cpu").rows[0].checked["batch_invariant"]
+        )
+        scale["now"] = 2.0
+        layer(X)
+        found = resolve(Scaled, device="cpu", mode=Mode.INFERENCE)
+    assert found.origin.endswith("Even") and found.checked["batch_invariant"].startswith("yes")
+
+
+def test_numbers_that_a_kernel_adds_to_are_random_where_equal_calls_are_compared() -> None:
+    """A kernel that differs from run to run by a factor shows it on zeros, too."""
+    runs = {"count": 0}
+
+    def drifting(x: torch.Tensor) -> torch.Tensor:
+        runs["count"] += 1
+        return x * (1 + 2e-7 * (runs["count"] % 3))
+
+    (found,) = find(Call(None, (torch.zeros(3),)), drifting, torch.clone, ["deterministic"]).values()
+    assert found.has is False and "forward: " in found.why
+
+
+# --- Kinds of calls -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [torch.randn(0, 64), torch.randn(64)])
+def test_a_call_without_rows_decides_nothing_about_others(first: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty call is served as it comes; one of a single row by what nothing is known of; the next is judged."""
+    layer = Norm()
+    with use_kernel_mapping({"NumericsNorm": {"cpu": [ByRows, Steady]}}), numerics("batch_invariant"), torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(layer(first), norm(first, layer.weight))
+        many = torch.randn(100, 64)
+        assert torch.equal(layer(many), norm(many, layer.weight)) and origin() == "Steady"
+        assert torch.equal(layer(first), norm(first, layer.weight)) and origin() == "Steady"
+    (found,) = find(Call(None, (torch.randn(0, 64),)), torch.sin, torch.sin, ["deterministic"]).values()
+    assert found.has is None and "it is empty" in found.why
+
+
+def test_a_call_of_a_single_row_is_an_error_in_strict_mode_and_later_ones_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is known to have the property there, before and after the kernel was found to have it for rows."""
+    monkeypatch.setenv("KERNELS_STRICT", "1")
+    layer = Norm()
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Steady}}), numerics("batch_invariant"), torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(NoKernelError, match="none of its inputs has rows"):
+                layer(X[0])
+            layer(X)
+            assert origin() == "Steady"
+
+
+def test_training_is_part_of_the_kind_of_a_call() -> None:
+    """A dropout is batch-invariant when it does nothing, and is judged anew when the module trains."""
+
+    class Drop(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(x, 0.5, self.training)
+
+    layer = use_kernel_forward_from_hub("NumericsDrop")(Drop)()
+    kernel = type("Kernel", (nn.Module,), {"forward": lambda self, x: nn.functional.dropout(x, 0.5, self.training)})
+    with use_kernel_mapping({"NumericsDrop": {"cpu": kernel}}), numerics("batch_invariant"), torch.no_grad():
+        layer.eval()(X)
+        assert origin(Drop) == "Kernel"
+        with pytest.warns(UserWarning, match="draws random numbers"):
+            layer.train()(X)
+        assert origin(Drop) == "reference"
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 3), (2, 2, 3)])
+@pytest.mark.parametrize("is_layer", [True, False])
+def test_rows_of_indices_are_judged(shape: tuple[int, ...], is_layer: bool) -> None:
+    """Each index into a table is a row; only those are tried that were given."""
+    table, seen = torch.randn(20, 8), set()
+
+    def kernel(ids: torch.Tensor, weight: torch.Tensor, most: int = 64) -> torch.Tensor:
+        seen.update(ids.flatten().tolist())
+        return weight[ids] * (1 + 2e-7 * (ids.numel() > most))
+
+    ids = torch.randint(3, 10, shape)
+    call = Call(None, (ids, table))
+    if is_layer:
+        call = Call(nn.Embedding(20, 8, _weight=table), (ids,))
+        forward: Callable[..., Any] = lambda self, ids, **more: kernel(ids, self.weight, **more)  # noqa: E731
+    else:
+        forward = kernel
+    found = find(call, forward, lambda *args: forward(*args, most=10**9), ["batch_invariant"])["batch_invariant"]
+    assert found.has is False and " 65" in found.why and "int64" in found.why
+    assert find(call, lambda *args: forward(*args, most=10**9), forward, ["batch_invariant"])["batch_invariant"].has
+    assert seen <= set(ids.flatten().tolist())
+
+
+def test_calls_on_shards_are_not_known(tmp_path: Path) -> None:
+    """Each rank would judge for itself: no rank does, the reference serves with the reason, and no call fails."""
+    done = run_python("-c", SHARDS, environment=os.environ, folder=tmp_path)
+    assert done.stdout.splitlines() == ["DTensor True spread", "DTensor True", "Steady"], done.stderr  # warned once
+
+
+SHARDS = """
+import os, warnings, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from kernels_core import Mode, resolve, use_kernel_forward_from_hub
+from kernels_plugins import numerics, register_kernel_mapping
+
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("store"), rank=0, world_size=1)
+
+@use_kernel_forward_from_hub("Spread")
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+    def forward(self, x):
+        return x * self.weight
+
+class Steady(nn.Module):
+    local_except = (-1,)
+    def forward(self, x):
+        return self.weight * x
+
+mesh = init_device_mesh("cpu", (1,))
+register_kernel_mapping({"Spread": {"cpu": Steady}})
+layer, x = Scale(), torch.randn(2, 4, 8)
+spread = Scale()
+spread.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate()]))
+for grad in (False, True):
+    with numerics("batch_invariant"), torch.set_grad_enabled(grad), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = spread(distribute_tensor(x, mesh, [Shard(1)]))
+    told = {"spread" for one in caught if "spread over ranks" in str(one.message)}
+    print(type(y).__name__, torch.equal(y.full_tensor(), layer(x)), *told)
+with numerics("batch_invariant"), torch.no_grad():
+    layer(x)
+    print(resolve(Scale, device="cpu", mode=Mode.INFERENCE).origin.rpartition(".")[2])
+"""
