@@ -83,10 +83,17 @@ def _nothing() -> Contexts:
     return _Nothing(), _Nothing()  # type: ignore[no-untyped-call]
 
 
+def _enters(value: object) -> bool:
+    return hasattr(type(value), "__enter__") and hasattr(type(value), "__exit__")
+
+
 def _contexts(inner: Callable[[], Contexts] | None) -> Contexts:
     if is_traced():  # the kernels of the forward are in the graph that is recomputed
         return (inner or _nothing)()
-    forward, recomputation = inner() if inner is not None else (None, None)
+    made: Any = inner() if inner is not None else (None, None)
+    if not isinstance(made, tuple | list) or len(made) != 2 or not all(each is None or _enters(each) for each in made):
+        raise ArgumentTypeError(f"inner is a context_fn, which returns two context managers; it has returned {made!r}.")
+    forward, recomputation = made
     return KeptScopes(forward), KeptScopes(recomputation)
 
 
@@ -109,7 +116,7 @@ def checkpoint_scopes(*, inner: Callable[[], Contexts] | None = None) -> Context
         `context_fn` that returns these.
 
     Raises:
-        ArgumentTypeError: If `inner` cannot be called.
+        ArgumentTypeError: If `inner` cannot be called; where the checkpoint calls it, if it returns no two contexts.
 
     Example:
         >>> from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts

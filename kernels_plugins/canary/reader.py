@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import struct
 import threading
 import weakref
 from collections.abc import Callable
@@ -35,6 +36,13 @@ _REMEMBERED = 64
 _UNKNOWN = -1
 """In place of the bits of a magnitude, which are never negative: the device has not written it yet."""
 
+INFINITE, MINUS_INFINITE, NAN = 1, 2, 4
+_SPECIAL = INFINITE | MINUS_INFINITE | NAN
+"""Their bits are the last three of a magnitude in float32, as the kernel writes it."""
+
+Size = tuple[float, int]
+"""The largest finite magnitude in a tensor, and whether infinities and NaN are there."""
+
 _warn_once = WarnOnce()
 
 
@@ -43,9 +51,9 @@ class Magnitudes:
 
     def __init__(self, row: _Row) -> None:
         self._row = row
-        self._sizes: list[float] | None = None
+        self._sizes: list[Size] | None = None
 
-    def sizes(self, *, wait: bool = False) -> list[float] | None:
+    def sizes(self, *, wait: bool = False) -> list[Size] | None:
         """Return them; None while the device has not computed them, unless this is to wait."""
         if self._sizes is None:
             sizes = self._row.read(wait)
@@ -132,7 +140,6 @@ class _Row:
         self._there, self._here, self._pinned = there, here, pinned
         self._address = here.data_ptr()
         self._bits = (ctypes.c_int32 * TENSORS).from_address(self._address)
-        self._floats = (ctypes.c_float * TENSORS).from_address(self._address)
         self._count = 0
         self._lent: Magnitudes | None = None
 
@@ -158,16 +165,22 @@ class _Row:
         with torch.no_grad():  # `out` is not for autograd, and autocast makes no copies with it
             for tensor, cell in zip(tensors, self._cells, strict=False):
                 part = tensor if whole else part_of(tensor, number, READ)
-                if not part.dtype.is_floating_point:
+                is_integer = not part.dtype.is_floating_point
+                if is_integer or part.dtype is torch.float64:
                     part = part.float()
-                if part.dtype is torch.float64:
-                    cell.copy_(torch.linalg.vector_norm(part, math.inf))
-                else:
+                if is_integer:
                     torch.linalg.vector_norm(part, math.inf, dtype=torch.float32, out=cell)
+                    cell.view(torch.int32).bitwise_and_(~_SPECIAL)
+                    continue
+                least, most = torch.aminmax(part)  # both are NaN if a number is: it hides infinities here
+                finite = torch.nan_to_num(part, 0.0, 0.0, 0.0)
+                torch.linalg.vector_norm(finite, math.inf, dtype=torch.float32, out=cell)
+                special = (most == math.inf) * INFINITE | (least == -math.inf) * MINUS_INFINITE | most.isnan() * NAN
+                cell.view(torch.int32).bitwise_and_(~_SPECIAL).bitwise_or_(special)
             if self._pinned:
                 self._here.copy_(self._there, non_blocking=True)
 
-    def read(self, wait: bool) -> list[float] | None:
+    def read(self, wait: bool) -> list[Size] | None:
         """Return the magnitudes; None if they are not there, and are not to be waited for."""
         if not self._pinned:
             self._here.copy_(self._there)
@@ -176,7 +189,9 @@ class _Row:
                 return None
             device = self._there.device
             torch.get_device_module(device.type).synchronize(device)
-        return self._floats[: self._count]
+        bits = self._bits[: self._count]
+        sizes = struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}i", *[each & ~_SPECIAL for each in bits]))
+        return [(size, each & _SPECIAL) for size, each in zip(sizes, bits, strict=True)]
 
 
 def _kernel_for(device: torch.device) -> Callable[..., None] | None:

@@ -248,6 +248,10 @@ def test_checkpoint_scopes_around_other_contexts(layer: nn.Module) -> None:
     assert recomputed == [1, 0]
     with pytest.raises(ArgumentTypeError, match="inner is a context_fn"):
         checkpoint_scopes(inner=[])  # type: ignore[call-overload]
+    for made in (3, None, (1, 2), (contextlib.nullcontext(),)):
+        wrong: Any = checkpoint_scopes(inner=lambda made=made: made)  # type: ignore[call-overload]
+        with pytest.raises(ArgumentTypeError, match="returns two context managers; it has returned"):
+            checkpoint(lambda x: layer(x), x, use_reentrant=False, context_fn=wrong)
 
 
 @pytest.mark.parametrize("selective", [False, True])

@@ -25,20 +25,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 VALUES = {"usual": None, "large": 100.0, "NaN": math.nan, "infinite": math.inf, "minus infinity": -math.inf}
 
 
-def largest(*tensors: torch.Tensor, step: int = 1, number: int = 0) -> list[float]:
-    """Return the magnitudes that the kernel writes to the host; the cells that it works with are left zero."""
+def read(*tensors: torch.Tensor, step: int = 1, number: int = 0) -> list[tuple[float, int]]:
+    """Return the magnitudes that the kernel writes to the host, and infinities and NaN; its cells are left zero."""
     partial = torch.zeros(8, dtype=torch.int32, device=DEVICE)
     here = torch.full((4,), -1, dtype=torch.int32, pin_memory=HAS_GPU)
     start_largest([*tensors], [step] * len(tensors), number, partial, here.data_ptr())
     if HAS_GPU:
         torch.cuda.synchronize()
     assert not partial.any()
-    return here.view(torch.float32)[: len(tensors)].tolist()
+    here = here[: len(tensors)]
+    return list(zip((here & -8).view(torch.float32).tolist(), (here & 7).tolist(), strict=True))
 
 
-def expected(x: torch.Tensor) -> float:
+def largest(*tensors: torch.Tensor, step: int = 1, number: int = 0) -> list[float]:
+    """Return the magnitudes only."""
+    return [size for size, _ in read(*tensors, step=step, number=number)]
+
+
+def expected(x: torch.Tensor) -> tuple[float, int]:
     """Return the same by operators of PyTorch."""
-    return torch.linalg.vector_norm(x.double(), math.inf).float().item()
+    numbers = x.float()
+    special = numbers.isposinf().any() * 1 + numbers.isneginf().any() * 2 + numbers.isnan().any() * 4
+    bits = numbers.nan_to_num(0.0, 0.0, 0.0).abs().max().view(torch.int32) & -8
+    return bits.view(torch.float32).item(), int(special)
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.int8, torch.uint8, torch.bool), ids=str)
@@ -52,8 +61,24 @@ def test_finds_the_largest_magnitude(dtype: torch.dtype, count: int) -> None:
             if not math.isfinite(value) and not dtype.is_floating_point:
                 continue
             x[random.Random(kind).randrange(count)] = value
-        torch.testing.assert_close(largest(x)[0], expected(x), rtol=0, atol=0, equal_nan=True)
+        assert read(x) == [expected(x)], kind
     assert largest(torch.zeros(count, dtype=dtype, device=DEVICE)) == [0.0]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+def test_infinities_and_nan_hide_nothing(dtype: torch.dtype) -> None:
+    """Each set of them, anywhere in a tensor or in all of it, beside tensors with others."""
+    torch.manual_seed(0)
+    values = (math.inf, -math.inf, math.nan)
+    for places in range(8):
+        x = torch.randn(3 * BLOCK + 11, device=DEVICE).clamp(-3, 3).to(dtype)
+        x[7] = -77.0
+        for bit, value in enumerate(values):
+            if places & 1 << bit:
+                x[random.Random(bit + places).randrange(10, len(x))] = value
+        other = torch.full((BLOCK + 3, 2), values[places % 3], device=DEVICE, dtype=dtype)
+        assert read(x, other, x, x[:5]) == [expected(y) for y in (x, other, x, x[:5])], places
+        assert read(x)[0][1] == places
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -96,8 +121,8 @@ def test_reads_several_tensors_at_once() -> None:
         torch.full((3 * BLOCK + 7,), 2.0, device=DEVICE),
         torch.full((5, 6), -3, device=DEVICE),
         torch.full((40, BLOCK), 4.0, device=DEVICE, dtype=torch.bfloat16)[:, 1:],
-        torch.full((), math.inf, device=DEVICE, dtype=torch.float64),
+        torch.full((), 5.0, device=DEVICE, dtype=torch.float64),
     )
     for count in range(1, 5):
-        assert largest(*tensors[:count]) == [2.0, 3.0, 4.0, math.inf][:count]
-        assert largest(*tensors[-count:]) == [2.0, 3.0, 4.0, math.inf][-count:]
+        assert largest(*tensors[:count]) == [2.0, 3.0, 4.0, 5.0][:count]
+        assert largest(*tensors[-count:]) == [2.0, 3.0, 4.0, 5.0][-count:]

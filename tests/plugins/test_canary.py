@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
+import itertools
 import sys
 import threading
 import warnings
@@ -498,7 +501,7 @@ OUTLIERS: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[], torch.Tens
     "tiny": (lambda x: x.abs().max() < 1e-4, lambda: torch.randn(4, SIZE) * 1e-6, "reaches"),
     "zero": (lambda x: not x.any(), lambda: torch.zeros(4, SIZE), "reaches 0"),
     "NaN": (lambda x: x.isnan().any(), _with_nan, "holds NaN"),
-    "infinite": (lambda x: x.isinf().any(), lambda: _with_nan().nan_to_num(nan=float("-inf")), "reaches inf"),
+    "infinite": (lambda x: x.isinf().any(), lambda: _with_nan().nan_to_num(nan=float("-inf")), "holds -inf"),
     "shape": (lambda x: x.shape[0] == 3, lambda: torch.randn(3, SIZE), "other dtypes, shapes or strides"),
     "stride": (lambda x: not x.is_contiguous(), lambda: torch.randn(SIZE, 4).T, "other dtypes, shapes or strides"),
     "dtype": (lambda x: x.dtype is torch.float64, lambda: torch.randn(4, SIZE).double(), "other dtypes"),
@@ -524,6 +527,23 @@ def test_a_kernel_wrong_for_outliers_is_found(name: str, late: bool, monkeypatch
                     norm(make())
 
 
+SPECIAL = (float("inf"), float("-inf"), float("nan"))
+
+
+def with_first(first: float, rest: float) -> torch.Tensor:
+    """Return numbers that are all one, but for the first and the last."""
+    x = torch.ones(4, 8)
+    x[0, 0], x[-1, -1] = first, rest
+    return x
+
+
+@dataclasses.dataclass
+class Options:
+    """An argument that holds a tensor."""
+
+    x: torch.Tensor
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_magnitudes_of_each_sort_of_number_are_told_apart(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero is not like one; integers, booleans, complex numbers and lists in lists have magnitudes, too."""
@@ -532,15 +552,23 @@ def test_magnitudes_of_each_sort_of_number_are_told_apart(late: bool, monkeypatc
     pairs: list[tuple[Any, Any]] = [
         (one, one * 0),
         *((one.to(dtype), one.to(dtype) * 100) for dtype in (torch.int64, torch.int32, torch.uint8, torch.complex64)),
+        *((one.to(dtype), (one * 100).to(dtype)) for dtype in (torch.uint16, torch.float8_e4m3fn, torch.float8_e5m2)),
         (one.bool(), ~one.bool()),
+        *((with_first(1.0, rest), with_first(1e4, rest)) for rest in SPECIAL),
+        *((with_first(1.0, rest), with_first(other, rest)) for rest, other in itertools.permutations(SPECIAL[:2], 2)),
+        (with_first(1.0, SPECIAL[0]), with_first(float("nan"), SPECIAL[0])),
+        (Options(one), Options(one * 1000)),
+        ([one] * 40, [one] * 39 + [one * 1000]),
         (one.long(), torch.full((4, 8), -(2**63))),
         ([[one]], [[one * 1000]]),
         ({"a": one}, {"b": one}),
+        *((1.0, other) for other in (1000.0, -1.0, 0.0, 1e-3, float("inf"), 1)),
+        (1, 10**400),
     ]
     for usual, rare in pairs:
         found = outliers.Outliers()
         assert [found.find((usual,)) for _ in range(3)] == [""] * 3
-        assert any([found.find((rare,)) for _ in range(2)]), (usual, rare)
+        assert any([found.find((rare,)) for _ in range(4)]), (usual, rare)
         assert found.find((usual,)) == ""
 
 
@@ -576,6 +604,83 @@ def test_lengths_that_always_change_are_compared_by_class() -> None:
     assert 0 < sum(compared[64:]) < 30
 
 
+def test_gaps_between_rows_are_seen_among_lengths_that_always_change() -> None:
+    """Also after only classes of forms are distinguished: a kernel may take rows to lie one behind the other."""
+    found = outliers.Outliers()
+    for length in range(1, 101):
+        found.find((torch.ones(length, 8),))
+    assert not found.find((torch.ones(77, 8),))
+    assert "strides" in found.find((torch.ones(77, 24)[:, :8],))
+    assert not found.find((torch.ones(75, 24)[:, :8],))
+    assert "strides" in found.find((torch.ones(77 * 8 + 1)[1:].view(77, 8),))  # begins beside a multiple of 16 bytes
+
+
+@pytest.mark.parametrize("of_input", [False, True])
+def test_the_first_call_that_autograd_records_is_compared(of_input: bool) -> None:
+    """A backward that is wrong is found where evaluation comes first, and only parameters want gradients."""
+
+    class TooLarge(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+            return gradients[0] * 3
+
+    wrong = kernel_of(lambda self, x: TooLarge.apply(right(self, x)))
+    norm, x = Norm().requires_grad_(not of_input), torch.randn(4, SIZE)
+    with use_kernel_mapping({"Norm": {"cpu": wrong}}), canary(first=2, every=0, action="raise"):
+        with torch.no_grad():
+            for _ in range(4):
+                norm(x.requires_grad_(of_input))
+        with pytest.raises(CanaryError, match=r"numbers or modes.*gradient of"):
+            norm(x)
+    frozen, x = Norm().requires_grad_(False), torch.randn(4, SIZE)
+    with use_kernel_mapping({"Norm": {"cpu": wrong}}), canary(first=2, every=0, action="raise"):
+        for _ in range(4):
+            frozen(x)
+        with pytest.raises(CanaryError, match=r"numbers or modes.*gradient of"):
+            frozen.requires_grad_()(x)
+
+
+def test_autocast_is_another_mode() -> None:
+    """The first call under autocast is compared, and the first of each of its dtypes."""
+    found, x = outliers.Outliers(), torch.ones(4, 8)
+    assert not found.find((x,))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert "modes" in found.find((x,))
+            assert not found.find((x,))
+    assert not found.find((x,))
+
+
+def test_tensors_of_each_device_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on another device that comes first, such as a scale on the CPU, hides none."""
+    read: list[torch.device] = []
+
+    class Elsewhere(Reader):
+        def start(self, tensors: list[torch.Tensor], number: int, whole: bool) -> Any:
+            read.extend(tensor.device for tensor in tensors)
+            return super().start(tensors, number, whole)
+
+    fake = torch.device("cpu", 0)  # another one than "cpu", which stands for a GPU here
+    monkeypatch.setattr(outliers, "_is_late", lambda device: device == fake)
+    monkeypatch.setattr(outliers, "_reader", functools.cache(lambda device: Elsewhere(torch.device("cpu"))))
+    x = torch.ones(4, 8)
+
+    class There(torch.Tensor):
+        device = fake
+
+    monkeypatch.setattr(outliers, "_PLAIN", (torch.Tensor, There))
+    for first in (x, torch.ones((), device="meta")):
+        found, there = outliers.Outliers(), x.as_subclass(There)
+        assert not found.find((first, there)) and not found.find((first, there))
+        assert any([found.find((first, there * 1000)) for _ in range(2)])
+        assert set(read) == {fake}
+        assert first.is_meta or "tensor 1 of its inputs" in found.find((first * 1000, there))
+
+
 def test_a_large_tensor_is_looked_at_in_part() -> None:
     """Of a much larger tensor, other rows each time, without a copy; smaller ones are looked at in full."""
     x = torch.arange(64.0).view(2, 16, 2).transpose(0, 1)
@@ -587,7 +692,7 @@ def test_a_large_tensor_is_looked_at_in_part() -> None:
 
 def found(places: list[tuple[Magnitudes, int]]) -> list[float]:
     """Return the magnitudes at these places, which must be there."""
-    return [(magnitudes.sizes() or [])[index] for magnitudes, index in places]
+    return [(magnitudes.sizes() or [])[index][0] for magnitudes, index in places]
 
 
 def test_what_has_not_changed_is_not_read_again() -> None:

@@ -1,6 +1,7 @@
 """The largest magnitudes in tensors, in one kernel: for those who look at numbers and must not be noticed.
 
 Magnitudes are compared as the integers that their bits are, in float32: infinity is above all numbers, NaN above that.
+A program that comes upon either reads its part once more, for the largest finite one: only then, for it takes time.
 """
 
 import functools
@@ -29,28 +30,59 @@ _FREE = [f"{name}{index}" for name in ("count", "step") for index in range(TENSO
 
 @triton.jit
 def _largest_of(x_ptr, count, step, number, columns, stride, DENSE: tl.constexpr, BLOCK: tl.constexpr):
+    most, special = _read(x_ptr, count, step, number, columns, stride, DENSE, False, BLOCK)
+    if most >= 0x7F800000:
+        most, special = _read(x_ptr, count, step, number, columns, stride, DENSE, True, BLOCK)
+    return most, special
+
+
+@triton.jit
+def _read(
+    x_ptr, count, step, number, columns, stride, DENSE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     programs = tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.int32)
+    special = tl.zeros([BLOCK], tl.int32)
     whole = tl.cast(count, tl.int64) // BLOCK
     # From the end, which was written last, to the start, which the next kernel reads first: caches hold a part of both.
     for block in range(number % step + tl.program_id(0) * step, whole, programs * step):
         place = (whole - 1 - block) * BLOCK + column
         if not DENSE:
             place = place // columns * stride + place % columns
-        largest = tl.maximum(largest, _bits(tl.load(x_ptr + place)))
+        x = tl.load(x_ptr + place)
+        largest = tl.maximum(largest, _bits(x, SPLIT))
+        if SPLIT:
+            special |= _special(x)
     if tl.program_id(0) == programs - 1:  # what is left; also in a read of a part, for it is small
         place = whole * BLOCK + column
         mask = place < count
         if not DENSE:
             place = place // columns * stride + place % columns
-        largest = tl.maximum(largest, _bits(tl.load(x_ptr + place, mask=mask, other=0)))
-    return tl.max(largest, axis=0)
+        x = tl.load(x_ptr + place, mask=mask, other=0)
+        largest = tl.maximum(largest, _bits(x, SPLIT))
+        if SPLIT:
+            special |= _special(x)
+    found = tl.full([], 0, tl.int32)
+    if SPLIT:
+        found = tl.max(special & 1, axis=0) | tl.max(special & 2, axis=0) | tl.max(special & 4, axis=0)
+    return tl.max(largest, axis=0), found
 
 
 @triton.jit
-def _bits(x):
-    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def _bits(x, SPLIT: tl.constexpr):
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if SPLIT:
+        bits = tl.where(bits < 0x7F800000, bits, 0)
+    return bits
+
+
+@triton.jit
+def _special(x):
+    signed = x.to(tl.float32).to(tl.int32, bitcast=True)
+    bits = signed & 0x7FFFFFFF
+    infinite = tl.where(signed < 0, 2, 1)
+    return tl.where(bits > 0x7F800000, 4, tl.where(bits == 0x7F800000, infinite, 0))
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -61,22 +93,29 @@ def _largest_kernel(
     DENSE0: tl.constexpr, DENSE1: tl.constexpr, DENSE2: tl.constexpr, DENSE3: tl.constexpr,
     COUNT: tl.constexpr, TENSORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    most = _largest_of(x0_ptr, count0, step0, number, columns0, stride0, DENSE0, BLOCK)
+    most, special = _largest_of(x0_ptr, count0, step0, number, columns0, stride0, DENSE0, BLOCK)
     tl.atomic_max(partial_ptr, most, sem="relaxed")
     if COUNT > 1:
-        most = _largest_of(x1_ptr, count1, step1, number, columns1, stride1, DENSE1, BLOCK)
+        most, found = _largest_of(x1_ptr, count1, step1, number, columns1, stride1, DENSE1, BLOCK)
         tl.atomic_max(partial_ptr + 1, most, sem="relaxed")
+        special |= found << 3
     if COUNT > 2:
-        most = _largest_of(x2_ptr, count2, step2, number, columns2, stride2, DENSE2, BLOCK)
+        most, found = _largest_of(x2_ptr, count2, step2, number, columns2, stride2, DENSE2, BLOCK)
         tl.atomic_max(partial_ptr + 2, most, sem="relaxed")
+        special |= found << 6
     if COUNT > 3:
-        most = _largest_of(x3_ptr, count3, step3, number, columns3, stride3, DENSE3, BLOCK)
+        most, found = _largest_of(x3_ptr, count3, step3, number, columns3, stride3, DENSE3, BLOCK)
         tl.atomic_max(partial_ptr + 3, most, sem="relaxed")
+        special |= found << 9
     done = partial_ptr + TENSORS
+    if special != 0:
+        tl.atomic_or(done + 1, special, sem="relaxed")
     if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1:  # the last one tells the host
         results = tl.cast(address, tl.int64).to(tl.pointer_type(tl.int32))
+        all_special = tl.atomic_xchg(done + 1, 0, sem="relaxed")
         for index in tl.static_range(COUNT):
-            tl.store(results + index, tl.atomic_xchg(partial_ptr + index, 0, sem="relaxed"))
+            most = tl.atomic_xchg(partial_ptr + index, 0, sem="relaxed")
+            tl.store(results + index, (most & -8) | ((all_special >> (3 * index)) & 7))
         tl.atomic_xchg(done, 0, sem="relaxed")
 
 
@@ -84,7 +123,9 @@ _largest = Launcher(_largest_kernel)
 
 
 def start_largest(tensors: list[Tensor], steps: Sequence[int], number: int, partial: Tensor, address: int) -> None:
-    """Let a GPU write the bits of the largest magnitudes of tensors to an address, in float32, without waiting.
+    """Let a GPU write the bits of the largest finite magnitudes of tensors to an address, in float32, without waiting.
+
+    In place of the last three bits of each: 1 if there is an infinity, 2 for minus infinity, 4 for NaN.
 
     Args:
         tensors: At most four of one device, of real numbers, not empty.
