@@ -6,7 +6,6 @@ import copy
 import gc
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
@@ -254,9 +254,8 @@ def test_what_a_script_defines_is_sent_by_value(how: str, tmp_path: Path) -> Non
 
 def _run(folder: Path, *arguments: str, **environ: str) -> str:
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    command = [sys.executable, "-W", "ignore", "script.py", *arguments]
-    env = {**os.environ, "PYTHONPATH": paths, **environ}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", **environ}
+    done = run_python("script.py", *arguments, environment=env, folder=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 

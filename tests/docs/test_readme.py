@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fresh_process import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +22,7 @@ def blocks(language: str) -> list[str]:
 def test_tour_runs() -> None:
     """The Python blocks, run in order in one fresh process, raise nothing and end with a decision."""
     program = "\n".join(blocks("python"))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = run_python("-c", program, environment=os.environ, folder=ROOT)
     assert run.returncode == 0, run.stderr
     assert "refused __main__.FastSiluAndMul: it declares has_backward = False" in run.stdout
 

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import importlib_metadata
 import pytest
+from fresh_process import run_python
 
 import kernels_core
 import kernels_core.replay
@@ -33,12 +34,14 @@ PUBLIC = [
 """Classes and functions; values such as a table or a marker do not say where they come from."""
 
 
-def run(program: str, **variables: str) -> str:
-    """Run a program in a process of its own, and return its output."""
+def run(program: str, *, has_torch: bool = True, **variables: str) -> str:
+    """Run a program in a process of its own, which has imported PyTorch or not, and return its output."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", **variables}
     environment.pop("KERNELS_CANARY", None)
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if has_torch:
+        done = run_python("-c", program, environment=environment, folder=Path.cwd())
+    else:
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -57,7 +60,7 @@ def test_importing_the_package_loads_nothing_else() -> None:
     """`import kernels_plugins` loads no other module of its own, no torch, and nothing else that is not Python's."""
     program = "import sys; before = set(sys.modules); import kernels_plugins; "
     program += "print({name.partition('.')[0] for name in sys.modules.keys() - before} - set(sys.stdlib_module_names))"
-    assert run(program) == "{'kernels_plugins'}"
+    assert run(program, has_torch=False) == "{'kernels_plugins'}"
 
 
 def test_a_mapping_loads_one_plugin() -> None:
@@ -122,7 +125,10 @@ def test_each_name_is_the_object_of_its_module(name: str) -> None:
 def test_dir_lists_what_was_not_imported_yet() -> None:
     """`dir` has every public name before it is imported; nothing else appears by looking."""
     program = "import kernels_plugins, sys; print(set(kernels_plugins.__all__) <= set(dir(kernels_plugins)))"
-    assert run(f"{program}; print('torch' in sys.modules, 'kernels_core' in sys.modules)") == "True\nFalse False"
+    assert (
+        run(f"{program}; print('torch' in sys.modules, 'kernels_core' in sys.modules)", has_torch=False)
+        == "True\nFalse False"
+    )
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
@@ -250,8 +256,7 @@ print(pickle.dumps(values).hex())
     load = "import pickle, sys; one, mode, cause, error = pickle.loads(bytes.fromhex(sys.argv[1])); "
     load += "print(one, mode == type(mode).TRAINING | type(mode).TORCH_COMPILE, "
     load += "cause.name, type(error), error.plugin, sep='; ')"
-    command = [sys.executable, "-W", "ignore", "-c", load, dumped]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-c", load, dumped, environment=os.environ, folder=Path.cwd())
     assert done.stdout.strip() == (
         "LayerRepository('acme/silu', layer_name='Silu', version=1); True; MODE; "
         "<class 'kernels_core.PluginLoadError'>; acme"

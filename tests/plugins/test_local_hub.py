@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
+from fresh_process import run_python
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -602,8 +603,8 @@ def test_a_pytest_plugin_by_either_path_gives_the_fixtures_once(paths: tuple[str
     """The path of the documentation and the path of the file give the same fixtures; both together, no second ones."""
     (tmp_path / "conftest.py").write_text(f"pytest_plugins = {list(paths)}\n")
     (tmp_path / "test_plugin.py").write_text(TEST_OF_A_PLUGIN)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    done = run_python(*command, environment=os.environ, folder=tmp_path)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 

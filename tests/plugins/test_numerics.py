@@ -96,7 +96,7 @@ def test_a_way_of_its_own_for_few_rows_is_found(few: int) -> None:
 @pytest.mark.parametrize(
     ("is_odd", "smallest", "every"),
     [
-        (lambda n: n == 1337, 1337, True),
+        (lambda n: n == 613, 613, True),
         (lambda n: n % 7 == 3, 3, False),
         (lambda n: n > 3000, 3001, False),
         (lambda n: n % 17 == 3 and n > 200, 207, False),
@@ -394,7 +394,7 @@ def test_every_number_of_rows_is_tried_where_that_is_asked_for() -> None:
 
     class Odd(nn.Module):
         def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-            return norm(x, self.weight) * (1 + 2e-7 * (len(x) == 1337))
+            return norm(x, self.weight) * (1 + 2e-7 * (len(x) == 613))
 
     def verdict(**options: Any) -> str:
         (row,) = [
@@ -408,7 +408,7 @@ def test_every_number_of_rows_is_tried_where_that_is_asked_for() -> None:
 
     with use_kernel_mapping({"NumericsNorm": {"cpu": Odd}}):
         assert [verdict(), verdict(every_size=True), verdict()] == ["ok", "wrong", "wrong"]
-    with pytest.raises(AssertionError, match="batch_invariant: smallest input: x 1337x64 float32"):
+    with pytest.raises(AssertionError, match="batch_invariant: smallest input: x 613x64 float32"):
         check_kernel(Odd, Norm(), torch.randn(8, 64), every_size=True, ignore={"compile"})
     with pytest.raises(ArgumentTypeError, match="every_size"):
         check_kernel(Odd, Norm(), torch.randn(8, 64), every_size="yes")  # type: ignore[arg-type]
