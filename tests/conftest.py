@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from kernels_plugins.numerics import plugin as numerics_hooks
 from kernels_plugins.numerics import store
 
 pytest_plugins = ["kernels_core.testing"]
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start: with small tensors, several only wait
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,13 +74,9 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute with the same random numbers in each run, in one thread: with small tensors, several only wait."""
+def same_numbers() -> None:
+    """Compute with the same random numbers in each run."""
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def mapping_plugin(isolated_plugins: PluginManager) -> types.ModuleType:
 def numerics_plugin(
     mapping_plugin: object,
     isolated_plugins: PluginManager,
-    one_thread: None,
+    same_numbers: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[None]:

@@ -36,7 +36,7 @@ from kernels_plugins.consistency.command import compare_models
 
 HIDDEN, HEADS, LENGTH, ROWS = 32, 4, 6, 3
 
-pytestmark = pytest.mark.usefixtures("mapping_plugin", "one_thread")
+pytestmark = pytest.mark.usefixtures("mapping_plugin", "same_numbers")
 
 
 @use_kernel_forward_from_hub("ConsistentNorm")

@@ -49,7 +49,7 @@ def _scene(
     isolated_plugins: PluginManager,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    one_thread: None,
+    same_numbers: None,
 ) -> Iterator[None]:
     """Run with the plugins of the oracle, with nothing known and a cache of its own."""
     isolated_plugins.register(oracle, "oracle")

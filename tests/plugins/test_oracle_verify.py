@@ -31,7 +31,7 @@ from kernels_plugins import VerifyReport, VerifyRow, register_kernel_mapping, us
 
 
 @pytest.fixture(autouse=True)
-def _plugins(mapping_plugin: object, isolated_plugins: PluginManager, one_thread: None) -> None:
+def _plugins(mapping_plugin: object, isolated_plugins: PluginManager, same_numbers: None) -> None:
     """Run with the plugins `core`, `mapping` and `oracle`."""
     isolated_plugins.register(oracle, "oracle")
 
