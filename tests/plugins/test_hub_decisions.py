@@ -280,7 +280,7 @@ def test_spawned_workers_and_ray_actors_have_the_decisions(
     options = ["ray"] if importlib.util.find_spec("ray") else []
 
     def run(**variables: str) -> dict[str, Any]:
-        environment = {**os.environ, **local_hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1", **variables}
+        environment = {**os.environ, **local_hub.environment(tmp_path / "home"), **variables}
         done = run_python("-c", STARTS, *options, environment=environment, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

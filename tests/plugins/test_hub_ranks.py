@@ -53,7 +53,7 @@ def run(local_hub: LocalHub, tmp_path: Path) -> Run:
     """Run a program in a new Python that talks to the Hub; it prints what it found."""
 
     def start(code: str, **environment: str) -> Any:
-        variables = {**os.environ, **local_hub.environment(tmp_path / "hub-home"), "OMP_NUM_THREADS": "1"}
+        variables = {**os.environ, **local_hub.environment(tmp_path / "hub-home")}
         done = run_python(
             "-c", PROGRAM + textwrap.dedent(code), environment={**variables, **environment}, folder=tmp_path
         )

@@ -36,7 +36,7 @@ def run_ranks(folder: Path, program: str, world: int = 2, **environment: str) ->
     The program finds `torch`, `dist`, `nn` and the public names of the core, its rank `R` and the number of ranks `W`.
     It calls `join()` to make the process group, and `report(name=value, ...)` at its end.
     """
-    known = dict(os.environ, WORLD_SIZE=str(world), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **environment)
+    known = dict(os.environ, WORLD_SIZE=str(world), HF_HUB_OFFLINE="1", **environment)
     code = PRELUDE + textwrap.dedent(program)
 
     def run(rank: int) -> Any:
@@ -82,7 +82,7 @@ def torchrun(
     """
     (folder / "train.py").write_text(textwrap.dedent(program))
     command = ["--standalone", "--monitor-interval", "0.1", "--nproc-per-node", str(world), *options]
-    known = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    known = {**os.environ, **environment}
     if forked:
         command = ["-c", FORKED, *command, "--start-method", "fork", "train.py"]
         return run_python(*command, environment=known, folder=folder)
