@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
+import os
 import re
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from .written import is_installed, set_by_calls, written
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 _NO_CODE = ("__", "_abc", "kernels_", "_kernels_")
@@ -21,6 +25,8 @@ _CODE = (type, types.FunctionType)
 
 _BUILT_IN = ("torch", "builtins")
 """Packages whose classes are known by their names: the version of PyTorch is that of the program."""
+
+_OURS = ("kernels_core", "kernels_plugins")
 
 
 def in_program(text: str) -> str:
@@ -39,13 +45,14 @@ _known: weakref.WeakKeyDictionary[object, dict[bool, str]] = weakref.WeakKeyDict
 def content_of(kernel: object, *, on_any_rank: bool = False) -> str:
     """Return a digest of a class or function, and of the functions and classes of its package that it names.
 
-    By their code and constants, not by their files: other lines of a file may change. Empty for a kernel without code
-    in Python.
+    Of its package, or of other files of the folder that its package is in, if that is not where packages are installed.
+    By their code and constants, not by their files: other lines of a file may change. Global names that have lists,
+    dicts, tensors or other objects count as their files set them. Empty for a kernel without code in Python.
 
     Args:
         kernel: The class or function.
-        on_any_rank: Whether to leave out the values of global names but floating-point numbers: they may be the number
-            of a rank, its device, or a state.
+        on_any_rank: Whether all values of global names but floating-point numbers count as their files set them: the
+            values may be the number of a rank, its device, or a state.
 
     Example:
         >>> content_of(len), len(content_of(content_of))
@@ -64,12 +71,12 @@ def content_of(kernel: object, *, on_any_rank: bool = False) -> str:
 def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
     """Yield a text for each piece of code, in an order that does not depend on the process."""
     waiting, followed = [kernel], set[int]()
-    package = _package(getattr(kernel, "__module__", None) or "")
+    module = getattr(kernel, "__module__", None) or ""
     while waiting:
         value: Any = waiting.pop()
         value = getattr(value, "__func__", value)
         # The code of an object of the package, such as one that a kernel keeps and calls. Ranks compare no objects.
-        if not (on_any_rank or isinstance(value, _CODE)) and _package(type(value).__module__) == package:
+        if not (on_any_rank or isinstance(value, _CODE)) and _is_own(type(value).__module__, module):
             value = type(value)
         for name in ("fn", "func", "fget"):  # of kernels in Triton, partials and properties
             inner = inspect.getattr_static(value, name, None)
@@ -83,16 +90,38 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
                     members = {name: vars(base)[name] for name in sorted(vars(base)) if _is_member(name)}
                     yield from (f"{base.__qualname__}.{name} {_text(member)}" for name, member in members.items())
                     waiting += members.values()
+                    inexact = [f"{base.__qualname__}.{name}" for name, one in members.items() if not _is_exact(one)]
+                    place = vars(sys.modules.get(base.__module__, types.ModuleType("")))
+                    texts, code = written(place, inexact, functools.partial(_is_own, of=base.__module__))
+                    yield from texts
+                    waiting += [one for one in code if _is_followed(one, base)]
         elif isinstance(value, types.FunctionType):
-            code = value.__code__
             cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-            # Names of attributes, too: a code object does not tell them from globals. That adds code, and hides none.
-            named = [value.__globals__.get(name) for name in sorted(_names(code))]
-            constants = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells, *named]
-            left = [*constants[: -len(named)], *filter(_is_shared, named)] if on_any_rank and named else constants
-            yield f"{value.__qualname__} {_text(code)} {[*map(_text, left)]}"
+            constants = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells]
+            yield f"{value.__qualname__} {_text(value.__code__)} {[*map(_text, constants)]}"
+            own = functools.partial(_is_own, of=value.__module__)
+            for space, named in _named(value, own):
+                counts, state = _is_shared if on_any_rank else _is_exact, set_by_calls(space)
+                exact = [name for name, one in named.items() if counts(one) and name not in state]
+                yield str([_text(named[name]) for name in exact])
+                texts, code = written(space, [name for name in named if name not in exact], own)
+                yield from texts
+                constants += [*named.values(), *code]
             waiting += [one for one in [*constants, *_parts(constants)] if _is_followed(one, value)]
             waiting += [getattr(value, "__wrapped__", None)]
+
+
+def _named(function: types.FunctionType, own: Callable[[str], bool]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield the globals of a function, and those of modules that it names, each with the values that its code names."""
+    # Names of attributes, too: a code object does not tell them from globals. That adds code, and hides none.
+    names, spaces = sorted(set(_names(function.__code__))), [function.__globals__]
+    for space in spaces:
+        named = {name: space[name] for name in names if name in space}
+        modules = [named.pop(name) for name in [*named] if isinstance(named[name], types.ModuleType)]
+        yield space, named
+        spaces += [
+            vars(one) for one in modules if own(one.__name__) and all(vars(one) is not known for known in spaces)
+        ]
 
 
 def _is_member(name: str) -> bool:
@@ -103,10 +132,33 @@ def _parts(values: list[Any]) -> list[Any]:
     return [part for value in values if isinstance(value, tuple) for part in value]
 
 
-def _is_followed(value: Any, of: types.FunctionType) -> bool:
-    """Whether a value is code of the package of a function: that of others is known by its name."""
+def _is_followed(value: Any, of: types.FunctionType | type) -> bool:
+    """Whether a value is code of the package of a function, or beside it: that of others is known by its name."""
     place = getattr(value, "__module__", None)
-    return isinstance(place, str) and _package(place) == _package(of.__module__)
+    return isinstance(place, str) and _is_own(place, of.__module__)
+
+
+def _is_own(module: str, of: str) -> bool:
+    """Whether a module is in the package of another one, or beside it in a folder that is not for installed ones."""
+    package = _package(module)
+    if package == _package(of):
+        return True
+    return package not in (*_BUILT_IN, *_OURS) and _folder(module) == _folder(of) != ""
+
+
+def _folder(module: str) -> str:
+    """Return the folder that a module is imported from; empty for installed ones: these change with their versions."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    path = Path(os.path.abspath(file)) if isinstance(file, str) else Path()
+    place = [*path.parents][in_program(f"{module}.").count(".") - (path.stem != "__init__") :]
+    return str(place[0]) if place and not is_installed(str(path)) else ""
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether the text of a value tells all of it, or its code does."""
+    if isinstance(value, tuple | frozenset):
+        return all(map(_is_exact, value))
+    return isinstance(value, (*_SIMPLE, *_CODE, staticmethod, classmethod, property))
 
 
 def _is_shared(value: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kernels_core import source_label
+from kernels_core import content_of, source_label
 
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40,64})/")
 _SIMPLE = (str, bytes, int, float, bool, type(None), torch.dtype)
@@ -41,12 +41,13 @@ def unwrapped(function: Callable[..., Any]) -> Any:
 def digest_of(function: Callable[..., Any]) -> str | None:
     """Return a digest of a function: its file, code, defaults and closure, and the globals that it reads.
 
+    Of tables and other objects, what files of its package, or beside it, write about them: see `content_of`.
     None if there is no file. A file from the Hub has its commit in its path, which identifies all files beside it, too.
     """
     inner = unwrapped(function)
     if getattr(inner, "__code__", None) is None:
         return None
-    digest = hashlib.sha256(source_label(inner).encode())
+    digest = hashlib.sha256(f"{source_label(inner)} {content_of(inner, on_any_rank=True)}".encode())
     for place in _files_of(inner):
         if commit := _COMMIT.search(place.replace(os.sep, "/")):
             digest.update(commit[1].encode())

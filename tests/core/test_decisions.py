@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -652,3 +653,126 @@ def test_content_of_adapted_kernels_is_that_of_their_code() -> None:
     contents = {content_of(adding(number)) for number in (2, 3)} | {content_of(adding(2))}
     assert len(contents) == 2
     assert content_of(torch.relu) == content_of(3) == ""
+
+
+KERNEL = """
+import collections
+import torch
+from beside import LIMITS as BOUNDS, by_beside
+from near.tables import SIZES
+import near.tables, settings
+
+N = 1
+WEIGHTS = [1.0, 2.0]
+TABLE = {"a": N}
+TABLE["b"] = 3
+COUNTS = collections.defaultdict(int)
+SCALE = torch.tensor(4.0)
+calls, FILLED = 0, {}
+for key in "xy":
+    FILLED[key] = 5
+
+def fill(): return 6
+FILLED.update(z=fill())
+
+class Wide:
+    kinds = ["wide"]
+
+class Fast:
+    def forward(self, x):
+        global calls
+        calls += 1
+        COUNTS[x] += 1
+        return by_beside(x) + WEIGHTS[0] + TABLE["a"] + SCALE + BOUNDS[0] + SIZES["s"] + settings.EPS + FILLED["z"] + (
+            near.tables.PLAIN + settings.KEPT["k"] + len(Wide.kinds))
+
+def other(x): return x + 7
+"""
+FILES = {
+    "kern.py": KERNEL,
+    "beside.py": "def by_beside(x): return x + 100\nLIMITS = [8]",
+    "near/__init__.py": "",
+    "near/tables.py": "SIZES = {'s': 9}\nPLAIN = 10",
+    "settings.py": "EPS = 1e-6\nKEPT = {'k': 11}",
+}
+EDITS = [
+    ("beside.py", "100", "200"),
+    ("beside.py", "[8]", "[80]"),
+    ("near/tables.py", "9", "90"),
+    ("near/tables.py", "10", "0"),
+    ("settings.py", "1e-6", "1e-5"),
+    ("settings.py", "11", "12"),
+    ("kern.py", "N = 1", "N = 2"),
+    ("kern.py", "[1.0, 2.0]", "[1.0, 2.5]"),
+    ("kern.py", '["b"] = 3', '["b"] = 4'),
+    ("kern.py", "tensor(4.0)", "tensor(5.0)"),
+    ("kern.py", "FILLED[key] = 5", "FILLED[key] = 6"),
+    ("kern.py", "return 6", "return 7"),
+    ("kern.py", '["wide"]', '["narrow"]'),
+]
+
+
+def contents(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> tuple[str, str]:
+    """Import a program from a folder; return the digests of its kernel, for one machine and for comparing ranks."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setattr(sys, "dont_write_bytecode", True)  # which tells an edit by time and size
+        for name in ("kern", "beside", "near", "near.tables", "settings"):
+            patch.delitem(sys.modules, name, raising=False)
+        kern = importlib.import_module("kern")
+        kern.COUNTS[1], kern.calls = 1, folder.name.count("e")  # what calls do
+        found = content_of(kern.Fast), content_of(kern.Fast, on_any_rank=True)
+        for name in ("kern", "beside", "near", "near.tables", "settings"):
+            sys.modules.pop(name)
+    return found
+
+
+def test_content_has_tables_objects_and_files_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each edit of a value or a helper that a kernel names, in any file of its folder, is another content.
+
+    Not what calls keep in names and tables, another function, or a folder of another name. Ranks compare the same.
+    """
+    first = contents(tmp_path / "first", monkeypatch, FILES)
+    assert contents(tmp_path / "the same elsewhere", monkeypatch, FILES) == first
+    more = {**FILES, "kern.py": "# moved\n" + KERNEL.replace("x + 7", "x + 8")}
+    assert contents(tmp_path / "other", monkeypatch, more) == first
+    found = [first]
+    for number, (name, before, after) in enumerate(EDITS):
+        assert before in FILES[name]
+        edited = {**FILES, name: FILES[name].replace(before, after, 1)}
+        found.append(contents(tmp_path / str(number), monkeypatch, edited))
+    assert all(len(set(each)) == len(EDITS) + 1 for each in zip(*found, strict=True))
+
+
+def test_installed_files_are_of_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where packages are installed, files beside a kernel are those of others: their version is theirs to tell."""
+    folder = tmp_path / "site-packages"
+    first = contents(folder / ".", monkeypatch, FILES)
+    assert contents(folder, monkeypatch, {**FILES, "beside.py": FILES["beside.py"].replace("100", "2")}) == first
+    assert contents(folder, monkeypatch, {**FILES, "kern.py": KERNEL.replace("N = 1", "N = 2")}) != first
+
+
+def test_a_replay_finds_an_edit_of_a_table(
+    tmp_path: Path, place: Path, use: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel whose table has been edited is not served as the frozen one."""
+
+    def kernel(number: int) -> Any:
+        (tmp_path / "tabled.py").write_text(f"TABLE = [{number}]\ndef add(x): return x + TABLE[0]\n")
+        monkeypatch.delitem(sys.modules, "tabled", raising=False)
+        importlib.invalidate_caches()
+        return importlib.import_module("tabled").add
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    register_kernel_mapping({"add": {"cpu": kernel(4)}})
+    receipt(Table(), **EVAL).freeze(place)
+    use(place)
+    register_kernel_mapping({"add": {"cpu": kernel(4)}})
+    assert run(Table()) == 4
+    register_kernel_mapping({"add": {"cpu": kernel(400)}})
+    with pytest.raises(DecisionError, match=r"Expected: tabled.add \[.*Found: tabled.add \["):
+        run(Table())
