@@ -9,11 +9,14 @@ from ..nested import each_tensor, leaves, mapped, nodes
 from .ambient import (
     RandomSource,
     RandomStates,
+    host_random_states,
     is_capturing,
     is_observed,
     kept_random_states,
+    numpy_random,
     random_states,
     same_random_states,
+    set_host_random_states,
     set_random_states,
 )
 from .call import CONSTANTS, Call, Outcome, Replay
@@ -30,15 +33,18 @@ __all__ = [
     "Replay",
     "each_tensor",
     "generators_of",
+    "host_random_states",
     "is_capturing",
     "is_observed",
     "kept_random_states",
     "leaves",
     "mapped",
     "nodes",
+    "numpy_random",
     "random_states",
     "same_numbers",
     "same_random_states",
+    "set_host_random_states",
     "set_random_states",
 ]
 

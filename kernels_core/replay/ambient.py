@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -73,6 +77,33 @@ def kept_random_states(sources: Iterable[RandomSource], start: RandomStates | No
         yield before if start is None else start
     finally:
         set_random_states(before)
+
+
+def host_random_states() -> tuple[Any, Any]:
+    """Return the states of the generators of Python's `random` and, where it is imported, of NumPy.
+
+    Example:
+        >>> before = host_random_states()
+        >>> number = random.random()
+        >>> set_host_random_states(before)
+        >>> number == random.random()
+        True
+    """
+    numpy = numpy_random()
+    return random.getstate(), numpy.get_state(legacy=False) if numpy else None
+
+
+def set_host_random_states(states: tuple[Any, Any]) -> None:
+    """Set the generators of Python and NumPy to states that `host_random_states` returned."""
+    numpy = numpy_random()
+    random.setstate(states[0])
+    if numpy and states[1] is not None:
+        numpy.set_state(states[1])
+
+
+def numpy_random() -> Any:
+    """Return `numpy.random`, which NumPy 2 imports at its first use; None where NumPy is not imported."""
+    return importlib.import_module("numpy.random") if "numpy" in sys.modules else None
 
 
 @contextlib.contextmanager

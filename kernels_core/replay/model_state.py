@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from torch import nn
 
 from ..torch_internals import version
-from .ambient import kept_random_states, unobserved
+from .ambient import host_random_states, kept_random_states, set_host_random_states, unobserved
 from .copies import generators_of, same_numbers
 
 
@@ -112,8 +110,7 @@ def _has_data(tensor: torch.Tensor, data: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def _kept_generators(own: list[torch.Generator]) -> Iterator[None]:
     """Restore the random generators of Python, PyTorch, its devices in use, the model, and NumPy if it is imported."""
-    numpy: Any = sys.modules.get("numpy.random")
-    kept = random.getstate(), numpy.get_state() if numpy else None
+    kept = host_random_states()
     kinds = {kind: getattr(torch, kind, None) for kind in ("cuda", "xpu")}
     used = {kind: device for kind, device in kinds.items() if device and device.is_available()}
     counts = {kind: device.device_count() for kind, device in used.items() if device.is_initialized()}
@@ -122,6 +119,4 @@ def _kept_generators(own: list[torch.Generator]) -> Iterator[None]:
         with kept_random_states([*devices, *own]):
             yield
     finally:
-        random.setstate(kept[0])
-        if numpy:
-            numpy.set_state(kept[1])
+        set_host_random_states(kept)

@@ -90,11 +90,20 @@ def consistency(
     left = [key for record in records for key in record.events if key[0] == LEFT and key not in common]
     first = min([*found[:1], *left[:1]], key=lambda key: _place(key, records)) if found else None
     notes: list[str] = []
+    for side, record in zip(sides, records, strict=True):
+        if side.decided is not None and side.decided.isdisjoint(map(record.layer_name, record.origins)):
+            notes.append(f"setting_{side.name} is a decision file without a decision for a layer of the model")
     if left and not found:
         notes.append(f"written to in place on one side only, without effect: the input of {left[0][1]}")
     if opaque := sorted({*records[0].opaque, *records[1].opaque}):
         paths = ", ".join(path or "(the model)" for path in opaque[:5])
         notes.append(f"with values that have no plain bits, which are compared by type: {paths}")
+    elsewhere = {key[1] for key in common if _elsewhere(*(record.events[key] for record in records))}
+    if elsewhere:
+        notes.append(
+            "not compared, for the rows of the batch are not in the first dimension of a value: "
+            f"{', '.join(path or '(the model)' for path in sorted(elsewhere)[:5])}"
+        )
     returned = [record.events[OUTPUT, "", 1].whole.keys() for record in records if (OUTPUT, "", 1) in record.events]
     if len(returned) == 2 and (alone := sorted(returned[0] ^ returned[1])):
         notes.append(f"returned by one side only, which are not compared: {_names(alone[:5])}")
@@ -119,9 +128,9 @@ def consistency(
     differing = {path for _, path, _ in found} | ({first[1]} if first is not None else set())
     return ConsistencyReport(
         drift,
-        len({path for _, path, _ in common}),
+        len({path for _, path, _ in common} - elsewhere),
         len(differing),
-        (OUTPUT, "", 1) not in found and records is not whole,
+        (OUTPUT, "", 1) not in found and "" not in elsewhere and records is not whole,
         tuple(dict.fromkeys((*records[0].random, *records[1].random))),
         unsteady,
         only_a,
@@ -171,11 +180,34 @@ def _agree(a: Event, b: Event) -> bool:
         rows, others = (_rows(event.parts.get(name)) for event in (a, b))
         if rows is not None and rows == others and ours[0][0] == theirs[0][0]:
             continue
+        if _is_elsewhere(ours, theirs):
+            continue
         # One that is no batch is the same in each part, such as positions.
         if len(ours) != len(theirs) and all(_same(ours[0], each) for each in (*ours, *theirs)):
             continue
         return False
     return True
+
+
+def _elsewhere(a: Event, b: Event) -> list[str]:
+    """Return the names of values whose rows of the batch are not in the first dimension."""
+    return [name for name in a.whole if name in b.whole and _is_elsewhere(a.whole[name], b.whole[name])]
+
+
+def _is_elsewhere(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether parts of a batch have other shapes on both sides, for rows are in another dimension than the first."""
+    both = [*ours, *theirs]
+    if len(ours) == len(theirs) or not all(isinstance(each, tuple) for each in both) or len({e[0] for e in both}) > 1:
+        return False
+    shapes, others = ([each[1] for each in side] for side in (ours, theirs))
+    if len({len(shape) for shape in (*shapes, *others)}) > 1:
+        return False
+    for place in range(1, len(shapes[0])):
+        rest = {shape[:place] + shape[place + 1 :] for shape in (*shapes, *others)}
+        sizes = [sum(shape[place] for shape in side) for side in (shapes, others)]
+        if len(rest) == 1 and sizes[0] == sizes[1]:
+            return True
+    return False
 
 
 def _apart(a: Event, b: Event) -> bool:
@@ -275,7 +307,15 @@ def _drift(key: Key, records: list[Digests], again: list[Digests]) -> Drift:
         largest=measured.largest if measured is not None else None,
         example=example,
         causes=tuple(causes),
+        unknown=_unknown(*inputs),
     )
+
+
+def _unknown(a: Event | None, b: Event | None) -> tuple[str, ...]:
+    """Return the names of values that two events hold, and that are not compared."""
+    if a is None or b is None:
+        return ()
+    return tuple(sorted({*a.objects, *b.objects, *_elsewhere(a, b)}))
 
 
 def _held(key: Key, again: list[Digests]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

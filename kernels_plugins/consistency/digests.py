@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import pickle
+import random
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +21,15 @@ import torch
 from torch import nn
 
 from kernels_core import Layer, Resolution, find_layer, hookimpl, module_paths, plugin_manager
-from kernels_core.replay import RandomStates, generators_of, leaves, random_states, same_random_states
+from kernels_core.replay import (
+    RandomStates,
+    generators_of,
+    host_random_states,
+    leaves,
+    numpy_random,
+    random_states,
+    same_random_states,
+)
 from kernels_core.torch_internals import disabled, version
 
 from ..bisect.switch import find_caller
@@ -46,6 +56,7 @@ class Event:
         parent: The path of the layer around it; None for the model.
         whole: By name of each value: its dtype, its shape, and the digest of each part of the batch as a whole; for
             constants, the value.
+        objects: The names of objects that hold tensors and are not opened.
         parts: The digest of each row of the batch, where the first dimension is a multiple of the rows.
         held: The tensors, if they are asked for, for each part of the batch.
     """
@@ -53,6 +64,7 @@ class Event:
     key: Key
     parent: str | None
     whole: dict[str, list[Any]] = field(default_factory=dict)
+    objects: dict[str, None] = field(default_factory=dict)
     parts: dict[str, list[Any]] = field(default_factory=dict)
     held: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
@@ -94,10 +106,11 @@ class Digests:
         )
         self._seed, self._by_row, self._hold, self._compiled = seed, by_row, hold, compiled
         self._parameters = parameters
-        self._stack: list[tuple[str, int, list[tuple[torch.Tensor, int]]]] = []
+        self._stack: list[tuple[str, int, list[tuple[torch.Tensor, int]], frozenset[int]]] = []
         self._counts: Counter[tuple[str, str]] = Counter()
         self._rows = 1
         self._random: Any = None
+        self._host_random = b""
         self._recomputes = False
         self._generators = generators_of(model)
         self._devices = list(dict.fromkeys(tensor.device for tensor in (*model.parameters(), *model.buffers())))
@@ -208,17 +221,19 @@ class Digests:
     def enter(self, path: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Note the start of a call."""
         values = {f"argument {place + 1}": value for place, value in enumerate(args)} | dict(kwargs)
-        tensors = [value for _, value in _leaves(values) if isinstance(value, torch.Tensor)]
+        found = [value for _, value in _leaves(values)]
+        tensors = [value for value in found if isinstance(value, torch.Tensor)]
+        objects = frozenset(id(value) for value in found if not isinstance(value, (torch.Tensor, *_CONSTANTS)))
         if not self._stack:
             self._devices = list(dict.fromkeys((*self._devices, *(each.device for each in tensors))))
         versions = [(each, -1 if each.is_inference() else version(each)) for each in tensors]
         self._boundary(path, INPUT)
         call = self._note(INPUT, path, self.where, {} if self._recomputes else values)
-        self._stack.append((path, call, versions))
+        self._stack.append((path, call, versions, objects))
 
     def leave(self, output: Any) -> None:
         """Note the end of the call that started last."""
-        path, call, versions = self._stack.pop()
+        path, call, versions, given = self._stack.pop()
         self._boundary(path, OUTPUT)
         if self._recomputes:
             return
@@ -226,10 +241,10 @@ class Digests:
         changed = {str(i): each for i, (each, was) in enumerate(versions) if was >= 0 and version(each) != was}
         if changed:
             self._note(LEFT, path, self.where, changed, call)
-        self._note(OUTPUT, path, self.where, {"": output}, call)
+        self._note(OUTPUT, path, self.where, {"": output}, call, given)
 
     def _cancel(self) -> None:
-        path, call, _ = self._stack.pop()
+        path, call, *_ = self._stack.pop()
         self._counts[INPUT, path] -= 1
         event = self.events[INPUT, path, call]
         for values in (*event.whole.values(), *event.parts.values()):
@@ -237,7 +252,9 @@ class Digests:
 
     def _boundary(self, path: str, kind: str) -> None:
         """Note who drew random numbers since the last boundary, and set the generators."""
-        if self._random is not None and not same_random_states(self._random, self._states()):
+        if self._random is not None and not (
+            same_random_states(self._random, self._states()) and self._host_random == _host_random()
+        ):
             self.random[path if kind == OUTPUT or self.where is None else self.where] = None
         call = self._counts[INPUT, path]
         seed = zlib.crc32(f"{self._seed} {kind} {path} {call}".encode())
@@ -247,19 +264,34 @@ class Digests:
             torch.get_device_module(device).manual_seed_all(seed)
         for generator in self._generators:
             generator.manual_seed(seed)
-        self._random = self._states()
+        random.seed(seed)
+        if numpy := numpy_random():
+            numpy.seed(seed)
+        self._random, self._host_random = self._states(), _host_random()
 
     def _states(self) -> RandomStates:
         return random_states([*self._devices, *self._generators])
 
-    def _note(self, kind: str, path: str, parent: str | None, values: Any, call: int | None = None) -> int:
+    def _note(
+        self,
+        kind: str,
+        path: str,
+        parent: str | None,
+        values: Any,
+        call: int | None = None,
+        given: frozenset[int] | None = None,
+    ) -> int:
         if call is None:
             self._counts[kind, path] += 1
             call = self._counts[kind, path]
         key = (kind, path, call)
         event = self.events.setdefault(key, Event(key, parent))
         held: dict[str, torch.Tensor] = {}
-        for name, value in _leaves(values, whole=key[:2] == (OUTPUT, "")):
+        for name, value in _leaves(values, whole=key[:2] == (OUTPUT, ""), given=given):
+            if not isinstance(value, (torch.Tensor, *_CONSTANTS)) and key[:2] != (OUTPUT, ""):
+                if holds_tensors(value):
+                    event.objects[name] = None
+                continue
             if isinstance(value, _CONSTANTS):
                 event.whole.setdefault(name, []).append(value)
                 continue
@@ -303,27 +335,47 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
 
 
+def _host_random() -> bytes:
+    """Return the states of the generators of Python and NumPy, as bytes, for arrays are not compared by `==`."""
+    return pickle.dumps(host_random_states())
+
+
 def _read(value: Any) -> Any:
     if isinstance(value, tuple) and isinstance(value[-1], torch.Tensor):
         return (*value[:-1], *value[-1].tolist())
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
-def _leaves(value: Any, path: str = "", *, whole: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yield tensors and constants in tuples, lists, mappings and dataclasses.
+def _leaves(
+    value: Any, path: str = "", *, whole: bool = False, given: frozenset[int] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yield tensors and constants in tuples, lists, mappings and dataclasses, and other objects.
 
-    Not those in other objects: a cache has those of all layers before, which would be digested again at each layer.
-    The output of the model is opened as a `whole`, and objects in it that cannot be are noted: no layer comes after it.
+    Objects are opened only where a layer returns them, and was not given them: a cache has the tensors of all layers
+    before, which would be digested again at each layer. The output of the model is opened as a `whole`.
+
+    Args:
+        value: The value.
+        path: The path to it.
+        whole: Whether all objects are opened, and noted where they cannot be: no layer comes after it.
+        given: The `id` of each object that a layer was given, where this is its output.
     """
     if isinstance(value, (torch.Tensor, *_CONSTANTS)):
         yield path, value
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _leaves(inner, f"{path}.{name}" if path else str(name), whole=whole)
+            yield from _leaves(inner, f"{path}.{name}" if path else str(name), whole=whole, given=given)
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{place}]", whole=whole)
-    elif whole or dataclasses.is_dataclass(value):
+            yield from _leaves(inner, f"{path}[{place}]", whole=whole, given=given)
+    elif whole or dataclasses.is_dataclass(value) or (given is not None and id(value) not in given):
         for where, leaf in leaves(value, path):
             if isinstance(leaf, (torch.Tensor, *_CONSTANTS)) or (whole and not isinstance(leaf, _NO_NUMBERS)):
                 yield where, leaf
+    elif not isinstance(value, _NO_NUMBERS):
+        yield path, value
+
+
+def holds_tensors(value: object) -> bool:
+    """Whether an object holds tensors, to any depth."""
+    return any(isinstance(leaf, torch.Tensor) for _, leaf in leaves(value))

@@ -43,6 +43,8 @@ class Drift:
         largest: The largest absolute difference.
         example: The place where they differ most, with both numbers.
         causes: Differences of the layers themselves: dtypes, shapes, parameters, attributes.
+        unknown: The inputs that were not compared: objects, such as caches, and those whose batch is not the first
+            dimension, where batches differ.
     """
 
     path: str
@@ -59,6 +61,7 @@ class Drift:
     largest: float | None
     example: str
     causes: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ def _cells(drift: Drift) -> tuple[str, ...]:
 def _notes(drift: Drift) -> list[str]:
     what = "the gradients of its output" if "gradient" in drift.value else "its inputs"
     agree = f"{what} have the same bits" if drift.inputs_agree else f"{what} differ, too"
+    if drift.inputs_agree and drift.unknown:
+        agree += f", as far as they are compared: not in {', '.join(drift.unknown)}"
     return [note for note in (agree, drift.example, *drift.causes) if note]
 
 

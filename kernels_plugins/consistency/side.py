@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels_core import ArgumentError, ArgumentTypeError, error_text, forget
+from kernels_core import ArgumentError, ArgumentTypeError, DecisionFile, error_text, forget
 from kernels_core.replay import ModelState, each_tensor, leaves, mapped
 from kernels_core.torch_internals import many_compilations
 
@@ -31,9 +31,12 @@ class Side:
     def __init__(self, name: str, model: nn.Module, setting: Setting | None, batch: int | None) -> None:
         self.name, self.model, self.batch = name, model, batch
         self.runs = 0
+        self.decided: frozenset[str] | None = None  # the names of the layers in a decision file
         self._setting: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
         if isinstance(setting, str | os.PathLike):
             self._setting = functools.partial(_replaying, os.fspath(setting))
+            decided = [layer for model in DecisionFile.from_file(setting).models for layer in model.decided]
+            self.decided = frozenset(layer.layer for layer in decided)
         elif setting is not None:
             self._setting = setting
         self._state = ModelState(model)
@@ -138,6 +141,9 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _copies(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of one run: copies, for a model may write to them; those that a function makes are new."""
     args, kwargs = arguments(inputs)
+    for where, leaf in leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+            raise ArgumentError(f"inputs{where} is on the meta device, which has no bits: pass it on another.")
     if callable(inputs) and not isinstance(inputs, torch.Tensor | Mapping):
         return args, kwargs
 
@@ -154,7 +160,7 @@ def _parts(
     """Yield the arguments for each part of a batch, with its rows; the first tensor has the number of all rows."""
     sizes = [leaf.shape[0] for _, leaf in leaves(both) if isinstance(leaf, torch.Tensor) and leaf.dim()]
     rows = sizes[0] if sizes else 0
-    if batch is None or not sizes:
+    if batch is None or not rows:
         yield *both, rows or 1
         return
     for start in range(0, rows, batch):

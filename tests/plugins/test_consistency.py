@@ -9,11 +9,17 @@ import functools
 import itertools
 import json
 import math
+import pickle
+import random
+import subprocess
+import sys
+import textwrap
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 import typer
@@ -30,6 +36,7 @@ from kernels_core import (
     use_kernel_forward_from_hub,
 )
 from kernels_core.cli import run
+from kernels_core.replay import host_random_states
 from kernels_plugins import ConsistencyError, consistency, use_kernel_mapping
 from kernels_plugins.consistency.bits import digest, gap
 from kernels_plugins.consistency.command import compare_models
@@ -555,6 +562,125 @@ def test_what_has_no_effect_is_a_remark() -> None:
     assert consistency(nn.ReLU(), nn.ReLU(), torch.ones(0, 4), batch_a=1).ok
 
 
+def test_random_numbers_of_python_and_numpy_begin_anew_in_each_layer() -> None:
+    """A layer that draws one more changes nothing after it; both are restored."""
+
+    class Drawing(nn.Module):
+        def __init__(self, draws: int) -> None:
+            super().__init__()
+            self.draws = draws
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(self.draws):
+                random.random(), numpy.random.rand()
+            return x
+
+    class Scaling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * random.random() + float(numpy.random.rand())
+
+    random.seed(5), numpy.random.seed(5)
+    before = host_random_states()
+    report = consistency(nn.Sequential(Drawing(1), Scaling()), nn.Sequential(Drawing(2), Scaling()), torch.ones(2, 3))
+    assert report.ok and not report.unsteady
+    assert report.random == ("0", "1")
+    assert pickle.dumps(host_random_states()) == pickle.dumps(before)
+
+
+def test_a_first_use_of_numpy_is_no_drift() -> None:
+    """NumPy imports its random numbers where they are first used: the run of the first side may be that."""
+    code = """
+        import torch, numpy
+        from torch import nn
+        from kernels_plugins import consistency
+        class Noise(nn.Module):
+            def forward(self, x):
+                return x * float(numpy.random.rand())
+        model = nn.Sequential(nn.Linear(8, 8), Noise())
+        report = consistency(model, model, torch.randn(4, 8))
+        print(report.ok, report.random)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert run.stdout.strip() == "True ('1',)", run.stdout + run.stderr
+
+
+class Box:
+    """An object that holds a tensor."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class Boxing(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> Box:
+        return Box(x * self.factor)
+
+
+class Unboxing(nn.Module):
+    def forward(self, box: Box) -> torch.Tensor:
+        return box.x + 1
+
+
+class Filling(nn.Module):
+    """Changes the object that it is given, as attention does with a cache."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, box: Box) -> Box:
+        box.x = box.x * self.factor
+        return box
+
+
+def test_objects_that_layers_return_are_compared() -> None:
+    """The layer that makes one is named; one that is passed on is not compared, and the report says so."""
+    models = [nn.Sequential(Boxing(factor), Unboxing()) for factor in (1.0, 1 + 2**-20)]
+    found = consistency(*models, torch.ones(2, 3)).drift
+    assert found is not None and (found.path, found.name, found.inputs_agree) == ("0", ".x", True)
+    assert not found.unknown
+    models = [nn.Sequential(Boxing(1.0), Filling(factor), Unboxing()) for factor in (1.0, 1 + 2**-20)]
+    report = consistency(*models, torch.ones(2, 3))
+    assert report.drift is not None and (report.drift.path, report.drift.unknown) == ("2", ("argument 1",))
+    assert "as far as they are compared: not in argument 1" in str(report)
+
+
+class Transposing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1) * 1.0
+
+
+def test_rows_in_another_dimension_are_a_remark() -> None:
+    """Layers that get the sequence first are not compared by row; a drift shows where rows are first again."""
+    model, x = nn.Sequential(Transposing(), nn.LayerNorm(8), Transposing(), nn.Identity()), torch.randn(4, 3, 8)
+    for rows in (1, 2, 3):
+        report = consistency(model, model, x, batch_b=rows)
+        assert report.ok and report.outputs_agree and report.layers == 2, rows
+        assert report.notes == (
+            "not compared, for the rows of the batch are not in the first dimension of a value: 0, 1, 2",
+        )
+
+    class RowsDecide(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * (1 + 2**-20 * (x.shape[1] > 3))
+
+    model[1] = RowsDecide()
+    report = consistency(model, model, x, batch_b=1)
+    assert report.drift is not None and report.drift.path == "2" and report.drift.unknown == ("argument 1",)
+    report = consistency(model[:2], model[:2], x, batch_b=1)
+    assert report.ok and not report.outputs_agree
+
+
+def test_a_batch_without_rows_is_not_split() -> None:
+    """It is compared as a whole."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    assert consistency(model, model, torch.ones(0, 8), batch_b=1).layers == 2
+
+
 def test_two_decision_files(tmp_path: Path) -> None:
     """Each side replays the decisions of its file; the process has its own again afterwards."""
     model = Model().eval()
@@ -566,6 +692,11 @@ def test_two_decision_files(tmp_path: Path) -> None:
         assert found is not None and found.path == "blocks.0.norm"
         assert (found.a, found.b) == ("reference", f"{__name__}.Kernel")
         assert receipt(model, device="cpu").rows[0].origin == f"{__name__}.Kernel"
+    report = consistency(nn.ReLU(), nn.ReLU(), torch.ones(2), setting_b=before)
+    assert report.notes == ("setting_b is a decision file without a decision for a layer of the model",)
+    after.write_text("{}")
+    with pytest.raises(ArgumentError, match=r"after\.json"):
+        consistency(nn.ReLU(), nn.ReLU(), torch.ones(2), setting_b=after)
 
 
 class OwnGenerator(nn.Module):
@@ -646,6 +777,11 @@ BAD: dict[str, tuple[dict[str, Any], type[KernelsError], str]] = {
     "half a row": ({"batch_a": 0.5}, ArgumentTypeError, "batch_a"),
     "gradients of other batches": ({"batch_a": 1, "gradients": True}, ArgumentError, "sum over all rows"),
     "a model without numbers": ({"b": nn.Linear(1, 1, device="meta")}, ArgumentError, "meta"),
+    "inputs without numbers": (
+        {"inputs": torch.ones(2, 1, device="meta")},
+        ArgumentError,
+        "inputs.* on the meta device",
+    ),
     "no gradients": ({"a": nn.Identity(), "b": nn.Identity(), "gradients": True}, ConsistencyError, "requires grad"),
 }
 
