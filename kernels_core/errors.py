@@ -210,7 +210,7 @@ class NoKernelError(ResolutionError):
 
 
 class DecisionError(NoKernelError):
-    """A decision file does not hold here, or decisions cannot be frozen: nothing serves in place of the kernel.
+    """A decision file does not hold here, or decisions cannot be frozen, or shared by ranks: nothing else serves.
 
     Attributes:
         layer: The name of the layer; empty where the file cannot be used at all.

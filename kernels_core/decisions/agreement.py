@@ -49,6 +49,7 @@ def agree(
 ) -> Receipt:
     """Compare the decisions of all ranks of a process group: all run the same kernels, or each raises the difference.
 
+    Of the model, the decorated layers and functions are compared, as its receipt lists them, and nothing else.
     Every rank of the group calls this, at the same place of its program. Where all agree, it costs one collective of 32
     bytes. First, kernels that went into quarantine on one rank are taken out on all of them. From then on, a kernel
     that fails on one rank stays until the next `agree`: call it between steps, after the same steps on every rank.

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from hub_scene import Publish, call, kernel, new_process, scale
+from torch import nn
 
-from kernels_core import ArgumentError
+from kernels_core import ArgumentError, DecisionError, Mode, kernelize, receipt, use_kernel_forward_from_hub
+from kernels_plugins import use_kernel_mapping
 from kernels_plugins.hub.client import answers, revision
 from kernels_plugins.hub.client.answers import share
-from kernels_plugins.hub.client.board import ask_once
+from kernels_plugins.hub.client.board import FolderBoard, ask_once
 from kernels_plugins.hub.client.download import hub_address, metadata_cache
 from kernels_plugins.hub.client.metadata_cache import MetadataCache, Pin
 from kernels_plugins.hub.errors import UnreachableError
@@ -129,3 +132,54 @@ def test_ranks_with_equal_devices_have_one_build(
     monkeypatch.setenv("KERNELS_LEADER", "0")
     new_process()
     assert call(scale()).value == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "neither a process group of several ranks nor KERNELS_LEADER_DIR"),
+        ({"KERNELS_LEADER": "maybe"}, "KERNELS_LEADER='maybe' is neither on nor off"),
+        ({"KERNELS_LEADER_DIR": "/proc/kernels"}, "ranks cannot agree there .*name a folder that all ranks may write"),
+        ({"KERNELS_LEADER_DIR": "job"}, "write the whole path"),
+        ({"KERNELS_LEADER_DIR": "{tmp}", "KERNELS_LEADER_TIMEOUT": "soon"}, "KERNELS_LEADER_TIMEOUT is 'soon'"),
+        ({"KERNELS_LEADER_DIR": "{tmp}", "KERNELS_LEADER_TIMEOUT": "0.2", "dead": "2"}, "has not answered in 0.2 sec"),
+    ],
+    ids=["alone", "neither on nor off", "not writable", "relative", "timeout", "dead leader"],
+)
+def test_a_leader_that_is_asked_for_and_impossible(
+    kernel_repository: Publish,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    new_process: Callable[[], None],
+    settings: dict[str, str],
+    text: str,
+) -> None:
+    """With `KERNELS_LEADER=1`, a rank that cannot share raises in its first call, and `kernelize` raises, too.
+
+    Nothing is half applied: switched off, the kernel serves.
+    """
+    kernel_repository(layers=kernel(3))
+    taken = FolderBoard.take
+    if settings.get("dead"):  # ranks that have ended lead the first rounds
+        monkeypatch.setattr(FolderBoard, "take", lambda self, key: not key.endswith(("-0", "-1")) and taken(self, key))
+    monkeypatch.setenv("KERNELS_LEADER", "1")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value.replace("{tmp}", str(tmp_path / "job")))
+
+    @use_kernel_forward_from_hub("Scale")
+    class Scale(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    model = nn.Sequential(Scale())
+    with use_kernel_mapping({"Scale": {"cpu": scale()}}):
+        with pytest.raises(DecisionError, match=text):
+            model(torch.ones(1))
+        with pytest.raises(DecisionError, match=text):
+            kernelize(model, device="cpu", mode=Mode.TRAINING)
+        assert type(model[0]) is Scale
+        row = receipt(model, device="cpu").rows[0]
+        assert row.is_reference and "KERNELS_LEADER" in row.refusals[0][1]
+        monkeypatch.setenv("KERNELS_LEADER", "0")
+        new_process()
+        assert model(torch.ones(1)).item() == 3

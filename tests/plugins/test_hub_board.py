@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from kernels_core import ArgumentError, IntegrityError, LoadError
+from kernels_core import ArgumentError, DecisionError, IntegrityError, LoadError
 from kernels_plugins.hub import fetching
 from kernels_plugins.hub.client import board, revision
 from kernels_plugins.hub.client.board import Board, FolderBoard, GroupBoard, ask_once, find_board
@@ -215,8 +215,9 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a group, there is no board; asked for one, the error says what to name. Others' folders are refused."""
     assert find_board() is None
     monkeypatch.setenv("KERNELS_LEADER", "1")
-    with pytest.raises(LoadError, match="neither a process group of several ranks nor KERNELS_LEADER_DIR"):
+    with pytest.raises(DecisionError, match="neither a process group of several ranks nor KERNELS_LEADER_DIR"):
         find_board()
+    monkeypatch.delenv("KERNELS_LEADER")
     for folder in ("new", "~nobody-of-this-name/new"):
         monkeypatch.setenv("KERNELS_LEADER_DIR", folder)
         with pytest.raises(LoadError, match="write the whole path"):

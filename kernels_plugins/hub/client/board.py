@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
-from kernels_core import ArgumentError, LoadError, switch
+from kernels_core import ArgumentError, DecisionError, KernelsError, LoadError, switch
 from kernels_core.torch_internals import default_store
 
 from ..errors import RepositoryError, RevisionError, UnreachableError
@@ -55,7 +55,7 @@ _inherited: Any = None
 
 
 class Board(Protocol):
-    """Texts by key, that all ranks of a job read. Each method raises `UnreachableError` where the board fails."""
+    """Texts by key, that all ranks of a job read. Where it fails, each method raises as `ask_once`."""
 
     def take(self, key: str) -> bool:
         """Return whether this is the first call with this key, of all ranks."""
@@ -93,9 +93,10 @@ class GroupBoard:
         try:
             yield
         except RuntimeError as error:
-            raise UnreachableError(
+            raise _failure(
+                UnreachableError,
                 f"the store of the process group fails ({error}), so ranks cannot agree on a commit: see whether the "
-                f"process that holds it has ended, as rank 0, or set {SWITCH}=0 on all ranks"
+                f"process that holds it has ended, as rank 0, or set {SWITCH}=0 on all ranks",
             ) from error
 
 
@@ -104,14 +105,16 @@ class FolderBoard:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_absolute():  # ranks may work in different folders, and would share nothing without a word
-            raise LoadError(f"{FOLDER} is {str(folder)!r}: write the whole path, which is the same for all ranks")
+            text = f"{FOLDER} is {str(folder)!r}: write the whole path, which is the same for all ranks"
+            raise _failure(LoadError, text)
         self._folder = folder
         with self._naming():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = folder.stat()
         # What is posted decides which code runs.
         if hasattr(os, "geteuid") and (found.st_uid not in (0, os.geteuid()) or found.st_mode & stat.S_IWOTH):
-            raise LoadError(f"{FOLDER} is {folder}, which other users may write: name a folder that only you may write")
+            text = f"{FOLDER} is {folder}, which other users may write: name a folder that only you may write"
+            raise _failure(LoadError, text)
 
     def take(self, key: str) -> bool:
         """Make a file that must not exist, with some text: a full disk shows here, and not after the Hub was asked."""
@@ -156,24 +159,36 @@ class FolderBoard:
         try:
             yield
         except OSError as error:
-            raise UnreachableError(
+            raise _failure(
+                UnreachableError,
                 f"{FOLDER} is {self._folder}, and ranks cannot agree there ({type(error).__name__}: {error}): name a "
-                "folder that all ranks may write, with free space"
+                "folder that all ranks may write, with free space",
             ) from error
+
+
+def _failure(kind: type[KernelsError], text: str) -> KernelsError:
+    """Return the error of a rank that cannot share: one that no reference answers, where `KERNELS_LEADER` is on."""
+    return (
+        DecisionError(f"{SWITCH} is on, and {text}", found=text) if os.environ.get(SWITCH, "").strip() else kind(text)
+    )
 
 
 def find_board() -> Board | None:
     """Return the board of this job; None where this process is no rank of one, or `KERNELS_LEADER` is off."""
     asked = bool(os.environ.get(SWITCH, "").strip())
-    if asked and not switch(SWITCH):
-        return None
+    try:
+        if asked and not switch(SWITCH):
+            return None
+    except ArgumentError as error:
+        raise DecisionError(str(error)) from None
     if folder := os.environ.get(FOLDER):
         return FolderBoard(Path(os.path.expanduser(folder)))
     store = _group_store()
     if store is None and asked:
-        raise LoadError(
-            f"{SWITCH} is on, and there is neither a process group of several ranks nor {FOLDER}: name a folder that "
-            f"all ranks see, initialise torch.distributed first, or unset {SWITCH}"
+        raise _failure(
+            LoadError,
+            f"there is neither a process group of several ranks nor {FOLDER}: name a folder that all ranks see, "
+            f"initialise torch.distributed first, or unset {SWITCH}",
         )
     return None if store is None else GroupBoard(store)
 
@@ -186,7 +201,7 @@ def leader_patience() -> float:
     except ValueError:
         seconds = -1
     if not 0 < seconds < float("inf"):
-        raise ArgumentError(f"{TIMEOUT} is {text!r}: set it to a number of seconds, or unset it.")
+        raise _failure(ArgumentError, f"{TIMEOUT} is {text!r}: set it to a number of seconds, or unset it.")
     return seconds
 
 
@@ -216,6 +231,7 @@ def ask_once(question: str, send: Callable[[], Any]) -> Any:
 
     Raises:
         UnreachableError: The Hub did not answer, or the board fails, or the rank that leads does not answer in time.
+        DecisionError: The same of board and ranks, where `KERNELS_LEADER` is on: no reference serves then.
     """
     global _silent
     board = find_board()
@@ -250,9 +266,10 @@ def _answer(board: Board, question: str, send: Callable[[], Any]) -> Any:
         if told.get("dead"):
             late += 1
             if late == 2:
-                raise UnreachableError(
+                raise _failure(
+                    UnreachableError,
                     f"the rank that asks the Hub for {question!r} has not answered in {leader_patience():g} seconds, "
-                    f"and neither has the next one: see which rank has ended or hangs, or set {TIMEOUT} higher"
+                    f"and neither has the next one: see which rank has ended or hangs, or set {TIMEOUT} higher",
                 )
         if "answer" in told:
             return told["answer"]
@@ -266,7 +283,7 @@ def _lead(board: Board, key: str, failed: str, send: Callable[[], Any]) -> Any:
         answer = send()
     except BaseException as error:
         told = {"error": type(error).__name__, "message": str(error)} if type(error).__name__ in SHARED_ERRORS else {}
-        with suppress(UnreachableError):  # the others wait no longer than they would for one that died
+        with suppress(UnreachableError, DecisionError):  # the others wait no longer than they would for one that died
             board.post(failed, json.dumps(told))
         raise
     # Another rank has posted one, if it took this one for dead: that one holds for all.
@@ -289,7 +306,7 @@ def _parse(text: str, *needed: str) -> dict[str, Any]:
     with suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(text), dict) and found.keys() >= {*needed}:
             return found
-    raise LoadError(f"the ranks' board has {text[:80]!r} where an answer belongs: name another {FOLDER}")
+    raise _failure(LoadError, f"the ranks' board has {text[:80]!r} where an answer belongs: name another {FOLDER}")
 
 
 def _group_store() -> Any:
