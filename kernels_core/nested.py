@@ -48,7 +48,8 @@ def held_by(values: Iterable[Any], *, attributes: bool = True) -> Held:
 
     Args:
         values: The values, such as the arguments of a call.
-        attributes: Whether the attributes of objects are looked at.
+        attributes: Whether the attributes of all objects are looked at, or of dataclasses only: of none where Dynamo
+            traces.
     """
     if torch.compiler.is_dynamo_compiling():
         return _held_traced(values, attributes)
@@ -78,7 +79,7 @@ def held_by(values: Iterable[Any], *, attributes: bool = True) -> Held:
                 inside += value
             elif issubclass(kind, torch.nn.Module):
                 modules.append(value)
-            elif attributes:
+            elif attributes or hasattr(kind, "__dataclass_fields__"):
                 others.add(kind)
                 objects.append(value)
         if not inside:

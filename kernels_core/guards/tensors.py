@@ -78,8 +78,8 @@ def _looks_at_parameters() -> bool:
 
 def _kinds(values: Iterable[Any]) -> list[type[torch.Tensor]]:
     found: list[type[torch.Tensor]] = []
-    # Traced, the attributes of objects are left alone: their guards would compile anew whenever a cache grows.
-    tensors, _, _ = held_by(values, attributes=not torch.compiler.is_dynamo_compiling())
+    # Warm calls would pay 20 us for all that a cache holds; traced ones would compile anew whenever it grows.
+    tensors, _, _ = held_by(values, attributes=False)
     for tensor in tensors:
         kind = type(tensor)
         if kind not in _USUAL and kind not in found and not kind.__module__.startswith(_HOLD_THEIR_DATA):
@@ -134,7 +134,8 @@ def pending_among(odd: Iterable[type[torch.Tensor]], values: Iterable[Any]) -> f
     pending = frozenset(filter(is_pending, odd))
     if not pending:
         return pending
-    hidden, _, _ = held_by([leaf for leaf in tree_leaves(list(values)) if not isinstance(leaf, torch.Tensor)])
+    others = [leaf for leaf in tree_leaves(list(values)) if not isinstance(leaf, torch.Tensor)]
+    hidden, _, _ = held_by(others, attributes=False)
     return frozenset() if any(is_pending(type(tensor)) for tensor in hidden) else pending
 
 
