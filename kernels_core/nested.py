@@ -18,19 +18,30 @@ from .torch_internals import DYNAMO_LISTS_ATTRIBUTES, registered_node, storage_k
 _PLAIN = (torch.Tensor, str, bytes, int, float, complex, torch.Size, torch.dtype, torch.device, type(None), type)
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 SEQUENCES = frozenset({tuple, list})
-_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_ITEMS: dict[type[Any], Callable[[Any], Iterable[Any]]] = {
+    dict: dict.values,
+    **{kind: cast(Any, kind).__iter__ for kind in (list, tuple, set, frozenset, deque)},
+}
+"""Lists the items of containers, also of classes with an `__iter__` or a `values` of their own."""
+_CONTAINERS = tuple(_ITEMS)
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _CLOSED = PLAIN.union({type, torch.dtype, torch.device}, _FUNCTIONS)
 SIMPLE = _CLOSED | _TENSORS
 """Classes of values that neither hold a tensor nor are one that is not plain."""
 _OF_PYTHON = 1 << 9
 """The flag of classes that a `class` statement has made: generators and arrays are of others."""
+_OPENED = (types.SimpleNamespace, types.MappingProxyType)
+"""Classes without it whose objects are opened."""
 
 _DEEPEST = 100
 """How deep paths lead."""
 
 MOST = 10_000
-"""How many values are looked at in the arguments of a call: an object may lead to all of a program."""
+"""How many values are looked at in the arguments of a call: an object may lead to all of a program.
+
+Numbers and texts do not count: a list may have many of them.
+"""
+_FEW = 100
 
 Remake = Callable[[list[Any]], Any]
 Held = tuple[list[torch.Tensor], list[torch.nn.Module], bool]
@@ -73,10 +84,13 @@ def held_by(values: Iterable[Any], *, attributes: bool = True) -> Held:
                 objects.append(value)
             elif issubclass(kind, torch.Tensor):
                 tensors.append(value)
-            elif issubclass(kind, dict):
+            elif kind is dict:
                 inside += value.values()
             elif issubclass(kind, _CONTAINERS):
-                inside += value
+                base = next(base for base in kind.__mro__ if base in _ITEMS)
+                inside += _ITEMS[base](value)
+                if attributes and base is not kind:
+                    objects.append(value)
             elif issubclass(kind, torch.nn.Module):
                 modules.append(value)
             elif attributes or hasattr(kind, "__dataclass_fields__"):
@@ -86,6 +100,8 @@ def held_by(values: Iterable[Any], *, attributes: bool = True) -> Held:
             if not objects:
                 return tensors, modules, True
             inside, objects = _attributes(objects, opened), []
+        if len(inside) > _FEW:
+            inside = [value for value in inside if type(value) not in _CLOSED]
         left -= len(inside) or 1
         values = inside
     return tensors, modules, False
@@ -103,7 +119,7 @@ def _held_traced(values: Iterable[Any], attributes: bool) -> Held:
             if isinstance(value, torch.Tensor):
                 tensors.append(value)
             elif isinstance(value, dict):
-                inside.extend(value.values())
+                inside.extend(dict.values(value))
             elif isinstance(value, _CONTAINERS):
                 inside.extend(value)
             elif isinstance(value, torch.nn.Module):
@@ -140,7 +156,8 @@ def _attributes(objects: list[Any], opened: set[int]) -> list[Any]:
 
     Asks the garbage collector, as it finds slots, too, and runs no code of the objects.
     """
-    opens = {kind: bool(kind.__flags__ & _OF_PYTHON) and _opens(kind) for kind in set(map(type, objects))}
+    kinds = set(map(type, objects))
+    opens = {kind: kind in _OPENED or bool(kind.__flags__ & _OF_PYTHON) and _opens(kind) for kind in kinds}
     fresh = [value for value in objects if opens[type(value)] and id(value) not in opened]
     opened.update(map(id, fresh))
     classes = set(map(type, opens))  # an object refers to its class, too
@@ -247,9 +264,8 @@ def _named_attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an object that holds tensors, those in slots, too; nothing for any other."""
     if isinstance(value, torch.nn.Module) or not held_by([value])[0]:
         return {}
-    slots = [vars(cls).get("__slots__", ()) for cls in type(value).__mro__]
-    names = {name for given in slots for name in ([given] if isinstance(given, str) else given)}
-    names -= {"__dict__", "__weakref__"}
+    slots = [vars(cls) for cls in type(value).__mro__ if "__slots__" in vars(cls)]
+    names = {name for found in slots for name in found if isinstance(found[name], types.MemberDescriptorType)}
     held = {name: getattr(value, name) for name in sorted(names) if hasattr(value, name)}
     return {**held, **getattr(value, "__dict__", {})}
 

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import importlib.util
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -57,6 +58,11 @@ class Items(list[Any]):
     pass
 
 
+class Lazy(dict[str, Any]):
+    def values(self) -> Any:
+        raise RuntimeError("its values are loaded only by name")
+
+
 def model_output(tensor: torch.Tensor) -> Any:
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -90,11 +96,15 @@ OBJECTS: dict[str, tuple[Hold, Take]] = {
     "list in a dataclass": (lambda t: Data([t]), lambda a: a.inner[0]),
     "dataclass in a dict": (lambda t: {"k": Data((t,))}, lambda a: a["k"].inner[0]),
     "object in an object": (lambda t: Plain(Plain({"k": t})), lambda a: a.inner.inner["k"]),
+    "class of dicts with values of its own": (lambda t: Lazy(k=t), lambda a: a["k"]),
+    "namespace": (lambda t: types.SimpleNamespace(inner=[t]), lambda a: a.inner[0]),
     "object that can be called": (lambda t: Called(t), lambda a: a()),
     "cache": (lambda t: cache(t), lambda a: a.layers[2].keys.view(-1)[:4]),
 }
 ONLY_EAGER: dict[str, tuple[Hold, Take]] = {
     "slots": (lambda t: Slots([t]), lambda a: a.inner[0]),
+    "attribute of a class of lists": (lambda t: vars(held := Items([1])).update(t=t) or held, lambda a: a.t),
+    "mapping that is read-only": (lambda t: types.MappingProxyType({"k": t}), lambda a: a["k"]),
     "partial": (lambda t: functools.partial(max, t), lambda a: a.args[0]),
     "distribution": (lambda t: torch.distributions.Normal(t, 1.0, validate_args=False), lambda a: a.loc),
 }
@@ -374,6 +384,22 @@ def test_more_than_can_be_looked_at_counts_as_recorded(prepared: Any) -> None:
         tensor = X.clone().requires_grad_()
         layer(X, [*([0] for _ in range(MOST)), [tensor]]).sum().backward()
         assert tensor.grad is not None and ran == []
+
+
+def test_many_numbers_are_no_reason_to_leave_a_kernel() -> None:
+    """Numbers and texts do not count to the limit, in a list or an object: one of 20,000 does not end kernels."""
+    ran: list[str] = []
+    take: Take = lambda a: a["tensor"]  # noqa: E731
+
+    class Kernel(nn.Module):
+        def forward(self, x: Any, held: Any = None) -> Any:
+            ran.append("kernel")
+            return x + take(held) * 3
+
+    with use_kernel_mapping({"Numbers": {"cpu": Kernel}}):
+        layer, tensor = make("Numbers", take), X.clone().requires_grad_()
+        layer(X, {"tensor": tensor, "ids": list(range(2 * MOST)), "more": Plain(["a"] * 2 * MOST)}).sum().backward()
+    assert tensor.grad is not None and ran == ["kernel"]
 
 
 def test_the_first_tensor_is_in_order_and_not_in_attributes() -> None:
