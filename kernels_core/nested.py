@@ -20,19 +20,18 @@ _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 SEQUENCES = frozenset({tuple, list})
 _ITEMS: dict[type[Any], Callable[[Any], Iterable[Any]]] = {
     dict: dict.values,
+    types.MappingProxyType: cast(Any, types.MappingProxyType).values,
     **{kind: cast(Any, kind).__iter__ for kind in (list, tuple, set, frozenset, deque)},
 }
-"""Lists the items of containers, also of classes with an `__iter__` or a `values` of their own."""
-_CONTAINERS = tuple(_ITEMS)
+MAPPINGS = (dict, types.MappingProxyType)
+CONTAINERS = tuple(_ITEMS)
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _CLOSED = PLAIN.union({type, torch.dtype, torch.device}, _FUNCTIONS)
 SIMPLE = _CLOSED | _TENSORS
 """Classes of values that neither hold a tensor nor are one that is not plain."""
+_NAMESPACE = types.SimpleNamespace
 _OF_PYTHON = 1 << 9
 """The flag of classes that a `class` statement has made: generators and arrays are of others."""
-_OPENED = (types.SimpleNamespace, types.MappingProxyType)
-"""Classes without it whose objects are opened."""
-
 _DEEPEST = 100
 """How deep paths lead."""
 
@@ -86,10 +85,9 @@ def held_by(values: Iterable[Any], *, attributes: bool = True) -> Held:
                 tensors.append(value)
             elif kind is dict:
                 inside += value.values()
-            elif issubclass(kind, _CONTAINERS):
-                base = next(base for base in kind.__mro__ if base in _ITEMS)
-                inside += _ITEMS[base](value)
-                if attributes and base is not kind:
+            elif issubclass(kind, CONTAINERS):
+                inside += items_of(value)
+                if attributes and kind not in _ITEMS:
                     objects.append(value)
             elif issubclass(kind, torch.nn.Module):
                 modules.append(value)
@@ -118,9 +116,9 @@ def _held_traced(values: Iterable[Any], attributes: bool) -> Held:
         for value in values:
             if isinstance(value, torch.Tensor):
                 tensors.append(value)
-            elif isinstance(value, dict):
-                inside.extend(dict.values(value))
-            elif isinstance(value, _CONTAINERS):
+            elif isinstance(value, MAPPINGS):
+                inside.extend(dict.values(value) if isinstance(value, dict) else value.values())
+            elif isinstance(value, CONTAINERS):
                 inside.extend(value)
             elif isinstance(value, torch.nn.Module):
                 modules.append(value)
@@ -138,12 +136,17 @@ def _held_traced(values: Iterable[Any], attributes: bool) -> Held:
     return tensors, modules, False
 
 
+def items_of(container: Any) -> Iterable[Any]:
+    """Return the items of a container, of a mapping its values: by no `__iter__` of its class: it may do more."""
+    return _ITEMS[next(base for base in type(container).__mro__ if base in _ITEMS)](container)
+
+
 def first_tensor(values: Iterable[Any], *, attributes: bool = True) -> torch.Tensor | None:
     """Return the first tensor among values and in them, those in attributes of objects last; None without one."""
     for value in values:
         if isinstance(value, torch.Tensor):
             return value
-        if isinstance(value, _CONTAINERS):
+        if isinstance(value, CONTAINERS):
             tensors, _, _ = held_by((value,), attributes=False)
             if tensors:
                 return tensors[0]
@@ -156,9 +159,10 @@ def _attributes(objects: list[Any], opened: set[int]) -> list[Any]:
 
     Asks the garbage collector, as it finds slots, too, and runs no code of the objects.
     """
-    kinds = set(map(type, objects))
-    opens = {kind: kind in _OPENED or bool(kind.__flags__ & _OF_PYTHON) and _opens(kind) for kind in kinds}
-    fresh = [value for value in objects if opens[type(value)] and id(value) not in opened]
+    opens = {
+        kind: _opens(kind) for kind in set(map(type, objects)) if kind.__flags__ & _OF_PYTHON or kind is _NAMESPACE
+    }
+    fresh = [value for value in objects if opens.get(type(value)) and id(value) not in opened]
     opened.update(map(id, fresh))
     classes = set(map(type, opens))  # an object refers to its class, too
     return [value for value in gc.get_referents(*fresh) if type(value) not in classes]
@@ -235,15 +239,17 @@ def _open(value: Any, inside: tuple[int, ...]) -> tuple[list[tuple[str, Any]], R
     # A cycle would never end, and to follow a longer path takes too deep a stack.
     if isinstance(value, _PLAIN) or id(value) in inside or len(inside) == _DEEPEST:
         return None
-    if isinstance(value, Mapping):
-        return [(f"[{key!r}]", child) for key, child in value.items()], lambda new: _mapping(value, new)
+    # One that is no dict may load files when it is asked.
+    if issubclass(kind, dict) or (issubclass(kind, Mapping) and held_by([value])[0]):
+        items = dict(dict.items(value) if issubclass(kind, dict) else value.items())
+        return [(f"[{key!r}]", child) for key, child in items.items()], lambda new: _mapping(value, items, new)
     if isinstance(value, tuple):
         fields = getattr(value, "_fields", None)
         if fields is not None:
             return [(f".{name}", child) for name, child in zip(fields, value, strict=True)], lambda new: kind(*new)
-        return [(f"[{i}]", child) for i, child in enumerate(value)], lambda new: kind(new)
+        return [(f"[{i}]", child) for i, child in enumerate(tuple.__iter__(value))], lambda new: kind(new)
     if isinstance(value, list):
-        return [(f"[{i}]", child) for i, child in enumerate(value)], lambda new: _list(value, new)
+        return [(f"[{i}]", child) for i, child in enumerate(list.__iter__(value))], lambda new: _list(value, new)
     # After lists and tuples, whose classes are registered, too, and whose items have better paths.
     node = registered_node(kind)
     if node is not None:
@@ -270,14 +276,14 @@ def _named_attributes(value: Any) -> dict[str, Any]:
     return {**held, **getattr(value, "__dict__", {})}
 
 
-def _mapping(value: Mapping[Any, Any], new: list[Any]) -> Any:
+def _mapping(value: Mapping[Any, Any], keys: Iterable[Any], new: list[Any]) -> Any:
     node = registered_node(type(value))
     if node is not None and not isinstance(value, dict):
         return node.unflatten_fn(new, node.flatten_fn(value)[1])
     if not hasattr(value, "__setitem__"):  # an immutable one
-        return cast(Any, type(value))(dict(zip(value, new, strict=True)))
+        return cast(Any, type(value))(dict(zip(keys, new, strict=True)))
     made = cast("dict[Any, Any]", copy.copy(value))  # keeps the class, and what else it holds
-    for key, child in zip(value, new, strict=True):
+    for key, child in zip(keys, new, strict=True):
         made[key] = child
     return made
 

@@ -168,6 +168,8 @@ def strides_of(shard: torch.Tensor, shape: torch.Size, cut: Iterable[int | None]
     """Return the strides of a tensor of which one like this is a shard."""
     strides = shard.stride()
     for dim in {dim for dim in cut if dim is not None}:
-        size, held = shape[dim], shard.shape[dim]
-        strides = tuple([s // held * size if s > shard.stride(dim) else s for s in strides])
+        size, held, own = shape[dim], shard.shape[dim], strides[dim]
+        if own:  # else it is expanded, and adds nothing to the others
+            outer = [s > own or (s == own and held == 1 and n != dim + len(strides)) for n, s in enumerate(strides)]
+            strides = tuple([s // held * size if is_outer else s for s, is_outer in zip(strides, outer, strict=True)])
     return strides

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from torch import nn
@@ -14,11 +13,10 @@ from torch import nn
 from ..errors import ArgumentTypeError
 from ..generated import dispatched_layer
 from ..layer import Forward, Layer
+from ..nested import CONTAINERS, MAPPINGS, items_of
 
 _CALLABLE = (types.FunctionType, types.MethodType)
-_ITEMS = (list, tuple, set, frozenset, deque)
-_MAPPINGS = (dict, types.MappingProxyType)
-_HOLDERS = (*_CALLABLE, *_ITEMS, *_MAPPINGS, functools.partial, functools.partialmethod, staticmethod, classmethod)
+_HOLDERS = (*_CALLABLE, *CONTAINERS, functools.partial, functools.partialmethod, staticmethod, classmethod)
 _MOST = 10_000
 """Items that are looked at for one attribute or one name in code: a vocabulary has more, and no functions."""
 
@@ -105,12 +103,12 @@ def _callables(values: Iterable[object], *, classes: bool = False) -> Iterator[A
                 items = (value.__func__,)
             elif isinstance(value, functools.partial | functools.partialmethod):
                 items = (value.func, *value.args, *value.keywords.values())
-            elif len(value) <= left:
-                left -= len(value)
-                is_mapping = issubclass(type(value), _MAPPINGS)
-                values = value if not is_mapping else dict.values(value) if isinstance(value, dict) else value.values()
-                items = tuple(values)
-                if classes and is_mapping:  # a tuple of classes is for `isinstance`, mostly
+            else:
+                items = tuple(islice(items_of(value), left + 1))
+                if len(items) > left:
+                    continue
+                left -= len(items)
+                if classes and issubclass(type(value), MAPPINGS):  # a tuple of classes is for `isinstance`, mostly
                     firsts = (item[0] if type(item) is tuple and item else item for item in items)
                     yield from (item for item in firsts if issubclass(type(item), type) and issubclass(item, nn.Module))
             stack.append(iter(items))
@@ -163,7 +161,7 @@ def _named(function: types.FunctionType, cls: type[nn.Module]) -> Iterator[objec
             # `vars`: a module that loads names lazily would import them for `getattr`.
             values += (vars(place)[name] for name in methods if name in vars(place))
     for table in [value for value in values if issubclass(type(value), Mapping)]:
-        for place in (table, *type(table).__mro__) if not issubclass(type(table), _MAPPINGS) else ():
+        for place in (table, *type(table).__mro__) if not issubclass(type(table), MAPPINGS) else ():
             # Such as a `UserDict`: its own methods may load files.
             values += (part for part in getattr(place, "__dict__", {}).values() if issubclass(type(part), dict))
     for value in _callables(values, classes=True):

@@ -378,12 +378,18 @@ def test_what_only_looks_like_a_function_is_not_opened() -> None:
         def values(self) -> Any:
             raise AssertionError("loaded")
 
+    class LazyItems(list[Any]):
+        def __len__(self) -> int:
+            raise AssertionError("loaded")
+
+        __iter__ = None  # type: ignore[assignment]
+
     class Proxy:
         @property
         def __class__(self) -> Any:
             raise AssertionError("loaded")
 
-    items: list[Any] = [Proxy(), Lazy(a=held)]
+    items: list[Any] = [Proxy(), LazyItems([Lazy(a=held)])]
     items.append(items)
     assert [layer.name for layer in functions_of(Holds(items))] == ["held_function"]
     assert functions_of(Scale) == () == functions_of(Scale())

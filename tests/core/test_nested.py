@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import collections.abc
 import dataclasses
 import functools
 import importlib.util
@@ -97,6 +97,7 @@ OBJECTS: dict[str, tuple[Hold, Take]] = {
     "dataclass in a dict": (lambda t: {"k": Data((t,))}, lambda a: a["k"].inner[0]),
     "object in an object": (lambda t: Plain(Plain({"k": t})), lambda a: a.inner.inner["k"]),
     "class of dicts with values of its own": (lambda t: Lazy(k=t), lambda a: a["k"]),
+    "mapping that is read-only": (lambda t: types.MappingProxyType({"k": t}), lambda a: a["k"]),
     "namespace": (lambda t: types.SimpleNamespace(inner=[t]), lambda a: a.inner[0]),
     "object that can be called": (lambda t: Called(t), lambda a: a()),
     "cache": (lambda t: cache(t), lambda a: a.layers[2].keys.view(-1)[:4]),
@@ -104,7 +105,6 @@ OBJECTS: dict[str, tuple[Hold, Take]] = {
 ONLY_EAGER: dict[str, tuple[Hold, Take]] = {
     "slots": (lambda t: Slots([t]), lambda a: a.inner[0]),
     "attribute of a class of lists": (lambda t: vars(held := Items([1])).update(t=t) or held, lambda a: a.t),
-    "mapping that is read-only": (lambda t: types.MappingProxyType({"k": t}), lambda a: a["k"]),
     "partial": (lambda t: functools.partial(max, t), lambda a: a.args[0]),
     "distribution": (lambda t: torch.distributions.Normal(t, 1.0, validate_args=False), lambda a: a.loc),
 }
@@ -399,6 +399,39 @@ def test_many_numbers_are_no_reason_to_leave_a_kernel() -> None:
     with use_kernel_mapping({"Numbers": {"cpu": Kernel}}):
         layer, tensor = make("Numbers", take), X.clone().requires_grad_()
         layer(X, {"tensor": tensor, "ids": list(range(2 * MOST)), "more": Plain(["a"] * 2 * MOST)}).sum().backward()
+    assert tensor.grad is not None and ran == ["kernel"]
+
+
+def test_values_that_load_when_asked_are_not_asked() -> None:
+    """The check of gradients reads lists and dicts by no method of their class, and leaves other mappings closed."""
+
+    class AskedError(RuntimeError):
+        pass
+
+    class Files(collections.abc.Mapping[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            raise AskedError
+
+        __iter__ = __len__ = __getitem__  # type: ignore[assignment]
+
+    class Rows(Items):
+        def __iter__(self) -> Iterator[Any]:
+            raise AskedError
+
+    class Columns(Lazy):
+        items = __iter__ = Lazy.values
+
+    ran: list[str] = []
+    take: Take = lambda a: list.__getitem__(a[0], 0)  # noqa: E731
+
+    class Kernel(nn.Module):
+        def forward(self, x: Any, held: Any = None) -> Any:
+            ran.append("kernel")
+            return x + 3 * take(held)
+
+    with use_kernel_mapping({"Asked": {"cpu": Kernel}}):
+        layer, tensor = make("Asked", take), X.clone().requires_grad_()
+        layer(X, [Rows([tensor]), Files(), Columns(k=X)]).sum().backward()
     assert tensor.grad is not None and ran == ["kernel"]
 
 

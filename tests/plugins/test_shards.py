@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ranks import run_ranks
 from torch import nn
 
 from kernels_core import Mode, resolve, use_kernel_forward_from_hub
+from kernels_core.guards.crossing import strides_of
 from kernels_plugins import use_kernel_mapping
 
 RANKS = """
@@ -169,6 +171,14 @@ norm, plain = whole(Norm(), line), whole(PlainNorm(), line)
 for case, size in ("uneven", 7), ("a rank without any", {2: 1, 4: 5}[count]):
     compared(case, *[lambda m=m: results(m, line, [Shard(1)], (2, size, 8)) for m in (norm, plain)])
 compared("accumulated", lambda: accumulated(add, line), lambda: accumulated(lambda x, other: x + other, line))
+def expanded(function):
+    '''Return the gradient of what had another shape, from one that each rank expands over its positions.'''
+    torch.manual_seed(7)
+    x, other = [distribute_tensor(torch.randn(24), line, [Shard(0)]).requires_grad_() for _ in range(2)]
+    given = DTensor.from_local(torch.arange(6.0).expand(4 // count, 6), line, [Shard(0)])
+    function(x.view(4, 6), other.view(4, 6)).backward(given)
+    return [x.grad, other.grad]
+compared("expanded", lambda: expanded(add), lambda: expanded(lambda x, other: x + other))
 def more(layer, *, create_graph):
     '''Return gradients of strided and replicated gradients, of a second backward, and of a gradient.'''
     torch.manual_seed(6)
@@ -292,6 +302,19 @@ open(f"{rank}.json", "w").write(json.dumps(report))
 dist.destroy_process_group()
 os._exit(0)
 """
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("cut", [(-3,), (-2,), (-1,), (-3, -2), (-2, -1), (-1, -3)])
+def test_the_strides_of_a_whole_are_found_from_a_shard(cut: tuple[int, ...], order: tuple[int, ...]) -> None:
+    """In whatever order the dimensions lie in memory, also where two are cut, and a rank has one position."""
+
+    def strides(shape: torch.Size) -> tuple[int, ...]:
+        back = [order.index(dim) for dim in range(3)]
+        return torch.empty([shape[dim] for dim in order]).permute(back).stride()
+
+    shape, held = torch.Size((4, 2, 6)), torch.Size([n // 2 if i - 3 in cut else n for i, n in enumerate((4, 2, 6))])
+    assert strides_of(torch.empty_strided(held, strides(held)), shape, cut) == strides(shape)
 
 
 WRONG = "OneRankWrong", "WrongGradient", "NotLocal"
