@@ -102,7 +102,13 @@ def set_host_random_states(states: tuple[Any, Any]) -> None:
 
 
 def numpy_random() -> Any:
-    """Return `numpy.random`, which NumPy 2 imports at its first use; None where NumPy is not imported."""
+    """Return `numpy.random`, which NumPy 2 imports at its first use; None where NumPy is not imported.
+
+    Example:
+        >>> import numpy
+        >>> numpy_random() is numpy.random
+        True
+    """
     return importlib.import_module("numpy.random") if "numpy" in sys.modules else None
 
 
