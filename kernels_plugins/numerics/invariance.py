@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,18 +13,11 @@ import torch
 from kernels_core import error_text
 
 from ..oracle.inputs import DTYPES
-from .bits import differing, size_of
 from .rows import LAYOUTS, Forward, NotTaken, Rows
+from .smallest import SIZES, Ran, beside, differing_rows, shrunk
 
 Case = tuple[torch.dtype, str]
-Ran = Callable[[Rows, Any, float | None, torch.Tensor | None], dict[str, torch.Tensor]]
-"""Runs rows, of which those that are not kept hold a number; returns tensors with rows in their first dimension."""
 
-_SIZES = (
-    *(1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128, 129, 255, 256, 257, 512),
-    *(1000, 1024, 2048, 3000, 4095, 4096),
-)
-"""Numbers of rows that are tried, where kernels may change their way: powers of two, and those beside."""
 _FEW = (1, 2, 3, 16, 17, 64, 256, 1024, 4095, 4096)
 _EACH_TO = 256
 _TILE = 128
@@ -34,7 +27,10 @@ _MANY = 64
 """Rows that are compared in parts of each size, or more."""
 _VECTOR = 64
 """A number of elements that vectors of a CPU divide without a rest."""
-_FILLS = (torch.inf, -torch.inf, torch.nan, 0.0, 1e4)
+_BLOCKS = (2, 3, 4, 7, 16, 64, 128, 512)
+"""Lengths that are tried along a dimension in the middle, such as that of a sequence."""
+_SOME = 512
+"""Rows that are compared in blocks of such a length."""
 _AT_ONCE = 32
 """Parts that are compared before the device is waited for."""
 
@@ -117,11 +113,14 @@ def batch_invariant(
                 raise NotTaken
             continue
         tried.append(name)
-        for layout in ("",) if whole_vectors else LAYOUTS if only is None else only[1:]:
+        multiple = _VECTOR if whole_vectors else 1
+        for layout in LAYOUTS if only is None else only[1:]:
+            if layout and rows.width % multiple:
+                continue  # each row has a rest of its own there
             laid = replace(varied, layout=layout)
-            sizes = _FEW if layout else range(1, rows.count) if every else _SIZES
+            sizes = _FEW if layout else range(1, rows.count) if every else SIZES
             more = [] if layout or every or dtype is not given else _more(rows.count)
-            reason, count = _rows_differ(laid, _forwards(forward), sizes, more, _VECTOR if whole_vectors else 1)
+            reason, count = _rows_differ(laid, _forwards(forward), sizes, more, multiple)
             if reason:
                 return Judgement(False, reason, (dtype, layout))
             most = max(most, count)
@@ -143,7 +142,7 @@ def backward_invariant(
         run = rows.backwards(forward)
         if run is None:
             return Judgement(True, "no input with rows gets a gradient")
-        sizes, more = (range(1, rows.count), []) if every else (_SIZES, _more(rows.count))
+        sizes, more = (range(1, rows.count), []) if every else (SIZES, _more(rows.count))
         reason, count = _rows_differ(rows, run, sizes, more, _VECTOR if whole_vectors else 1)
     except NotTaken:
         raise
@@ -163,7 +162,7 @@ def _more(count: int) -> list[int]:
     tiles = [n for tile in range(_TILE, count, _TILE) for n in (tile - 1, tile, tile + 1)]
     generator = torch.Generator("cpu").manual_seed(0)
     others = torch.randint(1, count + 1, (32,), generator=generator, device="cpu").tolist()
-    return [n for n in dict.fromkeys((*range(1, min(_EACH_TO, count)), *tiles, *others)) if n not in _SIZES]
+    return [n for n in dict.fromkeys((*range(1, min(_EACH_TO, count)), *tiles, *others)) if n not in SIZES]
 
 
 def _rows_differ(rows: Rows, run: Ran, sizes: Iterable[int], more: Iterable[int], multiple: int) -> tuple[str, int]:
@@ -179,30 +178,93 @@ def _rows_differ(rows: Rows, run: Ran, sizes: Iterable[int], more: Iterable[int]
     starts = [
         (n, i * count // many)
         for n in sizes
-        for many in [1 if rows.layout or n not in _SIZES else max(_MANY // n, 1)]
+        for many in [1 if rows.layout or n not in SIZES else max(_MANY // n, 1)]
         for i in range(many)
     ]
     starts += [(n, at) for n in (1, 2, 5, 64) for at in (1, 3, count // 2, count - n) if 0 < at <= count - n]
     starts = [(n, min(at, count - n)) for n, at in dict.fromkeys(starts) if n < count]
     parts = [everything.flip(0), *(everything[at : at + n] for n, at in starts)]
     others = [everything[:n] for n in more if n < count]
-    remaining = (p for p in itertools.chain(parts, _in_time(others)) if len(p) * rows.width % multiple == 0)
+    reason, tried = _parts_differ(rows, run, whole, itertools.chain(parts, _in_time(others)), multiple)
+    if not reason:
+        reason = _neighbours_differ(rows, run, whole, _fills(rows.dtype))
+    if not reason and not rows.layout:
+        reason = _arranged(rows, run, whole, multiple)
+    return reason, tried
+
+
+def _parts_differ(
+    rows: Rows, run: Ran, whole: dict[str, torch.Tensor], parts: Iterable[torch.Tensor], multiple: int
+) -> tuple[str, int]:
+    remaining = (part for part in parts if len(part) * rows.width % multiple == 0)
     tried: set[int] = set()
     while some := [
-        (part, _of_rows(run(rows, part, None, None), {path: t[part] for path, t in whole.items()}))
+        (part, differing_rows(run(rows, part, None, None), {path: t[part] for path, t in whole.items()}))
         for part in itertools.islice(remaining, _AT_ONCE)
     ]:
         flags = torch.stack([differ.any() for _, differ in some]).tolist()  # waits once
         for (part, differ), flag in zip(some, flags, strict=True):
             if flag:
-                return _shrunk(rows, run, whole, int(part[differ][0]), len(part)), 0
+                return shrunk(rows, run, whole, part, int(differ.nonzero()[0])), 0
         tried.update(len(part) for part, _ in some)
-    kept = everything % 3 == 1
-    for fill in _FILLS if count > 1 else ():
-        other = run(rows, slice(None), fill, kept)  # one that raises here is not known to be invariant
-        if bool((differ := _of_rows(other, whole) & kept).any()):
-            return _beside(rows, run, fill, int(differ.sum()), int(kept.sum())), 0
     return "", len(tried)
+
+
+def _neighbours_differ(rows: Rows, run: Ran, whole: dict[str, torch.Tensor], fills: Iterable[float]) -> str:
+    kept = torch.arange(rows.count, device=next(iter(whole.values())).device) % 3 == 1
+    for fill in fills if rows.count > 1 else ():
+        other = run(rows, slice(None), fill, kept)  # one that raises here is not known to be invariant
+        if bool((differ := differing_rows(other, whole) & kept).any()):
+            return beside(rows, run, fill, int(differ.sum()), int(kept.sum()))
+    return ""
+
+
+def _fills(dtype: torch.dtype) -> tuple[float, ...]:
+    """Return numbers for other rows to hold: those that spread, and finite ones at the ends of a dtype."""
+    ends = (torch.finfo(dtype).max, torch.finfo(dtype).tiny / 2) if dtype.is_floating_point else ()
+    return (torch.inf, -torch.inf, torch.nan, 0.0, 1e4, -1e4, *ends)
+
+
+def _arranged(rows: Rows, run: Ran, whole: dict[str, torch.Tensor], multiple: int) -> str:
+    """Compare rows that lie along dimensions in the middle, as those of a sequence, with rows that lie along the first.
+
+    Dimensions along which the reference computes other numbers are none of rows.
+    """
+    everything = torch.arange(rows.count, device=next(iter(whole.values())).device)
+    mixing: set[int] = set()
+    for lead in _leads(rows):
+        axes = {axis for axis, size in enumerate(lead) if axis and size != 1}
+        laid = replace(rows, lead=lead)
+        if mixing & axes or laid.unit > rows.count:
+            continue
+        counts = SIZES if laid.unit == 1 else (1, 2, rows.given[0], _SOME // laid.unit)
+        parts = [everything[: n * laid.unit] for n in counts if 0 < n * laid.unit <= rows.count]
+        if laid.unit == 1:
+            parts += [everything[at : at + n] for n in (2, 3, 5) for at in range(n, min(_MANY, rows.count - n), n)]
+        try:
+            reason = _parts_differ(laid, run, whole, parts, multiple)[0]
+            if not reason and laid.unit == 1:
+                reason = _neighbours_differ(laid, run, whole, [torch.nan])
+        except Exception:  # also where it passes the call on
+            if laid.mixes(3):
+                mixing |= axes
+                continue
+            raise
+        if reason and laid.mixes(rows.count):
+            mixing |= axes
+        elif reason:
+            return reason
+    return ""
+
+
+def _leads(rows: Rows) -> list[tuple[int, ...]]:
+    """Return shapes of the dimensions of rows to try, with -1 for as many as there are."""
+    given, leads = rows.given, []
+    for axis in range(1, len(given)):
+        ones = [1] * (len(given) - axis - 1)
+        leads.append((*[1] * axis, -1, *ones))
+        leads += [(-1, *[1] * (axis - 1), size, *ones) for size in (*_BLOCKS, given[axis]) if size > 1]
+    return list(dict.fromkeys([*leads, *([(-1, *given[1:])] if max(given[1:], default=1) > 1 else [])]))
 
 
 def _in_time(parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -219,66 +281,3 @@ def _forwards(forward: Forward) -> Ran:
         return found
 
     return run
-
-
-def _of_rows(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return which rows differ in a bit of any output."""
-    differ = [differing(one[path], other[path]).reshape(len(one[path]), -1).any(1) for path in one]
-    return torch.stack(differ).any(0)
-
-
-def _sizes_of(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str:
-    masks = {path: differing(one[path], other[path]) for path in one}
-    return "; ".join(
-        size_of(one[path][mask], other[path][mask], mask.numel()) for path, mask in masks.items() if mask.any()
-    )
-
-
-def _shrunk(rows: Rows, run: Ran, whole: dict[str, torch.Tensor], row: int, among: int) -> str:
-    """Find the fewest rows among which a row has other bits than alone, and how many rows change bits."""
-    device = next(iter(rows.call.inputs.values())).device
-    order = torch.roll(torch.arange(rows.count, device=device), -row)  # the row itself is the first
-    alone = run(rows, order[:1], None, None)
-
-    def differs(count: int) -> str:
-        found = run(rows, order[:count], None, None)
-        return _sizes_of({path: t[:1] for path, t in found.items()}, alone)
-
-    sizes = sorted({*(size for size in (*_SIZES, among) if 1 < size < rows.count), rows.count})
-    at = next((place for place, size in enumerate(sizes) if differs(size)), None)
-    if at is None:
-        return (
-            f"row {row} has other bits elsewhere among {among:,} of {rows.count:,} rows; "
-            f"input: {rows.described(rows.count)}"
-        )
-    low, high = sizes[at - 1] if at else 1, sizes[at]
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if differs(middle) else (middle, high)
-    low = max(low, -(-rows.count // 256))  # in at most so many runs
-    parts = [slice(at, at + low) for at in range(0, rows.count, low)]
-    changed = sum(
-        int(_of_rows(run(rows, part, None, None), {path: t[part] for path, t in whole.items()}).sum()) for part in parts
-    )
-    total = f"{changed:,} of {rows.count:,} rows have other bits in parts of {low:,}; " if changed else ""
-    return (
-        f"{total}smallest input: "
-        f"{rows.described(high)}, whose first row (row {row} of those tried) has other bits than alone: {differs(high)}"
-    )
-
-
-def _beside(rows: Rows, run: Ran, fill: float, wrong: int, among: int) -> str:
-    """Find the fewest rows in which a row has other bits where the others hold a number."""
-    device = next(iter(rows.call.inputs.values())).device
-    for count in (2, 3, 4, 8, 16, 64, 256, 1024, rows.count):
-        if count > rows.count:
-            break
-        part = torch.arange(count, device=device)
-        kept = part % 3 == 1
-        plain, other = run(rows, part, None, None), run(rows, part, fill, kept)
-        if text := _sizes_of(*({path: t[kept] for path, t in each.items()} for each in (other, plain))):
-            break
-    return (
-        f"{wrong} of {among} rows have other bits beside rows that hold {fill:g}; smallest input: "
-        f"{rows.described(count)}, two of three rows filled with {fill:g}: {text}"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,9 @@ class Rows:
         count: The number of rows.
         layout: A key of `LAYOUTS`.
         trained: The inputs with rows that require grad in the given call, or all floating ones where none does.
+        reference: The layer's own forward.
+        given: The sizes of the dimensions of rows in the given call, where rows are several of them.
+        lead: The sizes in which rows are arranged, with -1 for one of them; empty where they lie along the first one.
     """
 
     call: Call
@@ -63,6 +67,14 @@ class Rows:
     count: int
     layout: str = ""
     trained: tuple[str, ...] = ()
+    reference: Forward = field(default=lambda *args: None)
+    given: tuple[int, ...] = ()
+    lead: tuple[int, ...] = ()
+
+    @property
+    def unit(self) -> int:
+        """The number of rows must be a multiple of this one."""
+        return abs(math.prod(self.lead))
 
     @property
     def width(self) -> int:
@@ -87,6 +99,8 @@ class Rows:
             if fill is not None and kept is not None and taken.is_floating_point():
                 taken = taken.clone()
                 taken.movedim(dim, 0)[~kept] = fill
+            if self.lead:
+                taken = taken.reshape(*self.lead, *taken.shape[len(self.lead) :])
             return LAYOUTS[self.layout](taken) if taken.is_floating_point() else taken
 
         with torch.no_grad(), torch.inference_mode(False):
@@ -124,12 +138,28 @@ class Rows:
                 if not outputs:
                     return {}
                 sources = [replay.sources[f"input {name}"] for name in rows.trained]
-                gradients = [pushed[path][part] for path in outputs]
+                gradients = [pushed[path][part].reshape(tensor.shape) for path, tensor in outputs.items()]
                 arrived = torch.autograd.grad(list(outputs.values()), sources, gradients, allow_unused=True)
             both = zip(rows.trained, arrived, strict=True)
-            return {name: grad.movedim(rows.names[name], 0) for name, grad in both if grad is not None}
+            shapes = {name: rows.call.inputs[name].movedim(rows.names[name], 0).shape[1:] for name in rows.trained}
+            return {
+                name: (grad if rows.lead else grad.movedim(rows.names[name], 0)).reshape(-1, *shapes[name])
+                for name, grad in both
+                if grad is not None
+            }
 
         return run if self.trained and run(self, slice(None), None, None) else None
+
+    def mixes(self, count: int) -> bool:
+        """Whether the reference computes other numbers for rows in this arrangement, or does not take it."""
+        part = slice(count // self.unit * self.unit or self.unit)
+        try:
+            found, expected = (each.run(self.reference, each.of(part)) for each in (self, replace(self, lead=())))
+        except Exception:
+            return True
+        if found is None or expected is None or any(found[p].numel() != t.numel() for p, t in expected.items()):
+            return True
+        return not compare({path: found[path].reshape(t.shape) for path, t in expected.items()}, expected).ok
 
     def in_dtype(self, dtype: torch.dtype) -> Rows:
         """Return the same with everything in another dtype, also the module."""
@@ -142,6 +172,7 @@ class Rows:
             shape = list(tensor.shape)
             if name in self.names:
                 shape[self.names[name]] = count
+                shape[: len(self.lead)] = [count // self.unit if size == -1 else size for size in self.lead]
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 texts.append(f"{name} {'x'.join(map(str, shape))} {dtype}")
         return ", ".join(texts) + (f" ({self.layout})" if self.layout else "")
@@ -150,9 +181,13 @@ class Rows:
 @dataclass(frozen=True)
 class _Plan:
     names: Mapping[str, int]
-    flat: bool = False
-    """Whether all dimensions but the last one are made the first one."""
-    given: int = field(default=0)
+    given: int
+    before: tuple[int, ...] = ()
+    """The dimensions of rows, all of which are made the first one."""
+
+    @property
+    def flat(self) -> bool:
+        return bool(self.before)
 
 
 def rows_of(call: Call, reference: Forward) -> Rows | str:
@@ -214,10 +249,10 @@ def _plans(call: Call, main: str) -> list[_Plan]:
     plans = []
     if not first.is_floating_point() and first.dim() > 1:  # each index is a row
         alike = {n: 0 for n, t in inputs.items() if t.shape == first.shape and not t.is_floating_point()}
-        plans.append(_Plan(alike, flat=True, given=first.numel()))
+        plans.append(_Plan(alike, first.numel(), first.shape))
     elif first.dim() > 2:
         alike = {n: 0 for n, t in inputs.items() if before in (t.shape[:-1], t.shape)}
-        plans.append(_Plan(alike, flat=True, given=before.numel()))
+        plans.append(_Plan(alike, before.numel(), before))
     last = {
         n: t.dim() - first.dim() for n, t in inputs.items() if t.dim() >= first.dim() and t.shape[-first.dim()] == count
     }
@@ -244,7 +279,7 @@ def _flattened(call: Call, plan: _Plan) -> Call:
 
 def _tried(call: Call, plan: _Plan, reference: Forward, whole: Any) -> tuple[Rows | None, bool]:
     """Return a few rows of a call, None if its outputs have none; and whether one is about the same among fewer."""
-    given = Rows(call, plan.names, (), plan.given)
+    given = Rows(call, plan.names, (), plan.given, reference=reference, given=plan.before)
     rows = replace(given, call=_grown(given, 3), count=3) if plan.given < 3 else given
     shapes = []
     for count in (2, 3):  # an output that happens to have two of something has not three then
