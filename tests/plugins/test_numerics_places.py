@@ -1,4 +1,4 @@
-"""Where rows lie, in which dimension, at which place and beside which numbers: what decides otherwise is found."""
+"""Rows in each dimension, at any place and beside any numbers: a kernel whose bits depend on these is found."""
 
 from __future__ import annotations
 
