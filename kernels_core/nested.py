@@ -117,7 +117,7 @@ def _held_traced(values: Iterable[Any], attributes: bool) -> Held:
             if isinstance(value, torch.Tensor):
                 tensors.append(value)
             elif isinstance(value, MAPPINGS):
-                inside.extend(dict.values(value) if isinstance(value, dict) else value.values())
+                inside.extend(value.values())
             elif isinstance(value, CONTAINERS):
                 inside.extend(value)
             elif isinstance(value, torch.nn.Module):

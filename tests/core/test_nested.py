@@ -96,18 +96,21 @@ OBJECTS: dict[str, tuple[Hold, Take]] = {
     "list in a dataclass": (lambda t: Data([t]), lambda a: a.inner[0]),
     "dataclass in a dict": (lambda t: {"k": Data((t,))}, lambda a: a["k"].inner[0]),
     "object in an object": (lambda t: Plain(Plain({"k": t})), lambda a: a.inner.inner["k"]),
-    "class of dicts with values of its own": (lambda t: Lazy(k=t), lambda a: a["k"]),
-    "mapping that is read-only": (lambda t: types.MappingProxyType({"k": t}), lambda a: a["k"]),
-    "namespace": (lambda t: types.SimpleNamespace(inner=[t]), lambda a: a.inner[0]),
     "object that can be called": (lambda t: Called(t), lambda a: a()),
     "cache": (lambda t: cache(t), lambda a: a.layers[2].keys.view(-1)[:4]),
 }
 ONLY_EAGER: dict[str, tuple[Hold, Take]] = {
     "slots": (lambda t: Slots([t]), lambda a: a.inner[0]),
+    "class of dicts with values of its own": (lambda t: Lazy(k=t), lambda a: a["k"]),
     "attribute of a class of lists": (lambda t: vars(held := Items([1])).update(t=t) or held, lambda a: a.t),
     "partial": (lambda t: functools.partial(max, t), lambda a: a.args[0]),
     "distribution": (lambda t: torch.distributions.Normal(t, 1.0, validate_args=False), lambda a: a.loc),
 }
+OF_C: dict[str, tuple[Hold, Take]] = {
+    "mapping that is read-only": (lambda t: types.MappingProxyType({"k": t}), lambda a: a["k"]),
+    "namespace": (lambda t: types.SimpleNamespace(inner=[t]), lambda a: a.inner[0]),
+}
+(OBJECTS if DYNAMO_LISTS_ATTRIBUTES else ONLY_EAGER).update(OF_C)  # other versions ask for the module of the class
 if importlib.util.find_spec("transformers") is None:
     del CONTAINERS["model output"], OBJECTS["cache"]
 ALL = {**CONTAINERS, **OBJECTS, **ONLY_EAGER}
