@@ -75,6 +75,8 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
     while waiting:
         value: Any = waiting.pop()
         value = getattr(value, "__func__", value)
+        if "_kernels_cold" in getattr(value, "__globals__", ()):  # generated: its names count the decorated layers
+            value = value.kernels_layer.reference
         # The code of an object of the package, such as one that a kernel keeps and calls. Ranks compare no objects.
         if not (on_any_rank or isinstance(value, _CODE)) and _is_own(type(value).__module__, module):
             value = type(value)

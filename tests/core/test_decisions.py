@@ -747,6 +747,27 @@ def test_content_has_tables_objects_and_files_beside(tmp_path: Path, monkeypatch
     assert all(len(set(each)) == len(EDITS) + 1 for each in zip(*found, strict=True))
 
 
+def test_content_does_not_count_decorated_layers() -> None:
+    """A decorated class, or a kernel that calls a decorated function, has one content after any number of others."""
+
+    def contents() -> tuple[str, str]:
+        @use_kernel_forward_from_hub("inner")
+        def inner(x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @use_kernel_forward_from_hub("Outer")
+        class Outer(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return inner(x)
+
+        def kernel(x: torch.Tensor) -> torch.Tensor:
+            return inner(x)
+
+        return content_of(Outer), content_of(kernel)
+
+    assert contents() == contents()
+
+
 def test_installed_files_are_of_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where packages are installed, files beside a kernel are those of others: their version is theirs to tell."""
     folder = tmp_path / "site-packages"

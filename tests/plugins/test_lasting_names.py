@@ -211,6 +211,56 @@ def test_caches_and_programs_of_another_process(tmp_path: Path) -> None:
     assert "fxgraph_cache_miss" in changed and not hits & changed.keys()
 
 
+MANY = """
+import importlib, json, pathlib, sys
+import torch
+from torch._dynamo.utils import counters
+
+found = []
+for source in json.loads(pathlib.Path("sources.json").read_text()):
+    sys.modules.pop("shop", None)
+    pathlib.Path("shop.py").write_text(source)
+    importlib.invalidate_caches()
+    import shop
+    opaque = shop.opaque(shop.Kernel)
+    shop.register_kernel_mapping({name: {"cpu": opaque} for name in ("Scale", "Scaled")})
+    layer = shop.Scale().requires_grad_(False)
+    torch._dynamo.reset()
+    counters.clear()
+    x = torch.full((2,), 3.0)
+    same = torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+    names = [f"{kind}_cache_{what}" for kind in ("autograd", "fxgraph") for what in ("hit", "miss")]
+    counts = {name: counters["aot_autograd"][name] + counters["inductor"][name] for name in names}
+    found.append([same, layer(x).tolist(), counts])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_no_edit_of_a_hundred_hits_the_cache_of_another_process(tmp_path: Path) -> None:
+    """One process fills the caches on disk; in another, the unedited kernel hits them, and none of 100 edits does."""
+
+    def run_many(sources: list[str]) -> Any:
+        (tmp_path / "program.py").write_text(MANY)
+        (tmp_path / "sources.json").write_text(json.dumps(sources))
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        done = run_python(str(tmp_path / "program.py"), environment=environment, folder=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def seen(counts: dict[str, int]) -> set[str]:
+        """Hits and misses; the cache of autograd is off in some versions of PyTorch."""
+        return {name.removeprefix("autograd_").removeprefix("fxgraph_") for name, count in counts.items() if count}
+
+    ((same, first, counts),) = run_many([SHOP])
+    assert same and seen(counts) == {"cache_miss"}
+    edited = [SHOP.replace(before, after) for before, after in EDITS]
+    *of_edits, (same, again, unedited) = run_many([*edited, SHOP])
+    assert same and again == first and seen(unedited) == {"cache_hit"}
+    assert len(of_edits) == 100 and all(same and seen(counts) == {"cache_miss"} for same, _, counts in of_edits)
+
+
 @pytest.mark.slow
 def test_an_aot_compiled_program_of_another_process(tmp_path: Path) -> None:
     """AOTInductor's package runs where the layer is resolved."""
