@@ -23,7 +23,7 @@ from ..device import Device, as_torch_device
 from ..errors import ArgumentError, ArgumentTypeError, RequirementError, require_type
 from ..exports import __version__
 from ..generated import dispatched_layer
-from ..guards.numerics import NUMERICS, UNKNOWN
+from ..guards.numerics import NUMERICS, UNKNOWN, Numeric, WantedNumerics
 from ..guards.parts import for_module
 from ..layer import Layer, source_label
 from ..mode import Mode, check_call_mode
@@ -112,7 +112,10 @@ class Receipt(Tabular):
         wanted = "" if names else "a kernel"
         wanted = wanted if origin is None else f"origin {origin!r}"
         wanted = " that is ".join(filter(None, (wanted or "anything", " and ".join(names))))
-        found = [replace(row, checked={**dict.fromkeys(names, UNKNOWN), **row.checked}) for row in matching]
+        found = [
+            replace(row, checked={**dict.fromkeys(names, UNKNOWN), **self._found_before(row, names), **row.checked})
+            for row in matching
+        ]
         failing = [
             row
             for row in found
@@ -129,6 +132,18 @@ class Receipt(Tabular):
             ]
             raise RequirementError("\n".join(lines), rows=failing)
         return self
+
+    def _found_before(self, row: ReceiptRow, names: Sequence[Numeric]) -> dict[str, str]:
+        """Return findings of earlier processes, which no decision reads while nothing is required."""
+        resolution = next((one for one, other in self._grounds.decided if other is row), None)
+        layer = resolution.request.layer if resolution is not None else None
+        if resolution is None or layer is None or row.checked.keys() >= {*names}:
+            return {}
+        request, wanted = resolution.request, WantedNumerics(tuple(names), required=False)
+        again = resolver.decide(layer, request.device, (request.mode,), scopes=(wanted, *request.scopes))
+        if again.implementation is not resolution.implementation:
+            return {}
+        return {name: again.checked[name] for name in names if name in again.checked}
 
     def diff(self, other: Receipt) -> ReceiptDiff:
         """Return the differences of another receipt from this one.

@@ -105,7 +105,7 @@ def kernels_resolve_forward(request: LayerRequest) -> Generator[None, Any, Any]:
     """Add the findings to the decision, and judge the reference where it serves."""
     resolution: Resolution | None = yield
     names = required(request)
-    if resolution is None or request.layer is None or not (names or found_out):
+    if resolution is None or request.layer is None or not (found_out or wanted(request, also_found=True)):
         return resolution
     found = _verdicts(request, resolution.implementation or request.layer.reference, resolution.candidate)
     texts: dict[str, str] = {name: str(finding) for name, finding in found.items()}

@@ -13,10 +13,19 @@ from fresh_process import run_python
 from norms import ByRows, Norm, Steady, by_rows, norm
 from torch import nn
 
-from kernels_core import Mode, NoKernelError, receipt, resolve, use_kernel_forward_from_hub
+from kernels_core import (
+    Mode,
+    NoKernelError,
+    PluginManager,
+    RequirementError,
+    forget,
+    receipt,
+    resolve,
+    use_kernel_forward_from_hub,
+)
 from kernels_core.replay import Call
 from kernels_plugins import check_kernel, numerics, use_kernel_mapping
-from kernels_plugins.numerics import store
+from kernels_plugins.numerics import store, wanted
 from kernels_plugins.numerics.numbers import with_own_numbers
 from kernels_plugins.numerics.properties import find
 
@@ -181,6 +190,24 @@ def test_rows_of_indices_are_judged(shape: tuple[int, ...], is_layer: bool) -> N
     assert found.has is False and " 65" in found.why and "int64" in found.why
     assert find(call, lambda *args: forward(*args, most=10**9), forward, ["batch_invariant"])["batch_invariant"].has
     assert seen <= set(ids.flatten().tolist())
+
+
+def test_a_requirement_reads_what_an_earlier_process_found(isolated_plugins: PluginManager) -> None:
+    """A receipt that is asked for a property reads the file, though nothing is required of this process."""
+    model = nn.Sequential(Norm()).eval()
+    with use_kernel_mapping({"NumericsNorm": {"cpu": Steady}}):
+        with numerics("batch_invariant"), torch.no_grad():
+            model(X)
+        store._found.clear()  # as in a process of its own, in which nothing was found out
+        wanted.found_out.clear()
+        isolated_plugins.unregister(name="numerics-required")
+        forget()
+        plain = receipt(model)
+        assert "batch_invariant" not in plain.rows[0].checked
+        (row,) = plain.require("*", batch_invariant=True).rows
+        assert row.origin.endswith("Steady")
+        with pytest.raises(RequirementError, match="deterministic: not known"):
+            receipt(model).require("*", deterministic=True)
 
 
 def test_calls_on_shards_are_not_known(tmp_path: Path) -> None:
