@@ -29,6 +29,7 @@ from kernels_core import (
     KernelsWarning,
     Mode,
     PluginManager,
+    VerificationError,
     kernelize,
     quarantine,
     receipt,
@@ -430,6 +431,33 @@ def test_a_candidate_that_raises_while_it_is_timed() -> None:
             Twice()(torch.ones(64, WIDTH))
     (found,) = chosen.choice.cells_on("cpu")
     assert found.winner == QUICK and "OSError: out of order" in found.lost[f"{__name__}.Breaks"]
+
+
+class Loses(Breaks):
+    """Right at first, and loses the device later."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        CALLS.append("Loses")
+        if len(CALLS) > 9 and len(x) > 2:
+            raise torch.AcceleratorError("CUDA error: the device is lost")
+        return self.weight * x
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this PyTorch has no such error")
+def test_a_device_that_is_lost_while_it_is_measured(tmp_path: Path) -> None:
+    """That is an error with its text; what was measured before is kept, and the model is as before."""
+    CALLS.clear()
+    layer, x = Twice(), torch.ones(64, WIDTH)
+    with use_kernel_mapping({"Twice": {"cpu": [Loses, Quick]}}):
+        with pytest.raises(VerificationError, match=r"(?s)The device failed.*the device is lost.*Start a new process"):
+            with choosing(tmp_path / "choice.json", contexts=["eager"], seconds=0.02), torch.no_grad():
+                layer(x[:2])
+                CALLS.clear()
+                layer(x)
+    (kept,) = Choice.load(tmp_path / "choice.json").cells_on("cpu")
+    assert kept.rows == "2-3" and not layer._forward_pre_hooks
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.weight * x)
 
 
 def test_blocks_that_find_nothing() -> None:
