@@ -1,10 +1,9 @@
 """The hooks that plugins implement: one card each, and nothing else.
 
-Mark an implementation with `hookimpl`. It may take any of the listed arguments, by name. Each
-card names the kind of its hook: *first result* (the first that answers decides),
-*collect* (all answers are used), *veto* (a reason refuses, None lets pass), *tell* (no answer).
-An exception in a hook names the plugin and does not stop the others: it refuses the candidate
-(*veto*, `kernels_load_layer`), or is warned of once (all others; `KERNELS_STRICT=1` raises it).
+Mark an implementation with `hookimpl`. It may take any of the listed arguments, by name. Each card names the kind of
+its hook: *first result* (the first that answers decides), *collect* (all answers are used), *veto* (a reason refuses,
+None lets pass), *tell* (no answer). An exception in a hook names the plugin and does not stop the others: it refuses
+the candidate (*veto*, `kernels_load_layer`), or is warned of once (all others; `KERNELS_STRICT=1` raises it).
 """
 
 from __future__ import annotations
@@ -105,8 +104,7 @@ def kernels_rank_candidates(request: LayerRequest, candidates: Sequence[Candidat
         ```python
         @hookimpl
         def kernels_rank_candidates(request, candidates):
-            if request.layer_name == "RMSNorm":
-                return sorted(candidates, key=lambda candidate: candidate.plugin != "acme")
+            return sorted(candidates, key=lambda candidate: candidate.plugin != "acme")
         ```
 
     Used by: the resolver; implemented by the plugin `choice`.
@@ -203,8 +201,7 @@ def kernels_check_layer(request: LayerRequest, candidate: Candidate, layer: Kern
 def kernels_resolved(resolution: Resolution) -> None:
     """Learn of a decision.
 
-    Kind: tell. Called: when a decision is put to use, once per layer, device and scope (and mode,
-    where that makes a difference).
+    Kind: tell. Called: when a decision is put to use, once per layer, device, scope and, where it matters, mode.
 
     Args:
         resolution: The decision with every refusal on the way.
@@ -241,15 +238,7 @@ def kernels_wrap_forward(resolution: Resolution) -> Callable[[Callable[..., Any]
         ```python
         @hookimpl
         def kernels_wrap_forward(resolution):
-            def wrap(forward):
-                @functools.wraps(forward)
-                def counted(*args, **kwargs):
-                    calls[resolution.origin] += 1
-                    return forward(*args, **kwargs)
-
-                return counted
-
-            return wrap
+            return lambda forward: functools.wraps(forward)(Timed(forward, resolution.origin))
         ```
 
     Used by: the dispatcher and `kernelize`.
@@ -282,13 +271,11 @@ def kernels_kernel_failed(request: LayerRequest, candidate: Candidate, error: Ba
 def kernels_mapping() -> Mapping[str, Any] | None:
     """Offer a whole mapping: the way for a plugin package to bring its kernels.
 
-    Kind: collect. Called: once, when the plugin `mapping` first needs it, and again after plugins
-    were registered or unregistered. A plugin with an integer attribute `kernels_priority` is
-    asked before those with a smaller one.
+    Kind: collect. Called: once, when the plugin `mapping` first needs it, and again after plugins were registered or
+    unregistered. A plugin with an integer attribute `kernels_priority` is asked before those with a smaller one.
 
     Returns:
-        `{layer name: {device: source | [sources in order] | {Mode: source}}}`, as for
-        `register_kernel_mapping`, or None.
+        `{layer name: {device: source | [sources in order] | {Mode: source}}}`, or None; see `register_kernel_mapping`.
 
     Example:
         ```python
@@ -371,6 +358,23 @@ def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]] |
         ```
 
     Used by: `configured`; implemented by the plugins `mapping`, `adopt`, `hub`, `canary` and `observe`.
+    """
+
+
+@hookspec
+def kernels_settings_in_code() -> Mapping[str, str] | None:
+    """Show the settings that code has made, named as in the configuration file, as text.
+
+    Kind: collect. Called: when settings are shown, as by `kernels-core config`.
+
+    Example:
+        ```python
+        @hookimpl
+        def kernels_settings_in_code():
+            return {"level": "3"}
+        ```
+
+    Used by: `configuration`; implemented by the plugins `mapping`, `canary`, `choice` and `numerics`.
     """
 
 

@@ -146,11 +146,15 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_VETO, _REASON),
     "kernels_wrap_forward": ("a decorator or None", callable),
     **dict.fromkeys(
-        ("kernels_mapping", "kernels_packs", "kernels_configuration"),
+        ("kernels_mapping", "kernels_packs", "kernels_configuration", "kernels_settings_in_code"),
         ("a mapping or None", lambda answer: isinstance(answer, Mapping)),
     ),
     "kernels_adoption_rules": ("a sequence of rules or None", lambda answer: isinstance(answer, Sequence)),
 }
+
+
+_NAMED = ("kernels_wrap_forward", "kernels_adoption_rules", "kernels_configuration", "kernels_settings_in_code")
+"""Hooks of which the caller gets each answer with the name of its plugin."""
 
 
 def _accepted(hook: str, name: str, priority: int, answer: Any) -> Any:
@@ -163,8 +167,7 @@ def _accepted(hook: str, name: str, priority: int, answer: Any) -> Any:
         return [_signed(offer, name) for offer in answer]
     if hook == "kernels_mapping":
         return PluginMapping(name, priority, answer)
-    named = ("kernels_wrap_forward", "kernels_adoption_rules", "kernels_configuration")
-    return (name, answer) if hook in named else answer
+    return (name, answer) if hook in _NAMED else answer
 
 
 def _signed(offer: Candidate | Refusal | Exclusive, name: str) -> Candidate | Refusal | Exclusive:

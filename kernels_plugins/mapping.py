@@ -365,6 +365,12 @@ def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]]:
 
 
 @hookimpl
+def kernels_settings_in_code() -> Mapping[str, str]:
+    """Show the layers of `register_kernel_mapping`."""
+    return {"mapping": ", ".join(sorted(_registered.sources))} if _registered.sources else {}
+
+
+@hookimpl
 def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | LoadedLayer | None:
     """Take classes and functions as they are, and ask packs and any other object to load themselves."""
     if isinstance(source, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType):

@@ -116,9 +116,9 @@ def configuration() -> Configuration:
     settings = plugin_manager().settings()
     applies = settings.root is not None and not settings.problems
     table = settings.root.as_table() if settings.root is not None and applies else {}
-    globs = ", ".join(entry.kernel for entry in quarantined() if not entry.layer)
+    in_code = _in_code()
     rows: list[SettingRow] = []
-    for name in sorted({*reader.OWNERS, *table}):
+    for name in sorted({*reader.OWNERS, *table, *in_code}):
         if _VARIABLES.get(name, "") in os.environ:
             over = f", over line {table[name].line}" if name in table else ""
             rows.append(SettingRow(name, os.environ[_VARIABLES[name]], f"environment{over}"))
@@ -127,10 +127,10 @@ def configuration() -> Configuration:
                 plugin = next((settings.left_out[key] for key in settings.left_out if leaf.is_in(key)), None)
                 value = _shown(leaf.value) if plugin is None else f"not used: plugin {plugin!r} is not loaded"
                 rows.append(SettingRow(leaf.name, value, leaf.place))
-        elif name != "deny" or not globs:
+        elif name not in in_code:
             rows.append(SettingRow(name, "not set", "default"))
-        if name == "deny" and globs:
-            rows.append(SettingRow(name, globs, "code"))
+        if name in in_code:
+            rows.append(SettingRow(name, in_code[name], "code"))
     rows += [
         SettingRow(name, value, "environment")
         for name, value in sorted(os.environ.items())
@@ -146,6 +146,17 @@ def configuration() -> Configuration:
     )
     problems = tuple(map(str, settings.problems))
     return Configuration(str(file) if file is not None else None, tuple(clean), problems, tuple(missing))
+
+
+def _in_code() -> dict[str, str]:
+    """Return the settings that code has made, by their names in the file."""
+    globs = ", ".join(entry.kernel for entry in quarantined() if not entry.layer)
+    found = {"deny": globs} if globs else {}
+    for plugin, made in plugin_manager().hook.kernels_settings_in_code():
+        for key, value in made.items():
+            own = reader.OWNERS.get(key) == plugin or (plugin, key) == ("choice", "choice")
+            found[key if own else f"plugin.{plugin}.{key}"] = str(value)
+    return found
 
 
 def _is_file(row: SettingRow, file: Path | None) -> bool:

@@ -91,6 +91,14 @@ def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]]:
 
 
 @hookimpl
+def kernels_settings_in_code() -> Mapping[str, str]:
+    """Show the settings of the innermost block."""
+    with _lock:
+        shown = vars(_open[-1].settings) if _open else {}
+    return {"canary": ", ".join(f"{name}={value}" for name, value in shown.items())} if shown else {}
+
+
+@hookimpl
 def kernels_wrap_forward(resolution: Resolution) -> Callable[[Forward], Forward] | None:
     """Compare the calls of kernels, while a canary is open."""
     settings = active_settings() if not resolution.is_reference else None

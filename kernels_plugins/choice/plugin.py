@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -126,6 +126,13 @@ def kernels_rank_candidates(request: LayerRequest, candidates: Sequence[Candidat
 
     using = using or _in_use()
     return None if using is None else ranked(request, candidates, *using)
+
+
+@hookimpl
+def kernels_settings_in_code() -> Mapping[str, str]:
+    """Show the choice of the innermost `use_choice`."""
+    with _lock:
+        return {"choice": _open[-1].name} if _open else {}
 
 
 @hookimpl

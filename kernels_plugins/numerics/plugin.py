@@ -103,6 +103,12 @@ def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]]:
     return {"numerics": lambda section: _checked(section.as_texts(), "numerics")}
 
 
+@hookimpl
+def kernels_settings_in_code() -> Mapping[str, str]:
+    """Show the properties of `register_numerics`."""
+    return {"numerics": ", ".join(registered)} if registered else {}
+
+
 @hookimpl(tryfirst=True)
 def kernels_resolve_forward(request: LayerRequest) -> Resolution | None:
     """Register the hooks that judge kernels where the first property is required or was found out, and ask again."""

@@ -23,6 +23,7 @@ from kernels_core import (
     Mode,
     PluginManager,
     Resolution,
+    configuration,
     configured,
     hookimpl,
     hookspecs,
@@ -71,6 +72,7 @@ def test_the_hooks_of_the_design_are_there() -> None:
         "kernels_adoption_rules",
         "kernels_packs",
         "kernels_configuration",
+        "kernels_settings_in_code",
         "kernels_register_commands",
     ]
 
@@ -315,6 +317,15 @@ def test_kernels_configuration(configure: Callable[..., Path], isolated_plugins:
     configure("[plugin.acme]\nlevel = 3\n")
     with pytest.warns(match="Plugin 'broken': kernels_configuration returned 3, not a mapping or None"):
         assert configured("plugin.acme.level") == 3
+
+
+def test_kernels_settings_in_code(isolated_plugins: PluginManager) -> None:
+    """Settings of code are shown with their place, a plugin's own by their full names; no mapping is reported."""
+    isolated_plugins.register(plugin(kernels_settings_in_code=lambda: {"level": "3", "mapping": "mine"}), "acme")
+    isolated_plugins.register(plugin(kernels_settings_in_code=lambda: 3), "broken")
+    with pytest.warns(match="Plugin 'broken': kernels_settings_in_code returned 3, not a mapping or None"):
+        rows = [(row.name, row.value) for row in configuration().settings if row.source == "code"]
+    assert rows == [("plugin.acme.level", "3"), ("plugin.acme.mapping", "mine")]
 
 
 def test_kernels_packs(make_layer: Make, make_kernel: Make, isolated_plugins: PluginManager) -> None:

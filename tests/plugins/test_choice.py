@@ -445,7 +445,7 @@ class Loses(Breaks):
 
 @pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this PyTorch has no such error")
 def test_a_device_that_is_lost_while_it_is_measured(tmp_path: Path) -> None:
-    """That is an error with its text; what was measured before is kept, and the model is as before."""
+    """The error has the text of the device; earlier cells are kept, and the model is unchanged."""
     CALLS.clear()
     layer, x = Twice(), torch.ones(64, WIDTH)
     with use_kernel_mapping({"Twice": {"cpu": [Loses, Quick]}}):
