@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from kernels_core import Mode, kernelize  # noqa: E402
+from kernels_core import Mode, forget, kernelize  # noqa: E402
 from kernels_plugins import adopt, use_kernel_mapping  # noqa: E402
 from kernels_plugins.adoption import shipped_parents  # noqa: E402
 from kernels_plugins.packs.linear_cross_entropy import linear_cross_entropy  # noqa: E402
@@ -126,3 +128,20 @@ def test_a_kernel_for_the_sum_and_norm_of_blocks() -> None:
         model.train().gradient_checkpointing_enable()
         model(ids, labels=ids, use_cache=False).loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_ten_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """On a GPU, too: adopted, measured and chosen, with a receipt that says by how much each layer wins."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python needs=transformers\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    for on_cpu in (".eval()", "torch.arange(128)[None]", "torch.tensor([[1]])"):
+        assert on_cpu in program
+        program = program.replace(on_cpu, f"{on_cpu}.cuda()")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "ten_lines"}
+    exec(program.replace('use_choice("', 'opened = use_choice("'), names)
+    names["opened"].close()
+    forget()
+    shown = capsys.readouterr().out
+    assert re.search(r"model\.norm +RMSNorm +cuda\S* +inference +\S+", shown), shown
+    assert re.search(r"by kernels\.choice\.json: 1(-\d+)? rows? of 256 float32: ", shown), shown
