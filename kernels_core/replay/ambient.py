@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import pickle
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -99,6 +100,27 @@ def set_host_random_states(states: tuple[Any, Any]) -> None:
     random.setstate(states[0])
     if numpy and states[1] is not None:
         numpy.set_state(states[1])
+
+
+def has_drawn(states: RandomStates, host: tuple[Any, Any] | None) -> bool:
+    """Whether random numbers were drawn since `random_states` and, unless None, `host_random_states` were called."""
+    if not same_random_states(random_states(states), states):
+        return True
+    if host is None:
+        return False
+    python, numpy = host_random_states()
+    is_new = host[1] is None  # NumPy was imported since
+    return python != host[0] or not (is_new or pickle.dumps(numpy) == pickle.dumps(host[1]))  # `==` is by element
+
+
+@contextlib.contextmanager
+def kept_host_random_states() -> Iterator[tuple[Any, Any]]:
+    """Restore the generators of Python and NumPy afterwards; yield their states at the start of the block."""
+    before = host_random_states()
+    try:
+        yield before
+    finally:
+        set_host_random_states(before)
 
 
 def numpy_random() -> Any:

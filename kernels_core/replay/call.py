@@ -18,7 +18,7 @@ from torch import nn
 from ..layer import Forward
 from ..nested import each_tensor, leaves, mapped, memory_of, nodes
 from ..raised import error_text
-from .ambient import RandomStates, kept_random_states, random_states, same_random_states, unobserved
+from .ambient import RandomStates, has_drawn, kept_host_random_states, kept_random_states, random_states, unobserved
 from .copies import attributes_of, copies_of, detached, generators_of, replica_of, same_numbers, tensors_of, with_memory
 from .gradients import computed, gradients_of
 from .precision import converted, only
@@ -258,8 +258,9 @@ class Call:
         # As around the call: some operators differ there.
         inference = gradients is None and not wanted and torch.is_inference_mode_enabled()
         records = wanted or (gradients is None and recording)  # the forward may ask for the mode of gradients
-        with unobserved(), kept_random_states([*devices, *self.generators], self.random) as random:
-            replay = Replay(self, self._copied(originals, dtype, parameters, objects), originals, dtype, random)
+        kept = kept_random_states([*devices, *self.generators], self.random)
+        with unobserved(), kept_host_random_states() as host, kept as random:
+            replay = Replay(self, self._copied(originals, dtype, parameters, objects), originals, dtype, random, host)
             if wanted:
                 replay.ask_for_gradients()
             inputs = (tensor for name, tensor in originals.items() if name.startswith("input "))
@@ -329,13 +330,14 @@ class Replay:
         tensors: Mapping[str, torch.Tensor] | None = None,
         dtype: torch.dtype | None = None,
         random: RandomStates | None = None,
+        host: tuple[Any, Any] | None = None,
     ) -> None:
         """Take a call and the same call on copies; without the latter, it runs on its own arguments."""
         self.outputs: Any = None
         self.call = copied or original
         self.originals: dict[str, torch.Tensor] = {}
         self.sources: dict[str, torch.Tensor] = {}
-        self.random: RandomStates = random or {}
+        self.random, self._host = random or {}, host
         self._tensors, self._dtype = tensors or original.tensors, dtype
         self._objects: dict[str, object] = {}
 
@@ -357,7 +359,7 @@ class Replay:
     @property
     def drew(self) -> bool:
         """Whether the run drew random numbers."""
-        return not same_random_states(random_states(self.random), self.random)
+        return has_drawn(self.random, self._host)
 
     def after(self) -> dict[str, torch.Tensor]:
         """Return inputs and buffers as they are now, by name."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..torch_internals import version
-from .ambient import host_random_states, kept_random_states, set_host_random_states, unobserved
+from .ambient import kept_host_random_states, kept_random_states, unobserved
 from .copies import generators_of, same_numbers
 
 
@@ -110,13 +110,9 @@ def _has_data(tensor: torch.Tensor, data: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def _kept_generators(own: list[torch.Generator]) -> Iterator[None]:
     """Restore the random generators of Python, PyTorch, its devices in use, the model, and NumPy if it is imported."""
-    kept = host_random_states()
     kinds = {kind: getattr(torch, kind, None) for kind in ("cuda", "xpu")}
     used = {kind: device for kind, device in kinds.items() if device and device.is_available()}
     counts = {kind: device.device_count() for kind, device in used.items() if device.is_initialized()}
-    try:
-        devices = [torch.device(kind, n) for kind, count in counts.items() for n in range(count)]
-        with kept_random_states([*devices, *own]):
-            yield
-    finally:
-        set_host_random_states(kept)
+    devices = [torch.device(kind, n) for kind, count in counts.items() for n in range(count)]
+    with kept_host_random_states(), kept_random_states([*devices, *own]):
+        yield

@@ -236,6 +236,7 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
                 for leaf in found
                 if isinstance(leaf, torch.Tensor)
             ),
+            *store.words_of((*args, *kwargs.items())),
             torch.is_grad_enabled(),
             any(leaf.requires_grad for leaf in found if isinstance(leaf, torch.Tensor)),
             torch.is_autocast_enabled(request.device.type),

@@ -49,12 +49,15 @@ def with_own_numbers(tensor: torch.Tensor, dim: int | None = None) -> torch.Tens
     moved = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
     rows = moved.reshape(len(moved), -1)
     some = _some(rows)
-    low, high = rows.where(some, torch.inf).amin(1), rows.where(some, -torch.inf).amax(1)
+    shown = some if rows.shape[1] == 1 else rows.isfinite()  # in a mask, zeros are numbers like others
+    low, high = rows.where(shown, torch.inf).amin(1), rows.where(shown, -torch.inf).amax(1)
     silent = low > high if rows.shape[1] == 1 else low >= high
     replaced = silent[:, None] | ~rows.isfinite()
     if not replaced.any():
         return tensor
     known = rows[some].abs().float()
+    most = min(torch.finfo(each).max for each in (rows.dtype, known.dtype)) / 16
+    known = known[known < most]  # numbers at the ends of a dtype mask something, and would overflow
     generator = torch.Generator(tensor.device).manual_seed(0)
     draw = torch.rand if known.numel() and bool((rows[some] > 0).all()) else torch.randn
     drawn = draw(rows.shape, generator=generator, device=tensor.device)

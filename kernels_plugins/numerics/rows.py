@@ -98,7 +98,8 @@ class Rows:
             taken = leaf.movedim(dim, 0)[indices].movedim(0, dim).contiguous()
             if fill is not None and kept is not None and taken.is_floating_point():
                 taken = taken.clone()
-                taken.movedim(dim, 0)[~kept] = fill
+                most = torch.finfo(taken.dtype).max  # of this input, and not of the one that the number is for
+                taken.movedim(dim, 0)[~kept] = min(max(fill, -most), most) if math.isfinite(fill) else fill
             if self.lead:
                 taken = taken.reshape(*self.lead, *taken.shape[len(self.lead) :])
             return LAYOUTS[self.layout](taken) if taken.is_floating_point() else taken
@@ -200,8 +201,10 @@ def rows_of(call: Call, reference: Forward) -> Rows | str:
     inputs = call.inputs
     if any(hasattr(type(tensor), "placements") for tensor in call.tensors.values()):
         return SPREAD
-    mains = [n for n, t in inputs.items() if t.is_floating_point() and t.numel() and t.dim() > 1][:1]
+    mains = [n for n, t in inputs.items() if t.is_floating_point() and t.dim() > 1][:1]
     mains += [n for n, t in inputs.items() if t.dtype in _INDICES and t.numel() and t.dim()][:1]
+    if not all(inputs[name].numel() for name in mains[:1]):
+        return EMPTY
     if not mains:
         return EMPTY if any(not t.numel() for t in inputs.values()) else NO_ROWS
     try:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels_core import NUMERICS, Candidate, Layer, __version__
-from kernels_core.replay import Call
+from kernels_core.replay import Call, leaves
 
 from ..files import write_file
 from ..oracle import probe_cache
@@ -21,7 +21,7 @@ from .invariance import BACKWARD, PASSED_ON, Judgement, joined
 from .rows import ABOUT_THE_CALL
 from .wanted import found_out
 
-_FORMAT = f"3 {__version__}"  # another version may look closer
+_FORMAT = f"4 {__version__}"  # another version may look closer
 _lock = threading.Lock()
 _found: dict[str, dict[str, dict[str, Judgement]]] = {}
 
@@ -33,10 +33,11 @@ def kind_of(call: Call, implementation: Callable[..., Any]) -> str:
     the implementation reads.
     """
     texts = [_described(name, tensor) for name, tensor in call.inputs.items()]
+    texts += map(repr, words_of((*call.args, *call.kwargs.items())))
     module = call.module
     if module is not None:
         texts += ["training"] * module.training
-        texts += [f"{n} {'x'.join(map(str, p.shape))}" for n, p in module.named_parameters()]
+        texts += [f"{n} {'x'.join(map(str, p.shape))} {p.dtype}" for n, p in module.named_parameters()]
         texts += [f"{name}={value!r}" for name, value in attributes_read(implementation, module).items()]
     dtype = next((t.dtype for t in call.tensors.values() if t.is_floating_point()), None)
     device = next((t.device.type for t in call.tensors.values()), "cpu")
@@ -45,10 +46,15 @@ def kind_of(call: Call, implementation: Callable[..., Any]) -> str:
     return ", ".join([str(dtype).removeprefix("torch."), *texts])
 
 
+def words_of(values: Iterable[Any]) -> list[Any]:
+    """Return flags, texts and dtypes among arguments, by which kernels choose a way; numbers may be new each time."""
+    return [leaf for value in values for _, leaf in leaves(value) if isinstance(leaf, (bool, str, torch.dtype))]
+
+
 def _described(name: str, tensor: torch.Tensor) -> str:
     odd = "" if tensor.numel() else " empty"
     odd += f" {type(tensor).__name__}" if type(tensor) not in (torch.Tensor, torch.nn.Parameter) else ""
-    return f"{name} {tensor.dim()}-D {'x'.join(map(str, tensor.shape[-1:]))}{odd}"
+    return f"{name} {tensor.dim()}-D {'x'.join(map(str, tensor.shape[-1:]))} {tensor.dtype}{odd}"
 
 
 def key_of(layer: Layer, implementation: Callable[..., Any], device: torch.device) -> str:

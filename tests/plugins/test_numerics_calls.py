@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from fresh_process import run_python
@@ -28,6 +30,7 @@ from kernels_plugins import check_kernel, numerics, use_kernel_mapping
 from kernels_plugins.numerics import store, wanted
 from kernels_plugins.numerics.numbers import with_own_numbers
 from kernels_plugins.numerics.properties import find
+from kernels_plugins.numerics.rows import EMPTY
 
 pytestmark = [
     pytest.mark.usefixtures("numerics_plugin"),
@@ -70,6 +73,65 @@ def test_some_rows_that_show_nothing_get_numbers_of_their_own() -> None:
     padded = torch.cat([torch.zeros(300, 64), torch.randn(1, 64)])
     found = find(Call(None, (padded, torch.rand(64))), by_rows, norm, ["batch_invariant"])["batch_invariant"]
     assert found.has is False and "65x64" in found.why
+
+
+def test_a_mask_is_neither_constant_nor_out_of_range() -> None:
+    """Zeros and the lowest number stay, and rows of zeros beside them get numbers that are finite."""
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        mask = torch.full((4, 4), torch.finfo(dtype).min, dtype=dtype).triu(1)
+        made = with_own_numbers(mask, 0)
+        assert with_own_numbers(mask) is mask and torch.equal(made[0], mask[0])
+        assert made.isfinite().all() and made[3].unique().numel() == 4
+    large = torch.tensor([[torch.nan] * 8, [1e100] * 8], dtype=torch.float64)
+    assert with_own_numbers(large).isfinite().all()
+
+
+def test_numbers_beside_a_row_are_those_of_each_input() -> None:
+    """The largest float64 has no place in an input of float32: that is no error of the layer."""
+
+    def scaled(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * y.double()
+
+    call = Call(None, (torch.randn(4, 8, dtype=torch.float64), torch.randn(4, 8)))
+    assert find(call, scaled, scaled, ["batch_invariant"])["batch_invariant"].has
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: float(numpy.random.rand())])
+def test_random_numbers_of_the_host_are_noticed_and_restored(draw: Callable[[], float]) -> None:
+    """As those of PyTorch: judging takes none of the user's numbers, and equal calls start with the same."""
+
+    def drawing(x: torch.Tensor) -> torch.Tensor:
+        return x * draw()
+
+    before = random.getstate(), numpy.random.get_state()[2]
+    found = find(Call(None, (X,)), drawing, drawing, ["batch_invariant", "deterministic"])
+    assert (random.getstate(), numpy.random.get_state()[2]) == before
+    assert found["deterministic"].has and "draws random numbers" in found["batch_invariant"].why
+
+
+def test_an_empty_input_with_a_weight_says_nothing_of_other_calls() -> None:
+    """The weight of a function has two dimensions, too, and is not taken for rows."""
+    found = find(Call(None, (torch.ones(0, 64), torch.ones(64, 64))), torch.mm, torch.mm, ["batch_invariant"])
+    assert found["batch_invariant"].why == EMPTY
+
+
+def test_flags_and_dtypes_are_part_of_the_kind_of_a_call() -> None:
+    """A kernel that is innocent in one mode, which an argument chooses, is judged in the other one, too."""
+
+    @use_kernel_forward_from_hub("NumericsFlag")
+    def flagged(x: torch.Tensor, weight: torch.Tensor, fast: bool = False) -> torch.Tensor:
+        return norm(x, weight)
+
+    def kernel(x: torch.Tensor, weight: torch.Tensor, fast: bool = False) -> torch.Tensor:
+        return by_rows(x, weight) if fast else norm(x, weight)
+
+    with use_kernel_mapping({"NumericsFlag": {"cpu": kernel}}), numerics("batch_invariant"):
+        flagged(X, torch.rand(64))
+        assert origin(flagged) == "kernel"
+        flagged(X, torch.rand(64), fast=True)
+        assert origin(flagged) == "reference"
+    kinds = [store.kind_of(Call(Norm().to(dtype), (X,)), ByRows.forward) for dtype in (torch.float32, torch.float64)]
+    assert kinds[0] != kinds[1]
 
 
 def test_weights_of_zeros_hold_random_numbers_while_a_kernel_is_judged() -> None:
