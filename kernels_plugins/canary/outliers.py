@@ -217,7 +217,7 @@ def _class_of_number(number: float) -> str:
     """Return the type and sign of a number among the arguments, and the power of four."""
     size: object = number
     if number and -math.inf < number < math.inf:
-        size = (number.bit_length() if isinstance(number, int) else math.frexp(number)[1]) // 2
+        size = (number.bit_length() + 1 if isinstance(number, int) else math.frexp(number)[1]) // 2  # 0 is alone
     return f"{type(number).__name__} {number < 0} {size}"
 
 
@@ -239,7 +239,7 @@ def _trains(module: nn.Module) -> bool:
     return any(child is not None and _trains(child) for child in module._modules.values())
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
+def _flat(values: Iterable[Any], within: tuple[int, ...] = ()) -> Iterator[Any]:
     """Yield arguments, and the items of lists, tuples, dicts and dataclasses among them, with the keys of dicts.
 
     Of other objects, nothing: a cache would lead to the tensors of all layers.
@@ -248,12 +248,14 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
         if type(value) in _LEAVES or isinstance(value, (torch.Tensor, nn.Module)):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _flat(value)
+            yield from _flat(value, within)
         elif isinstance(value, dict):
             yield from value
-            yield from _flat(value.values())
+            yield from _flat(value.values(), within)
         elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-            yield from _flat([getattr(value, name, None) for name in value.__dataclass_fields__])
+            if id(value) not in within:  # one may refer to that which holds it
+                fields = [getattr(value, name, None) for name in value.__dataclass_fields__]
+                yield from _flat(fields, (*within, id(value)))
         else:
             yield value
 

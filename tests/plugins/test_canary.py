@@ -785,6 +785,21 @@ def test_an_outlier_seen_in_a_part_is_looked_for_as_a_whole(monkeypatch: pytest.
     assert "reaches 1e+04" in found.find((other,))  # of whose rows the 14th call would not read the third
 
 
+def test_a_dataclass_that_refers_to_itself_ends() -> None:
+    """Its tensors are read once; and the number 0, such as a dimension, is another one than 1."""
+
+    @dataclasses.dataclass
+    class Node:
+        x: torch.Tensor
+        parent: Any = None
+
+    node, found = Node(torch.ones(2)), outliers.Outliers()
+    node.parent = [node]
+    assert found.find((node, 0)) == found.find((node, 0)) == "" and found.find((node, 1))
+    node.x = node.x * 1e6
+    assert "reaches 1e+06" in found.find((node, 1))
+
+
 def test_tensors_that_are_not_plain_are_no_outliers() -> None:
     """A comparison of distributed tensors takes part in collectives, so no rank begins one by itself."""
 
