@@ -42,8 +42,8 @@ def misspelt_for(request: LayerRequest, like: Candidate, names: Iterable[str]) -
 def misspelt(name: str, names: Iterable[str]) -> str | None:
     """Return the first of some names that differs from a name by letters in another order, by one, or by case.
 
-    Not by the first or the last one, nor by a digit, for `q_norm` and `k_norm` are two layers; and the name of a
-    function is never nearly that of a class.
+    Not by the first or the last one, by a digit, or by one of a few, for `q_norm`, `k_norm` and `qk_norm` are three
+    layers, as are GLU and GELU; and the name of a function is never nearly that of a class.
     """
     near = (other for other in names if other != name and other.islower() is name.islower())
     return next((other for other in near if _are_near(_plain(name), _plain(other))), None)
@@ -60,4 +60,4 @@ def _are_near(one: str, other: str) -> bool:
     if len(short) == len(long):
         return sorted(short) == sorted(long)
     left_out = (at for at in range(1, len(long) - 1) if not long[at].isdigit())
-    return len(short) == len(long) - 1 and any(long[:at] + long[at + 1 :] == short for at in left_out)
+    return 5 < len(short) == len(long) - 1 and any(long[:at] + long[at + 1 :] == short for at in left_out)

@@ -22,6 +22,7 @@ _NO_CODE = ("__", "_abc", "kernels_", "_kernels_")
 """How the names of attributes of a class begin that Python and the core make, some of them later."""
 
 _CODE = (type, types.FunctionType)
+_WRAPPED = (types.MethodType, staticmethod, classmethod)
 
 _BUILT_IN = ("torch", "builtins")
 """Packages whose classes are known by their names: the version of PyTorch is that of the program."""
@@ -74,9 +75,10 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
     module = getattr(kernel, "__module__", None) or ""
     while waiting:
         value: Any = waiting.pop()
-        value = getattr(value, "__func__", value)
-        if "_kernels_cold" in getattr(value, "__globals__", ()):  # generated: its names count the decorated layers
-            value = value.kernels_layer.reference
+        if isinstance(value, _WRAPPED):  # no other is asked: a lazy object may load files for a name that it lacks
+            value = value.__func__
+        if isinstance(value, types.FunctionType) and "_kernels_cold" in value.__globals__:
+            value = vars(value)["kernels_layer"].reference  # generated code: its names count the decorated layers
         # The code of an object of the package, such as one that a kernel keeps and calls. Ranks compare no objects.
         if not (on_any_rank or isinstance(value, _CODE)) and _is_own(type(value).__module__, module):
             value = type(value)
@@ -89,12 +91,15 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
         if isinstance(value, type):
             for base in value.__mro__:
                 if base.__module__.partition(".")[0] not in _BUILT_IN:
-                    members = {name: vars(base)[name] for name in sorted(vars(base)) if _is_member(name)}
+                    place = vars(sys.modules.get(base.__module__, types.ModuleType("")))
+                    own = {name: vars(base)[name] for name in sorted(vars(base)) if _is_member(name)}
+                    state = {name for name in own if f".{name}" in set_by_calls(place) and not _is_code(own[name])}
+                    members = {name: member for name, member in own.items() if name not in state}
                     yield from (f"{base.__qualname__}.{name} {_text(member)}" for name, member in members.items())
                     waiting += members.values()
-                    inexact = [f"{base.__qualname__}.{name}" for name, one in members.items() if not _is_exact(one)]
-                    place = vars(sys.modules.get(base.__module__, types.ModuleType("")))
-                    texts, code = written(place, inexact, functools.partial(_is_own, of=base.__module__))
+                    inexact = [name for name, one in own.items() if name in state or not _is_exact(one)]
+                    named = [f"{base.__qualname__}.{name}" for name in inexact]
+                    texts, code = written(place, named, functools.partial(_is_own, of=base.__module__))
                     yield from texts
                     waiting += [one for one in code if _is_followed(one, base)]
         elif isinstance(value, types.FunctionType):
@@ -108,7 +113,7 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
                 yield str([_text(named[name]) for name in exact])
                 texts, code = written(space, [name for name in named if name not in exact], own)
                 yield from texts
-                constants += [*named.values(), *code]
+                constants += [one for name, one in named.items() if name not in state or _is_code(one)] + code
             waiting += [one for one in [*constants, *_parts(constants)] if _is_followed(one, value)]
             waiting += [getattr(value, "__wrapped__", None)]
 
@@ -160,7 +165,11 @@ def _is_exact(value: Any) -> bool:
     """Whether the text of a value tells all of it, or its code does."""
     if isinstance(value, tuple | frozenset):
         return all(map(_is_exact, value))
-    return isinstance(value, (*_SIMPLE, *_CODE, staticmethod, classmethod, property))
+    return isinstance(value, _SIMPLE) or _is_code(value)
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, (*_CODE, staticmethod, classmethod, property))
 
 
 def _is_shared(value: Any) -> bool:

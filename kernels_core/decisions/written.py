@@ -16,6 +16,15 @@ from pathlib import Path
 from typing import Any
 
 _GLOBAL = re.compile(r"^[ \t]+global[ \t]+(.*)", re.MULTILINE)
+_INDENTED = re.compile(r"^[ \t].*", re.MULTILINE)
+_ATTRIBUTE = re.compile(r"(?<!\bself)(\.\w+)[ \t]*[-+*/|&]{0,2}=(?!=)")
+"""One that a function may set on a class: `cls.calls += 1`."""
+
+_DRAWN = re.compile(
+    r"^(\w+)\b.*=.*\b(?:uuid\d?|random|urandom|secrets|time|datetime|getpid|mkdtemp|gethostname)\b.*\(", re.MULTILINE
+)
+"""A name that has another value in each process, such as the id of a session in transformers."""
+
 _MOST = 64_000
 """Bytes of a file of an installed package that is read: the largest of `transformers` take half a second together."""
 
@@ -53,11 +62,14 @@ def written(
         if not isinstance(file, str) or (file, name) in seen:
             continue
         seen.add((file, name))
-        for statement in _read(file).by_name.get(name, ()):
-            if isinstance(statement, ast.ImportFrom):
-                place, original = _source(statement, name, space)
-                if place in sys.modules and is_own(place):
-                    waiting.append((vars(sys.modules[place]), original))
+        by_name = _read(file).by_name
+        for statement in by_name.get(name) or by_name.get("*", ()):
+            for node in ast.walk(statement):  # also one in `try`
+                if isinstance(node, ast.ImportFrom) and {name, "*"} & {*_imported(node)}:
+                    place, original = _source(node, name, space)
+                    if place in sys.modules and is_own(place):
+                        waiting.append((vars(sys.modules[place]), original))
+            if isinstance(statement, ast.ImportFrom) or name not in by_name:
                 continue
             texts.append(f"{name} {ast.dump(statement)}")
             for read in sorted({node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}):
@@ -67,6 +79,10 @@ def written(
                 elif not isinstance(value, types.ModuleType):
                     waiting.append((space, read))
     return texts, code
+
+
+def _imported(statement: ast.ImportFrom) -> list[str]:
+    return [one.asname or one.name for one in statement.names]
 
 
 def _source(statement: ast.ImportFrom, name: str, space: Mapping[str, Any]) -> tuple[str, str]:
@@ -80,7 +96,7 @@ def _source(statement: ast.ImportFrom, name: str, space: Mapping[str, Any]) -> t
 
 
 def set_by_calls(namespace: Mapping[str, Any]) -> frozenset[str]:
-    """Return the global names that functions of a module set: their values are a state."""
+    """Return the global names that functions of a module set, or draw; and attributes as `.name`: these are a state."""
     file = namespace.get("__file__")
     return _read(file).set_by_calls if isinstance(file, str) else frozenset()
 
@@ -111,7 +127,8 @@ def _parsed(file: str, changed: int) -> _File:
         for name in dict.fromkeys(_about(statement)):
             found.setdefault(prefix + name, []).append(statement)
     # Not in the tree: to walk through all functions takes longer than to parse them.
-    return _File(found, frozenset(name for names in _GLOBAL.findall(text) for name in re.findall(r"\w+", names)))
+    names = re.findall(r"\w+", " ".join(_GLOBAL.findall(text))) + _DRAWN.findall(text)
+    return _File(found, frozenset([*names, *_ATTRIBUTE.findall("\n".join(_INDENTED.findall(text)))]))
 
 
 def _statements(body: Iterable[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.stmt]]:
@@ -131,16 +148,17 @@ def _statements(body: Iterable[ast.stmt], prefix: str) -> Iterator[tuple[str, as
 
 def _about(statement: ast.stmt) -> Iterator[str]:
     """Yield the names that a statement sets, or that it may change: as in `TABLE["a"] = 1`, and `fill(TABLE)`."""
-    if isinstance(statement, ast.ImportFrom):
-        yield from (one.asname or one.name for one in statement.names)
-        return
     for node in ast.walk(statement):
-        if isinstance(node, ast.Name) and (
+        if isinstance(node, ast.ImportFrom):
+            yield from _imported(node)
+        elif isinstance(node, ast.Name) and (
             isinstance(node.ctx, ast.Store | ast.Del) or isinstance(statement, ast.Expr)
         ):
             yield node.id
         elif isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
             inner: ast.expr = node
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                yield f"{node.value.id}.{node.attr}"
             while isinstance(inner, ast.Attribute | ast.Subscript):
                 inner = inner.value
             if isinstance(inner, ast.Name):

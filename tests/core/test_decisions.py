@@ -657,10 +657,15 @@ def test_content_of_adapted_kernels_is_that_of_their_code() -> None:
 
 KERNEL = """
 import collections
-import torch
+import torch, uuid
 from beside import LIMITS as BOUNDS, by_beside
 from near.tables import SIZES
 import near.tables, settings
+from every import *
+try:
+    from tried import TRIED
+except ImportError:
+    TRIED = []
 
 N = 1
 WEIGHTS = [1.0, 2.0]
@@ -668,7 +673,7 @@ TABLE = {"a": N}
 TABLE["b"] = 3
 COUNTS = collections.defaultdict(int)
 SCALE = torch.tensor(4.0)
-calls, FILLED = 0, {}
+calls, FILLED, made = 0, {}, None
 for key in "xy":
     FILLED[key] = 5
 
@@ -678,13 +683,37 @@ FILLED.update(z=fill())
 class Wide:
     kinds = ["wide"]
 
+SESSION = uuid.uuid4().hex
+
+class Made:
+    def by_made(self): return 12
+
+class Lazy:
+    def __getattr__(self, name):
+        raise ImportError(name)
+
+lazy = Lazy()
+
+def start():
+    global made
+    made = Made()
+    return made
+
 class Fast:
+    seen, last, bias = 0, None, 13
+
     def forward(self, x):
         global calls
         calls += 1
+        Fast.seen += 1
+        type(self).last = Fast.first = x
+        made or lazy.run(start(), SESSION)
         COUNTS[x] += 1
         return by_beside(x) + WEIGHTS[0] + TABLE["a"] + SCALE + BOUNDS[0] + SIZES["s"] + settings.EPS + FILLED["z"] + (
-            near.tables.PLAIN + settings.KEPT["k"] + len(Wide.kinds))
+            near.tables.PLAIN + settings.KEPT["k"] + len(Wide.kinds) + EVERY[0] + TRIED[0])
+
+if N:
+    Fast.bias += 16
 
 def other(x): return x + 7
 """
@@ -694,7 +723,10 @@ FILES = {
     "near/__init__.py": "",
     "near/tables.py": "SIZES = {'s': 9}\nPLAIN = 10",
     "settings.py": "EPS = 1e-6\nKEPT = {'k': 11}",
+    "every.py": "EVERY = [14]",
+    "tried.py": "TRIED = [15]",
 }
+MODULES = ("kern", "beside", "near", "near.tables", "settings", "every", "tried")
 EDITS = [
     ("beside.py", "100", "200"),
     ("beside.py", "[8]", "[80]"),
@@ -709,6 +741,11 @@ EDITS = [
     ("kern.py", "FILLED[key] = 5", "FILLED[key] = 6"),
     ("kern.py", "return 6", "return 7"),
     ("kern.py", '["wide"]', '["narrow"]'),
+    ("kern.py", "return 12", "return 21"),
+    ("kern.py", "+= 16", "+= 61"),
+    ("kern.py", "0, None, 13", "0, None, 31"),
+    ("every.py", "14", "41"),
+    ("tried.py", "15", "51"),
 ]
 
 
@@ -720,12 +757,15 @@ def contents(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str
     with monkeypatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(sys, "dont_write_bytecode", True)  # which tells an edit by time and size
-        for name in ("kern", "beside", "near", "near.tables", "settings"):
+        for name in MODULES:
             patch.delitem(sys.modules, name, raising=False)
         kern = importlib.import_module("kern")
         kern.COUNTS[1], kern.calls = 1, folder.name.count("e")  # what calls do
+        if kern.calls > 2:
+            kern.Fast.seen, kern.Fast.last, kern.Fast.first = 1, [2], 3
+            kern.start()
         found = content_of(kern.Fast), content_of(kern.Fast, on_any_rank=True)
-        for name in ("kern", "beside", "near", "near.tables", "settings"):
+        for name in MODULES:
             sys.modules.pop(name)
     return found
 

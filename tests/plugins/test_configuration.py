@@ -302,7 +302,7 @@ def test_a_name_that_is_misspelt(configure: Configure, place: str) -> None:
      ("RMSNoorm", "RMSNorm", True), ("RMSNorm", "RMSNorm", False), ("RMSNorm2", "RMSNorm", False),
      ("rms_norm", "RMSNorm", False), ("q_norm", "k_norm", False), ("q_a_norm", "q_b_norm", False),
      ("layer1_norm", "layer11_norm", False), ("SwiGLUMLP", "GeGLUMLP", False), ("RMSNormOffset", "RMSNorm", False),
-     ("", "RMSNorm", False)],
+     ("GELU", "GLU", False), ("qk_norm", "q_norm", False), ("", "RMSNorm", False)],
 )  # fmt: skip
 def test_which_names_are_near(written: str, meant: str, near: bool) -> None:
     """Letters in another order, one more or less inside, or another case; not names that differ on purpose."""
