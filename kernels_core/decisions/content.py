@@ -89,17 +89,18 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
             continue
         followed.add(id(value))
         if isinstance(value, type):
-            for base in value.__mro__:
+            spaces = [vars(sys.modules.get(base.__module__, types.ModuleType(""))) for base in value.__mro__]
+            calls = frozenset[str]().union(*map(set_by_calls, spaces))  # one of a base sets attributes on all below it
+            for base, place in zip(value.__mro__, spaces, strict=True):
                 if base.__module__.partition(".")[0] not in _BUILT_IN:
-                    place = vars(sys.modules.get(base.__module__, types.ModuleType("")))
-                    own = {name: vars(base)[name] for name in sorted(vars(base)) if _is_member(name)}
-                    state = {name for name in own if f".{name}" in set_by_calls(place) and not _is_code(own[name])}
-                    members = {name: member for name, member in own.items() if name not in state}
+                    held = {name: vars(base)[name] for name in sorted(vars(base)) if _is_member(name)}
+                    state = {name for name, one in held.items() if f".{name}" in calls and not _is_code(one)}
+                    members = {name: member for name, member in held.items() if name not in state}
                     yield from (f"{base.__qualname__}.{name} {_text(member)}" for name, member in members.items())
                     waiting += members.values()
-                    inexact = [name for name, one in own.items() if name in state or not _is_exact(one)]
-                    named = [f"{base.__qualname__}.{name}" for name in inexact]
-                    texts, code = written(place, named, functools.partial(_is_own, of=base.__module__))
+                    inexact = [name for name, one in held.items() if name in state or not _is_exact(one)]
+                    names = [f"{base.__qualname__}.{name}" for name in inexact]
+                    texts, code = written(place, names, functools.partial(_is_own, of=base.__module__))
                     yield from texts
                     waiting += [one for one in code if _is_followed(one, base)]
         elif isinstance(value, types.FunctionType):
@@ -108,12 +109,12 @@ def _lines(kernel: object, on_any_rank: bool) -> Iterator[str]:
             yield f"{value.__qualname__} {_text(value.__code__)} {[*map(_text, constants)]}"
             own = functools.partial(_is_own, of=value.__module__)
             for space, named in _named(value, own):
-                counts, state = _is_shared if on_any_rank else _is_exact, set_by_calls(space)
-                exact = [name for name, one in named.items() if counts(one) and name not in state]
+                counts, kept = _is_shared if on_any_rank else _is_exact, set_by_calls(space)
+                exact = [name for name, one in named.items() if counts(one) and name not in kept]
                 yield str([_text(named[name]) for name in exact])
                 texts, code = written(space, [name for name in named if name not in exact], own)
                 yield from texts
-                constants += [one for name, one in named.items() if name not in state or _is_code(one)] + code
+                constants += [one for name, one in named.items() if name not in kept or _is_code(one)] + code
             waiting += [one for one in [*constants, *_parts(constants)] if _is_followed(one, value)]
             waiting += [getattr(value, "__wrapped__", None)]
 

@@ -26,7 +26,7 @@ _DRAWN = re.compile(
 """A name that has another value in each process, such as the id of a session in transformers."""
 
 _MOST = 64_000
-"""Bytes of a file of an installed package that is read: the largest of `transformers` take half a second together."""
+"""Bytes of a file of an installed package that is parsed: the largest of `transformers` take half a second together."""
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -63,7 +63,7 @@ def written(
             continue
         seen.add((file, name))
         by_name = _read(file).by_name
-        for statement in by_name.get(name) or by_name.get("*", ()):
+        for statement in by_name.get(name, by_name.get("*", [])):
             for node in ast.walk(statement):  # also one in `try`
                 if isinstance(node, ast.ImportFrom) and {name, "*"} & {*_imported(node)}:
                     place, original = _source(node, name, space)
@@ -111,19 +111,17 @@ class _File:
 def _read(file: str) -> _File:
     try:
         found = os.stat(file)
-        if found.st_size > _MOST and is_installed(file):
-            return _File()
-        return _parsed(file, found.st_mtime_ns)
+        return _parsed(file, found.st_mtime_ns, found.st_size <= _MOST or not is_installed(file))
     except (OSError, ValueError, SyntaxError):  # not there, or no source
         return _File()
 
 
 @functools.lru_cache(maxsize=256)
-def _parsed(file: str, changed: int) -> _File:
+def _parsed(file: str, changed: int, whole: bool) -> _File:
     with tokenize.open(file) as source:
         text = source.read()
     found: dict[str, list[ast.stmt]] = {}
-    for prefix, statement in _statements(ast.parse(text).body, ""):
+    for prefix, statement in _statements(ast.parse(text).body if whole else (), ""):
         for name in dict.fromkeys(_about(statement)):
             found.setdefault(prefix + name, []).append(statement)
     # Not in the tree: to walk through all functions takes longer than to parse them.

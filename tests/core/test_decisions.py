@@ -659,7 +659,7 @@ KERNEL = """
 import collections
 import torch, uuid
 from beside import LIMITS as BOUNDS, by_beside
-from near.tables import SIZES
+from near.tables import SIZES, Base
 import near.tables, settings
 from every import *
 try:
@@ -699,7 +699,7 @@ def start():
     made = Made()
     return made
 
-class Fast:
+class Fast(Base):
     seen, last, bias = 0, None, 13
 
     def forward(self, x):
@@ -721,7 +721,13 @@ FILES = {
     "kern.py": KERNEL,
     "beside.py": "def by_beside(x): return x + 100\nLIMITS = [8]",
     "near/__init__.py": "",
-    "near/tables.py": "SIZES = {'s': 9}\nPLAIN = 10",
+    "near/tables.py": """
+SIZES = {'s': 9}
+PLAIN = 10
+class Base:
+    @classmethod
+    def keep(cls): cls.kept = 1
+""",
     "settings.py": "EPS = 1e-6\nKEPT = {'k': 11}",
     "every.py": "EVERY = [14]",
     "tried.py": "TRIED = [15]",
@@ -764,6 +770,7 @@ def contents(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str
         if kern.calls > 2:
             kern.Fast.seen, kern.Fast.last, kern.Fast.first = 1, [2], 3
             kern.start()
+            kern.Fast.keep()
         found = content_of(kern.Fast), content_of(kern.Fast, on_any_rank=True)
         for name in MODULES:
             sys.modules.pop(name)
