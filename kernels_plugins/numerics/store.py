@@ -29,8 +29,8 @@ _found: dict[str, dict[str, dict[str, Judgement]]] = {}
 def kind_of(call: Call, implementation: Callable[..., Any]) -> str:
     """Return the kind of a call, for which a finding holds: dtype, number of dimensions and last size of each tensor.
 
-    Also whether it is empty, and whether the module trains; and the numbers and texts in attributes of the module that
-    the implementation reads.
+    Also whether it is empty, flags and texts among the arguments, and whether the module trains; and the numbers and
+    texts in attributes of the module that the implementation reads.
     """
     texts = [_described(name, tensor) for name, tensor in call.inputs.items()]
     texts += map(repr, words_of((*call.args, *call.kwargs.items())))
