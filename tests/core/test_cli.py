@@ -155,7 +155,8 @@ def test_a_narrow_terminal_gets_a_list(run: Run, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # what rich takes for a terminal
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
-    assert "\nhooks: kernels_find_candidates, \nkernels_load_layer, \nkernels_configuration\n" in run("plugins").out
+    hooks = ("kernels_find_candidates", "kernels_load_layer", "kernels_configuration", "kernels_settings_in_code")
+    assert "\nhooks: {}, \n{}, \n{}, \n{}\n".format(*hooks) in run("plugins").out
     monkeypatch.setenv("COLUMNS", "160")
     assert "│ mapping " in run("plugins").out
 
