@@ -255,7 +255,7 @@ if ACCELERATOR == "cuda" and not on_cuda_start(hardware.count):
 
 
 def find_device(module: torch.nn.Module | None, values: Sequence[Any]) -> torch.device | None:
-    """Return the device of the first tensor: among arguments and what they contain, of the module, in attributes."""
+    """Return the device of the first tensor: among arguments and in containers, of the module, in attributes."""
     first = values[0] if values and isinstance(values[0], torch.Tensor) else first_tensor(values, attributes=False)
     if first is not None:
         return first.device

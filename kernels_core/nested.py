@@ -155,7 +155,7 @@ def first_tensor(values: Iterable[Any], *, attributes: bool = True) -> torch.Ten
 
 
 def _attributes(objects: list[Any], opened: set[int]) -> list[Any]:
-    """Return what objects hold, those that were opened before left out.
+    """Return the values that objects hold, those that were opened before left out.
 
     Asks the garbage collector, as it finds slots, too, and runs no code of the objects.
     """

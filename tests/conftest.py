@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True, scope="module")
 def _little_garbage() -> None:
-    """Leave PyTorch and what other modules have left, a million objects, out of each collection of garbage."""
+    """Leave the million objects of PyTorch and of earlier modules out of each collection of garbage."""
     gc.collect()
     gc.freeze()
 

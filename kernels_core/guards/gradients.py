@@ -317,7 +317,7 @@ def _candidates_of(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, 
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the plain attributes of a module, and what lists, tuples and dictionaries among them hold."""
+    """Yield the plain attributes of a module, and the items of lists, tuples and dictionaries among them."""
     for name, held in vars(module).items():
         if name not in ("_parameters", "_buffers", "_modules"):
             yield from leaves(held, name) if type(held) in (dict, list, tuple) else ((name, held),)

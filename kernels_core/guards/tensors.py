@@ -34,7 +34,7 @@ on_odd_parameter: list[Callable[[], None]] = []
 
 
 def is_odd(values: Iterable[Any]) -> bool:
-    """Whether an argument, or what one holds, is a tensor that is not plain."""
+    """Whether an argument, or a value in one, is a tensor that is not plain."""
     for value in values:
         kind = type(value)
         inside = value if kind in SEQUENCES else value.values() if kind is dict else (value,)

@@ -143,7 +143,7 @@ def called_by(forward: Forward, cls: type[nn.Module]) -> tuple[Layer, ...]:
 
 
 def _named(function: types.FunctionType, cls: type[nn.Module]) -> Iterator[object]:
-    """Yield what the code of a function names: decorated functions, those of the same file, methods, and classes.
+    """Yield the values that the code of a function names: functions decorated or of its file, methods, and classes.
 
     Classes only of mappings: a module that a forward makes is no part of the model.
     """

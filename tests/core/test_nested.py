@@ -115,11 +115,11 @@ if importlib.util.find_spec("transformers") is None:
     del CONTAINERS["model output"], OBJECTS["cache"]
 ALL = {**CONTAINERS, **OBJECTS, **ONLY_EAGER}
 WARM = [kind for kind in ALL if kind in CONTAINERS or "dataclass" in kind or kind == "slots"]
-"""What each call looks into: into other objects only for devices, and for gradients until a kernel is proven."""
+"""The kinds that each call opens: other objects only for devices, and for gradients until a kernel is proven."""
 
 
 def make(name: str, take: Take) -> Any:
-    """Return a layer without parameters that adds to a tensor what it takes out of its second argument."""
+    """Return a layer without parameters that adds a tensor in its second argument to the first."""
 
     class Layer(nn.Module):
         def forward(self, x: torch.Tensor, held: Any = None) -> torch.Tensor:
@@ -335,7 +335,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", WARM)
 def test_pending_collectives_are_waited_for_or_left_to_the_reference(group: None, prepared: Any, kind: str) -> None:
-    """No kernel gets one: in a container, it gets the result; what is in an object cannot be replaced there."""
+    """No kernel gets one: in a container, it gets the result; one in an object cannot be replaced there."""
     hold, take = ALL[kind]
     seen: list[type] = []
 
@@ -368,7 +368,7 @@ def test_distributed_tensors_in_containers_reach_no_kernel(group: None, prepared
 
 
 def test_cycles_end() -> None:
-    """What holds itself is opened once: as an object, as a dict, and as a list."""
+    """An object, a dict and a list that hold themselves are opened once."""
     node = Plain({"tensor": X})
     node.inner["back"] = node
     assert held_by([node]) == ([X], [], True)
