@@ -288,8 +288,13 @@ class ForwardSource:
             return f"_kernels_is_odd({self.values})"
         first = f"{self._first}.__class__"  # `type(...)` is a call, and takes 2 ns longer
         tests = [] if exact else [f"{first} is not _kernels_tensor and {first} is not _kernels_parameter"]
-        for p in self._arguments[len(tests) :] if self._first.isidentifier() else ():
-            if p.kind not in _IN_VALUES and (p.default is None or type(p.default) not in PLAIN):
+        for p in self._arguments:
+            written = _IN_VALUES.get(p.kind, "{0}").format(p.name).lstrip("*")
+            if p.kind in _IN_VALUES:
+                if written == self._first.partition("[")[0]:
+                    written += f"[{1 + self._self_is_packed}:]"
+                tests.append(f"{written if '[' in written else p.name} and _kernels_is_odd({written})")
+            elif (exact or p.name != self._first) and (p.default is None or type(p.default) not in PLAIN):
                 kind = f"{p.name}.__class__"
                 known = f"{kind} is not _kernels_tensor and {kind} not in _kernels_plain"
                 tests.append(f"{known} and _kernels_is_odd(({p.name},))")

@@ -28,9 +28,9 @@ _HOLD_THEIR_DATA = ("torchao.", "torch.ao.", "torch.sparse.")
 """Where the subclasses are defined that any kernel gets: quantized numbers that their operators know."""
 
 odd_parameters: list[str] = []
-"""The first class of a parameter of this process that kernels must not get unasked; empty until there is one."""
+"""The first class of a parameter or buffer that kernels must not get unasked; empty until the process has one."""
 on_odd_parameter: list[Callable[[], None]] = []
-"""Called then: from now on, calls look at the parameters of their module."""
+"""Called then: from now on, calls look at the parameters and buffers of their module."""
 
 
 def is_odd(values: Iterable[Any]) -> bool:
@@ -49,16 +49,19 @@ def is_odd_traced(values: Iterable[Any]) -> bool:
 
 
 def is_odd_module(module: torch.nn.Module) -> bool:
-    """Whether a module or a child has a parameter that kernels must not get unasked."""
-    for parameter in module._parameters.values():
-        if parameter is not None and type(parameter) not in _USUAL and _is_odd_parameter(type(parameter)):
-            return True
+    """Whether a module or a child has a parameter or buffer that kernels must not get unasked."""
+    for held in module._parameters, module._buffers:
+        for tensor in held.values():
+            if tensor is not None and type(tensor) not in _USUAL and _is_odd_parameter(type(tensor)):
+                return True
     return any(child is not None and is_odd_module(child) for child in module._modules.values())
 
 
 def odd_classes(module: torch.nn.Module | None, values: Iterable[Any]) -> frozenset[type[torch.Tensor]]:
-    """Return the subclasses among the arguments of a call, and those of the parameters of its module."""
+    """Return the subclasses among the arguments of a call, and those of the parameters and buffers of its module."""
     kinds = [] if SIMPLE.issuperset(map(type, values)) else _kinds(values)
+    if module is not None and module._buffers:
+        _notice(module._buffers.values())
     return frozenset(kinds + (_kinds_of(module) if odd_parameters else []))
 
 
@@ -90,9 +93,8 @@ def _kinds(values: Iterable[Any]) -> list[type[torch.Tensor]]:
 def _kinds_of(module: torch.nn.Module | None) -> list[type[torch.Tensor]]:
     if module is None:
         return []
-    kinds: list[type[torch.Tensor]] = [
-        type(p) for p in module._parameters.values() if p is not None and _is_odd_parameter(type(p))
-    ]
+    held: list[torch.Tensor | None] = [*module._parameters.values(), *module._buffers.values()]
+    kinds = [type(tensor) for tensor in held if tensor is not None and _is_odd_parameter(type(tensor))]
     return sum(map(_kinds_of, module._modules.values()), kinds)  # `parameters()` takes microseconds
 
 
@@ -111,8 +113,8 @@ def check_tensors(classes: Iterable[type[torch.Tensor]], kernel: object) -> str 
     if not names:
         return None
     return (
-        f"an argument or a parameter of this call is a {' and a '.join(names)}, and the kernel does not declare that "
-        f"it accepts them ({DECLARATION}): the memory of such a tensor may not be that of a plain one"
+        f"an argument, parameter or buffer of this call is a {' and a '.join(names)}, and the kernel does not declare "
+        f"that it accepts them ({DECLARATION}): the memory of such a tensor may not be that of a plain one"
     )
 
 
@@ -169,16 +171,25 @@ class _Wait(torch.autograd.Function):
         return gradient
 
 
-# --- Parameters --------------------------------------------------------------------------------------
+# --- Parameters and buffers --------------------------------------------------------------------------
 
 
-def _notice(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-    """Notice the first parameter that is not plain: until then, no call pays for looking at those of its module."""
-    if not odd_parameters and parameter is not None and _is_odd_parameter(type(parameter)):
-        odd_parameters.append(type(parameter).__qualname__)
-        for listener in on_odd_parameter:
-            listener()
+def _notice(tensors: Iterable[torch.Tensor | None]) -> None:
+    """Notice the first tensor of a module that is not plain: until then, no call pays for looking at any."""
+    if odd_parameters:
+        return
+    for tensor in tensors:
+        if tensor is not None and _is_odd_parameter(type(tensor)):
+            odd_parameters.append(type(tensor).__qualname__)
+            for listener in on_odd_parameter:
+                listener()
+            return
 
 
-# Public; those put into a dict by hand pass.
-torch.nn.modules.module.register_module_parameter_registration_hook(_notice)
+def _registered(module: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+    _notice((tensor,))
+
+
+# Public; those put into a dict by hand pass. So `distribute_module` puts buffers there: a decision looks at these.
+torch.nn.modules.module.register_module_parameter_registration_hook(_registered)
+torch.nn.modules.module.register_module_buffer_registration_hook(_registered)

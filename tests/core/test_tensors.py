@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from warned import noted
 
@@ -113,6 +113,56 @@ def test_tensors_of_a_subclass_take_the_reference(prepared: Prepare, where: str)
     assert served == [torch.Tensor] and not quarantined()
 
 
+@pytest.mark.parametrize("where", ["rest", "keyword", "in a keyword", "first of all", "after the first of all"])
+def test_tensors_of_a_subclass_among_all_other_arguments(prepared: Prepare, where: str) -> None:
+    """A tensor of a subclass in `*args` or `**kwargs` takes the reference, as one in a named argument does."""
+    served: list[int] = []
+    packed = where.endswith("of all")
+
+    @use_kernel_forward_from_hub(f"OddRest-{where}")
+    class Layer(nn.Module):
+        if packed:
+
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                return args[0] * 2
+
+        else:
+
+            def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+                return x * 2
+
+    class Kernel(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            served.append(len(args) + len(kwargs))
+            return args[0] * 2
+
+    kernel = Kernel
+    if not packed:
+
+        class Named(nn.Module):
+            def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+                return Kernel.forward(self, x, *args, **kwargs)
+
+        kernel = Named
+
+    mine: Any = X.as_subclass(Mine)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "rest": ((X, 1, mine), {}),
+        "keyword": ((X,), {"scale": mine}),
+        "in a keyword": ((X,), {"scale": {"a": [mine]}}),
+        "first of all": ((mine,), {}),
+        "after the first of all": ((X, mine), {}),
+    }
+    args, kwargs = calls[where]
+    with use_kernel_mapping({f"OddRest-{where}": {"cpu": kernel}}), torch.no_grad():
+        layer = prepared(Layer())
+        layer(X, 1, scale=2)
+        with pytest.warns(KernelsWarning, match="Mine"):
+            assert torch.equal(layer(*args, **kwargs), 2 * X)
+        layer(X)
+    assert served == [3, 1]
+
+
 def test_a_parameter_as_argument_is_plain() -> None:
     """The kernel serves `nn.Parameter`s as it does tensors."""
     served: Served = []
@@ -166,6 +216,39 @@ def test_dtensors_as_arguments_and_parameters(mesh: DeviceMesh, prepared: Prepar
         with pytest.raises(Exception, match="mixed"):  # the error of the reference: the kernel is not asked
             layer(X)
     assert served == [] and not quarantined()
+
+
+@pytest.mark.parametrize("by", ["register_buffer", "distribute_module"])
+def test_buffers_that_are_dtensors(mesh: DeviceMesh, by: str) -> None:
+    """A kernel whose module has a `DTensor` as a buffer, which has no address, is not called; nor is it accused."""
+    served: Served = []
+
+    class Kernel(nn.Module):
+        def forward(self, x: Any) -> Any:
+            served.append(type(self.factor))
+            return x * 2
+
+    @use_kernel_forward_from_hub(f"Buffered-{by}")
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("factor", torch.full((4,), 2.0))
+
+        def forward(self, x: Any) -> Any:
+            return x * self.factor
+
+    with use_kernel_mapping({f"Buffered-{by}": {"cpu": Kernel}}), torch.no_grad():
+        layer, plain = Layer(), Layer()
+        if by == "register_buffer":
+            plain(X)
+            layer.register_buffer("factor", distribute_tensor(layer.factor, mesh, [Replicate()]))
+        else:
+            distribute_module(layer, mesh)
+        with pytest.raises(Exception, match="mixed"):  # the error of the reference
+            layer(X)
+        served.clear()
+        plain(X)
+    assert served == [torch.Tensor] and not quarantined()
 
 
 @pytest.mark.parametrize("declares", [False, True])
