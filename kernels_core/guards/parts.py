@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +30,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def checks_parts(layer: Layer, kernel: Any) -> Forward:
     """Return the forward of a kernel class; one that looks at the parts first, if the kernel reads past any.
 
-    A kernel declares them: `reads = {"gate_proj": nn.Linear}`, by path, with their exact class or a tuple of those. For
-    others that it names in its code (`self.gate_proj.weight`), each parameter must be one that it reads.
+    A kernel declares them: `reads = {"gate_proj": nn.Linear}`, by path, with their exact class or a tuple of those. Of
+    parts that it names in its code (`self.gate_proj.weight`), each parameter must be one that it reads.
     """
     forward: Forward = kernel.forward
     declared: Mapping[str, Any] = getattr(kernel, "reads", {})
@@ -42,6 +42,7 @@ def checks_parts(layer: Layer, kernel: Any) -> Forward:
     # A kernel may be written in C, or be a partial.
     found = _chains(code) if code is not None and code.co_argcount and len(code.co_names) > 1 else ()
     chains = [chain for chain in found if not any(chain[: len(path)] == path for path in kinds)]
+    named = {path: _names_read(found, path) for path in kinds}
     if not kinds and max(map(len, chains), default=0) < 2:
         return forward
     origin = source_label(kernel)
@@ -56,13 +57,13 @@ def checks_parts(layer: Layer, kernel: Any) -> Forward:
 
     @functools.wraps(forward)
     def checked(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        problem = changed_part(self, kinds, chains)
+        problem = changed_part(self, kinds, named, chains)
         if problem is None:
             return forward(self, *args, **kwargs)
         tell(problem)
         return reference(self, *args, **kwargs)
 
-    checked.__dict__["kernels_changed_part"] = lambda module: changed_part(module, kinds, chains)
+    checked.__dict__["kernels_changed_part"] = lambda module: changed_part(module, kinds, named, chains)
     return checked
 
 
@@ -90,8 +91,20 @@ def for_module(choice: Resolution, module: torch.nn.Module) -> Resolution:
     )
 
 
-def changed_part(module: torch.nn.Module, kinds: Mapping[Path, tuple[type, ...]], chains: list[Path]) -> str | None:
-    """Return how a part differs from the one that a kernel takes it to be; None if none does."""
+def changed_part(
+    module: torch.nn.Module,
+    kinds: Mapping[Path, tuple[type, ...]],
+    named: Mapping[Path, frozenset[str]],
+    chains: list[Path],
+) -> str | None:
+    """Return how a part differs from the one that a kernel takes it to be; None if none does.
+
+    Args:
+        module: The module that the kernel is to serve.
+        kinds: The declared parts, with their classes.
+        named: What the code names of each of them; empty if it may read all.
+        chains: What the code names of other parts.
+    """
     for path, allowed in kinds.items():
         part, _, missing = _descend(module, path)
         if missing:
@@ -107,6 +120,8 @@ def changed_part(module: torch.nn.Module, kinds: Mapping[Path, tuple[type, ...]]
         for name, tensor in part._parameters.items():
             if type(tensor) not in _PLAIN:
                 return f"{name!r} of {'.'.join(path)!r} is {type(tensor).__qualname__}"
+            if tensor is not None and named[path] and name not in named[path]:
+                return f"{'.'.join(path)!r} has a parameter {name!r}, which it does not read"
         if (problem := _intercepted(part, path)) is not None:
             return problem
     if not chains:
@@ -134,6 +149,12 @@ def changed_part(module: torch.nn.Module, kinds: Mapping[Path, tuple[type, ...]]
             if child is not None and below not in read and below not in called and _has_parameters(child):
                 return f"{where!r} ({type(part).__qualname__}) has a module {name!r}, which it does not call"
     return None
+
+
+def _names_read(chains: Iterable[Path], path: Path) -> frozenset[str]:
+    """Return the attributes of a part that chains name; none if the part itself is passed on, or named elsewhere."""
+    below = [chain[len(path) :] for chain in chains if chain[: len(path)] == path]
+    return frozenset(chain[0] for chain in below) if all(below) else frozenset()
 
 
 def _intercepted(part: torch.nn.Module, path: Path) -> str | None:

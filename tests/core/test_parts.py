@@ -92,6 +92,14 @@ class Declared(nn.Module):
         return nn.functional.linear(x, part.weight) + SHIFT
 
 
+class Named(nn.Module):
+    """Declares the part, and names what it reads of it."""
+
+    can_torch_compile = True
+    reads = {"gate": nn.Linear}  # noqa: RUF012
+    forward = Fused.forward
+
+
 def make(name: str = "Gated", **options: Any) -> Any:
     @use_kernel_forward_from_hub(name, **options)
     class Gated(nn.Module):
@@ -121,13 +129,13 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kernel", [Fused, Declared])
+@pytest.mark.parametrize("kernel", [Fused, Declared, Named])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kernelized", [False, True])
 def test_a_changed_part_is_not_ignored(kernel: Any, change: str, kernelized: bool) -> None:
     """The kernel serves until the part changes, and the reference from then on, with a warning that names the part."""
     if kernel is Declared and change == "bias":
-        pytest.skip("the declared class is the same")
+        pytest.skip("the declared class is the same, and the code does not show what it reads of it")
     layer, other = make(f"Gated{kernel}{change}{kernelized}"), make()
     name = f"Gated{kernel}{change}{kernelized}"
     with use_kernel_mapping({name: {"cpu": kernel}}), noted() as caught:
