@@ -53,6 +53,12 @@ def ranked(
         return None
     offered = {name_of(candidate): candidate for candidate in reversed(candidates)}  # of two with one name, the first
     offered = {**_again(known - offered.keys(), request.layer_name), **offered}
+    gone = sorted({cell.winner for cell in cells} - offered.keys())
+    if gone:
+        warn_once(
+            f"For layer {request.layer_name!r}, {file} has {', '.join(gone)} as the fastest, which nothing offers here: "
+            "the next best serves. Offer it, such as in a mapping, or measure again: kernels-core choose.",
+        )
     # What is not offered any more wins nothing, and the next best does.
     cells = [replace(one, times={name: one.times[name] for name in one.times if name in offered}) for one in cells]
     served = list(zip(cells, settled(cells), strict=True))
@@ -70,7 +76,7 @@ def ranked(
         if any(order[0] == REFERENCE for order in (default, *(order for _, order in served))):
             chain.append(REFERENCE)  # the last one, for it passes no call on; where it wins nothing, it is a fallback
     digests = {name: digest for cell in cells for name, digest in cell.digests.items()}
-    note = f"by {file}: {described(served)}"
+    note = f"by {file}: {described(served, gone)}"
     found: list[Candidate] = []
     for place, name in enumerate(chain):
         limit = None
@@ -128,8 +134,8 @@ def _again(names: Iterable[str], layer_name: str) -> dict[str, Candidate]:
     return found
 
 
-def described(served: Served) -> str:
-    """Return in words which candidate serves which rows, by how much it wins, and what lost."""
+def described(served: Served, gone: Sequence[str]) -> str:
+    """Return in words which candidate serves which rows, by how much it wins, what lost, and what is not offered."""
     texts = []
     places = sorted(served, key=lambda pair: (pair[0].dtype, pair[0].width, pair[0].context, pair[0].bucket))
     alike = groupby(places, key=lambda pair: (pair[0].dtype, pair[0].width, pair[0].context, pair[1][0]))
@@ -143,6 +149,7 @@ def described(served: Served) -> str:
         if winner == REFERENCE:
             beaten = all(min(cell.times.values()) == cell.times[REFERENCE] for cell in cells)
             gain = "measured faster for this shape" if beaten else "no other is faster for this shape"
+            gain = "the fastest that is offered here" if gone else gain
         lost = [
             f"{name} {min(cell.times.get(name, float('inf')) / cell.times[REFERENCE] for cell in cells):.2f}"
             for name in cells[0].order
@@ -152,7 +159,7 @@ def described(served: Served) -> str:
         where = " in CUDA graphs" if context == "captured" else ""
         unit = "row" if rows == "1" else "rows"
         texts.append(f"{rows} {unit} of {width} {dtype}{where}: {winner}, {gain}{others}")
-    return "; ".join(texts)
+    return "; ".join([*texts, *(f"{name} won, and is not offered here" for name in gone)])
 
 
 def _say_if_foreign(device: torch.device, choice: Choice, file: str, strict: bool) -> None:

@@ -2,7 +2,9 @@
 
 Licence: that of PyTorch, BSD. Tried with PyTorch 2.13 on CPUs. Served only where a mapping names `"pack:inductor"`:
 compiling takes seconds, and on a CPU a C++ compiler. Limits: the whole forward has to compile as one graph; it is
-compiled for as many kinds of calls as PyTorch allows for one function (8), and others run eager; no second derivatives.
+compiled for as many kinds of calls as PyTorch allows for one function (8), and others run eager, as do those under
+transforms of `torch.func`, and those of a module whose parts have hooks; no second derivatives, and one backward for
+each forward.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from kernels_core import KernelLayer, Layer, LoadedLayer, hookimpl, warn_once
+from kernels_core.torch_internals import has_global_hooks, in_transform
 
 
 def _kind(*values: Any) -> tuple[object, ...]:
@@ -27,6 +30,15 @@ def _kind(*values: Any) -> tuple[object, ...]:
         else type(value)
         for value in values
     )
+
+
+def _hooked(parts: Iterable[Any]) -> bool:
+    """Whether one of these is a module with hooks, or has one in it: compiled code does not notice later ones."""
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or has_global_hooks()
+        for m in modules
+    ) or any(_hooked(m._modules.values()) for m in modules if m._modules)
 
 
 def _compiled(layer: Layer) -> KernelLayer:
@@ -43,6 +55,9 @@ def _compiled(layer: Layer) -> KernelLayer:
 
     @functools.wraps(reference)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        parts = args if layer.is_function else (*args[0]._modules.values(), *args[1:])
+        if in_transform() or _hooked((*parts, *kwargs.values())):  # compiled code can be in no transform
+            return reference(*args, **kwargs)
         # Each call that asks for one variant too many costs milliseconds, and is logged: one of a kind is enough.
         if not eager or (torch.is_grad_enabled(), *_kind(*args, *kwargs.values())) not in eager:
             try:

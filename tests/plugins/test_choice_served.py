@@ -137,13 +137,21 @@ def test_a_limit_hides_nothing() -> None:
 
 
 def test_a_winner_that_is_not_offered_any_more() -> None:
-    """The best of those that are left serves, also where the order of winners is that of other shapes."""
+    """The best of those that are left serves, also where winners differ by shape; a warning and the receipt say so."""
     gone = {**B_FIRST, "kernels.Gone": 0.5}
     with use_kernel_mapping({"Twice": {"cpu": [A, B]}}):
-        with use_choice(made(cell(gone))):
+        with (
+            use_choice(made(cell(gone))),
+            pytest.warns(KernelsWarning, match=r"has kernels\.Gone as the fastest"),
+        ):
             assert served(Twice(), 1) == ["B"]
-        with use_choice(made(cell(A_FIRST), cell(gone, 16), cell({**REFERENCE_FIRST, "pack:none": 0.5}, 64))):
+        choice = made(cell(A_FIRST), cell(gone, 16), cell({**REFERENCE_FIRST, "pack:none": 0.5}, 64))
+        with use_choice(choice), pytest.warns(KernelsWarning, match="pack:none as the fastest"):
             assert served(Twice(), 1, 16, 64) == ["A", "B", "reference"]
+    alone = made(cell({"reference": 3.0, "kernels.Gone": 0.5}))
+    with use_choice(alone):
+        note = receipt(Twice(), device="cpu", mode=Mode.INFERENCE).rows[0].note
+    assert note.endswith("reference, the fastest that is offered here; kernels.Gone won, and is not offered here")
 
 
 def test_strict_mode_with_a_winner_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,6 +302,48 @@ def test_inductor_compiles_few_variants(caplog: pytest.LogCaptureFixture) -> Non
         assert not any("recompile_limit" in record.getMessage() for record in caplog.records)
 
 
+@use_kernel_forward_from_hub("Gate")
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).sigmoid() * x
+
+
+@pytest.mark.usefixtures("eager_inductor")
+def test_inductor_runs_hooks_of_parts() -> None:
+    """Hooks that come after a part was compiled run, those of all modules and of a backward, too."""
+    layer, x = Gate(), torch.ones(2, 4, requires_grad=True)
+    part, expected = layer.inner[0], layer(x)
+    with use_kernel_mapping({"Gate": {"cpu": "pack:inductor"}}), never(KernelsWarning):
+        torch.testing.assert_close(layer(x), expected)
+        seen: list[str] = []
+        for put in (
+            lambda: part.register_forward_hook(lambda *call: seen.append("forward")),
+            lambda: part.register_forward_pre_hook(lambda *call: seen.append("pre")),
+            lambda: part.register_full_backward_hook(lambda *call: seen.append("backward")),
+            lambda: nn.modules.module.register_module_forward_hook(lambda m, *call: seen.append(f"all {m is part}")),
+        ):
+            hook = put()
+            layer(x).sum().backward()
+            hook.remove()
+        assert [one for one in seen if one != "all False"] == ["forward", "pre", "backward", "all True"]
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.usefixtures("eager_inductor")
+def test_inductor_in_transforms() -> None:
+    """Under `torch.func`, the layer runs as it is, also with an argument that was changed in place before."""
+    layer, x = Norm(), torch.randn(2, 8)
+    wanted = torch.func.grad(lambda y: layer(nn.functional.linear(y, torch.eye(8), torch.ones(8))).pow(3).sum())(x)
+    with use_kernel_mapping({"RMSNorm": {"cpu": "pack:inductor"}}), never(KernelsWarning):
+        layer(x)
+        found = torch.func.grad(lambda y: layer(nn.functional.linear(y, torch.eye(8), torch.ones(8))).pow(3).sum())(x)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.usefixtures("eager_inductor")
 def test_inductor_is_verified() -> None:
     """`verify` compares more kinds of calls than are compiled; layers of PyTorch have variants of their own."""
