@@ -56,7 +56,7 @@ def ranked(
     gone = sorted({cell.winner for cell in cells} - offered.keys())
     if gone:
         warn_once(
-            f"For layer {request.layer_name!r}, {file} has {', '.join(gone)} as the fastest, which nothing offers here: "
+            f"For layer {request.layer_name!r}, {file} has {', '.join(gone)} as the fastest, and nothing offers it: "
             "the next best serves. Offer it, such as in a mapping, or measure again: kernels-core choose.",
         )
     # What is not offered any more wins nothing, and the next best does.
