@@ -110,13 +110,15 @@ def frozen{signature}:
         _kernel = _kernels_first
         if _kernels_is_odd_traced({values}):
             return _kernels_dispatched({call})
-        if _kernels_lossy and ({forward_level} >= 0 or _kernels_grad() and ({records_traced})):
+        if _kernels_lossy and (
+            {forward_level} >= 0 or _kernels_grad() and ({records_traced}) or _kernels_root.in_function
+        ):
             _kernel = _kernels_proving
         return _kernels_answer(_kernel({call}), _kernels_next, {call})
     _kernel = _kernels_kernel
     if {odd} or {tests}:
         _kernel = _kernels_unfit({module}, {values})
-    elif _kernels_unproven and ({forward_level} >= 0 or {records}):
+    elif _kernels_unproven and ({forward_level} >= 0 or {records} or _kernels_lossy and {in_function}):
         _kernel = _kernels_proving
     _kernel_output = _kernel({call})
     if _kernel_output is _kernels_passed_on:
@@ -133,7 +135,7 @@ _SELECT = """\
 def select{signature}:
     _kernel_name = {inference!r}
     try:
-        if {forward_level} >= 0 or {records} or not _kernels_outside_functions() and _kernels_root.in_function:
+        if {forward_level} >= 0 or {records} or {in_function}:
             _kernel_name = {training!r}
             _kernel = _kernels_frame().{training}
             if _kernels_unproven:
@@ -236,6 +238,7 @@ class ForwardSource:
             "values": self.values,
             "is_traced": self.is_traced,
             "forward_level": self.forward_level,
+            "in_function": "not _kernels_outside_functions() and _kernels_root.in_function",
             "odd": self._odd(exact=True),
             "records_traced": f"_kernels_records({self.module}, {self.values}) or _kernels_is_transformed()",
             "tests": self._unfit_tests(""),

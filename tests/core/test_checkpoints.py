@@ -14,7 +14,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from warned import never, noted
 
-from kernels_core import ArgumentTypeError, KernelsWarning, Mode, checkpoint_scopes, use_kernel_forward_from_hub
+from kernels_core import (
+    ArgumentTypeError,
+    KernelsWarning,
+    Mode,
+    checkpoint_scopes,
+    kernelize,
+    use_kernel_forward_from_hub,
+)
 from kernels_core.guards.functions import function_contexts, in_function
 from kernels_core.scopes.frame import here, root
 from kernels_core.torch_internals import DispatchMode, saved_tensors_hooks
@@ -98,6 +105,23 @@ def test_the_first_pass_is_training(layer: nn.Module, function: Any, by_mode: bo
         assert layer(torch.ones(1)).item() == 3
     with torch.inference_mode():
         assert layer(torch.ones(1)).item() == 3
+
+
+@pytest.mark.parametrize("function", [reentrant, Recomputing.apply])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_pass_of_a_model_that_is_kernelized_for_inference(
+    layer: nn.Module, function: Any, compiled: bool
+) -> None:
+    """A kernel without a backward serves neither pass; it serves outside of the checkpoint."""
+    with use_kernel_mapping({"Times": {"cpu": times(3, has_backward=False)}}):
+        mode = Mode.INFERENCE | Mode.TORCH_COMPILE if compiled else Mode.INFERENCE
+        kernelize(layer, mode=mode, device="cpu")
+    layer = torch.compile(layer, backend="eager") if compiled else layer
+    for _ in range(2):
+        with torch.no_grad():
+            assert layer(torch.ones(1)).item() == 3
+        x = torch.ones(1, requires_grad=True)
+        assert derived_elsewhere(function(layer, x), x) == (2, 2)
 
 
 BLOCKS: dict[str, Callable[[nn.Module], Any]] = {
