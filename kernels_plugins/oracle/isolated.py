@@ -87,7 +87,7 @@ def run_child(
     """
     rows: list[Any] = []
     begun: Any = None
-    hung = False
+    hung = through = False
     # No fork: a context of CUDA does not live on.
     command = command_of(module, json.dumps(task))
     # Its standard output carries the messages; the output of users' code goes to standard error.
@@ -111,7 +111,7 @@ def run_child(
                 message = json.loads(line)
                 if "row" in message:
                     rows.append(message["row"])
-                begun = message.get("begin")
+                begun, through = message.get("begin"), message.get("through", False)
                 if (text := message.get("text")) and text not in shown:
                     shown.add(text)
                     show(text)
@@ -125,7 +125,8 @@ def run_child(
             if timer is not None:
                 timer.cancel()
     how = f"by force, after {patience:g} seconds in which nothing came of it" if hung else _how(child.returncode)
-    return ChildRun(rows, begun, how if hung or child.returncode else "", child.returncode == 2)
+    # A kernel may end its process as if all were well.
+    return ChildRun(rows, begun, "" if through and not hung and not child.returncode else how, child.returncode == 2)
 
 
 def _kernel(row: VerifyRow) -> _Kernel:
@@ -161,7 +162,7 @@ def _showing(name: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def serving() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that writes messages to the parent: `row`, `begin` and `text`."""
+    """Give a function that writes messages to the parent: `row`, `begin` and `text`; the last one is `through`."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
         os.dup2(2, 1)  # also for native code that prints
 
@@ -170,6 +171,7 @@ def serving() -> Iterator[Callable[[dict[str, Any]], None]]:
             stream.flush()
 
         yield write
+        write({"through": True})
 
 
 def serve(task: dict[str, Any], compare: Callable[..., object]) -> None:

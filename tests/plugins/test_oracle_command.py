@@ -74,6 +74,11 @@ def crashes():
     register_kernel_mapping({"OracleNorm": {"cpu": kernels}})
     return torch.nn.Sequential(Norm(), Norm())
 
+def exits_well():
+    def exits(self, x): raise SystemExit
+    register_kernel_mapping({"OracleNorm": {"cpu": [kernel(exits), kernel(fused)]}})
+    return torch.nn.Sequential(Norm())
+
 def one(): return torch.randn(2, 64)
 def several(): return (torch.randn(2, 64),)
 def named(): return {"input": torch.randn(2, 64)}
@@ -181,6 +186,11 @@ def test_a_kernel_that_ends_its_process_is_a_row(tmp_path: Path) -> None:
     assert done.stderr.count("Segfaults, inference, float32, as given") == 1
     right = [row for row in rows if row["verdict"] == "ok"]
     assert {row["path"] for row in right} == {"0", "1"} and {row["mode"] for row in right} == {"inference", "training"}
+    done = verify("oracle_models:exits_well", "--inputs", "oracle_models:one", "--dtype", "float32")
+    rows = json.loads(done.stdout)["rows"]
+    assert done.returncode == 1, done.stderr
+    assert [row["reason"] for row in rows if not row["ok"]] == ["it ends the process with exit code 0"]
+    assert "ok" in {row["verdict"] for row in rows}
     refused = verify("oracle_models:right", "--inputs", "oracle_models:fails")
     assert refused.returncode == 2 and "no data" in refused.stderr and not refused.stdout
 
