@@ -2,7 +2,7 @@
 
 `python benchmarks/numerics.py` prints a table in Markdown for the first GPU, else the CPU, and the smallest input that
 shows each "no". `--device cpu` chooses the device, `--quick` takes small layers and leaves out what compiles,
-`--every-size` tries every number of rows, and `--only TEXT` takes the layers with a text in their names.
+`--every-size` tries every number of rows, and `--only TEXT ...` takes the layers with such a text in their names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from torch.nn import functional
 
 from kernels_core import NUMERICS, use_kernel_forward_from_hub
 from kernels_plugins import use_kernel_mapping
+from kernels_plugins.adoption.shipped import RULES
+from kernels_plugins.adoption.shipped_parents import PARENT_RULES
 from kernels_plugins.demo.bundle import write_bundle
 from kernels_plugins.demo.layers import GeluAndMul, RMSNorm, RotaryEmbedding, SiluAndMul
 
@@ -34,19 +36,21 @@ PACKS = ("torch", "triton", "liger", "inductor")
 WORDS = {"ok": "yes", "wrong": "**no**", "undecided": "not known"}
 
 
-@use_kernel_forward_from_hub("SwiGLUMLP")
-class SwiGLUMLP(nn.Module):
-    """The MLP of a Llama."""
+ORACLES = {rule.layer_name: rule.fuses or rule.oracle for rule in (*RULES, *PARENT_RULES)}
+"""By layer name, the plain PyTorch that the rules of adoption compare with."""
 
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(hidden, inner, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-        self.act_fn = nn.SiLU()
+Call = tuple[str, nn.Module | Callable[..., Any], tuple[Any, ...]]
+"""A title, the layer, and its arguments."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Project, gate, project."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+def reference(name: str, **parts: Any) -> Any:
+    """Return a layer of a name as its rule describes it, with the attributes that its oracle reads."""
+    if name.startswith(("rotary", "add", "linear")):
+        return use_kernel_forward_from_hub(name)(ORACLES[name])
+    module = use_kernel_forward_from_hub(name)(type(name, (nn.Module,), {"forward": ORACLES[name]}))()
+    for attribute, value in parts.items():
+        setattr(module, attribute, value)
+    return module
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -60,24 +64,57 @@ class TorchNorm(nn.RMSNorm):
         return functional.rms_norm(hidden_states, self.normalized_shape, self.weight, 1e-6)
 
 
-def subjects(device: str, quick: bool) -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
+@use_kernel_forward_from_hub("scaled_dot_product_attention")
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend, in three operations."""
+    return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1) @ value
+
+
+def subjects(device: str, quick: bool) -> Iterator[Call]:
     """Yield layers as a Llama of 8 billion parameters has them, with inputs of 64 rows; smaller ones on a CPU."""
     small = quick or device == "cpu"
-    hidden, inner, heads = (256, 512, 4) if small else (4096, 14336, 32)
+    hidden, inner, heads, words = (256, 512, 4, 512) if small else (4096, 14336, 32, 32000)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
     def rows(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
+    def weight() -> nn.Parameter:
+        return nn.Parameter(rows(hidden))
+
+    x, gates = rows(2, 32, hidden), rows(2, 32, 2 * inner)
     norm = RMSNorm(hidden)
     nn.init.normal_(norm.weight)
-    yield f"RMSNorm, {hidden}", norm, (rows(64, hidden),)
-    yield f"`torch` rms_norm, {hidden}", TorchNorm(hidden), (rows(64, hidden),)
-    yield f"SiluAndMul, {inner}", SiluAndMul(), (rows(64, 2 * inner),)
-    yield f"GeluAndMul, {inner}", GeluAndMul(), (rows(64, 2 * inner),)
-    angles = rows(2, 2, 16, 128)
-    yield "RotaryEmbedding, 128", RotaryEmbedding(), (rows(2, heads, 16, 128), rows(2, heads, 16, 128), *angles)
-    yield f"SwiGLUMLP, {hidden} to {inner}", SwiGLUMLP(hidden, inner), (rows(64, hidden),)
+    yield f"RMSNorm, {hidden}", norm, (x,)
+    yield f"`torch` rms_norm, {hidden}", TorchNorm(hidden), (x,)
+    yield f"RMSNormOffset, {hidden}", reference("RMSNormOffset", weight=weight(), variance_epsilon=1e-6), (x,)
+    yield f"LayerNorm, {hidden}", reference("LayerNorm", weight=weight(), bias=weight(), eps=1e-6), (x,)
+    for name in ("add_rms_norm", "add_rms_norm_offset"):
+        module = reference(name.replace("add_rms_norm_offset", "RMSNormOffset").replace("add_rms_norm", "RMSNorm"))
+        module.weight, module.variance_epsilon = weight(), 1e-6
+        yield f"{name}, {hidden}", reference(name), (x, rows(*x.shape), module.weight, 1e-6, module)
+    yield f"SiluAndMul, {inner}", SiluAndMul(), (gates,)
+    yield f"GeluAndMul, {inner}", GeluAndMul(), (gates,)
+    yield f"GeluTanhAndMul, {inner}", reference("GeluTanhAndMul"), (gates,)
+    yield f"GeluTanh, {inner}", reference("GeluTanh"), (gates,)
+    q, k, cos, sin = rows(2, heads, 16, 128), rows(2, heads // 4, 16, 128), *rows(2, 2, 16, 128)
+    yield "RotaryEmbedding, 128", RotaryEmbedding(), (q, rows(*q.shape), cos, sin)
+    yield "rotary_pos_emb, 128", reference("rotary_pos_emb"), (q, k, cos, sin)
+    yield "rotary_pos_emb_partial, 64 of 128", reference("rotary_pos_emb_partial"), (q, k, cos[..., :64], sin[..., :64])
+    yield "rotary_pos_emb_half, 128", reference("rotary_pos_emb_half"), (q, k, cos[..., :64], sin[..., :64])
+    seen = (q[0].transpose(0, 1), q[1].transpose(0, 1), cos[0], sin[0])
+    yield "rotary_pos_emb_vision, 128", reference("rotary_pos_emb_vision"), seen
+    yield "scaled_dot_product_attention, 128", attention, (q, rows(*q.shape), rows(*q.shape))
+    for name in ("SwiGLUMLP", "GeGLUMLP", "GeGLUTanhMLP", "PackedSwiGLUMLP"):
+        projections = {"gate_up_proj": 2} if name.startswith("Packed") else {"gate_proj": 1, "up_proj": 1}
+        parts: dict[str, nn.Module] = {
+            part: nn.Linear(hidden, times * inner, bias=False) for part, times in projections.items()
+        }
+        parts["down_proj"] = nn.Linear(inner, hidden, bias=False)
+        yield f"{name}, {hidden} to {inner}", reference(name, **parts), (x,)
+    labels = torch.randint(0, words, (64,), device=device)
+    loss = (rows(64, hidden), nn.Parameter(rows(words, hidden)), None, labels, None, -100)
+    yield f"linear_cross_entropy, {hidden} to {words}", reference("linear_cross_entropy"), loss
 
 
 def demo_kernels(device: str) -> dict[str, Any]:
@@ -93,7 +130,7 @@ def demo_kernels(device: str) -> dict[str, Any]:
     return {name: getattr(module.layers, name) for name in ("RMSNorm", "SiluAndMul", "GeluAndMul", "RotaryEmbedding")}
 
 
-def judged(device: str, quick: bool, every_size: bool, only: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def judged(device: str, quick: bool, every_size: bool, only: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield layer, implementation, and the row of the report for each property."""
     from kernels_plugins.oracle.subject import Plan
     from kernels_plugins.oracle.verify import verify_each
@@ -102,10 +139,11 @@ def judged(device: str, quick: bool, every_size: bool, only: str) -> Iterator[tu
     plan = Plan(numerics=names, every_size=every_size, compare=False)
     demo = demo_kernels(device)
     for title, module, inputs in subjects(device, quick):
-        if only not in title:
+        if not any(text in title for text in only):
             continue
-        module = module.to(device, inputs[0].dtype).requires_grad_(True)
-        name = type(module).__name__ if not isinstance(module, TorchNorm) else "RMSNorm"
+        if isinstance(module, nn.Module):
+            module = module.to(device, inputs[0].dtype).requires_grad_(True)
+        name = "RMSNorm" if isinstance(module, TorchNorm) else title.partition(",")[0]
         packs = () if isinstance(module, TorchNorm) else tuple(f"pack:{pack}" for pack in PACKS)
         kernels = [*([demo[name]] if name in demo and packs else []), *packs]
         found: dict[str, dict[str, Any]] = {}
@@ -139,7 +177,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--every-size", action="store_true")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", nargs="*", default=[""])
     chosen = parser.parse_args()
     os.environ["KERNELS_CACHE"] = tempfile.mkdtemp()  # findings of an earlier run would be taken for new ones
     torch.manual_seed(0)
