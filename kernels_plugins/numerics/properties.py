@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ def find(
     wanted = [*check_names([name for name in names if name != BACKWARD], "find"), *([BACKWARD] * (BACKWARD in names))]
     if any(tensor.device.type == "meta" for tensor in call.tensors.values()):
         return dict.fromkeys(wanted, Judgement(None, "tensors on meta hold no numbers"))
+    call = _with_gradients(call, forward) if wanted else call
     rows = rows_of(call, reference) if wanted else ""
     if rows in (EMPTY, SPREAD):
         return dict.fromkeys(wanted, Judgement(None, str(rows)))
@@ -105,6 +107,28 @@ def find(
             stop_if_broken(error)
             found[name] = Judgement(None, f"it raises {short(error)}")
     return found
+
+
+def _with_gradients(call: Call, forward: Forward) -> Call:
+    """Return a call whose inputs require grad, where none of them does: all floating ones, or the first of these.
+
+    A kernel may pass on calls that ask for gradients which no model needs, such as those of angles.
+    """
+    names = [name for name, tensor in call.inputs.items() if tensor.is_floating_point()]
+    while names and not any(tensor.requires_grad for tensor in call.inputs.values()):
+        first = call.replaced(partial(_trained, tuple(names)))
+        try:
+            _run(first, forward, gradients=True)
+            return first
+        except NotTaken:
+            names.pop()
+        except Exception:  # which is judged, and reported, elsewhere
+            break
+    return call
+
+
+def _trained(names: Collection[str], name: str, leaf: Any) -> Any:
+    return leaf.detach().requires_grad_() if name in names else leaf
 
 
 def taken_away(call: Call, forward: Forward, reference: Forward, name: str, *, every: bool = False) -> str:

@@ -95,14 +95,15 @@ class Rows:
             if name not in self.names or not isinstance(leaf, torch.Tensor):
                 return leaf
             dim = self.names[name]
-            taken = leaf.movedim(dim, 0)[indices].movedim(0, dim).contiguous()
+            taken = leaf.detach().movedim(dim, 0)[indices].movedim(0, dim).contiguous()
             if fill is not None and kept is not None and taken.is_floating_point():
                 taken = taken.clone()
                 most = torch.finfo(taken.dtype).max  # of this input, and not of the one that the number is for
                 taken.movedim(dim, 0)[~kept] = min(max(fill, -most), most) if math.isfinite(fill) else fill
             if self.lead:
                 taken = taken.reshape(*self.lead, *taken.shape[len(self.lead) :])
-            return LAYOUTS[self.layout](taken) if taken.is_floating_point() else taken
+            taken = LAYOUTS[self.layout](taken) if taken.is_floating_point() else taken
+            return taken.requires_grad_(name in self.trained)
 
         with torch.no_grad(), torch.inference_mode(False):
             return self.call.replaced(change)
@@ -126,7 +127,6 @@ class Rows:
 
         def run(rows: Rows, part: Any, fill: float | None, kept: torch.Tensor | None) -> dict[str, torch.Tensor]:
             call = rows.of(part, fill, kept)
-            call = call.replaced(lambda name, leaf: leaf.requires_grad_() if name in rows.trained else leaf)
             with references(), call.replayed(forward, gradients=True, changes=False) as replay:
                 if replay.outputs is NotImplemented:
                     raise NotTaken

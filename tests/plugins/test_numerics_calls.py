@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Callable
@@ -181,6 +182,41 @@ def test_numbers_that_a_kernel_adds_to_are_random_where_equal_calls_are_compared
 
     (found,) = find(Call(None, (torch.zeros(3),)), drifting, torch.clone, ["deterministic"]).values()
     assert found.has is False and "forward: " in found.why
+
+
+def test_gradients_of_inputs_are_found_out_beside_those_of_weights() -> None:
+    """Weights require grad and the input of an evaluation does not: its gradient in training varies, and is named."""
+    runs = itertools.count()
+
+    class Varying(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * (1 + next(runs) * 1e-3)
+
+    def kernel(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return norm(Varying.apply(x), self.weight)
+
+    found = find(Call(Norm(), (X,)), kernel, Norm.forward, ["deterministic"])["deterministic"]
+    assert found.has is False and found.why.startswith("backward: ")
+
+
+def test_a_kernel_that_computes_no_gradient_of_angles_is_judged() -> None:
+    """Where nothing requires grad, a kernel is asked for the gradients that it computes, not for all or none."""
+
+    def turn(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        return x * angles.cos() + x.flip(-1) * angles.sin()
+
+    def kernel(x: torch.Tensor, angles: torch.Tensor) -> Any:
+        return NotImplemented if angles.requires_grad else turn(x, angles)
+
+    found = find(Call(None, (X, torch.rand(64))), kernel, turn, ["deterministic", "recompute_equal"], compiles=False)
+    assert [one.has for one in found.values()] == [True, True]
+    assert "recorded" in found["recompute_equal"].why
+    assert "forward only" not in found["deterministic"].why
 
 
 # --- Kinds of calls -----------------------------------------------------------------------------------
