@@ -63,3 +63,26 @@ def test_captured_calls_are_served_by_what_is_known() -> None:
             assert torch.equal(captured(), expected)  # not by `ByRows`, of which nothing is known
             assert torch.equal(layer(x), expected)
             assert torch.equal(captured(), expected)
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "RMSNormOffset", "SiluAndMul", "rotary_pos_emb"])
+def test_the_kernels_of_the_pack_triton_have_all_properties(name: str) -> None:
+    """Also one that computes no gradients of its angles, on inputs of which none requires grad."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from kernels_plugins.adoption.shipped import RULES
+    from kernels_plugins.packs.triton.layers import KERNELS
+
+    reference: Any = next(rule.oracle for rule in RULES if rule.layer_name == name)
+    kernel, module = KERNELS[name], None
+    inputs = [torch.randn(2, 8, 256, device="cuda", dtype=torch.bfloat16)]
+    if name.startswith("RMS"):
+        module = torch.nn.RMSNorm(256, device="cuda", dtype=torch.bfloat16)
+        module.variance_epsilon = 1e-6
+    elif name.startswith("rotary"):
+        q, angles = torch.randn(2, 4, 8, 64, device="cuda"), torch.randn(2, 8, 64, device="cuda")
+        inputs = [q, q[:, :2].clone(), angles.cos(), angles.sin()]
+    forward: Any = getattr(kernel, "forward", kernel)
+    if name == "SiluAndMul":
+        module = torch.nn.Module()
+    found = find(Call(module, tuple(inputs)), forward, reference, ["deterministic", "batch_invariant"])
+    assert {name: finding.has for name, finding in found.items()} == {"deterministic": True, "batch_invariant": True}
