@@ -27,7 +27,7 @@ def error_text(error: BaseException) -> str:
         True
     """
     require_type(error, BaseException, "error")
-    return f"{type(error).__name__}: {message_of(error)}".rstrip(": ")
+    return f"{cleaned(type(error).__name__, _LONGEST)}: {message_of(error)}".rstrip(": ")
 
 
 def message_of(error: BaseException) -> str:
@@ -48,17 +48,18 @@ def detached(error: BaseException, *, copied: bool = False) -> BaseException:
         error: The exception, which is changed.
         copied: Whether to change a copy instead, for an exception that somebody still handles.
     """
+    change = object.__setattr__  # exceptions may be frozen dataclasses
     first = kept = _copy(error) if copied else error
     seen = {id(error)}
     while True:
-        kept.__traceback__ = _without_locals(error.__traceback__)
+        change(kept, "__traceback__", _without_locals(error.__traceback__))
         following = error.__cause__ or error.__context__  # as Python prints them
         if following is None or id(following) in seen:
             return first
         seen.add(id(following))
         if copied:
             copy = _copy(following)
-            kept.__cause__, kept.__context__ = (copy, None) if error.__cause__ is not None else (None, copy)
+            change(kept, "__cause__" if error.__cause__ is not None else "__context__", copy)
             kept, error = copy, following
         else:
             kept = error = following
@@ -69,7 +70,7 @@ def _copy(error: BaseException) -> BaseException:
     try:
         copy = type(error).__new__(type(error), *error.args)  # the constructor may want other arguments
         copy.__dict__.update(error.__dict__)
-        copy.args = error.args
+        object.__setattr__(copy, "args", error.args)
     except Exception:  # of a type with a `__new__` of its own
         return RuntimeError(error_text(error))
     return copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import traceback
 import weakref
@@ -390,6 +391,38 @@ def test_errors_with_no_text_or_a_long_one(make_layer: Make, error: Exception) -
             (refusal,) = resolve(layer, device="cpu", mode=Mode.INFERENCE).refusals
         assert type(error).__name__ in refusal.reason
         assert max(len(str(warning.message)) for warning in caught) < 5000
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """Takes no attributes."""
+
+    code: int = 1
+
+
+def test_exceptions_that_are_frozen(make_layer: Make) -> None:
+    """An exception that takes no attributes is kept as any other, with its traceback, and the reference answers."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        raise FrozenError(7) from FrozenError(6)
+
+    with use_kernel_mapping({"Add": {"cpu": type("Fails", (nn.Module,), {"forward": forward})}}), ignored():
+        assert make_layer()()(X)[0] == 1
+    error = quarantined()[0].error
+    assert type(error) is FrozenError and error.args == (7,) and isinstance(error.__cause__, FrozenError)
+    assert error.__traceback__ is not None and error.__traceback__.tb_frame.f_code.co_name == "forward"
+
+
+def test_names_of_exceptions_are_made_visible(make_layer: Make) -> None:
+    """No name of a class drives a terminal."""
+    named = type("Bad\x1b[2J", (Exception,), {})
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        raise named
+
+    with use_kernel_mapping({"Add": {"cpu": type("Fails", (nn.Module,), {"forward": forward})}}), ignored():
+        make_layer()()(X)
+    assert "\x1b" not in str(quarantined()[0]) and "Bad\\x1b" in quarantined()[0].reason
 
 
 def test_what_a_kernel_raised_is_kept_without_its_values(make_layer: Make) -> None:
