@@ -22,6 +22,7 @@ from .rows import ABOUT_THE_CALL
 from .wanted import found_out
 
 _FORMAT = f"4 {__version__}"  # another version may look closer
+_SMALL = range(-4, 5)
 _lock = threading.Lock()
 _found: dict[str, dict[str, dict[str, Judgement]]] = {}
 
@@ -29,8 +30,8 @@ _found: dict[str, dict[str, dict[str, Judgement]]] = {}
 def kind_of(call: Call, implementation: Callable[..., Any]) -> str:
     """Return the kind of a call, for which a finding holds: dtype, number of dimensions and last size of each tensor.
 
-    Also whether it is empty, flags and texts among the arguments, and whether the module trains; and the numbers and
-    texts in attributes of the module that the implementation reads.
+    Also whether it is empty, flags, texts and small numbers among the arguments, and whether the module trains; and the
+    numbers and texts in attributes of the module that the implementation reads.
     """
     texts = [_described(name, tensor) for name, tensor in call.inputs.items()]
     texts += map(repr, words_of((*call.args, *call.kwargs.items())))
@@ -47,8 +48,14 @@ def kind_of(call: Call, implementation: Callable[..., Any]) -> str:
 
 
 def words_of(values: Iterable[Any]) -> list[Any]:
-    """Return flags, texts and dtypes among arguments, by which kernels choose a way; numbers may be new each time."""
-    return [leaf for value in values for _, leaf in leaves(value) if isinstance(leaf, (bool, str, torch.dtype))]
+    """Return flags, texts, dtypes and small numbers among arguments, by which kernels choose a way.
+
+    A dimension is such a number, or a rate of 0. Others may be new each time, as a position or a step.
+    """
+    found = [leaf for value in values for _, leaf in leaves(value)]
+    return [
+        one for one in found if isinstance(one, (str, torch.dtype)) or (isinstance(one, (int, float)) and one in _SMALL)
+    ]
 
 
 def _described(name: str, tensor: torch.Tensor) -> str:

@@ -135,6 +135,25 @@ def test_flags_and_dtypes_are_part_of_the_kind_of_a_call() -> None:
     assert kinds[0] != kinds[1]
 
 
+def test_a_dimension_among_the_arguments_is_part_of_the_kind_of_a_call() -> None:
+    """Along another dimension, another kernel may run: it is judged there, and large numbers start nothing anew."""
+
+    @use_kernel_forward_from_hub("NumericsAlong")
+    def along(x: torch.Tensor, weight: torch.Tensor, step: int, dim: int = -1) -> torch.Tensor:
+        return norm(x, weight)
+
+    def kernel(x: torch.Tensor, weight: torch.Tensor, step: int, dim: int = -1) -> torch.Tensor:
+        return by_rows(x, weight) if dim == 1 else norm(x, weight)
+
+    with use_kernel_mapping({"NumericsAlong": {"cpu": kernel}}), numerics("batch_invariant"):
+        along(X, torch.rand(64), 1000)
+        assert origin(along) == "kernel"
+        along(X, torch.rand(64), 1001, dim=1)
+        assert origin(along) == "reference"
+    kinds = {store.kind_of(Call(None, (X, step)), kernel) for step in (1000, 1001, 0.5, 2.5)}
+    assert len(kinds) == 1
+
+
 def test_weights_of_zeros_hold_random_numbers_while_a_kernel_is_judged() -> None:
     """As before a checkpoint is loaded; the weights themselves stay as they are, and count as an argument, too."""
     layer = Norm()
