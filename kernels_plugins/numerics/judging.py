@@ -6,6 +6,7 @@ They are a plugin of their own, for most programs never require any: their decis
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -184,7 +185,7 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
 
     layer, request, must = resolution.request.layer, resolution.request, required(resolution.request)
     assert layer is not None
-    served: dict[Any, Forward] = {}
+    served: dict[Any, tuple[weakref.ref[Any], Forward]] = {}
 
     def chosen(args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> tuple[Forward, bool]:
         """Return the forward that serves such calls: this one, or that of the next candidate that may serve them.
@@ -229,6 +230,7 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
     def judging(*args: Any, **kwargs: Any) -> Any:
         if _busy.get():
             return forward(*args, **kwargs)
+        owner = layer if layer.is_function else args[0]
         found = [leaf for value in (*args, *kwargs.values()) for _, leaf in leaves(value)]
         kind = (
             *(
@@ -240,13 +242,13 @@ def _judging(resolution: Resolution, names: Sequence[Numeric], forward: Forward)
             torch.is_grad_enabled(),
             any(leaf.requires_grad for leaf in found if isinstance(leaf, torch.Tensor)),
             torch.is_autocast_enabled(request.device.type),
-            *(() if layer.is_function else (id(args[0]), args[0].training)),  # modules of one class may differ in sizes
+            *(() if layer.is_function else (id(owner), args[0].training)),  # modules of one class may differ in sizes
         )
-        serving = served.get(kind)
-        if serving is None:
+        of, serving = served.get(kind, (None, forward))
+        if of is None or of() is not owner:  # a later module may have the id of one that is gone
             serving, lasts = chosen(args, kwargs, not is_observed())
             if lasts:  # two threads may judge one kind at once, and find the same
-                served[kind] = serving
+                served[kind] = weakref.ref(owner), serving
         return serving(*args, **kwargs)
 
     return judging

@@ -28,7 +28,7 @@ from kernels_core import (
 )
 from kernels_core.replay import Call
 from kernels_plugins import check_kernel, numerics, use_kernel_mapping
-from kernels_plugins.numerics import store, wanted
+from kernels_plugins.numerics import judging, store, wanted
 from kernels_plugins.numerics.numbers import with_own_numbers
 from kernels_plugins.numerics.properties import find
 from kernels_plugins.numerics.rows import EMPTY
@@ -152,6 +152,29 @@ def test_a_dimension_among_the_arguments_is_part_of_the_kind_of_a_call() -> None
         assert origin(along) == "reference"
     kinds = {store.kind_of(Call(None, (X, step)), kernel) for step in (1000, 1001, 0.5, 2.5)}
     assert len(kinds) == 1
+
+
+def test_a_module_with_the_id_of_one_that_is_gone_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of a class differ in what their kernel does, and an id comes back once its module is collected."""
+    monkeypatch.setattr(judging, "id", lambda _: 1, raising=False)
+
+    @use_kernel_forward_from_hub("NumericsModule")
+    class Layer(Norm):
+        fast = False
+
+    class Kernel(nn.Module):
+        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return by_rows(x, self.weight) if self.fast else norm(x, self.weight)
+
+    slow, fast = Layer(), Layer()
+    fast.fast = True
+    with use_kernel_mapping({"NumericsModule": {"cpu": Kernel}}), numerics("batch_invariant"), torch.no_grad():
+        for _ in range(2):  # the first call finds the forward of the second
+            slow(X)
+        assert origin(Layer).endswith("Kernel")
+        del slow
+        fast(X)
+        assert origin(Layer) == "reference"
 
 
 def test_weights_of_zeros_hold_random_numbers_while_a_kernel_is_judged() -> None:
