@@ -14,8 +14,8 @@ from .errors import KernelsWarning, require_type
 
 _lock = threading.Lock()
 
-_LIBRARIES = {"kernels_core", "kernels_plugins", "pluggy", "torch"}
-"""Packages between a line of the user and a warning."""
+_LIBRARIES = {"kernels_core", "kernels_plugins", "pluggy", "torch", "contextlib", "copy", "importlib"}
+"""Packages between a line of the user and a warning; the last ones call functions of ours for functions of ours."""
 
 
 def warn(message: str, stacklevel: int = 1) -> None:

@@ -123,9 +123,9 @@ def _problem(name: str, value: str) -> str:
         elif name == "KERNELS_CHOICE" and value:
             from ..choice.choice import Choice
 
-            Choice.load(Path(value).expanduser())
+            Choice.load(Path(os.path.expanduser(value)))
         elif name == "KERNELS_DECISIONS" and value:
-            DecisionFile.from_file(Path(value).expanduser())
+            DecisionFile.from_file(Path(os.path.expanduser(value)))
         elif name == FOLDERS:
             gone = [str(path) for path in parse_overrides(value).values() if not path.is_dir()]
             return f"there is no folder {', '.join(gone)}: correct or unset {FOLDERS}" if gone else ""

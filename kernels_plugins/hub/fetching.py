@@ -18,7 +18,15 @@ from typing import Any, cast
 
 import torch
 
-from kernels_core import IntegrityError, LoadError, ResolutionError, authorize, device_capability, plugin_manager
+from kernels_core import (
+    IntegrityError,
+    LoadError,
+    ResolutionError,
+    authorize,
+    device_capability,
+    error_text,
+    plugin_manager,
+)
 
 from ..locks import KeyedLocks
 from .builds.integrity import Build, RemoteFile, as_build, check_digest, check_transfer, read_files
@@ -97,7 +105,13 @@ class FetchedBuild:
 
 def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
     """Find the commit of a kernel, whether its code may run, and its builds; download nothing, but for a redirect."""
-    from .client import revision, trust  # import huggingface_hub: only when a repository is really requested
+    try:
+        from .client import revision, trust  # import huggingface_hub: only when a repository is really requested
+    except ValueError as error:  # it reads its variables then
+        raise LoadError(
+            f"{request}: huggingface_hub cannot be imported ({error_text(error)}): correct HF_ENDPOINT, or another of "
+            "its variables, and start the program again"
+        ) from error
 
     client = _client(request)
     with naming(str(request)):
@@ -131,7 +145,7 @@ def select_build(request: KernelRequest, *, suggest: bool = True) -> SelectedBui
 
 def fetch_build(selected: SelectedBuild, *, verify: bool = True) -> FetchedBuild:
     """Download a build, whether or not it fits, unless it is in the cache; read it, and check files and signature."""
-    from .client import download, revision
+    from .client import download, files, revision
 
     resolved = selected.resolved
     assert resolved is not None
@@ -143,7 +157,7 @@ def fetch_build(selected: SelectedBuild, *, verify: bool = True) -> FetchedBuild
             digest = check_digest(build)
         except IntegrityError:
             revision.forget_record(pin)  # the listing may be wrong, not the files
-            download.discard(selected.folder)
+            files.discard(selected.folder)
             raise
         # Not a fault of the download, as those above: what is refused here stays in the cache.
         signature = check_signature(build, pin.repo_id, selected.place) if verify else {}
@@ -345,7 +359,7 @@ def _read(selected: SelectedBuild, resolved: ResolvedKernel, client: Any) -> tup
 
 def _check_transfer(place: Path, files: Mapping[str, bytes], listed: Iterable[RemoteFile]) -> str:
     """Compare files with the listing; remove them from the cache where they differ."""
-    from .client.download import discard
+    from .client.files import discard
 
     try:
         return check_transfer(files, listed)

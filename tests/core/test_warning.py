@@ -152,6 +152,16 @@ def test_a_warning_points_to_the_line_of_the_user(make_layer: Make, isolated_plu
     assert {warning.filename for warning in caught} == {__file__}
 
 
+def test_a_warning_points_beyond_the_modules_of_python() -> None:
+    """Where a context manager of ours warns, the line is not one of `contextlib`."""
+    scene: dict[str, Any] = {"__name__": "kernels_core.scene", "warn": WarnOnce()}
+    text = "import contextlib\n@contextlib.contextmanager\ndef left():\n    yield\n    warn('slow')\n"
+    exec(f"{text}def act():\n    with left(): pass", scene)
+    with pytest.warns(KernelsWarning) as caught:
+        scene["act"]()
+    assert caught[0].filename == __file__
+
+
 def test_the_level_counts_lines_of_others() -> None:
     """With stacklevel 1 a warning is where a plugin calls `warn_once`, with 2 where its caller is; never beyond."""
 

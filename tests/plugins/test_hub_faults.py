@@ -9,13 +9,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from hub_scene import (
     PROGRAM,
     REFERENCE,
@@ -31,6 +34,7 @@ from hub_scene import (
     served,
 )
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from patience import PATIENCE
 
 from kernels_core import ArgumentError, NoKernelError, use_kernel_forward_from_hub
@@ -450,6 +454,42 @@ def test_disk(kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "file" / "cache"))
     why = refused(scale(), "^acme/kernels at main", "Check the disk")
     assert "reached" not in why and "network" not in why
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_hub_that_names_a_long_time(
+    local_hub: LocalHub, kernel_repository: Publish, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Where the Hub asks to wait for an hour before a file is requested again, a call does not wait for that."""
+    kernel_repository(layers=kernel())
+    hour = threading.Event()
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": hour.wait}))
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1 / 6)
+    local_hub.fail(
+        lambda request: request.method == method and "layers.py" in request.path,
+        status=429,
+        headers={"Retry-After": "3600"},
+        times=None,
+    )
+    try:
+        refused(scale(), "^acme/kernels at main", "did not answer in 1 seconds")
+    finally:
+        local_hub.heal()
+        hour.set()
+
+
+@pytest.mark.parametrize(("variable", "value"), [("HF_ENDPOINT", "http://[::1"), ("HF_HUB_ETAG_TIMEOUT", "soon")])
+def test_variables_that_the_client_cannot_read(variable: str, value: str, local_hub: LocalHub, tmp_path: Path) -> None:
+    """Where huggingface_hub cannot be imported for its variables, that is an error of ours, as any other of a load."""
+    program = (
+        "from kernels_core import LoadError\nfrom kernels_plugins import get_kernel\n"
+        "try: get_kernel('acme/kernels', version=1)\n"
+        "except LoadError as error: print(error)"
+    )
+    environment = {**os.environ, **local_hub.environment(tmp_path), variable: value}
+    done = run_python("-c", program, environment=environment, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "acme/kernels at v1: huggingface_hub cannot be imported (ValueError: " in done.stdout
 
 
 def test_next_process(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any]) -> None:

@@ -590,10 +590,11 @@ def test_overrides(
     assert install_kernel("acme/kernels", version=1) == folder / "build" / "torch-universal"
     (only,) = get_kernel_variants("acme/kernels", version=1)
     assert only.variant.variant_str == "torch-universal" and local_hub.requests == []
-    monkeypatch.setenv("LOCAL_KERNELS", f"acme/kernels={tmp_path / 'nowhere'}")
-    assert not has_kernel("acme/kernels", version=1)
-    with pytest.raises(LoadError, match=r"acme/kernels \(LOCAL_KERNELS\): .*nowhere: there is no such folder"):
-        get_kernel("acme/kernels", version=1)
+    for nowhere in str(tmp_path / "nowhere"), "~nobody-of-that-name/nowhere":
+        monkeypatch.setenv("LOCAL_KERNELS", f"acme/kernels={nowhere}")
+        assert not has_kernel("acme/kernels", version=1)
+        with pytest.raises(LoadError, match=r"acme/kernels \(LOCAL_KERNELS\): .*nowhere: there is no such folder"):
+            get_kernel("acme/kernels", version=1)
 
 
 @pytest.mark.parametrize(

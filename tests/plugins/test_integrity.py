@@ -25,7 +25,7 @@ from kernels_plugins.hub.builds.integrity import (
     read_files,
 )
 from kernels_plugins.hub.builds.metadata import Digest
-from kernels_plugins.hub.client.download import discard
+from kernels_plugins.hub.client.files import discard
 from kernels_plugins.local_hub.repositories import git_blob_id
 from kernels_plugins.local_hub.testing import kernel_metadata
 

@@ -34,6 +34,7 @@ from ..builds.integrity import RemoteFile, check_transfer, is_byte_code
 from ..builds.machine import this_machine
 from ..errors import AbsentError, RepositoryError, RevisionError, UnknownError, UnreachableError
 from ..names import is_commit
+from .files import sizes
 from .metadata_cache import MetadataCache, Pin
 from .redirect import LARGEST, STATUS
 
@@ -118,7 +119,7 @@ class Client:
 
     user_agent: str | None = None  # information about the caller for each request
     local_files_only: bool = False  # whether to send no request
-    # seconds to wait for an answer, with all repetitions of the client; downloads may take longer
+    # seconds to wait for an answer, with all repetitions of the client, and for more of a download
     patience: float = field(default_factory=lambda: 6.0 * constants.HF_HUB_ETAG_TIMEOUT)
     persistent: bool = False  # whether to repeat a request for all that time, as one that asks for others does
 
@@ -160,8 +161,15 @@ class Client:
                         raise
         raise AssertionError("unreachable")  # pragma: no cover - the last type returns or raises
 
-    def _ask(self, question: Callable[[], T]) -> T:
-        """Send a request in a thread of its own, and wait for the answer: the client bounds no request as a whole."""
+    def _ask(self, question: Callable[[], T], arrived: Callable[[], object] = lambda: None) -> T:
+        """Send a request in a thread of its own, and wait for the answer: the client bounds no request as a whole.
+
+        It also waits for as long as the Hub tells it to, which may be hours.
+
+        Args:
+            question: Sends the request.
+            arrived: What has arrived so far: as long as that changes, the answer is waited for.
+        """
         answer: Future[T] = Future()
 
         def ask() -> None:
@@ -172,7 +180,11 @@ class Client:
 
         # A daemon: a request that is never answered must not keep the process from ending.
         threading.Thread(target=ask, daemon=True, name="kernels-core-request").start()
-        if not wait([answer], self.patience).done:
+        seen = arrived()
+        while not wait([answer], self.patience).done:
+            before, seen = seen, arrived()
+            if seen != before:
+                continue
             raise UnreachableError(
                 f"{constants.ENDPOINT} did not answer in {self.patience:g} seconds: check the network, set "
                 "HF_HUB_ETAG_TIMEOUT to wait longer, or HF_HUB_OFFLINE=1 to use what is in the cache"
@@ -240,7 +252,8 @@ class Client:
 
     def _download(self, pin: Pin, path: str) -> str:
         place: dict[str, Any] = {"repo_type": pin.repo_type, "revision": pin.commit, "cache_dir": cache_root()}
-        return str(_repeat(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), self))
+        blobs = cache_folder(pin.repo_id, pin.repo_type) / "blobs"
+        return str(self._ask(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), partial(sizes, blobs)))
 
     def read_status(self, pin: Pin, listed: RemoteFile) -> bytes:
         """Return the file that redirects a repository."""
@@ -279,24 +292,6 @@ class Client:
 
 def _remote(entry: RepoFile, path: str) -> RemoteFile:
     return RemoteFile(path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
-
-
-def discard(place: Path) -> str:
-    """Remove downloaded files that turned out wrong, so that the next attempt downloads them anew."""
-    folder = place if place.is_dir() else place.parent
-    blobs = (folder.parents[3] / "blobs").resolve()
-    try:
-        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if path.is_symlink():
-                blob = path.resolve()
-                path.unlink()
-                if blob.parent == blobs:  # a changed link may lead out of the cache
-                    blob.unlink(missing_ok=True)
-            elif path.is_file():
-                path.unlink()
-    except OSError as error:
-        return f"They cannot be removed from the cache ({type(error).__name__}: {error}): remove {place} and try again"
-    return "They were removed from the cache: try again"
 
 
 def _repeat(question: Callable[[], T], client: Client) -> T:

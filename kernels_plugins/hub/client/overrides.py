@@ -34,7 +34,7 @@ def parse_overrides(text: str) -> dict[str, Path]:
     for entry in _NEXT.split(text) if text else ():
         match = _ENTRY.fullmatch(entry)
         repo_id, path = match.groups() if match else ("", "")
-        folder = Path(path).expanduser()
+        folder = Path(os.path.expanduser(path))  # as it is where there is no such user
         # A colon in a path that does not exist is probably the end of an entry, before a malformed one.
         if match is None or (":" in _DRIVE.sub("", path, count=1) and not folder.exists()):
             problem = "is no owner/name=path"

@@ -1,0 +1,32 @@
+"""Files of repositories in the cache: their sizes, and those to be removed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sizes(folder: Path) -> list[tuple[str, int]]:
+    """Return the names and sizes of files, also of those that are being written."""
+    try:
+        return sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
+    except OSError:  # not there yet, or one was renamed meanwhile
+        return []
+
+
+def discard(place: Path) -> str:
+    """Remove downloaded files that turned out wrong, so that the next attempt downloads them anew."""
+    folder = place if place.is_dir() else place.parent
+    blobs = (folder.parents[3] / "blobs").resolve()
+    try:
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.is_symlink():
+                blob = path.resolve()
+                path.unlink()
+                if blob.parent == blobs:  # a changed link may lead out of the cache
+                    blob.unlink(missing_ok=True)
+            elif path.is_file():
+                path.unlink()
+    except OSError as error:
+        return f"They cannot be removed from the cache ({type(error).__name__}: {error}): remove {place} and try again"
+    return "They were removed from the cache: try again"
