@@ -748,6 +748,17 @@ def test_given_rules_replace_those_of_plugins() -> None:
     assert not adopt(nn.Sequential(nn.RMSNorm(2)), rules=[twice()]).layers
 
 
+@pytest.mark.parametrize(("zero", "adopted"), [(0.0, True), (float("nan"), False), (1e-3, False)])
+def test_rows_of_zeros(zero: float, adopted: bool) -> None:
+    """A layer such as ReLU may make rows of zeros: an oracle that does the same fits, and no other."""
+
+    def oracle(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x == 0, 2 * x + zero, 2 * x)
+
+    rule = Rule("twice", "Twice", ("*.Twice",), oracle, lambda module: (torch.zeros(2, 4).double(),))
+    assert bool(adopt(nn.Sequential(Twice()), rules=[rule]).layers) is adopted
+
+
 def test_a_rule_that_raises_refuses() -> None:
     """An oracle or inputs that raise are a reason, and the model stays as it was."""
     rule = Rule("broken", "Twice", ("*.Twice",), lambda self, x: 1 / 0, lambda module: (X,))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -328,6 +330,32 @@ def test_a_rule_of_a_user() -> None:
         assert [layer.path for layer in adopted.layers] == [":gated"]
         torch.testing.assert_close(module(X), module.gate(X) * module.up(X))
     torch.testing.assert_close(module(X), wanted)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Any:
+        return functional.relu(self.gate(x)) * self.up(x)
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"gaet": nn.LayerNorm, "up": nn.Linear}, "not those that the rule names: gaet, up"),
+        ({"gate": "RMSNorm", "up": nn.Linear}, "not those that the rule names: gate, up"),
+        ({"gate": nn.LayerNorm, "up": nn.Linear}, r"adopted, so a rule names it as 'LayerNorm'\), up is torch"),
+        ({"gate": nn.RMSNorm, "up": nn.Linear}, "a part, or a parameter of it, is of another class"),
+        ({"gate": "LayerNorm", "up": nn.Linear}, ""),
+    ],
+)
+def test_other_parts_are_a_reason(parts: dict[str, Any], reason: str) -> None:
+    """A user's rule whose parts are not there, or that names one otherwise than it is adopted, is refused with that."""
+    user = dataclasses.replace(rule(parts=parts), classes=("*.Normed",))
+    refused = [each.reason for each in adopt(Normed(), rules=[user, *RULES]).refused]
+    assert len(refused) == bool(reason) and (not reason or re.search(reason, refused[0]))
 
 
 class Scaled(nn.Module):

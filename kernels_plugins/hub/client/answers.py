@@ -44,6 +44,7 @@ def share(
     *,
     patience: float,
     is_done: Callable[[], bool] | None = None,
+    lasts: Callable[[Any], object] = bool,
 ) -> Any:
     """Return the answer to a question, which one process of this cache asks for those that ask at the same time.
 
@@ -53,6 +54,8 @@ def share(
         send: Asks; returns a value of JSON.
         patience: Seconds to wait for another process that asks: one that is suspended must not suspend all others.
         is_done: Whether there is nothing to ask any more, for work whose result is no note but files.
+        lasts: Whether an answer serves processes that ask later. They ask again after one that refuses a kernel, as
+            after a failure: it may have been wrong, or be outdated.
 
     Raises:
         UnreachableError, RepositoryError: The answer, which another process may have got for this one.
@@ -69,7 +72,7 @@ def share(
         if note.get("hub") != hub_address() or not isinstance(asked, float) or asked > now + _SKEW:
             return {}
         # A failure is no news for a process that asks later: it asks again.
-        after = began if "error" in note else max(_started, now - share_seconds())
+        after = max(_started, now - share_seconds()) if "answer" in note and lasts(note["answer"]) else began
         return note if asked >= after and (is_done is None or "error" in note) else {}
 
     if "answer" in (note := known()):

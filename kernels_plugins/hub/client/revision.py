@@ -160,7 +160,8 @@ def find_record(pin: Pin, client: Client) -> Record:
             redirect = () if status is None else parse_status(client.read_status(pin, status))
             return asdict(Record(variants=variants, redirect=redirect))
 
-        answer = ask_once(question, lambda: share(question, cache, send, patience=2 * client.patience))
+        patience = 2 * client.patience
+        answer = ask_once(question, lambda: share(question, cache, send, patience=patience, lasts=_has_builds))
         # As JSON, also where this process asked: so the others read it.
         found = _parsed(Record.parse(json.loads(json.dumps(answer))))
         heard(True)
@@ -193,6 +194,11 @@ def forget_record(pin: Pin) -> None:
 def _listing(pin: Pin) -> str:
     again = f", asked again ({_forgotten[pin]})" if pin in _forgotten else ""
     return f"the files of {pin.repo_type} {pin.repo_id} at {pin.commit}{again}"
+
+
+def _has_builds(answer: Any) -> bool:
+    """Whether a listing, as JSON, has a build or leads to another repository."""
+    return isinstance(answer, dict) and any(map(answer.get, ("variants", "redirect")))
 
 
 def _parsed(answer: T | None) -> T:

@@ -163,7 +163,7 @@ def read_lock(path: str | Path) -> Lock:
     if not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"lockfile is the path of a {LOCK}, not {path!r}.")
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # that of the path raises where its name is too long
         raise ArgumentError(f"lockfile is {str(path)!r}, a folder: name the file in it, {str(path / LOCK)!r}.")
     text = _read(path)
     if text is None:
