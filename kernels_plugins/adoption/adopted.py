@@ -226,8 +226,13 @@ def adopt(model: nn.Module, *, rules: Sequence[Rule] | None = None) -> Adopted:
     parents: dict[object, _Found] = {}
     for module, (path, *_) in module_paths(model).items() if fusing else ():
         try:  # after their parts, whose classes they have to know
-            may = [rule for rule in fusing if rule.matches(type(module)) and may_fuse(module, rule, parts)]
+            named = [rule for rule in fusing if rule.matches(type(module))]
+            may = [rule for rule in named if may_fuse(module, rule, parts)]
             if not may or module in parts:
+                if rules is not None and named and not may:  # names of the shipped rules match blocks of all kinds
+                    wanted = ", ".join(named[0].parts)
+                    reason = f"its parts are not those that the rule names: {wanted}, adopted as it names them"
+                    refused.append(RefusedLayer(path, named[0].name, reason))
                 continue
             if (taken := _taken(module)) is not None:
                 refused.append(RefusedLayer(path, may[0].name, taken))

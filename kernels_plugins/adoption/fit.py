@@ -144,7 +144,9 @@ def misfit_of_parent(module: nn.Module, rule: Rule, adopted: Mapping[nn.Module, 
             if (cls := adopted.get(module.get_submodule(path))) is not None:
                 change_class(copied.get_submodule(path), cls)
         if not plain(rule)(copied):
-            return f"its part {' or '.join(rule.parts)} has parameters of another class"
+            kinds = {path: type(copied.get_submodule(path)) for path in rule.parts}
+            found = (f"{path} is {_name(kind)}{_adopted_as(kind)}" for path, kind in kinds.items())
+            return f"a part, or a parameter of it, is of another class than the rule names: {', '.join(found)}"
         for training in (False, True):
             copied.train(training)
             for *arguments, given in _calls(rule, copied):
@@ -180,6 +182,11 @@ def _part(module: nn.Module, path: str) -> nn.Module | None:
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _adopted_as(cls: type) -> str:
+    name = getattr(cls, "adopted_as", None)
+    return "" if name is None else f" (adopted, so a rule names it as {name!r})"
 
 
 def _measured(module: nn.Module, rule: Rule) -> str | None:
@@ -279,7 +286,8 @@ def _differs(
             return f"it returns {_described(found)}, and the layer returns {_described(wanted)}"
         pairs = list(zip(*(each if isinstance(each, tuple) else (each,) for each in (wanted, found)), strict=True))
         for one, other in ((one.detach(), other.detach()) for one, other in pairs):
-            error = float(((other - one).abs().amax(-1) / one.abs().amax(-1)).max())
+            difference, largest = (other - one).abs().amax(-1), one.abs().amax(-1)
+            error = float(torch.where(difference == 0, 0.0, difference / largest).max())  # a row may be all zeros
             if not error <= _AT_MOST:
                 return f"it computes something else: it differs by {error:.1g} of the largest number of a row"
         if not all(torch.equal(a, b) for a, b in zip(passed, given, strict=True) if isinstance(a, Tensor)):
