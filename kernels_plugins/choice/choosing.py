@@ -89,7 +89,7 @@ class choosing:  # noqa: N801 - a context manager that reads like a statement
         self.contexts, self.seconds = tuple(contexts), float(seconds)
         self.progress = sys.stderr.isatty() if progress is None else progress
         self.save = Path(save) if save is not None else None
-        if self.save is not None and self.save.exists():
+        if self.save is not None and os.path.exists(self.save):  # also of a name that is too long
             Choice.load(self.save)  # raises before the model runs
         self.choice = Choice()
         self._recording = recording()

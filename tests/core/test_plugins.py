@@ -184,7 +184,20 @@ def old_wrapper() -> Any:
     return Bad()
 
 
+def wants_arguments() -> Any:
+    class Bad:
+        def __init__(self, settings: Any) -> None:
+            pass
+
+        @hookimpl
+        def kernels_mapping(self) -> Any:
+            return {}
+
+    return Bad
+
+
 BAD_PLUGINS = {
+    wants_arguments: "is a class, and cannot be made: TypeError: .*'settings'.* Register an object of it",
     unknown_hook: "did you mean kernels_mapping",
     unmarked_hook: "put @hookimpl on it",
     unknown_argument: r"takes 'requests', which the hook does not have. It may take any of \(request\)",

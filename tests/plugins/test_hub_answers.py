@@ -88,6 +88,20 @@ def test_a_failure_serves_those_that_wait_for_it(tmp_path: Path) -> None:
     assert [str(error) for error in errors] == ["the Hub is in trouble (503)"] * 4 and sent == [1]
 
 
+@pytest.mark.parametrize("wrong", ["listing", "trust"])
+def test_an_answer_that_refuses_is_asked_again(local_hub: LocalHub, kernel_repository: Publish, wrong: str) -> None:
+    """An empty list of files, or a publisher that is not trusted yet, is asked about again in the same process."""
+    kernel_repository(layers=kernel())
+    if wrong == "listing":
+        local_hub.fail("/tree/", body="[]", content_type="application/json", times=None)
+    else:
+        local_hub.organization("acme", trusted=False)
+    assert call(scale()).why
+    local_hub.organization("acme", trusted=True)
+    local_hub.heal()
+    assert not call(scale()).resolution.refusals  # registering a mapping lets all sources that failed be loaded again
+
+
 def test_what_cannot_be_kept_or_locked_holds_up_nothing(tmp_path: Path) -> None:
     """In a cache that cannot be written, and while another process hangs with the lock, a process asks for itself."""
     (tmp_path / "file").write_text("")

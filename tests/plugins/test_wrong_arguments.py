@@ -48,6 +48,7 @@ ZOO: dict[str, Any] = {
     "text": "no such thing",
     "empty": "",
     "nul": "a\0b/c",
+    "long": "x" * 5000,
     "surrogate": "\ud800/\udfff",
     "path": Path("a\0b"),
     "bytes": b"cpu",
