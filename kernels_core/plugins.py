@@ -94,10 +94,10 @@ class PluginManager:
         """
         require_type(name, (str, NoneType), "The name of a plugin")
         if isinstance(plugin, type):  # its hooks would get no `self`
+            name = name or plugin.__name__
             try:
                 plugin = plugin()
             except FAULTS as error:
-                name = name or plugin.__name__
                 text = f"Plugin {name!r} is a class, and cannot be made: {error_text(error)}. Register an object of it."
                 raise PluginLoadError(text, plugin=name) from error
         name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
