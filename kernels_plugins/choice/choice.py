@@ -57,6 +57,7 @@ class Choice(Tabular):
 
     def merged(self, newer: Choice) -> Choice:
         """Return both: the cells of other machines are kept, and of two about the same calls, the newer one."""
+        require_type(newer, Choice, "newer")
         kept = list(self.machines)
         for one in newer.machines:
             places = [place for place, old in enumerate(kept) if old.machine == one.machine]
@@ -79,6 +80,7 @@ class Choice(Tabular):
             ArgumentError: If there is another kind of file. It is not touched.
             OSError: If it cannot be written.
         """
+        require_type(path, (str, os.PathLike), "path")
         where = Path(path)
         with alone_in(where.parent):  # two processes that measure for one file would drop what the other one adds
             kept = Choice.load(where).merged(self) if where.exists() else self
@@ -95,6 +97,7 @@ class Choice(Tabular):
         Raises:
             ArgumentError: If it cannot be read, or is no such file; names the problem.
         """
+        require_type(path, (str, os.PathLike), "path")
         remedy = "kernels-core choose, or choosing(save=...), makes one; it never overwrites another kind of file"
         return read_json(path, cls.read, "file of a choice", remedy)
 

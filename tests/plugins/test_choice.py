@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from kernels_core import (
     ArgumentError,
+    ArgumentTypeError,
     KernelsWarning,
     Mode,
     PluginManager,
@@ -177,6 +178,15 @@ def test_one_candidate_for_all_cells() -> None:
 
 
 # --- The file ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: Choice.load(3), lambda: Choice().save(None), lambda: Choice().merged("kernels.choice.json")]
+)
+def test_wrong_types(call: Any) -> None:
+    """They are errors of ours: a number would be read as an open file."""
+    with pytest.raises(ArgumentTypeError):
+        call()
 
 
 def test_a_file_keeps_what_is_not_measured_anew(tmp_path: Path) -> None:
