@@ -81,7 +81,7 @@ def kernels_find_candidates(request: LayerRequest) -> Sequence[Candidate | Refus
                 return [Candidate(FastRMSNorm, priority=5)]
         ```
 
-    Used by: the resolver; implemented by the plugin `mapping`.
+    Used by: the resolver; implemented by the plugins `mapping` and `torch`.
     """
 
 
@@ -167,7 +167,7 @@ def kernels_load_layer(request: LayerRequest, source: object) -> KernelLayer | L
                 return runpy.run_path(str(source))[request.layer_name]
         ```
 
-    Used by: the resolver; implemented by the plugins `mapping` and `hub`.
+    Used by: the resolver; implemented by the plugins `mapping`, `hub` and `adapters`.
     """
 
 
@@ -333,7 +333,7 @@ def kernels_packs() -> Mapping[str, Callable[..., object]] | None:
             return {"acme": load}
         ```
 
-    Used by: the plugin `mapping`; implemented by the plugins `torch`, `liger` and `inductor`.
+    Used by: the plugin `mapping`; implemented by the plugins `torch`, `triton`, `liger` and `inductor`.
     """
 
 
@@ -357,7 +357,8 @@ def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]] |
             return {"level": lambda section: section.as_number()}
         ```
 
-    Used by: `configured`; implemented by the plugins `mapping`, `adopt`, `hub`, `canary` and `observe`.
+    Used by: `configured`; implemented by the plugins `mapping`, `adopt`, `hub`, `canary`,
+    `numerics` and `observe`.
     """
 
 
@@ -396,5 +397,6 @@ def kernels_register_commands(cli: typer.Typer) -> None:
                 print("hello")
         ```
 
-    Used by: the command line; implemented by the plugin `demo`.
+    Used by: the command line; implemented by the plugins `adopt`, `authoring`, `bisect`, `choice`,
+    `consistency`, `demo`, `doctor`, `hub`, `oracle` and `sbom`.
     """

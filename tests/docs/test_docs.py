@@ -11,6 +11,7 @@ from __future__ import annotations
 import doctest
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -257,6 +258,16 @@ def test_the_example_of_a_hook_is_a_plugin(name: str) -> None:
     manager = PluginManager(discover=False)
     assert manager.register(types.SimpleNamespace(**example), "example") == "example"
     assert name in example
+
+
+@pytest.mark.parametrize("name", [name for name in vars(hookspecs) if name.startswith("kernels_")])
+def test_a_hook_lists_the_plugins_that_implement_it(name: str) -> None:
+    """Where the card of a hook lists plugins, these are the ones of this distribution that implement it."""
+    card = inspect.cleandoc(getattr(hookspecs, name).__doc__)
+    if listed := re.search(r"implemented by the plugins? ([^.]*)\.", card):
+        entries = importlib.metadata.distribution("kernels-core").entry_points.select(group="kernels_core")
+        offered = {entry.name for entry in entries if hasattr(entry.load(), name)}
+        assert set(re.findall(r"`(\w+)`", listed[1])) == offered
 
 
 # --- Links ---------------------------------------------------------------------------------------
