@@ -357,8 +357,7 @@ def kernels_configuration() -> Mapping[str, Callable[[ConfigSection], object]] |
             return {"level": lambda section: section.as_number()}
         ```
 
-    Used by: `configured`; implemented by the plugins `mapping`, `adopt`, `hub`, `canary`,
-    `numerics` and `observe`.
+    Used by: `configured`; implemented by the plugins `mapping`, `adopt`, `hub`, `canary`, `numerics` and `observe`.
     """
 
 
@@ -397,6 +396,5 @@ def kernels_register_commands(cli: typer.Typer) -> None:
                 print("hello")
         ```
 
-    Used by: the command line; implemented by the plugins `adopt`, `authoring`, `bisect`, `choice`,
-    `consistency`, `demo`, `doctor`, `hub`, `oracle` and `sbom`.
+    Used by: the command line; implemented by each plugin that has commands.
     """
