@@ -214,6 +214,9 @@ def _report(resolution: Resolution, report: Any) -> None:
     """Warn, once for each kernel, of probes that failed, and of declarations that are wrong."""
     declares = {name: _declared(resolution, name) for name in ("has_backward", "can_torch_compile")}
     remarks = [f"{name}: {reason}" for name, reason in report.failed.items() if name not in ("gradients", "compile")]
+    forward = report.probes.get("forward")
+    if forward is not None and forward.ok is None:
+        remarks.append(f"whether it is right is not known: {forward.reason}")
     gradients, compiles = report.can("gradients"), report.can("compile")
     if gradients is False and declares["has_backward"]:
         remarks.append(f"it does not declare has_backward = False, and fails in training: {report.failed['gradients']}")
