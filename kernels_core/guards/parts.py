@@ -41,7 +41,7 @@ def checks_parts(layer: Layer, kernel: Any) -> Forward:
     code = forward.__code__ if type(forward) is types.FunctionType else None
     # A kernel may be written in C, or be a partial.
     found = _chains(code) if code is not None and code.co_argcount and len(code.co_names) > 1 else ()
-    chains = [chain for chain in found if not any(chain[: len(path)] == path for path in kinds)]
+    chains = [chain for chain in found if chain and not any(chain[: len(path)] == path for path in kinds)]
     named = {path: _names_read(found, path) for path in kinds}
     if not kinds and max(map(len, chains), default=0) < 2:
         return forward
@@ -152,9 +152,10 @@ def changed_part(
 
 
 def _names_read(chains: Iterable[Path], path: Path) -> frozenset[str]:
-    """Return the attributes of a part that chains name; none if the part itself is passed on, or named elsewhere."""
-    below = [chain[len(path) :] for chain in chains if chain[: len(path)] == path]
-    return frozenset(chain[0] for chain in below) if all(below) else frozenset()
+    """Return the attributes of a part that chains name; none if it, or what it is a part of, is passed on or kept."""
+    if any(path[: len(chain)] == chain for chain in chains):
+        return frozenset()
+    return frozenset(chain[len(path)] for chain in chains if chain[: len(path)] == path)
 
 
 def _intercepted(part: torch.nn.Module, path: Path) -> str | None:
@@ -184,20 +185,25 @@ def _descend(module: torch.nn.Module, chain: Path) -> tuple[Any, Path, str]:
 
 @functools.lru_cache(maxsize=256)  # the code of a kernel is read for each layer that it may serve
 def _chains(code: types.CodeType) -> tuple[Path, ...]:
-    """Return the attributes that a function reads of its first argument, as far as each expression reads on."""
+    """Return the attributes that a function reads of its first argument, as far as each expression reads on.
+
+    An empty one is the argument itself, such as where it is passed on.
+    """
     chains: list[Path] = []
     module = code.co_varnames[0]
     # These two are no steps of their own, but parts of others.
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("EXTENDED_ARG", "CACHE")]
     for index, step in enumerate(steps):
         loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)  # from Python 3.13 on, two at once
-        if "LOAD_FAST" not in step.opname or loaded[-1] != module:
+        if "LOAD_FAST" not in step.opname or module not in loaded:
+            continue
+        if loaded[-1] != module:
+            chains.append(())
             continue
         chain: list[str] = []
         for following in steps[index + 1 :]:
             if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
                 break
             chain.append(following.argval)
-        if chain:
-            chains.append(tuple(chain))
+        chains.append(tuple(chain))
     return tuple(chains)

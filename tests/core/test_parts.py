@@ -113,6 +113,27 @@ def make(name: str = "Gated", **options: Any) -> Any:
     return Gated()
 
 
+def whole(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, module.gate.weight, module.gate.bias) + SHIFT
+
+
+READERS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "a function": lambda self, x: whole(self, x.to(self.gate.weight.dtype)),
+    "a function, after another argument": lambda self, x: (lambda y, m: whole(m, y))(x, self) + 0 * self.gate.weight[0],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_kernel_that_passes_its_module_on_may_read_all_of_a_part(reader: str) -> None:
+    """The code of its forward names one parameter of a declared part; a function that it calls reads another one."""
+    members = {"reads": {"gate": nn.Linear}, "forward": READERS[reader]}
+    layer = make(f"Reads by {reader}")
+    layer.gate = nn.Linear(4, 4)
+    with use_kernel_mapping({f"Reads by {reader}": {"cpu": type("Whole", (nn.Module,), members)}}), noted() as caught:
+        torch.testing.assert_close(layer(X), layer.gate(X) + SHIFT)
+    assert not caught
+
+
 def own_forward(layer: Any) -> None:
     layer.gate.forward = lambda x: x * 3
 
