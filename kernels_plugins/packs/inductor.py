@@ -71,7 +71,8 @@ def _compiled(layer: Layer) -> KernelLayer:
         except Exception as error:
             if not type(error).__name__.endswith("LimitHit"):  # its class is private, and has had two names
                 raise
-            compiled[kind] = reference  # each call that asks for one variant too many costs milliseconds
+            # Runs what is compiled; each call that asks for one variant too many costs milliseconds.
+            compiled[kind] = torch._dynamo.run(compiled[kind])
             few = "is compiled for as many variants of a call as PyTorch allows for one function: others run eager"
             warn_once(f"Layer {layer.name!r} {few}.")
         return reference(*args, **kwargs)

@@ -315,6 +315,31 @@ def test_inductor_compiles_few_variants(caplog: pytest.LogCaptureFixture, monkey
         assert not any("recompile_limit" in record.getMessage() for record in caplog.records)
 
 
+@use_kernel_forward_from_hub("Indexed")
+class Indexed(nn.Module):
+    def __init__(self, index: int, eager: list[int]) -> None:
+        super().__init__()
+        self.index, self.eager = index, eager
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self.eager.append(self.index)
+        return x * self.index
+
+
+def test_inductor_keeps_the_variants_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nine modules that differ in a number, the ninth runs eager; the others run what was compiled for them."""
+    compiling = torch.compile  # the backend `eager` would run the forward as it is
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiling(f, backend="aot_eager", **options))
+    eager: list[int] = []
+    layers, x = [Indexed(index, eager) for index in range(9)], torch.ones(2, 4)
+    with use_kernel_mapping({"Indexed": {"cpu": "pack:inductor"}}), torch.no_grad():
+        with pytest.warns(KernelsWarning, match="as many variants of a call as PyTorch allows"):
+            assert [layer(x).sum().item() for layer in layers] == [8 * index for index in range(9)]
+        assert [layer(x).sum().item() for layer in layers] == [8 * index for index in range(9)]
+    assert eager == [8, 8]
+
+
 @use_kernel_forward_from_hub("Gate")
 class Gate(nn.Module):
     def __init__(self) -> None:
