@@ -11,8 +11,6 @@ from pathlib import Path
 from kernels_core import ArgumentError, KernelsError, LoadError, plugin_manager
 
 from ..hub.cache.command import format_size
-from ..hub.client.cached import find_cached, size_of
-from ..hub.client.download import Client, cache_root, has_token, hub_address
 from ..hub.errors import UnsuitableError
 from ..hub.locking.lockfile import LOCK, read_lock
 from ..hub.locking.project import PYPROJECT, read_dependencies
@@ -28,6 +26,8 @@ _LITTLE = 2**30
 
 def check_hub(offline: bool) -> Iterator[Finding]:
     """Yield the findings about the Hub: where it is, whether it answers, and whether a token is sent."""
+    from ..hub.client.download import Client, has_token, hub_address  # where it cannot be, that is a finding
+
     yield Finding("hub", "address", hub_address())
     yield Finding(
         "hub", "token", "is there, and is not shown" if has_token() else "none: only public kernels are found"
@@ -49,6 +49,9 @@ def check_hub(offline: bool) -> Iterator[Finding]:
 
 def check_cache() -> Iterator[Finding]:
     """Yield the findings about the cache: its place, its size, and whether there is room for more."""
+    from ..hub.client.cached import find_cached, size_of
+    from ..hub.client.download import Client, cache_root
+
     try:
         root = cache_root()
     except LoadError as error:

@@ -18,15 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from kernels_core import (
-    IntegrityError,
-    LoadError,
-    ResolutionError,
-    authorize,
-    device_capability,
-    error_text,
-    plugin_manager,
-)
+from kernels_core import IntegrityError, LoadError, ResolutionError, authorize, device_capability, plugin_manager
 
 from ..locks import KeyedLocks
 from .builds.integrity import Build, RemoteFile, as_build, check_digest, check_transfer, read_files
@@ -105,16 +97,10 @@ class FetchedBuild:
 
 def resolve_kernel(request: KernelRequest) -> ResolvedKernel:
     """Find the commit of a kernel, whether its code may run, and its builds; download nothing, but for a redirect."""
-    try:
-        from .client import revision, trust  # import huggingface_hub: only when a repository is really requested
-    except ValueError as error:  # it reads its variables then
-        raise LoadError(
-            f"{request}: huggingface_hub cannot be imported ({error_text(error)}): correct HF_ENDPOINT, or another of "
-            "its variables, and start the program again"
-        ) from error
-
-    client = _client(request)
     with naming(str(request)):
+        from .client import revision, trust  # import huggingface_hub: only when a repository is really requested
+
+        client = _client(request)
         if not plugin_manager().allows(PLUGIN):
             raise LoadError(f"the plugin {PLUGIN!r} is left out by KERNELS_PLUGINS, or the setting plugins")
         pinned = revision.find_revision(request, client)

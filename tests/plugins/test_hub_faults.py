@@ -476,6 +476,9 @@ def test_a_hub_that_names_a_long_time(
     finally:
         local_hub.heal()
         hour.set()
+        for thread in threading.enumerate():  # it must not go on while other tests run
+            if thread.name == "kernels-core-request":
+                thread.join(PATIENCE)
 
 
 @pytest.mark.parametrize(("variable", "value"), [("HF_ENDPOINT", "http://[::1"), ("HF_HUB_ETAG_TIMEOUT", "soon")])
@@ -490,6 +493,11 @@ def test_variables_that_the_client_cannot_read(variable: str, value: str, local_
     done = run_python("-c", program, environment=environment, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "acme/kernels at v1: huggingface_hub cannot be imported (ValueError: " in done.stdout
+    commands = {"versions acme/kernels": "error: ", "cache list": "error: ", "doctor --offline": "problem "}
+    for command, before in commands.items():
+        done = run_python("-m", "kernels_core", *command.split(), environment=environment, folder=tmp_path)
+        assert done.returncode and "Traceback" not in done.stderr, command
+        assert f"{before}huggingface_hub cannot be imported (" in " ".join((done.stdout + done.stderr).split())
 
 
 def test_next_process(local_hub: LocalHub, kernel_repository: Publish, process: Callable[..., Any]) -> None:

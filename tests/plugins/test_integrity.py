@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import gc
 import hashlib
 import json
 import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from kernels_plugins.hub.builds.integrity import (
     read_files,
 )
 from kernels_plugins.hub.builds.metadata import Digest
-from kernels_plugins.hub.client.files import discard
+from kernels_plugins.hub.client.files import arrived, discard
 from kernels_plugins.local_hub.repositories import git_blob_id
 from kernels_plugins.local_hub.testing import kernel_metadata
 
@@ -231,3 +234,25 @@ def test_discard_stays_inside(tmp_path: Path) -> None:
     discard(folder)
     assert precious.read_text() == "years of work" and other.exists()
     assert list(folder.iterdir()) == []
+
+
+def test_what_has_arrived_of_files(tmp_path: Path) -> None:
+    """A part written into the middle of a file has arrived; a file that is renamed meanwhile leaves nothing open."""
+    file = tmp_path / "a.incomplete"
+    file.write_bytes(bytes(8))
+    os.utime(file, (1, 1))
+    before = arrived(tmp_path)
+    with file.open("r+b") as stream:
+        stream.seek(4)
+        stream.write(b"x")
+    assert arrived(tmp_path) != before
+    for name in "bcd":
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unraisable: list[object] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "unraisablehook", unraisable.append)
+            assert arrived(tmp_path) == [] == arrived(tmp_path / "nowhere")
+            gc.collect()
+    assert not unraisable

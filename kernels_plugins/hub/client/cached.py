@@ -8,10 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub import scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
-
 from kernels_core import LoadError
 
 from ..builds.variants import parse_variant
@@ -79,9 +75,13 @@ def find_cached() -> CachedKernels:
     Raises:
         LoadError: If the folder of the cache cannot be read, or the client is too old to list kernels.
     """
+    # `download`, which is imported before, says what is wrong where the client cannot be.
+    import huggingface_hub
+    from huggingface_hub.errors import CacheNotFound
+
     root = cache_root()
     try:
-        scanned = scan_cache_dir(root)
+        scanned = huggingface_hub.scan_cache_dir(root)
     except CacheNotFound:
         return CachedKernels(root, (), (), None)
     except (OSError, ValueError) as error:

@@ -22,21 +22,28 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, errors, get_token
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map  # type: ignore[import-untyped,unused-ignore]
 
-from kernels_core import LoadError, __version__, visible
+from kernels_core import LoadError, __version__, error_text, visible
 
 from ..builds.integrity import RemoteFile, check_transfer, is_byte_code
 from ..builds.machine import this_machine
 from ..errors import AbsentError, RepositoryError, RevisionError, UnknownError, UnreachableError
 from ..names import is_commit
-from .files import sizes
+from .files import arrived
 from .metadata_cache import MetadataCache, Pin
 from .redirect import LARGEST, STATUS
+
+try:
+    from huggingface_hub import HfApi, constants, errors, get_token
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils.tqdm import tqdm
+except ValueError as error:  # it reads its variables then
+    raise LoadError(
+        f"huggingface_hub cannot be imported ({error_text(error)}): correct HF_ENDPOINT, or another of its variables, "
+        "and start the program again"
+    ) from error
 
 T = TypeVar("T")
 
@@ -253,7 +260,7 @@ class Client:
     def _download(self, pin: Pin, path: str) -> str:
         place: dict[str, Any] = {"repo_type": pin.repo_type, "revision": pin.commit, "cache_dir": cache_root()}
         blobs = cache_folder(pin.repo_id, pin.repo_type) / "blobs"
-        return str(self._ask(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), partial(sizes, blobs)))
+        return str(self._ask(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), partial(arrived, blobs)))
 
     def read_status(self, pin: Pin, listed: RemoteFile) -> bytes:
         """Return the file that redirects a repository."""

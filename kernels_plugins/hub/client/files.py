@@ -1,4 +1,4 @@
-"""Files of repositories in the cache: their sizes, and those to be removed."""
+"""Files of repositories in the cache: what has arrived, and what is to be removed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 
-def sizes(folder: Path) -> list[tuple[str, int]]:
-    """Return the names and sizes of files, also of those that are being written."""
+def arrived(folder: Path) -> list[tuple[str, int, int]]:
+    """Return the name, size and time of the last write of files, also of those that arrive: parts come in any order."""
     try:
-        return sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, (now := entry.stat()).st_size, now.st_mtime_ns) for entry in entries)
     except OSError:  # not there yet, or one was renamed meanwhile
         return []
 
