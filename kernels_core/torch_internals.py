@@ -98,8 +98,6 @@ def in_forward_ad() -> bool:
     return bool((_forward_ad._current_level if _has_level else _forward_ad.level) >= 0)
 
 
-# --- Who looks at a call -------------------------------------------------------------------------------
-
 forward_grad_enabled: Callable[[], bool] | None = _find("torch._C:_is_fwd_grad_enabled")
 """False in the `forward` of a `torch.autograd.Function` and in inference mode, but not in `no_grad`. Without the name,
 `scope` looks for such a forward in the stack."""
@@ -196,13 +194,17 @@ def carried(key: str) -> Any:
     return _carried(key) if _is_carried is not None and _carried is not None and _is_carried(key) else None
 
 
-has_global_hooks: Callable[[], Any] = _find("torch.nn.modules.module:_has_any_global_hook") or (lambda: False)
-"""Whether hooks of all modules are registered; without the name, kernels that read past a part ignore them."""
+_hooks = [_find("torch.nn.modules.module:_global_forward_hooks")]
+_hooks += [_find("torch.nn.modules.module:_global_backward_hooks")]
+_hooks += [_find("torch.nn.modules.module:_global_forward_pre_hooks")]
+_hooks += [_find("torch.nn.modules.module:_global_backward_pre_hooks")]
+has_global_hooks: Callable[[], bool] = functools.partial(any, _hooks)
+"""Whether hooks of all modules are registered; without the names, kernels that read past a part ignore them."""
 TraceError: type[Exception] = _find("torch.fx.proxy:TraceError") or ValueError
 """Raised by proxies of `torch.fx` that are used as conditions; without the name, its base class."""
 
 
-# --- Tensors and nested values -------------------------------------------------------------------------
+# --- Tensors, nested values and operators ----------------------------------------------------------------
 
 
 def version(tensor: torch.Tensor) -> int:
@@ -270,9 +272,6 @@ def dtensor_parts(t: Any) -> tuple[Any, Any]:
     shard, look = getattr(t, "_local_tensor", None), getattr(t, "_spec", None)
     look = look or (t.device_mesh, t.placements, t.shape, t.stride(), t.dtype)
     return t.detach().to_local() if shard is None else shard, look
-
-
-# --- Operators -------------------------------------------------------------------------------------------
 
 
 class _NoDispatchMode:
@@ -375,19 +374,20 @@ def dynamo_is_imported() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def run_only(function: AnyFunction) -> AnyFunction:
+    """Return a function that runs what was compiled for its code, else eagerly; without the name, always eagerly."""
+    return cast(
+        AnyFunction, (_find("torch._dynamo.eval_frame:RunOnlyContext") or (lambda: lambda same: same))()(function)
+    )
+
+
 def many_compilations() -> AbstractContextManager[object]:
     """Let Dynamo compile as often as code changes: beyond its limit, it would run eagerly. Else, its limit stands."""
-    if not dynamo_is_imported():
-        return contextlib.nullcontext()
-    limits = {
-        "recompile_limit": _find("torch._dynamo.config:recompile_limit"),
-        "accumulated_recompile_limit": _find("torch._dynamo.config:accumulated_recompile_limit"),
-        "cache_size_limit": _find("torch._dynamo.config:cache_size_limit"),  # these two before PyTorch 2.7
-        "accumulated_cache_size_limit": _find("torch._dynamo.config:accumulated_cache_size_limit"),
-    }
-    known = {name: 1_000_000 for name, limit in limits.items() if limit is not None}
-    patch = _find("torch._dynamo.config:patch")
-    return cast("AbstractContextManager[object]", patch(known) if patch and known else contextlib.nullcontext())
+    config = sys.modules.get("torch._dynamo.config")
+    limits = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
+    known = {name: 1_000_000 for name in limits if hasattr(config, name)}  # the last two before PyTorch 2.7
+    patch = _find("torch._dynamo.config:patch") if known else None
+    return cast("AbstractContextManager[object]", patch(known) if patch else contextlib.nullcontext())
 
 
 default_store: Callable[[], Any] = _find("torch.distributed.distributed_c10d:_get_default_store") or (lambda: None)

@@ -47,14 +47,16 @@ def kind_of(call: Call, implementation: Callable[..., Any]) -> str:
     return ", ".join([str(dtype).removeprefix("torch."), *texts])
 
 
-def words_of(values: Iterable[Any]) -> list[Any]:
-    """Return flags, texts, dtypes and small numbers among arguments, by which kernels choose a way.
+def words_of(values: Iterable[Any]) -> list[tuple[int, str, Any]]:
+    """Return flags, texts, dtypes and small numbers among arguments, by which kernels choose a way, with their places.
 
     A dimension is such a number, or a rate of 0. Others may be new each time, as a position or a step.
     """
-    found = [leaf for value in values for _, leaf in leaves(value)]
+    found = ((place, path, leaf) for place, value in enumerate(values) for path, leaf in leaves(value))
     return [
-        one for one in found if isinstance(one, (str, torch.dtype)) or (isinstance(one, (int, float)) and one in _SMALL)
+        each
+        for each in found
+        if isinstance(each[2], (str, torch.dtype)) or (isinstance(each[2], (int, float)) and each[2] in _SMALL)
     ]
 
 

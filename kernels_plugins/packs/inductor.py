@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from torch import nn
 
 from kernels_core import KernelLayer, Layer, LoadedLayer, hookimpl, warn_once
-from kernels_core.torch_internals import has_global_hooks, in_transform
+from kernels_core.torch_internals import has_global_hooks, in_transform, run_only
 
+_LIMIT = re.compile("Limit(Hit|Exceeded)$")
 _KINDS = 16
 """How many kinds of calls of one layer have compiled code of their own, before all others share one."""
 
@@ -69,10 +71,10 @@ def _compiled(layer: Layer) -> KernelLayer:
         try:
             return compiled_for(kind)(*args, **kwargs)
         except Exception as error:
-            if not type(error).__name__.endswith("LimitHit"):  # its class is private, and has had two names
+            if not _LIMIT.search(type(error).__name__):  # its class is private, and has had three names
                 raise
             # Runs what is compiled; each call that asks for one variant too many costs milliseconds.
-            compiled[kind] = torch._dynamo.run(compiled[kind])
+            compiled[kind] = run_only(inspect.unwrap(compiled[kind]))
             few = "is compiled for as many variants of a call as PyTorch allows for one function: others run eager"
             warn_once(f"Layer {layer.name!r} {few}.")
         return reference(*args, **kwargs)

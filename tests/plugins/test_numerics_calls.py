@@ -152,6 +152,8 @@ def test_a_dimension_among_the_arguments_is_part_of_the_kind_of_a_call() -> None
         assert origin(along) == "reference"
     kinds = {store.kind_of(Call(None, (X, step)), kernel) for step in (1000, 1001, 0.5, 2.5)}
     assert len(kinds) == 1
+    swapped = {store.kind_of(Call(None, (X, *sizes)), kernel) for sizes in ((1, 1000), (1000, 1))}
+    assert len(swapped) == 2
 
 
 def test_a_module_with_the_id_of_one_that_is_gone_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
