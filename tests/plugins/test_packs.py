@@ -26,6 +26,7 @@ from kernels_core import (
     resolve,
     use_kernel_forward_from_hub,
 )
+from kernels_core.torch_internals import release
 from kernels_plugins import adopt, opaque, use_kernel_mapping, verify
 from kernels_plugins.adapters import plugin as adapters
 from kernels_plugins.adoption import shipped_parents
@@ -308,11 +309,11 @@ def test_inductor_compiles_few_variants(caplog: pytest.LogCaptureFixture, monkey
                 torch.testing.assert_close(layer(x), x.sin() * 2)
         assert len(found) == 1
         assert receipt(layer, device="cpu", mode=Mode.INFERENCE).rows[0].origin.startswith("inductor")
-        assert sum("recompile_limit" in record.getMessage() for record in caplog.records) > 0
+        assert any("_limit" in record.getMessage() for record in caplog.records)  # its first half was another one
         caplog.clear()
         for x in inputs:
             torch.testing.assert_close(layer(x), x.sin() * 2)
-        assert not any("recompile_limit" in record.getMessage() for record in caplog.records)
+        assert not any("_limit" in record.getMessage() for record in caplog.records)
 
 
 @use_kernel_forward_from_hub("Indexed")
@@ -327,6 +328,7 @@ class Indexed(nn.Module):
         return x * self.index
 
 
+@pytest.mark.skipif(release < (2, 7), reason="PyTorch 2.6 compiles one variant for all numbers")
 def test_inductor_keeps_the_variants_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of nine modules that differ in a number, the ninth runs eager; the others run what was compiled for them."""
     compiling = torch.compile  # the backend `eager` would run the forward as it is
