@@ -375,7 +375,7 @@ def dynamo_is_imported() -> bool:
 
 
 def run_only(function: AnyFunction) -> AnyFunction:
-    """Return a function that runs what was compiled for its code, else eagerly; without the name, always eagerly."""
+    """Return a function that runs code compiled for it before, else eagerly; without the name, always eagerly."""
     return cast(
         AnyFunction, (_find("torch._dynamo.eval_frame:RunOnlyContext") or (lambda: lambda same: same))()(function)
     )

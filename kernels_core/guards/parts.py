@@ -152,7 +152,7 @@ def changed_part(
 
 
 def _names_read(chains: Iterable[Path], path: Path) -> frozenset[str]:
-    """Return the attributes of a part that chains name; none if it, or what it is a part of, is passed on or kept."""
+    """Return the attributes of a part that chains name; none if it, or a module around it, is passed on or kept."""
     if any(path[: len(chain)] == chain for chain in chains):
         return frozenset()
     return frozenset(chain[len(path)] for chain in chains if chain[: len(path)] == path)

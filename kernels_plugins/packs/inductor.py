@@ -28,7 +28,7 @@ _KINDS = 16
 
 
 def _kind(values: Iterable[Any]) -> object:
-    """Return what calls share that share compiled code: one for all would soon have as many variants as may be."""
+    """Return the kind of a call, which has compiled code of its own: one for all would soon have too many variants."""
     for value in values:
         if isinstance(value, torch.Tensor):
             *sizes, width = value.shape or (1,)

@@ -93,7 +93,7 @@ class Declared(nn.Module):
 
 
 class Named(nn.Module):
-    """Declares the part, and names what it reads of it."""
+    """Declares the part, and names the weight that it reads."""
 
     can_torch_compile = True
     reads = {"gate": nn.Linear}  # noqa: RUF012

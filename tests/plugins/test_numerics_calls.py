@@ -157,7 +157,7 @@ def test_a_dimension_among_the_arguments_is_part_of_the_kind_of_a_call() -> None
 
 
 def test_a_module_with_the_id_of_one_that_is_gone_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules of a class differ in what their kernel does, and an id comes back once its module is collected."""
+    """Modules of a class may differ in an attribute, and an id comes back once its module is collected."""
     monkeypatch.setattr(judging, "id", lambda _: 1, raising=False)
 
     @use_kernel_forward_from_hub("NumericsModule")

@@ -330,7 +330,7 @@ class Indexed(nn.Module):
 
 @pytest.mark.skipif(release < (2, 7), reason="PyTorch 2.6 compiles one variant for all numbers")
 def test_inductor_keeps_the_variants_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of nine modules that differ in a number, the ninth runs eager; the others run what was compiled for them."""
+    """Of nine modules that differ in a number, the ninth runs eager; the others run their compiled variants."""
     compiling = torch.compile  # the backend `eager` would run the forward as it is
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiling(f, backend="aot_eager", **options))
     eager: list[int] = []

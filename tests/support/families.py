@@ -1,4 +1,4 @@
-"""Models of the families that `adopt` knows, small and with random weights, and what people do with them."""
+"""Models of the families that `adopt` knows, small and with random weights, and the ways to use them."""
 
 from __future__ import annotations
 

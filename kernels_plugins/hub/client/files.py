@@ -1,4 +1,4 @@
-"""Files of repositories in the cache: what has arrived, and what is to be removed."""
+"""Files of repositories in the cache: those that have arrived, and those to be removed."""
 
 from __future__ import annotations
 
