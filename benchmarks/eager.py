@@ -132,7 +132,16 @@ class Hop(nn.Module):
 def decorated(base: type[nn.Module], name: str) -> nn.Module:
     """Return an instance of a fresh class, decorated with `name`, whose reference is that of `base`."""
     fresh = type(name, (nn.Module,), {"forward": base.forward})
-    return use_kernel_forward_from_hub(name)(fresh)()
+    return used(use_kernel_forward_from_hub(name)(fresh)())
+
+
+def used(module: nn.Module) -> nn.Module:
+    """Return a module in the state in which those of a program are, which has assigned an attribute to it.
+
+    As long as nothing was ever assigned, CPython (3.11 and 3.12) keeps the attributes in the object, where
+    `nn.Module.__call__` finds them sooner; `self.weight = ...` or `eval()` end that, and so does a look at `__dict__`.
+    """
+    return module.train()
 
 
 def plain_function(x: torch.Tensor) -> torch.Tensor:
@@ -215,11 +224,11 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
         "bench_uncompiled": {device: UncompiledKernel},
         "bench_modes": {device: {Mode.INFERENCE: InferenceKernel, Mode.TRAINING: IdentityKernel}},
     }
-    plain, modes = Identity(), decorated(Identity, "bench_modes")
+    plain, modes = used(Identity()), decorated(Identity, "bench_modes")
     cold = decorated(Identity, "bench_cold")
-    scaled = {"plain": Scaled(), "hop": Hop(ScaledKernel()), "scaled": decorated(Scaled, "bench_scaled")}
+    scaled = {"plain": used(Scaled()), "hop": Hop(ScaledKernel()), "scaled": decorated(Scaled, "bench_scaled")}
     defaulted = {
-        "plain": Defaulted(),
+        "plain": used(Defaulted()),
         "hop": Hop(DefaultedKernel()),
         "defaulted": decorated(Defaulted, "bench_defaulted"),
     }
@@ -237,8 +246,8 @@ def _copy(device: str) -> dict[str, dict[str, float]]:
         taken = {}
         pairs = {
             "no parameters": [plain, decorated(Identity, "bench_identity")],
-            "frozen parameter": [Identity(), decorated(Identity, "bench_identity")],
-            "frozen parameter that its forward reads": [Weighted(), decorated(Weighted, "bench_weighted")],
+            "frozen parameter": [used(Identity()), decorated(Identity, "bench_identity")],
+            "frozen parameter that its forward reads": [used(Weighted()), decorated(Weighted, "bench_weighted")],
         }
         for state, pair in pairs.items():
             if state != "no parameters":

@@ -2,7 +2,8 @@
 
 `python benchmarks/numerics.py` prints a table in Markdown for the first GPU, else the CPU, and the smallest input that
 shows each "no". `--device cpu` chooses the device, `--quick` takes small layers and leaves out what compiles,
-`--every-size` tries every number of rows, and `--only TEXT ...` takes the layers with such a text in their names.
+`--every-size` tries every number of rows, `--only TEXT ...` takes the layers with such a text in their names, and
+`--packs NAME ...` the kernels of these packs, without the demo's.
 """
 
 from __future__ import annotations
@@ -130,21 +131,23 @@ def demo_kernels(device: str) -> dict[str, Any]:
     return {name: getattr(module.layers, name) for name in ("RMSNorm", "SiluAndMul", "GeluAndMul", "RotaryEmbedding")}
 
 
-def judged(device: str, quick: bool, every_size: bool, only: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def judged(
+    device: str, quick: bool, every_size: bool, only: list[str], named: list[str]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield layer, implementation, and the row of the report for each property."""
     from kernels_plugins.oracle.subject import Plan
     from kernels_plugins.oracle.verify import verify_each
 
     names = NUMERICS[:2] if quick else NUMERICS
     plan = Plan(numerics=names, every_size=every_size, compare=False)
-    demo = demo_kernels(device)
+    demo = {} if named else demo_kernels(device)
     for title, module, inputs in subjects(device, quick):
         if not any(text in title for text in only):
             continue
         if isinstance(module, nn.Module):
             module = module.to(device, inputs[0].dtype).requires_grad_(True)
         name = "RMSNorm" if isinstance(module, TorchNorm) else title.partition(",")[0]
-        packs = () if isinstance(module, TorchNorm) else tuple(f"pack:{pack}" for pack in PACKS)
+        packs = () if isinstance(module, TorchNorm) else tuple(f"pack:{pack}" for pack in named or PACKS)
         kernels = [*([demo[name]] if name in demo and packs else []), *packs]
         found: dict[str, dict[str, Any]] = {}
         started = time.perf_counter()
@@ -178,6 +181,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--every-size", action="store_true")
     parser.add_argument("--only", nargs="*", default=[""])
+    parser.add_argument("--packs", nargs="*", choices=PACKS, default=[])
     chosen = parser.parse_args()
     os.environ["KERNELS_CACHE"] = tempfile.mkdtemp()  # findings of an earlier run would be taken for new ones
     torch.manual_seed(0)
@@ -188,7 +192,7 @@ def main() -> None:
     print("|---" * (2 + len(names)) + "|")
     reasons = []
     for title, label, properties in judged(
-        chosen.device, chosen.quick, chosen.every_size, chosen.only
+        chosen.device, chosen.quick, chosen.every_size, chosen.only, chosen.packs
     ):  # at once: a later kernel may end the process
         verdicts = " | ".join(WORDS[properties[name].verdict] for name in names)
         print(f"| {title} | {label} | {verdicts} |", flush=True)

@@ -389,6 +389,7 @@ class _Dispatcher:
             file=file,
             _kernels_watched=self.watch.any,
             _kernels_unproven=self.watch.unproven,
+            _kernels_unfit=self.watch.unfit,
             _kernels_untraceable=self.watch.untraceable,
             _kernels_find_proving=self.watch.find_proving,
             **names,

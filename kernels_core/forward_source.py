@@ -70,7 +70,7 @@ except _kernels_absent:
 """
 
 _UNFIT = """\
-if {tests}:
+if _kernels_unfit and ({tests}):
     _kernel = _kernels_cold({module}, {values})
 """
 """Rare calls that a kernel may be unfit for: only where one serves that does not declare to be fit."""

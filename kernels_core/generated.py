@@ -169,6 +169,8 @@ def passed_back(*args: Any, **kwargs: Any) -> Any:
 _SHARED_NAMES: dict[str, object] = {
     "_kernels_frame": active_frame,  # first the names that each call reads: they share cache lines then
     **EXPRESSION_NAMES,
+    "_kernels_tensor": torch.Tensor,
+    "_kernels_passed_on": NotImplemented,
     "_kernels_absent": _ABSENT,
     "_kernels_answer": answer,
     "_kernels_getattr": getattr,
@@ -183,12 +185,10 @@ _SHARED_NAMES: dict[str, object] = {
     "_kernels_is_odd_traced": is_odd_traced,
     "_kernels_odd_parameters": odd_parameters,
     "_kernels_parameter": torch.nn.Parameter,
-    "_kernels_passed_on": NotImplemented,
     "_kernels_plain": PLAIN,
     "_kernels_records": records_autograd,
     "_kernels_requires_grad": requires_grad,
     "_kernels_root": root,
-    "_kernels_tensor": torch.Tensor,
     "_kernels_in_transform": in_transform,
 }
 """Names that generated functions use, besides those of their own."""

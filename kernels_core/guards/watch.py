@@ -22,12 +22,13 @@ class Watch:
     Attributes:
         unproven: The kernels whose recorded calls are checked, by their id.
         untraceable: Not empty if a call asks whether a tracer records it.
+        unfit: Not empty if a call asks that, or looks at the tensors of its module.
         any: Not empty if a call asks anything.
     """
 
     def __init__(self, layer: Layer, decide_anew: Callable[[Any, tuple[Any, ...]], Forward]) -> None:
         self.unproven = Unproven()
-        self.untraceable, self.any = list[bool](), list[bool]()
+        self.untraceable, self.unfit, self.any = list[bool](), list[bool](), list[bool]()
         self._layer, self._decide_anew = layer, decide_anew
         self._joint = weakref.WeakKeyDictionary[Forward, tuple[Forward, Forward, Watch]]()
         self._lock = threading.Lock()
@@ -43,8 +44,7 @@ class Watch:
                 self.untraceable[:] = [True]
             if needs_proof(resolution) and id(kernel) not in self.unproven:
                 self._add(kernel, resolution.origin)
-            if self.untraceable or self.unproven or odd_parameters:
-                self.any[:] = [True]
+            self._ask()
 
     def add_joint(self, joint: Forward, kernel: Forward, following: Forward, watch: Watch) -> None:
         """Let recorded calls take its two parts apart, which have proofs of their own, until both are proven.
@@ -60,6 +60,12 @@ class Watch:
             self._add(joint, "")
             if watch.untraceable:
                 self.untraceable[:] = [True]
+            self._ask()
+
+    def _ask(self) -> None:
+        if self.untraceable or odd_parameters:
+            self.unfit[:] = [True]
+        if self.unfit or self.unproven:
             self.any[:] = [True]
 
     def first_part(self, joint: Forward) -> Forward:
@@ -85,7 +91,7 @@ class Watch:
         def forget() -> None:
             with self._lock:
                 self.unproven.pop(number, None)
-                if not (self.untraceable or self.unproven or odd_parameters):
+                if not (self.unfit or self.unproven):
                     self.any.clear()
 
         if kernel in self._joint:

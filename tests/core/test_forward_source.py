@@ -108,6 +108,7 @@ def compiled(text: str, **names: Any) -> Any:
         "_kernels_parameter": nn.Parameter,
         "_kernels_passed_on": NotImplemented,
         "_kernels_plain": PLAIN,
+        "_kernels_unfit": [],
         "_kernels_untraceable": [],
         "_kernels_watched": [True],
         "_kernels_requires_grad": lambda value: getattr(value, "requires_grad", False),
