@@ -86,9 +86,9 @@ if {not_plain}not {first}.is_cpu:
 _ON_ACCELERATOR = """\
 if {odd}:
     _kernel = _kernels_cold({module}, {values})
-elif not _kernels_hardware.accelerators:
+elif not (_kernel_count := _kernels_hardware.accelerators):
     {on_cpu}
-elif _kernels_hardware.accelerators == 1:
+elif _kernel_count == 1:
     if {first}.is_{accelerator}:
         _kernel = _kernel_frame.{layer}_{accelerator}_0
     else:
