@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from warned import ignored
 
@@ -304,6 +306,91 @@ def test_tracers_are_not_held_against_a_kernel(make_layer: Make) -> None:
             layer(mode.from_tensor(X))
         assert layer(X)[0] == 10
     assert quarantined() == []
+
+
+class NoAddition(TorchFunctionMode):
+    """Forbids a function, as counters do that do not know one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.add:
+            raise NotImplementedError("it is not counted")
+        return func(*args, **(kwargs or {}))
+
+
+class NoAdditionBelow(TorchDispatchMode):
+    """Forbids an operator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor:
+            raise NotImplementedError("it is not counted")
+        return func(*args, **(kwargs or {}))
+
+
+class Plus(nn.Module):
+    """Adds ten, by a function that these modes know."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add."""
+        return torch.add(x, torch.full_like(x, 10))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_a_function_mode_raises_is_not_held_against_a_kernel(make_layer: Make, recorded: bool) -> None:
+    """The reference answers under the mode, with one warning that names it; plain calls run the kernel."""
+
+    @use_kernel_forward_from_hub("Add")
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+    layer, x = Layer(), torch.zeros(2, requires_grad=recorded)
+    with use_kernel_mapping({"Add": {"cpu": Plus}}):
+        with NoAddition(), pytest.warns(KernelsWarning, match="under the mode NoAddition") as caught:
+            assert layer(x)[0] == layer(x)[0] == 0
+        assert len(caught) == 1
+        assert quarantined() == []
+        assert layer(x)[0] == 10
+
+
+def test_the_error_of_a_function_mode_goes_on_where_the_reference_must_not_serve(make_layer: Make) -> None:
+    """With `use_fallback=False`, the caller gets it, and the kernel is not out."""
+    layer = make_layer(use_fallback=False)()
+    with use_kernel_mapping({"Add": {"cpu": Plus}}):
+        with NoAddition(), pytest.raises(NotImplementedError, match="not counted"):
+            layer(X)
+        assert layer(X)[0] == 10
+    assert quarantined() == []
+
+
+def test_what_a_dispatch_mode_raises_goes_on(make_layer: Make) -> None:
+    """The caller gets it, and the kernel is not out."""
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": Plus}}):
+        with NoAdditionBelow(), pytest.raises(NotImplementedError, match="not counted"):
+            layer(X)
+        assert layer(X)[0] == 10
+    assert quarantined() == []
+
+
+def test_a_kernel_that_raises_by_itself_under_a_function_mode_is_out(make_layer: Make, raising: Any) -> None:
+    """A mode has no part in an error that did not come through it."""
+    counter.extend([1, 1])
+    with use_kernel_mapping({"Add": {"cpu": raising}}), NoAddition(), pytest.warns(KernelsWarning, match="quarantine"):
+        assert make_layer()()(X)[0] == 1
+    assert len(quarantined()) == 1
+
+
+def test_a_kernel_that_raises_under_a_default_device_is_out(make_layer: Make) -> None:
+    """That, too, is a mode that all functions pass, but it refuses none."""
+
+    class Wrong(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.add(x, torch.zeros(3))
+
+    with use_kernel_mapping({"Add": {"cpu": Wrong}}), torch.device("cpu"):
+        with pytest.warns(KernelsWarning, match="quarantine"):
+            assert make_layer()()(X)[0] == 1
+    assert len(quarantined()) == 1
 
 
 def test_checkpoints_stop_early_without_harm(make_layer: Make, make_kernel: Make) -> None:
