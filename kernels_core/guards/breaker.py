@@ -58,9 +58,9 @@ def stand_in(
 
     It runs the reference. If that raises too, the error is the caller's. If not, the kernel is quarantined (for calls
     of this dtype, if the error names it), unless the call is not plain: under a transform of `torch.func`, with tensors
-    of a subclass, or where the error came through a `TorchFunctionMode` of the caller, other calls may work. If the kernel may have changed an argument before it failed, the
-    reference runs on copies, to judge, and the error is raised; a call whose arguments cannot be copied, such as a
-    generator, is not judged.
+    of a subclass, or where a `TorchFunctionMode` may have raised, other calls may work. If the kernel may have changed
+    an argument before it failed, the reference runs on copies, to judge, and the error is raised; a call whose
+    arguments cannot be copied, such as a generator, is not judged.
     """
     layer, implementation = resolution.request.layer, resolution.implementation
     if (
@@ -75,9 +75,8 @@ def stand_in(
     spared = "for a tensor of a subclass" if odd else ""
     if in_transform() or in_forward_ad():
         spared = "under torch.func or in forward-mode differentiation"
-    mode = _mode_passed(error)
-    if mode is not None:
-        spared = f"under the mode {mode.__name__}"
+    elif (mode := _mode_passed(error)) is not None:
+        spared = f"under the mode {mode}"
     # Whether the answer of the reference may be returned.
     safe = layer.use_fallback and not strict() and not _may_be_changed(values)
 
@@ -134,13 +133,13 @@ def _is_judged(error: Exception) -> bool:
     return not (isinstance(error, _NEVER) or of_checkpointing or _is_sticky(error) or traced)
 
 
-def _mode_passed(error: Exception) -> type[TorchFunctionMode] | None:
+def _mode_passed(error: Exception) -> str | None:
     """Return the class of a mode that an error came through, and that may have raised it; those of PyTorch do not."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        names = frame.f_code.co_varnames[:1]  # the first argument: `self` of `__torch_function__` and its helpers
-        kind = type(frame.f_locals.get(names[0])) if names else object
-        if issubclass(kind, TorchFunctionMode) and not kind.__module__.startswith("torch."):
-            return kind
+        first = [frame.f_locals.get(name) for name in frame.f_code.co_varnames[:1]]  # `self`, in a method of a mode
+        for kind in map(type, first):
+            if issubclass(kind, TorchFunctionMode) and not kind.__module__.startswith("torch."):
+                return kind.__name__
     return None
 
 
