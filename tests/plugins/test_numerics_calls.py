@@ -354,7 +354,7 @@ def test_a_requirement_reads_what_an_earlier_process_found(isolated_plugins: Plu
 
 def test_calls_on_shards_are_not_known(tmp_path: Path) -> None:
     """Each rank would judge for itself: no rank does, the reference serves with the reason, and no call fails."""
-    done = run_python("-c", SHARDS, environment=os.environ, folder=tmp_path)
+    done = run_python("-c", SHARDS, environment=os.environ, folder=tmp_path, compiler=True)
     assert done.stdout.splitlines() == ["DTensor True spread", "DTensor True", "Steady"], done.stderr  # warned once
 
 

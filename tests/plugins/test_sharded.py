@@ -80,7 +80,7 @@ dist.destroy_process_group()
 
 def test_tools_on_sharded_layers(tmp_path: Path) -> None:
     """No tool accuses a right kernel on a sharded layer, each finds a wrong one or states that it cannot compare."""
-    done = run_python("-c", SHARDED, environment=os.environ, folder=tmp_path)
+    done = run_python("-c", SHARDED, environment=os.environ, folder=tmp_path, compiler=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = dict(line.split(" |", 1) for line in done.stdout.splitlines() if " |" in line)
     assert "reference fails" not in done.stdout

@@ -327,7 +327,7 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[d
     @functools.cache
     def run(count: int) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("ranks")
-        done = run_python("-c", RANKS + CALLS + TOOLS, str(count), environment=os.environ, folder=folder)
+        done = run_python("-c", RANKS + CALLS + TOOLS, str(count), environment=os.environ, folder=folder, compiler=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 

@@ -41,7 +41,8 @@ def run_ranks(folder: Path, program: str, world: int = 2, **environment: str) ->
 
     def run(rank: int) -> Any:
         own = {**known, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return run_python("-c", code, environment=own, folder=folder)
+        compiler = "torch.distributed.tensor" in program or "torch.compile(" in program
+        return run_python("-c", code, environment=own, folder=folder, compiler=compiler)
 
     with ThreadPoolExecutor(world) as pool:
         ended = list(pool.map(run, range(world)))
@@ -85,6 +86,6 @@ def torchrun(
     known = {**os.environ, **environment}
     if forked:
         command = ["-c", FORKED, *command, "--start-method", "fork", "train.py"]
-        return run_python(*command, environment=known, folder=folder)
+        return run_python(*command, environment=known, folder=folder, compiler=True)
     command = [sys.executable, "-m", "torch.distributed.run", *command, "train.py"]
     return subprocess.run(command, cwd=folder, env=known, capture_output=True, text=True)
