@@ -370,6 +370,23 @@ def test_fault(
     assert served(scale()) == 3
 
 
+@pytest.mark.parametrize("body", ["[[]]", '{"sha": null}', '{"siblings": 3}', '{"error": "not now"}', "[" * 100_000])
+def test_an_answer_that_only_looks_like_one(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], body: str
+) -> None:
+    """JSON that no Hub answers is no answer, as a login page is none: it is asked again, and the cache serves."""
+    kernel_repository(layers=kernel())
+    local_hub.fail(STAGES["commit"], times=None, body=body, content_type="application/json")
+    refused(scale(), "loaded again in the background")
+    local_hub.heal()
+    new_process()
+    assert served(scale()) == 3
+    local_hub.fail(STAGES["commit"], times=None, body=body, content_type="application/json")
+    new_process()
+    outcome = call(scale())
+    assert outcome.value == 3 and "from the cache: " in outcome.resolution.checked["revision"]
+
+
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("name", ["layers.py", "__init__.py", "metadata.json"])
 def test_corrupted_download(

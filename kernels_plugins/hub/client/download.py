@@ -147,7 +147,8 @@ class Client:
             repo_id, revision, lambda kind: self._api().repo_info(repo_id, repo_type=kind, revision=revision)
         )
         if not is_commit(info.sha):  # it becomes part of paths
-            raise LoadError(f"{constants.ENDPOINT} answered {info.sha!r} where a commit belongs: check HF_ENDPOINT")
+            text = f"{constants.ENDPOINT} answered {info.sha!r} where a commit belongs: check HF_ENDPOINT"
+            raise UnreachableError(text)
         return Pin(info.id, repo_type, info.sha)
 
     def list_versions(self, repo_id: str) -> dict[int, str]:
@@ -378,7 +379,8 @@ def _translate(error: Exception, repo_id: str) -> LoadError | None:
         return UnreachableError(f"the download failed: {error} Try again")
     if isinstance(error, OSError):
         return None
-    return LoadError(f"the client failed: {type(error).__name__}: {error}. Try again; if it persists, report it")
+    # Of an answer of another shape than the Hub's, as one that is not JSON: what gave it was not the Hub.
+    return UnreachableError(f"the client failed: {type(error).__name__}: {error}. Try again; if it persists, report it")
 
 
 def _is_network_error(error: BaseException) -> bool:
