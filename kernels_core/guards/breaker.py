@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import traceback
 import types
 from collections.abc import Iterable, Sequence
@@ -58,9 +59,9 @@ def stand_in(
 
     It runs the reference. If that raises too, the error is the caller's. If not, the kernel is quarantined (for calls
     of this dtype, if the error names it), unless the call is not plain: under a transform of `torch.func`, with tensors
-    of a subclass, or where a `TorchFunctionMode` may have raised, other calls may work. If the kernel may have changed
-    an argument before it failed, the reference runs on copies, to judge, and the error is raised; a call whose
-    arguments cannot be copied, such as a generator, is not judged.
+    of a subclass or without strides, or where a `TorchFunctionMode` or a filter of warnings may have raised, other
+    calls may work. If the kernel may have changed an argument before it failed, the reference runs on copies, to judge,
+    and the error is raised; a call whose arguments cannot be copied, such as a generator, is not judged.
     """
     layer, implementation = resolution.request.layer, resolution.implementation
     if (
@@ -73,7 +74,11 @@ def stand_in(
     values = list(values)  # read several times, and it may be an iterator
     odd = is_odd(values) or (module is not None and is_odd_module(module))
     spared = "for a tensor of a subclass" if odd else ""
-    if in_transform() or in_forward_ad():
+    if any(tensor.layout is not torch.strided or tensor.is_nested for tensor in held_by(values)[0]):
+        spared = "for a tensor that is sparse or nested"
+    elif isinstance(error, Warning):
+        spared = "where warnings are errors"
+    elif in_transform() or in_forward_ad():
         spared = "under torch.func or in forward-mode differentiation"
     elif (mode := _mode_passed(error)) is not None:
         spared = f"under the mode {mode}"
@@ -130,7 +135,13 @@ def _is_judged(error: Exception) -> bool:
     traced = dispatch_mode_count() or is_traced()
     # Activation checkpointing also stops a recomputation by raising, and the class of that error is private.
     of_checkpointing = type(error).__module__ == CheckpointError.__module__
-    return not (isinstance(error, _NEVER) or of_checkpointing or _is_sticky(error) or traced)
+    return not (isinstance(error, _NEVER) or of_checkpointing or _is_sticky(error) or traced or _is_interrupt(error))
+
+
+def _is_interrupt(error: Exception) -> bool:
+    """Whether the handler of a signal has raised an error, such as that of an alarm: it ends whatever runs."""
+    handlers = [getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()]
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _mode_passed(error: Exception) -> str | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import signal
+import time
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -391,6 +394,78 @@ def test_a_kernel_that_raises_under_a_default_device_is_out(make_layer: Make) ->
         with pytest.warns(KernelsWarning, match="quarantine"):
             assert make_layer()()(X)[0] == 1
     assert len(quarantined()) == 1
+
+
+class OutOfTimeError(Exception):
+    """An alarm has gone off."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarms here")
+def test_what_a_signal_handler_raises_goes_on(make_layer: Make) -> None:
+    """An alarm ends a call of a kernel as one of the reference: the error is not hidden, and the kernel is not out."""
+
+    class Slow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.numel() > 2:
+                time.sleep(60)
+            return x + 10
+
+    class Alarm:
+        def ring(self, *args: Any) -> None:
+            raise OutOfTimeError
+
+    layer, before = make_layer()(), signal.signal(signal.SIGALRM, Alarm().ring)
+    try:
+        with use_kernel_mapping({"Add": {"cpu": Slow}}):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(OutOfTimeError):
+                layer(torch.zeros(3))
+            assert layer(X)[0] == 10
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert quarantined() == []
+
+
+def test_a_kernel_that_warns_is_not_out_where_warnings_are_errors(make_layer: Make) -> None:
+    """The reference answers such calls, and the kernel all others."""
+
+    class Warns(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
+            return x + 10
+
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": Warns}}):
+        with pytest.warns(KernelsWarning, match="where warnings are errors"):
+            warnings.simplefilter("error", DeprecationWarning)
+            assert layer(X)[0] == 1
+        assert quarantined() == []
+        with pytest.warns(DeprecationWarning, match="old"):
+            assert layer(X)[0] == 10
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse|[Nn]ested).*:UserWarning")
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.nested.as_nested_tensor])
+def test_a_kernel_that_needs_strides_is_not_out_for_tensors_without(make: Callable[..., torch.Tensor]) -> None:
+    """Their class is that of plain tensors: what a kernel raises for them says nothing about those."""
+
+    @use_kernel_forward_from_hub("Negate")
+    class Negate(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.neg(x)
+
+    class Addressed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(-x.numpy())
+
+    layer, x = Negate(), torch.ones(2, 2)
+    with use_kernel_mapping({"Negate": {"cpu": Addressed}}):
+        with pytest.warns(KernelsWarning, match="for a tensor that is sparse or nested"):
+            odd = layer(make(x))
+        assert type(odd) is torch.Tensor and (odd.layout is not torch.strided or odd.is_nested)
+        assert quarantined() == []
+        assert layer(x)[0, 0] == -1
 
 
 def test_checkpoints_stop_early_without_harm(make_layer: Make, make_kernel: Make) -> None:
