@@ -387,6 +387,18 @@ def test_an_answer_that_only_looks_like_one(
     assert outcome.value == 3 and "from the cache: " in outcome.resolution.checked["revision"]
 
 
+@pytest.mark.parametrize("name", ["{outside}/evil", "../../../../evil"])
+def test_a_hub_that_names_a_file_by_a_path(
+    local_hub: LocalHub, kernel_repository: Publish, new_process: Callable[[], None], name: str, tmp_path: Path
+) -> None:
+    """The client writes where an ETag leads: the file is not used, the reason says where it is, and the cache heals."""
+    kernel_repository(layers=kernel())
+    local_hub.fail(re.compile("HEAD /kernels.*/layers.py"), headers={"ETag": f'"{name.format(outside=tmp_path)}"'})
+    refused(scale(), f"a name that is a path.* to {tmp_path}/.*evil: remove that file")
+    new_process()
+    assert served(scale()) == 3
+
+
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("name", ["layers.py", "__init__.py", "metadata.json"])
 def test_corrupted_download(

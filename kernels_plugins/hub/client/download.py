@@ -30,7 +30,7 @@ from ..builds.integrity import RemoteFile, check_transfer, is_byte_code
 from ..builds.machine import this_machine
 from ..errors import AbsentError, RepositoryError, RevisionError, UnknownError, UnreachableError
 from ..names import is_commit
-from .files import arrived
+from .files import arrived, in_cache
 from .metadata_cache import MetadataCache, Pin
 from .redirect import LARGEST, STATUS
 
@@ -147,8 +147,7 @@ class Client:
             repo_id, revision, lambda kind: self._api().repo_info(repo_id, repo_type=kind, revision=revision)
         )
         if not is_commit(info.sha):  # it becomes part of paths
-            text = f"{constants.ENDPOINT} answered {info.sha!r} where a commit belongs: check HF_ENDPOINT"
-            raise UnreachableError(text)
+            raise UnreachableError(f"{hub_address()} answered {info.sha!r} where a commit belongs: check HF_ENDPOINT")
         return Pin(info.id, repo_type, info.sha)
 
     def list_versions(self, repo_id: str) -> dict[int, str]:
@@ -261,7 +260,9 @@ class Client:
     def _download(self, pin: Pin, path: str) -> str:
         place: dict[str, Any] = {"repo_type": pin.repo_type, "revision": pin.commit, "cache_dir": cache_root()}
         blobs = cache_folder(pin.repo_id, pin.repo_type) / "blobs"
-        return str(self._ask(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), partial(arrived, blobs)))
+        known = os.path.lexists(blobs.parent / "snapshots" / pin.commit / path)  # it may be a link of the user's
+        file = self._ask(lambda: self._api().hf_hub_download(pin.repo_id, path, **place), partial(arrived, blobs))
+        return str(file if known else in_cache(Path(file), blobs))
 
     def read_status(self, pin: Pin, listed: RemoteFile) -> bytes:
         """Return the file that redirects a repository."""
@@ -338,7 +339,7 @@ _STATUS: dict[int, tuple[type[LoadError], str]] = {
 
 
 def _translate(error: Exception, repo_id: str) -> LoadError | None:
-    """Return our error for one of the client; None for one of the disk."""
+    """Return our error for one of the client, also for an answer that it cannot read; None for one of the disk."""
     hub = constants.ENDPOINT
     if isinstance(error, errors.GatedRepoError):
         return RepositoryError(
@@ -379,7 +380,6 @@ def _translate(error: Exception, repo_id: str) -> LoadError | None:
         return UnreachableError(f"the download failed: {error} Try again")
     if isinstance(error, OSError):
         return None
-    # Of an answer of another shape than the Hub's, as one that is not JSON: what gave it was not the Hub.
     return UnreachableError(f"the client failed: {type(error).__name__}: {error}. Try again; if it persists, report it")
 
 

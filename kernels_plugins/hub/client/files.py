@@ -5,6 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from kernels_core import LoadError
+
+
+def in_cache(link: Path, blobs: Path) -> Path:
+    """Return the link to a new file, unless it leads out of the cache: the Hub names the file, by an ETag."""
+    if link.is_symlink() and (place := link.parent / os.readlink(link)).parent.resolve() != blobs.resolve():
+        link.unlink()
+        raise LoadError(
+            "the Hub gave one of its files a name that is a path, and the client wrote it to "
+            f"{os.path.normpath(place)}: remove that file, unless it is yours, and find out what answers at HF_ENDPOINT"
+        )
+    return link
+
 
 def arrived(folder: Path) -> list[tuple[str, int, int]]:
     """Return the name, size and time of the last write of files, also of those that arrive: parts come in any order."""
