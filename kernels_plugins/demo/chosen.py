@@ -63,8 +63,10 @@ class Result:
     page: Page
 
 
-def measure_model(device: torch.device, dtype: torch.dtype, mapping: Mapping[str, Any], compiler: bool) -> Result:
-    """Adopt a model, let candidates race for its layers, also those of a mapping, and time its steps."""
+def measure_model(
+    device: torch.device, dtype: torch.dtype, mapping: Mapping[str, Any], compiler: bool, seconds: float
+) -> Result:
+    """Adopt a model, let candidates race for its layers, also those of a mapping, and time each step so long."""
     torch.manual_seed(0)
     make = _block if not importlib.util.find_spec("transformers") else _gpt2 if device.type == "cpu" else _llama
     name, model, tokens, run = make(device, dtype)
@@ -84,7 +86,7 @@ def measure_model(device: torch.device, dtype: torch.dtype, mapping: Mapping[str
         with use_choice(chosen.choice):
             for title, step in steps.items():
                 say(f"{title}: without kernels, and with them")
-                timed.append(_timed(title, model, step, device))
+                timed.append(_timed(title, model, step, device, seconds))
             found = receipt(model, device=device, mode=Mode.INFERENCE)
     return Result(name, timed, chosen.choice, found, _page(name, timed, chosen.choice, found))
 
@@ -138,7 +140,7 @@ def _with_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, [each for each in model.parameters() if each.requires_grad])]
 
 
-def _timed(title: str, model: nn.Module, step: Step, device: torch.device) -> Timed:
+def _timed(title: str, model: nn.Module, step: Step, device: torch.device, seconds: float) -> Timed:
     """Compare a step on the references with one on kernels, and time both in turns."""
     plain = use_kernel_mapping({}, inherit_mapping=False)  # no kernel is offered; it keeps its decisions
 
@@ -148,7 +150,7 @@ def _timed(title: str, model: nn.Module, step: Step, device: torch.device) -> Ti
 
     expected, actual = without(), step()
     off = difference(actual, expected) / len(list(decorated(model)))
-    times = dict(time_runs({"plain": without, "chosen": step}, device, budget=3.0, capture=False))
+    times = dict(time_runs({"plain": without, "chosen": step}, device, budget=seconds, capture=False))
     milliseconds = []
     for timing in times.values():
         if isinstance(timing, Exception):

@@ -51,6 +51,7 @@ def demo(
     as_json: Json = False,
     keep: Annotated[Path | None, typer.Option(help="Keep the cache of the Hub's client here.")] = None,
     repository: Annotated[Path | None, typer.Option(hidden=True, help="Folder of <owner>/<name> to serve.")] = None,
+    seconds: Annotated[float, typer.Option(hidden=True, help="How long each step of a model is timed.")] = 3.0,
 ) -> None:
     """Run kernels from a Hub on this machine, and make a small model faster: measured on the spot, per layer and shape.
 
@@ -74,7 +75,7 @@ def demo(
         chosen = dtype or (DType.float32 if where.type == "cpu" else DType.bfloat16)
         arguments = ("--device", str(where), "--dtype", chosen.value)
         page = ("--html", str(html.absolute())) if html is not None else ()
-        cold = _run(hub, folder, *arguments, *page, "--report", str(report))
+        cold = _run(hub, folder, *arguments, *page, "--seconds", str(seconds), "--report", str(report))
         warm = _run(hub, folder, *arguments)
         result: dict[str, Any] = json.loads(report.read_text())
     result["requests"] = {"cold": cold, "warm": warm}

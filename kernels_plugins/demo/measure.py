@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), required=True)
     parser.add_argument("--report", type=Path, help="Where to write; without it, only load the kernels.")
     parser.add_argument("--html", type=Path, help="Where to write a page.")
+    parser.add_argument("--seconds", type=float, default=3.0, help="How long each step of a model is timed.")
     options = parser.parse_args()
     torch.set_num_threads(1)  # on a busy machine, several wait for each other, and times mean nothing
     if options.report is None:
@@ -116,7 +117,7 @@ def main() -> None:
             for name in LAYERS:
                 resolve(name, device=options.device, mode=Mode.TRAINING)
     else:
-        options.report.write_text(json.dumps(measure(options.device, options.dtype, options.html)))
+        options.report.write_text(json.dumps(measure(options.device, options.dtype, options.html, options.seconds)))
 
 
 def mapping(device: torch.device) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def mapping(device: torch.device) -> dict[str, Any]:
     return {name: {device.type: LayerRepository(REPOSITORY, layer_name=name, revision="main")} for name in LAYERS}
 
 
-def measure(device: torch.device, dtype: torch.dtype, html: Path | None = None) -> dict[str, Any]:
+def measure(device: torch.device, dtype: torch.dtype, html: Path | None = None, seconds: float = 3.0) -> dict[str, Any]:
     """Compare layers and block in eager mode; then, if all is well, measure a model."""
     recorder = Recorder()
     plugin_manager().register(recorder, "demo-recorder")
@@ -139,7 +140,7 @@ def measure(device: torch.device, dtype: torch.dtype, html: Path | None = None) 
     can_compile = device.type != "cpu" or any(map(shutil.which, compilers))  # on a CPU, Inductor writes C++
     found: dict[str, Any] = {}
     if all(row.served and row.is_right for row in rows):
-        model = measure_model(device, dtype, mapping(device), can_compile)
+        model = measure_model(device, dtype, mapping(device), can_compile, seconds)
         if html is not None:
             write_file(html, model.page.to_html())
         found = {

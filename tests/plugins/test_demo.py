@@ -38,7 +38,7 @@ def repository_with(tmp_path: Path, spoil: dict[str, bytes]) -> Path:
 def test_demo_serves_every_layer(tmp_path: Path) -> None:
     """Kernels from the Hub serve all four layers and are right; a model is measured; a warm cache saves requests."""
     page = tmp_path / "demo.html"
-    done = run("--json", "--keep", str(tmp_path / "kept"), "--html", str(page))
+    done = run("--json", "--keep", str(tmp_path / "kept"), "--html", str(page), "--seconds", "0.01")
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     rows = result["rows"]
