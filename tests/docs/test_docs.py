@@ -142,7 +142,7 @@ def test_examples_of_a_page_run_and_print_what_it_shows(page: Path, tmp_path: Pa
         lines += [f"print({mark!r})"]  # in place of the line that closes the fence
     script = tmp_path / f"page_{page.stem.replace('-', '_')}.py"  # a page may be called as a module is
     script.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = run_python(str(script), environment=environment, folder=tmp_path)
+    done = run_python(str(script), environment=environment, folder=tmp_path, compiler=True)
     assert done.returncode == 0, f"{page.name}, line numbers as in the page:\n{done.stderr[-3000:]}"
     printed = done.stdout.split(mark + "\n")
     for (block, shown), text in zip(steps, printed, strict=False):

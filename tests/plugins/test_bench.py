@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from browser import CHROMIUM, browser
+from patience import PATIENCE
 from torch import nn
 from typer.testing import CliRunner
 
@@ -305,6 +306,10 @@ def batches(): return [torch.ones(2, 8), {"input": torch.ones(64, 8)}, (torch.on
 """
 
 
+HANGS = f"{PATIENCE / 150:g}"
+"""Seconds until a candidate counts as hung: all of them are waited for."""
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """A candidate that ends the process or hangs is a row, the others are measured; it exits with 1."""
@@ -314,7 +319,9 @@ def test_the_command(tmp_path: Path) -> None:
         layers += inspect.getsource(each)
     (tmp_path / "layers.py").write_text(layers)
     (tmp_path / "scene.py").write_text(SCENE)
-    options = "--mode inference --rows 3 --seconds 0.02 --patience 5 --json --markdown b.md --html b.html --svg b.svg"
+    options = (
+        f"--mode inference --rows 3 --seconds 0.02 --patience {HANGS} --json --markdown b.md --html b.html --svg b.svg"
+    )
     command = [sys.executable, "-m", "kernels_core", "bench", "scene:model", "--inputs", "scene:batches"]
     variables = {**os.environ, "KERNELS_PLUGINS": "-inductor,-liger", "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run(
@@ -323,7 +330,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert ran.returncode == 1, ran.stderr
     found = {row["candidate"]: row for row in json.loads(ran.stdout)["rows"]}
     assert found["layers.Quick"]["ratio"] < 1 and found["layers.Quick"]["rows"] == 3
-    assert "exit code 3" in found["scene.Ends"]["reason"] and "5 seconds" in found["scene.Hangs"]["reason"]
+    assert "exit code 3" in found["scene.Ends"]["reason"] and f"{HANGS} seconds" in found["scene.Hangs"]["reason"]
     assert "exit code 4" in found["scene.Tires"]["reason"]  # after it was found right
     assert "bench: Twice, inference, 3x8: layers.Quick is timed" in ran.stderr
     assert (tmp_path / "b.md").read_text().count("\n| 3 | ") == len(found) == 5

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from typer.testing import CliRunner
@@ -560,17 +561,21 @@ def choose(folder: Path, *arguments: str) -> Any:
     )
 
 
+HANGS = f"{PATIENCE / 150:g}"
+"""Seconds until a candidate counts as hung: all of them are waited for."""
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """Candidates that end the process or hang lose, the others are measured, and the file is used by a variable."""
     (tmp_path / "scene.py").write_text(SCENE)
     given_inputs = ("scene:model", "--inputs", "scene:batches", "--mode", "inference", "--context", "eager")
-    ran = choose(tmp_path, *given_inputs, "--seconds", "0.02", "--patience", "5", "--html", "c.html", "--json")
+    ran = choose(tmp_path, *given_inputs, "--seconds", "0.02", "--patience", HANGS, "--html", "c.html", "--json")
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == json.loads((tmp_path / "kernels.choice.json").read_text())
     cells = Choice.load(tmp_path / "kernels.choice.json").cells_on("cpu")
     assert [(one.rows, one.winner) for one in cells] == [("2-3", "scene.Right"), ("64-127", "scene.Right")]
-    assert "exit code 3" in cells[0].lost["scene.Ends"] and "5 seconds" in cells[0].lost["scene.Hangs"]
+    assert "exit code 3" in cells[0].lost["scene.Ends"] and f"{HANGS} seconds" in cells[0].lost["scene.Hangs"]
     assert (tmp_path / "c.html").read_text().startswith("<!doctype html>")
 
 

@@ -258,6 +258,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONP
 import worker
 if not os.path.exists("decisions.json"): worker.freeze("decisions.json")
 found = {"program": worker.found()}
+if os.environ.get("ONLY"):
+    print(json.dumps(found))
+    sys.exit()
 context = multiprocessing.get_context("spawn")
 with ProcessPoolExecutor(1, context) as pool: found["spawned"] = pool.submit(worker.found).result()
 child = subprocess.check_output([sys.executable, "-c", "import worker, json; print(json.dumps(worker.found()))"])
@@ -286,11 +289,12 @@ def test_spawned_workers_and_ray_actors_have_the_decisions(
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    first = run()
+    first = run(ONLY="program")
     push()
     newer, frozen = run(), run(KERNELS_DECISIONS=str(tmp_path / "decisions.json"))
     for found, value in ((first, 3.0), (newer, 5.0), (frozen, 3.0)):
-        assert found == {place: [value, found["program"][1]] for place in found} and len(found) == 3 + len(options)
+        assert found == {place: [value, found["program"][1]] for place in found}
+        assert len(found) == (1 if found is first else 3 + len(options))
         assert "hub" in found["program"][1]
 
 
