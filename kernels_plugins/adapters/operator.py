@@ -294,6 +294,8 @@ def make_forward(operator: Operator, eager: Forward, inline: Forward | None) -> 
             return (reference if is_recorded() else eager)(*args, **kwargs)
         if inline is not None and not torch.is_grad_enabled():
             return inline(*args, **kwargs)
+        if torch.onnx.is_in_onnx_export():  # has no use for it either, and traces by `torch.export`
+            return reference(*args, **kwargs)
         parts = Parts()
         structure = take_call(is_function, args, kwargs, parts)
         call = prepare(structure, *parts.objects)

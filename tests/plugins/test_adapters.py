@@ -452,6 +452,19 @@ def test_traces_of_torchscript_and_fx_have_the_reference(source: Any, recorded: 
     assert not quarantined()
 
 
+@EVERY_SOURCE
+@pytest.mark.parametrize("recorded", [False, True])
+def test_exports_to_onnx_have_the_reference(source: Any, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter that works on `torch.export`, too, gets no operator of ours, which no ONNX runtime has."""
+    layer, x = Norm(), example().detach()
+    expected = reference_of(layer)(x)
+    with serving(source), torch.set_grad_enabled(recorded):
+        monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # onnx is not installed here
+        program = torch.export.export(layer, (x,), strict=False)
+        assert "kernels_opaque" not in str(program.graph)
+        torch.testing.assert_close(program.module()(x), expected)
+
+
 def test_numbers_of_results_under_modes_that_watch() -> None:
     """Under a mode that watches operators, a number in the result is that of this call, not of the first one."""
     from torch.utils.flop_counter import FlopCounterMode
