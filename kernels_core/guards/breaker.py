@@ -58,10 +58,9 @@ def stand_in(
     """Return the function to call in place of a kernel that has raised; None if the error is to be raised.
 
     It runs the reference. If that raises too, the error is the caller's. If not, the kernel is quarantined (for calls
-    of this dtype, if the error names it), unless the call is not plain: under a transform of `torch.func`, with tensors
-    of a subclass or without strides, or where a `TorchFunctionMode` or a filter of warnings may have raised, other
-    calls may work. If the kernel may have changed an argument before it failed, the reference runs on copies, to judge,
-    and the error is raised; a call whose arguments cannot be copied, such as a generator, is not judged.
+    of this dtype, if the error names it), unless it may serve others (`_why_spared`). If the kernel may have changed an
+    argument before it failed, the reference runs on copies, to judge, and the error is raised; a call whose arguments
+    cannot be copied, such as a generator, is not judged.
     """
     layer, implementation = resolution.request.layer, resolution.implementation
     if (
@@ -72,16 +71,7 @@ def stand_in(
     ):
         return None
     values = list(values)  # read several times, and it may be an iterator
-    odd = is_odd(values) or (module is not None and is_odd_module(module))
-    spared = "for a tensor of a subclass" if odd else ""
-    if any(tensor.layout is not torch.strided or tensor.is_nested for tensor in held_by(values)[0]):
-        spared = "for a tensor that is sparse or nested"
-    elif isinstance(error, Warning):
-        spared = "where warnings are errors"
-    elif in_transform() or in_forward_ad():
-        spared = "under torch.func or in forward-mode differentiation"
-    elif (mode := _mode_passed(error)) is not None:
-        spared = f"under the mode {mode}"
+    spared = _why_spared(error, module, values)
     # Whether the answer of the reference may be returned.
     safe = layer.use_fallback and not strict() and not _may_be_changed(values)
 
@@ -136,6 +126,22 @@ def _is_judged(error: Exception) -> bool:
     # Activation checkpointing also stops a recomputation by raising, and the class of that error is private.
     of_checkpointing = type(error).__module__ == CheckpointError.__module__
     return not (isinstance(error, _NEVER) or of_checkpointing or _is_sticky(error) or traced or _is_interrupt(error))
+
+
+def _why_spared(error: Exception, module: torch.nn.Module | None, values: Iterable[Any]) -> str:
+    """Return in which calls a kernel has raised, if it may serve others; else ""."""
+    if any(tensor.layout is not torch.strided or tensor.is_nested for tensor in held_by(values)[0]):
+        return "for a tensor that is sparse or nested"
+    if isinstance(error, Warning):
+        return "where warnings are errors"
+    if torch.are_deterministic_algorithms_enabled() and "use_deterministic_algorithms" in str(error):
+        return "where algorithms are to be deterministic"
+    if in_transform() or in_forward_ad():
+        return "under torch.func or in forward-mode differentiation"
+    if (mode := _mode_passed(error)) is not None:
+        return f"under the mode {mode}"
+    odd = is_odd(values) or (module is not None and is_odd_module(module))
+    return "for a tensor of a subclass" if odd else ""
 
 
 def _is_interrupt(error: Exception) -> bool:

@@ -445,6 +445,24 @@ def test_a_kernel_that_warns_is_not_out_where_warnings_are_errors(make_layer: Ma
             assert layer(X)[0] == 10
 
 
+def test_a_kernel_without_a_deterministic_algorithm_is_not_out(make_layer: Make) -> None:
+    """The reference answers where algorithms have to be deterministic, and the kernel all other calls."""
+
+    class Puts(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.put(torch.tensor([0]), torch.tensor([10.0]))
+
+    layer = make_layer()()
+    with use_kernel_mapping({"Add": {"cpu": Puts}}):
+        torch.use_deterministic_algorithms(True)
+        try:
+            with pytest.warns(KernelsWarning, match="where algorithms are to be deterministic"):
+                assert layer(X)[0] == 1
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert quarantined() == [] and layer(X)[0] == 10
+
+
 @pytest.mark.filterwarnings("ignore:.*(Sparse|[Nn]ested).*:UserWarning")
 @pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.nested.as_nested_tensor])
 def test_a_kernel_that_needs_strides_is_not_out_for_tensors_without(make: Callable[..., torch.Tensor]) -> None:
