@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
+import torch
+
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _CONTEXT = multiprocessing.get_context(_METHOD)
 _starting = threading.Lock()
@@ -37,8 +39,9 @@ def run_python(
     """Run `python -c code`, `python -m module` or `python script`, with arguments, in an environment and a folder.
 
     With `compiler`, Dynamo and Inductor are imported, too: their variables are those of this process, but for the
-    folder of the cache.
+    folder of the cache. Not on a machine with a GPU: they initialise CUDA, and no fork could use it.
     """
+    compiler = compiler and not torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as place:
         streams = [f"{place}/output", f"{place}/errors"]
         process = _CONTEXT.Process(target=_run, args=(arguments, dict(environment), folder, streams))
