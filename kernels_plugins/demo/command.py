@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from kernels_core import KernelsError, Table, TableRow
+from kernels_core import ArgumentError, KernelsError, Table, TableRow
 from kernels_core.cli import Json, print_found, using_device
 
 from ..choice.choice import Choice
@@ -51,7 +51,7 @@ def demo(
     as_json: Json = False,
     keep: Annotated[Path | None, typer.Option(help="Keep the cache of the Hub's client here.")] = None,
     repository: Annotated[Path | None, typer.Option(hidden=True, help="Folder of <owner>/<name> to serve.")] = None,
-    seconds: Annotated[float, typer.Option(hidden=True, help="How long each step of a model is timed.")] = 3.0,
+    seconds: Annotated[float, typer.Option(help="How long each step of the model is timed.")] = 3.0,
 ) -> None:
     """Run kernels from a Hub on this machine, and make a small model faster: measured on the spot, per layer and shape.
 
@@ -60,6 +60,8 @@ def demo(
     from kernels_plugins.local_hub.server import LocalHub
 
     start = time.perf_counter()
+    if not 0 < seconds < 1e6:
+        raise ArgumentError(f"--seconds is {seconds:g}: give the seconds to time each step for, such as 3.")
     with using_device(device or ("cuda" if torch.cuda.is_available() else "cpu")) as where:
         pass  # before anything is started
     temporary = partial(tempfile.TemporaryDirectory, prefix="kernels-core-demo-", ignore_cleanup_errors=True)

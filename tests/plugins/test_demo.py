@@ -106,3 +106,10 @@ def test_block_uses_every_layer_and_is_causal(dtype: torch.dtype) -> None:
     changed = x.clone()
     changed[:, 9:] = 0
     torch.testing.assert_close(block(x)[:, :9], block(changed)[:, :9])
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_demo_refuses_a_time_that_is_none(seconds: str) -> None:
+    """A time that cannot be measured for is a message and exit code 2, before anything is started."""
+    done = run("--seconds", seconds)
+    assert done.returncode == 2 and "give the seconds to time each step for" in done.stderr
