@@ -134,7 +134,7 @@ def _why_spared(error: Exception, module: torch.nn.Module | None, values: Iterab
         return "for a tensor that is sparse or nested"
     if isinstance(error, Warning):
         return "where warnings are errors"
-    if torch.are_deterministic_algorithms_enabled() and "use_deterministic_algorithms" in str(error):
+    if torch.are_deterministic_algorithms_enabled() and "use_deterministic_algorithms" in error_text(error):
         return "where algorithms are to be deterministic"
     if in_transform() or in_forward_ad():
         return "under torch.func or in forward-mode differentiation"

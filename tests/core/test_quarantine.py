@@ -452,15 +452,27 @@ def test_a_kernel_without_a_deterministic_algorithm_is_not_out(make_layer: Make)
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.put(torch.tensor([0]), torch.tensor([10.0]))
 
+    class Mute(Exception):  # noqa: N818
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise Mute
+
     layer = make_layer()()
-    with use_kernel_mapping({"Add": {"cpu": Puts}}):
-        torch.use_deterministic_algorithms(True)
-        try:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with use_kernel_mapping({"Add": {"cpu": Puts}}):
             with pytest.warns(KernelsWarning, match="where algorithms are to be deterministic"):
                 assert layer(X)[0] == 1
-        finally:
             torch.use_deterministic_algorithms(False)
-        assert quarantined() == [] and layer(X)[0] == 10
+            assert quarantined() == [] and layer(X)[0] == 10
+        torch.use_deterministic_algorithms(True)
+        with use_kernel_mapping({"Add": {"cpu": Fails}}), ignored(KernelsWarning):
+            assert layer(X)[0] == 1 and len(quarantined()) == 1  # another error, also one without a text, puts it out
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.filterwarnings("ignore:.*(Sparse|[Nn]ested).*:UserWarning")
