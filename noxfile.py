@@ -58,14 +58,14 @@ def test_with(session: nox.Session, torch: str, *others: str) -> None:
     session.install("-e", ".", *TEST_TOOLS)
     if others:
         session.install(*others)  # on top: the tools ask for newer ones, but run with these
-    session.run("pytest", "-n", "2", *session.posargs)
+    session.run("pytest", "-n", "3", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests."""
     install(session, *TEST_TOOLS)
-    session.run("pytest", "-n", "2", *session.posargs)
+    session.run("pytest", "-n", "3", *session.posargs)
 
 
 @nox.session
