@@ -452,13 +452,13 @@ def test_a_kernel_without_a_deterministic_algorithm_is_not_out(make_layer: Make)
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.put(torch.tensor([0]), torch.tensor([10.0]))
 
-    class Mute(Exception):  # noqa: N818
+    class MuteError(Exception):
         def __str__(self) -> str:
             raise RuntimeError
 
     class Fails(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise Mute
+            raise MuteError
 
     layer = make_layer()()
     torch.use_deterministic_algorithms(True)
@@ -478,7 +478,7 @@ def test_a_kernel_without_a_deterministic_algorithm_is_not_out(make_layer: Make)
 @pytest.mark.filterwarnings("ignore:.*(Sparse|[Nn]ested).*:UserWarning")
 @pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.nested.as_nested_tensor])
 def test_a_kernel_that_needs_strides_is_not_out_for_tensors_without(make: Callable[..., torch.Tensor]) -> None:
-    """Their class is that of plain tensors: what a kernel raises for them says nothing about those."""
+    """A kernel that needs addresses raises for sparse and nested tensors, and goes on serving plain ones."""
 
     @use_kernel_forward_from_hub("Negate")
     class Negate(nn.Module):
